@@ -1,0 +1,1 @@
+"""The commands photon-data and photon."""

@@ -1,0 +1,1 @@
+"""Raw files on disk -> scans that can be streamed, or a clear refusal."""

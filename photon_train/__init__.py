@@ -1,0 +1,1 @@
+"""Photon: the model, its processor, and training."""

@@ -1,0 +1,1 @@
+"""Whole jobs, run in parallel."""
