@@ -28,7 +28,8 @@ class VolumeRecord:
                    hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also
                                "histogram": counts in 64 equal bins over [-1100, 1100]
     key          what the store was made from: fingerprint, recipe digest, rescaling, as one hash
-    seconds, peak_mb   wall time and peak memory of the work (None where it was done by an earlier run)
+    store_sha256 of the store's root metadata, which record every other file of it
+    seconds      wall time of the work (None where it was done by an earlier run)
     """
 
     id: str
@@ -42,9 +43,9 @@ class VolumeRecord:
     reason: str | None = None
     store: str | None = None
     store_bytes: int | None = None
+    store_sha256: str | None = None
     facts: dict[str, Any] | None = None
     seconds: float | None = None
-    peak_mb: float | None = None
 
     @property
     def is_there(self) -> bool:
