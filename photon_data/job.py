@@ -17,7 +17,7 @@ from photon_data.location import Location
 from photon_data.prepare import Rescale, prepare_volume
 from photon_data.readers import open_scan
 from photon_data.recipe import ALGORITHM, Recipe
-from photon_data.records import FAILED, PREPARED, REFUSED, UNCHANGED, VolumeRecord
+from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.scan import MAX_VOXELS, Source
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 
@@ -30,7 +30,10 @@ class NoSpace(OSError):
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides what becomes of one source. `overwrite` prepares it even if its store is there."""
+    """All that decides what becomes of one source.
+
+    `overwrite` prepares it even if its store is there; without `write` everything is done but the writing ("ready").
+    """
 
     source: Source
     out: str
@@ -38,6 +41,7 @@ class Job:
     rescale: Rescale | None = None
     max_voxels: int = MAX_VOXELS
     overwrite: bool = False
+    write: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back."""
@@ -50,7 +54,7 @@ class Job:
         """Return the Job that `to_json` wrote."""
         source = Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])})
         rescale = Rescale(*data["rescale"]) if data["rescale"] else None
-        return cls(source, data["out"], Recipe.from_json(data["recipe"]), rescale, data["max_voxels"], data["overwrite"])
+        return cls(**{**data, "source": source, "recipe": Recipe.from_json(data["recipe"]), "rescale": rescale})
 
     def key(self, content: str) -> str:
         """Return the hash of all that decides the store's bytes: the source's fingerprint, recipe, rescaling, algorithm."""
@@ -88,6 +92,8 @@ def _prepare(job: Job) -> VolumeRecord:
         return done
     scan = open_scan(job.source, nifti_affine=job.recipe.nifti_affine, max_voxels=job.max_voxels)
     prepared = prepare_volume(scan, job.recipe, job.rescale)
+    if not job.write:
+        return job.record(READY, fingerprint=content, facts=prepared.facts)
     key, name = job.key(content), store_name(job.source.id)
     identity = {"id": job.source.id, "key": key, "fingerprint": content, "recipe": job.recipe.to_json()}
     written = write_store(prepared, Location(job.out), name, identity)
@@ -104,7 +110,7 @@ def _prepare(job: Job) -> VolumeRecord:
 
 def already_there(job: Job, content: str) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none."""
-    if job.overwrite:
+    if job.overwrite or not job.write:
         return None
     out, name = Location(job.out), store_name(job.source.id)
     metadata = read_metadata(out, name)

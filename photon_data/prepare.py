@@ -50,7 +50,9 @@ def prepare_volume(scan: Scan, recipe: Recipe, rescale: Rescale | None = None) -
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
     slope, intercept = (rescale.slope, rescale.intercept) if rescale else (scan.slope, scan.intercept)
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
-        raise Refused("rescale", f"a finite slope (not 0) and intercept wanted, got {slope} and {intercept}; see --hu-source")
+        raise Refused(
+            "rescale", f"a finite slope (not 0) and intercept wanted, got {slope} and {intercept}; --hu-source can give others"
+        )
     return Values(slope, intercept, recipe.window_hu, recipe.pad_hu)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
+# An inspection writes nothing: what would be prepared is "ready".
+READY = "ready"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
 def from_jsonl(text: str) -> list[dict[str, Any]]:
     """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

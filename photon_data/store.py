@@ -136,7 +136,7 @@ def _upload(folder: Path, out: Location, name: str) -> None:
 
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     """Return what a store says of itself (format, id, key, fingerprint, recipe, facts, files); None if it is not there."""
-    content = out.read(f"{name}/{ROOT}")
+    content = out.read(f"{name}/{ROOT}" if name else ROOT)
     if content is None:
         return None
     try:

@@ -21,7 +21,7 @@ from photon_data.recipe import Recipe
 from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, to_jsonl
 from photon_data.scan import MAX_VOXELS, Source
 from photon_pipelines.execute import Workers, execute
-from photon_pipelines.lock import Claim, exclusive
+from photon_pipelines.lock import Claim
 
 VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 # volumes.jsonl is written again at least this often; a run that is killed has to read refused files of this span again.
@@ -81,7 +81,9 @@ def plan(
     return Plan([job for job, done in zip(jobs, found, strict=True) if done is None], [done for done in found if done], kept)
 
 
-def run(todo: Plan, out: Location, workers: Workers, on_record: Callable[[VolumeRecord], None] = lambda record: None) -> Outcome:
+def run_plan(
+    todo: Plan, out: Location, workers: Workers, on_record: Callable[[VolumeRecord], None] = lambda record: None
+) -> Outcome:
     """Execute a plan and return its outcome; volumes.jsonl is kept up to date, also when the run is stopped or interrupted.
 
     Call it while holding `exclusive(out)`. Raises NoSpace, Stopped, KeyboardInterrupt: everything done by then stays done.
@@ -171,6 +173,3 @@ def _refuse_mixture(kept: Sequence[VolumeRecord], out: Location, recipe: Recipe)
             f"one recipe per folder wanted, but {out.url} holds {len(kept)} volumes of another recipe (digest {digest}) "
             f"that are not among these inputs, {kept[0].id} first; use another folder, or prepare all of them again"
         )
-
-
-__all__ = ["DATASET", "VOLUMES", "Outcome", "Plan", "exclusive", "plan", "read_records", "run", "write_dataset"]
