@@ -172,3 +172,7 @@ def _existing(source: Path) -> Path:
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from distributed.system import MEMORY_LIMIT
 
 from photon_data.job import Job
 from photon_data.records import FAILED, VolumeRecord
-from photon_pipelines.isolate import end_children, run_isolated
+from photon_pipelines.isolate import allow_children, end_children, run_isolated
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
@@ -55,7 +55,7 @@ class Workers:
         return max(LEAST_ADDRESS_SPACE, MEMORY_LIMIT // self.local_count())
 
 
-def execute(jobs: Iterable[Job], workers: Workers) -> Iterator[VolumeRecord]:
+def execute(jobs: Iterable[Job], workers: Workers) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends, largest first; at most twice as many jobs are in flight as there are threads.
 
     Raises NoSpace when the output is full and Stopped when no worker is left. Leaving the loop ends what is in flight.
@@ -117,6 +117,7 @@ def _client(workers: Workers) -> Iterator[Client]:
             )
             stack.enter_context(cluster)
             client = stack.enter_context(Client(cluster))
+            allow_children()
             stack.callback(end_children)
         else:
             client = stack.enter_context(Client(**_address(workers.scheduler), timeout=30))

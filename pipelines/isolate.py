@@ -35,10 +35,10 @@ class ChildError(RuntimeError):
 
 
 class Child:
-    """A process that answers jobs; started when first asked, and again after it died."""
+    """A process that answers a line of JSON with a line of JSON; started when first asked, and again after it died."""
 
-    def __init__(self, address_space_bytes: int) -> None:
-        self.address_space_bytes = address_space_bytes
+    def __init__(self, *command: str) -> None:
+        self.command = command
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Child:
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "photon_pipelines.child", str(self.address_space_bytes)],
+                [sys.executable, *self.command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -75,9 +75,10 @@ class Child:
     def _read_line(self, process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
         assert process.stdout is not None
         end, line = time.monotonic() + timeout_s, b""
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([process.stdout], [], [], max(0, end - time.monotonic()))
-            if not ready:
+            if not poll.poll(max(0, end - time.monotonic()) * 1000):
                 process.kill()
                 process.wait()
                 raise ChildError("timeout", f"not done after {timeout_s:.0f} s, the limit of --timeout")
@@ -98,7 +99,8 @@ class Child:
         return ChildError("crashed", f"its process ended with exit code {code}")
 
 
-_children: dict[int, Child] = {}
+_children: dict[tuple[int, int], Child] = {}
+_ended = threading.Event()
 
 
 def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int) -> dict[str, Any]:
@@ -106,7 +108,10 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
 
     This is the task that Dask workers run: plain data in, plain data out.
     """
-    child = _children.setdefault(threading.get_ident(), Child(address_space_bytes))
+    if _ended.is_set():
+        raise RuntimeError("the run has ended")
+    command = ("-P", "-m", "photon_pipelines.child", str(address_space_bytes))  # -P: no imports from the working folder
+    child = _children.setdefault((threading.get_ident(), address_space_bytes), Child(*command))
     try:
         reply = child.ask(job, timeout_s)
     except ChildError as error:
@@ -116,10 +121,16 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     return reply
 
 
+def allow_children() -> None:
+    """Let jobs start children in this process (again)."""
+    _ended.clear()
+
+
 def end_children() -> None:
-    """Kill every child of this process."""
-    for child in list(_children.values()):
-        child.kill()
+    """Kill every child of this process at once, and let queued jobs start none."""
+    _ended.set()
+    while _children:
+        _children.popitem()[1].kill()
 
 
 def _failed(job: Job, error: ChildError) -> VolumeRecord:

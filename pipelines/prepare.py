@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -91,10 +92,11 @@ def run_plan(
     sweep(out)
     records, clock = list(todo.done), _Snapshots(out, todo.kept)
     try:
-        for record in execute(todo.jobs, workers):
-            records.append(record)
-            on_record(record)
-            clock.maybe_write(records)
+        with closing(execute(todo.jobs, workers)) as done:
+            for record in done:
+                records.append(record)
+                on_record(record)
+                clock.maybe_write(records)
     finally:
         outcome = Outcome(records, todo.kept)
         write_records(out, outcome.rows)
