@@ -113,7 +113,7 @@ def _client(workers: Workers) -> Iterator[Client]:
                 threads_per_worker=workers.local_count(),
                 processes=False,
                 memory_limit=0,  # the memory is the children's, and they are limited
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
             )
             stack.enter_context(cluster)
             client = stack.enter_context(Client(cluster))

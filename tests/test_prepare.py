@@ -79,7 +79,7 @@ def test_bytes_do_not_depend_on_workers_scheduler_or_order(source, tmp_path):
     prepare(order(source, tmp_path / "two"), TWO, Watcher())
     for found in reversed(find_scans(source).sources):
         run(Job(found, str(tmp_path / "bare"), SMALL))
-    with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address="127.0.0.1:0") as cluster:
         prepare(order(source, tmp_path / "cluster"), Workers(scheduler=cluster.scheduler_address), Watcher())
     stores = {name: digest for name, digest in digests(tmp_path / "one").items() if name.startswith("volumes")}
     assert len(stores) == 4 * 6
@@ -198,9 +198,9 @@ def test_a_run_that_is_ended_twice_goes_on_and_leaves_the_same_bytes(tmp_path, h
         process.send_signal(how)
         assert process.wait(60) == (-signal.SIGKILL if how == signal.SIGKILL else 130)
         assert len(list(out.glob("volumes/[!.]*"))) < 24
-    last = subprocess.run([*COMMAND, str(source), str(out), *SETTINGS], capture_output=True, text=True, check=True)
+    subprocess.run([*COMMAND, str(source), str(out), *SETTINGS], capture_output=True, check=True)
     subprocess.run([*COMMAND, str(source), str(straight), *SETTINGS], capture_output=True, check=True)
-    assert "0 of them done before" not in last.stdout
+    assert list(states(out).values()).count("unchanged") >= 3
     found, expected = digests(out), digests(straight)
     assert {k: v for k, v in found.items() if k.startswith("volumes")} == {
         k: v for k, v in expected.items() if k.startswith("volumes")
