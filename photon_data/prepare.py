@@ -65,7 +65,7 @@ def _refuse(probe: Probe, recipe: Recipe) -> None:
     if recipe.non_finite == "refuse":
         refuse_non_finite(probe.non_finite)
     if recipe.modality == "ct":
-        refuse_implausible(probe.sample_hu())
+        refuse_implausible(probe.sample_hu(), *probe.range_hu())
 
 
 def _facts(
