@@ -7,7 +7,7 @@ the paper's text says something else, the field's comment says how to reach it.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
@@ -39,8 +39,11 @@ class PhotonConfig(Qwen2_5_VLConfig):
     """Qwen2.5-VL's configuration and Photon's. Reads the published flat layout and writes it back."""
 
     # Both names: transformers renamed `sub_configs` to `sub_configs_defaults` after 5.17.
-    sub_configs = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}  # noqa: RUF012
-    sub_configs_defaults = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
+    sub_configs_defaults: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
+
+    text_config: Any = None
+    vision_config: Any = None
 
     # What the checkpoint holds. 1: no threshold predictor. 2: with one. `from_pretrained` sets it from the keys.
     stage: int = 1
@@ -61,7 +64,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
 
     # Instruction-conditioned token scheduling (ITS).
     threshold_max: float = 0.9  # theta = threshold_max * sigmoid(...)
-    temperature: float = 0.2  # tau in p = sigmoid((rho - theta) / tau)
+    keep_temperature: float = 0.2  # tau in p = sigmoid((rho - theta) / tau)
     # theta of a fresh predictor. Default: 0.9 sigmoid(-5), the bias the authors intended, which keeps nearly
     # everything. Their initialisation lost that bias and started at 0.45: say 0.45 to start as their runs did.
     initial_threshold: float = 0.9 / (1.0 + math.exp(5.0))
@@ -88,11 +91,15 @@ class PhotonConfig(Qwen2_5_VLConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.its_layer is None:
-            self.its_layer = int(self.text_config.num_hidden_layers / 4 - 1)
         if self.scheduler is None:
             self.scheduler = "its" if self.stage == 2 else "none"
         self._check()
+
+    @property
+    def its(self) -> int:
+        """The layer after which tokens are dropped."""
+        layers: int = self.text_config.num_hidden_layers
+        return int(layers / 4 - 1) if self.its_layer is None else self.its_layer
 
     def _check(self) -> None:
         """Raise ValueError for settings that contradict each other."""
@@ -100,7 +107,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
         _want("scheduler", self.scheduler, self.scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
         _want("intensity", self.intensity, self.intensity in INTENSITIES, f"one of {', '.join(INTENSITIES)}")
         last = self.text_config.num_hidden_layers - 1
-        _want("its_layer", self.its_layer, 0 <= self.its_layer < max(last, 1), f"a layer from 0 to {last - 1}")
+        _want("its_layer", self.its, 0 <= self.its < max(last, 1), f"a layer from 0 to {last - 1}")
         _want("keep_ratio", self.keep_ratio, 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
         inside = 0 < self.initial_threshold < self.threshold_max
         _want("initial_threshold", self.initial_threshold, inside, f"a value between 0 and {self.threshold_max}")

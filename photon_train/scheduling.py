@@ -1,6 +1,6 @@
 """Instruction-conditioned token scheduling (ITS), and the schedulers it is compared with.
 
-Legend: B rows, L tokens, V visual tokens of the longest row, H query heads, K key heads, G = H / K, Q question tokens, d = head_dim.
+Legend: B rows, L tokens, H query heads, K key heads, G = H / K, Q question tokens, d head_dim, F descriptors.
 All statistics are over the visual tokens of one row, in float32: a row never sees its batch mates.
 """
 
@@ -32,9 +32,14 @@ class SchedulingInputs(NamedTuple):
     question_BL: Tensor  # bool, True at question tokens
     body_BL: Tensor  # float, share of bright voxels in a visual token; foreground scheduler only
     phase: Phase
-    detached_B: Tensor  # bool, True where p gets no gradient (perturbed volumes, flips)
-    flip_B: Tensor  # bool, True where the complement is kept
+    perturbed_B: Tensor  # bool, True where the volume was perturbed
+    flip_B: Tensor  # bool, True where the complement is to be kept
     weight_B: Tensor  # float, the row's share in the batch loss
+
+    @property
+    def detached_B(self) -> Tensor:
+        """bool[B], True where p gets no gradient."""
+        return self.perturbed_B | self.flip_B
 
 
 class SchedulerContext(NamedTuple):
@@ -68,6 +73,19 @@ class Scheduled(NamedTuple):
     present_BM: Tensor  # bool, False at the empty slots of rows with fewer tokens
 
 
+class ThresholdMLP(nn.Module):
+    """Twelve descriptors -> one number. A module of its own for the sake of the published key names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, width), nn.GELU(), nn.Linear(width, 1))
+
+    def parameters_of_both(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return W1, b1, W2, b2."""
+        w1, b1, w2, b2 = self.mlp.parameters()
+        return w1, b1, w2, b2
+
+
 class ThresholdPredictor(nn.Module):
     """theta from twelve descriptors of a row's scores. Names as published; `pos_proj` is stored and never used."""
 
@@ -76,27 +94,26 @@ class ThresholdPredictor(nn.Module):
         hidden = config.text_config.hidden_size
         self.threshold_max = config.threshold_max
         self.initial_threshold = config.initial_threshold
-        self.predictor = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(12, hidden // 8), nn.GELU(), nn.Linear(hidden // 8, 1))})
+        self.predictor = ThresholdMLP(hidden // 8)
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
 
     @torch.no_grad()
     def initialise(self, std: float) -> None:
         """Start at `initial_threshold` whatever the scores: random first layer, zero second, its bias solved for."""
-        first, _, second = self.predictor["mlp"]
-        nn.init.normal_(first.weight, std=std)
-        nn.init.zeros_(first.bias)
-        nn.init.zeros_(second.weight)
+        w1, b1, w2, b2 = self.predictor.parameters_of_both()
         share = self.initial_threshold / self.threshold_max
-        nn.init.constant_(second.bias, math.log(share / (1.0 - share)))
+        nn.init.normal_(w1, std=std)
+        nn.init.zeros_(b1)
+        nn.init.zeros_(w2)
+        nn.init.constant_(b2, math.log(share / (1.0 - share)))
         nn.init.normal_(self.pos_proj.weight, std=std)
 
     def forward(self, features_BF: Tensor) -> Tensor:
         """Return theta float32[B] from float32[B, 12], in float32 whatever the dtype of the weights or autocast."""
-        first, _, second = self.predictor["mlp"]
+        w1, b1, w2, b2 = (p.float() for p in self.predictor.parameters_of_both())
         with torch.autocast(features_BF.device.type, enabled=False):
-            z = F.gelu(F.linear(features_BF, first.weight.float(), first.bias.float()))
-            z = F.linear(z, second.weight.float(), second.bias.float())
-        return self.threshold_max * torch.sigmoid(z.squeeze(-1))
+            z_B1 = F.linear(F.gelu(F.linear(features_BF, w1, b1)), w2, b2)
+        return self.threshold_max * torch.sigmoid(z_B1.squeeze(-1))
 
 
 Scheduler = Callable[[SchedulerContext], Selection]
@@ -105,7 +122,8 @@ Scheduler = Callable[[SchedulerContext], Selection]
 def its(context: SchedulerContext) -> Selection:
     """Keep what the question attends to: u -> rho -> p = sigmoid((rho - theta) / tau) -> keep iff p > 0.5.
 
-    A score without contrast (no or one question token) decides nothing: such a row keeps all its tokens, with a warning.
+    A score without contrast (no or one question token) decides nothing: such a row keeps all,
+    with a warning.
     """
     visual_BL, question_BL = context.inputs.visual_BL, context.inputs.question_BL
     assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
@@ -116,7 +134,7 @@ def its(context: SchedulerContext) -> Selection:
         features_BF = descriptors(score_BL, saliency_BL, visual_BL)
     threshold_B = context.predictor(features_BF)
     decided_B = _has_contrast(score_BL, visual_BL)
-    p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / context.config.temperature)
+    p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / context.config.keep_temperature)
     p_BL = torch.where(visual_BL & decided_B[:, None], p_BL, 1.0)
     return Selection(score_BL, saliency_BL, p_BL, visual_BL & (p_BL > 0.5), torch.where(decided_B, threshold_B, NEVER))
 
@@ -159,10 +177,11 @@ SCHEDULERS: dict[str, Scheduler] = {
 
 
 def instruction_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor) -> Tensor:
-    """Return u float32[B, L], 0 off the visual tokens: how well each is aligned with the question (section 3.2).
+    """Return u float32[B, L], 0 off the visual tokens: how well each is aligned with the question.
 
-    q and k are the layer's own, rotated. w_t = centrality of question token t among the question tokens; u_j = mean over
-    heads of sum over t of w_t q_t . k_j / sqrt(d). No softmax, no causal mask. Rounded to q's dtype, as when trained.
+    q and k are the layer's own, rotated. w_t = centrality of question token t among the question tokens; u_j = mean
+    over heads of sum over t of w_t q_t . k_j / sqrt(d). No softmax, no causal mask. Rounded to q's
+    dtype, as when trained.
     """
     question = gather_of(question_BL)
     scale = q_BHLd.shape[-1] ** -0.5
@@ -241,7 +260,7 @@ def _wanted(count_B1: Tensor, keep_ratio: float) -> Tensor:
 
 
 def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float | None = None) -> Selection:
-    """Return the selection of the `keep_ratio` highest scores of each row; ties in sequence order. p is 1 everywhere."""
+    """Return the selection of the `keep_ratio` highest scores of each row, ties in sequence order. p is 1."""
     visual_BL = context.inputs.visual_BL
     wanted_B1 = _wanted(visual_BL.sum(1, keepdim=True), keep_ratio or context.config.keep_ratio)
     order_BL = score_BL.masked_fill(~visual_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Surrogate gradient propagation (SGP): a gradient for the keep probability of tokens that were kept or dropped for good.
+"""Surrogate gradient propagation (SGP): a gradient for the keep probability of tokens kept or dropped for good.
 
 Legend: B rows, L tokens before pruning, M after, D features.
 """
@@ -31,7 +31,9 @@ class SurrogateRule(NamedTuple):
         return cls(**{name: getattr(config, f"sgp_{name}") for name in cls._fields})
 
 
-def prune(h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, weight_B: Tensor, kept: Gather, rule: SurrogateRule) -> Tensor:
+def prune(
+    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, weight_B: Tensor, kept: Gather, rule: SurrogateRule
+) -> Tensor:
     """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
 
     Backwards h gets the upstream gradient at the kept positions and 0 at the dropped, p gets `surrogate_gradient`.
@@ -42,9 +44,9 @@ def prune(h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, weight_B: Tensor, kept
 
 
 def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, rule: SurrogateRule) -> Tensor:
-    """Return the gradient float32[B, L] for p, 0 off the visual tokens (REFERENCE: the paper's SGP, section 3.3).
+    """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
 
-    g_BLD is the upstream gradient, 0 at dropped tokens. eta = <x, g>, standardised and clipped; direction d = 0.5 - r with
+    g_BLD is the upstream gradient, 0 at dropped tokens. eta = <x, g>, standardised and clipped; direction d = 0.5 - r,
     r = 0.5 + 0.5 tanh(z); magnitude s = sum |x g| over its mean, clipped; gradient = beta d s max(p (1 - p), floor).
     """
     xg_BLD = x_BLD.float() * g_BLD.float()
@@ -70,7 +72,7 @@ def _mean_sigma(x_BL: Tensor, visual_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Prune(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         h_BLD: Tensor,
         p_BL: Tensor,
@@ -85,7 +87,7 @@ class _Prune(torch.autograd.Function):
         return Gather(index_BM, present_BM)(h_BLD) * present_BM[..., None]
 
     @staticmethod
-    def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:
         h_BLD, p_BL, visual_BL, weight_B, index_BM, present_BM = ctx.saved_tensors
         index_BMD = index_BM[..., None].expand_as(g_BMD)
         grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * present_BM[..., None])
