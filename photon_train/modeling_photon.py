@@ -79,7 +79,7 @@ class PhotonModel(Qwen2_5_VLModel):
         Qwen2_5_VLPreTrainedModel.__init__(self, config)  # the stock __init__ would build the stock decoder
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
         self.language_model = PhotonTextModel._from_config(config.text_config, photon=config)
-        self.rope_deltas: Tensor | None = None
+        self.rope_deltas: Any = None
         self.post_init()
 
     def get_rope_index(

@@ -1,0 +1,26 @@
+"""Options of the test run."""
+
+from pathlib import Path
+
+import pytest
+from golden import Golden
+
+PARITY = Path(__file__).parent / "parity"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--parity-dir", type=Path, default=PARITY, help="golden numbers to test the model against")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The golden numbers of --parity-dir."""
+    return Golden(request.config.getoption("--parity-dir"))
