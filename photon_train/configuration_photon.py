@@ -50,7 +50,8 @@ class PhotonConfig(Qwen2_5_VLConfig):
     im_start_token_id: int = 151644
     im_end_token_id: int = 151645
 
-    # The volume the processor hands over.
+    # From a volume to what the vision tower reads.
+    stored_shape_zyx: list[int] | tuple[int, ...] = (364, 364, 364)  # 1 mm voxels; resized to model_shape_zyx
     model_shape_zyx: list[int] | tuple[int, ...] = (140, 280, 280)
     intensity: str = "minmax"  # published weights: each volume's own min and max. "window": window_hu -> [0, 1]
     window_hu: list[float] | tuple[float, ...] = (-1000.0, 1000.0)
@@ -124,6 +125,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
         flat = {
             **text,
             **{k: v for k, v in nested.items() if k != "text_config"},
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],  # the authors' class of that name
             "rope_theta": rope["rope_theta"],
             "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
         }

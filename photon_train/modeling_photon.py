@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
@@ -394,6 +396,17 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         for name in PREFILL_ONLY:
             model_kwargs.pop(name, None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+        """Refuse the reentrant kind: what a layer gets by name, or returns beside h, loses its gradient there."""
+        if gradient_checkpointing_func is None:
+            gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+            raise ValueError(
+                "gradient checkpointing without reentry wanted, which may lose the gradient of the "
+                "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
         """Return what does not depend on the question; see prefix.encode_prefix."""

@@ -56,13 +56,13 @@ class Golden:
         """What the published config.json does not say."""
         return {"im_start_token_id": self.tokens["im_start"], "im_end_token_id": self.tokens["im_end"]}
 
-    def config(self, stage: str, **settings: Any) -> PhotonConfig:
+    def config(self, which: str, **settings: Any) -> PhotonConfig:
         """The configuration of s1 or s2."""
-        return self.model(stage, **settings).config
+        return self.model(which, **settings).config
 
-    def model(self, stage: str, **settings: Any) -> PhotonForConditionalGeneration:
+    def model(self, which: str, **settings: Any) -> PhotonForConditionalGeneration:
         """A new model of s1 or s2 in float32, in eval mode."""
-        path = self.directory / "models" / stage
+        path = self.directory / "models" / which
         model = PhotonForConditionalGeneration.from_pretrained(path, **self.settings(), **settings).eval()
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = self.tokens["pad"]
