@@ -1,9 +1,9 @@
 """Options of the test run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from golden import Golden
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def golden(request: pytest.FixtureRequest) -> Golden:
+def golden(request: pytest.FixtureRequest) -> Any:
     """The golden numbers of --parity-dir."""
+    from golden import Golden  # late: tests of the data part do without torch
+
     return Golden(request.config.getoption("--parity-dir"))

@@ -1,0 +1,178 @@
+"""photon-data: raw CT scans -> verified stores and manifests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from photon_cli.exits import MISUSE, PARTIAL
+from photon_cli.options import console, edges, fail, fractions, make_recipe, pairs
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+
+SourceArgument = Annotated[Path, typer.Argument(help="A folder of scans (searched through), or one scan.")]
+OutArgument = Annotated[str, typer.Argument(help="Folder or URL (s3://...) for stores, manifests and the report.")]
+RecipeOption = Annotated[str, typer.Option(help="chest_ct, abdomen_ct or wide_ct.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Change the recipe: spacing_mm=1.5,1.5,1.5 (z, y, x). Repeatable.")]
+ModalityOption = Annotated[str | None, typer.Option(help="ct refuses intensities that are no HU; other does not look.")]
+NanOption = Annotated[str | None, typer.Option(help="refuse scans with NaN or infinite voxels, or fill those voxels.")]
+HuOption = Annotated[str, typer.Option(help="header, stored (no scaling) or a table: volume, slope, intercept.")]
+ColumnsOption = Annotated[list[str], typer.Option(help="Names in your tables: volume=VolumeName,question=Question.")]
+IdOption = Annotated[str, typer.Option(help="Volume ids from the relative path, the file name, or a hash: path, name, hash.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first N scans.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Local workers; from cores and memory if not given.")]
+SchedulerOption = Annotated[str | None, typer.Option(help="Address or scheduler file of a Dask cluster to use.")]
+TimeoutOption = Annotated[float, typer.Option(min=1, help="Seconds after which a file has failed.")]
+MemoryOption = Annotated[float | None, typer.Option(min=0, help="GB of address space per worker, 0 for no limit.")]
+VoxelsOption = Annotated[int, typer.Option(min=1, help="Refuse scans of more voxels than this.")]
+
+
+@app.command()
+def prepare(
+    source: SourceArgument,
+    out: OutArgument,
+    recipe: RecipeOption = "chest_ct",
+    settings: SetOption = [],  # noqa: B006 - typer copies it
+    questions: Annotated[Path | None, typer.Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")] = None,
+    columns: ColumnsOption = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="Shares per split where the table has none.")] = "train=0.8,val=0.1,test=0.1",
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    allow_leaks: Annotated[bool, typer.Option(help="Write manifests even if a patient is in two splits.")] = False,
+    modality: ModalityOption = None,
+    nan: NanOption = None,
+    hu_source: HuOption = "header",
+    id_from: IdOption = "path",
+    limit: LimitOption = None,
+    overwrite: Annotated[bool, typer.Option(help="Prepare again what is there.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would happen; write nothing.")] = False,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    timeout: TimeoutOption = 1800,
+    memory: MemoryOption = None,
+    max_voxels: VoxelsOption = 1_000_000_000,
+    pictures: Annotated[int, typer.Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
+) -> None:
+    """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
+    from photon_cli import prepare_command
+    from photon_data.location import Location
+    from photon_pipelines.dataset import Order
+    from photon_pipelines.execute import Workers
+
+    with edges():
+        order = Order(
+            source=_existing(source),
+            out=Location(out),
+            recipe=make_recipe(recipe, settings, modality, nan),
+            hu_source=hu_source,
+            questions=questions,
+            columns=pairs(columns, "--columns"),
+            fractions=fractions(split),
+            seed=seed,
+            allow_leaks=allow_leaks,
+            id_from=id_from,
+            limit=limit,
+            overwrite=overwrite,
+            max_voxels=max_voxels,
+            pictures=pictures,
+        )
+        crew = Workers(workers, scheduler, timeout, memory)
+        done = prepare_command.estimate(order, crew) if dry_run else prepare_command.prepare(order, crew)
+    raise typer.Exit(0 if done else PARTIAL)
+
+
+@app.command()
+def inspect(
+    source: SourceArgument,
+    recipe: RecipeOption = "chest_ct",
+    settings: SetOption = [],  # noqa: B006
+    modality: ModalityOption = None,
+    nan: NanOption = None,
+    hu_source: HuOption = "header",
+    columns: ColumnsOption = [],  # noqa: B006
+    id_from: IdOption = "path",
+    limit: LimitOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    timeout: TimeoutOption = 1800,
+    memory: MemoryOption = None,
+    max_voxels: VoxelsOption = 1_000_000_000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write one JSON row per scan here.")] = None,
+) -> None:
+    """Report what is wrong or odd with raw scans; writes no stores."""
+    from photon_cli import inspect_command
+    from photon_data.location import Location
+    from photon_pipelines.dataset import Order
+    from photon_pipelines.execute import Workers
+
+    with edges():
+        chosen = make_recipe(recipe, settings, modality, nan)
+        order = Order(
+            source=_existing(source),
+            out=Location("."),
+            recipe=chosen,
+            hu_source=hu_source,
+            columns=pairs(columns, "--columns"),
+            id_from=id_from,
+            limit=limit,
+            max_voxels=max_voxels,
+        )
+        good = inspect_command.inspect(order, Workers(workers, scheduler, timeout, memory), json_file)
+    raise typer.Exit(0 if good else PARTIAL)
+
+
+@app.command()
+def verify(out: OutArgument) -> None:
+    """Check every byte of every store against what was recorded."""
+    from photon_cli import verify_command
+    from photon_data.location import Location
+
+    with edges():
+        good = verify_command.verify(Location(out))
+    raise typer.Exit(0 if good else PARTIAL)
+
+
+@app.command()
+def show(
+    volume: Annotated[str, typer.Argument(help="A store (folder or URL), or a raw scan.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG to write; beside you, named after the volume.")
+    ] = None,
+    window: Annotated[str, typer.Option(help="full, lung, soft, bone, or low,high in HU.")] = "full",
+    at: Annotated[str | None, typer.Option(help="World point x,y,z in LPS mm; the centre if not given.")] = None,
+    size: Annotated[int, typer.Option(min=64, max=4096, help="Height of the picture's planes in pixels.")] = 480,
+) -> None:
+    """Write a picture of a volume: three planes, orientation letters, scale."""
+    from photon_cli import show_command
+
+    with edges():
+        console.print(str(show_command.show(volume, output, window, at, size)), markup=False, soft_wrap=True)
+
+
+@app.command()
+def phantom(
+    directory: Annotated[Path, typer.Argument(help="An empty or new folder.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of scans.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Make raw synthetic CTs with masks and questions whose answers are known."""
+    from photon_cli import phantom_command
+
+    with edges():
+        phantom_command.phantom(directory, n, seed)
+
+
+def _existing(source: Path) -> Path:
+    if not source.exists():
+        fail(f"A folder or file wanted, but {source} does not exist.", MISUSE)
+    return source
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

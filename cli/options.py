@@ -1,0 +1,82 @@
+"""Text of command-line options -> values; errors end the command with the exit code for misuse."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+
+from photon_cli.exits import INTERRUPTED, MISUSE, STOPPED
+
+if TYPE_CHECKING:
+    from photon_data.recipe import Recipe
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print a message on stderr and end the command."""
+    errors.print(message, style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def edges() -> Iterator[None]:
+    """Turn what can end a command early into a sentence and an exit code; SIGTERM ends it as Ctrl-C does."""
+    from photon_data.errors import Refused, UsageError
+    from photon_data.job import NO_SPACE
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (UsageError, Refused) as error:
+        fail(str(error), MISUSE)
+    except KeyboardInterrupt:
+        fail("Interrupted. What is done is kept; the same command goes on from here.", INTERRUPTED)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            fail(f"Stopped: {error.strerror}. What is done is kept.", STOPPED)
+        fail(f"Stopped: {error.strerror or error}: {error.filename or ''}", STOPPED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def pairs(texts: list[str], option: str) -> dict[str, str]:
+    """Return {"a": "b", "c": "d"} for ["a=b,c=d"] or ["a=b", "c=d"]; UsageError otherwise."""
+    from photon_data.errors import UsageError
+
+    found = {}
+    for text in (part for item in texts for part in item.split(",")):
+        key, equals, value = text.partition("=")
+        if not (key.strip() and equals and value.strip()):
+            raise UsageError(f"{option}: name=value wanted, got {text!r}")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def fractions(text: str) -> dict[str, float]:
+    """Return {"train": 0.8, ...} for "train=0.8,val=0.1,test=0.1"; UsageError otherwise."""
+    from photon_data.errors import UsageError
+
+    named = pairs([text], "--split")
+    try:
+        return {name: float(share) for name, share in named.items()}
+    except ValueError:
+        raise UsageError(f"--split: numbers like train=0.8,val=0.2 wanted, got {text!r}") from None
+
+
+def make_recipe(name: str, settings: list[str], modality: str | None, nan: str | None) -> Recipe:
+    """Return the named recipe with --set, --modality and --nan applied; UsageError for what it does not know."""
+    from photon_data.errors import UsageError
+    from photon_data.recipe import with_settings
+    from photon_pipelines.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise UsageError(f"--recipe: one of {', '.join(RECIPES)} wanted, got {name!r}")
+    extra = [f"{key}={value}" for key, value in (("modality", modality), ("non_finite", nan)) if value is not None]
+    return with_settings(RECIPES[name](), [*settings, *extra])

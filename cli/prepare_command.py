@@ -1,0 +1,96 @@
+"""The body of `photon-data prepare`: do it or estimate it, and say what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from rich.table import Table
+
+from photon_cli.exits import STOPPED
+from photon_cli.options import console, fail
+from photon_cli.progress import Show
+from photon_data.recipe import Recipe
+from photon_pipelines.dataset import Order, Result, Watcher, make_plan
+from photon_pipelines.dataset import prepare as run_order
+from photon_pipelines.execute import Stopped, Workers
+
+# Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
+SECONDS_PER_VOLUME, SECONDS_PER_MB = 0.5, 0.006
+COMPRESSED = 0.45
+FILES_PER_STORE = 6
+WORKER_GB = 0.4
+SHOWN = 10
+
+
+def prepare(order: Order, workers: Workers) -> bool:
+    """Prepare what was ordered, with progress; return whether every input has its store and every question its row."""
+    try:
+        with Show() as show:
+            result = run_order(order, workers, show.watcher)
+    except Stopped as stop:
+        fail(f"Stopped: {stop}. What is done is kept.", STOPPED)
+    _say(order, result)
+    return result.outcome.complete and not result.manifests.unmatched
+
+
+def estimate(order: Order, workers: Workers) -> bool:
+    """Print what `prepare` would do and about what it needs; nothing is written."""
+    todo, ignored = make_plan(order, Watcher())
+    megabytes = sum(job.source.bytes for job in todo.jobs) / 1e6
+    crew = workers.local_count()
+    seconds = (SECONDS_PER_VOLUME * len(todo.jobs) + SECONDS_PER_MB * megabytes) / crew
+    lines = {
+        "to prepare": f"{len(todo.jobs)} scans, {megabytes:,.0f} MB",
+        "done before": f"{len(todo.done)} scans",
+        "known to be refused": f"{sum(job.source.problem is not None for job in todo.jobs)} scans",
+        "files left alone": ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(ignored.items())) or "none",
+        "time": f"about {_duration(seconds)} with {crew} local workers" if not workers.scheduler else "depends on the cluster",
+        "memory": f"about {WORKER_GB * crew:.1f} GB for axis-aligned scans, up to {1.5 * crew:.1f} GB for oblique ones",
+        "disk": f"about {_store_mb(order.recipe) * len(todo.jobs) / 1e3:,.1f} GB in {FILES_PER_STORE * len(todo.jobs)} files",
+    }
+    table = Table(title=f"photon-data prepare {order.source} {order.out.url} (dry run)", show_header=False)
+    for name, text in lines.items():
+        table.add_row(name, text)
+    console.print(table)
+    return True
+
+
+def _store_mb(recipe: Recipe) -> float:
+    voxels = math.prod(recipe.shape_zyx) + math.prod(recipe.model_shape_zyx)
+    return 2 * voxels * COMPRESSED / 1e6
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _say(order: Order, result: Result) -> None:
+    """Print counts, the manifests, and where to look."""
+    outcome, manifests = result
+    table = Table(title=f"{sum(outcome.counts.values())} scans")
+    for state in outcome.counts:
+        table.add_column(state, justify="right")
+    table.add_row(*(str(n) for n in outcome.counts.values()))
+    console.print(table)
+    codes = Counter(record.code for record in outcome.records if not record.is_there)
+    for code, count in codes.most_common():
+        console.print(f"  {count} x {code}", markup=False)
+    if outcome.kept:
+        console.print(f"{len(outcome.kept)} volumes of earlier runs were kept, {outcome.kept[0].id} first")
+    for split, rows in manifests.rows.items():
+        console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
+    _say_unmatched(result)
+    console.print(f"{order.out.url}: see report.html, volumes.jsonl", soft_wrap=True)
+
+
+def _say_unmatched(result: Result) -> None:
+    unmatched = result.manifests.unmatched
+    if unmatched:
+        console.print(f"{len(unmatched)} questions have no row:", style="red")
+    for missing in unmatched[:SHOWN]:
+        console.print(f"  {missing.id} (volume {missing.volume}): {missing.why}", markup=False, soft_wrap=True)
+    if len(unmatched) > SHOWN:
+        console.print(f"  and {len(unmatched) - SHOWN} more")

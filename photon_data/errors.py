@@ -1,0 +1,20 @@
+"""What can be wrong with a person's data, as one exception with a code to count by and a sentence to read."""
+
+from __future__ import annotations
+
+
+class Refused(ValueError):
+    """A scan that must not become a store, and why.
+
+    `code` is a short stable slug to group by ("truncated", "hu-implausible"); `message` says what was wanted, what was
+    found and what to do. Neither may quote free text of a header: that is where patients' names live.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class UsageError(ValueError):
+    """A command, option or table that cannot be followed: wanted, found, remedy. Nothing was written."""

@@ -1,0 +1,115 @@
+"""Intensities as they stream past: statistics, voxels that are no numbers, and whether these can be Hounsfield units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from photon_data.errors import Refused
+
+# Statistics other than min and max come from a regular sample of about this many voxels.
+SAMPLE_VOXELS = 500_000
+HISTOGRAM_BINS, HISTOGRAM_RANGE = 64, (-1100.0, 1100.0)
+# Beyond this a float counts as infinite: interpolating it would overflow.
+LARGEST = 1e30
+
+AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
+LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
+
+
+class Probe:
+    """Gathers what is said of a scan's intensities from its planes, of stored values; `slope` and `intercept` make them HU."""
+
+    def __init__(self, shape_zyx: tuple[int, int, int], slope: float, intercept: float, fill: float | None) -> None:
+        self.slope, self.intercept, self.fill = slope, intercept, fill
+        self.step = max(1, round(np.cbrt(np.prod(shape_zyx, dtype=float) / SAMPLE_VOXELS)))
+        self.count = self.non_finite = 0
+        self.low, self.high = np.inf, -np.inf
+        self.samples: list[np.ndarray] = []
+
+    def look(self, plane: np.ndarray) -> np.ndarray:
+        """Return the plane to go on with: itself, or a copy in which voxels that are no numbers hold `fill` (if given)."""
+        if plane.dtype.kind == "f":
+            plane = self._finite(plane)
+        if plane.size:
+            self.low = min(self.low, float(plane.min()))
+            self.high = max(self.high, float(plane.max()))
+        if self.count % self.step == 0:
+            self.samples.append(plane[:: self.step, :: self.step].astype(np.float32))
+        self.count += 1
+        return plane
+
+    def _finite(self, plane: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            finite = np.abs(plane) < LARGEST
+        bad = plane.size - int(np.count_nonzero(finite))
+        if not bad:
+            return plane
+        self.non_finite += bad
+        return np.where(finite, plane, 0 if self.fill is None else self.fill).astype(plane.dtype)
+
+    def sample_hu(self) -> np.ndarray:
+        """Return the sampled voxels as HU, flat."""
+        return np.concatenate([s.ravel() for s in self.samples]) * np.float32(self.slope) + np.float32(self.intercept)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return min and max (exact), mean and percentiles (sampled), the count of voxels that are no numbers, a histogram."""
+        ends = sorted((self.low * self.slope + self.intercept, self.high * self.slope + self.intercept))
+        return _statistics(self.sample_hu(), ends[0], ends[1], self.non_finite)
+
+
+def volume_statistics(array: np.ndarray) -> dict[str, Any]:
+    """Return the same statistics of a finished int16 volume (without the histogram)."""
+    step = max(1, round(np.cbrt(array.size / SAMPLE_VOXELS)))
+    sample = array[::step, ::step, ::step].astype(np.float32).ravel()
+    statistics = _statistics(sample, float(array.min()), float(array.max()), 0)
+    del statistics["histogram"]
+    return statistics
+
+
+def _statistics(sample: np.ndarray, low: float, high: float, non_finite: int) -> dict[str, Any]:
+    p01, p50, p99 = np.percentile(sample, [1, 50, 99])
+    numbers = {"min": low, "max": high, "mean": float(sample.mean(dtype=float)), "p01": p01, "p50": p50, "p99": p99}
+    histogram = np.histogram(sample, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0]
+    return {**{k: round(float(v), 2) for k, v in numbers.items()}, "non_finite": non_finite, "histogram": histogram.tolist()}
+
+
+def refuse_non_finite(count: int) -> None:
+    """Raise Refused when a scan that must be finite holds `count` voxels that are not."""
+    if count:
+        raise Refused(
+            "non-finite", f"finite voxels wanted, got {count} NaN or infinite ones; --nan fill sets them to the padding value"
+        )
+
+
+def refuse_implausible(sample_hu: np.ndarray) -> None:
+    """Raise Refused when intensities cannot be Hounsfield units of a CT: scaled never, twice, or something else.
+
+    A CT shows air (AIR_HU) around or inside the body and soft tissue (TISSUE_HU). Raw values are all positive; an intercept
+    applied twice pushes tissue to -1000 and air below, or everything to about -8192. Padding far below -1000 outside of the
+    reconstruction circle is normal and is not counted against a scan that also has air and tissue.
+    """
+    low, high = float(sample_hu.min()), float(sample_hu.max())
+    absurd = float(np.mean(sample_hu < ABSURD_HU))
+    body = sample_hu[sample_hu > ABSURD_HU]
+    air, tissue = _share(body, AIR_HU), _share(body, TISSUE_HU)
+    if absurd < MOST_ABSURD and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
+        return
+    if low >= 0:
+        guess = "no value is negative, so the rescaling was never applied"
+    elif absurd >= MOST_ABSURD or (air >= LEAST_AIR and low < AIR_HU[0]):
+        guess = "the rescaling seems to have been applied twice"
+    else:
+        guess = "these are not the intensities of a CT, or they were windowed or rescaled before"
+    raise Refused(
+        "hu-implausible",
+        f"Hounsfield units wanted (air near -1000, tissue near 0), got {low:.0f} to {high:.0f} with median "
+        f"{np.median(sample_hu):.0f}, {air:.1%} air and {tissue:.1%} soft tissue: {guess}; "
+        "--hu-source gives another slope and intercept, --modality other turns this check off",
+    )
+
+
+def _share(values: np.ndarray, between: tuple[float, float]) -> float:
+    """Return the share of values within [low, high], 0 for no values."""
+    return float(np.mean((values >= between[0]) & (values <= between[1]))) if values.size else 0.0

@@ -1,0 +1,134 @@
+"""One file, start to end: source -> record. A plain function that gives the same bytes whatever runs it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from photon_data.errors import Refused
+from photon_data.fingerprint import fingerprint
+from photon_data.location import Location
+from photon_data.prepare import Rescale, prepare_volume
+from photon_data.readers import open_scan
+from photon_data.recipe import ALGORITHM, Recipe
+from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
+from photon_data.scan import MAX_VOXELS, Source
+from photon_data.store import is_whole, read_metadata, store_name, write_store
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoSpace(OSError):
+    """The output is full: nothing more can be prepared, and this says so to the whole run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides what becomes of one source.
+
+    `overwrite` prepares it even if its store is there; without `write` everything is done but the writing ("ready").
+    """
+
+    source: Source
+    out: str
+    recipe: Recipe
+    rescale: Rescale | None = None
+    max_voxels: int = MAX_VOXELS
+    overwrite: bool = False
+    write: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dict that `from_json` reads back."""
+        data = asdict(self)
+        data["source"]["files"] = [str(file) for file in self.source.files]
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Job:
+        """Return the Job that `to_json` wrote."""
+        source = Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])})
+        rescale = Rescale(*data["rescale"]) if data["rescale"] else None
+        return cls(**{**data, "source": source, "recipe": Recipe.from_json(data["recipe"]), "rescale": rescale})
+
+    def key(self, content: str) -> str:
+        """Return the hash of all that decides the store's bytes: the source's fingerprint, recipe, rescaling, algorithm."""
+        parts = [content, self.recipe.digest, self.rescale, ALGORITHM]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def record(self, state: str, **more: Any) -> VolumeRecord:
+        """Return a record of this job's source in the given state."""
+        source = self.source
+        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
+
+
+def run(job: Job) -> VolumeRecord:
+    """Return the record of the source, whose store is then there unless it was refused or failed; NoSpace if the disk is full."""
+    start = time.perf_counter()
+    try:
+        record = _prepare(job)
+    except Refused as refusal:
+        record = job.record(REFUSED, code=refusal.code, reason=refusal.message)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise NoSpace(error.errno, f"no space left for {job.out}; free some and run the same command again") from None
+        record = job.record(FAILED, code=type(error).__name__, reason=f"{error.strerror or 'input/output error'}")
+    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
+        record = job.record(FAILED, code=type(error).__name__, reason=_where(error))
+    return replace(record, seconds=round(time.perf_counter() - start, 3))
+
+
+def _prepare(job: Job) -> VolumeRecord:
+    if job.source.problem:
+        raise Refused("unreadable", job.source.problem)
+    content = fingerprint(job.source.files)
+    done = already_there(job, content)
+    if done:
+        return done
+    scan = open_scan(job.source, nifti_affine=job.recipe.nifti_affine, max_voxels=job.max_voxels)
+    prepared = prepare_volume(scan, job.recipe, job.rescale)
+    if not job.write:
+        return job.record(READY, fingerprint=content, facts=prepared.facts)
+    key, name = job.key(content), store_name(job.source.id)
+    identity = {"id": job.source.id, "key": key, "fingerprint": content, "recipe": job.recipe.to_json()}
+    written = write_store(prepared, Location(job.out), name, identity)
+    return job.record(
+        PREPARED,
+        fingerprint=content,
+        key=key,
+        store=name,
+        store_bytes=written["bytes"],
+        store_sha256=written["sha256"],
+        facts=prepared.facts,
+    )
+
+
+def already_there(job: Job, content: str) -> VolumeRecord | None:
+    """Return the record of a store that was made from just this content and recipe, None if there is none."""
+    if job.overwrite or not job.write:
+        return None
+    out, name = Location(job.out), store_name(job.source.id)
+    metadata = read_metadata(out, name)
+    if metadata is None or metadata.get("key") != job.key(content) or not is_whole(out, name, metadata):
+        return None
+    size = metadata["root_bytes"] + sum(facts["bytes"] for facts in metadata["files"].values())
+    return job.record(
+        UNCHANGED,
+        fingerprint=content,
+        key=metadata["key"],
+        store=name,
+        store_bytes=size,
+        store_sha256=metadata["sha256"],
+        facts=metadata["facts"],
+    )
+
+
+def _where(error: Exception) -> str:
+    """Return where an unforeseen error arose. Its text is left out: it may quote a header, and headers name patients."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"an unforeseen {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

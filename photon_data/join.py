@@ -1,0 +1,55 @@
+"""The name by which a table calls a volume -> the one volume that is meant, or why there is none. Never a guess."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from photon_data.records import VolumeRecord
+
+# What a scan's file name can end with and its volume's name does without.
+SCAN_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img.gz", ".img", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+
+
+def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | str]:
+    """Return a function that finds the record of a name; it returns the reason instead where the name is not one volume.
+
+    A name is compared with ids; where none is equal, with source paths; where none is equal, with source paths without the
+    scan's suffix and with file names, with suffix or without. Refused and failed volumes are found as well.
+    """
+    records = list(records)
+    levels = [
+        _index(records, lambda record: {record.id}),
+        _index(records, lambda record: {record.source}),
+        _index(records, _short_names),
+    ]
+
+    def find(name: str) -> VolumeRecord | str:
+        found = next((level[name] for level in levels if name in level), [])
+        if not found:
+            return "no such volume"
+        if len(found) > 1:
+            sources = ", ".join(record.source for record in found[:3]) + (", ..." if len(found) > 3 else "")
+            return f"ambiguous: {len(found)} volumes have this name ({sources})"
+        return found[0]
+
+    return find
+
+
+def _index(records: list[VolumeRecord], names: Callable[[VolumeRecord], set[str]]) -> dict[str, list[VolumeRecord]]:
+    index: dict[str, list[VolumeRecord]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: (record.source, record.id)):
+        for name in names(record):
+            index[name].append(record)
+    return dict(index)
+
+
+def _short_names(record: VolumeRecord) -> set[str]:
+    base = record.source.rpartition("/")[2]
+    return {_stem(record.source), base, _stem(base)}
+
+
+def _stem(name: str) -> str:
+    """Return a file name without its scan suffix: scan.v2.nii.gz -> scan.v2."""
+    suffix = next((suffix for suffix in SCAN_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]

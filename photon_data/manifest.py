@@ -1,0 +1,210 @@
+"""Questions and prepared volumes -> ms-swift rows: build, write, read. docs/manifests.md describes the rows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from photon_data.errors import UsageError
+from photon_data.join import by_name
+from photon_data.location import Location
+from photon_data.manifest_check import check_rows
+from photon_data.questions import Question
+from photon_data.records import VolumeRecord, to_jsonl
+from photon_data.splits import ALL, check_names
+from photon_data.tables import Problem, Row, read_table, refuse
+
+FOLDER = "manifests"
+SUFFIX = ".jsonl"
+VIDEO_TAG = "<video>"
+
+# Keys of Question.extra that have a column of their own; the others share "extra".
+_NAMED_EXTRAS = ("kind", "organ", "choices")
+
+PathStyle = Literal["absolute", "relative", "url"]
+
+
+class Unmatched(NamedTuple):
+    """A question without a row: its id, the volume it asked for, and why there is none."""
+
+    id: str
+    volume: str
+    why: str
+
+
+class Manifests(NamedTuple):
+    """What `build` makes.
+
+    rows        {split: rows}, by volume id, then question id; a split without rows is not there
+    unmatched   questions whose volume is not there, by question id: with the rows they make up all questions
+    unasked     ids of volumes that are there and have no question, sorted
+    """
+
+    rows: dict[str, list[dict[str, Any]]]
+    unmatched: list[Unmatched]
+    unasked: list[str]
+
+
+class Written(NamedTuple):
+    """Paths or URLs of the manifests that `write` wrote, and of those it removed since their split is no more."""
+
+    written: list[str]
+    removed: list[str]
+
+
+def build(
+    questions: Sequence[Question] | None,
+    records: Iterable[VolumeRecord],
+    *,
+    out: Path | str,
+    instruction: str,
+    dataset: str | None = None,
+    path_style: PathStyle = "absolute",
+) -> Manifests:
+    """Return the rows of every split, and what could not be joined.
+
+    Without questions every volume that is there gets one row, of split "all": the instruction, no answer. `out` is the folder
+    or URL that stores are recorded relative to; `dataset` is the first half of "channel" (the name of `out` if not given).
+    `path_style` says how a row names its store: "absolute" (for an URL, that URL), "relative" to `out`, or "url" (file://...
+    for a folder). Rows do not depend on the order of questions or records. UsageError for questions without a split
+    (`splits.assign_splits` gives them one) or with a split that cannot name a file.
+    """
+    records = sorted(records, key=lambda record: record.id)
+    there = [record for record in records if record.is_there]
+    if questions is None:
+        questions = [_default_question(record, instruction) for record in there]
+    _check_splits(questions)
+    asked, unmatched = _match(questions, records)
+    where = Location(str(out))
+    videos = {record.id: _video(record, where, path_style) for record in there}
+    dataset = dataset or where.at("").rstrip("/").rpartition("/")[2]
+    extras = sorted({name for question, _ in asked for name in question.extra} - set(_NAMED_EXTRAS))
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for question, record in asked:
+        rows[str(question.split)].append(_row(question, record.id, videos[record.id], dataset, extras))
+    seen = {record.id for _, record in asked}
+    return Manifests(dict(sorted(rows.items())), unmatched, [record.id for record in there if record.id not in seen])
+
+
+def write(manifests: Manifests, out: Path | str) -> Written:
+    """Write manifests/<split>.jsonl below the folder or URL `out`, each whole or not at all, and return what was done.
+
+    Manifests of splits that are no more are removed after the others are in place, so that no run trains on old rows;
+    files in manifests/ that are not rows of ours stay. UsageError, and nothing is written, for rows that are not sound.
+    """
+    for split, rows in manifests.rows.items():
+        problems = check_rows([Row(f"line {number}", row) for number, row in enumerate(rows, 1)], root=str(out), look=False)
+        if problems:
+            refuse(f"{FOLDER}/{split}{SUFFIX}", problems)
+    where = Location(str(out))
+    names = [f"{FOLDER}/{split}{SUFFIX}" for split in manifests.rows]
+    for name, rows in zip(names, manifests.rows.values(), strict=True):
+        where.write(name, to_jsonl(rows).encode())
+    present = [f"{FOLDER}/{name}" for name in where.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith(".")]
+    stale = [name for name in present if name not in names and _is_ours(where.read(name) or b"")]
+    for name in stale:
+        where.remove(name)
+    return Written([where.at(name) for name in names], [where.at(name) for name in stale])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a manifest; UsageError for a file that is not JSON lines throughout."""
+    table = read_table(path)
+    if table.problems:
+        refuse(path, table.problems)
+    return [row.values for row in table.rows]
+
+
+def validate(manifest: Sequence[Mapping[str, Any]] | Path, *, root: Path | str | None = None, look: bool = True) -> list[str]:
+    """Return what is wrong with rows or a file, each problem with line and id; empty for a sound manifest.
+
+    `root` is the folder that relative stores are looked for in; without one every store must be absolute or a URL. With
+    `look=False` nobody looks whether the stores are there (stores on another machine). UsageError for a file that cannot be read.
+    """
+    problems: list[Problem] = []
+    if isinstance(manifest, Path):
+        _, rows, problems = read_table(manifest)
+    else:
+        rows = [Row(f"line {number}", dict(row)) for number, row in enumerate(manifest, 1)]
+    problems = problems + check_rows(rows, root=None if root is None else str(root), look=look)
+    return [f"{problem.place}: {problem.text}" for problem in sorted(problems, key=lambda problem: problem.number)]
+
+
+def _default_question(record: VolumeRecord, instruction: str) -> Question:
+    return Question(id=record.id, volume=record.id, question=instruction, split=ALL)
+
+
+def _check_splits(questions: Sequence[Question]) -> None:
+    without = [question.id for question in questions if not question.split]
+    if without:
+        raise UsageError(
+            f"a split for every question wanted, got {len(without)} without, {without[0]!r} first; assign splits first"
+        )
+    check_names({question.split for question in questions if question.split})
+
+
+def _match(
+    questions: Sequence[Question], records: Sequence[VolumeRecord]
+) -> tuple[list[tuple[Question, VolumeRecord]], list[Unmatched]]:
+    """Return the questions with their volumes, by volume id then question id, and those without, by question id."""
+    find = by_name(records)
+    asked, unmatched = [], []
+    for question in questions:
+        found = find(question.volume)
+        if isinstance(found, VolumeRecord) and found.is_there:
+            asked.append((question, found))
+        else:
+            why = found if isinstance(found, str) else f"{found.state}: {found.reason}"
+            unmatched.append(Unmatched(question.id, question.volume, why))
+    return sorted(asked, key=lambda pair: (pair[1].id, pair[0].id)), sorted(unmatched)
+
+
+def _video(record: VolumeRecord, out: Location, path_style: PathStyle) -> str:
+    assert record.store is not None, f"{record.id} is {record.state} and has no store"
+    if path_style == "relative":
+        return record.store
+    place = out.at(record.store)
+    return Path(place).as_uri() if path_style == "url" and out.is_local else place
+
+
+def _row(question: Question, volume_id: str, video: str, dataset: str, extras: Sequence[str]) -> dict[str, Any]:
+    """Return one row; columns and their types are the same for every question of a table, whatever it lacks."""
+    messages = [{"role": "user", "content": VIDEO_TAG + question.question}]
+    if question.answer:
+        messages.append({"role": "assistant", "content": question.answer})
+    row: dict[str, Any] = {
+        "id": question.id,
+        "messages": messages,
+        "videos": [video],
+        "channel": f"{dataset}/{question.task}" if question.task else dataset,
+        "volume_id": volume_id,
+        "patient": question.patient or "",
+        "split": question.split,
+        "task": question.task or "",
+        "kind": _plain(question.extra.get("kind")),
+        "organ": _plain(question.extra.get("organ")),
+        "choices": list(question.extra.get("choices", [])),
+        "answer": question.answer or "",
+    }
+    if extras:
+        # In a key of their own: ms-swift takes a column called system, image or label for an instruction to itself.
+        row["extra"] = {name: _plain(question.extra.get(name)) for name in extras}
+    return row
+
+
+def _plain(value: Any) -> str:
+    """Return a value as text: itself, "" for null, anything else as JSON writes it."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _is_ours(content: bytes) -> bool:
+    try:
+        row = json.loads(content.partition(b"\n")[0])
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"messages", "videos", "volume_id"} <= row.keys()

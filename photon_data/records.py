@@ -1,0 +1,83 @@
+"""One row of volumes.jsonl: what became of one input file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Every input ends in exactly one of these.
+PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
+STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
+# An inspection writes nothing: what would be prepared is "ready".
+READY = "ready"
+
+
+@dataclass(frozen=True)
+class VolumeRecord:
+    """What became of one input.
+
+    source       path relative to the source folder; bytes_in and mtime_ns are those of its files together
+    fingerprint  "sha256:..." of the content of its files
+    code, reason why it was refused or failed (code: a slug to group by)
+    facts        what was measured on the way, as stored in the store too:
+                   format, dtype, slope, intercept, rescale ("header" | "stored" | "table")
+                   geometry    Geometry.to_json() of the native grid
+                   grid        Geometry.to_json() of the target grid
+                   cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of the grid
+                               outside of the scan, at the low and the high end of each world axis (L, P, S grow)
+                   hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also
+                               "histogram": counts in 64 equal bins over [-1100, 1100]
+    key          what the store was made from: fingerprint, recipe digest, rescaling, as one hash
+    store_sha256 of the store's root metadata, which record every other file of it
+    seconds      wall time of the work (None where it was done by an earlier run)
+    """
+
+    id: str
+    source: str
+    state: str
+    bytes_in: int
+    mtime_ns: int
+    fingerprint: str | None = None
+    key: str | None = None
+    code: str | None = None
+    reason: str | None = None
+    store: str | None = None
+    store_bytes: int | None = None
+    store_sha256: str | None = None
+    facts: dict[str, Any] | None = None
+    seconds: float | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the volume's store exists: it was prepared, now or earlier."""
+        return self.state in (PREPARED, UNCHANGED)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as a plain dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
+        """Return the record of a row; keys of newer versions are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in row.items() if key in known})
+
+
+def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """Return rows as JSON lines, keys in their given order, text as UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def from_jsonl(text: str) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
+    rows = []
+    # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"JSON wanted on line {number}, got {line[:80]!r} ({error.msg})") from None
+    return rows

@@ -1,0 +1,157 @@
+"""Small charts as inline SVG: coloured by the page's style, and saying in words what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from photon_data.report.page import Html, element
+
+_WIDTH, _HEIGHT = 340, 150
+_LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 22
+# Where the highest value is beyond this many times the 95th percentile, the last bar holds all that is beyond.
+_FAR = 2.5
+# Shares of voxels are drawn on a logarithmic axis that starts here.
+_LEAST_SHARE = 1e-5
+
+
+class Mark(NamedTuple):
+    """A vertical line at a value, and what it says."""
+
+    at: float
+    label: str
+
+
+class Bins(NamedTuple):
+    """Edges of equal bins on round numbers, and the number of values in each; `is_open`: the last also holds what is beyond."""
+
+    edges: np.ndarray
+    counts: np.ndarray
+    is_open: bool
+
+
+def binned(values: Sequence[float], *, include: Sequence[float] = (), most: int = 24) -> Bins:
+    """Return at most about `most` equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
+    data = np.round(np.asarray(values, float), 6)
+    far = max(_FAR * float(np.percentile(data, 95)), *include, -np.inf)
+    is_open = bool(data.max() > far > data.min() >= 0)
+    shown = np.minimum(data, far) if is_open else data
+    low, high = min(shown.min(), *include, np.inf), max(shown.max(), *include, -np.inf)
+    step = _round_step((high - low or abs(high) or 1.0) / most)
+    start = np.floor(np.round(low / step, 6))
+    count = int(np.floor(np.round(high / step, 6)) - start) + 1
+    edges = np.round((start + np.arange(count + 1)) * step, 9)
+    return Bins(edges, np.histogram(np.minimum(shown, edges[-1]), edges)[0], is_open)
+
+
+def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | None = None) -> Html:
+    """Return a figure: how many of `values` lie where, with a caption that says their range and middle."""
+    if not len(values):
+        return _figure(name, "nothing measured", Html(""))
+    bins = binned(values, include=[mark.at] if mark else [])
+    low, middle, high = (f"{v:.3g}" for v in (np.min(values), np.median(values), np.max(values)))
+    words = f"{low} to {high} {unit}, middle {middle}" if low != high else f"{low} {unit}"
+    x = _Scale(bins.edges[0], bins.edges[-1], _LEFT, _WIDTH - _RIGHT)
+    y = _Scale(0, bins.counts.max(), _HEIGHT - _BOTTOM, _TOP)
+    parts = [
+        *_bars(bins, x, y, unit),
+        _baseline(),
+        *_x_labels(_ticks(bins), x),
+        _text(_LEFT - 5, y(y.high) + 4, int(y.high), "end"),
+    ]
+    parts += [*_mark(mark, x)] if mark else []
+    return _figure(name, words, _svg(f"Histogram, {name}: {words}", *parts))
+
+
+def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) -> Html:
+    """Return a figure of the share of voxels [n] between `edges` [n + 1] HU, on a logarithmic axis."""
+    x = _Scale(edges[0], edges[-1], _LEFT, _WIDTH - _RIGHT)
+    y = _Scale(np.log10(_LEAST_SHARE), 0, _HEIGHT - _BOTTOM, _TOP)
+    labels = [_text(_LEFT - 5, y(power) + 4, text, "end") for power, text in ((0, "100%"), (-2, "1%"), (-4, ".01%"))]
+    curve = _curve(np.log10(np.maximum(shares, _LEAST_SHARE)), x, y)
+    ticks = [v for v in (-1000, -500, 0, 500, 1000) if edges[0] <= v <= edges[-1]]
+    return _figure(name, words, _svg(f"{name}: {words}", *curve, _baseline(), *_x_labels(ticks, x), *labels))
+
+
+def sparkline(counts: Sequence[float], *, words: str) -> Html:
+    """Return a histogram as a curve the height of two lines of text, logarithmic, without axes."""
+    total = float(np.sum(counts)) or 1.0
+    levels = np.log10(np.maximum(np.asarray(counts, float) / total, _LEAST_SHARE))
+    curve = _curve(levels, _Scale(0, len(counts), 0, 260), _Scale(np.log10(_LEAST_SHARE), 0, 39, 1))
+    return element("svg", *curve, viewBox="0 0 260 40", preserveAspectRatio="none", role="img", aria_label=words, class_="spark")
+
+
+class _Scale(NamedTuple):
+    """A straight line from values onto pixels."""
+
+    low: float
+    high: float
+    at_low: float
+    at_high: float
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
+        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return round(float(self.at_low + share * (self.at_high - self.at_low)), 1)
+
+
+def _round_step(least: float) -> float:
+    """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is not below `least`."""
+    power = 10.0 ** np.floor(np.log10(least))
+    return float(next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9)))
+
+
+def _ticks(bins: Bins) -> list[float]:
+    every = max(1, -(-(len(bins.edges) - 1) // 5))
+    return [float(edge) for edge in bins.edges[::every]]
+
+
+def _bars(bins: Bins, x: _Scale, y: _Scale, unit: str) -> list[Html]:
+    bars = []
+    for number, count in enumerate(bins.counts):
+        if count:
+            low, high = bins.edges[number], bins.edges[number + 1]
+            beyond = bins.is_open and number == len(bins.counts) - 1
+            words = f"{low:g} {unit} or more: {count}" if beyond else f"{low:g} to {high:g} {unit}: {count}"
+            height = max(1.0, y(0) - y(count))
+            width = max(1.0, x(high) - x(low) - 1)
+            box = {"x": x(low) + 0.5, "y": round(y(0) - height, 1), "width": round(width, 1), "height": round(height, 1)}
+            bars.append(element("rect", element("title", words), class_="bar", **box))
+    return bars
+
+
+def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Html]:
+    """Return an area and its outline over equal bins from x.low to x.high."""
+    step = (x.high - x.low) / len(levels)
+    points = " ".join(f"{x(x.low + (i + 0.5) * step)},{y(float(level))}" for i, level in enumerate(levels))
+    feet = f"{x(x.high - step / 2)},{y(y.low)} {x(x.low + step / 2)},{y(y.low)}"
+    return [element("polygon", points=f"{points} {feet}", class_="area"), element("polyline", points=points, class_="curve")]
+
+
+def _mark(mark: Mark, x: _Scale) -> list[Html]:
+    at = x(mark.at)
+    line = element("line", x1=at, x2=at, y1=_TOP - 6, y2=_HEIGHT - _BOTTOM, class_="mark")
+    return [line, _text(at, _TOP - 9, mark.label, "end" if at > _WIDTH / 2 else "start", "mark-label")]
+
+
+def _baseline() -> Html:
+    return element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="base")
+
+
+def _x_labels(values: Sequence[float], x: _Scale) -> list[Html]:
+    return [_text(x(value), _HEIGHT - 6, f"{value:g}", "middle") for value in values]
+
+
+def _text(x: float, y: float, words: object, anchor: str, class_: str | None = None) -> Html:
+    return element("text", words, x=x, y=y, text_anchor=anchor, class_=class_)
+
+
+def _svg(words: str, *parts: Html) -> Html:
+    return element("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=words)
+
+
+def _figure(name: str, words: str, drawing: Html) -> Html:
+    caption = element("figcaption", element("b", name), element("span", words))
+    return element("figure", caption, drawing, class_="panel")

@@ -1,0 +1,165 @@
+"""A volume carries its frame: voxels (z, y, x) and where each of them lies in the world, LPS millimetres."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import nibabel
+    import SimpleITK
+    import torchio
+
+# World axes are L, P, S. A letter says which way an array axis points: `LETTERS[world_axis][increasing]`.
+LETTERS = (("R", "L"), ("A", "P"), ("I", "S"))
+Triple = tuple[float, float, float]
+# RAS (NIfTI) and LPS (DICOM, ITK) differ in the sign of the first two world axes.
+RAS_LPS = np.diag([-1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of an array [z, y, x] lie.
+
+    world = origin_lps + z * steps_lps[0] + y * steps_lps[1] + x * steps_lps[2].
+
+
+    `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a. Steps need not be
+    orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
+    """
+
+    shape_zyx: tuple[int, int, int]
+    origin_lps: Triple
+    steps_lps: tuple[Triple, Triple, Triple]
+
+    @classmethod
+    def from_arrays(cls, shape_zyx: Any, origin_lps: Any, steps_lps: Any) -> Geometry:
+        """Return the Geometry of array-likes; ValueError for a step matrix that is singular or not finite."""
+        steps = np.asarray(steps_lps, float).reshape(3, 3)
+        origin = np.asarray(origin_lps, float).reshape(3)
+        if not (np.isfinite(steps).all() and np.isfinite(origin).all()) or abs(np.linalg.det(steps)) < 1e-9:
+            raise ValueError(f"finite, independent axis steps wanted, got steps {steps.tolist()}, origin {origin.tolist()}")
+        nz, ny, nx = (int(n) for n in shape_zyx)
+        return cls((nz, ny, nx), _triple(origin), (_triple(steps[0]), _triple(steps[1]), _triple(steps[2])))
+
+    @classmethod
+    def axis_aligned(cls, shape_zyx: Any, spacing_zyx_mm: Any, centre_lps: Any) -> Geometry:
+        """Return the grid with identity direction in LPS (ITK's "RAI") whose centre lies at `centre_lps`."""
+        sz, sy, sx = (float(s) for s in spacing_zyx_mm)
+        steps = np.array([[0, 0, sz], [0, sy, 0], [sx, 0, 0]])
+        origin = np.asarray(centre_lps, float) - (np.asarray(shape_zyx) - 1) / 2 @ steps
+        return cls.from_arrays(shape_zyx, origin, steps)
+
+    @property
+    def spacing_zyx_mm(self) -> Triple:
+        """Distance between neighbouring voxel centres along z, y, x."""
+        return _triple(np.linalg.norm(self.steps_lps, axis=1))
+
+    @property
+    def centre_lps(self) -> Triple:
+        """World position of the middle of the grid (between voxels where a side is even)."""
+        return _triple(self.world((np.asarray(self.shape_zyx) - 1) / 2))
+
+    @property
+    def direction_xyz(self) -> np.ndarray:
+        """ITK's direction matrix [3, 3]: column a is the unit world direction of index axis a in (x, y, z) order."""
+        return (np.asarray(self.steps_lps) / np.asarray(self.spacing_zyx_mm)[:, None])[::-1].T
+
+    @property
+    def affine_ras(self) -> np.ndarray:
+        """NIfTI's affine [4, 4]: voxel index (x, y, z) -> RAS millimetres."""
+        affine = np.eye(4)
+        affine[:3, :3] = RAS_LPS @ np.asarray(self.steps_lps)[::-1].T
+        affine[:3, 3] = RAS_LPS @ np.asarray(self.origin_lps)
+        return affine
+
+    @property
+    def orientation(self) -> str:
+        """The world direction each array axis (z, y, x) most nearly increases towards, e.g. "SPL" for our stores."""
+        best = np.abs(self.direction_xyz.T[::-1]).argmax(axis=1)
+        return "".join(LETTERS[w][int(step[w] > 0)] for w, step in zip(best, self.steps_lps, strict=True))
+
+    def world(self, index_zyx: Any) -> np.ndarray:
+        """Return the LPS position [..., 3] of (fractional) voxel indices [..., 3] in z, y, x order."""
+        return np.asarray(index_zyx, float) @ np.asarray(self.steps_lps) + np.asarray(self.origin_lps)
+
+    def index(self, world_lps: Any) -> np.ndarray:
+        """Return the fractional voxel indices [..., 3] (z, y, x) of LPS positions [..., 3]."""
+        return (np.asarray(world_lps, float) - np.asarray(self.origin_lps)) @ np.linalg.inv(np.asarray(self.steps_lps))
+
+    def corners_lps(self) -> np.ndarray:
+        """Return the eight outer corners [8, 3] of the field of view (voxel edges, not centres)."""
+        unit = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(8, 3)
+        return self.world(unit * np.asarray(self.shape_zyx) - 0.5)
+
+    def is_orthogonal(self, tolerance: float = 1e-4) -> bool:
+        """Tell whether the axes are perpendicular (cosine below `tolerance`): false for a tilted gantry."""
+        return bool(np.abs(self.direction_xyz.T @ self.direction_xyz - np.eye(3)).max() < tolerance)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dict that `from_json` reads back, with the derived spacing and orientation for people."""
+        return {
+            "shape_zyx": list(self.shape_zyx),
+            "origin_lps": list(self.origin_lps),
+            "steps_lps": [list(step) for step in self.steps_lps],
+            "spacing_zyx_mm": [round(s, 6) for s in self.spacing_zyx_mm],
+            "orientation_zyx": self.orientation,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Geometry:
+        """Return the Geometry that `to_json` wrote."""
+        return cls.from_arrays(data["shape_zyx"], data["origin_lps"], data["steps_lps"])
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels with their frame. `array_zyx` is a numpy array or anything that slices like one (a zarr array reads lazily)."""
+
+    array_zyx: Any
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        """ValueError when array and geometry disagree on the shape."""
+        if tuple(self.array_zyx.shape) != self.geometry.shape_zyx:
+            raise ValueError(f"array of shape {self.geometry.shape_zyx} wanted, got {tuple(self.array_zyx.shape)}")
+
+    def numpy(self) -> np.ndarray:
+        """Return all voxels [z, y, x] in memory."""
+        return np.asarray(self.array_zyx[...])
+
+    def to_sitk(self) -> SimpleITK.Image:
+        """Return a SimpleITK image; ValueError where its axes are not perpendicular, which ITK cannot hold."""
+        import SimpleITK as sitk
+
+        if not self.geometry.is_orthogonal():
+            raise ValueError("perpendicular axes wanted by SimpleITK, got a sheared grid; resample it first")
+        image = sitk.GetImageFromArray(self.numpy())
+        image.SetOrigin(self.geometry.origin_lps)
+        image.SetSpacing(self.geometry.spacing_zyx_mm[::-1])
+        image.SetDirection(self.geometry.direction_xyz.ravel().tolist())
+        return image
+
+    def to_nibabel(self) -> nibabel.Nifti1Image:
+        """Return a nibabel image: array axes (x, y, z), affine to RAS millimetres in sform and qform."""
+        import nibabel
+
+        image = nibabel.Nifti1Image(self.numpy().transpose(2, 1, 0), self.geometry.affine_ras)
+        image.header.set_xyzt_units("mm")
+        image.set_sform(self.geometry.affine_ras, code=1)
+        if self.geometry.is_orthogonal():
+            image.set_qform(self.geometry.affine_ras, code=1)
+        return image
+
+    def to_torchio(self) -> torchio.ScalarImage:
+        """Return a TorchIO image: tensor (1, x, y, z), affine to RAS millimetres. Needs the extra `torchio`."""
+        import torchio
+
+        return torchio.ScalarImage(tensor=self.numpy().transpose(2, 1, 0)[None].copy(), affine=self.geometry.affine_ras)
+
+
+def _triple(values: Any) -> Triple:
+    a, b, c = (float(v) for v in values)
+    return a, b, c

@@ -1,0 +1,133 @@
+"""Jobs -> records on Dask: a local cluster of threads that each own a child process, or any cluster that is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, Future, LocalCluster, wait
+from distributed.system import MEMORY_LIMIT
+
+from photon_data.job import Job
+from photon_data.records import FAILED, VolumeRecord
+from photon_pipelines.isolate import allow_children, end_children, run_isolated
+
+# A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
+WORKER_BYTES = 1_500_000_000
+LEAST_ADDRESS_SPACE = 4 << 30
+NO_WORKERS_S = 120
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on; what is done is kept."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where jobs run and what each may use.
+
+    count      local workers (None: from cores and memory)
+    scheduler  address ("tcp://host:8786") or scheduler file of a cluster to use instead
+    timeout_s  a file that takes longer has failed
+    memory_gb  address space of one worker's process (None: its share of the memory, at least 4 GiB; 0: no limit)
+    """
+
+    count: int | None = None
+    scheduler: str | None = None
+    timeout_s: float = 1800
+    memory_gb: float | None = None
+
+    def local_count(self) -> int:
+        """Return how many local workers there are."""
+        by_memory = int(0.8 * MEMORY_LIMIT / WORKER_BYTES)
+        return self.count or max(1, min(len(os.sched_getaffinity(0)), dask.system.CPU_COUNT, by_memory))
+
+    def address_space_bytes(self) -> int:
+        """Return the limit of each worker's process, 0 for none."""
+        if self.memory_gb is not None:
+            return int(self.memory_gb * 1e9)
+        return max(LEAST_ADDRESS_SPACE, MEMORY_LIMIT // self.local_count())
+
+
+def execute(jobs: Iterable[Job], workers: Workers) -> Generator[VolumeRecord, None, None]:
+    """Yield the record of every job as it ends, largest first; at most twice as many jobs are in flight as there are threads.
+
+    Raises NoSpace when the output is full and Stopped when no worker is left. Leaving the loop ends what is in flight.
+    """
+    queue = sorted(jobs, key=lambda job: -job.source.bytes)[::-1]
+    flying: dict[Future, Job] = {}
+    with _client(workers) as client:
+        places = 2 * _threads(client)
+        while queue or flying:
+            while queue and len(flying) < places:
+                job = queue.pop()
+                flying[_submit(client, job, workers)] = job
+            for future in _finished(client, flying):
+                yield _record(future, flying.pop(future))
+
+
+def _submit(client: Client, job: Job, workers: Workers) -> Future:
+    return client.submit(run_isolated, job.to_json(), workers.timeout_s, workers.address_space_bytes(), pure=False)
+
+
+def _finished(client: Client, flying: dict[Future, Job]) -> list[Future]:
+    """Wait until some of the futures are done and return those; Stopped if no worker has been there for NO_WORKERS_S."""
+    alone_since = None
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return list(wait(list(flying), timeout=2, return_when="FIRST_COMPLETED").done)
+        if _threads(client):
+            alone_since = None
+        else:
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > NO_WORKERS_S:
+                raise Stopped(
+                    f"workers wanted, none connected to the scheduler for {NO_WORKERS_S} s; start some and run it again"
+                )
+
+
+def _record(future: Future, job: Job) -> VolumeRecord:
+    """Return the record of a finished future. An error here is Dask's own (a lost worker) or NoSpace, which is raised."""
+    error = future.exception() if future.status == "error" else None
+    if isinstance(error, OSError):
+        raise error
+    if error is not None or future.status != "finished":
+        reason = "its worker was lost, and so were others that tried it" if error else "Dask cancelled it"
+        return job.record(FAILED, code="worker-lost", reason=f"{reason}; run the same command again")
+    return VolumeRecord.from_json(future.result())
+
+
+@contextlib.contextmanager
+def _client(workers: Workers) -> Iterator[Client]:
+    """Yield a client of the cluster that `workers` names; a local one ends with the block, its children at once."""
+    with contextlib.ExitStack() as stack:
+        if workers.scheduler is None:
+            cluster = LocalCluster(
+                n_workers=1,
+                threads_per_worker=workers.local_count(),
+                processes=False,
+                memory_limit=0,  # the memory is the children's, and they are limited
+                dashboard_address="127.0.0.1:0",
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster))
+            allow_children()
+            stack.callback(end_children)
+        else:
+            client = stack.enter_context(Client(**_address(workers.scheduler), timeout=30))
+            client.wait_for_workers(1, timeout=NO_WORKERS_S)
+        yield client
+
+
+def _address(scheduler: str) -> dict[str, Any]:
+    return {"scheduler_file": scheduler} if Path(scheduler).exists() else {"address": scheduler}
+
+
+def _threads(client: Client) -> int:
+    return sum(client.nthreads().values())

@@ -1,0 +1,71 @@
+"""One run at a time per output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+from photon_data.errors import UsageError
+from photon_data.location import Location
+
+NAME = ".lock"
+# An object store cannot lock. There the holder refreshes its claim, and one that was not for this long is dead.
+STALE_S = 300
+
+
+class Claim:
+    """The right to write into an output folder; `refresh` it now and then."""
+
+    def __init__(self, out: Location) -> None:
+        self.out = out
+        self.holder = {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def refresh(self) -> None:
+        """Say that this run is alive (of use on object stores only)."""
+        if not self.out.is_local:
+            self.out.write(NAME, json.dumps({**self.holder, "time": time.time()}).encode())
+
+
+@contextlib.contextmanager
+def exclusive(out: Location) -> Iterator[Claim]:
+    """Hold `out` while the block runs; UsageError when another run holds it. However a process ends, its hold ends too."""
+    if out.is_local:
+        with _locked_file(out):
+            yield Claim(out)
+        return
+    said = json.loads(out.read(NAME) or b"{}")
+    if time.time() - said.get("time", 0) < STALE_S:
+        raise _taken(out, said)
+    claim = Claim(out)
+    claim.refresh()
+    try:
+        yield claim
+    finally:
+        out.remove(NAME)
+
+
+@contextlib.contextmanager
+def _locked_file(out: Location) -> Iterator[None]:
+    out.path.mkdir(parents=True, exist_ok=True)
+    with (out.path / NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _taken(out, json.loads(file.read() or "{}")) from None
+        file.truncate(0)
+        file.write(json.dumps(Claim(out).holder))
+        file.flush()
+        yield
+
+
+def _taken(out: Location, holder: dict[str, object]) -> UsageError:
+    who = f"process {holder.get('pid')} on {holder.get('host')}"
+    return UsageError(
+        f"{out.url} to ourselves wanted, but another run ({who}) is writing there; wait for it or use another folder"
+    )

@@ -1,0 +1,177 @@
+"""A folder of raw scans -> stores, manifests and a report. Everything it leaves is whole; run it again and it goes on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from photon_data.errors import UsageError
+from photon_data.job import Job, already_there
+from photon_data.location import Location
+from photon_data.prepare import Rescale
+from photon_data.recipe import Recipe
+from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, to_jsonl
+from photon_data.scan import MAX_VOXELS, Source
+from photon_pipelines.execute import Workers, execute
+from photon_pipelines.lock import Claim
+
+VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
+# volumes.jsonl is written again at least this often; a run that is killed has to read refused files of this span again.
+SNAPSHOT_S = 30
+LIBRARIES = ("photon-ct", "numpy", "SimpleITK", "nibabel", "zarr", "numcodecs", "isal", "dask")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did: the records of its inputs, and of volumes that earlier runs left and this one did not look at."""
+
+    records: list[VolumeRecord]
+    kept: list[VolumeRecord]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many inputs ended in each state; they add up to all inputs."""
+        found = Counter(record.state for record in self.records)
+        return {state: found[state] for state in STATES}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every input has its store."""
+        return all(record.is_there for record in self.records)
+
+    @property
+    def rows(self) -> list[VolumeRecord]:
+        """All rows of volumes.jsonl, by id."""
+        return sorted([*self.records, *self.kept], key=lambda record: record.id)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: jobs to execute, and records of volumes that are there already."""
+
+    jobs: list[Job]
+    done: list[VolumeRecord]
+    kept: list[VolumeRecord]
+
+
+def plan(
+    sources: Iterable[Source],
+    out: Location,
+    recipe: Recipe,
+    rescale: Callable[[Source], Rescale | None] = lambda source: None,
+    max_voxels: int = MAX_VOXELS,
+    overwrite: bool = False,
+) -> Plan:
+    """Return what has to be done for `sources`; UsageError if the result would mix recipes. Reads, writes nothing."""
+    jobs = [Job(source, out.at(""), recipe, rescale(source), max_voxels, overwrite) for source in sources]
+    before = {record.id: record for record in read_records(out)}
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))
+    ids = {job.source.id for job in jobs}
+    kept = [replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids]
+    _refuse_mixture(kept, out, recipe)
+    return Plan([job for job, done in zip(jobs, found, strict=True) if done is None], [done for done in found if done], kept)
+
+
+def run_plan(
+    todo: Plan, out: Location, workers: Workers, on_record: Callable[[VolumeRecord], None] = lambda record: None
+) -> Outcome:
+    """Execute a plan and return its outcome; volumes.jsonl is kept up to date, also when the run is stopped or interrupted.
+
+    Call it while holding `exclusive(out)`. Raises NoSpace, Stopped, KeyboardInterrupt: everything done by then stays done.
+    """
+    sweep(out)
+    records, clock = list(todo.done), _Snapshots(out, todo.kept)
+    try:
+        with closing(execute(todo.jobs, workers)) as done:
+            for record in done:
+                records.append(record)
+                on_record(record)
+                clock.maybe_write(records)
+    finally:
+        outcome = Outcome(records, todo.kept)
+        write_records(out, outcome.rows)
+    return outcome
+
+
+class _Snapshots:
+    """Writes volumes.jsonl every SNAPSHOT_S, more rarely when writing it takes long."""
+
+    def __init__(self, out: Location, kept: Sequence[VolumeRecord]) -> None:
+        self.out, self.kept, self.claim = out, list(kept), Claim(out)
+        self.next = time.monotonic() + SNAPSHOT_S
+
+    def maybe_write(self, records: Sequence[VolumeRecord]) -> None:
+        """Write if it is time."""
+        start = time.monotonic()
+        if start < self.next:
+            return
+        self.claim.refresh()
+        write_records(self.out, Outcome(list(records), self.kept).rows)
+        end = time.monotonic()
+        self.next = end + max(SNAPSHOT_S, 20 * (end - start))
+
+
+def read_records(out: Location) -> list[VolumeRecord]:
+    """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
+    content = out.read(VOLUMES)
+    try:
+        return [VolumeRecord.from_json(row) for row in from_jsonl((content or b"").decode())]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it") from None
+
+
+def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
+    """Write volumes.jsonl, whole."""
+    out.write(VOLUMES, to_jsonl(record.to_json() for record in records).encode())
+
+
+def write_dataset(out: Location, recipe: Recipe, outcome: Outcome, source: str) -> dict[str, Any]:
+    """Write dataset.json and return what it says: recipe, digest, versions, counts."""
+    dataset = {
+        "format": 1,
+        "source": source,
+        "recipe": recipe.to_json(),
+        "digest": recipe.digest,
+        "versions": versions(),
+        "counts": {**outcome.counts, "kept": len(outcome.kept)},
+    }
+    out.write(DATASET, (json.dumps(dataset, indent=1, ensure_ascii=False) + "\n").encode())
+    return dataset
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that made the bytes."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def sweep(out: Location) -> None:
+    """Remove what a killed run left half-written. Call it only while holding `exclusive(out)`."""
+    for folder in ("volumes", "manifests", ""):
+        for name in out.names(folder):
+            if name.startswith(".") and name.endswith(".partial"):
+                out.remove(str(Path(folder, name)))
+
+
+def _unchanged(job: Job, before: VolumeRecord | None) -> VolumeRecord | None:
+    """Return the record of a finished store whose source still has the size and time that volumes.jsonl recorded."""
+    same = before and before.fingerprint and (before.bytes_in, before.mtime_ns) == (job.source.bytes, job.source.mtime_ns)
+    return already_there(job, before.fingerprint) if before and before.fingerprint and same else None
+
+
+def _refuse_mixture(kept: Sequence[VolumeRecord], out: Location, recipe: Recipe) -> None:
+    digest = json.loads(out.read(DATASET) or b"{}").get("digest", recipe.digest)
+    if kept and digest != recipe.digest:
+        raise UsageError(
+            f"one recipe per folder wanted, but {out.url} holds {len(kept)} volumes of another recipe (digest {digest}) "
+            f"that are not among these inputs, {kept[0].id} first; use another folder, or prepare all of them again"
+        )

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+from scans import as_scan, ct_like, frame
+
+from photon_data.errors import Refused
+from photon_data.hounsfield import Probe, refuse_implausible
+from photon_data.prepare import prepare_volume
+from photon_data.recipe import Recipe
+
+SHAPE = (24, 30, 36)
+CT = Recipe(shape_zyx=(20, 20, 20), model_shape_zyx=(10, 10, 10))
+
+
+def prepare(array, **rescale):
+    return prepare_volume(as_scan(array, frame(array.shape), **rescale), CT)
+
+
+def circle_padded(value):
+    """A CT whose corners outside of the reconstruction circle hold a padding value, as scanners write it."""
+    array = ct_like(SHAPE)
+    y, x = np.mgrid[-1 : 1 : SHAPE[1] * 1j, -1 : 1 : SHAPE[2] * 1j]
+    array[:, x**2 + y**2 > 1] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    "array",
+    [ct_like(SHAPE), ct_like(SHAPE).clip(-1000, 1000), circle_padded(-2000), circle_padded(-3024), circle_padded(-8192)],
+    ids=["scanner", "clipped", "padded -2000", "padded -3024", "padded -8192"],
+)
+def test_hounsfield_units_as_scanners_and_data_sets_write_them_are_accepted(array):
+    assert prepare(array).volume.array_zyx.min() == -1000
+
+
+@pytest.mark.parametrize(
+    ("array", "rescale", "said"),
+    [
+        (ct_like(SHAPE) + 1024, {}, "never applied"),
+        (ct_like(SHAPE), {"slope": 1.0, "intercept": -1024.0}, "applied twice"),
+        (ct_like(SHAPE), {"slope": 1.0, "intercept": -8192.0}, "applied twice"),
+        (ct_like(SHAPE) + 1024, {"slope": 1.0, "intercept": -8192.0}, "applied twice"),
+        (circle_padded(-3024) + np.int16(1024), {}, "not the intensities of a CT"),
+        (ct_like(SHAPE).clip(-160, 240), {}, "not the intensities of a CT"),
+        (((ct_like(SHAPE).clip(-1000, 1000) + 1000) // 8).astype(np.uint8), {}, "never applied"),
+        (np.full(SHAPE, -1000, np.int16), {}, "not the intensities of a CT"),
+        (np.zeros(SHAPE, np.int16), {}, "never applied"),
+    ],
+    ids=[
+        "raw",
+        "twice -1024",
+        "twice -8192",
+        "raw with -8192",
+        "raw with padding",
+        "windowed",
+        "8 bit",
+        "only air",
+        "only zeros",
+    ],
+)
+def test_what_cannot_be_hounsfield_units_is_refused_with_a_guess_why(array, rescale, said):
+    with pytest.raises(Refused, match=said) as refusal:
+        prepare(array, **rescale)
+    assert refusal.value.code == "hu-implausible"
+
+
+def test_with_modality_other_nothing_is_said_about_intensities():
+    recipe = Recipe(**{**CT.to_json(), "modality": "other"})
+    array = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
+    assert prepare_volume(as_scan(array, frame(SHAPE)), recipe).volume.array_zyx.max() > 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
+def test_voxels_that_are_no_numbers_are_counted_and_refused_or_filled_as_told(bad):
+    array = ct_like(SHAPE).astype(np.float32)
+    array[3, 4, 5] = array[12, 15, 18] = bad
+    with pytest.raises(Refused, match="got 2 NaN or infinite"):
+        prepare(array)
+    fill = Recipe(**{**CT.to_json(), "non_finite": "fill"})
+    filled = prepare_volume(as_scan(array, frame(SHAPE)), fill)
+    assert filled.facts["hu_before"]["non_finite"] == 2
+    padded = np.where(np.isfinite(array) & (abs(array) < 1e30), array, -1000)
+    assert np.array_equal(filled.volume.array_zyx, prepare(padded).volume.array_zyx)
+
+
+def test_filled_voxels_hold_the_padding_value_in_hu_whatever_the_rescaling():
+    array = np.full((8, 8, 8), np.nan, np.float32)
+    recipe = Recipe(**{**CT.to_json(), "non_finite": "fill", "modality": "other", "pad_hu": -500.0})
+    volume = prepare_volume(as_scan(array, frame((8, 8, 8)), 2.0, -1024.0), recipe).volume.array_zyx
+    assert set(np.unique(volume)) == {-500}
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (2.0, -1024.0), (-1.0, 5.0)])
+def test_statistics_equal_numpys_where_every_voxel_is_sampled(slope, intercept):
+    stored = ct_like((10, 20, 30))
+    probe = Probe(stored.shape, slope, intercept, None)
+    for plane in stored:
+        probe.look(plane)
+    hu = stored.astype(float) * slope + intercept
+    statistics = probe.statistics()
+    assert (statistics["min"], statistics["max"]) == (hu.min(), hu.max())
+    assert abs(statistics["mean"] - hu.mean()) < 0.01
+    assert abs(statistics["p99"] - np.percentile(hu, 99)) < 0.01
+    assert sum(statistics["histogram"]) == ((hu >= -1100) & (hu <= 1100)).sum()
+
+
+def test_a_large_scan_is_sampled_evenly_and_its_extremes_are_found_all_the_same():
+    probe = Probe((160, 160, 160), 1.0, 0.0, None)
+    for k in range(160):
+        plane = np.full((160, 160), k, np.int16)
+        if k == 101:
+            plane[77, 33] = 9999
+        probe.look(plane)
+    assert len(probe.sample_hu()) < 1_000_000
+    assert probe.statistics()["max"] == 9999
+    assert abs(probe.statistics()["mean"] - 79.5) < 1
+
+
+def test_air_and_tissue_shares_are_of_the_body_not_of_the_padding():
+    sample = np.concatenate([np.full(8000, -8192.0), np.full(1500, -1000.0), np.full(500, 40.0)])
+    refuse_implausible(sample)
+    with pytest.raises(Refused):
+        refuse_implausible(np.full(10_000, -8192.0))

@@ -1,0 +1,301 @@
+"""Manifests: no question lost, none guessed, the same bytes from any order, and strict about what ms-swift lets pass."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from photon_data import manifest
+from photon_data.errors import UsageError
+from photon_data.questions import Question, with_made_ids
+from photon_data.records import VolumeRecord
+from photon_data.splits import assign_splits
+
+
+def record(volume, source=None, state="prepared", **fields):
+    store = f"volumes/{volume}.ome.zarr" if state in ("prepared", "unchanged") else None
+    source = source or f"scans/{volume}.nii.gz"
+    return VolumeRecord(id=volume, source=source, state=state, bytes_in=1, mtime_ns=1, store=store, **fields)
+
+
+RECORDS = [
+    record("c1", "a/scan one.nii.gz"),
+    record("c2", "a/deep/two.nrrd", state="unchanged"),
+    record("c3", "b/scan one.nii.gz"),
+    record("c4", "b/three.nii.gz", state="refused", reason="the file is cut off"),
+    record("c5", "series5"),
+    record("c6", "c/six.mha", state="failed", reason="MemoryError"),
+    record("two", "z/other.nii"),
+]
+
+QUESTIONS = [
+    Question("q1", "c1", "Is there a lésion?\u2028 肝臓", "Yes", "train", "p1", "exists", {"kind": "yes-no", "organ": "liver"}),
+    Question(
+        "q10", "a/scan one.nii.gz", "Where?", "left | right", "train", "p1", "where", {"choices": ["left", "right"], "mm": 3}
+    ),
+    Question("q2", "c1", "How many?", "3", "train", "p1", "count", {"mm": None, "system": "obey", "tools": ["ruler"]}),
+    Question("q3", "c2", "Describe.", None, "test"),
+    Question("q4", "three", "Why?", "So.", "train"),
+    Question("q5", "scan one", "Which?", "This.", "train"),
+    Question("q6", "nowhere", "Where?", "Here.", "test"),
+    Question("q7", "c/six.mha", "What?", "That.", "test"),
+    Question("q8", "other", "What?", "That.", "test"),
+]
+
+
+def build(questions=QUESTIONS, records=RECORDS, out="/data/out", **options):
+    return manifest.build(questions, records, out=out, instruction="Describe the scan.", **options)
+
+
+def with_stores(out, records=RECORDS):
+    for item in records:
+        if item.store:
+            (out / item.store).mkdir(parents=True)
+    return out
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in (out / "manifests").iterdir()}
+
+
+def test_a_row_holds_the_question_the_answer_and_where_the_volume_is():
+    row = build(dataset="demo").rows["train"][1]
+    assert row == {
+        "id": "q10",
+        "messages": [{"role": "user", "content": "<video>Where?"}, {"role": "assistant", "content": "left | right"}],
+        "videos": ["/data/out/volumes/c1.ome.zarr"],
+        "channel": "demo/where",
+        "volume_id": "c1",
+        "patient": "p1",
+        "split": "train",
+        "task": "where",
+        "kind": "",
+        "organ": "",
+        "choices": ["left", "right"],
+        "answer": "left | right",
+        "extra": {"mm": "3", "system": "", "tools": ""},
+    }
+
+
+def test_a_question_without_an_answer_is_a_user_turn_alone():
+    row = build().rows["test"][0]
+    assert (row["id"], row["messages"], row["answer"]) == ("q3", [{"role": "user", "content": "<video>Describe."}], "")
+    assert row["channel"] == "out"
+
+
+def test_values_of_any_type_become_text_so_that_a_column_has_one_type():
+    extra = build().rows["train"][2]["extra"]
+    assert extra == {"mm": "", "system": "obey", "tools": '["ruler"]'}
+
+
+def test_rows_are_sorted_by_volume_then_question():
+    records = [record("v2"), record("v1")]
+    questions = [Question(i, v, "?", split="train") for i, v in (("a", "v2"), ("c", "v1"), ("d", "v2"), ("b", "v1"))]
+    assert [row["id"] for row in build(questions, records).rows["train"]] == ["b", "c", "a", "d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("c1", "c1"),
+        ("two", "two"),  # the id of one volume wins over the file name of another
+        ("two.nrrd", "c2"),
+        ("a/deep/two.nrrd", "c2"),
+        ("a/deep/two", "c2"),
+        ("series5", "c5"),
+        ("b/scan one.nii.gz", "c3"),
+        ("b/scan one", "c3"),
+        ("other.nii", "two"),
+        ("scan one.nii.gz", "ambiguous: 2 volumes have this name (a/scan one.nii.gz, b/scan one.nii.gz)"),
+        ("scan one", "ambiguous: 2 volumes have this name (a/scan one.nii.gz, b/scan one.nii.gz)"),
+        ("elsewhere/two.nrrd", "no such volume"),
+        ("two.nii", "no such volume"),
+        ("C1", "no such volume"),
+        ("three.nii.gz", "refused: the file is cut off"),
+        ("c6", "failed: MemoryError"),
+    ],
+)
+def test_a_volume_is_found_by_id_path_or_unique_file_name_and_never_guessed(name, wanted):
+    made = build([Question("q", name, "?", split="s")])
+    found = made.rows["s"][0]["volume_id"] if made.rows else made.unmatched[0].why
+    assert found == wanted
+
+
+def test_what_could_not_be_joined_is_told_by_id():
+    made = build()
+    assert made.unmatched == [
+        ("q4", "three", "refused: the file is cut off"),
+        ("q5", "scan one", "ambiguous: 2 volumes have this name (a/scan one.nii.gz, b/scan one.nii.gz)"),
+        ("q6", "nowhere", "no such volume"),
+        ("q7", "c/six.mha", "failed: MemoryError"),
+    ]
+    assert made.unasked == ["c3", "c5"]
+
+
+def many_questions(seed):
+    rng = random.Random(seed)
+    names = ["c1", "c2", "c4", "two", "scan one", "a/scan one.nii.gz", "series5", "void", "six"]
+    return with_made_ids([Question("", rng.choice(names), f"Q{rng.randrange(9)}?", rng.choice("AB")) for _ in range(200)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_question_is_lost(seed):
+    questions = assign_splits(many_questions(seed))
+    made = build(questions)
+    ids = [row["id"] for rows in made.rows.values() for row in rows] + [unmatched.id for unmatched in made.unmatched]
+    assert sorted(ids) == sorted(question.id for question in questions)
+    used = {row["volume_id"] for rows in made.rows.values() for row in rows}
+    assert sorted(used | set(made.unasked)) == ["c1", "c2", "c3", "c5", "two"]
+
+
+def test_any_order_of_questions_and_records_gives_the_same_bytes(tmp_path):
+    written = []
+    for seed in range(3):
+        rng = random.Random(seed)
+        questions = assign_splits(rng.sample(many_questions(0), k=200))
+        made = build(questions, rng.sample(RECORDS, k=len(RECORDS)))
+        manifest.write(made, tmp_path / str(seed))
+        written.append(files(tmp_path / str(seed)))
+    assert written[0] == written[1] == written[2]
+
+
+def test_questions_about_other_volumes_leave_a_row_as_it_is():
+    few = [question for question in many_questions(0) if question.volume in ("c1", "two")]
+    rows = {row["id"]: row for rows in build(assign_splits(few)).rows.values() for row in rows}
+    all_rows = {row["id"]: row for rows in build(assign_splits(many_questions(0))).rows.values() for row in rows}
+    assert rows and rows == {key: all_rows[key] for key in rows}
+
+
+def test_without_questions_every_volume_gets_the_instruction():
+    made = build(None)
+    assert list(made.rows) == ["all"]
+    assert [(row["id"], row["volume_id"]) for row in made.rows["all"]] == [(v, v) for v in ("c1", "c2", "c3", "c5", "two")]
+    assert made.rows["all"][0]["messages"] == [{"role": "user", "content": "<video>Describe the scan."}]
+    assert made[1:] == ([], [])
+    assert manifest.validate(made.rows["all"], look=False) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "style", "wanted"),
+    [
+        ("/data/my out/", "absolute", "/data/my out/volumes/c1.ome.zarr"),
+        ("/data/my out", "relative", "volumes/c1.ome.zarr"),
+        ("/data/my out", "url", "file:///data/my%20out/volumes/c1.ome.zarr"),
+        ("out", "absolute", f"{Path.cwd()}/out/volumes/c1.ome.zarr"),
+        ("memory://bucket/out/", "absolute", "memory://bucket/out/volumes/c1.ome.zarr"),
+        ("memory://bucket/out", "url", "memory://bucket/out/volumes/c1.ome.zarr"),
+    ],
+)
+def test_a_store_is_named_as_asked_for(out, style, wanted):
+    row = build(out=out, path_style=style).rows["train"][0]
+    assert row["videos"] == [wanted]
+    assert row["channel"].startswith(("my out/", "out/"))
+
+
+def test_questions_without_a_split_are_refused():
+    with pytest.raises(UsageError, match="got 1 without, 'q1' first"):
+        build([replace(QUESTIONS[0], split=None), *QUESTIONS[1:]])
+
+
+def test_what_is_written_is_read_back_and_sound(tmp_path):
+    made = build(out=with_stores(tmp_path))
+    done = manifest.write(made, tmp_path)
+    assert done == ([f"{tmp_path}/manifests/{split}.jsonl" for split in ("test", "train")], [])
+    for split, rows in made.rows.items():
+        path = tmp_path / "manifests" / f"{split}.jsonl"
+        assert manifest.read(path) == rows
+        assert manifest.validate(path) == []
+        assert path.read_bytes().count(b"\n") == len(rows)
+
+
+def test_an_object_store_holds_the_same_bytes(tmp_path):
+    made = build(out=with_stores(tmp_path))
+    manifest.write(made, tmp_path)
+    done = manifest.write(made, "memory://manifest-test/out")
+    got = {Path(url).name: fsspec.filesystem("memory").cat_file(url) for url in done.written}
+    assert got == files(tmp_path)
+
+
+def test_manifests_of_splits_that_are_no_more_go_and_other_files_stay(tmp_path):
+    manifest.write(build(out=tmp_path), tmp_path)
+    (tmp_path / "manifests" / "notes.jsonl").write_text('{"by": "hand"}\n')
+    (tmp_path / "manifests" / "README.md").write_text("by hand")
+    done = manifest.write(build(None, out=tmp_path), tmp_path)
+    assert [Path(path).name for path in done.removed] == ["test.jsonl", "train.jsonl"]
+    assert sorted(files(tmp_path)) == ["README.md", "all.jsonl", "notes.jsonl"]
+
+
+def test_rows_that_are_not_sound_are_not_written(tmp_path):
+    made = build([replace(QUESTIONS[0], question="a <video> more"), QUESTIONS[3]], out=tmp_path)
+    with pytest.raises(UsageError, match=r"manifests/train.jsonl: 1 problem .*\n  line 1: id 'q1': one <video> in a user turn"):
+        manifest.write(made, tmp_path)
+    assert not (tmp_path / "manifests").exists()
+
+
+def spoilt(**changes):
+    """Return the rows of the train manifest, the second one changed."""
+    rows = copy.deepcopy(build().rows["train"])
+    for name, value in changes.items():
+        if value is None:
+            del rows[1][name]
+        else:
+            rows[1][name] = value
+    return rows
+
+
+USER = {"role": "user", "content": "<video>Where?"}
+ANSWER = {"role": "assistant", "content": "left | right"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"id": "q1"}, "id 'q1': an id that occurs once wanted, first used at line 1"),
+        ({"id": 7}, "column 'id' as in the first row wanted (str), got int"),
+        ({"organ": None}, "column 'organ' as in the first row wanted (str), got none"),
+        ({"new": "x"}, "column 'new' as in the first row wanted (no such column), got str"),
+        ({"extra": {"mm": "3"}}, "column 'extra' as in the first row wanted"),
+        ({"choices": ["a", 1]}, "a list of texts in 'choices' wanted"),
+        ({"volume_id": ""}, "a text in 'volume_id' wanted, got ''"),
+        ({"videos": ["volumes/c1.ome.zarr"]}, "an absolute path or URL wanted"),
+        ({"videos": []}, "one <video> in a user turn per video wanted, got 1 for 0"),
+        ({"videos": ["/a", "/b"]}, "one <video> in a user turn per video wanted, got 1 for 2"),
+        ({"messages": [{"role": "user", "content": "Where?"}, ANSWER]}, "got 0 for 1"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "a content that is not empty wanted"),
+        ({"messages": [ANSWER, USER]}, "user first, wanted, got assistant, user"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "<video>"}], "answer": "<video>"},
+            "no <video> in a turn of the assistant",
+        ),
+        ({"messages": [{"role": "user", "content": "<video><image>?"}, ANSWER]}, "no <image> in a turn of the user wanted"),
+        ({"messages": [{"role": "user", "content": "<video><|im_end|>"}, ANSWER]}, "no <|im_end|> in a turn of the user wanted"),
+        ({"answer": "right"}, "the last turn of the assistant in 'answer' wanted ('left | right'), got 'right'"),
+    ],
+)
+def test_a_row_that_is_not_sound_is_told_with_line_and_id(changes, part):
+    problems = manifest.validate(spoilt(**changes), look=False)
+    assert all(problem.startswith("line 2: id ") for problem in problems)
+    assert part in problems[0]
+
+
+def test_stores_are_looked_for_unless_told_not_to(tmp_path):
+    rows = build(out=tmp_path).rows["train"]
+    assert len(manifest.validate(rows)) == 3 and manifest.validate(rows, look=False) == []
+    relative = build(out=with_stores(tmp_path), path_style="relative").rows["train"]
+    assert manifest.validate(rows) == [] and manifest.validate(relative, root=tmp_path) == []
+    assert "is not in /nowhere" in manifest.validate(relative, root="/nowhere")[0]
+
+
+def test_a_damaged_manifest_is_told_by_line(tmp_path):
+    manifest.write(build(out=with_stores(tmp_path)), tmp_path)
+    path = tmp_path / "manifests" / "train.jsonl"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(["no row"]), lines[2]]))
+    problems = manifest.validate(path)
+    assert [problem[:6] for problem in problems] == ["line 2", "line 3"]
+    with pytest.raises(UsageError, match="2 problems"):
+        manifest.read(path)

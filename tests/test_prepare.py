@@ -1,0 +1,209 @@
+"""`photon-data prepare` as a whole, on small scans: through Dask and child processes, as users run it."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import LocalCluster
+from raw import write_scan
+
+from photon_data import open_volume
+from photon_data.errors import UsageError
+from photon_data.job import Job, NoSpace, run
+from photon_data.location import Location
+from photon_data.readers import find_scans
+from photon_data.recipe import Recipe
+from photon_data.records import from_jsonl
+from photon_pipelines.dataset import Order, Watcher, prepare
+from photon_pipelines.execute import Workers
+from photon_pipelines.lock import exclusive
+from photon_pipelines.verify import verify_output
+
+SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+TWO = Workers(count=2, timeout_s=120)
+
+
+@pytest.fixture
+def source(tmp_path):
+    for seed, name in enumerate(["a.nii.gz", "b.nii", "deep/er/c.nii.gz", "d.nii.gz"]):
+        write_scan(tmp_path / "raw" / name, seed)
+    return tmp_path / "raw"
+
+
+def order(source, out, **more):
+    return Order(**{"source": source, "out": Location(str(out)), "recipe": SMALL, "pictures": 2, **more})
+
+
+def states(out):
+    rows = from_jsonl((Path(out) / "volumes.jsonl").read_text())
+    return {row["id"]: row["state"] for row in rows}
+
+
+def digests(out):
+    """SHA-256 of every file of every store and manifest."""
+    roots = [Path(out) / "volumes", Path(out) / "manifests"]
+    files = [path for root in roots for path in root.rglob("*") if path.is_file()]
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_good_and_bad_files_in_one_folder_each_end_in_one_state_and_the_good_ones_are_right(source, tmp_path):
+    whole = (source / "a.nii.gz").read_bytes()
+    (source / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (source / "empty.nii.gz").write_bytes(b"")
+    (source / "text.nii").write_text("not a scan")
+    write_scan(source / "raw-values.nii.gz", array=(np.random.default_rng(0).integers(0, 3000, (9, 10, 11)).astype(np.int16)))
+    (source / "notes.txt").write_text("left alone")
+    result = prepare(order(source, tmp_path / "out"), TWO, Watcher())
+    assert result.outcome.counts == {"prepared": 4, "unchanged": 0, "refused": 4, "failed": 0}
+    assert set(states(tmp_path / "out")) == {"a", "b", "deep__er__c", "d", "truncated", "empty", "text", "raw-values"}
+    assert not result.outcome.complete
+    rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
+    assert rows["raw-values"]["code"] == "hu-implausible"
+    assert rows["truncated"]["code"] == "truncated"
+    assert rows["a"]["facts"]["geometry"]["shape_zyx"] == [16, 24, 28]
+    assert len(list((tmp_path / "out" / "volumes").iterdir())) == 4
+    assert list(verify_output(Location(str(tmp_path / "out")))) == []
+    assert "truncated.nii.gz" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_bytes_do_not_depend_on_workers_scheduler_or_order(source, tmp_path):
+    prepare(order(source, tmp_path / "one"), Workers(count=1), Watcher())
+    prepare(order(source, tmp_path / "two"), TWO, Watcher())
+    for found in reversed(find_scans(source).sources):
+        run(Job(found, str(tmp_path / "bare"), SMALL))
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address="127.0.0.1:0") as cluster:
+        prepare(order(source, tmp_path / "cluster"), Workers(scheduler=cluster.scheduler_address), Watcher())
+    stores = {name: digest for name, digest in digests(tmp_path / "one").items() if name.startswith("volumes")}
+    assert len(stores) == 4 * 6
+    for other in ("two", "bare", "cluster"):
+        found = {name: digest for name, digest in digests(tmp_path / other).items() if name.startswith("volumes")}
+        assert found == stores, other
+
+
+def test_the_same_command_again_does_only_what_is_missing_or_changed(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    before = digests(out)
+    assert prepare(order(source, out), TWO, Watcher()).outcome.counts["unchanged"] == 4
+    os.utime(source / "b.nii")  # touched, same content
+    write_scan(source / "d.nii.gz", seed=99)
+    write_scan(source / "e.nii.gz", seed=5)
+    (out / "volumes" / "a.ome.zarr" / "0" / "c" / "0" / "0" / "0").unlink()
+    prepare(order(source, out), TWO, Watcher())
+    assert states(out) == {"a": "prepared", "b": "unchanged", "deep__er__c": "unchanged", "d": "prepared", "e": "prepared"}
+    after = digests(out)
+    changed = {name.split("/")[1] for name in before if before[name] != after[name] and name.startswith("volumes")}
+    assert changed == {"d.ome.zarr"}
+
+
+def test_another_recipe_prepares_everything_anew_and_never_mixes(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    coarse = replace(SMALL, spacing_mm=(2.0, 2.0, 2.0))
+    with pytest.raises(UsageError, match="one recipe per folder"):
+        prepare(order(source, out, recipe=coarse, limit=2), TWO, Watcher())
+    assert set(states(out).values()) == {"prepared"}
+    assert prepare(order(source, out, recipe=coarse), TWO, Watcher()).outcome.counts["prepared"] == 4
+    assert open_volume(out / "volumes" / "a.ome.zarr").geometry.spacing_zyx_mm == (2.0, 2.0, 2.0)
+    assert json.loads((out / "dataset.json").read_text())["digest"] == coarse.digest
+
+
+def test_volumes_of_earlier_runs_stay_in_the_table_and_the_manifests(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source / "deep", out), TWO, Watcher())
+    result = prepare(order(source, out, limit=1), TWO, Watcher())
+    assert [record.id for record in result.outcome.kept] == ["er__c"]
+    assert sorted(row["volume_id"] for row in result.manifests.rows["all"]) == ["a", "er__c"]
+
+
+def test_two_runs_into_one_folder_are_not_both_let_in(source, tmp_path):
+    out = Location(str(tmp_path / "out"))
+    with exclusive(out), pytest.raises(UsageError, match="another run"):
+        prepare(order(source, out.path), TWO, Watcher())
+    assert not (out.path / "volumes.jsonl").exists()
+    prepare(order(source, out.path, limit=1), TWO, Watcher())
+
+
+def test_questions_become_rows_of_prepared_volumes_and_the_rest_is_named(source, tmp_path):
+    table = tmp_path / "q.csv"
+    table.write_text("qid,scan,question,answer,split\n1,a,Is it?,Yes,train\n2,b.nii,Is it?,No,val\n3,nowhere,Is it?,No,val\n")
+    columns = {"id": "qid", "volume": "scan"}
+    result = prepare(order(source, tmp_path / "out", questions=table, columns=columns), TWO, Watcher())
+    (train,) = from_jsonl((tmp_path / "out" / "manifests" / "train.jsonl").read_text())
+    assert train["videos"] == [str(tmp_path / "out" / "volumes" / "a.ome.zarr")]
+    assert train["messages"][1] == {"role": "assistant", "content": "Yes"}
+    assert [(missing.id, missing.volume) for missing in result.manifests.unmatched] == [("3", "nowhere")]
+
+
+def test_a_table_that_leaks_patients_is_refused_before_anything_is_prepared(source, tmp_path):
+    table = tmp_path / "q.csv"
+    table.write_text("volume,question,answer,split,patient\na,Q?,Yes,train,p1\nb,Q?,No,test,p1\n")
+    with pytest.raises(UsageError, match="patient p1"):
+        prepare(order(source, tmp_path / "out", questions=table), TWO, Watcher())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(source, tmp_path):
+    table = tmp_path / "hu.csv"
+    table.write_text("volume,slope,intercept\na,1,0\nb,1,-5\n")
+    prepare(order(source, tmp_path / "out", hu_source=str(table)), TWO, Watcher())
+    assert states(tmp_path / "out") == {"a": "prepared", "b": "prepared", "d": "refused", "deep__er__c": "refused"}
+    rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
+    assert rows["b"]["facts"]["intercept"] == -5
+
+
+def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("photon_data.job.write_store", full)
+    with pytest.raises(NoSpace, match="no space left"):
+        run(Job(find_scans(source).sources[0], str(tmp_path / "out"), SMALL))
+
+
+def test_nothing_is_left_of_a_job_whose_address_space_ran_out_and_the_others_are_done(source, tmp_path):
+    big = np.zeros((300, 700, 700), np.float32)
+    big[:, :200], big[:, 200:400] = -1000, 40
+    turned = np.array([[0.8, 0.1, 0, 0], [-0.1, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    write_scan(source / "oblique.nii", array=big, affine=turned)
+    result = prepare(order(source, tmp_path / "out"), Workers(count=1, memory_gb=1.3), Watcher())
+    assert result.outcome.counts["failed"] == 1
+    assert result.outcome.counts["prepared"] == 4
+    assert len(list((tmp_path / "out" / "volumes").iterdir())) == 4
+
+
+COMMAND = [sys.executable, "-m", "photon_cli.data", "prepare"]
+SETTINGS = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "2", "--pictures", "0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_twice_goes_on_and_leaves_the_same_bytes(tmp_path, how):
+    source, out, straight = tmp_path / "raw", tmp_path / "out", tmp_path / "straight"
+    for seed in range(24):
+        write_scan(source / f"s{seed}.nii.gz", seed, shape_zyx=(120, 160, 160))
+    for _ in range(2):
+        process = subprocess.Popen([*COMMAND, str(source), str(out), *SETTINGS], stdout=subprocess.DEVNULL)
+        wanted = len(list(out.glob("volumes/[!.]*"))) + 3
+        while len(list(out.glob("volumes/[!.]*"))) < wanted and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(how)
+        assert process.wait(60) == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+        assert len(list(out.glob("volumes/[!.]*"))) < 24
+    subprocess.run([*COMMAND, str(source), str(out), *SETTINGS], capture_output=True, check=True)
+    subprocess.run([*COMMAND, str(source), str(straight), *SETTINGS], capture_output=True, check=True)
+    assert list(states(out).values()).count("unchanged") >= 3
+    found, expected = digests(out), digests(straight)
+    assert {k: v for k, v in found.items() if k.startswith("volumes")} == {
+        k: v for k, v in expected.items() if k.startswith("volumes")
+    }
+    assert not list(out.rglob("*.partial"))
+    assert list(verify_output(Location(str(out)))) == []

@@ -1,0 +1,201 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from scans import as_scan, ct_like, frame, rotated
+
+from photon_data import open_volume
+from photon_data.errors import UsageError
+from photon_data.location import Location
+from photon_data.prepare import prepare_volume
+from photon_data.recipe import Recipe
+from photon_data.store import is_whole, read_metadata, verify_store, write_store
+
+RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
+IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json()}
+NAME = "volumes/case-7.ome.zarr"
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return prepare_volume(as_scan(ct_like((20, 40, 50)), rotated(frame((20, 40, 50)), (5, 0, 10))), RECIPE)
+
+
+@pytest.fixture
+def out(tmp_path, prepared):
+    write_store(prepared, Location(str(tmp_path)), NAME, IDENTITY)
+    return Location(str(tmp_path))
+
+
+def files(folder: Path):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("grid", ["volume", "model"])
+def test_what_was_written_is_read_back_to_the_voxel_and_the_millimetre(out, prepared, grid):
+    expected = getattr(prepared, grid)
+    found = open_volume(out.path / NAME, grid)
+    assert np.array_equal(found.numpy(), expected.array_zyx)
+    assert np.array_equal(found.array_zyx[7, 3:9], expected.array_zyx[7, 3:9])
+    assert np.allclose(found.geometry.corners_lps(), expected.geometry.corners_lps(), atol=1e-9)
+
+
+def test_a_volume_is_two_files_of_data_and_four_of_metadata(out):
+    names = [path.relative_to(out.path / NAME).as_posix() for path in files(out.path / NAME)]
+    shards = ["0/c/0/0/0", "0/zarr.json", "model/0/c/0/0/0", "model/0/zarr.json"]
+    assert names == sorted([*shards, "model/zarr.json", "zarr.json"])
+
+
+def test_ome_zarr_models_accepts_both_image_groups(out):
+    ome = pytest.importorskip("ome_zarr_models.v05")
+    for folder in ("", "/model"):
+        image = ome.Image.from_zarr(zarr.open_group(f"{out.path / NAME}{folder}", mode="r"))
+        axes = image.attributes.ome.multiscales[0].axes
+        assert [(axis.name, axis.unit) for axis in axes] == [("z", "millimeter"), ("y", "millimeter"), ("x", "millimeter")]
+
+
+def test_the_array_is_sharded_checksummed_and_names_its_axes(out):
+    metadata = json.loads((out.path / NAME / "0" / "zarr.json").read_text())
+    inner = metadata["codecs"][0]["configuration"]["codecs"]
+    assert metadata["codecs"][0]["name"] == "sharding_indexed"
+    assert [codec["name"] for codec in inner][-2:] == ["blosc", "crc32c"]
+    assert metadata["dimension_names"] == ["z", "y", "x"]
+
+
+def test_ome_metadata_place_voxel_centres_in_lps_millimetres(out, prepared):
+    ome = json.loads((out.path / NAME / "zarr.json").read_text())["attributes"]["ome"]
+    (image,) = ome["multiscales"]
+    scale, translation = image["datasets"][0]["coordinateTransformations"]
+    assert ome["version"] == "0.5"
+    assert scale == {"type": "scale", "scale": [1.5, 1.0, 0.8]}
+    assert translation["translation"] == pytest.approx(prepared.volume.geometry.world((0, 0, 0))[::-1])
+    assert image["axes"][0]["orientation"]["value"] == "inferior-to-superior"
+
+
+def test_the_same_volume_gives_the_same_bytes(out, prepared, tmp_path):
+    write_store(prepared, Location(str(tmp_path)), "again/other.ome.zarr", IDENTITY)
+    first, second = out.path / NAME, tmp_path / "again/other.ome.zarr"
+    assert [path.read_bytes() for path in files(first)] == [path.read_bytes() for path in files(second)]
+
+
+def test_an_untouched_store_verifies(out):
+    root = hashlib.sha256((out.path / NAME / "zarr.json").read_bytes()).hexdigest()
+    assert list(verify_store(out, NAME, root)) == []
+
+
+@pytest.mark.parametrize("position", [0.0, 0.31, 0.77, 1.0])
+def test_a_flipped_bit_is_found_in_every_file_wherever_it_is(out, position):
+    root = hashlib.sha256((out.path / NAME / "zarr.json").read_bytes()).hexdigest()
+    for path in files(out.path / NAME):
+        content = bytearray(path.read_bytes())
+        at = int(position * (len(content) - 1))
+        content[at] ^= 4
+        path.write_bytes(content)
+        problems = list(verify_store(out, NAME, root))
+        assert len(problems) == 1, path
+        content[at] ^= 4
+        path.write_bytes(content)
+    assert list(verify_store(out, NAME, root)) == []
+
+
+def test_a_flipped_bit_in_a_shard_is_an_error_when_read_not_another_voxel(out):
+    shard = out.path / NAME / "0/c/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(Exception, match=r"(?i)checksum|crc"):
+        open_volume(out.path / NAME).numpy()
+
+
+def test_missing_and_surplus_files_are_found(out):
+    (out.path / NAME / "0/c/0/0/0").unlink()
+    (out.path / NAME / "notes.txt").write_text("x")
+    problems = list(verify_store(out, NAME))
+    assert [problem.rpartition(": ")[2] for problem in problems] == ["missing", "not part of the store"]
+    metadata = read_metadata(out, NAME)
+    assert metadata is not None
+    assert not is_whole(out, NAME, metadata)
+
+
+def test_a_store_that_lists_files_outside_of_itself_is_found_out(out):
+    root = out.path / NAME / "zarr.json"
+    metadata = json.loads(root.read_text())
+    metadata["attributes"]["photon"]["files"]["../../secret"] = {"bytes": 1, "sha256": ""}
+    root.write_text(json.dumps(metadata))
+    assert any("outside of the store" in problem for problem in verify_store(out, NAME))
+
+
+def test_a_write_that_fails_leaves_the_old_store_and_nothing_else(out, prepared, monkeypatch):
+    before = [path.read_bytes() for path in files(out.path)]
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("photon_data.store.sync_tree", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_store(prepared, out, NAME, IDENTITY)
+    assert [path.read_bytes() for path in files(out.path)] == before
+
+
+def test_a_new_store_takes_the_place_of_an_old_one(out, prepared):
+    write_store(prepared, out, NAME, {**IDENTITY, "key": "newer"})
+    metadata = read_metadata(out, NAME)
+    assert metadata is not None
+    assert metadata["key"] == "newer"
+    assert out.names("volumes") == ["case-7.ome.zarr"]
+
+
+def test_an_object_store_gets_the_root_metadata_last_and_opens_only_then(prepared):
+    out = Location("memory://bucket/out")
+    written = []
+    original = type(out.fs).pipe_file
+
+    def watch(fs, path, value, **more):
+        written.append(path)
+        return original(fs, path, value, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(out.fs), "pipe_file", watch)
+        write_store(prepared, out, NAME, IDENTITY)
+    assert written[-1].endswith(f"{NAME}/zarr.json")
+    assert len(written) == 6
+    assert list(verify_store(out, NAME)) == []
+    url = out.at(NAME)
+    assert np.array_equal(open_volume(url).numpy(), prepared.volume.array_zyx)
+    out.remove(f"{NAME}/zarr.json")
+    with pytest.raises(UsageError, match="a store of photon-data"):
+        open_volume(url)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data_type": "float64"}, "int16 array wanted"),
+        ({"shape": [100000, 100000, 100000]}, "int16 array wanted"),
+        ({"codecs": [{"name": "numcodecs.pickle"}]}, "numcodecs.pickle"),
+    ],
+)
+def test_an_array_we_would_not_write_is_refused_before_it_is_decoded(out, change, said):
+    path = out.path / NAME / "0/zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match=said):
+        open_volume(out.path / NAME)
+
+
+def test_something_else_is_not_opened(tmp_path, out):
+    shutil.copytree(out.path / NAME / "0", tmp_path / "array")
+    for path in (tmp_path / "array", tmp_path / "nothing", tmp_path):
+        with pytest.raises(UsageError, match="a store of photon-data"):
+            open_volume(path)
+
+
+def test_nothing_of_a_header_but_numbers_is_in_the_store(out):
+    metadata = read_metadata(out, NAME)
+    assert metadata is not None
+    assert set(metadata) == {"format", "id", "key", "fingerprint", "recipe", "facts", "files", "sha256", "root_bytes"}
+    texts = {value for value in metadata["facts"].values() if isinstance(value, str)}
+    assert texts == {"memory", "int16", "header"}

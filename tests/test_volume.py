@@ -1,0 +1,67 @@
+import nibabel
+import numpy as np
+import pytest
+from scans import AXIS_ORDERS, frame, rotated, to_sitk
+
+from photon_data.volume import Geometry, Volume
+
+GRIDS = [frame((4, 5, 6), AXIS_ORDERS[i]) for i in (0, 5, 13, 22, 38, 47)]
+GRIDS += [rotated(GRIDS[0], (10, 0, 0)), rotated(GRIDS[2], (7, -20, 33))]
+
+
+@pytest.mark.parametrize("geometry", GRIDS)
+def test_world_positions_equal_those_of_itk(geometry):
+    image = to_sitk(np.zeros(geometry.shape_zyx, np.int16), geometry)
+    for z, y, x in [(0, 0, 0), (3, 4, 5), (1, 0, 2)]:
+        assert np.allclose(geometry.world((z, y, x)), image.TransformIndexToPhysicalPoint((x, y, z)), atol=1e-9)
+        assert np.allclose(geometry.index(image.TransformIndexToPhysicalPoint((x, y, z))), (z, y, x), atol=1e-9)
+
+
+@pytest.mark.parametrize("geometry", GRIDS)
+def test_a_volume_handed_to_other_libraries_keeps_every_voxel_at_its_world_position(geometry):
+    array = np.random.default_rng(1).integers(-1000, 1000, geometry.shape_zyx).astype(np.int16)
+    volume = Volume(array, geometry)
+    image, nifti, tio = volume.to_sitk(), volume.to_nibabel(), volume.to_torchio()
+    for z, y, x in [(0, 0, 0), (3, 4, 5), (2, 1, 4)]:
+        at_lps = geometry.world((z, y, x))
+        assert image[image.TransformPhysicalPointToIndex(at_lps.tolist())] == array[z, y, x]
+        for affine, voxels in ((nifti.affine, np.asarray(nifti.dataobj)), (tio.affine, tio.data[0].numpy())):
+            i, j, k = np.rint(np.linalg.inv(affine) @ [-at_lps[0], -at_lps[1], at_lps[2], 1])[:3].astype(int)
+            assert voxels[i, j, k] == array[z, y, x]
+
+
+def test_an_axis_aligned_grid_has_itks_identity_direction_and_the_wanted_centre():
+    grid = Geometry.axis_aligned((4, 6, 10), (2, 1, 0.5), (7, -3, 11))
+    assert np.array_equal(grid.direction_xyz, np.eye(3))
+    # Half of (10 - 1) * 0.5, (6 - 1) * 1, (4 - 1) * 2 to the low side of the centre.
+    assert grid.origin_lps == (7 - 2.25, -3 - 2.5, 11 - 3)
+    assert nibabel.aff2axcodes(grid.affine_ras) == ("L", "P", "S")
+
+
+def test_orientation_names_the_way_each_array_axis_goes():
+    assert frame((2, 2, 2)).orientation == "SPL"
+    assert frame((2, 2, 2), ((2, 1, 0), (-1, 1, -1))).orientation == "RPI"
+
+
+def test_a_sheared_grid_is_kept_and_not_handed_to_itk():
+    sheared = Geometry.from_arrays((3, 3, 3), (0, 0, 0), ((0, 0.8, 3), (0, 1, 0), (1, 0, 0)))
+    assert not sheared.is_orthogonal()
+    with pytest.raises(ValueError, match="sheared"):
+        Volume(np.zeros((3, 3, 3)), sheared).to_sitk()
+    assert Volume(np.zeros((3, 3, 3), np.int16), sheared).to_nibabel().header["qform_code"] == 0
+
+
+@pytest.mark.parametrize("steps", [np.zeros((3, 3)), np.full((3, 3), np.nan), [[0, 0, 1], [0, 0, 2], [1, 0, 0]]])
+def test_steps_that_span_no_volume_are_refused(steps):
+    with pytest.raises(ValueError, match="wanted"):
+        Geometry.from_arrays((2, 2, 2), (0, 0, 0), steps)
+
+
+def test_an_array_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) wanted"):
+        Volume(np.zeros((4, 3, 2)), frame((2, 3, 4)))
+
+
+def test_geometry_survives_json():
+    for geometry in GRIDS:
+        assert Geometry.from_json(geometry.to_json()) == geometry
