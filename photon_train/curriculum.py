@@ -31,7 +31,5 @@ def _in_steps(start: int | float, total_steps: int | None) -> float:
     if isinstance(start, int):
         return start
     if total_steps is None:
-        raise ValueError(
-            f"total_steps wanted, got None: the curriculum starts a phase at the fraction {start}; pass it"
-        )
+        raise ValueError(f"total_steps wanted, got None: the curriculum starts a phase at the fraction {start}; pass it")
     return start * total_steps

@@ -205,7 +205,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             warn_of_undecided(selection, visual_BL)
         surrogate_p_BL = p_BL if drops else p_BL.detach()
         rule = SurrogateRule.of(self.photon)
-        h_BMD = prune(h_BLD, surrogate_p_BL, visual_BL, scheduling.weight_B, kept, rule)
+        h_BMD = prune(h_BLD, surrogate_p_BL, visual_BL, kept, rule)
         scheduled = Scheduled(
             selection.score_BL,
             selection.saliency_BL,

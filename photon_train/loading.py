@@ -88,8 +88,7 @@ def config_for(path_or_id: str, layout: Layout, stage: int | None, **settings: A
     stage = own_stage if stage is None else stage
     if stage < own_stage:
         raise ValueError(
-            f"stage {own_stage} wanted for a {layout.value} checkpoint, got {stage}; "
-            "for no pruning say scheduler='none'"
+            f"stage {own_stage} wanted for a {layout.value} checkpoint, got {stage}; for no pruning say scheduler='none'"
         )
     saved, _ = PhotonConfig.get_config_dict(path_or_id, **hub_options(settings))
     settings = {name: value for name, value in settings.items() if name not in HUB_OPTIONS}

@@ -133,9 +133,7 @@ class PhotonModel(Qwen2_5_VLModel):
         """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
         if position_ids is None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "position_ids wanted with a filled cache, got None: the cache is shorter than the text"
-                )
+                raise ValueError("position_ids wanted with a filled cache, got None: the cache is shorter than the text")
             position_ids, self.rope_deltas = self.get_rope_index(
                 input_ids,
                 mm_token_type_ids=mm_token_type_ids,
@@ -242,9 +240,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         Raises ValueError for images, and for visual tokens that do not match the volumes.
         """
         if pixel_values is not None or image_grid_thw is not None:
-            raise ValueError(
-                "a CT volume wanted (pixel_values_videos), got an image; Photon's vision tower reads 3D patches"
-            )
+            raise ValueError("a CT volume wanted (pixel_values_videos), got an image; Photon's vision tower reads 3D patches")
         if input_ids is None:
             raise ValueError("input_ids wanted, got None: visual and question tokens are found by their ids")
         if past_key_values is not None and past_key_values.get_seq_length() > 0:  # a decoding step
@@ -306,9 +302,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         no_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         perturbed_B = no_B if perturbed_B is None else perturbed_B.bool()
         if flip_B is None:
-            flip_B = (
-                (torch.rand(len(no_B)) < self.config.flip_probability).to(no_B.device) if phase is Phase.FLIP else no_B
-            )
+            flip_B = (torch.rand(len(no_B)) < self.config.flip_probability).to(no_B.device) if phase is Phase.FLIP else no_B
         present_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if question_BL is None:
             question_BL = question_mask_of(input_ids, self.config)
@@ -332,9 +326,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             bright_P = (patches_PX > self.config.foreground_level).float().mean(1)
             body_BL = body_BL.masked_scatter(visual_BL, bright_P.unflatten(0, (-1, merged)).mean(1))
         elif visual_BL.any():
-            raise ValueError(
-                "scheduler 'foreground' wants pixel_values_videos to tell body from air, got encoded volumes"
-            )
+            raise ValueError("scheduler 'foreground' wants pixel_values_videos to tell body from air, got encoded volumes")
         return body_BL
 
     def _losses(
@@ -397,7 +389,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             model_kwargs.pop(name, None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
         """Refuse the reentrant kind: what a layer gets by name, or returns beside h, loses its gradient there."""
         if gradient_checkpointing_func is None:
             gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -406,7 +400,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "gradient checkpointing without reentry wanted, which may lose the gradient of the "
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
         """Return what does not depend on the question; see prefix.encode_prefix."""

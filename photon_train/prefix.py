@@ -74,9 +74,7 @@ def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, An
     position_31P, _ = model.model.get_rope_index(ids_1P, **volumes)
     patches_PX = inputs["pixel_values_videos"].to(model.device)
     encoded = model.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
-    h_1PD, q_1HPd, k_1KPd, cache = model.model.language_model.through_its(
-        model.model.embed(ids_1P, encoded), position_31P
-    )
+    h_1PD, q_1HPd, k_1KPd, cache = model.model.language_model.through_its(model.model.embed(ids_1P, encoded), position_31P)
     visual_1P = ids_1P == model.config.video_token_id
     return Prefix(
         input_ids_1P=ids_1P,

@@ -96,6 +96,8 @@ class ThresholdPredictor(nn.Module):
         self.initial_threshold = config.initial_threshold
         self.predictor = ThresholdMLP(hidden // 8)
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
+        for layer in (*self.predictor.mlp, self.pos_proj):
+            layer._is_hf_initialized = True  # transformers leaves them to `initialise`
 
     @torch.no_grad()
     def initialise(self, std: float) -> None:
@@ -275,6 +277,4 @@ def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
     """Log the rows whose question gave no contrast. One host sync; call it where there is one already."""
     rows = (visual_BL.any(1) & selection.threshold_B.isnan()).nonzero().flatten().tolist()
     if rows:
-        logger.warning(
-            "rows %s: no visual token stands out for their question (none, or one token long): all are kept", rows
-        )
+        logger.warning("rows %s: no visual token stands out for their question (none, or one token long): all are kept", rows)

@@ -31,16 +31,13 @@ class SurrogateRule(NamedTuple):
         return cls(**{name: getattr(config, f"sgp_{name}") for name in cls._fields})
 
 
-def prune(
-    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, weight_B: Tensor, kept: Gather, rule: SurrogateRule
-) -> Tensor:
+def prune(h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, rule: SurrogateRule) -> Tensor:
     """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
 
     Backwards h gets the upstream gradient at the kept positions and 0 at the dropped, p gets `surrogate_gradient`.
-    weight_B is each row's share in the batch loss: the rule is not linear, so it sees the gradient the row would have
-    alone, and its answer is weighted instead. That is what makes a row independent of its batch mates.
     """
-    return _Prune.apply(h_BLD, p_BL, visual_BL, weight_B, kept.index_BM, kept.present_BM, rule)
+    pruned: Tensor = _Prune.apply(h_BLD, p_BL, visual_BL, kept.index_BM, kept.present_BM, rule)
+    return pruned
 
 
 def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, rule: SurrogateRule) -> Tensor:
@@ -48,6 +45,9 @@ def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Te
 
     g_BLD is the upstream gradient, 0 at dropped tokens. eta = <x, g>, standardised and clipped; direction d = 0.5 - r,
     r = 0.5 + 0.5 tanh(z); magnitude s = sum |x g| over its mean, clipped; gradient = beta d s max(p (1 - p), floor).
+
+    Both are relative to the row, so the size of the loss does not matter: a row of a batch counts as much for p as a row
+    alone, and K rows in a batch as much as K accumulated steps.
     """
     xg_BLD = x_BLD.float() * g_BLD.float()
     eta_BL = xg_BLD.sum(-1) * (-1.0 if rule.strict else 1.0)
@@ -77,22 +77,20 @@ class _Prune(torch.autograd.Function):
         h_BLD: Tensor,
         p_BL: Tensor,
         visual_BL: Tensor,
-        weight_B: Tensor,
         index_BM: Tensor,
         present_BM: Tensor,
         rule: SurrogateRule,
     ) -> Tensor:
-        ctx.save_for_backward(h_BLD, p_BL, visual_BL, weight_B, index_BM, present_BM)
+        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, present_BM)
         ctx.rule = rule
         return Gather(index_BM, present_BM)(h_BLD) * present_BM[..., None]
 
     @staticmethod
     def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:
-        h_BLD, p_BL, visual_BL, weight_B, index_BM, present_BM = ctx.saved_tensors
+        h_BLD, p_BL, visual_BL, index_BM, present_BM = ctx.saved_tensors
         index_BMD = index_BM[..., None].expand_as(g_BMD)
         grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * present_BM[..., None])
         grad_p_BL = None
         if ctx.needs_input_grad[1]:
-            alone_BLD = grad_h_BLD / weight_B.clamp_min(EPS)[:, None, None]
-            grad_p_BL = weight_B[:, None] * surrogate_gradient(h_BLD, alone_BLD, p_BL, visual_BL, ctx.rule)
-        return grad_h_BLD, grad_p_BL, None, None, None, None, None
+            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, ctx.rule)
+        return grad_h_BLD, grad_p_BL, None, None, None, None

@@ -63,7 +63,7 @@ class Golden:
     def model(self, which: str, **settings: Any) -> PhotonForConditionalGeneration:
         """A new model of s1 or s2 in float32, in eval mode."""
         path = self.directory / "models" / which
-        model = PhotonForConditionalGeneration.from_pretrained(path, **self.settings(), **settings).eval()
+        model = PhotonForConditionalGeneration.from_pretrained(path, **{**self.settings(), **settings}).eval()
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = self.tokens["pad"]
         return model
@@ -78,6 +78,4 @@ def published_name(name: str) -> str:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by published name; 0 where there is none."""
-    return {
-        published_name(name): torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
-    }
+    return {published_name(name): torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}

@@ -206,7 +206,7 @@ def test_sgp_unit(golden: Golden, strict: bool, variant: str) -> None:
     kept = gather_of(e["presence_mask"])
     x, p = e["x"].requires_grad_(), e["p_full"].requires_grad_()
     visual_BL = e["presence_mask"] if variant == "_vmNone" else e["vision_mask"]
-    out = prune(x, p, visual_BL, torch.ones(len(x)), kept, rule)
+    out = prune(x, p, visual_BL, kept, rule)
     shift = [kept.index_BM.shape[1] - int(n) for n in kept.present_BM.sum(1)]
     upstream = torch.stack([g.roll(s, 0) for g, s in zip(e["upstream_grad"], shift, strict=True)])
     out.backward(upstream * (1e-6 if variant == "_tiny" else 1.0))
