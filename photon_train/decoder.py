@@ -37,6 +37,7 @@ from photon_train.scheduling import (
     SchedulerContext,
     SchedulingInputs,
     Selection,
+    ThresholdHead,
     ThresholdPredictor,
     warn_of_undecided,
 )
@@ -101,8 +102,8 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ThresholdPredictor):
-            module.initialise(self.config.initializer_range)
+        if isinstance(module, ThresholdHead):
+            module.initialise()
         else:
             super()._init_weights(module)
 
@@ -222,9 +223,6 @@ def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
     """Shorten the first `layers` layers to the kept tokens. Raises ValueError for caches of fixed length."""
     for layer in [] if cache is None else cache.layers[:layers]:
         if not isinstance(layer, DynamicLayer):
-            raise ValueError(
-                f"a cache that can be shortened wanted (DynamicCache), got layers of type {type(layer).__name__}; "
-                "leave cache_implementation unset, or choose scheduler='none'"
-            )
+            raise ValueError(f"a cache of DynamicLayers wanted, which can be shortened, got {type(layer).__name__}")
         assert layer.keys is not None and layer.values is not None, "the layer has just run"
         layer.keys, layer.values = kept(layer.keys, dim=2), kept(layer.values, dim=2)

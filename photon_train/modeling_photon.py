@@ -243,17 +243,22 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             raise ValueError("a CT volume wanted (pixel_values_videos), got an image; Photon's vision tower reads 3D patches")
         if input_ids is None:
             raise ValueError("input_ids wanted, got None: visual and question tokens are found by their ids")
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:  # a decoding step
-            pixel_values_videos = mm_encoder_outputs = prefix = rows = None
-            schedules = False
-        else:
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:  # a decoding step: all is in the cache
+            pixel_values_videos = mm_encoder_outputs = prefix = None
+        has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
+        schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
+        if schedules and isinstance(attention_mask, dict):
+            raise ValueError(
+                "a cache that can be shortened wanted (DynamicCache), got one of fixed length; leave cache_implementation "
+                "unset, or choose scheduler='none'"
+            )
+        rows = None
+        if schedules or labels is not None:
             phase = self._phase(step, total_steps)
-            rows = self._rows(input_ids, attention_mask, labels, question_mask, perturbed, flip, phase)
-            if self.config.scheduler == "foreground":
-                body = self.body_share(rows.visual_BL, pixel_values_videos, prefix) if body is None else body
-                rows = rows._replace(body_BL=body)
-            has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
-            schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
+            rows = self._rows(input_ids, attention_mask, question_mask, perturbed, flip, phase)
+        if rows is not None and schedules and self.config.scheduler == "foreground":
+            body = self.body_share(rows.visual_BL, pixel_values_videos, prefix) if body is None else body
+            rows = rows._replace(body_BL=body)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -292,7 +297,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        labels: Tensor | None,
         question_BL: Tensor | None,
         perturbed_B: Tensor | None,
         flip_B: Tensor | None,
@@ -313,7 +317,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             phase=phase,
             perturbed_B=perturbed_B,
             flip_B=flip_B & ~perturbed_B,
-            weight_B=torch.ones_like(no_B, dtype=torch.float32) if labels is None else _shares(labels, present_BL),
         )
 
     def body_share(self, visual_BL: Tensor, patches_PX: Tensor | None, prefix: Prefix | None) -> Tensor:
@@ -350,7 +353,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             logits = self.lm_head(h_BMD)
             logits_NV = logits[rows_N, columns_N]
         losses = answer_losses(logits_NV, labels_N, rows_N, _objective(rows, scheduled))
-        band = self._band(scheduled, rows) if self.training else torch.zeros_like(losses.ce)
+        share_B = torch.bincount(rows_N, minlength=len(labels)) / max(len(rows_N), 1)
+        band = self._band(share_B, scheduled, rows) if self.training else torch.zeros_like(losses.ce)
         parts = {**losses._asdict(), "band": band}
         return {
             "loss": sum(parts.values()),
@@ -360,13 +364,13 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             "answer_rows_N": rows_N,
         }
 
-    def _band(self, scheduled: Scheduled | None, rows: SchedulingInputs) -> Tensor:
+    def _band(self, share_B: Tensor, scheduled: Scheduled | None, rows: SchedulingInputs) -> Tensor:
         """Return the band loss, 0-d, of the rows whose tokens a threshold decided and that are trained to answer."""
         if scheduled is None or rows.phase is Phase.DENSE:
-            return torch.zeros((), device=rows.weight_B.device)
+            return torch.zeros_like(share_B[0])
         counts_B = ~(rows.detached_B | scheduled.threshold_B.isnan())
         band_B = band_losses(scheduled.probability_BL, rows.visual_BL, self.config.band_low, self.config.band_high)
-        return (band_B * counts_B * rows.weight_B).sum()
+        return (band_B * counts_B * share_B).sum()
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return what transformers' generate returns. Rows may be padded on either side."""
@@ -426,12 +430,6 @@ def _targets(labels_BL: Tensor, present_BL: Tensor) -> Tensor:
     next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
     followed_BL = F.pad(present_BL[:, 1:], (0, 1)).bool()
     return next_BL.masked_fill(~(present_BL.bool() & followed_BL), IGNORED)
-
-
-def _shares(labels_BL: Tensor, present_BL: Tensor) -> Tensor:
-    """Return float32[B], each row's share of the batch's answer tokens: its weight in the loss."""
-    count_B = (_targets(labels_BL, present_BL) != IGNORED).sum(1).float()
-    return count_B / count_B.sum().clamp_min(1)
 
 
 def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:

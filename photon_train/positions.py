@@ -17,11 +17,17 @@ def row_positions(kinds: list[int], next_volume: Callable[[int], Tensor]) -> Ten
     """Return int64[3, L], the (t, h, w) positions of a row of L tokens of kind 0 (text), 1 (image) or 2 (volume).
 
     `next_volume(kind)` is called once for each run that is not text, and returns its int64[3, n] counted from 0.
+    Raises ValueError for a run of another length than its volume's.
     """
     pieces, start = [], 0
     for kind, run in itertools.groupby(kinds):
         length = sum(1 for _ in run)
         piece_3L = torch.arange(length).expand(3, -1) if kind == 0 else next_volume(kind)
+        if piece_3L.shape[1] != length:
+            raise ValueError(
+                f"{piece_3L.shape[1]} visual tokens wanted for a volume, got {length}: was the prompt cut off inside it? "
+                "Shorten the text, not the volume"
+            )
         pieces.append(piece_3L + start)
         start = int(pieces[-1].max()) + 1
     return torch.cat(pieces, dim=1)

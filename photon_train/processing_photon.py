@@ -218,7 +218,7 @@ def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:
         ]
     if messages is None:
         raise ValueError("messages wanted, got None; pass a question or chat messages")
-    if isinstance(messages, str) or (len(messages) and isinstance(messages[0], Mapping)):
+    if isinstance(messages, str) or not messages or isinstance(messages[0], Mapping):
         return [_sample(_listed(volumes), messages, "row 0")]
     per_row = [None] * len(messages) if volumes is None else volumes
     if len(per_row) != len(messages):

@@ -34,7 +34,6 @@ class SchedulingInputs(NamedTuple):
     phase: Phase
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
-    weight_B: Tensor  # float, the row's share in the batch loss
 
     @property
     def detached_B(self) -> Tensor:
@@ -73,17 +72,26 @@ class Scheduled(NamedTuple):
     present_BM: Tensor  # bool, False at the empty slots of rows with fewer tokens
 
 
+class ThresholdHead(nn.Linear):
+    """The last layer of the predictor: starts at `initial_threshold` whatever the scores are."""
+
+    def __init__(self, width: int, config: PhotonConfig) -> None:
+        super().__init__(width, 1)
+        share = config.initial_threshold / config.threshold_max
+        self.initial_bias = math.log(share / (1.0 - share))
+
+    def initialise(self) -> None:
+        """Set the weight to zero and the bias so that sigmoid gives the threshold."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+
 class ThresholdMLP(nn.Module):
     """Twelve descriptors -> one number. A module of its own for the sake of the published key names."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, config: PhotonConfig) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(12, width), nn.GELU(), nn.Linear(width, 1))
-
-    def parameters_of_both(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return W1, b1, W2, b2."""
-        w1, b1, w2, b2 = self.mlp.parameters()
-        return w1, b1, w2, b2
+        self.mlp = nn.Sequential(nn.Linear(12, width), nn.GELU(), ThresholdHead(width, config))
 
 
 class ThresholdPredictor(nn.Module):
@@ -93,26 +101,12 @@ class ThresholdPredictor(nn.Module):
         super().__init__()
         hidden = config.text_config.hidden_size
         self.threshold_max = config.threshold_max
-        self.initial_threshold = config.initial_threshold
-        self.predictor = ThresholdMLP(hidden // 8)
+        self.predictor = ThresholdMLP(hidden // 8, config)
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
-        for layer in (*self.predictor.mlp, self.pos_proj):
-            layer._is_hf_initialized = True  # transformers leaves them to `initialise`
-
-    @torch.no_grad()
-    def initialise(self, std: float) -> None:
-        """Start at `initial_threshold` whatever the scores: random first layer, zero second, its bias solved for."""
-        w1, b1, w2, b2 = self.predictor.parameters_of_both()
-        share = self.initial_threshold / self.threshold_max
-        nn.init.normal_(w1, std=std)
-        nn.init.zeros_(b1)
-        nn.init.zeros_(w2)
-        nn.init.constant_(b2, math.log(share / (1.0 - share)))
-        nn.init.normal_(self.pos_proj.weight, std=std)
 
     def forward(self, features_BF: Tensor) -> Tensor:
         """Return theta float32[B] from float32[B, 12], in float32 whatever the dtype of the weights or autocast."""
-        w1, b1, w2, b2 = (p.float() for p in self.predictor.parameters_of_both())
+        w1, b1, w2, b2 = (p.float() for p in self.predictor.mlp.parameters())
         with torch.autocast(features_BF.device.type, enabled=False):
             z_B1 = F.linear(F.gelu(F.linear(features_BF, w1, b1)), w2, b2)
         return self.threshold_max * torch.sigmoid(z_B1.squeeze(-1))
