@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from photon_data.recipe import Recipe
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=160)  # a log file has room for a table
 errors = Console(stderr=True, highlight=False)
 
 

@@ -53,10 +53,14 @@ class Probe:
         """Return the sampled voxels as HU, flat."""
         return np.concatenate([s.ravel() for s in self.samples]) * np.float32(self.slope) + np.float32(self.intercept)
 
+    def range_hu(self) -> tuple[float, float]:
+        """Return the lowest and the highest HU of all voxels."""
+        low, high = sorted((self.low * self.slope + self.intercept, self.high * self.slope + self.intercept))
+        return low, high
+
     def statistics(self) -> dict[str, Any]:
         """Return min and max (exact), mean and percentiles (sampled), the count of voxels that are no numbers, a histogram."""
-        ends = sorted((self.low * self.slope + self.intercept, self.high * self.slope + self.intercept))
-        return _statistics(self.sample_hu(), ends[0], ends[1], self.non_finite)
+        return _statistics(self.sample_hu(), *self.range_hu(), self.non_finite)
 
 
 def volume_statistics(array: np.ndarray) -> dict[str, Any]:
@@ -83,14 +87,13 @@ def refuse_non_finite(count: int) -> None:
         )
 
 
-def refuse_implausible(sample_hu: np.ndarray) -> None:
-    """Raise Refused when intensities cannot be Hounsfield units of a CT: scaled never, twice, or something else.
+def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
+    """Raise Refused when intensities, of which low and high are the ends, cannot be Hounsfield units of a CT.
 
     A CT shows air (AIR_HU) around or inside the body and soft tissue (TISSUE_HU). Raw values are all positive; an intercept
     applied twice pushes tissue to -1000 and air below, or everything to about -8192. Padding far below -1000 outside of the
     reconstruction circle is normal and is not counted against a scan that also has air and tissue.
     """
-    low, high = float(sample_hu.min()), float(sample_hu.max())
     absurd = float(np.mean(sample_hu < ABSURD_HU))
     body = sample_hu[sample_hu > ABSURD_HU]
     air, tissue = _share(body, AIR_HU), _share(body, TISSUE_HU)

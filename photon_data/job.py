@@ -73,7 +73,8 @@ def run(job: Job) -> VolumeRecord:
     try:
         record = _prepare(job)
     except Refused as refusal:
-        record = job.record(REFUSED, code=refusal.code, reason=refusal.message)
+        reason = refusal.message.removeprefix(f"{job.source.files[0].name}: ")  # the record names its source already
+        record = job.record(REFUSED, code=refusal.code, reason=reason)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise NoSpace(error.errno, f"no space left for {job.out}; free some and run the same command again") from None

@@ -38,6 +38,7 @@ def prepare_volume(scan: Scan, recipe: Recipe, rescale: Rescale | None = None) -
     `rescale` replaces the slope and intercept of the header.
     """
     grid = target_grid(scan.geometry, recipe)
+    _refuse_specks(scan.geometry, grid)
     values = _values(scan, recipe, rescale)
     probe = Probe(scan.geometry.shape_zyx, values.slope, values.intercept, values.pad_stored)
     array = resample(_watched(scan, probe), scan.geometry, grid, values, recipe)
@@ -45,6 +46,15 @@ def prepare_volume(scan: Scan, recipe: Recipe, rescale: Rescale | None = None) -
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     volume = Volume(array, grid)
     return Prepared(volume, model, _facts(scan, grid, values, rescale, probe, array))
+
+
+def _refuse_specks(native: Geometry, grid: Geometry) -> None:
+    """Raise Refused for a scan that is thinner than one voxel of the grid: no voxel centre need lie within it."""
+    corners = native.corners_lps()
+    extent_mm, voxel_mm = corners.max(0) - corners.min(0), np.asarray(grid.spacing_zyx_mm[::-1])
+    if (extent_mm < voxel_mm).any():
+        found = " x ".join(f"{mm:.3g}" for mm in extent_mm)
+        raise Refused("too-small", f"a scan of at least one voxel of the grid a side wanted, found {found} mm; check its spacing")
 
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
@@ -65,7 +75,7 @@ def _refuse(probe: Probe, recipe: Recipe) -> None:
     if recipe.non_finite == "refuse":
         refuse_non_finite(probe.non_finite)
     if recipe.modality == "ct":
-        refuse_implausible(probe.sample_hu())
+        refuse_implausible(probe.sample_hu(), *probe.range_hu())
 
 
 def _facts(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
+from photon_data.job import Job
 from photon_data.location import Location
 from photon_data.manifest import Manifests, build, write
 from photon_data.questions import Question, read_questions
@@ -79,12 +80,22 @@ def prepare(order: Order, workers: Workers, watch: Watcher) -> Result:
 
 def make_plan(order: Order, watch: Watcher) -> tuple[Plan, Mapping[str, int]]:
     """Return what is to be done, and how many files of which suffix are no scans; nothing is written."""
+    jobs, ignored = find_jobs(order, watch)
+    return plan(jobs, order.out, order.recipe), ignored
+
+
+def find_jobs(order: Order, watch: Watcher) -> tuple[list[Job], Mapping[str, int]]:
+    """Return a job for every scan of the source, and how many files of which suffix are no scans; UsageError for no scan."""
     found = find_scans(order.source, id_from=order.id_from, on_file=watch.on_file)
-    sources = found.sources[: order.limit]
-    rescale = rescaling(order.hu_source, found.sources, order.columns)
-    if not sources:
+    if not found.sources:
         raise UsageError(f"scans wanted in {order.source}, found none; NIfTI, NRRD, MetaImage and DICOM are read")
-    return plan(sources, order.out, order.recipe, rescale, order.max_voxels, order.overwrite), found.ignored
+    rescale = rescaling(order.hu_source, found.sources, order.columns)
+    out = order.out.at("")
+    jobs = [
+        Job(source, out, order.recipe, rescale(source), order.max_voxels, order.overwrite)
+        for source in found.sources[: order.limit]
+    ]
+    return jobs, found.ignored
 
 
 def ask(order: Order) -> list[Question] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -14,8 +16,9 @@ import dask
 from distributed import Client, Future, LocalCluster, wait
 from distributed.system import MEMORY_LIMIT
 
-from photon_data.job import Job
+from photon_data.job import Job, NoSpace
 from photon_data.records import FAILED, VolumeRecord
+from photon_pipelines.child import NO_SPACE
 from photon_pipelines.isolate import allow_children, end_children, run_isolated
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
@@ -93,14 +96,14 @@ def _finished(client: Client, flying: dict[Future, Job]) -> list[Future]:
 
 
 def _record(future: Future, job: Job) -> VolumeRecord:
-    """Return the record of a finished future. An error here is Dask's own (a lost worker) or NoSpace, which is raised."""
-    error = future.exception() if future.status == "error" else None
-    if isinstance(error, OSError):
-        raise error
-    if error is not None or future.status != "finished":
-        reason = "its worker was lost, and so were others that tried it" if error else "Dask cancelled it"
-        return job.record(FAILED, code="worker-lost", reason=f"{reason}; run the same command again")
-    return VolumeRecord.from_json(future.result())
+    """Return the record of a finished future; NoSpace if it says so. Only Dask itself (a lost worker) can make one fail."""
+    if future.status != "finished":
+        reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
+        return job.record(FAILED, code="worker-lost", reason=reason)
+    reply = future.result()
+    if NO_SPACE in reply:
+        raise NoSpace(errno.ENOSPC, reply[NO_SPACE])
+    return VolumeRecord.from_json(reply)
 
 
 @contextlib.contextmanager
@@ -114,6 +117,7 @@ def _client(workers: Workers) -> Iterator[Client]:
                 processes=False,
                 memory_limit=0,  # the memory is the children's, and they are limited
                 dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
             )
             stack.enter_context(cluster)
             client = stack.enter_context(Client(cluster))

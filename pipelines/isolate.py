@@ -12,9 +12,8 @@ import threading
 import time
 from typing import Any
 
-from photon_data.job import Job, NoSpace
+from photon_data.job import Job
 from photon_data.records import FAILED, VolumeRecord
-from photon_pipelines.child import NO_SPACE
 
 # glibc gives every large buffer back to the kernel and faults it in again, unless told not to: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -104,7 +103,7 @@ _ended = threading.Event()
 
 
 def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int) -> dict[str, Any]:
-    """Return the record (as JSON) of a job (as JSON), run in this thread's child process; NoSpace if the output is full.
+    """Return the record of a job, run in this thread's child process, or {NO_SPACE: why} if the output is full; all as JSON.
 
     This is the task that Dask workers run: plain data in, plain data out.
     """
@@ -113,12 +112,9 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     command = ("-P", "-m", "photon_pipelines.child", str(address_space_bytes))  # -P: no imports from the working folder
     child = _children.setdefault((threading.get_ident(), address_space_bytes), Child(*command))
     try:
-        reply = child.ask(job, timeout_s)
+        return child.ask(job, timeout_s)
     except ChildError as error:
         return _failed(Job.from_json(job), error).to_json()
-    if NO_SPACE in reply:
-        raise NoSpace(28, reply[NO_SPACE])
-    return reply
 
 
 def allow_children() -> None:

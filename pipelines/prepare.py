@@ -17,10 +17,8 @@ from typing import Any
 from photon_data.errors import UsageError
 from photon_data.job import Job, already_there
 from photon_data.location import Location
-from photon_data.prepare import Rescale
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, to_jsonl
-from photon_data.scan import MAX_VOXELS, Source
 from photon_pipelines.execute import Workers, execute
 from photon_pipelines.lock import Claim
 
@@ -63,16 +61,8 @@ class Plan:
     kept: list[VolumeRecord]
 
 
-def plan(
-    sources: Iterable[Source],
-    out: Location,
-    recipe: Recipe,
-    rescale: Callable[[Source], Rescale | None] = lambda source: None,
-    max_voxels: int = MAX_VOXELS,
-    overwrite: bool = False,
-) -> Plan:
-    """Return what has to be done for `sources`; UsageError if the result would mix recipes. Reads, writes nothing."""
-    jobs = [Job(source, out.at(""), recipe, rescale(source), max_voxels, overwrite) for source in sources]
+def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
+    """Return which of the jobs have to be done; UsageError if the result would mix recipes. Reads, writes nothing."""
     before = {record.id: record for record in read_records(out)}
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))

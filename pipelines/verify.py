@@ -21,7 +21,7 @@ def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
     known = {store_name(record.id) for record in records}
     for name in out.names("volumes"):
         if f"volumes/{name}" not in known:
-            yield f"volumes/{name}: no row in volumes.jsonl; run prepare again"
+            yield f"volumes/{name}: volumes.jsonl says nothing of it (its source is refused now, or a run was cut short): run prepare again, or remove it"
     for name in out.names(FOLDER):
         if name.endswith(SUFFIX) and out.is_local:
             yield from (f"{FOLDER}/{name}, {problem}" for problem in validate(out.path / FOLDER / name))

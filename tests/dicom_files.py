@@ -8,7 +8,6 @@ import numpy as np
 import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import generate_frames
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
@@ -149,8 +148,3 @@ def item(**tags):
     for keyword, value in tags.items():
         setattr(ds, keyword, value)
     return ds
-
-
-def compressed_bytes(path):
-    """Return the compressed frame of a single-frame file."""
-    return next(generate_frames(dcmread(path).PixelData, number_of_frames=1))

@@ -117,6 +117,6 @@ def test_a_large_scan_is_sampled_evenly_and_its_extremes_are_found_all_the_same(
 
 def test_air_and_tissue_shares_are_of_the_body_not_of_the_padding():
     sample = np.concatenate([np.full(8000, -8192.0), np.full(1500, -1000.0), np.full(500, 40.0)])
-    refuse_implausible(sample)
+    refuse_implausible(sample, -8192, 40)
     with pytest.raises(Refused):
-        refuse_implausible(np.full(10_000, -8192.0))
+        refuse_implausible(np.full(10_000, -8192.0), -8192, -8192)

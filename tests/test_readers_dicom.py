@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ from dicom_files import (
 )
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage, generate_uid
 
 from photon_data.errors import Refused
@@ -118,6 +120,23 @@ def test_header_rounding_of_positions_is_no_missing_slice(tmp_path):
     assert scan.geometry.spacing_zyx_mm[0] == pytest.approx(0.625, abs=0.02)
 
 
+@pytest.mark.parametrize("digits", [3, 4, 6])
+def test_rounded_direction_cosines_make_the_same_perpendicular_axes_as_in_itk(tmp_path, digits):
+    rounded = np.round(OBLIQUE, digits)
+    normal = normal_of(rounded) / np.linalg.norm(normal_of(rounded))
+    geometry = open_files(write_series(tmp_path, stored_values(), orientation=rounded, step_lps=2.5 * normal)).geometry
+    assert geometry.is_orthogonal()
+    assert np.allclose(geometry.direction_xyz.ravel(), read_with_sitk(tmp_path).GetDirection(), atol=1e-6)
+
+
+def test_positions_rounded_sideways_are_no_tilt(tmp_path):
+    def jitter(ds, z):
+        ds.ImagePositionPatient = ["-30.5", f"{-40.25 + 0.04 * (z % 2):.2f}", f"{100 + 2.5 * z:.1f}"]
+
+    geometry = open_files(write_series(tmp_path, stored_values((8, 4, 5)), edit=jitter)).geometry
+    assert np.allclose(geometry.steps_lps[0], (0, 0, 2.5))
+
+
 def test_a_missing_slice_is_refused_with_its_place(tmp_path):
     refused = refusal(write_series(tmp_path, stored_values(), slices=[0, 1, 2, 4, 5, 6]))
     assert refused.code == "dicom-missing-slices"
@@ -163,6 +182,17 @@ def test_two_acquisitions_under_one_series_become_two_scans(tmp_path):
         assert np.array_equal(stored(open_files(files)), expected)
 
 
+def test_phases_whose_every_slice_is_an_acquisition_stay_together_and_are_refused(tmp_path):
+    uid = generate_uid()
+    for n in (0, 10):
+        names = [f"{n}{z}.dcm" for z in range(7)]
+        write_series(
+            tmp_path, stored_values(), uid=uid, names=names, edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + z)
+        )
+    [(_, files)] = group_series(list(tmp_path.iterdir())).series
+    assert refusal(files).code == "several-volumes"
+
+
 def test_acquisitions_that_follow_one_another_stay_one_scan(tmp_path):
     write_series(tmp_path, stored_values(), edit=lambda ds, z: setattr(ds, "AcquisitionNumber", z // 4))
     assert [len(files) for _, files in group_series(list(tmp_path.iterdir())).series] == [7]
@@ -186,7 +216,7 @@ def test_a_scout_in_the_same_series_does_not_spoil_the_scan(tmp_path):
 
 def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_path):
     a, b = write_series(tmp_path, stored_values()), write_series(tmp_path, stored_values(), names=[f"x{z}.ima" for z in range(7)])
-    header(generate_uid(), RTStructureSetStorage).save_as(tmp_path / "rs.dcm", implicit_vr=False, little_endian=True)
+    save(header(generate_uid(), RTStructureSetStorage), tmp_path / "rs.dcm")
     segmentation = header(generate_uid(), SegmentationStorage)
     set_pixels(segmentation, np.zeros((4, 4), np.uint8), 8)
     save(segmentation, tmp_path / "seg.dcm")
@@ -211,11 +241,13 @@ def test_the_key_is_not_the_uid_and_does_not_depend_on_names(tmp_path):
 
 def test_slices_that_differ_in_rescaling_arrive_rescaled(tmp_path):
     values, rescale = stored_values(), [(1 + z / 4, -1000 - z) for z in range(7)]
-    scan = open_files(write_series(tmp_path, values, rescale=rescale))
+    files = write_series(tmp_path, values, rescale=rescale)
+    scan = open_files(files)
     expected = np.stack([values[z] * slope + intercept for z, (slope, intercept) in enumerate(rescale)])
     assert (scan.dtype, scan.slope, scan.intercept) == (np.float32, 1.0, 0.0)
     assert np.array_equal(stored(scan), expected.astype(np.float32))
-    assert np.allclose(stored(scan), sitk.GetArrayFromImage(read_with_sitk(tmp_path)), atol=1e-3)
+    # one by one: SimpleITK's series reader takes the type of the first slice and drops the fractions of the others
+    assert np.allclose(stored(scan), [sitk.GetArrayFromImage(sitk.ReadImage(str(p)))[0] for p in files], atol=1e-3)
 
 
 def test_slices_that_differ_in_sign_arrive_as_one_type(tmp_path):
@@ -252,9 +284,9 @@ def test_eight_bit_values_and_padding_values_come_as_stored(tmp_path):
 
 def test_monochrome1_keeps_its_hu(tmp_path):
     values = stored_values()
+    # PS3.3 C.7.6.3.1.2: shown inverted, after the rescaling that makes HU. ITK inverts the stored values themselves.
     files = write_series(tmp_path, values, edit=lambda ds, z: setattr(ds, "PhotometricInterpretation", "MONOCHROME1"))
     assert np.array_equal(hu(open_files(files)), values - 1024.0)
-    assert np.array_equal(hu(open_files(files)), sitk.GetArrayFromImage(read_with_sitk(tmp_path)))
 
 
 def as_series(tmp_path, name, count=3):
@@ -352,7 +384,7 @@ def test_one_slice_is_two_d_and_a_large_scan_is_too_large(tmp_path):
 
 
 @pytest.mark.parametrize("syntax", ["explicit", "big-endian", "rle", "jpeg2000", "jpeg-lossless"])
-@pytest.mark.parametrize("kept", [0.97, 0.5, 0.02])
+@pytest.mark.parametrize("kept", [0.97, 0.5, 0.05])
 def test_a_file_cut_anywhere_is_refused(tmp_path, syntax, kept):
     files = write_series(tmp_path, stored_values((4, 60, 60)), syntax=syntax)
     os.truncate(files[2], int(files[2].stat().st_size * kept))
@@ -365,15 +397,17 @@ def test_an_unknown_transfer_syntax_is_refused_before_reading(tmp_path):
         ds = dcmread(path)
         ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.102"  # MPEG-4 video
         ds.save_as(path)
-    with pytest.raises(Refused, match="MPEG-4.*convert the series") as caught:
+    with pytest.raises(Refused, match=r"MPEG-4.*convert the series") as caught:
         open_files(files)
     assert caught.value.code == "dicom-undecodable"
 
 
-def test_a_damaged_compressed_frame_is_refused(tmp_path):
-    files = write_series(tmp_path, stored_values((3, 60, 60)), syntax="jpeg-lossless")
+@pytest.mark.parametrize("syntax", ["jpeg-lossless", "jpeg2000", "rle"])
+@pytest.mark.parametrize("damage", [lambda frame: frame[: len(frame) // 2], lambda frame: frame[:70] + bytes(len(frame) - 70)])
+def test_a_damaged_compressed_frame_is_refused(tmp_path, syntax, damage):
+    files = write_series(tmp_path, stored_values((3, 60, 60)), syntax=syntax)
     ds = dcmread(files[1])
-    ds.PixelData = ds.PixelData[:40] + bytes(len(ds.PixelData) - 48) + ds.PixelData[-8:]
+    ds.PixelData = encapsulate([damage(next(generate_frames(ds.PixelData, number_of_frames=1)))])
     ds.save_as(files[1])
     assert refusal(files).code == "dicom-undecodable"
 
@@ -385,6 +419,7 @@ def test_a_bare_data_set_is_read_only_under_a_dicom_name(tmp_path):
     for path, to in zip(files, bare, strict=True):
         ds = dcmread(path)
         del ds.file_meta
+        ds.preamble = None
         ds.save_as(to, implicit_vr=True, little_endian=True, enforce_file_format=False)
     assert np.array_equal(stored(open_files(bare)), values)
     nameless = bare[0].rename(tmp_path / "slice")
@@ -408,6 +443,16 @@ def test_random_damage_raises_nothing_but_refused_and_warns_nobody(tmp_path, cap
             except Refused as refused:
                 assert "secret" not in refused.message.lower()
     assert "secret" not in "".join(capfd.readouterr()).lower()
+
+
+def test_a_full_disk_is_no_fault_of_the_scan(monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scan = open_files(write_series(tmp_path, stored_values(), syntax="jpeg2000"))
+    monkeypatch.setattr("pydicom.dataset.Dataset.save_as", full)
+    with pytest.raises(OSError, match="No space left"):
+        stored(scan)
 
 
 def test_without_pydicom_the_extra_is_named(monkeypatch, tmp_path):

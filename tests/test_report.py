@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from photon_data import report, report_volumes
+from photon_data import report
 from photon_data.grid import margins_mm, model_grid, target_grid
 from photon_data.recipe import Recipe
 from photon_data.records import FAILED, PREPARED, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.report import fair_shares, render_report, write_report
+from photon_data.report import volumes as report_volumes
 from photon_data.report.charts import Mark, binned, histogram
 from photon_data.report.page import element, without_folders
 from photon_data.volume import Geometry, Volume

@@ -5,6 +5,7 @@ import pytest
 import SimpleITK as sitk
 from scans import AXIS_ORDERS, as_scan, ct_like, frame, rotated, to_sitk
 
+from photon_data.errors import Refused
 from photon_data.grid import aligned_axes, margins_mm, target_grid
 from photon_data.prepare import Rescale, prepare_volume
 from photon_data.recipe import Recipe
@@ -191,6 +192,15 @@ def test_antialiasing_takes_away_what_the_coarse_grid_cannot_hold_and_leaves_the
     assert inner.std() < 25
     assert abs(inner.mean()) < 10
     assert plain_sd > inner.std() or plain_sd < 1  # stripes sampled exactly midway vanish without smoothing too
+
+
+@pytest.mark.parametrize("turn", [(0, 0, 0), (3, 0, 0)])
+def test_a_scan_smaller_than_a_voxel_is_refused_not_lost_between_voxels(turn):
+    native = rotated(frame((6, 6, 6), spacing_mm=(1, 0.001, 1)), turn)
+    coarse = Recipe(spacing_mm=(4, 4, 4), shape_zyx=(4, 4, 4), model_shape_zyx=(2, 2, 2), modality="other")
+    with pytest.raises(Refused, match="at least one voxel") as refusal:
+        prepare_volume(as_scan(ct_like((6, 6, 6)), native), coarse)
+    assert refusal.value.code == "too-small"
 
 
 def test_planes_that_the_grid_cuts_off_are_read_too():

@@ -1,0 +1,115 @@
+"""The command line as a person meets it: exit codes, sentences, and how little it imports."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from raw import write_scan
+from typer.testing import CliRunner
+
+from photon_cli.data import app
+
+SMALL = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "1"]
+
+
+def cli(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def raw(tmp_path):
+    write_scan(tmp_path / "raw" / "one.nii.gz")
+    return tmp_path / "raw"
+
+
+def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path):
+    out = tmp_path / "out"
+    assert cli("prepare", raw, out, *SMALL)[0] == 0
+    assert cli("verify", out) == (0, "1 stores checked, 0 problems\n")
+    (raw / "two.nii.gz").write_bytes(b"nothing")
+    code, text = cli("prepare", raw, out, *SMALL)
+    assert code == 1
+    assert "refused two.nii.gz: gzip data wanted" in text
+    (out / "volumes" / "one.ome.zarr" / "model" / "zarr.json").unlink()
+    code, text = cli("verify", out)
+    assert code == 1
+    assert "one.ome.zarr/model/zarr.json: missing" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "spacing=1,1,1"], "did you mean spacing_mm"),
+        (["--recipe", "chest"], "one of chest_ct"),
+        (["--hu-source", "nowhere.csv"], "header, stored or a table"),
+        (["--columns", "volume"], "name=value wanted"),
+        (["--split", "train=most"], "numbers like train=0.8"),
+        (["--questions", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_a_command_that_cannot_be_followed_writes_nothing_and_says_what_was_wanted(raw, tmp_path, words, said):
+    code, text = cli("prepare", raw, tmp_path / "out", *SMALL, *words)
+    assert code == 2
+    assert said in text
+    assert not (tmp_path / "out" / "volumes").exists()
+
+
+def test_a_source_that_is_not_there_or_holds_no_scans_is_misuse(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert cli("prepare", tmp_path / "nowhere", tmp_path / "out")[0] == 2
+    code, text = cli("prepare", tmp_path / "empty", tmp_path / "out")
+    assert code == 2
+    assert "scans wanted" in text
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_there_is_to_do(raw, tmp_path):
+    code, text = cli("prepare", raw, tmp_path / "out", "--dry-run", *SMALL)
+    assert code == 0
+    assert "1 scans" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_finds_duplicates_and_refusals_and_writes_no_store(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (raw / "copy.nii.gz").write_bytes((raw / "one.nii.gz").read_bytes())
+    (raw / "bad.nii").write_text("bad")
+    code, text = cli("inspect", raw, "--json", tmp_path / "found.jsonl", "--workers", "1")
+    assert code == 1
+    assert "the same content: copy.nii.gz, one.nii.gz" in text
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["state"] for row in rows} == {"bad": "refused", "copy": "ready", "one": "ready"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.jsonl", "raw"]
+
+
+@pytest.mark.parametrize("what", ["scan", "store"])
+def test_show_writes_a_picture_of_a_store_and_of_a_raw_scan(raw, tmp_path, what):
+    place = raw / "one.nii.gz"
+    if what == "store":
+        cli("prepare", raw, tmp_path / "out", *SMALL)
+        place = tmp_path / "out" / "volumes" / "one.ome.zarr"
+    code, text = cli("show", place, "--output", tmp_path / "picture.png", "--window", "-160,240")
+    assert (code, text.strip()) == (0, str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
+    assert cli("phantom", tmp_path / "p", "--n", "1", "--seed", "3")[0] == 0
+    words = ["--questions", tmp_path / "p" / "questions.jsonl", *SMALL]
+    code, text = cli("prepare", tmp_path / "p" / "scans", tmp_path / "out", *words)
+    assert code == 0, text
+    assert list((tmp_path / "out" / "manifests").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import photon_cli.data", ("numpy", "zarr", "SimpleITK", "distributed", "torch")),
+        ("import photon_pipelines.dataset, photon_pipelines.child", ("torch", "transformers", "torchio", "photon_train")),
+        ("import photon_data.job", ("torch", "dask", "distributed")),
+    ],
+)
+def test_heavy_libraries_are_not_imported_where_they_are_not_needed(code, absent):
+    script = f"{code}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

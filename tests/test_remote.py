@@ -1,0 +1,63 @@
+"""OUT as an object store: fsspec's in-memory one, with the jobs run in this process (children would not share its memory)."""
+
+import json
+
+import numpy as np
+import pytest
+from raw import write_scan
+
+from photon_data import open_volume
+from photon_data.errors import UsageError
+from photon_data.job import run
+from photon_data.location import Location
+from photon_data.recipe import Recipe
+from photon_pipelines.dataset import Order, Watcher, prepare
+from photon_pipelines.execute import Workers
+from photon_pipelines.lock import exclusive
+from photon_pipelines.verify import verify_output
+
+SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, workers: (run(job) for job in jobs))
+    out = Location(f"memory://bucket/{tmp_path.name}")
+    yield out
+    out.remove("")
+
+
+@pytest.fixture
+def source(tmp_path):
+    for seed in range(3):
+        write_scan(tmp_path / "raw" / f"s{seed}.nii.gz", seed)
+    (tmp_path / "raw" / "bad.nii.gz").write_bytes(b"bad")
+    return tmp_path / "raw"
+
+
+def go(source, out):
+    return prepare(Order(source=source, out=out, recipe=SMALL), Workers(), Watcher())
+
+
+def test_an_object_store_holds_what_a_folder_does_and_is_gone_on_with(source, out, tmp_path):
+    assert go(source, out).outcome.counts == {"prepared": 3, "unchanged": 0, "refused": 1, "failed": 0}
+    folder = Location(str(tmp_path / "folder"))
+    go(source, folder)
+    for seed in range(3):
+        name = f"volumes/s{seed}.ome.zarr"
+        assert out.read(f"{name}/0/c/0/0/0") == folder.read(f"{name}/0/c/0/0/0")
+        assert np.array_equal(open_volume(out.at(name), "model").numpy(), open_volume(folder.at(name), "model").numpy())
+    assert list(verify_output(out)) == []
+    manifest = [json.loads(line) for line in (out.read("manifests/all.jsonl") or b"").decode().splitlines()]
+    assert [row["videos"] for row in manifest] == [[out.at(f"volumes/s{seed}.ome.zarr")] for seed in range(3)]
+    assert b"<html" in (out.read("report.html") or b"")
+    out.remove("volumes/s1.ome.zarr/zarr.json")
+    assert go(source, out).outcome.counts == {"prepared": 1, "unchanged": 2, "refused": 1, "failed": 0}
+    assert not out.exists(".lock")
+
+
+def test_a_second_run_into_an_object_store_waits_its_turn_until_the_first_is_long_silent(source, out, monkeypatch):
+    with exclusive(out), pytest.raises(UsageError, match="another run"):
+        go(source, out)
+    out.write(".lock", json.dumps({"time": 0, "pid": 1, "host": "gone"}).encode())
+    assert go(source, out).outcome.counts["prepared"] == 3
