@@ -107,6 +107,8 @@ class PhotonConfig(Qwen2_5_VLConfig):
         _want("stage", self.stage, self.stage in (1, 2), "1 or 2")
         _want("scheduler", self.scheduler, self.scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
         _want("intensity", self.intensity, self.intensity in INTENSITIES, f"one of {', '.join(INTENSITIES)}")
+        slides = getattr(self.text_config, "use_sliding_window", False)
+        _want("use_sliding_window", slides, not slides, "False (every layer attends to all that was kept)")
         last = self.text_config.num_hidden_layers - 1
         _want("its_layer", self.its, 0 <= self.its < max(last, 1), f"a layer from 0 to {last - 1}")
         _want("keep_ratio", self.keep_ratio, 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")

@@ -247,11 +247,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             pixel_values_videos = mm_encoder_outputs = prefix = None
         has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
-        if schedules and isinstance(attention_mask, dict):
-            raise ValueError(
-                "a cache that can be shortened wanted (DynamicCache), got one of fixed length; leave cache_implementation "
-                "unset, or choose scheduler='none'"
-            )
         rows = None
         if schedules or labels is not None:
             phase = self._phase(step, total_steps)
@@ -303,6 +298,11 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         phase: Phase,
     ) -> SchedulingInputs:
         """Return what is known of each row before the decoder runs; `body_BL` is left 0."""
+        if isinstance(attention_mask, dict):  # generate makes these for caches of fixed length
+            raise ValueError(
+                "a cache that can be shortened wanted (DynamicCache), got one of fixed length; leave cache_implementation "
+                "unset, or choose scheduler='none'"
+            )
         no_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         perturbed_B = no_B if perturbed_B is None else perturbed_B.bool()
         if flip_B is None:

@@ -70,7 +70,7 @@ def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, An
     Raises ValueError for a batch, and for a row without a whole volume.
     """
     ids_1P = _up_to_last_volume(model, inputs)
-    volumes = {name: torch.as_tensor(inputs[name]) for name in PER_VOLUME if inputs.get(name) is not None}
+    volumes = {name: torch.as_tensor(inputs[name]).to(model.device) for name in PER_VOLUME if inputs.get(name) is not None}
     position_31P, _ = model.model.get_rope_index(ids_1P, **volumes)
     patches_PX = inputs["pixel_values_videos"].to(model.device)
     encoded = model.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)

@@ -149,6 +149,25 @@ def test_a_nifti_of_the_stored_grid_reads_like_its_array_and_other_axes_are_refu
         processor.patches(tmp_path / "ras.nii.gz")
 
 
+def test_a_volume_object_and_a_store_read_like_their_array(processor: PhotonProcessor, tmp_path: Path) -> None:
+    from photon_data.location import Location
+    from photon_data.prepare import Prepared
+    from photon_data.recipe import Recipe
+    from photon_data.store import write_store
+    from photon_data.volume import Geometry, Volume
+
+    hu = {shape: np.random.default_rng(1).integers(-1000, 1000, shape, dtype=np.int16) for shape in SMALL.values()}
+    grids = [Volume(array, Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0))) for shape, array in hu.items()]
+    model_grid, stored = grids
+    assert processor.patches(model_grid)[0].equal(processor.patches(hu[SMALL["model_shape_zyx"]])[0])
+    prepared = Prepared(stored, model_grid, {})
+    recipe = Recipe(shape_zyx=SMALL["stored_shape_zyx"], model_shape_zyx=SMALL["model_shape_zyx"], spacing_mm=(1, 1, 1))
+    write_store(
+        prepared, Location(str(tmp_path)), "a.ome.zarr", {"id": "a", "key": "k", "fingerprint": "f", "recipe": recipe.to_json()}
+    )
+    assert processor.patches(tmp_path / "a.ome.zarr")[0].equal(processor.patches(model_grid)[0])
+
+
 USER = {"role": "user", "content": "<video>Where?"}
 
 
