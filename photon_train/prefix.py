@@ -94,12 +94,14 @@ def answer(
     pad_token_id: int = 0,
     **kwargs: Any,
 ) -> Any:
-    """Return what generate returns for K questions on a prefix, prompts included; kwargs are generate's.
+    """Return the answers' ids int64[K, n], padded behind the end marker; kwargs are generate's.
 
     Each question is the int64[q] ids that follow the prefix, to the end of the prompt (`PhotonProcessor.questions`).
+    With return_dict_in_generate=True, return what generate returns, prompts included.
     """
     rows = prefix.followed_by(questions, pad_token_id)
-    return model.generate(**rows, **{"do_sample": False, "pad_token_id": pad_token_id, **kwargs})
+    found = model.generate(**rows, **{"do_sample": False, "pad_token_id": pad_token_id, **kwargs})
+    return found[:, rows["input_ids"].shape[1] :] if isinstance(found, Tensor) else found
 
 
 def _up_to_last_volume(model: PhotonForConditionalGeneration, inputs: Mapping[str, Any]) -> Tensor:

@@ -101,6 +101,23 @@ def test_shards_and_bfloat16_load(golden: Golden, tmp_path: Path) -> None:
     assert out.logits.isfinite().all()
 
 
+def test_a_hub_id_loads_at_the_revision_asked_for(golden: Golden, tmp_path: Path) -> None:
+    """From a cache laid out as the hub's client does; no network."""
+    folder = tmp_path / "models--someone--photon"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "snapshots").mkdir()
+    config, weights = published(golden, "s1")
+    for i, revision in enumerate(("main", "v1")):
+        commit = str(i) * 40
+        (folder / "refs" / revision).write_text(commit)
+        scaled = weights | {"model.norm.weight": weights["model.norm.weight"] * (i + 1)}
+        write(folder / "snapshots" / commit, config, scaled)
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    for i, revision in enumerate((None, "v1")):
+        model = PhotonForConditionalGeneration.from_pretrained("someone/photon", revision=revision, **where)
+        assert model.model.language_model.norm.weight.equal(weights["model.norm.weight"] * (i + 1))
+
+
 def test_the_stale_in_channels_of_a_resaved_config_loses_to_in_chans(golden: Golden, tmp_path: Path) -> None:
     _, weights = published(golden, "s1")
     config = json.loads((golden.directory / "models" / "s1" / "config_as_saved_by_hf.json").read_text())
