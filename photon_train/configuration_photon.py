@@ -38,6 +38,15 @@ class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
 class PhotonConfig(Qwen2_5_VLConfig):
     """Qwen2.5-VL's configuration and Photon's. Reads the published flat layout and writes it back."""
 
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - as in transformers
+        "past_key_values",
+        "scheduled",
+        "rope_deltas",
+        "ce",
+        "band",
+        "robustness",
+        "flip",
+    ]
     # Both names: transformers renamed `sub_configs` to `sub_configs_defaults` after 5.17.
     sub_configs: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
     sub_configs_defaults: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}

@@ -8,7 +8,8 @@ of a shared prefix, H query heads, K key heads, d head_dim; axis 3 is (t, h, w).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,13 +129,18 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
     ) -> PhotonTextOutput:
         position_3BL = position_ids[-3:]
         present_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
-        cache = self._cache(past_key_values, use_cache, prefix, rows=len(inputs_embeds))
+        cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
         its = self.photon.its
-        own = slice(0 if prefix is None else prefix.length, None)
 
-        attend = self._attend(inputs_embeds, attention_mask, position_3BL[..., own], cache, first_layer=0)
-        h_BLD = self._through(self.layers[:its], inputs_embeds, **attend, **kwargs)
-        h_BLD, selection = self.layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend, **kwargs)
+        below, own_3BL = cache, position_3BL
+        keeping: AbstractContextManager[None] = nullcontext()
+        if prefix is not None:
+            below = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows=len(inputs_embeds))
+            own_3BL, keeping = position_3BL[..., prefix.length :], self._keeping_keys()
+        attend = self._attend(inputs_embeds, attention_mask, own_3BL, below, first_layer=0)
+        with keeping:
+            h_BLD = self._through(self.layers[:its], inputs_embeds, **attend, **kwargs)
+            h_BLD, selection = self.layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend, **kwargs)
         if prefix is not None:
             h_BLD = torch.cat([prefix.h_1PD.expand(len(h_BLD), -1, -1), h_BLD], dim=1)
 
@@ -145,29 +151,28 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         h_BMD = self._through(self.layers[its + 1 :], h_BMD, **attend, **kwargs)
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
-    def _cache(self, cache: Cache | None, use_cache: bool | None, prefix: Prefix | None, rows: int) -> Cache | None:
-        """Return the cache to fill, holding the prefix where there is one."""
-        if prefix is None:
-            return DynamicCache(config=self.config) if use_cache and cache is None else cache
-        self._check_keeps_keys()
-        return prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
-
     def through_its(self, h_1PD: Tensor, position_31P: Tensor) -> tuple[Tensor, Tensor, Tensor, Cache]:
         """Return h_1PD after layer its, that layer's rotated q and k, and the cache of layers 0..its. For a prefix."""
-        self._check_keeps_keys()
         its, cache = self.photon.its, DynamicCache(config=self.config)
         scheduler: Any = self.layers[its]
         attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
-        h_1PD = self._through(self.layers[:its], h_1PD, **attend)
-        q_1HPd, k_1KPd = scheduler.rotated_qk(h_1PD, attend["position_embeddings"])
-        return scheduler(h_1PD, **attend), q_1HPd, k_1KPd, cache
+        with self._keeping_keys():
+            h_1PD = self._through(self.layers[:its], h_1PD, **attend)
+            q_1HPd, k_1KPd = scheduler.rotated_qk(h_1PD, attend["position_embeddings"])
+            return scheduler(h_1PD, **attend), q_1HPd, k_1KPd, cache
 
-    def _check_keeps_keys(self) -> None:
-        if self.training and self.layers[0].gradient_checkpointing:
-            raise ValueError(
-                "a prefix wants the keys and values of its layers, gradient checkpointing throws them away; "
-                "switch it off (sharing the prefix saves more memory), or run the questions one by one"
-            )
+    @contextmanager
+    def _keeping_keys(self) -> Iterator[None]:
+        """Run layers 0..its without gradient checkpointing, which would throw away the keys that a prefix shares."""
+        layers: list[Any] = list(self.layers[: self.photon.its + 1])
+        checkpointed = [layer.gradient_checkpointing for layer in layers]
+        try:
+            for layer in layers:
+                layer.gradient_checkpointing = False
+            yield
+        finally:
+            for layer, flag in zip(layers, checkpointed, strict=True):
+                layer.gradient_checkpointing = flag
 
     def _attend(
         self, h_BLD: Tensor, mask_BL: Tensor | None, position_3BL: Tensor, cache: Cache | None, first_layer: int

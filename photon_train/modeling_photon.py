@@ -304,9 +304,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "unset, or choose scheduler='none'"
             )
         no_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        perturbed_B = no_B if perturbed_B is None else perturbed_B.bool()
+        perturbed_B = no_B if perturbed_B is None else perturbed_B.bool().to(no_B.device)
         if flip_B is None:
-            flip_B = (torch.rand(len(no_B)) < self.config.flip_probability).to(no_B.device) if phase is Phase.FLIP else no_B
+            flip_B = torch.rand(len(no_B)) < self.config.flip_probability if phase is Phase.FLIP else no_B
         present_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if question_BL is None:
             question_BL = question_mask_of(input_ids, self.config)
@@ -316,7 +316,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             body_BL=torch.zeros(input_ids.shape, device=input_ids.device),
             phase=phase,
             perturbed_B=perturbed_B,
-            flip_B=flip_B & ~perturbed_B,
+            flip_B=flip_B.to(no_B.device) & ~perturbed_B,
         )
 
     def body_share(self, visual_BL: Tensor, patches_PX: Tensor | None, prefix: Prefix | None) -> Tensor:

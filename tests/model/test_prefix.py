@@ -6,8 +6,6 @@ from golden import Golden, gradients
 from torch import Tensor
 from torch.testing import assert_close
 
-from photon_train.modeling_photon import PhotonForConditionalGeneration
-
 LENGTHS = (9, 3, 17)
 
 
@@ -63,9 +61,14 @@ def test_answers_on_a_prefix_are_the_answers_alone(golden: Golden, row, schedule
         assert unchanged.equal(now)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("step", [0, 4000, 8000])
-def test_training_on_a_prefix_has_the_losses_and_gradients_of_separate_rows(golden: Golden, row, step: int) -> None:
+def test_training_on_a_prefix_has_the_losses_and_gradients_of_separate_rows(
+    golden: Golden, row, step: int, checkpointing: bool
+) -> None:
     model = golden.model("s2").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     asked = questions(golden, row)
     shared = model.encode_prefix(row).followed_by(asked)
     labels = torch.full_like(shared["input_ids"], -100)
@@ -102,10 +105,3 @@ def test_an_empty_question_is_refused(golden: Golden, row) -> None:
         prefix = golden.model("s2").encode_prefix(row)
     with pytest.raises(ValueError, match="at least one token"):
         prefix.followed_by([torch.tensor([5, 6]), torch.tensor([], dtype=torch.long)])
-
-
-def test_a_prefix_under_gradient_checkpointing_is_refused(golden: Golden, row) -> None:
-    model: PhotonForConditionalGeneration = golden.model("s2").train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="throws them away"):
-        model.encode_prefix(row)
