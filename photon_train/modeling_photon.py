@@ -265,7 +265,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             second_per_grid_ts=second_per_grid_ts,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
-            **({"scheduling": rows, "prefix": prefix} if schedules else {}),
+            scheduling=rows if schedules else None,
+            prefix=prefix,
             **kwargs,
         )
         scheduled = getattr(outputs, "scheduled", None)
