@@ -19,7 +19,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLModel,
     Qwen2_5_VLPreTrainedModel,
 )
@@ -41,6 +40,7 @@ from photon_train.positions import PADDING_POSITION, row_positions, volume_posit
 from photon_train.prefix import Prefix, answer, encode_prefix
 from photon_train.regularizers import Objective, answer_losses, band_losses
 from photon_train.scheduling import Scheduled, SchedulingInputs
+from photon_train.vision import PhotonVisionTower
 
 IGNORED = -100
 RAGGED_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "body")
@@ -79,7 +79,7 @@ class PhotonModel(Qwen2_5_VLModel):
 
     def __init__(self, config: PhotonConfig) -> None:
         Qwen2_5_VLPreTrainedModel.__init__(self, config)  # the stock __init__ would build the stock decoder
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.visual = PhotonVisionTower._from_config(config.vision_config)
         self.language_model = PhotonTextModel._from_config(config.text_config, photon=config)
         self.rope_deltas: Any = None
         self.post_init()

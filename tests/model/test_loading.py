@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from photon_train import vision
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 
 PATCH_EMBEDDING = "visual.vision_patch_embed.proj.weight"
@@ -184,3 +186,28 @@ def test_without_scheduling_it_is_stock_qwen_to_the_bit(golden: Golden, tmp_path
     assert photon(**x).logits.equal(stock(**x, position_ids=ours_3BL).logits)
     x |= {"position_ids": theirs_3BL}
     assert photon(**x).logits.equal(stock(**x).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_grouped_windows_give_what_the_stock_vision_tower_gives_to_the_bit(golden: Golden, attention: str) -> None:
+    photon, x = golden.model("s1", attn_implementation=attention), golden.inputs("vision_windows")
+    config = photon.config.vision_config
+    stock = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation=attention).eval()
+    stock.load_state_dict(photon.model.visual.state_dict())
+    ours, theirs = (
+        tower(x["pixel_values_videos"], grid_thw=x["video_grid_thw"]).pooler_output for tower in (photon.model.visual, stock)
+    )
+    assert_close(ours, theirs, rtol=0, atol=0 if attention == "sdpa" else 1e-5)
+
+
+def test_one_call_per_window_length_is_made(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    photon, x = golden.model("s1", attn_implementation="eager"), golden.inputs("vision_windows")
+    calls = []
+    stock = vision.eager_attention_forward
+    monkeypatch.setattr(vision, "eager_attention_forward", lambda *a, **k: calls.append(a[1].shape[2]) or stock(*a, **k))
+    photon.model.visual(x["pixel_values_videos"], grid_thw=x["video_grid_thw"])
+    # Windows of 8 x 8 patches on slabs of 12 x 10 and (twice) 4 x 8: lengths 64, 32, 16 and 8; whole slabs: 120 and 32.
+    full = len(photon.config.vision_config.fullatt_block_indexes)
+    assert sorted(set(calls)) == [8, 16, 32, 64, 120]
+    assert len(calls) == 4 * (photon.config.vision_config.depth - full) + 2 * full
