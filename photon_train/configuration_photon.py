@@ -123,6 +123,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
         _want("keep_ratio", self.keep_ratio, 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
         inside = 0 < self.initial_threshold < self.threshold_max
         _want("initial_threshold", self.initial_threshold, inside, f"a value between 0 and {self.threshold_max}")
+        for name in ("soft_start", "hard_start", "flip_start"):
+            start = getattr(self, name)
+            fits = start >= 0 if isinstance(start, int) else 0.0 <= start <= 1.0
+            _want(name, start, fits, "an optimizer step (int) or a fraction of the run (float from 0 to 1)")
         if self.scheduler == "its" and self.stage == 1:
             raise ValueError(
                 "scheduler 'its' wants a threshold predictor, stage 1 has none; load with stage=2 to add a fresh one"
