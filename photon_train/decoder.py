@@ -84,13 +84,11 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         q_BHLd = attention.q_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         k_BKLd = attention.k_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         q_BHLd, k_BKLd = apply_rotary_pos_emb(q_BHLd, k_BKLd, *position_embeddings)
-        if prefix is None:
-            return q_BHLd, k_BKLd
-        rows = len(h_BLD)
-        return tuple(  # type: ignore[return-value]
-            torch.cat([shared.expand(rows, -1, -1, -1), own], dim=2)
-            for shared, own in ((prefix.q_1HPd, q_BHLd), (prefix.k_1KPd, k_BKLd))
-        )
+        if prefix is not None:
+            rows = len(h_BLD)
+            q_BHLd = torch.cat([prefix.q_1HPd.expand(rows, -1, -1, -1), q_BHLd], dim=2)
+            k_BKLd = torch.cat([prefix.k_1KPd.expand(rows, -1, -1, -1), k_BKLd], dim=2)
+        return q_BHLd, k_BKLd
 
 
 class PhotonTextModel(Qwen2_5_VLTextModel):
