@@ -57,9 +57,9 @@ def test_logits_and_keep_sets_equal_those_of_the_row_alone(golden: Golden, rows,
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_gradients_are_those_of_separate_rows(model, rows, side: str, phase: str) -> None:
-    """Of their mean, each row weighted by its answer tokens."""
-    model.train()
+def test_gradients_are_those_of_separate_rows(golden: Golden, rows, side: str, phase: str) -> None:
+    """Of their mean, each row weighted by its answer tokens. The band is narrow, so that every row has a band loss."""
+    model = golden.model("s2", band_low=0.8, band_high=0.8).train()
     inputs = {"step": PHASES[phase]}
     out, found = losses_and_gradients(model, **batch_of(rows, side), **inputs)
     share = torch.tensor([(row["labels"] != -100).sum() for row in rows])
@@ -68,8 +68,32 @@ def test_gradients_are_those_of_separate_rows(model, rows, side: str, phase: str
     loss = sum(weight * model(**row, **inputs).loss for weight, row in zip(share, rows, strict=True))
     loss.backward()
     assert_close(out.loss, loss, rtol=0, atol=1e-5)
+    assert (out.band > 0.1) == (phase != "dense")
     for name, expected in gradients(model).items():
         assert (found[name] - expected).norm() <= 1e-5 * max(1.0, float(expected.norm())), name
+
+
+@pytest.mark.parametrize("stage", ["s1", "s2"])
+@torch.no_grad()
+def test_padding_predicts_nothing_even_where_every_token_is_a_label(golden: Golden, rows, stage: str) -> None:
+    model = golden.model(stage)
+    learnt = [row | {"labels": row["input_ids"]} for row in rows]
+    for side in ("left", "right"):
+        out = model(**batch_of(learnt, side))
+        alone = [model(**row) for row in learnt]
+        counts = torch.tensor([len(single.answer_labels_N) for single in alone])
+        expected = sum(n * single.loss for n, single in zip(counts, alone, strict=True)) / counts.sum()
+        assert len(out.answer_labels_N) == counts.sum()
+        assert_close(out.loss, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_evaluation_always_drops_whatever_the_step(model, rows) -> None:
+    late, early = (model(**rows[2], step=step) for step in (10_000, 0))
+    assert not early.scheduled.keep_BL.all()
+    assert early.scheduled.keep_BL.equal(late.scheduled.keep_BL)
+    assert early.loss == late.loss
+    assert early.band == 0
 
 
 def test_a_row_alone_with_labels_gets_exactly_its_own_gradients(model, rows) -> None:
