@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils.hub import cached_file
@@ -48,8 +48,10 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
     """Return the tensor names of a local or hub checkpoint, single or sharded.
 
-    Raises ValueError when there is no safetensors file: pickles are never opened.
+    Raises ValueError when there is no whole safetensors file: pickles are never opened.
     """
+    if Path(path_or_id).is_absolute() and not Path(path_or_id).is_dir():
+        raise ValueError(f"a model directory or a hub id wanted, {path_or_id} is neither; check the path")
     options = hub_options(kwargs)
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
     index = cached_file(path_or_id, "model.safetensors.index.json", **options, **optional)
@@ -57,8 +59,11 @@ def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
         return set(json.loads(Path(index).read_text())["weight_map"])
     single = cached_file(path_or_id, "model.safetensors", **options, **optional)
     if single is not None:
-        with safe_open(single, framework="pt") as tensors:
-            return set(tensors.keys())
+        try:
+            with safe_open(single, framework="pt") as tensors:
+                return set(tensors.keys())
+        except SafetensorError as error:
+            raise ValueError(f"a complete safetensors file wanted, {single} is none ({error}); fetch it again") from error
     raise ValueError(
         f"model.safetensors or its index wanted, none found in {path_or_id}; pickled weights (.bin, .pt) are not read, "
         "because loading one can run code: convert them to safetensors on a machine you can lose"

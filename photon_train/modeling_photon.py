@@ -103,8 +103,12 @@ class PhotonModel(Qwen2_5_VLModel):
         videos = iter(zip(grids, paces, strict=True))
 
         def next_volume(kind: int) -> Tensor:
-            grid, pace = next(images if kind == 1 else videos)
-            return volume_positions(grid, vision.spatial_merge_size, pace)
+            if (found := next(images if kind == 1 else videos, None)) is None:
+                raise ValueError(
+                    f"a volume for every run of visual tokens wanted, got {len(grids)} for more runs; pass pixel_values_videos "
+                    "and video_grid_thw of all of them"
+                )
+            return volume_positions(found[0], vision.spatial_merge_size, found[1])
 
         kind_BL = (2 * visual_mask(input_ids, self.config) if mm_token_type_ids is None else mm_token_type_ids).cpu()
         present_BL = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool().cpu()
@@ -374,7 +378,13 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return (band_B * counts_B * share_B).sum()
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Return what transformers' generate returns. Rows may be padded on either side."""
+        """Return what transformers' generate returns. Rows may be padded on either side.
+
+        Raises ValueError without a cache: decoding sees the pruned keys of the prompt, which are nowhere else.
+        """
+        chosen = kwargs.get("generation_config") or self.generation_config
+        if not kwargs.get("use_cache", chosen.use_cache):
+            raise ValueError("use_cache=True wanted for generation, got False: what was kept of a volume is in the cache only")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         ids_BL: Any = kwargs.get("input_ids")

@@ -60,6 +60,17 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             block.attn = GroupedWindowAttention(config)
         self.post_init()
 
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """Return the stock output for patches float[P, X]. Raises ValueError when they do not fit the grids int64[V, 3]."""
+        config: Any = self.config
+        wanted = (int(grid_thw.prod(-1).sum()), config.in_channels * config.temporal_patch_size * config.patch_size**2)
+        if tuple(hidden_states.shape) != wanted:
+            raise ValueError(
+                f"patches of shape {wanted} wanted for the grids {grid_thw.tolist()}, got {tuple(hidden_states.shape)}; "
+                "make them with the PhotonProcessor of this model"
+            )
+        return super().forward(hidden_states, grid_thw, **kwargs)
+
 
 def _by_length(cu_seqlens: Tensor) -> list[Tensor]:
     """Return for each window length the patches of its windows, int64[W, N]."""

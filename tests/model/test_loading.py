@@ -165,6 +165,46 @@ def test_pickled_weights_are_refused_unopened(golden: Golden, tmp_path: Path) ->
         PhotonForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_a_file_cut_off_and_a_path_that_is_not_there_say_what_to_do(golden: Golden, tmp_path: Path) -> None:
+    path = write(tmp_path / "m", *published(golden, "s1"))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"complete safetensors file wanted, .* fetch it again"):
+        PhotonForConditionalGeneration.from_pretrained(path)
+    with pytest.raises(ValueError, match="check the path"):
+        PhotonForConditionalGeneration.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_a_tied_checkpoint_needs_no_lm_head_and_saves_none_and_an_untied_one_does(golden: Golden, tmp_path: Path) -> None:
+    """Qwen2.5-VL-3B and the published Photon tie the head to the embeddings, larger Qwens do not."""
+    config, weights = published(golden, "s1")
+    embedded = weights["model.embed_tokens.weight"]
+    weights.pop("lm_head.weight", None)
+    tied = PhotonForConditionalGeneration.from_pretrained(
+        write(tmp_path / "tied", {**config, "tie_word_embeddings": True}, weights)
+    )
+    assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
+    tied.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()
+    untied = {**config, "tie_word_embeddings": False}
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+        PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "untied", untied, weights))
+    whole = weights | {"lm_head.weight": embedded * 2}
+    model = PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "whole", untied, whole))
+    assert model.lm_head.weight.equal(embedded * 2)
+    model.save_pretrained(tmp_path / "whole_again")
+    assert load_file(tmp_path / "whole_again" / "model.safetensors").keys() == whole.keys()
+
+
+def test_generation_settings_travel_with_the_weights(golden: Golden, tmp_path: Path) -> None:
+    path = write(tmp_path / "m", *published(golden, "s1"))
+    settings = {"eos_token_id": [golden.tokens["im_end"], golden.tokens["pad"]], "repetition_penalty": 1.05}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    PhotonForConditionalGeneration.from_pretrained(path).save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert {name: written[name] for name in settings} == settings
+
+
 def test_a_directory_that_is_no_photon_says_what_it_found(golden: Golden, tmp_path: Path) -> None:
     config, _ = published(golden, "s1")
     with pytest.raises(ValueError, match="neither patch_embed nor vision_patch_embed"):

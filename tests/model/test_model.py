@@ -182,3 +182,16 @@ def test_help_does_not_wait_for_torch() -> None:
     start = time.perf_counter()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert time.perf_counter() - start < 3  # 0.1 s on an idle machine
+
+
+def test_inputs_that_do_not_belong_together_say_what_is_wanted(golden: Golden) -> None:
+    model, x = golden.model("s2"), golden.batch("b1_prompt", "labels")
+    with pytest.raises(ValueError, match="volume for every run of visual tokens wanted, got 0"):
+        model(input_ids=x["input_ids"])
+    width = x["pixel_values_videos"].shape[1]
+    with pytest.raises(ValueError, match=f"patches of shape .*, {width}. wanted for the grids .* got .*, {width - 1}."):
+        model(**{**x, "pixel_values_videos": x["pixel_values_videos"][:, 1:]})
+    with pytest.raises(ValueError, match="patches of shape"):
+        model(**{**x, "pixel_values_videos": x["pixel_values_videos"][1:]})
+    with pytest.raises(ValueError, match="use_cache=True wanted"):
+        model.generate(**x, use_cache=False)
