@@ -29,6 +29,8 @@ def start_from(path_or_id: str, output: Path, revision: str | None = None, seed:
     """
     torch.manual_seed(seed)
     model = PhotonForConditionalGeneration.from_pretrained(path_or_id, revision=revision)
+    if model.config.stage != 1:
+        raise ValueError(f"a Qwen2.5-VL or stage-1 checkpoint wanted, {path_or_id} is of stage 2; start from what it was made of")
     processor = PhotonProcessor(AutoTokenizer.from_pretrained(path_or_id, revision=revision), model.config)
     model.save_pretrained(output)
     processor.tokenizer.save_pretrained(output)

@@ -383,7 +383,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         Raises ValueError without a cache: decoding sees the pruned keys of the prompt, which are nowhere else.
         """
         chosen = kwargs.get("generation_config") or self.generation_config
-        if not kwargs.get("use_cache", chosen.use_cache):
+        if kwargs.get("use_cache", chosen.use_cache) is False:  # None: the default, True
             raise ValueError("use_cache=True wanted for generation, got False: what was kept of a volume is in the cache only")
         if inputs is not None:
             kwargs["input_ids"] = inputs

@@ -195,3 +195,11 @@ def test_inputs_that_do_not_belong_together_say_what_is_wanted(golden: Golden) -
         model(**{**x, "pixel_values_videos": x["pixel_values_videos"][1:]})
     with pytest.raises(ValueError, match="use_cache=True wanted"):
         model.generate(**x, use_cache=False)
+
+
+def test_a_stage_2_model_is_no_stage_1_start(tmp_path: Path) -> None:
+    CliRunner().invoke(app, ["init", "--tiny", str(tmp_path / "two"), "--stage", "2"])
+    done = CliRunner().invoke(app, ["init", "--from", str(tmp_path / "two"), "--output", str(tmp_path / "start")])
+    assert done.exit_code == 2
+    assert "stage-1 checkpoint wanted" in done.output
+    assert not (tmp_path / "start").exists()
