@@ -57,8 +57,8 @@ def prepare(
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
     from photon_cli import prepare_command
     from photon_data.location import Location
-    from photon_pipelines.dataset import Order
     from photon_pipelines.execute import Workers
+    from photon_pipelines.gather import Order
 
     with edges():
         order = Order(
@@ -103,8 +103,8 @@ def inspect(
     """Report what is wrong or odd with raw scans; writes no stores."""
     from photon_cli import inspect_command
     from photon_data.location import Location
-    from photon_pipelines.dataset import Order
     from photon_pipelines.execute import Workers
+    from photon_pipelines.gather import Order
 
     with edges():
         chosen = make_recipe(recipe, settings, modality, nan)

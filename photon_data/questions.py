@@ -29,6 +29,7 @@ class Question:
 
     volume  what the table calls it: id, source path or file name (manifest.build joins it)
     answer, split, patient, task   None where the table has none
+    dataset the data set it is of, where several are put together
     extra   the remaining columns, verbatim; "choices", where there is such a column, as a list of texts
     """
 
@@ -39,6 +40,7 @@ class Question:
     split: str | None = None
     patient: str | None = None
     task: str | None = None
+    dataset: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
