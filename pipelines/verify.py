@@ -10,6 +10,7 @@ from photon_data.records import VolumeRecord
 from photon_data.store import store_name, verify_store
 from photon_pipelines.prepare import read_records
 
+NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
 Watch = Callable[[list[VolumeRecord]], Iterable[VolumeRecord]]
 
 
@@ -21,7 +22,7 @@ def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
     known = {store_name(record.id) for record in records}
     for name in out.names("volumes"):
         if f"volumes/{name}" not in known:
-            yield f"volumes/{name}: volumes.jsonl says nothing of it (its source is refused now, or a run was cut short): run prepare again, or remove it"
+            yield f"volumes/{name}: {NO_ROW}"
     for name in out.names(FOLDER):
         if name.endswith(SUFFIX) and out.is_local:
             yield from (f"{FOLDER}/{name}, {problem}" for problem in validate(out.path / FOLDER / name))

@@ -2,6 +2,7 @@ import hashlib
 import os
 import re
 import stat
+import tempfile
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +18,7 @@ from photon_data.fingerprint import fingerprint
 from photon_data.readers import dicom, find_scans, open_scan
 from photon_data.readers.ids import Named, assign_ids
 
+NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
 DICOM = bytes(128) + b"DICM" + bytes(40)
 
@@ -159,16 +161,29 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
     assert caught.value.code == "unreadable"
 
 
-def test_permissions_of_the_real_file_system_are_problems(tmp_path):
-    fill(tmp_path, "locked.nii", "sub/inner.nii", "open/inner.nii")
-    (tmp_path / "locked.nii").chmod(0)
-    if os.access(tmp_path / "locked.nii", os.R_OK):
-        pytest.skip("nothing is forbidden to root")
-    (tmp_path / "sub").chmod(0)
-    (tmp_path / "open").chmod(stat.S_IRUSR)
-    problems = {source.path: bool(source.problem) for source in find_scans(tmp_path).sources}
-    (tmp_path / "sub").chmod(stat.S_IRWXU)
-    (tmp_path / "open").chmod(stat.S_IRWXU)
+@pytest.fixture
+def forbidding(tmp_path):
+    """A folder whose permissions count: nothing is forbidden to root, so a test that runs as root runs as nobody for a while."""
+    if os.getuid() != 0:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, 0)
+        try:
+            yield Path(folder)
+        finally:
+            os.setresuid(0, 0, 0)
+
+
+def test_permissions_of_the_real_file_system_are_problems(forbidding):
+    fill(forbidding, "locked.nii", "sub/inner.nii", "open/inner.nii")
+    (forbidding / "locked.nii").chmod(0)
+    (forbidding / "sub").chmod(0)
+    (forbidding / "open").chmod(stat.S_IRUSR)
+    problems = {source.path: bool(source.problem) for source in find_scans(forbidding).sources}
+    (forbidding / "sub").chmod(stat.S_IRWXU)
+    (forbidding / "open").chmod(stat.S_IRWXU)
     assert problems == {"locked.nii": True, "sub": True, "open/inner.nii": True}
 
 
