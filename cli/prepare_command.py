@@ -17,7 +17,7 @@ from photon_pipelines.dataset import Result
 from photon_pipelines.dataset import prepare as run_order
 from photon_pipelines.execute import Stopped, Workers
 from photon_pipelines.gather import Order, gather
-from photon_pipelines.prepare import plan
+from photon_pipelines.prepare import Plan, plan
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
 SECONDS_PER_VOLUME, SECONDS_PER_MB = 0.5, 0.006
@@ -44,24 +44,28 @@ def estimate(order: Order, workers: Workers) -> bool:
     data = gather(order)
     for note in data.notes:
         console.print(note, markup=False, soft_wrap=True)
-    todo, ignored = plan(data.jobs, order.out, order.recipe), data.ignored
-    megabytes = sum(job.source.bytes for job in todo.jobs) / 1e6
-    crew = workers.local_count()
-    seconds = (SECONDS_PER_VOLUME * len(todo.jobs) + SECONDS_PER_MB * megabytes) / crew
-    lines = {
-        "to prepare": f"{len(todo.jobs)} scans, {megabytes:,.0f} MB",
-        "done before": f"{len(todo.done)} scans",
-        "known to be refused": f"{sum(job.source.problem is not None for job in todo.jobs)} scans",
-        "files left alone": ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(ignored.items())) or "none",
-        "time": f"about {_duration(seconds)} with {crew} local workers" if not workers.scheduler else "depends on the cluster",
-        "memory": f"about {WORKER_GB * crew:.1f} GB for axis-aligned scans, up to {1.5 * crew:.1f} GB for oblique ones",
-        "disk": f"about {_store_mb(order.recipe) * len(todo.jobs) / 1e3:,.1f} GB in {FILES_PER_STORE * len(todo.jobs)} files",
-    }
+    ignored = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(data.ignored.items()))
+    lines = {**cost(order.recipe, plan(data.jobs, order.out, order.recipe), workers), "files left alone": ignored or "none"}
     table = Table(title=f"photon-data prepare {order.source} {order.out.url} (dry run)", show_header=False)
     for name, text in lines.items():
         table.add_row(name, text)
     console.print(table)
     return True
+
+
+def cost(recipe: Recipe, todo: Plan, workers: Workers) -> dict[str, str]:
+    """Return what is to do and about what it needs, as {name: text}."""
+    megabytes = sum(job.source.bytes for job in todo.jobs) / 1e6
+    crew = workers.local_count()
+    seconds = (SECONDS_PER_VOLUME * len(todo.jobs) + SECONDS_PER_MB * megabytes) / crew
+    return {
+        "to prepare": f"{len(todo.jobs)} scans, {megabytes:,.0f} MB",
+        "done before": f"{len(todo.done)} scans",
+        "known to be refused": f"{sum(job.source.problem is not None for job in todo.jobs)} scans",
+        "time": f"about {_duration(seconds)} with {crew} local workers" if not workers.scheduler else "depends on the cluster",
+        "memory": f"about {WORKER_GB * crew:.1f} GB for axis-aligned scans, up to {1.5 * crew:.1f} GB for oblique ones",
+        "disk": f"about {_store_mb(recipe) * len(todo.jobs) / 1e3:,.1f} GB in {FILES_PER_STORE * len(todo.jobs)} files",
+    }
 
 
 def _store_mb(recipe: Recipe) -> float:

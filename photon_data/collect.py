@@ -173,7 +173,7 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
     for name, count in sorted(theirs.items(), key=str):
         if name not in entry.splits:
             notes.append(f"{count} questions of split {name!r} are left out, since `splits` does not name it")
-    return [replace(q, split=entry.splits[q.split]) for q in questions if q.split in entry.splits]
+    return [replace(q, split=entry.splits[str(q.split)]) for q in questions if q.split in entry.splits]
 
 
 def _named(question: Question, dataset: str, cohort: str) -> Question:

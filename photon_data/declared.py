@@ -1,4 +1,4 @@
-"""data_manifest.yaml -> the data sets that people declare in it, checked, with lines to point at. docs/datasets.md explains it."""
+"""data_manifest.yaml -> the data sets that people declare in it, checked, with lines to point at. See docs/datasets.md."""
 
 from __future__ import annotations
 

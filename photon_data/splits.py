@@ -27,7 +27,8 @@ _SHOWN = 10
 class Leak(NamedTuple):
     """What is in several splits.
 
-    kind      "patient", "source" (one id in the data set it was taken from), "volume" (one id) or "content" (volumes of different ids whose source files hold the same bytes)
+    kind      "patient", "source" (one id in the data set it was taken from), "volume" (one id) or "content" (volumes of
+              different ids whose source files hold the same bytes)
     key       the patient, the source's id, the volume's id, or the fingerprint
     splits    that it is in, sorted
     volumes   ids of the volumes concerned, sorted

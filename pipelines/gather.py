@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.collect import Combined, collect, combine
-from photon_data.declared import DataManifest, DataSet, RecipeChoice
+from photon_data.declared import DataManifest, DataSet
 from photon_data.errors import UsageError
 from photon_data.job import Job
 from photon_data.location import Location
@@ -18,10 +17,10 @@ from photon_data.manifest import Unmatched
 from photon_data.prompts import PROMPTS, put
 from photon_data.questions import Question, read_questions
 from photon_data.readers import find_scans
-from photon_data.recipe import Recipe, with_settings
+from photon_data.recipe import Recipe
 from photon_data.scan import MAX_VOXELS
 from photon_data.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
-from photon_pipelines.recipes import RECIPES
+from photon_pipelines.recipes import named_recipe
 from photon_pipelines.rescaling import HEADER, rescaling
 
 
@@ -80,18 +79,16 @@ def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) ->
         raise UsageError(f"--prompt-style: one of {', '.join(PROMPTS)} wanted, got {order.prompt!r}")
     data = _declared(order, on_file) if order.datasets else _folder(order, on_file)
     if not order.allow_leaks:
-        refuse_leaks(leaks(map(_as_row, data.questions or ()), []))
+        refuse_leaks(leaks(map(as_row, data.questions or ()), []))
     return data
 
 
-def order_of(manifest: DataManifest, datasets: tuple[DataSet, ...], out: str | None) -> Callable[..., Order]:
-    """Return Order with what a manifest says filled in; UsageError where no output folder is named or recipes differ."""
+def out_of(manifest: DataManifest, out: str | None) -> Location:
+    """Return where to write: what the command says, else what the manifest says; UsageError where neither does."""
     where = out or manifest.out
     if where is None:
         raise UsageError(f"an output folder wanted, as `out:` in {manifest.path.name} or after --manifest")
-    return partial(
-        Order, source=manifest.path, out=Location(where), recipe=one_recipe(datasets), datasets=datasets, seed=manifest.seed
-    )
+    return Location(where)
 
 
 def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
@@ -107,16 +104,9 @@ def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
 def recipe_of(entry: DataSet) -> Recipe:
     """Return the recipe that an entry names; UsageError with its place for one that is not known."""
     try:
-        return make_recipe(entry.recipe)
+        return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
-        raise entry.wrong(f"recipe: {error}") from None
-
-
-def make_recipe(choice: RecipeChoice) -> Recipe:
-    """Return the named recipe with its settings; UsageError for what it does not know."""
-    if choice.name not in RECIPES:
-        raise UsageError(f"one of {', '.join(RECIPES)} wanted, got {choice.name!r}")
-    return with_settings(RECIPES[choice.name](), list(choice.settings))
+        raise entry.wrong(str(error)) from None
 
 
 def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
@@ -144,13 +134,14 @@ def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
         collect(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
     ]
     both = combine(parts, order.seed, order.prompt)
-    jobs = _jobs(order, both)
+    jobs = jobs_of(order, both)
     if not jobs:
         raise UsageError(f"{order.source}: volumes with questions wanted, found none")
     return Data(jobs, both.questions, both.unmatched, notes=both.notes)
 
 
-def _jobs(order: Order, both: Combined) -> list[Job]:
+def jobs_of(order: Order, both: Combined) -> list[Job]:
+    """Return a job for every volume of combined data sets."""
     recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
     return [
         Job(
@@ -166,7 +157,7 @@ def _jobs(order: Order, both: Combined) -> list[Job]:
     ]
 
 
-def _as_row(question: Question) -> dict[str, object]:
+def as_row(question: Question) -> dict[str, object]:
     """Return what the leak check looks at."""
     return {
         "volume_id": question.volume,

@@ -79,7 +79,7 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
                 twice.append(name)
     if twice:
         raise entry.wrong(
-            f"one split per CT wanted, got {len(twice)} in several, {twice[0]} first; name the IID lists or the OOD lists, not both"
+            f"one split per CT wanted, got {len(twice)} in several, {twice[0]} first; name the lists of IID or of OOD"
         )
     return splits
 

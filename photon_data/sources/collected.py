@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from photon_data.declared import DataSet
@@ -29,10 +30,10 @@ class Collected(NamedTuple):
 
     sources: list[Source]
     questions: list[Question] | None
-    rescale: Mapping[str, Rescale] = {}
-    stated: Mapping[str, Stated] = {}
-    left_out: Mapping[str, str] = {}
-    notes: list[str] = []
+    rescale: Mapping[str, Rescale] = MappingProxyType({})
+    stated: Mapping[str, Stated] = MappingProxyType({})
+    left_out: Mapping[str, str] = MappingProxyType({})
+    notes: Sequence[str] = ()
 
 
 class Adapter(NamedTuple):

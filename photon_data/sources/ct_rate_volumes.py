@@ -3,8 +3,8 @@
 v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept stand in the metadata tables
 v2  dataset/train_fixed, dataset/valid_fixed: headers are right and values are HU; the tables must not be applied again
 
-The path says which one a file is, and preparing refuses it where header or intensities say otherwise. The array of v1 lies as that
-of v2 does (x to the left, y to the back, z up); nothing in the file could confirm it, so v2 is taken where both are there.
+The path says which one a file is, and preparing refuses it where header or intensities say otherwise. The array of v1 lies as
+that of v2 does (x to the left, y to the back, z up); nothing in the file could confirm it, so v2 is taken where both are there.
 """
 
 from __future__ import annotations

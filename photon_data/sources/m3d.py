@@ -9,9 +9,9 @@ from photon_data.sources.collected import Adapter, Collected, OnFile
 def read(entry: DataSet, on_file: OnFile) -> Collected:
     """Raise UsageError with the reason."""
     raise entry.wrong(
-        "scans in Hounsfield units with spacing wanted, but M3D-Cap and M3D-VQA are 8-bit slices (jpeg, png) or arrays resized to "
-        "32 x 256 x 256, windowed, without spacing and orientation: no store made of them would be right. Questions that you have "
-        "for CTs of your own can be declared with `adapter: table`"
+        "scans in Hounsfield units with spacing wanted, but M3D-Cap and M3D-VQA are 8-bit slices (jpeg, png) or arrays resized "
+        "to 32 x 256 x 256, windowed, without spacing and orientation: no store made of them would be right. Questions on CTs of "
+        "your own can be declared with `adapter: table`"
     )
 
 

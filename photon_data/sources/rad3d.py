@@ -2,8 +2,8 @@
 
 3DRAD/{train,test}/Task<n>_<name>/<subtask>.csv
 
-What its files need: volumes called test_* are CT-RATE's valid_*; the column `Subtask` counts files within a split (Task 5's 1 is "c"
-in train and "b" in test), so a subtask is called by its file; the README swaps the names of tasks 1 and 2, folders are right.
+What its files need: volumes called test_* are CT-RATE's valid_*; the column `Subtask` counts files within a split (Task 5's 1 is
+"c" in train and "b" in test), so a subtask is called by its file; the README swaps the names of tasks 1 and 2, folders are right.
 """
 
 from __future__ import annotations
