@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +43,18 @@ class Metadata(NamedTuple):
     kernel: str
 
 
-def read_metadata(paths: Iterable[Path]) -> dict[str, Metadata]:
-    """Return {volume id: Metadata}; UsageError with all rows whose numbers cannot be read, and for a volume named twice."""
+def read_metadata(paths: Iterable[Path], volumes: Container[str]) -> dict[str, Metadata]:
+    """Return {volume id: Metadata} for those of `volumes` that are named.
+
+    UsageError with all rows of theirs whose numbers cannot be read, and for a volume named twice in different ways.
+    """
     found: dict[str, Metadata] = {}
     for path in paths:
         problems = []
         for row in table_with(path, COLUMNS).rows:
             name = row.values["VolumeName"].removesuffix(".nii.gz")
+            if name not in volumes:
+                continue
             try:
                 metadata = _metadata(row.values)
             except (ValueError, TypeError) as error:

@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ class Volumes(NamedTuple):
     notes: list[str]
 
 
+@lru_cache(100_000)
 def parse_name(volume: str) -> Name | None:
     """Return the parts of a volume id, None for a text that is none."""
     match = VOLUME.fullmatch(volume)
@@ -66,9 +68,10 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Volumes:
     both = by_version[V1].keys() & by_version[V2].keys()
     if both:
         notes.append(f"{len(both)} volumes are there as v1 and as v2, {min(both)} first; v2 is taken")
-    metadata = read_metadata(entry.annotations.get("metadata", ()))
+    found = {**by_version[V1], **by_version[V2]}
+    metadata = read_metadata(entry.annotations.get("metadata", ()), found)
     rescale, stated, sources = {}, {}, []
-    for volume, source in sorted({**by_version[V1], **by_version[V2]}.items()):
+    for volume, source in sorted(found.items()):
         said = metadata.get(volume)
         is_v1 = volume not in by_version[V2]
         problem = _problem(said) if is_v1 else None
