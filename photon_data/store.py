@@ -29,6 +29,7 @@ from photon_data.volume import Geometry, Volume
 # Our metadata stand beside "ome", under this key.
 KEY = "photon"
 FORMAT = 1
+METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files")
 ROOT = "zarr.json"
 GRIDS = {"volume": "", "model": "model/"}
 SUFFIX = ".ome.zarr"
@@ -143,14 +144,18 @@ def _upload(folder: Path, out: Location, name: str) -> None:
 
 
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
-    """Return what a store says of itself (format, id, key, fingerprint, recipe, facts, files); None if it is not there."""
+    """Return what a store says of itself: METADATA, its size in bytes and its root metadata's sha256.
+
+    None where it is not there, of another format, or so damaged that it does not say all of this.
+    """
     content = out.read(f"{name}/{ROOT}" if name else ROOT)
-    if content is None:
-        return None
     try:
-        ours = json.loads(content)["attributes"][KEY]
-        return {**ours, "sha256": hashlib.sha256(content).hexdigest(), "root_bytes": len(content)}
-    except (ValueError, KeyError, TypeError):
+        ours = json.loads(content or b"")["attributes"][KEY]
+        sizes = [facts["bytes"] for facts in ours["files"].values() if facts["sha256"]]
+        size = len(content or b"") + sum(sizes)
+        own = {"sha256": hashlib.sha256(content or b"").hexdigest(), "bytes": size}
+        return {**{name: ours[name] for name in METADATA}, **own} if ours["format"] == FORMAT else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -162,15 +167,18 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     """
     location = Location(str(path))
     metadata = read_metadata(location, "")
-    if metadata is None or metadata.get("format") != FORMAT:
+    if metadata is None:
         raise UsageError(f"a store of photon-data (format {FORMAT}) wanted, got {path}; photon-data prepare makes them")
     if grid not in GRIDS:
         raise UsageError(f"grid volume or model wanted, got {grid!r}")
     place = GRIDS[grid]
-    group = json.loads(location.read(f"{place}{ROOT}") or b"{}")
-    _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b"{}"), path)
-    array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
-    return Volume(array, _geometry(group["attributes"]["ome"], array.shape))
+    try:
+        group = json.loads(location.read(f"{place}{ROOT}") or b"")
+        _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b""), path)
+        array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
+        return Volume(array, _geometry(group["attributes"]["ome"], array.shape))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UsageError(f"whole metadata wanted, got damaged ones in {path} ({error!r}); prepare it again") from None
 
 
 def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
@@ -213,7 +221,7 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         return
     if root_sha256 is not None and metadata["sha256"] != root_sha256:
         yield f"{name}/{ROOT}: differs from what volumes.jsonl records"
-    for file, facts in metadata.get("files", {}).items():
+    for file, facts in metadata["files"].items():
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             yield f"{name}/{ROOT}: names a file outside of the store"
             continue
@@ -225,5 +233,5 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         elif hashlib.sha256(content).hexdigest() != facts["sha256"]:
             yield f"{name}/{file}: its bytes have changed"
     if out.is_local:
-        for file in sorted(set(file_names(out.path / name)) - set(metadata.get("files", {}))):
+        for file in sorted(set(file_names(out.path / name)) - set(metadata["files"])):
             yield f"{name}/{file}: not part of the store"
