@@ -106,7 +106,13 @@ def _prepare(job: Job) -> VolumeRecord:
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     key, name = job.key(content), store_name(job.source.id)
-    identity = {"id": job.source.id, "key": key, "fingerprint": content, "recipe": job.recipe.to_json()}
+    identity = {
+        "id": job.source.id,
+        "key": key,
+        "fingerprint": content,
+        "recipe": job.recipe.to_json(),
+        "digest": job.recipe.digest,
+    }
     written = write_store(prepared, Location(job.out), name, identity)
     return job.record(
         PREPARED,
@@ -127,13 +133,12 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     metadata = read_metadata(out, name)
     if metadata is None or metadata.get("key") != job.key(content) or not is_whole(out, name, metadata):
         return None
-    size = metadata["root_bytes"] + sum(facts["bytes"] for facts in metadata["files"].values())
     return job.record(
         UNCHANGED,
         fingerprint=content,
         key=metadata["key"],
         store=name,
-        store_bytes=size,
+        store_bytes=metadata["bytes"],
         store_sha256=metadata["sha256"],
         facts=metadata["facts"],
     )

@@ -34,7 +34,7 @@ class Location:
         """The absolute local folder; ValueError for a remote one."""
         if not self.is_local:
             raise ValueError(f"a local folder wanted, got {self.url}")
-        return Path(self.url.removeprefix("file://")).absolute()
+        return Path(os.path.abspath(self.url.removeprefix("file://")))  # noqa: PTH100 - resolve() would follow links
 
     def at(self, name: str) -> str:
         """Return the path or URL of `name`, in the form that opens it elsewhere."""

@@ -1,10 +1,16 @@
 """Options of the test run."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+
+PARITY = Path(__file__).parent / "parity"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--parity-dir", type=Path, default=PARITY, help="golden numbers to test the model against")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -12,3 +18,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Any:
+    """The golden numbers of --parity-dir."""
+    from golden import Golden  # late: tests of the data part do without torch
+
+    return Golden(request.config.getoption("--parity-dir"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,75 @@ def test_another_recipe_prepares_everything_anew_and_never_mixes(source, tmp_pat
     assert prepare(order(source, out, recipe=coarse), TWO, Watcher()).outcome.counts["prepared"] == 4
     assert open_volume(out / "volumes" / "a.ome.zarr").geometry.spacing_zyx_mm == (2.0, 2.0, 2.0)
     assert json.loads((out / "dataset.json").read_text())["digest"] == coarse.digest
+
+
+def test_a_run_cut_short_keeps_the_rows_of_what_is_still_there(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(order(source, out, overwrite=True), Workers(count=1), Watcher(on_record=stop))
+    assert set(states(out)) == {"a", "b", "d", "deep__er__c"}
+    assert prepare(order(source, out), TWO, Watcher()).outcome.counts["unchanged"] == 4
+    assert list(verify_output(Location(str(out)))) == []
+
+
+def test_a_change_of_recipe_that_was_killed_does_not_leave_a_mixture_behind(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    dataset = json.loads((out / "dataset.json").read_text())
+    other = replace(SMALL, pad_hu=-900.0)
+    (out / "dataset.json").write_text(json.dumps({**dataset, "digest": other.digest}))  # as kill -9 leaves it early on
+    with pytest.raises(UsageError, match="3 volumes of another recipe"):
+        prepare(order(source, out, recipe=other, limit=1), TWO, Watcher())
+
+
+def test_a_volume_whose_store_is_gone_is_in_no_manifest(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    shutil.rmtree(out / "volumes" / "d.ome.zarr")
+    result = prepare(order(source, out, limit=2), TWO, Watcher())
+    assert sorted(row["volume_id"] for row in result.manifests.rows["all"]) == ["a", "b", "deep__er__c"]
+    assert list(verify_output(Location(str(out)))) == []
+
+
+@pytest.mark.parametrize("damage", [{"dataset.json": "{bad"}, {"dataset.json": "[]"}, {".lock": '{"pid'}])
+def test_damaged_files_of_ours_do_not_stop_a_run(source, tmp_path, damage):
+    out = tmp_path / "out"
+    prepare(order(source, out, limit=1), TWO, Watcher())
+    for name, text in damage.items():
+        (out / name).write_text(text)
+    assert prepare(order(source, out), TWO, Watcher()).outcome.complete
+
+
+@pytest.mark.parametrize("row", ["[]", "{bad", '{"id": 1'])
+def test_a_damaged_table_of_volumes_is_misuse_that_says_what_to_do(source, tmp_path, row):
+    out = tmp_path / "out"
+    prepare(order(source, out, limit=1), TWO, Watcher())
+    (out / "volumes.jsonl").write_text(row + "\n")
+    with pytest.raises(UsageError, match=r"damaged.*remove it"):
+        prepare(order(source, out), TWO, Watcher())
+
+
+def test_names_that_are_no_text_end_in_one_state_like_others(source, tmp_path):
+    (source / os.fsdecode(b"odd\xff.nii.gz")).write_bytes((source / "a.nii.gz").read_bytes())
+    (source / os.fsdecode(b"bad\xfe.dcm")).write_bytes(b"no scan")
+    result = prepare(order(source, tmp_path / "out"), TWO, Watcher())
+    assert result.outcome.counts == {"prepared": 5, "unchanged": 0, "refused": 1, "failed": 0}
+    assert "\\udcff" in (tmp_path / "out" / "volumes.jsonl").read_text()
+    assert prepare(order(source, tmp_path / "out"), TWO, Watcher()).outcome.counts["unchanged"] == 5
+
+
+@pytest.mark.parametrize("scheduler", ["nonsense", "file"])
+def test_a_scheduler_that_is_none_is_misuse(source, tmp_path, scheduler):
+    if scheduler == "file":
+        (tmp_path / "scheduler.json").write_text("{}")
+        scheduler = str(tmp_path / "scheduler.json")
+    with pytest.raises(UsageError, match="running Dask scheduler wanted"):
+        prepare(order(source, tmp_path / "out"), Workers(scheduler=scheduler), Watcher())
 
 
 def test_volumes_of_earlier_runs_stay_in_the_table_and_the_manifests(source, tmp_path):

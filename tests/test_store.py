@@ -16,7 +16,7 @@ from photon_data.recipe import Recipe
 from photon_data.store import is_whole, read_metadata, verify_store, write_store
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
-IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json()}
+IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}
 NAME = "volumes/case-7.ome.zarr"
 
 
@@ -129,6 +129,24 @@ def test_a_store_that_lists_files_outside_of_itself_is_found_out(out):
     assert any("outside of the store" in problem for problem in verify_store(out, NAME))
 
 
+@pytest.mark.parametrize("broken", ['"bytes"', '"sha256"', '"files"', '"key"', '"facts"', '"photon"', '"format"'])
+def test_a_store_whose_metadata_lost_a_key_is_no_store_and_stops_nothing(out, broken):
+    root = out.path / NAME / "zarr.json"
+    root.write_text(root.read_text().replace(broken, '"btyes"', 1))
+    assert read_metadata(out, NAME) is None
+    assert list(verify_store(out, NAME)) == [f"{NAME}: no readable zarr.json"]
+    with pytest.raises(UsageError, match="a store of photon-data"):
+        open_volume(out.path / NAME)
+
+
+@pytest.mark.parametrize("broken", ['"multiscales"', '"coordinateTransformations"', '"scale"', '"ome"'])
+def test_damaged_ome_metadata_are_named_when_a_volume_is_opened(out, broken):
+    root = out.path / NAME / "zarr.json"
+    root.write_text(root.read_text().replace(broken, '"x"'))
+    with pytest.raises(UsageError, match="damaged"):
+        open_volume(out.path / NAME)
+
+
 def test_a_write_that_fails_leaves_the_old_store_and_nothing_else(out, prepared, monkeypatch):
     before = [path.read_bytes() for path in files(out.path)]
 
@@ -196,6 +214,7 @@ def test_something_else_is_not_opened(tmp_path, out):
 def test_nothing_of_a_header_but_numbers_is_in_the_store(out):
     metadata = read_metadata(out, NAME)
     assert metadata is not None
-    assert set(metadata) == {"format", "id", "key", "fingerprint", "recipe", "facts", "files", "sha256", "root_bytes"}
+    ours = json.loads((out.path / NAME / "zarr.json").read_text())["attributes"]["photon"]
+    assert set(ours) == {"format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files"}
     texts = {value for value in metadata["facts"].values() if isinstance(value, str)}
     assert texts == {"memory", "int16", "header"}

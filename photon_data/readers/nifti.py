@@ -235,8 +235,16 @@ def _frame(header: nib.Nifti1Header, kind: str, shape_zyx: tuple[int, int, int],
 
 
 def _sform(header: nib.Nifti1Header) -> np.ndarray:
-    """Return the sform [3, 4]: voxel (x, y, z, 1) -> RAS in the header's unit."""
-    return np.stack([header[f"srow_{axis}"] for axis in "xyz"]).astype(float)
+    """Return the sform [3, 4]: voxel (x, y, z, 1) -> RAS in the header's unit.
+
+    Where the lengths of its axes are pixdim but for float32 rounding they are made pixdim, as ITK has it: 2e-8 of a voxel is
+    1e-5 at the far end of 512, enough to differ by more than rounding on noise.
+    """
+    sform = np.stack([header[f"srow_{axis}"] for axis in "xyz"]).astype(float)
+    sides, lengths = np.array(header["pixdim"][1:4], float), np.linalg.norm(sform[:, :3], axis=0)
+    if (np.abs(lengths - sides) <= 1e-6 * sides).all():
+        sform[:, :3] *= sides / np.where(lengths > 0, lengths, 1)
+    return sform
 
 
 def _qform(header: nib.Nifti1Header) -> np.ndarray:

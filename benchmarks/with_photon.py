@@ -1,0 +1,36 @@
+"""Ours: the function that every worker of `photon-data prepare` runs, in a process set up as its workers are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from photon_data.job import Job, run
+from photon_data.readers import find_scans
+from photon_data.recipe import Recipe
+from photon_data.records import PREPARED
+from photon_data.scan import Source
+from photon_data.store import store_name
+from photon_pipelines.child import _single_threaded
+
+_single_threaded()
+
+
+def prepare(scan: str, out: str) -> str:
+    """Fingerprint, read, resample, make the model grid, write both arrays with checksums, sync, rename; return the store."""
+    path = Path(scan)
+    status = path.stat()
+    source = Source(path.name.partition(".")[0], path.name, (path,), "nifti", status.st_size, status.st_mtime_ns)
+    return _store(source, out)
+
+
+def prepare_folder(folder: str, out: str) -> None:
+    """Find the scans of a folder and prepare them, one after the other."""
+    for source in find_scans(Path(folder)).sources:
+        _store(source, out)
+
+
+def _store(source: Source, out: str) -> str:
+    record = run(Job(source, out, Recipe(), overwrite=True))
+    if record.state != PREPARED:
+        raise RuntimeError(f"{source.path} is {record.state}: {record.reason}")
+    return str(Path(out, store_name(source.id)))

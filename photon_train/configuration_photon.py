@@ -1,0 +1,155 @@
+"""Every setting of Photon as a named field: the model, token scheduling, the surrogate, the losses, the curriculum.
+
+Symbols are those of the paper (arXiv 2603.25155). Defaults are what the published weights were trained with; where
+the paper's text says something else, the field's comment says how to reach it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
+
+SCHEDULERS = ("its", "none", "random", "uniform", "foreground")
+INTENSITIES = ("minmax", "window")
+
+
+class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
+    """The 3D vision tower: one channel, cubes of 14 voxels a side.
+
+    Published files say `in_chans`; some also carry a stale `in_channels: 3` beside it. `in_chans` wins.
+    """
+
+    in_channels: int = 1
+    temporal_patch_size: int | list[int] | tuple[int, int] = 14
+    tokens_per_second: int = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.in_channels = kwargs.pop("in_chans", self.in_channels)
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields with `in_chans` beside `in_channels`: the authors' code reads the former."""
+        return {**super().to_dict(), "in_chans": self.in_channels}
+
+
+class PhotonConfig(Qwen2_5_VLConfig):
+    """Qwen2.5-VL's configuration and Photon's. Reads the published flat layout and writes it back."""
+
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - as in transformers
+        "past_key_values",
+        "scheduled",
+        "rope_deltas",
+        "ce",
+        "band",
+        "robustness",
+        "flip",
+    ]
+    # Both names: transformers renamed `sub_configs` to `sub_configs_defaults` after 5.17.
+    sub_configs: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
+    sub_configs_defaults: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
+
+    text_config: Any = None
+    vision_config: Any = None
+
+    # What the checkpoint holds. 1: no threshold predictor. 2: with one. `from_pretrained` sets it from the keys.
+    stage: int = 1
+    im_start_token_id: int = 151644
+    im_end_token_id: int = 151645
+
+    # From a volume to what the vision tower reads.
+    stored_shape_zyx: list[int] | tuple[int, ...] = (364, 364, 364)  # 1 mm voxels; resized to model_shape_zyx
+    model_shape_zyx: list[int] | tuple[int, ...] = (140, 280, 280)
+    intensity: str = "minmax"  # published weights: each volume's own min and max. "window": window_hu -> [0, 1]
+    window_hu: list[float] | tuple[float, ...] = (-1000.0, 1000.0)
+
+    # Which tokens stay. None: "its" in stage 2, "none" in stage 1.
+    scheduler: str | None = None
+    its_layer: int | None = None  # l, the layer after which tokens are dropped. None: int(n_layers / 4 - 1)
+    keep_ratio: float = 0.39  # of the visual tokens, for random, uniform and foreground (ITS kept about 390 of 1000)
+    scheduler_seed: int = 0  # random
+    foreground_level: float = 0.25  # foreground: a voxel brighter than this is body; 0.25 is -500 HU of [-1000, 1000]
+
+    # Instruction-conditioned token scheduling (ITS).
+    threshold_max: float = 0.9  # theta = threshold_max * sigmoid(...)
+    keep_temperature: float = 0.2  # tau in p = sigmoid((rho - theta) / tau)
+    # theta of a fresh predictor. Default: 0.9 sigmoid(-5), the bias the authors intended, which keeps nearly
+    # everything. Their initialisation lost that bias and started at 0.45: say 0.45 to start as their runs did.
+    initial_threshold: float = 0.9 / (1.0 + math.exp(5.0))
+
+    # Surrogate gradient propagation (SGP).
+    sgp_strict: bool = False  # the paper's text: eta with its sign reversed, direction not made zero-mean
+    sgp_sigma_floor: float = 3e-3  # smallest sigma in z = (eta - mean) / sigma
+    sgp_z_clip: float = 1.5  # |z| at most
+    sgp_beta: float = 0.8  # beta, the size of the surrogate gradient
+    sgp_scale_min: float = 0.5  # s, the magnitude, at least
+    sgp_scale_max: float = 2.0  # s at most
+    sgp_saturation_floor: float = 5e-3  # p (1 - p) at least
+
+    # Losses.
+    band_low: float = 0.3  # r below this is penalised
+    band_high: float = 0.8  # r above this is penalised
+    robustness_probability: float = 0.15  # of a training volume being perturbed
+
+    # Curriculum, in optimizer steps (int), or in fractions of the run (float in [0, 1]).
+    soft_start: int | float = 4000  # from here visual hidden states are weighted by p
+    hard_start: int | float = 8000  # from here tokens are dropped
+    flip_start: int | float = 9000  # from here some rows keep the complement
+    flip_probability: float = 0.05
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.scheduler is None:
+            self.scheduler = "its" if self.stage == 2 else "none"
+        self._check()
+
+    @property
+    def its(self) -> int:
+        """The layer after which tokens are dropped."""
+        layers: int = self.text_config.num_hidden_layers
+        return int(layers / 4 - 1) if self.its_layer is None else self.its_layer
+
+    def _check(self) -> None:
+        """Raise ValueError for settings that contradict each other."""
+        _want("stage", self.stage, self.stage in (1, 2), "1 or 2")
+        _want("scheduler", self.scheduler, self.scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
+        _want("intensity", self.intensity, self.intensity in INTENSITIES, f"one of {', '.join(INTENSITIES)}")
+        slides = getattr(self.text_config, "use_sliding_window", False)
+        _want("use_sliding_window", slides, not slides, "False (every layer attends to all that was kept)")
+        last = self.text_config.num_hidden_layers - 1
+        _want("its_layer", self.its, 0 <= self.its < max(last, 1), f"a layer from 0 to {last - 1}")
+        _want("keep_ratio", self.keep_ratio, 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
+        inside = 0 < self.initial_threshold < self.threshold_max
+        _want("initial_threshold", self.initial_threshold, inside, f"a value between 0 and {self.threshold_max}")
+        for name in ("soft_start", "hard_start", "flip_start"):
+            start = getattr(self, name)
+            fits = start >= 0 if isinstance(start, int) else 0.0 <= start <= 1.0
+            _want(name, start, fits, "an optimizer step (int) or a fraction of the run (float from 0 to 1)")
+        if self.scheduler == "its" and self.stage == 1:
+            raise ValueError(
+                "scheduler 'its' wants a threshold predictor, stage 1 has none; load with stage=2 to add a fresh one"
+            )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what config.json holds: the published layout, text settings at the top level, not nested."""
+        nested = super().to_diff_dict()
+        text = self.text_config.to_diff_dict()
+        rope = text.pop("rope_parameters")
+        flat = {
+            **text,
+            **{k: v for k, v in nested.items() if k != "text_config"},
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],  # the authors' class of that name
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        }
+        if "dtype" in flat:
+            flat["torch_dtype"] = flat["dtype"]  # the name the authors' transformers reads
+        flat["vision_config"] = {**flat["vision_config"], "in_chans": self.vision_config.in_channels}
+        return flat
+
+
+def _want(name: str, found: object, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: {wanted} wanted, got {found!r}")

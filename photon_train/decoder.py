@@ -1,0 +1,231 @@
+"""The decoder with scheduling: Qwen2.5-VL's, and between layers its and its + 1 visual tokens are dropped.
+
+`PhotonTextModel._scheduled` reads as the paper's algorithm. With nothing to schedule the stock forward runs.
+
+Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), D hidden size, P tokens
+of a shared prefix, H query heads, K key heads, d head_dim; axis 3 is (t, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLTextModel,
+    apply_rotary_pos_emb,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.curriculum import Phase
+from photon_train.layout import Gather, gather_of
+from photon_train.prefix import Prefix
+from photon_train.scheduling import (
+    SCHEDULERS,
+    Scheduled,
+    SchedulerContext,
+    SchedulingInputs,
+    Selection,
+    ThresholdHead,
+    ThresholdPredictor,
+    warn_of_undecided,
+)
+from photon_train.surrogate import SurrogateRule, prune
+
+
+@dataclass
+class PhotonTextOutput(BaseModelOutputWithPast):
+    """The decoder's output, and what was scheduled on the way."""
+
+    scheduled: Scheduled | None = None
+
+
+class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
+    """Decoder layer `its`: also says which visual tokens to keep, from its own queries and keys."""
+
+    def __init__(self, photon: PhotonConfig) -> None:
+        super().__init__(photon.text_config, photon.its)
+        self.photon = photon
+        self.atp = ThresholdPredictor(photon) if photon.stage == 2 else None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        scheduling: SchedulingInputs | None = None,
+        prefix: Prefix | None = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Selection]:
+        """Return h_BLD and, given `scheduling`, the selection for whole rows (prefix included)."""
+        if scheduling is None:
+            return super().forward(hidden_states, **kwargs)
+        rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
+        context = SchedulerContext(scheduling, rotated_qk, self.atp, self.photon)
+        selection = SCHEDULERS[str(self.photon.scheduler)](context)
+        return super().forward(hidden_states, **kwargs), selection
+
+    @torch.no_grad()
+    def rotated_qk(
+        self, h_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: Prefix | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return q[B, H, L, d] and k[B, K, L, d] of this layer for its input, behind the prefix's if any."""
+        attention, normed_BLD = self.self_attn, self.input_layernorm(h_BLD)
+        q_BHLd = attention.q_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        k_BKLd = attention.k_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        q_BHLd, k_BKLd = apply_rotary_pos_emb(q_BHLd, k_BKLd, *position_embeddings)
+        if prefix is not None:
+            rows = len(h_BLD)
+            q_BHLd = torch.cat([prefix.q_1HPd.expand(rows, -1, -1, -1), q_BHLd], dim=2)
+            k_BKLd = torch.cat([prefix.k_1KPd.expand(rows, -1, -1, -1), k_BKLd], dim=2)
+        return q_BHLd, k_BKLd
+
+
+class PhotonTextModel(Qwen2_5_VLTextModel):
+    """The decoder. Given `scheduling` it drops tokens after layer `its`; else it is the stock one."""
+
+    def __init__(self, config: Any, photon: PhotonConfig) -> None:
+        super().__init__(config)
+        self.photon = photon
+        self.layers[photon.its] = PhotonDecoderLayer(photon)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ThresholdHead):
+            module.initialise()
+        else:
+            super()._init_weights(module)
+
+    def forward(self, *args: Any, scheduling: SchedulingInputs | None = None, **kwargs: Any) -> Any:
+        """Return the stock output, or with `scheduling` a PhotonTextOutput over the kept tokens."""
+        if scheduling is None:
+            return super().forward(*args, **kwargs)
+        return self._scheduled(*args, scheduling=scheduling, **kwargs)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _scheduled(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        scheduling: SchedulingInputs,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        prefix: Prefix | None = None,
+        **kwargs: Any,
+    ) -> PhotonTextOutput:
+        position_3BL = position_ids[-3:]
+        present_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
+        cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+        its = self.photon.its
+
+        below, own_3BL = cache, position_3BL
+        keeping: AbstractContextManager[None] = nullcontext()
+        if prefix is not None:
+            below = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows=len(inputs_embeds))
+            own_3BL, keeping = position_3BL[..., prefix.length :], self._keeping_keys()
+        attend = self._attend(inputs_embeds, attention_mask, own_3BL, below, first_layer=0)
+        with keeping:
+            h_BLD = self._through(self.layers[:its], inputs_embeds, **attend, **kwargs)
+            h_BLD, selection = self.layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend, **kwargs)
+        if prefix is not None:
+            h_BLD = torch.cat([prefix.h_1PD.expand(len(h_BLD), -1, -1), h_BLD], dim=1)
+
+        scheduled, kept, h_BMD = self._drop(h_BLD, selection, scheduling, present_BL)
+        _prune_cache(cache, kept, layers=its + 1)
+        position_3BM = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
+        attend = self._attend(h_BMD, kept.present_BM, position_3BM, cache, first_layer=its + 1)
+        h_BMD = self._through(self.layers[its + 1 :], h_BMD, **attend, **kwargs)
+        return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
+
+    def through_its(self, h_1PD: Tensor, position_31P: Tensor) -> tuple[Tensor, Tensor, Tensor, Cache]:
+        """Return h_1PD after layer its, that layer's rotated q and k, and the cache of layers 0..its. For a prefix."""
+        its, cache = self.photon.its, DynamicCache(config=self.config)
+        scheduler: Any = self.layers[its]
+        attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
+        with self._keeping_keys():
+            h_1PD = self._through(self.layers[:its], h_1PD, **attend)
+            q_1HPd, k_1KPd = scheduler.rotated_qk(h_1PD, attend["position_embeddings"])
+            return scheduler(h_1PD, **attend), q_1HPd, k_1KPd, cache
+
+    @contextmanager
+    def _keeping_keys(self) -> Iterator[None]:
+        """Run layers 0..its without gradient checkpointing, which would throw away the keys that a prefix shares."""
+        layers: list[Any] = list(self.layers[: self.photon.its + 1])
+        checkpointed = [layer.gradient_checkpointing for layer in layers]
+        try:
+            for layer in layers:
+                layer.gradient_checkpointing = False
+            yield
+        finally:
+            for layer, flag in zip(layers, checkpointed, strict=True):
+                layer.gradient_checkpointing = flag
+
+    def _attend(
+        self, h_BLD: Tensor, mask_BL: Tensor | None, position_3BL: Tensor, cache: Cache | None, first_layer: int
+    ) -> dict[str, Any]:
+        """Return what layers from `first_layer` on need to attend: causal mask, rotary pair, cache."""
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=h_BLD,
+            attention_mask=mask_BL,
+            past_key_values=cache,
+            layer_idx=first_layer,
+        )
+        rotary = self.rotary_emb(h_BLD, position_3BL)
+        return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
+
+    @staticmethod
+    def _through(layers: Iterable[nn.Module], h_BLD: Tensor, **attend: Any) -> Tensor:
+        for layer in layers:
+            h_BLD = layer(h_BLD, **attend)
+        return h_BLD
+
+    def _drop(
+        self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, present_BL: Tensor
+    ) -> tuple[Scheduled, Gather, Tensor]:
+        """Return what was scheduled, the gather of the kept tokens, and their hidden states h_BMD."""
+        visual_BL, phase = scheduling.visual_BL, scheduling.phase
+        p_BL = torch.where(scheduling.detached_B[:, None], selection.probability_BL.detach(), selection.probability_BL)
+        if phase is Phase.SOFT:
+            h_BLD = h_BLD * p_BL[..., None].to(h_BLD.dtype)
+        drops = phase in (Phase.HARD, Phase.FLIP)
+        flipped_B = scheduling.flip_B & ~selection.threshold_B.isnan()
+        kept_visual_BL = selection.keep_BL ^ (visual_BL & flipped_B[:, None]) if drops else visual_BL
+        keep_BL = present_BL & (kept_visual_BL | ~visual_BL)
+        kept = gather_of(keep_BL)
+        if self.photon.scheduler == "its":
+            warn_of_undecided(selection, visual_BL)
+        surrogate_p_BL = p_BL if drops else p_BL.detach()
+        rule = SurrogateRule.of(self.photon)
+        h_BMD = prune(h_BLD, surrogate_p_BL, visual_BL, kept, rule)
+        scheduled = Scheduled(
+            selection.score_BL,
+            selection.saliency_BL,
+            selection.threshold_B,
+            p_BL,
+            keep_BL,
+            kept.index_BM,
+            kept.present_BM,
+        )
+        return scheduled, kept, h_BMD
+
+
+def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
+    """Shorten the first `layers` layers to the kept tokens. Raises ValueError for caches of fixed length."""
+    for layer in [] if cache is None else cache.layers[:layers]:
+        if not isinstance(layer, DynamicLayer):
+            raise ValueError(f"a cache of DynamicLayers wanted, which can be shortened, got {type(layer).__name__}")
+        assert layer.keys is not None and layer.values is not None, "the layer has just run"
+        layer.keys, layer.values = kept(layer.keys, dim=2), kept(layer.values, dim=2)

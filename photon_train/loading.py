@@ -1,0 +1,132 @@
+"""Telling the four kinds of checkpoint apart, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.utils.hub import cached_file
+
+from photon_train.configuration_photon import PhotonConfig, PhotonVisionConfig
+
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+PATCH_EMBEDDING = "model.visual.patch_embed.proj.weight"
+
+
+class Layout(Enum):
+    """What a checkpoint was trained for."""
+
+    STOCK = "Qwen2.5-VL"
+    STAGE1 = "Photon stage 1"
+    STAGE2 = "Photon stage 2"
+
+
+def register_published_names(class_name: str) -> None:
+    """Make transformers read and write the published key names for this class.
+
+    visual.vision_patch_embed.* <-> model.visual.patch_embed.*; visual.* <-> model.visual.*;
+    model.* <-> model.language_model.*
+    """
+    renamings: list[Any] = [
+        WeightRenaming(r"^visual", "model.visual"),
+        WeightRenaming(r"^model(?!\.(language_model|visual))", "model.language_model"),
+        WeightRenaming(r"visual\.vision_patch_embed", "visual.patch_embed"),
+    ]
+    register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
+
+
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments of from_pretrained that say where on the hub to look."""
+    return {k: v for k, v in kwargs.items() if k in HUB_OPTIONS and v is not None}
+
+
+def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
+    """Return the tensor names of a local or hub checkpoint, single or sharded.
+
+    Raises ValueError when there is no safetensors file: pickles are never opened.
+    """
+    options = hub_options(kwargs)
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
+    index = cached_file(path_or_id, "model.safetensors.index.json", **options, **optional)
+    if index is not None:
+        return set(json.loads(Path(index).read_text())["weight_map"])
+    single = cached_file(path_or_id, "model.safetensors", **options, **optional)
+    if single is not None:
+        with safe_open(single, framework="pt") as tensors:
+            return set(tensors.keys())
+    raise ValueError(
+        f"model.safetensors or its index wanted, none found in {path_or_id}; pickled weights (.bin, .pt) are not read, "
+        "because loading one can run code: convert them to safetensors on a machine you can lose"
+    )
+
+
+def layout_of(keys: set[str]) -> Layout:
+    """Return the layout that the tensor names show. Raises ValueError when they show none."""
+    if any(".atp." in key for key in keys):
+        return Layout.STAGE2
+    if any("visual.vision_patch_embed." in key for key in keys):
+        return Layout.STAGE1
+    if any("visual.patch_embed." in key for key in keys):
+        return Layout.STOCK
+    raise ValueError(
+        f"a Qwen2.5-VL or Photon checkpoint wanted, found neither patch_embed nor vision_patch_embed "
+        f"among {len(keys)} keys, such as {sorted(keys)[:3]}; check the path"
+    )
+
+
+def config_for(path_or_id: str, layout: Layout, stage: int | None, **settings: Any) -> PhotonConfig:
+    """Return the configuration of a checkpoint of this layout, to be loaded for `stage` (default: what it is).
+
+    Raises ValueError for a stage below the checkpoint's.
+    """
+    own_stage = 2 if layout is Layout.STAGE2 else 1
+    stage = own_stage if stage is None else stage
+    if stage < own_stage:
+        raise ValueError(
+            f"stage {own_stage} wanted for a {layout.value} checkpoint, got {stage}; for no pruning say scheduler='none'"
+        )
+    saved, _ = PhotonConfig.get_config_dict(path_or_id, **hub_options(settings))
+    settings = {name: value for name, value in settings.items() if name not in HUB_OPTIONS}
+    if layout is Layout.STOCK:
+        settings = {"vision_config": _volume_tower(saved["vision_config"]), **settings}
+    if stage == 2 and layout is not Layout.STAGE2:
+        settings = {"scheduler": "its", **settings}
+    return PhotonConfig.from_dict({**saved, **settings, "stage": stage})
+
+
+def _volume_tower(rgb: dict[str, Any]) -> dict[str, Any]:
+    """Return the vision settings of a stock checkpoint with one channel and cubic patches in place of RGB frames."""
+    fresh = PhotonVisionConfig()
+    cubic = {
+        "in_channels": fresh.in_channels,
+        "in_chans": fresh.in_channels,
+        "tokens_per_second": fresh.tokens_per_second,
+    }
+    return {**rgb, **cubic, "temporal_patch_size": rgb.get("patch_size", fresh.patch_size)}
+
+
+def check_loaded(info: dict[str, Any], layout: Layout, stage: int) -> None:
+    """Raise ValueError listing every key that is missing, unexpected or of another shape, save those made afresh."""
+    fresh = {PATCH_EMBEDDING} if layout is Layout.STOCK else set()
+
+    def is_fresh(key: str) -> bool:
+        return key in fresh or (stage == 2 and layout is not Layout.STAGE2 and ".atp." in key)
+
+    problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not is_fresh(key)]
+    problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
+    problems += [
+        f"{key}: shape {tuple(wanted)} wanted, {tuple(found)} found"
+        for key, found, wanted in sorted(info["mismatched_keys"])
+        if not is_fresh(key)
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(
+            f"a complete {layout.value} checkpoint wanted, {len(problems)} keys do not fit:\n  {listed}\n"
+            "Check that config.json belongs to these weights and that no shard is cut off."
+        )

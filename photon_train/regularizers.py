@@ -1,0 +1,105 @@
+"""What is added to cross entropy in stage 2 or stands instead of it; and how volumes are perturbed.
+
+Legend: B rows, L tokens, N answer tokens of the batch, V vocabulary, P patch rows, X voxels of a patch.
+"""
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FLIP_EPS = 1e-6
+
+
+class Objective(NamedTuple):
+    """What each row is trained for. Both False: to answer."""
+
+    perturbed_B: Tensor  # bool: its volume was perturbed; be unsure
+    flipped_B: Tensor  # bool: the wrong tokens were kept; do not answer
+
+
+class AnswerLosses(NamedTuple):
+    """Mean over all answer tokens of the batch, split by what their row is trained for; the sum is the batch's loss."""
+
+    ce: Tensor
+    robustness: Tensor
+    flip: Tensor
+
+
+def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective) -> AnswerLosses:
+    """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
+
+    ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + 1e-6).
+    """
+    perturbed_N, flipped_N = objective.perturbed_B[rows_N], objective.flipped_B[rows_N]
+    count = max(len(labels_N), 1)
+    logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
+    logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)
+    answered_N = ~(perturbed_N | flipped_N)
+    ce = -(logp_N * answered_N).sum() / count
+    robustness = (logp_NV.exp() * logp_NV).sum(-1).mul(perturbed_N).sum() / count
+    not_y_N = torch.log(1 - logp_N.exp() + FLIP_EPS)
+    flip = -torch.where(flipped_N & ~perturbed_N, not_y_N, 0.0).sum() / count
+    return AnswerLosses(ce, robustness, flip)
+
+
+def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Tensor:
+    """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
+    r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
+    return F.relu(r_B - high) + F.relu(low - r_B)
+
+
+class Perturbation(Enum):
+    """What is done to a volume's patch rows."""
+
+    SHUFFLE_PATCHES = "rows in another order"
+    SHUFFLE_VOXELS = "rows in another order, and the voxels in each row"
+    KEEP_PATCHES = "a fifth of the rows stays, the others are 0"
+    KEEP_VOXELS = "a tenth of the voxel positions stays, the others are 0"
+    NOISE = "uniform noise"
+    ZEROS = "zeros"
+
+
+CHANCES = {
+    Perturbation.SHUFFLE_PATCHES: 0.16,
+    Perturbation.SHUFFLE_VOXELS: 0.16,
+    Perturbation.KEEP_PATCHES: 0.16,
+    Perturbation.KEEP_VOXELS: 0.16,
+    Perturbation.NOISE: 0.16,
+    Perturbation.ZEROS: 0.20,
+}
+KEPT_PATCHES = 0.2
+KEPT_VOXELS = 0.1
+
+
+def draw_perturbation(generator: torch.Generator) -> Perturbation:
+    """Return one perturbation, drawn by CHANCES."""
+    index = torch.multinomial(torch.tensor(list(CHANCES.values())), 1, generator=generator)
+    return list(CHANCES)[int(index)]
+
+
+def perturb(patches_PX: Tensor, how: Perturbation, generator: torch.Generator) -> Tensor:
+    """Return a new float[P, X], the patch rows of one volume, perturbed. Draws from the (CPU) generator only."""
+
+    def permuted(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator).to(patches_PX.device)
+
+    rows, voxels = patches_PX.shape
+    match how:
+        case Perturbation.SHUFFLE_PATCHES:
+            return patches_PX[permuted(rows)]
+        case Perturbation.SHUFFLE_VOXELS:
+            order_PX = torch.rand(rows, voxels, generator=generator).argsort(1).to(patches_PX.device)
+            return patches_PX[permuted(rows)].gather(1, order_PX)
+        case Perturbation.KEEP_PATCHES:
+            kept = permuted(rows)[: round(KEPT_PATCHES * rows)]
+            return torch.zeros_like(patches_PX).index_copy(0, kept, patches_PX[kept])
+        case Perturbation.KEEP_VOXELS:
+            kept = permuted(voxels)[: round(KEPT_VOXELS * voxels)]
+            return torch.zeros_like(patches_PX).index_copy(1, kept, patches_PX[:, kept])
+        case Perturbation.NOISE:
+            return torch.rand(rows, voxels, generator=generator).to(patches_PX)
+        case Perturbation.ZEROS:
+            return torch.zeros_like(patches_PX)

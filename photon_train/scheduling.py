@@ -1,0 +1,274 @@
+"""Instruction-conditioned token scheduling (ITS), and the schedulers it is compared with.
+
+Legend: B rows, L tokens, H query heads, K key heads, G = H / K, Q question tokens, d head_dim, F descriptors.
+All statistics are over the visual tokens of one row, in float32: a row never sees its batch mates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.curriculum import Phase
+from photon_train.layout import gather_of
+
+logger = logging.getLogger(__name__)
+
+RANGE_EPS = 1e-8  # rho = (u - min u) / (max u - min u + RANGE_EPS)
+NEVER = float("nan")  # the threshold of a row that has none
+
+
+class SchedulingInputs(NamedTuple):
+    """What the decoder must know to schedule a batch."""
+
+    visual_BL: Tensor  # bool, True at visual tokens
+    question_BL: Tensor  # bool, True at question tokens
+    body_BL: Tensor  # float, share of bright voxels in a visual token; foreground scheduler only
+    phase: Phase
+    perturbed_B: Tensor  # bool, True where the volume was perturbed
+    flip_B: Tensor  # bool, True where the complement is to be kept
+
+    @property
+    def detached_B(self) -> Tensor:
+        """bool[B], True where p gets no gradient."""
+        return self.perturbed_B | self.flip_B
+
+
+class SchedulerContext(NamedTuple):
+    """What a scheduler decides by."""
+
+    inputs: SchedulingInputs
+    rotated_qk: Callable[[], tuple[Tensor, Tensor]]  # -> q[B, H, L, d], k[B, K, L, d] of layer its
+    predictor: ThresholdPredictor | None
+    config: PhotonConfig
+
+
+class Selection(NamedTuple):
+    """What a scheduler decided about the visual tokens; text positions hold 0, 0, 1, False."""
+
+    score_BL: Tensor  # float32, u for ITS, else the scheduler's own ranking
+    saliency_BL: Tensor  # float32, rho in [0, 1]
+    probability_BL: Tensor  # float32, p
+    keep_BL: Tensor  # bool
+    threshold_B: Tensor  # float32, theta; NaN where nothing was compared with a threshold
+
+
+class Scheduled(NamedTuple):
+    """What was scheduled: the selection, and what became of the row."""
+
+    score_BL: Tensor  # float32
+    saliency_BL: Tensor  # float32, rho
+    threshold_B: Tensor  # float32, theta (NaN: none)
+    probability_BL: Tensor  # float32, p; 1 at text
+    keep_BL: Tensor  # bool, True for text and kept visual tokens, False for dropped ones and padding
+    position_BM: Tensor  # int64, where each remaining token stood; rows are packed against the right edge
+    present_BM: Tensor  # bool, False at the empty slots of rows with fewer tokens
+
+
+class ThresholdHead(nn.Linear):
+    """The last layer of the predictor: starts at `initial_threshold` whatever the scores are."""
+
+    def __init__(self, width: int, config: PhotonConfig) -> None:
+        super().__init__(width, 1)
+        share = config.initial_threshold / config.threshold_max
+        self.initial_bias = math.log(share / (1.0 - share))
+
+    def initialise(self) -> None:
+        """Set the weight to zero and the bias so that sigmoid gives the threshold."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+
+class ThresholdMLP(nn.Module):
+    """Twelve descriptors -> one number. A module of its own for the sake of the published key names."""
+
+    def __init__(self, width: int, config: PhotonConfig) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, width), nn.GELU(), ThresholdHead(width, config))
+
+
+class ThresholdPredictor(nn.Module):
+    """theta from twelve descriptors of a row's scores. Names as published; `pos_proj` is stored and never used."""
+
+    def __init__(self, config: PhotonConfig) -> None:
+        super().__init__()
+        hidden = config.text_config.hidden_size
+        self.threshold_max = config.threshold_max
+        self.predictor = ThresholdMLP(hidden // 8, config)
+        self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """Return theta float32[B] from float32[B, 12], in float32 whatever the dtype of the weights or autocast."""
+        w1, b1, w2, b2 = (p.float() for p in self.predictor.mlp.parameters())
+        with torch.autocast(features_BF.device.type, enabled=False):
+            z_B1 = F.linear(F.gelu(F.linear(features_BF, w1, b1)), w2, b2)
+        return self.threshold_max * torch.sigmoid(z_B1.squeeze(-1))
+
+
+Scheduler = Callable[[SchedulerContext], Selection]
+
+
+def its(context: SchedulerContext) -> Selection:
+    """Keep what the question attends to: u -> rho -> p = sigmoid((rho - theta) / tau) -> keep iff p > 0.5.
+
+    A score without contrast (no or one question token) decides nothing: such a row keeps all,
+    with a warning.
+    """
+    visual_BL, question_BL = context.inputs.visual_BL, context.inputs.question_BL
+    assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
+    with torch.no_grad():
+        q_BHLd, k_BKLd = context.rotated_qk()
+        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL)
+        saliency_BL = min_max(score_BL, visual_BL)
+        features_BF = descriptors(score_BL, saliency_BL, visual_BL)
+    threshold_B = context.predictor(features_BF)
+    decided_B = _has_contrast(score_BL, visual_BL)
+    p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / context.config.keep_temperature)
+    p_BL = torch.where(visual_BL & decided_B[:, None], p_BL, 1.0)
+    return Selection(score_BL, saliency_BL, p_BL, visual_BL & (p_BL > 0.5), torch.where(decided_B, threshold_B, NEVER))
+
+
+def keep_all(context: SchedulerContext) -> Selection:
+    """Keep every visual token."""
+    return _highest(torch.zeros_like(context.inputs.body_BL), context, keep_ratio=1.0)
+
+
+def random(context: SchedulerContext) -> Selection:
+    """Keep `keep_ratio` of each row, the same pseudo-random choice for every row of that many visual tokens."""
+    rank_BL = context.inputs.visual_BL.cumsum(1)
+    generator = torch.Generator().manual_seed(context.config.scheduler_seed)
+    draw_L = torch.rand(rank_BL.shape[1] + 1, generator=generator).to(rank_BL.device)
+    return _highest(draw_L[rank_BL], context)
+
+
+def uniform(context: SchedulerContext) -> Selection:
+    """Keep `keep_ratio` of each row, evenly spaced in sequence order."""
+    visual_BL = context.inputs.visual_BL
+    count_B1 = visual_BL.sum(1, keepdim=True).clamp_min(1)
+    wanted_B1 = _wanted(count_B1, context.config.keep_ratio)
+    rank_BL = visual_BL.cumsum(1)
+    steps_BL = (rank_BL * wanted_B1) // count_B1 > ((rank_BL - 1) * wanted_B1) // count_B1
+    return _highest(steps_BL.float(), context)
+
+
+def foreground(context: SchedulerContext) -> Selection:
+    """Keep `keep_ratio` of each row: tokens with most voxels of the body first, ties in sequence order."""
+    return _highest(context.inputs.body_BL, context)
+
+
+SCHEDULERS: dict[str, Scheduler] = {
+    "its": its,
+    "none": keep_all,
+    "random": random,
+    "uniform": uniform,
+    "foreground": foreground,
+}
+
+
+def instruction_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor) -> Tensor:
+    """Return u float32[B, L], 0 off the visual tokens: how well each is aligned with the question.
+
+    q and k are the layer's own, rotated. w_t = centrality of question token t among the question tokens; u_j = mean
+    over heads of sum over t of w_t q_t . k_j / sqrt(d). No softmax, no causal mask. Rounded to q's
+    dtype, as when trained.
+    """
+    question = gather_of(question_BL)
+    scale = q_BHLd.shape[-1] ** -0.5
+    q_BKGQd = question(q_BHLd, dim=2).float().unflatten(1, (k_BKLd.shape[1], -1))
+    k_BKQd = question(k_BKLd, dim=2).float()
+    asked_BQ = question.present_BM.float()
+
+    pairs_BQQ = asked_BQ[:, :, None] * asked_BQ[:, None, :] * (1 - torch.eye(asked_BQ.shape[1], device=asked_BQ.device))
+    affinity_BQQ = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd).mul(scale).relu().mean(dim=(1, 2))
+    centrality_BQ = (affinity_BQQ * pairs_BQQ).sum(-1)
+    w_BQ = centrality_BQ / centrality_BQ.sum(-1, keepdim=True).clamp_min(1.0)
+
+    asked_BKGd = torch.einsum("bq,bkgqd->bkgd", w_BQ, q_BKGQd)
+    per_head = torch.einsum("bkgd,bkld->bkgl", asked_BKGd, k_BKLd.float()).mul(scale)
+    score_BL = per_head.mean(dim=(1, 2)).to(q_BHLd.dtype).float()
+    return score_BL.masked_fill(~visual_BL, 0.0)
+
+
+def min_max(score_BL: Tensor, visual_BL: Tensor) -> Tensor:
+    """Return rho in [0, 1]: the scores of each row's visual tokens, min-max scaled; 0 elsewhere."""
+    low_B1, high_B1 = _extremes(score_BL, visual_BL)
+    return ((score_BL - low_B1) / (high_B1 - low_B1 + RANGE_EPS)).masked_fill(~visual_BL, 0.0)
+
+
+def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Tensor:
+    """Return float32[B, 12]; 0 for rows without visual tokens.
+
+    rho: mean, biased std, min, max, lower quartile, median; u: mean, std, min, max; sign(u) log1p|u|: mean, max.
+    """
+    count_B1 = visual_BL.sum(1, keepdim=True)
+    log_BL = score_BL.sign() * score_BL.abs().log1p()
+    columns = [
+        *_mean_std(saliency_BL, visual_BL),
+        *_extremes(saliency_BL, visual_BL),
+        _quantile(saliency_BL, visual_BL, 0.25),
+        _quantile(saliency_BL, visual_BL, 0.5),
+        *_mean_std(score_BL, visual_BL),
+        *_extremes(score_BL, visual_BL),
+        _mean_std(log_BL, visual_BL)[0],
+        _extremes(log_BL, visual_BL)[1],
+    ]
+    return torch.cat(columns, dim=1).masked_fill(count_B1 == 0, 0.0)
+
+
+def _mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
+    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
+    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
+    return mean_B1, variance_B1.sqrt()
+
+
+def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    low_B1 = x_BL.masked_fill(~mask_BL, torch.inf).amin(1, keepdim=True)
+    high_B1 = x_BL.masked_fill(~mask_BL, -torch.inf).amax(1, keepdim=True)
+    none_B1 = ~mask_BL.any(1, keepdim=True)
+    return low_B1.masked_fill(none_B1, 0.0), high_B1.masked_fill(none_B1, 0.0)
+
+
+def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
+    """Return the linearly interpolated quantile, as torch.quantile, of the masked entries of each row."""
+    sorted_BL = x_BL.masked_fill(~mask_BL, torch.inf).sort(1).values
+    rank_B1 = q * (mask_BL.sum(1, keepdim=True) - 1).clamp_min(0).float()
+    below_B1 = sorted_BL.gather(1, rank_B1.floor().long())
+    above_B1 = sorted_BL.gather(1, rank_B1.ceil().long())
+    return torch.lerp(below_B1, above_B1, rank_B1 - rank_B1.floor())
+
+
+def _has_contrast(score_BL: Tensor, visual_BL: Tensor) -> Tensor:
+    low_B1, high_B1 = _extremes(score_BL, visual_BL)
+    return (high_B1 - low_B1).squeeze(1) > RANGE_EPS
+
+
+def _wanted(count_B1: Tensor, keep_ratio: float) -> Tensor:
+    """Return how many visual tokens to keep, at least one: round(keep_ratio x count)."""
+    return (count_B1 * keep_ratio).round().long().clamp_min(1)
+
+
+def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float | None = None) -> Selection:
+    """Return the selection of the `keep_ratio` highest scores of each row, ties in sequence order. p is 1."""
+    visual_BL = context.inputs.visual_BL
+    wanted_B1 = _wanted(visual_BL.sum(1, keepdim=True), keep_ratio or context.config.keep_ratio)
+    order_BL = score_BL.masked_fill(~visual_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank_BL = order_BL.argsort(dim=1)
+    score_BL = score_BL.float().masked_fill(~visual_BL, 0.0)
+    ones_BL = torch.ones_like(score_BL)
+    no_threshold_B = torch.full_like(score_BL[:, 0], NEVER)
+    return Selection(score_BL, min_max(score_BL, visual_BL), ones_BL, visual_BL & (rank_BL < wanted_B1), no_threshold_B)
+
+
+def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
+    """Log the rows whose question gave no contrast. One host sync; call it where there is one already."""
+    rows = (visual_BL.any(1) & selection.threshold_B.isnan()).nonzero().flatten().tolist()
+    if rows:
+        logger.warning("rows %s: no visual token stands out for their question (none, or one token long): all are kept", rows)

@@ -1,0 +1,213 @@
+"""The four layouts load, what does not fit is listed, and what is saved has the published names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from golden import Golden, published_name
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from photon_train import vision
+from photon_train.modeling_photon import PhotonForConditionalGeneration
+
+PATCH_EMBEDDING = "visual.vision_patch_embed.proj.weight"
+
+
+def published(golden: Golden, stage: str) -> tuple[dict, dict[str, Tensor]]:
+    directory = golden.directory / "models" / stage
+    return json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+
+
+def write(directory: Path, config: dict, weights: dict[str, Tensor]) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture
+def stock(golden: Golden, tmp_path: Path) -> Path:
+    """A small Qwen2.5-VL checkpoint under pre-v5 names, with an RGB patch embedding."""
+    config, weights = published(golden, "s1")
+    config["vision_config"] |= {"in_chans": 3, "temporal_patch_size": 2}
+    width = len(weights.pop(PATCH_EMBEDDING))
+    weights["visual.patch_embed.proj.weight"] = torch.randn(width, 3, 2, 14, 14)
+    return write(tmp_path / "stock", config, weights)
+
+
+def test_stock_qwen_becomes_stage_1_with_a_fresh_patch_embedding(golden: Golden, stock: Path) -> None:
+    model, (_, weights) = PhotonForConditionalGeneration.from_pretrained(stock), published(golden, "s1")
+    assert model.config.stage == 1
+    assert model.config.scheduler == "none"
+    fresh = model.model.visual.patch_embed.proj.weight
+    assert tuple(fresh.shape[1:]) == (1, 14, 14, 14)
+    assert 0 < fresh.std() < 0.1
+    for name, p in model.named_parameters():
+        if not name.endswith("patch_embed.proj.weight"):
+            assert_close(p, weights[published_name(name)], rtol=0, atol=0)
+
+
+def test_stage_1_becomes_stage_2_with_a_predictor_that_keeps_nearly_everything(golden: Golden) -> None:
+    model = golden.model("s1", stage=2, im_start_token_id=golden.tokens["im_start"])
+    out = model(**golden.batch("b1"))
+    visual = golden.inputs("b1")["vision_mask"]
+    assert model.config.scheduler == "its"
+    assert_close(out.scheduled.threshold_B, torch.tensor([0.9 / (1 + 2.718281828459045**5)]))
+    assert out.scheduled.keep_BL[visual].float().mean() > 0.95
+
+
+def test_the_authors_effective_start_is_a_setting_away(golden: Golden) -> None:
+    model = golden.model("s1", stage=2, initial_threshold=0.45)
+    assert_close(model(**golden.batch("b1")).scheduled.threshold_B, torch.tensor([0.45]))
+
+
+@pytest.mark.parametrize("stage", ["s1", "s2"])
+def test_what_is_saved_has_the_published_keys_values_and_config(golden: Golden, stage: str, tmp_path: Path) -> None:
+    golden.model(stage).save_pretrained(tmp_path)
+    config, weights = published(golden, stage)
+    saved = load_file(tmp_path / "model.safetensors")
+    saved.pop("lm_head.weight", None)
+    assert saved.keys() == weights.keys()
+    assert all(saved[key].equal(weights[key]) for key in weights)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == config["architectures"]
+    assert written["vision_config"]["in_chans"] == 1
+    for key in ("hidden_size", "num_hidden_layers", "rope_theta", "rope_scaling", "vocab_size", "tie_word_embeddings"):
+        assert written[key] == config[key], key
+
+
+def test_a_saved_model_loads_to_the_same_logits(golden: Golden, tmp_path: Path) -> None:
+    model, x = golden.model("s2", band_low=0.2), golden.batch("b1")
+    model.save_pretrained(tmp_path)
+    again = PhotonForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.band_low == 0.2
+    assert again.config.im_start_token_id == golden.tokens["im_start"]
+    assert again(**x).logits.equal(model(**x).logits)
+
+
+def test_shards_and_bfloat16_load(golden: Golden, tmp_path: Path) -> None:
+    model = golden.model("s2").to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = PhotonForConditionalGeneration.from_pretrained(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    for (name, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert p.equal(q), name
+    out = again.eval()(**golden.batch("b1"))
+    assert out.logits.isfinite().all()
+
+
+def test_a_hub_id_loads_at_the_revision_asked_for(golden: Golden, tmp_path: Path) -> None:
+    """From a cache laid out as the hub's client does; no network."""
+    folder = tmp_path / "models--someone--photon"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "snapshots").mkdir()
+    config, weights = published(golden, "s1")
+    for i, revision in enumerate(("main", "v1")):
+        commit = str(i) * 40
+        (folder / "refs" / revision).write_text(commit)
+        scaled = weights | {"model.norm.weight": weights["model.norm.weight"] * (i + 1)}
+        write(folder / "snapshots" / commit, config, scaled)
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    for i, revision in enumerate((None, "v1")):
+        model = PhotonForConditionalGeneration.from_pretrained("someone/photon", revision=revision, **where)
+        assert model.model.language_model.norm.weight.equal(weights["model.norm.weight"] * (i + 1))
+
+
+def test_the_stale_in_channels_of_a_resaved_config_loses_to_in_chans(golden: Golden, tmp_path: Path) -> None:
+    _, weights = published(golden, "s1")
+    config = json.loads((golden.directory / "models" / "s1" / "config_as_saved_by_hf.json").read_text())
+    assert config["vision_config"]["in_channels"] == 3
+    model = PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "again", config, weights))
+    assert model.model.visual.patch_embed.proj.weight.equal(weights[PATCH_EMBEDDING])
+
+
+@pytest.mark.parametrize(
+    ("drop", "add", "message"),
+    [
+        ("model.norm.weight", None, "missing model.language_model.norm.weight"),
+        ("visual.merger.mlp.0.bias", None, "missing model.visual.merger.mlp.0.bias"),
+        (None, "model.layers.0.extra.weight", "unexpected .*layers.0.extra.weight"),
+        ("model.layers.1.atp.predictor.mlp.0.bias", None, "missing .*atp.predictor.mlp.0.bias"),
+    ],
+)
+def test_a_key_too_few_or_too_many_is_an_error_that_lists_it(golden, tmp_path, drop, add, message) -> None:
+    config, weights = published(golden, "s2")
+    weights.pop(drop, None)
+    weights |= {add: torch.zeros(3)} if add else {}
+    with pytest.raises(ValueError, match=message):
+        PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, weights))
+
+
+def test_a_weight_of_another_shape_is_an_error_that_lists_it(golden: Golden, tmp_path: Path) -> None:
+    config, weights = published(golden, "s1")
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    with pytest.raises(ValueError, match=re.escape("model.language_model.norm.weight: shape (64,) wanted, (63,) found")):
+        PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, weights))
+
+
+def test_a_stage_2_checkpoint_is_not_loaded_for_stage_1(golden: Golden) -> None:
+    with pytest.raises(ValueError, match="stage 2 wanted"):
+        golden.model("s2", stage=1)
+
+
+def test_pickled_weights_are_refused_unopened(golden: Golden, tmp_path: Path) -> None:
+    config, weights = published(golden, "s1")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights"):
+        PhotonForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_directory_that_is_no_photon_says_what_it_found(golden: Golden, tmp_path: Path) -> None:
+    config, _ = published(golden, "s1")
+    with pytest.raises(ValueError, match="neither patch_embed nor vision_patch_embed"):
+        PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, {"w": torch.zeros(2)}))
+
+
+@torch.no_grad()
+def test_without_scheduling_it_is_stock_qwen_to_the_bit(golden: Golden, tmp_path: Path) -> None:
+    """Given the same positions, which transformers v5 counts by another rule: that difference is asserted too."""
+    photon, x = golden.model("s1"), golden.batch("b2_left", "labels")
+    config = Qwen2_5_VLConfig(**json.loads((golden.directory / "models" / "s1" / "config.json").read_text()))
+    config.vision_config.in_channels = 1
+    stock = Qwen2_5_VLForConditionalGeneration(config).eval()
+    stock.load_state_dict(photon.state_dict())
+    kinds = 2 * golden.inputs("b2_left")["vision_mask"].long()
+    ours_3BL, _ = photon.model.get_rope_index(**x, mm_token_type_ids=kinds)
+    theirs_3BL, _ = stock.model.get_rope_index(**x, mm_token_type_ids=kinds)
+    assert not ours_3BL.equal(theirs_3BL)
+    assert photon(**x).logits.equal(stock(**x, position_ids=ours_3BL).logits)
+    x |= {"position_ids": theirs_3BL}
+    assert photon(**x).logits.equal(stock(**x).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_grouped_windows_give_what_the_stock_vision_tower_gives_to_the_bit(golden: Golden, attention: str) -> None:
+    photon, x = golden.model("s1", attn_implementation=attention), golden.inputs("vision_windows")
+    config = photon.config.vision_config
+    stock = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation=attention).eval()
+    stock.load_state_dict(photon.model.visual.state_dict())
+    ours, theirs = (
+        tower(x["pixel_values_videos"], grid_thw=x["video_grid_thw"]).pooler_output for tower in (photon.model.visual, stock)
+    )
+    assert_close(ours, theirs, rtol=0, atol=0 if attention == "sdpa" else 1e-5)
+
+
+def test_one_call_per_window_length_is_made(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    photon, x = golden.model("s1", attn_implementation="eager"), golden.inputs("vision_windows")
+    calls = []
+    stock = vision.eager_attention_forward
+    monkeypatch.setattr(vision, "eager_attention_forward", lambda *a, **k: calls.append(a[1].shape[2]) or stock(*a, **k))
+    photon.model.visual(x["pixel_values_videos"], grid_thw=x["video_grid_thw"])
+    # Windows of 8 x 8 patches on slabs of 12 x 10 and (twice) 4 x 8: lengths 64, 32, 16 and 8; whole slabs: 120 and 32.
+    full = len(photon.config.vision_config.fullatt_block_indexes)
+    assert sorted(set(calls)) == [8, 16, 32, 64, 120]
+    assert len(calls) == 4 * (photon.config.vision_config.depth - full) + 2 * full

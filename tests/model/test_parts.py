@@ -1,0 +1,168 @@
+"""Curriculum, schedulers, perturbations and loss parts, by hand."""
+
+import logging
+
+import pytest
+import torch
+from golden import Golden
+from torch.testing import assert_close
+
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.curriculum import Phase, phase_at
+from photon_train.initial import byte_tokenizer, tiny_config
+from photon_train.layout import gather_of
+from photon_train.regularizers import CHANCES, Objective, Perturbation, answer_losses, draw_perturbation, perturb
+from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
+
+
+def config(**settings) -> PhotonConfig:
+    return tiny_config(byte_tokenizer(), stage=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("step", "phase"),
+    [(0, Phase.DENSE), (3999, Phase.DENSE), (4000, Phase.SOFT), (8000, Phase.HARD), (8999, Phase.HARD), (9000, Phase.FLIP)],
+)
+def test_phases_start_at_the_published_steps(step: int, phase: Phase) -> None:
+    assert phase_at(config(), step) is phase
+
+
+def test_phases_can_start_at_fractions_of_the_run() -> None:
+    fractions = config(soft_start=0.25, hard_start=0.5, flip_start=0.75)
+    found = [phase_at(fractions, step, total_steps=8) for step in range(8)]
+    assert found == [p for p in (Phase.DENSE, Phase.SOFT, Phase.HARD, Phase.FLIP) for _ in range(2)]
+    with pytest.raises(ValueError, match="total_steps wanted, got None"):
+        phase_at(fractions, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheduler": "best"}, "scheduler: one of its, none, .* wanted, got 'best'"),
+        ({"its_layer": 8}, "its_layer: a layer from 0 to 6 wanted, got 8"),
+        ({"keep_ratio": 0.0}, "keep_ratio"),
+        ({"initial_threshold": 0.95}, "initial_threshold: a value between 0 and 0.9 wanted"),
+        ({"hard_start": 8000.0}, "hard_start: an optimizer step .int. or a fraction of the run .* wanted, got 8000.0"),
+        ({"use_sliding_window": True}, "use_sliding_window: False"),
+        ({"intensity": "zscore"}, "intensity: one of minmax, window wanted"),
+    ],
+)
+def test_contradicting_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_stage_1_has_no_threshold_to_schedule_by() -> None:
+    with pytest.raises(ValueError, match="stage=2 to add a fresh one"):
+        tiny_config(byte_tokenizer(), stage=1, scheduler="its")
+
+
+def selected(name: str, visual: list[list[int]], body: list[list[float]] | None = None, **settings) -> list[list[int]]:
+    """The kept positions of each row."""
+    visual_BL = torch.tensor(visual).bool()
+    no_B = torch.zeros(len(visual), dtype=torch.bool)
+    body_BL = torch.tensor(body) if body else torch.zeros(visual_BL.shape)
+    inputs = SchedulingInputs(visual_BL, ~visual_BL, body_BL, Phase.HARD, no_B, no_B)
+    context = SchedulerContext(inputs, lambda: pytest.fail("no need of q and k"), None, config(scheduler=name, **settings))
+    return [row.nonzero().flatten().tolist() for row in SCHEDULERS[name](context).keep_BL]
+
+
+def test_uniform_keeps_every_other_token_of_each_row() -> None:
+    visual = [[0, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0], [0] * 8]
+    assert selected("uniform", visual, keep_ratio=0.5) == [[2, 4, 6], [1, 3], []]
+
+
+def test_foreground_keeps_the_tokens_with_most_body_ties_in_order() -> None:
+    visual, body = [[0, 1, 1, 1, 1]], [[0.9, 0.0, 0.5, 0.5, 0.7]]
+    assert selected("foreground", visual, body, keep_ratio=0.5) == [[2, 4]]
+
+
+def test_random_keeps_the_stated_share_and_repeats_by_seed() -> None:
+    visual = [[0] * 5 + [1] * 1000, [1] * 500 + [0] * 505]
+    first, again = (selected("random", visual, keep_ratio=0.39, scheduler_seed=3) for _ in range(2))
+    assert [len(row) for row in first] == [390, 195]
+    assert first == again
+    assert first != selected("random", visual, keep_ratio=0.39, scheduler_seed=4)
+
+
+def test_none_keeps_all() -> None:
+    assert selected("none", [[0, 1, 1], [1, 0, 0]]) == [[1, 2], [0]]
+
+
+def test_gather_packs_to_the_right() -> None:
+    gather = gather_of(torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool())
+    x = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
+    assert gather.present_BM.tolist() == [[True, True, True], [False, False, True]]
+    assert gather(x)[gather.present_BM].tolist() == [10, 11, 13, 21]
+
+
+def test_descriptors_of_a_row_are_those_torch_computes_on_it_alone() -> None:
+    torch.manual_seed(0)
+    u, visual = torch.randn(2, 30) * 4, torch.rand(2, 30) > 0.4
+    found = descriptors(u.masked_fill(~visual, 0), min_max(u, visual), visual)
+    for row in range(2):
+        own = u[row, visual[row]]
+        rho = (own - own.min()) / (own.max() - own.min())
+        log = own.sign() * own.abs().log1p()
+        expected = [rho.mean(), rho.std(correction=0), 0, 1, rho.quantile(0.25), rho.quantile(0.5)]
+        expected += [own.mean(), own.std(correction=0), own.min(), own.max(), log.mean(), log.max()]
+        assert_close(found[row], torch.tensor([float(x) for x in expected]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_one_token_question_keeps_everything_and_warns(golden: Golden, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = golden.model("s2"), golden.batch("b1", "labels")
+    question = golden.inputs("b1")["question_mask"]
+    for count in (0, 1):
+        asked = question & (question.cumsum(1) <= count)
+        with caplog.at_level(logging.WARNING, logger="photon_train.scheduling"), torch.no_grad():
+            scheduled = model(**x, question_mask=asked).scheduled
+        assert scheduled.keep_BL.all()
+        assert scheduled.threshold_B.isnan().all()
+        assert "no visual token stands out" in caplog.text
+        caplog.clear()
+
+
+def test_losses_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]).requires_grad_()
+    labels, rows = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
+    objective = Objective(torch.tensor([True, False, False]), torch.tensor([False, True, False]))
+    losses = answer_losses(logits, labels, rows, objective)
+    p = torch.tensor([2.0]).sigmoid()
+    assert_close(losses.robustness, -torch.tensor(2.0).log() / 3)  # minus the entropy of (1/2, 1/2)
+    assert_close(losses.flip, -torch.log(1 - p + 1e-6)[0] / 3)
+    assert_close(losses.ce, torch.tensor([1.0]).neg().exp().log1p()[0] / 3)  # log(1 + e^-1)
+
+
+@pytest.mark.parametrize("how", list(Perturbation))
+def test_each_perturbation_does_what_it_says(how: Perturbation) -> None:
+    patches = torch.arange(1.0, 2001).reshape(20, 100) / 2000
+    found = perturb(patches, how, torch.Generator().manual_seed(1))
+    again = perturb(patches, how, torch.Generator().manual_seed(1))
+    assert found.equal(again)
+    assert found.shape == patches.shape
+    assert not found.equal(patches)
+    rows, columns = (found != 0).any(1), (found != 0).any(0)
+    match how:
+        case Perturbation.SHUFFLE_PATCHES:
+            assert found.sort(0).values.equal(patches)
+        case Perturbation.SHUFFLE_VOXELS:
+            assert found.flatten().sort().values.equal(patches.flatten())
+            assert not found.sort(0).values.equal(patches)
+        case Perturbation.KEEP_PATCHES:
+            assert rows.sum() == 4
+            assert found[rows].equal(patches[rows])
+        case Perturbation.KEEP_VOXELS:
+            assert columns.sum() == 10
+            assert found[:, columns].equal(patches[:, columns])
+        case Perturbation.NOISE:
+            assert 0 <= found.min() < 0.01 < 0.99 < found.max() < 1
+        case Perturbation.ZEROS:
+            assert not found.any()
+
+
+def test_perturbations_are_drawn_by_their_chances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_perturbation(generator) for _ in range(4000)]
+    for how, chance in CHANCES.items():
+        assert drawn.count(how) / 4000 == pytest.approx(chance, abs=0.02)
+    assert sum(CHANCES.values()) == pytest.approx(1)
