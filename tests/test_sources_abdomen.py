@@ -158,7 +158,7 @@ def atlas(tmp_path, **more):
 
 
 def test_a_report_column_has_to_be_chosen(tumors):
-    with pytest.raises(UsageError, match="radiologist note, structured report, .* wanted, got none"):
+    with pytest.raises(UsageError, match=r"radiologist note, structured report, .* wanted, got none"):
         collected(tumors, **atlas(tumors, questions={}))
     part = collected(tumors, **atlas(tumors))
     assert [(q.volume, q.answer) for q in part.questions] == [(A, "Liver volume: 1 cc."), (B, "Liver volume: 2 cc.")]

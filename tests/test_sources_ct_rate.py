@@ -166,7 +166,7 @@ def test_empty_reports_make_no_question_and_are_counted(reconstructions):
 def test_a_kernel_nobody_knows_is_not_ranked(reconstructions):
     write_metadata(
         reconstructions / "metadata.csv",
-        **dict.fromkeys(("train_1_a_1", "train_1_a_10", "train_1_a_2"), {"ConvolutionKernel": "Q!"}),
+        **{name: {"ConvolutionKernel": "Q!"} for name in ("train_1_a_1", "train_1_a_10", "train_1_a_2")},
     )
     with pytest.raises(UsageError, match=r"kernels of known sharpness wanted, got 'Q!' \(3\)"):
         collected(
