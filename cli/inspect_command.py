@@ -9,8 +9,8 @@ from rich.table import Table
 from photon_cli.options import console
 from photon_data.problems import duplicates, problems
 from photon_data.records import READY, VolumeRecord, to_jsonl
-from photon_pipelines.dataset import Order
 from photon_pipelines.execute import Workers
+from photon_pipelines.gather import Order
 from photon_pipelines.inspection import inspect_all
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -74,11 +74,22 @@ def fractions(text: str) -> dict[str, float]:
 
 def make_recipe(name: str, settings: list[str], modality: str | None, nan: str | None) -> Recipe:
     """Return the named recipe with --set, --modality and --nan applied; UsageError for what it does not know."""
-    from photon_data.errors import UsageError
-    from photon_data.recipe import with_settings
-    from photon_pipelines.recipes import RECIPES
+    from photon_pipelines.recipes import named_recipe
 
-    if name not in RECIPES:
-        raise UsageError(f"--recipe: one of {', '.join(RECIPES)} wanted, got {name!r}")
     extra = [f"{key}={value}" for key, value in (("modality", modality), ("non_finite", nan)) if value is not None]
-    return with_settings(RECIPES[name](), [*settings, *extra])
+    return named_recipe(name, [*settings, *extra])
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    """Tell whether nobody gave the option of that name."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("DEFAULT", "DEFAULT_MAP")
+
+
+def refuse_beside_manifest(context: typer.Context, names: Iterable[str]) -> None:
+    """UsageError if an option was given that is the manifest's to say."""
+    from photon_data.errors import UsageError
+
+    given = [name for name in names if not is_default(context, name)]
+    if given:
+        raise UsageError(f"--manifest alone wanted, got {', '.join(given)} beside it; say it in the manifest")

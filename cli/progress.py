@@ -47,7 +47,7 @@ class Show:
             disable=not self.live,
         )
         self.task = self.bar.add_task("looking for scans", total=None, detail="")
-        self.watcher = Watcher(self._on_file, self._on_plan, self._on_record)
+        self.watcher = Watcher(self._on_file, self._on_note, self._on_plan, self._on_record)
 
     def __enter__(self) -> Show:
         self.bar.start()
@@ -58,6 +58,9 @@ class Show:
 
     def _on_file(self, count: int) -> None:
         self.bar.update(self.task, detail=f"{count} files seen")
+
+    def _on_note(self, note: str) -> None:
+        console.print(note, markup=False, soft_wrap=True)
 
     def _on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:
         self.total = len(todo.jobs)

@@ -51,7 +51,11 @@ class Probe:
 
     def sample_hu(self) -> np.ndarray:
         """Return the sampled voxels as HU, flat."""
-        return np.concatenate([s.ravel() for s in self.samples]) * np.float32(self.slope) + np.float32(self.intercept)
+        return self.sample_stored() * np.float32(self.slope) + np.float32(self.intercept)
+
+    def sample_stored(self) -> np.ndarray:
+        """Return the sampled voxels as they are stored, flat."""
+        return np.concatenate([s.ravel() for s in self.samples])
 
     def range_hu(self) -> tuple[float, float]:
         """Return the lowest and the highest HU of all voxels."""
@@ -85,6 +89,19 @@ def refuse_non_finite(count: int) -> None:
         raise Refused(
             "non-finite", f"finite voxels wanted, got {count} NaN or infinite ones; --nan fill sets them to the padding value"
         )
+
+
+def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> None:
+    """Raise Refused when stored values that a table says are raw look like Hounsfield units: they would be scaled twice."""
+    try:
+        refuse_implausible(sample_stored, low, high)
+    except Refused:
+        return
+    raise Refused(
+        "scaled-before",
+        f"raw values wanted, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to {high:.0f} with air "
+        "near -1000; they would be scaled twice (of CT-RATE, this is v2, in a folder of v1)",
+    )
 
 
 def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:

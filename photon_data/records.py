@@ -22,7 +22,7 @@ class VolumeRecord:
     fingerprint  "sha256:..." of the content of its files
     code, reason why it was refused or failed (code: a slug to group by)
     facts        what was measured on the way, as stored in the store too:
-                   format, dtype, slope, intercept, rescale ("header" | "stored" | "table")
+                   format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
                    geometry    Geometry.to_json() of the native grid
                    grid        Geometry.to_json() of the target grid
                    cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of the grid

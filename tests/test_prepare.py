@@ -23,8 +23,9 @@ from photon_data.location import Location
 from photon_data.readers import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import from_jsonl
-from photon_pipelines.dataset import Order, Watcher, prepare
+from photon_pipelines.dataset import Watcher, prepare
 from photon_pipelines.execute import Workers
+from photon_pipelines.gather import Order
 from photon_pipelines.lock import exclusive
 from photon_pipelines.verify import verify_output
 
