@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -182,7 +183,7 @@ def show(
     from photon_cli import show_command
 
     with edges():
-        console.print(str(show_command.show(volume, output, window, at, size)), markup=False, soft_wrap=True)
+        console.print(str(show_command.show(volume, output, window, at, size)), soft_wrap=True)
 
 
 @app.command()
@@ -235,6 +236,8 @@ def _existing(given: Path | None) -> Path:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be text
     app()
 
 

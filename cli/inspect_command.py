@@ -23,9 +23,9 @@ def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:
         table.add_column(name, overflow="fold")
     for record in records:
         table.add_row(*_cells(record, order.recipe.modality))
-    console.print(table, markup=False)
+    console.print(table)
     for group in duplicates(records):
-        console.print(f"the same content: {', '.join(record.source for record in group)}", markup=False, soft_wrap=True)
+        console.print(f"the same content: {', '.join(record.source for record in group)}", soft_wrap=True)
     if json_file:
         rows = [{**record.to_json(), "findings": problems(record, modality=order.recipe.modality)} for record in records]
         json_file.write_text(to_jsonl(rows), encoding="utf-8")

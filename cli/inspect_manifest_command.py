@@ -32,7 +32,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
         part, cells = _look(entry, manifest.seed)
         parts += [part] if part else []
         table.add_row(*cells)
-    console.print(table, markup=False)
+    console.print(table)
     if not parts:
         return False
     readable = tuple(part.entry for part in parts)

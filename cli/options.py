@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,15 +16,15 @@ from photon_cli.exits import INTERRUPTED, MISUSE, STOPPED
 if TYPE_CHECKING:
     from photon_data.recipe import Recipe
 
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=160)  # a log file has room for a table
-errors = Console(stderr=True, highlight=False)
+# No markup: file names hold brackets. A log file has room for a table.
+_WIDTH = None if sys.stdout.isatty() else 160
+console = Console(highlight=False, markup=False, width=_WIDTH)
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a message on stderr and end the command."""
-    errors.print(message, style="red", markup=False, soft_wrap=True)
+    errors.print(message, style="red", soft_wrap=True)
     raise typer.Exit(code)
 
 

@@ -43,7 +43,7 @@ def estimate(order: Order, workers: Workers) -> bool:
     """Print what `prepare` would do and about what it needs; nothing is written."""
     data = gather(order)
     for note in data.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     ignored = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(data.ignored.items()))
     lines = {**cost(order.recipe, plan(data.jobs, order.out, order.recipe), workers), "files left alone": ignored or "none"}
     table = Table(title=f"photon-data prepare {order.source} {order.out.url} (dry run)", show_header=False)
@@ -89,7 +89,7 @@ def _say(order: Order, result: Result) -> None:
     console.print(table)
     codes = Counter(record.code for record in outcome.records if not record.is_there)
     for code, count in codes.most_common():
-        console.print(f"  {count} x {code}", markup=False)
+        console.print(f"  {count} x {code}")
     if outcome.kept:
         console.print(f"{len(outcome.kept)} volumes of earlier runs were kept, {outcome.kept[0].id} first")
     for split, rows in manifests.rows.items():
@@ -111,7 +111,7 @@ def say_counts(counts: Sequence[Count]) -> None:
         numbers = [f"{found.questions:,}", f"{found.volumes:,}", f"{low} to {high}, median {middle:g}"]
         answer = [_short(found.constant_answer or ""), _percent(found.constant_accuracy), _percent(found.constant_macro)]
         table.add_row(found.dataset, found.task, found.split, *numbers, *answer)
-    console.print(table, markup=False)
+    console.print(table)
 
 
 def _short(text: str) -> str:
@@ -128,6 +128,6 @@ def _say_unmatched(result: Result) -> None:
     if unmatched:
         console.print(f"{len(unmatched)} questions have no row:", style="red")
     for missing in unmatched[:SHOWN]:
-        console.print(f"  {missing.id} (volume {missing.volume}): {missing.why}", markup=False, soft_wrap=True)
+        console.print(f"  {missing.id} (volume {missing.volume}): {missing.why}", soft_wrap=True)
     if len(unmatched) > SHOWN:
         console.print(f"  and {len(unmatched) - SHOWN} more")

@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from photon_data.errors import UsageError
 from photon_data.location import Location, replace_folder, sync_tree
 from photon_data.prepare import Prepared
+from photon_data.shard import write_shard
 from photon_data.volume import Geometry, Volume
 
 # Our metadata stand beside "ome", under this key.
@@ -68,24 +69,27 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
 
 def _build(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Write both image groups into `folder`, the root metadata last."""
-    _write_array(prepared.volume, folder / "0")
-    _write_array(prepared.model, folder / "model" / "0")
+    shards = {
+        "0/c/0/0/0": _write_array(prepared.volume, folder / "0"),
+        "model/0/c/0/0/0": _write_array(prepared.model, folder / "model" / "0"),
+    }
     _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
-    files = {name: _file_facts(folder / name) for name in file_names(folder)}
+    files = {name: shards.get(name) or _file_facts(folder / name) for name in file_names(folder)}
     ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
     content = _write_group(folder, {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours})
     size = len(content) + sum(facts["bytes"] for facts in files.values())
     return {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _write_array(volume: Volume, folder: Path) -> None:
-    """Write one array as a single checksummed shard, chunks of padding too.
+def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
+    """Write one array as a single checksummed shard, chunks of padding too; return {"bytes", "sha256"} of the shard.
 
     lz4 costs half the CPU time of zstd for a sixth more bytes (benchmarks/store_codecs.py).
     """
     array = volume.numpy()
-    chunk = tuple(_even_part(n, most) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
-    stored = zarr.create_array(
+    cz, cy, cx = (_even_part(n, most) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
+    chunk = (cz, cy, cx)
+    zarr.create_array(
         folder,
         shape=array.shape,
         dtype=array.dtype,
@@ -96,7 +100,9 @@ def _write_array(volume: Volume, folder: Path) -> None:
         fill_value=0,
         config={"write_empty_chunks": True},
     )
-    stored[...] = array
+    shard = folder / "c/0/0/0"
+    shard.parent.mkdir(parents=True)
+    return write_shard(array, chunk, shard)
 
 
 def _even_part(length: int, most: int) -> int:

@@ -27,6 +27,7 @@ from photon_pipelines.isolate import allow_children, end_children, run_isolated
 WORKER_BYTES = 1_500_000_000
 LEAST_ADDRESS_SPACE = 4 << 30
 NO_WORKERS_S = 120
+LEAST_MEMORY_GB = 1.0
 
 
 class Stopped(RuntimeError):
@@ -47,6 +48,11 @@ class Workers:
     scheduler: str | None = None
     timeout_s: float = 1800
     memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        """UsageError for a memory limit under which no worker could start."""
+        if self.memory_gb is not None and 0 < self.memory_gb < LEAST_MEMORY_GB:
+            raise UsageError(f"--memory: at least {LEAST_MEMORY_GB} GB (or 0 for no limit) wanted, got {self.memory_gb}")
 
     def local_count(self) -> int:
         """Return how many local workers there are."""

@@ -52,8 +52,12 @@ def exclusive(out: Location) -> Iterator[Claim]:
 
 @contextlib.contextmanager
 def _locked_file(out: Location) -> Iterator[None]:
-    out.path.mkdir(parents=True, exist_ok=True)
-    with (out.path / NAME).open("a+") as file:
+    try:
+        out.path.mkdir(parents=True, exist_ok=True)
+        held = (out.path / NAME).open("a+")
+    except OSError as error:
+        raise UsageError(f"a folder to write into wanted, got {out.url}: {error.strerror}") from None
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
