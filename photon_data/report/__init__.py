@@ -23,24 +23,6 @@ _LONGEST_REASON = 600
 _SHORT_LIST = 25
 
 
-def write_report(
-    path: Path,
-    records: Sequence[VolumeRecord],
-    *,
-    recipe: Recipe,
-    open_volume: OpenVolume,
-    title: str,
-    source: str,
-    pictures: int = 48,
-    tools: Mapping[str, str] | None = None,
-) -> None:
-    """Write the report of `records` to `path`, whole or not at all. See `render_report`."""
-    page = render_report(
-        records, recipe=recipe, open_volume=open_volume, title=title, source=source, pictures=pictures, tools=tools
-    )
-    Location(str(path.parent)).write(path.name, page)
-
-
 def render_report(
     records: Sequence[VolumeRecord],
     *,
