@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from photon_data.location import Location
 from photon_data.problems import duplicates
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
