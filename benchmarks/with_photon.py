@@ -10,9 +10,9 @@ from photon_data.recipe import Recipe
 from photon_data.records import PREPARED
 from photon_data.scan import Source
 from photon_data.store import store_name
-from photon_pipelines.child import _single_threaded
+from photon_pipelines.child import single_threaded
 
-_single_threaded()
+single_threaded()
 
 
 def prepare(scan: str, out: str) -> str:

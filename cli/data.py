@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from photon_cli.exits import MISUSE, PARTIAL
-from photon_cli.options import console, edges, fail, fractions, make_recipe, pairs
+from photon_cli.options import console, edges, fail, fractions, is_default, make_recipe, pairs, refuse_beside_manifest
+
+T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
 
-SourceArgument = Annotated[Path, typer.Argument(help="A folder of scans (searched through), or one scan.")]
+SourceArgument = Annotated[
+    Path | None, typer.Argument(help="A folder of scans (searched through), or one scan; none with --manifest.")
+]
 OutArgument = Annotated[str, typer.Argument(help="Folder or URL (s3://...) for stores, manifests and the report.")]
 RecipeOption = Annotated[str, typer.Option(help="chest_ct, abdomen_ct or wide_ct.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change the recipe: spacing_mm=1.5,1.5,1.5 (z, y, x). Repeatable.")]
@@ -29,10 +34,26 @@ MemoryOption = Annotated[float | None, typer.Option(min=0, help="GB of address s
 VoxelsOption = Annotated[int, typer.Option(min=1, help="Refuse scans of more voxels than this.")]
 
 
+ManifestOption = Annotated[
+    Path | None, typer.Option("--manifest", help="Data sets as declared in this data_manifest.yaml, instead of SOURCE.")
+]
+OnlyOption = Annotated[list[str], typer.Option("--only", help="This data set of the manifest only. Repeatable.")]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(help="How questions are put: plain, letters, 3d-rad, deeptumorvqa; as the manifest says if not given."),
+]
+# What a manifest says for itself.
+DECLARED = ("recipe", "settings", "questions", "columns", "split", "modality", "nan", "hu_source", "id_from")
+
+
 @app.command()
 def prepare(
-    source: SourceArgument,
-    out: OutArgument,
+    context: typer.Context,
+    source: SourceArgument = None,
+    out: Annotated[str | None, typer.Argument(help="Folder or URL (s3://...) for stores, manifests and the report.")] = None,
+    manifest: ManifestOption = None,
+    only: OnlyOption = [],  # noqa: B006 - typer copies it
+    prompt_style: PromptOption = None,
     recipe: RecipeOption = "chest_ct",
     settings: SetOption = [],  # noqa: B006 - typer copies it
     questions: Annotated[Path | None, typer.Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")] = None,
@@ -56,27 +77,31 @@ def prepare(
 ) -> None:
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
     from photon_cli import prepare_command
+    from photon_cli.manifest_options import declared_order
     from photon_data.location import Location
-    from photon_pipelines.dataset import Order
     from photon_pipelines.execute import Workers
+    from photon_pipelines.gather import Order
 
     with edges():
-        order = Order(
-            source=_existing(source),
-            out=Location(out),
-            recipe=make_recipe(recipe, settings, modality, nan),
-            hu_source=hu_source,
-            questions=questions,
-            columns=pairs(columns, "--columns"),
-            fractions=fractions(split),
-            seed=seed,
-            allow_leaks=allow_leaks,
-            id_from=id_from,
-            limit=limit,
-            overwrite=overwrite,
-            max_voxels=max_voxels,
-            pictures=pictures,
-        )
+        run: dict[str, Any] = {"limit": limit, "overwrite": overwrite, "max_voxels": max_voxels, "pictures": pictures}
+        run |= {"allow_leaks": allow_leaks, "prompt": prompt_style}
+        if manifest:
+            refuse_beside_manifest(context, DECLARED)
+            seeds = {} if is_default(context, "seed") else {"seed": seed}
+            order = declared_order(manifest, only, _only_out(source, out), **run, **seeds)
+        else:
+            order = Order(
+                source=_existing(source),
+                out=Location(_given(out, "OUT")),
+                recipe=make_recipe(recipe, settings, modality, nan),
+                hu_source=hu_source,
+                questions=questions,
+                columns=pairs(columns, "--columns"),
+                fractions=fractions(split),
+                seed=seed,
+                id_from=id_from,
+                **run,
+            )
         crew = Workers(workers, scheduler, timeout, memory)
         done = prepare_command.estimate(order, crew) if dry_run else prepare_command.prepare(order, crew)
     raise typer.Exit(0 if done else PARTIAL)
@@ -84,7 +109,10 @@ def prepare(
 
 @app.command()
 def inspect(
-    source: SourceArgument,
+    context: typer.Context,
+    source: SourceArgument = None,
+    manifest: ManifestOption = None,
+    only: OnlyOption = [],  # noqa: B006
     recipe: RecipeOption = "chest_ct",
     settings: SetOption = [],  # noqa: B006
     modality: ModalityOption = None,
@@ -103,9 +131,17 @@ def inspect(
     """Report what is wrong or odd with raw scans; writes no stores."""
     from photon_cli import inspect_command
     from photon_data.location import Location
-    from photon_pipelines.dataset import Order
     from photon_pipelines.execute import Workers
+    from photon_pipelines.gather import Order
 
+    if manifest:
+        from photon_cli import inspect_manifest_command
+
+        with edges():
+            refuse_beside_manifest(context, (*(name for name in DECLARED if name in context.params), "limit", "json_file"))
+            crew = Workers(workers, scheduler, timeout, memory)
+            good = inspect_manifest_command.inspect_manifest(manifest, only, _only_out(source, None), crew)
+        raise typer.Exit(0 if good else PARTIAL)
     with edges():
         chosen = make_recipe(recipe, settings, modality, nan)
         order = Order(
@@ -147,7 +183,22 @@ def show(
     from photon_cli import show_command
 
     with edges():
-        console.print(str(show_command.show(volume, output, window, at, size)), markup=False, soft_wrap=True)
+        console.print(str(show_command.show(volume, output, window, at, size)), soft_wrap=True)
+
+
+@app.command()
+def export(
+    out: OutArgument,
+    format_: Annotated[str, typer.Option("--format", help="nifti (364^3 .nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write again what is there.")] = False,
+) -> None:
+    """Write the prepared volumes in another format, with manifests that name those files."""
+    from photon_cli import export_command
+    from photon_data.location import Location
+
+    with edges():
+        export_command.export(Location(out), format_, to, overwrite)
 
 
 @app.command()
@@ -163,7 +214,21 @@ def phantom(
         phantom_command.phantom(directory, n, seed)
 
 
-def _existing(source: Path) -> Path:
+def _given(value: T | None, name: str) -> T:
+    if value is None:
+        fail(f"{name} wanted, or --manifest data_manifest.yaml, got neither.", MISUSE)
+    return value
+
+
+def _only_out(source: Path | None, out: str | None) -> str | None:
+    """Return the one place that may stand beside --manifest: OUT."""
+    if source and out:
+        fail(f"SOURCE or --manifest wanted, got both: {source}.", MISUSE)
+    return str(source) if source else None
+
+
+def _existing(given: Path | None) -> Path:
+    source = _given(given, "SOURCE")
     if not source.exists():
         fail(f"A folder or file wanted, but {source} does not exist.", MISUSE)
     return source
@@ -171,6 +236,8 @@ def _existing(source: Path) -> Path:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be text
     app()
 
 

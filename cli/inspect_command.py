@@ -9,8 +9,8 @@ from rich.table import Table
 from photon_cli.options import console
 from photon_data.problems import duplicates, problems
 from photon_data.records import READY, VolumeRecord, to_jsonl
-from photon_pipelines.dataset import Order
 from photon_pipelines.execute import Workers
+from photon_pipelines.gather import Order
 from photon_pipelines.inspection import inspect_all
 
 
@@ -23,9 +23,9 @@ def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:
         table.add_column(name, overflow="fold")
     for record in records:
         table.add_row(*_cells(record, order.recipe.modality))
-    console.print(table, markup=False)
+    console.print(table)
     for group in duplicates(records):
-        console.print(f"the same content: {', '.join(record.source for record in group)}", markup=False, soft_wrap=True)
+        console.print(f"the same content: {', '.join(record.source for record in group)}", soft_wrap=True)
     if json_file:
         rows = [{**record.to_json(), "findings": problems(record, modality=order.recipe.modality)} for record in records]
         json_file.write_text(to_jsonl(rows), encoding="utf-8")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -15,15 +17,15 @@ from photon_cli.exits import INTERRUPTED, MISUSE, STOPPED
 if TYPE_CHECKING:
     from photon_data.recipe import Recipe
 
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=160)  # a log file has room for a table
-errors = Console(stderr=True, highlight=False)
+# No markup: file names hold brackets. A log file has room for a table.
+_WIDTH = None if sys.stdout.isatty() else 160
+console = Console(highlight=False, markup=False, width=_WIDTH)
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a message on stderr and end the command."""
-    errors.print(message, style="red", markup=False, soft_wrap=True)
+    errors.print(message, style="red", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -33,6 +35,7 @@ def edges() -> Iterator[None]:
     from photon_data.errors import Refused, UsageError
     from photon_data.job import NO_SPACE
 
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Dask leaves a time-out of its own behind, and asyncio says so
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -74,11 +77,22 @@ def fractions(text: str) -> dict[str, float]:
 
 def make_recipe(name: str, settings: list[str], modality: str | None, nan: str | None) -> Recipe:
     """Return the named recipe with --set, --modality and --nan applied; UsageError for what it does not know."""
-    from photon_data.errors import UsageError
-    from photon_data.recipe import with_settings
-    from photon_pipelines.recipes import RECIPES
+    from photon_pipelines.recipes import named_recipe
 
-    if name not in RECIPES:
-        raise UsageError(f"--recipe: one of {', '.join(RECIPES)} wanted, got {name!r}")
     extra = [f"{key}={value}" for key, value in (("modality", modality), ("non_finite", nan)) if value is not None]
-    return with_settings(RECIPES[name](), [*settings, *extra])
+    return named_recipe(name, [*settings, *extra])
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    """Tell whether nobody gave the option of that name."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("DEFAULT", "DEFAULT_MAP")
+
+
+def refuse_beside_manifest(context: typer.Context, names: Iterable[str]) -> None:
+    """UsageError if an option was given that is the manifest's to say."""
+    from photon_data.errors import UsageError
+
+    given = [name for name in names if not is_default(context, name)]
+    if given:
+        raise UsageError(f"--manifest alone wanted, got {', '.join(given)} beside it; say it in the manifest")

@@ -47,7 +47,7 @@ class Show:
             disable=not self.live,
         )
         self.task = self.bar.add_task("looking for scans", total=None, detail="")
-        self.watcher = Watcher(self._on_file, self._on_plan, self._on_record)
+        self.watcher = Watcher(self._on_file, self._on_note, self._on_plan, self._on_record)
 
     def __enter__(self) -> Show:
         self.bar.start()
@@ -58,6 +58,9 @@ class Show:
 
     def _on_file(self, count: int) -> None:
         self.bar.update(self.task, detail=f"{count} files seen")
+
+    def _on_note(self, note: str) -> None:
+        console.print(note, soft_wrap=True)
 
     def _on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:
         self.total = len(todo.jobs)
@@ -71,12 +74,12 @@ class Show:
         self.counts[record.state] += 1
         self.done_bytes += record.bytes_in
         if not record.is_there and record.reason:
-            console.print(f"{record.state} {record.source}: {record.reason}", markup=False, soft_wrap=True)
+            console.print(f"{record.state} {record.source}: {record.reason}", soft_wrap=True)
         self.bar.update(self.task, advance=1, detail=self._totals())
         if not self.live and time.monotonic() - self.last_line > LINE_S:
             self.last_line = time.monotonic()
             done = sum(self.counts.values())
-            console.print(f"{done} done, {self.total} to do in all: {self._totals()}", markup=False)
+            console.print(f"{done} done, {self.total} to do in all: {self._totals()}")
 
     def _totals(self) -> str:
         minutes = (time.monotonic() - self.start) / 60

@@ -19,6 +19,6 @@ def verify(out: Location) -> bool:
     found = 0
     for problem in verify_output(out, lambda items: track(items, "verifying", console=console, disable=not console.is_terminal)):
         found += 1
-        console.print(problem, markup=False, soft_wrap=True, style="red")
+        console.print(problem, soft_wrap=True, style="red")
     console.print(f"{len(records)} stores checked, {found} problems")
     return not found

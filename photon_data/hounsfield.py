@@ -16,6 +16,8 @@ LARGEST = 1e30
 
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
+# Lower than air is noise, or padding of one value; more than this share of anything else is air that was scaled twice.
+THIN_HU, MOST_THIN = (-4000, -1150), 0.05
 
 
 class Probe:
@@ -51,7 +53,11 @@ class Probe:
 
     def sample_hu(self) -> np.ndarray:
         """Return the sampled voxels as HU, flat."""
-        return np.concatenate([s.ravel() for s in self.samples]) * np.float32(self.slope) + np.float32(self.intercept)
+        return self.sample_stored() * np.float32(self.slope) + np.float32(self.intercept)
+
+    def sample_stored(self) -> np.ndarray:
+        """Return the sampled voxels as they are stored, flat."""
+        return np.concatenate([s.ravel() for s in self.samples])
 
     def range_hu(self) -> tuple[float, float]:
         """Return the lowest and the highest HU of all voxels."""
@@ -87,6 +93,19 @@ def refuse_non_finite(count: int) -> None:
         )
 
 
+def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> None:
+    """Raise Refused when stored values that a table says are raw look like Hounsfield units: they would be scaled twice."""
+    try:
+        refuse_implausible(sample_stored, low, high)
+    except Refused:
+        return
+    raise Refused(
+        "scaled-before",
+        f"raw values wanted, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to {high:.0f} with air "
+        "near -1000; they would be scaled twice (of CT-RATE, this is v2, in a folder of v1)",
+    )
+
+
 def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     """Raise Refused when intensities, of which low and high are the ends, cannot be Hounsfield units of a CT.
 
@@ -97,11 +116,12 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     absurd = float(np.mean(sample_hu < ABSURD_HU))
     body = sample_hu[sample_hu > ABSURD_HU]
     air, tissue = _share(body, AIR_HU), _share(body, TISSUE_HU)
-    if absurd < MOST_ABSURD and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
+    thin = _share_but_one(body, THIN_HU)
+    if absurd < MOST_ABSURD and air >= LEAST_AIR and tissue >= LEAST_TISSUE and thin <= MOST_THIN:
         return
     if low >= 0:
         guess = "no value is negative, so the rescaling was never applied"
-    elif absurd >= MOST_ABSURD or (air >= LEAST_AIR and low < AIR_HU[0]):
+    elif absurd >= MOST_ABSURD or thin > MOST_THIN or (air >= LEAST_AIR and low < AIR_HU[0]):
         guess = "the rescaling seems to have been applied twice"
     else:
         guess = "these are not the intensities of a CT, or they were windowed or rescaled before"
@@ -111,6 +131,15 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
         f"{np.median(sample_hu):.0f}, {air:.1%} air and {tissue:.1%} soft tissue: {guess}; "
         "--hu-source gives another slope and intercept, --modality other turns this check off",
     )
+
+
+def _share_but_one(values: np.ndarray, between: tuple[float, float]) -> float:
+    """Return the share of values within (low, high) that are not the most frequent one there: padding has one value."""
+    within = np.rint(values[(values > between[0]) & (values < between[1])])
+    if not within.size:
+        return 0.0
+    most = int(np.unique(within, return_counts=True)[1].max())
+    return (within.size - most) / values.size
 
 
 def _share(values: np.ndarray, between: tuple[float, float]) -> float:

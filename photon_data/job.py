@@ -16,9 +16,11 @@ from photon_data.fingerprint import fingerprint
 from photon_data.location import Location
 from photon_data.prepare import Rescale, prepare_volume
 from photon_data.readers import open_scan
+from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.scan import MAX_VOXELS, Source
+from photon_data.stated import Stated, agreed
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -32,6 +34,7 @@ class NoSpace(OSError):
 class Job:
     """All that decides what becomes of one source.
 
+    `rescale` and `stated` are what somebody other than the header says of its values and of its grid.
     `overwrite` prepares it even if its store is there; without `write` everything is done but the writing ("ready").
     """
 
@@ -39,6 +42,7 @@ class Job:
     out: str
     recipe: Recipe
     rescale: Rescale | None = None
+    stated: Stated | None = None
     max_voxels: int = MAX_VOXELS
     overwrite: bool = False
     write: bool = True
@@ -47,6 +51,7 @@ class Job:
         """Return the plain dict that `from_json` reads back."""
         data = asdict(self)
         data["source"]["files"] = [str(file) for file in self.source.files]
+        data["stated"] = self.stated and self.stated.to_json()
         return data
 
     @classmethod
@@ -54,11 +59,13 @@ class Job:
         """Return the Job that `to_json` wrote."""
         source = Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])})
         rescale = Rescale(*data["rescale"]) if data["rescale"] else None
-        return cls(**{**data, "source": source, "recipe": Recipe.from_json(data["recipe"]), "rescale": rescale})
+        stated = Stated.from_json(data["stated"]) if data["stated"] else None
+        recipe = Recipe.from_json(data["recipe"])
+        return cls(**{**data, "source": source, "recipe": recipe, "rescale": rescale, "stated": stated})
 
     def key(self, content: str) -> str:
-        """Return the hash of all that decides the store's bytes: the source's fingerprint, recipe, rescaling, algorithm."""
-        parts = [content, self.recipe.digest, self.rescale, ALGORITHM]
+        """Return the hash of all that decides the store's bytes: the source's fingerprint, recipe, what others say, algorithm."""
+        parts = [content, self.recipe.digest, self.rescale, ALGORITHM, *([self.stated.to_json()] if self.stated else [])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def record(self, state: str, **more: Any) -> VolumeRecord:
@@ -86,17 +93,26 @@ def run(job: Job) -> VolumeRecord:
 
 def _prepare(job: Job) -> VolumeRecord:
     if job.source.problem:
-        raise Refused("unreadable", job.source.problem)
+        raise Refused(job.source.code, job.source.problem)
     content = fingerprint(job.source.files)
     done = already_there(job, content)
     if done:
         return done
-    scan = open_scan(job.source, nifti_affine=job.recipe.nifti_affine, max_voxels=job.max_voxels)
+    affine = BLANK if job.stated and job.stated.instead else job.recipe.nifti_affine
+    scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.max_voxels)
+    if job.stated:
+        scan = replace(scan, geometry=agreed(scan.geometry, job.stated))
     prepared = prepare_volume(scan, job.recipe, job.rescale)
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     key, name = job.key(content), store_name(job.source.id)
-    identity = {"id": job.source.id, "key": key, "fingerprint": content, "recipe": job.recipe.to_json()}
+    identity = {
+        "id": job.source.id,
+        "key": key,
+        "fingerprint": content,
+        "recipe": job.recipe.to_json(),
+        "digest": job.recipe.digest,
+    }
     written = write_store(prepared, Location(job.out), name, identity)
     return job.record(
         PREPARED,
@@ -117,13 +133,12 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     metadata = read_metadata(out, name)
     if metadata is None or metadata.get("key") != job.key(content) or not is_whole(out, name, metadata):
         return None
-    size = metadata["root_bytes"] + sum(facts["bytes"] for facts in metadata["files"].values())
     return job.record(
         UNCHANGED,
         fingerprint=content,
         key=metadata["key"],
         store=name,
-        store_bytes=size,
+        store_bytes=metadata["bytes"],
         store_sha256=metadata["sha256"],
         facts=metadata["facts"],
     )

@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from photon_data.records import VolumeRecord
+from photon_data.scan import Source
 
 # What a scan's file name can end with and its volume's name does without.
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img.gz", ".img", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+
+AMBIGUOUS = "ambiguous"
 
 
 def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | str]:
@@ -30,10 +33,21 @@ def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | s
             return "no such volume"
         if len(found) > 1:
             sources = ", ".join(record.source for record in found[:3]) + (", ..." if len(found) > 3 else "")
-            return f"ambiguous: {len(found)} volumes have this name ({sources})"
+            return f"{AMBIGUOUS}: {len(found)} volumes have this name ({sources})"
         return found[0]
 
     return find
+
+
+def by_source(sources: Iterable[Source]) -> Callable[[str], str]:
+    """Return a function that finds the id of the source of a name, by the same rules; the reason where there is not one."""
+    find = by_name(VolumeRecord(source.id, source.path, "", source.bytes, source.mtime_ns) for source in sources)
+
+    def find_id(name: str) -> str:
+        found = find(name)
+        return found if isinstance(found, str) else found.id
+
+    return find_id
 
 
 def _index(records: list[VolumeRecord], names: Callable[[VolumeRecord], set[str]]) -> dict[str, list[VolumeRecord]]:

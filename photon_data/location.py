@@ -12,6 +12,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from photon_data.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Location:
@@ -22,7 +24,12 @@ class Location:
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
         """The file system that serves this folder (fsspec keeps one instance per process)."""
-        return fsspec.url_to_fs(self.url)[0]
+        try:
+            return fsspec.url_to_fs(self.url)[0]
+        except (ImportError, ValueError) as error:
+            raise UsageError(
+                f"a folder or the URL of an object store wanted, got {self.url}: {error}; s3 and gs want the extra cloud"
+            ) from None
 
     @property
     def is_local(self) -> bool:
@@ -34,7 +41,7 @@ class Location:
         """The absolute local folder; ValueError for a remote one."""
         if not self.is_local:
             raise ValueError(f"a local folder wanted, got {self.url}")
-        return Path(self.url.removeprefix("file://")).absolute()
+        return Path(os.path.abspath(self.url.removeprefix("file://")))  # noqa: PTH100 - resolve() would follow links
 
     def at(self, name: str) -> str:
         """Return the path or URL of `name`, in the form that opens it elsewhere."""

@@ -67,7 +67,8 @@ def build(
     """Return the rows of every split, and what could not be joined.
 
     Without questions every volume that is there gets one row, of split "all": the instruction, no answer. `out` is the folder
-    or URL that stores are recorded relative to; `dataset` is the first half of "channel" (the name of `out` if not given).
+    or URL that stores are recorded relative to; `dataset` is the first half of "channel" for questions that do not say theirs
+    (the name of `out` if not given).
     `path_style` says how a row names its store: "absolute" (for an URL, that URL), "relative" to `out`, or "url" (file://...
     for a folder). Rows do not depend on the order of questions or records. UsageError for questions without a split
     (`splits.assign_splits` gives them one) or with a split that cannot name a file.
@@ -84,7 +85,7 @@ def build(
     extras = sorted({name for question, _ in asked for name in question.extra} - set(_NAMED_EXTRAS))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for question, record in asked:
-        rows[str(question.split)].append(_row(question, record.id, videos[record.id], dataset, extras))
+        rows[str(question.split)].append(_row(question, record.id, videos[record.id], question.dataset or dataset, extras))
     seen = {record.id for _, record in asked}
     return Manifests(dict(sorted(rows.items())), unmatched, [record.id for record in there if record.id not in seen])
 

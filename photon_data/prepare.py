@@ -9,7 +9,7 @@ import numpy as np
 
 from photon_data.errors import Refused
 from photon_data.grid import grid_to_native, margins_mm, model_grid, target_grid
-from photon_data.hounsfield import Probe, refuse_implausible, refuse_non_finite, volume_statistics
+from photon_data.hounsfield import Probe, refuse_implausible, refuse_non_finite, refuse_scaled_before, volume_statistics
 from photon_data.recipe import Recipe
 from photon_data.resample import Values, resample, resize
 from photon_data.scan import Scan
@@ -17,11 +17,15 @@ from photon_data.volume import Geometry, Volume
 
 
 class Rescale(NamedTuple):
-    """HU = slope * stored + intercept, and who says so."""
+    """HU = slope * stored + intercept, and who says so.
+
+    said_by  "stored": nobody, values are taken as they are; "table": a person's table, which is obeyed; "metadata": the
+             table of a data set whose files hold raw values, so that stored values which are HU already are refused
+    """
 
     slope: float
     intercept: float
-    said_by: Literal["stored", "table"]
+    said_by: Literal["stored", "table", "metadata"]
 
 
 class Prepared(NamedTuple):
@@ -42,7 +46,7 @@ def prepare_volume(scan: Scan, recipe: Recipe, rescale: Rescale | None = None) -
     values = _values(scan, recipe, rescale)
     probe = Probe(scan.geometry.shape_zyx, values.slope, values.intercept, values.pad_stored)
     array = resample(_watched(scan, probe), scan.geometry, grid, values, recipe)
-    _refuse(probe, recipe)
+    _refuse(probe, recipe, rescale)
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     volume = Volume(array, grid)
     return Prepared(volume, model, _facts(scan, grid, values, rescale, probe, array))
@@ -58,6 +62,8 @@ def _refuse_specks(native: Geometry, grid: Geometry) -> None:
 
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
+    if rescale is not None and np.isnan(rescale.slope):
+        raise Refused("not-in-table", "a row in the --hu-source table wanted, found none for this scan; add one")
     slope, intercept = (rescale.slope, rescale.intercept) if rescale else (scan.slope, scan.intercept)
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
         raise Refused(
@@ -71,9 +77,11 @@ def _watched(scan: Scan, probe: Probe) -> Iterator[np.ndarray]:
         yield probe.look(plane)
 
 
-def _refuse(probe: Probe, recipe: Recipe) -> None:
+def _refuse(probe: Probe, recipe: Recipe, rescale: Rescale | None) -> None:
     if recipe.non_finite == "refuse":
         refuse_non_finite(probe.non_finite)
+    if rescale and rescale.said_by == "metadata":
+        refuse_scaled_before(probe.sample_stored(), probe.low, probe.high)
     if recipe.modality == "ct":
         refuse_implausible(probe.sample_hu(), *probe.range_hu())
 

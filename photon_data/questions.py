@@ -30,6 +30,7 @@ class Question:
     volume  what the table calls it: id, source path or file name (manifest.build joins it)
     answer, split, patient, task   None where the table has none
     extra   the remaining columns, verbatim; "choices", where there is such a column, as a list of texts
+    dataset the data set it is of, where several are put together
     """
 
     id: str
@@ -40,6 +41,7 @@ class Question:
     patient: str | None = None
     task: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    dataset: str | None = None
 
 
 class _Layout(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from photon_data.errors import UsageError
 
 # Part of every resume key: raise it when the same recipe would give other bytes.
-ALGORITHM = 1
+ALGORITHM = 2
 
 # Fields that do not change a voxel, hence not the digest.
 _WORDS = ("name", "instruction")

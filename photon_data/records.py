@@ -22,7 +22,7 @@ class VolumeRecord:
     fingerprint  "sha256:..." of the content of its files
     code, reason why it was refused or failed (code: a slug to group by)
     facts        what was measured on the way, as stored in the store too:
-                   format, dtype, slope, intercept, rescale ("header" | "stored" | "table")
+                   format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
                    geometry    Geometry.to_json() of the native grid
                    grid        Geometry.to_json() of the target grid
                    cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of the grid
@@ -61,13 +61,16 @@ class VolumeRecord:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
         """Return the record of a row; keys of newer versions are ignored."""
+        if not isinstance(row, dict):
+            raise ValueError(f"a row wanted, got {row!r:.80}")
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
 
 
 def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """Return rows as JSON lines, keys in their given order, text as UTF-8."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Return rows as JSON lines, keys in their given order; what UTF-8 cannot hold (bytes of odd file names) is escaped."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:

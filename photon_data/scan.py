@@ -20,7 +20,8 @@ class Source:
 
     `id` names the volume everywhere, `path` is relative to the source folder (posix, for people and tables), `files` are
     absolute and hold the whole scan: one NIfTI, a header and its data file, or the slices of one DICOM series, sorted by name.
-    `problem` is set where discovery already knows that this cannot be a scan (an unreadable file, say).
+    `problem` is set where it is known before it is opened that it cannot become a volume (an unreadable file, say); `code` is
+    then the code of the refusal.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Source:
     bytes: int
     mtime_ns: int
     problem: str | None = None
+    code: str = "unreadable"
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ _SHOWN = 10
 class Leak(NamedTuple):
     """What is in several splits.
 
-    kind      "patient", "volume" (one id) or "content" (volumes of different ids whose source files hold the same bytes)
-    key       the patient, the volume id, or the fingerprint
+    kind      "patient", "source" (one id in the data set it was taken from), "volume" (one id) or "content" (volumes of
+              different ids whose source files hold the same bytes)
+    key       the patient, the source's id, the volume's id, or the fingerprint
     splits    that it is in, sorted
     volumes   ids of the volumes concerned, sorted
     """
@@ -75,18 +76,19 @@ def check_names(splits: Iterable[str]) -> None:
 def leaks(rows: Iterable[Mapping[str, Any]], records: Iterable[VolumeRecord]) -> list[Leak]:
     """Return what manifest rows of different splits have in common, patients first; empty where they are apart.
 
-    Rows without a patient are compared by volume and content only.
+    Rows without a patient are compared by what else they have; `extra` may name the source, as "source_id".
     """
     fingerprints = {record.id: record.fingerprint for record in records}
     found: dict[tuple[int, str], list[set[str]]] = defaultdict(lambda: [set(), set()])
     for row in rows:
         volume = row["volume_id"]
-        for rank, key in enumerate((row["patient"], volume, fingerprints.get(volume))):
+        source = row.get("extra", {}).get("source_id")
+        for rank, key in enumerate((row["patient"], source, volume, fingerprints.get(volume))):
             if key:
                 splits, volumes = found[rank, key]
                 splits.add(row["split"])
                 volumes.add(volume)
-    kinds = ("patient", "volume", "content")
+    kinds = ("patient", "source", "volume", "content")
     several = [
         Leak(kinds[rank], key, tuple(sorted(splits)), tuple(sorted(volumes)))
         for (rank, key), (splits, volumes) in sorted(found.items(), key=lambda item: item[0])
@@ -99,13 +101,16 @@ def refuse_leaks(found: Sequence[Leak]) -> None:
     """UsageError that tells the first leaks, if there are any."""
     if not found:
         return
-    lines = [f"{len(found)} x the same patient, volume or content in several splits; splits without overlap wanted"]
+    lines = [f"{len(found)} x the same patient, source, volume or content in several splits; splits without overlap wanted"]
     for leak in found[:_SHOWN]:
         volumes = ", ".join(leak.volumes[:3]) + (", ..." if len(leak.volumes) > 3 else "")
         lines.append(f"  {leak.kind} {leak.key} in {' and '.join(leak.splits)} (volumes {volumes})")
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")
-    lines.append("Give each patient one split, or name patients in a column `patient`, or allow leaks expressly.")
+    lines.append(
+        "Give each patient one split (of several data sets: in `splits`, or by leaving out the ids of a benchmark), or name "
+        "patients in a column `patient`, or allow leaks expressly."
+    )
     raise UsageError("\n".join(lines))
 
 

@@ -24,11 +24,13 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from photon_data.errors import UsageError
 from photon_data.location import Location, replace_folder, sync_tree
 from photon_data.prepare import Prepared
+from photon_data.shard import write_shard
 from photon_data.volume import Geometry, Volume
 
 # Our metadata stand beside "ome", under this key.
 KEY = "photon"
 FORMAT = 1
+METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files")
 ROOT = "zarr.json"
 GRIDS = {"volume": "", "model": "model/"}
 SUFFIX = ".ome.zarr"
@@ -67,24 +69,27 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
 
 def _build(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Write both image groups into `folder`, the root metadata last."""
-    _write_array(prepared.volume, folder / "0")
-    _write_array(prepared.model, folder / "model" / "0")
+    shards = {
+        "0/c/0/0/0": _write_array(prepared.volume, folder / "0"),
+        "model/0/c/0/0/0": _write_array(prepared.model, folder / "model" / "0"),
+    }
     _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
-    files = {name: _file_facts(folder / name) for name in file_names(folder)}
+    files = {name: shards.get(name) or _file_facts(folder / name) for name in file_names(folder)}
     ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
     content = _write_group(folder, {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours})
     size = len(content) + sum(facts["bytes"] for facts in files.values())
     return {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _write_array(volume: Volume, folder: Path) -> None:
-    """Write one array as a single checksummed shard, chunks of padding too.
+def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
+    """Write one array as a single checksummed shard, chunks of padding too; return {"bytes", "sha256"} of the shard.
 
     lz4 costs half the CPU time of zstd for a sixth more bytes (benchmarks/store_codecs.py).
     """
     array = volume.numpy()
-    chunk = tuple(_even_part(n, most) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
-    stored = zarr.create_array(
+    cz, cy, cx = (_even_part(n, most) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
+    chunk = (cz, cy, cx)
+    zarr.create_array(
         folder,
         shape=array.shape,
         dtype=array.dtype,
@@ -95,7 +100,9 @@ def _write_array(volume: Volume, folder: Path) -> None:
         fill_value=0,
         config={"write_empty_chunks": True},
     )
-    stored[...] = array
+    shard = folder / "c/0/0/0"
+    shard.parent.mkdir(parents=True)
+    return write_shard(array, chunk, shard)
 
 
 def _even_part(length: int, most: int) -> int:
@@ -143,14 +150,18 @@ def _upload(folder: Path, out: Location, name: str) -> None:
 
 
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
-    """Return what a store says of itself (format, id, key, fingerprint, recipe, facts, files); None if it is not there."""
+    """Return what a store says of itself: METADATA, its size in bytes and its root metadata's sha256.
+
+    None where it is not there, of another format, or so damaged that it does not say all of this.
+    """
     content = out.read(f"{name}/{ROOT}" if name else ROOT)
-    if content is None:
-        return None
     try:
-        ours = json.loads(content)["attributes"][KEY]
-        return {**ours, "sha256": hashlib.sha256(content).hexdigest(), "root_bytes": len(content)}
-    except (ValueError, KeyError, TypeError):
+        ours = json.loads(content or b"")["attributes"][KEY]
+        sizes = [facts["bytes"] for facts in ours["files"].values() if facts["sha256"]]
+        size = len(content or b"") + sum(sizes)
+        own = {"sha256": hashlib.sha256(content or b"").hexdigest(), "bytes": size}
+        return {**{name: ours[name] for name in METADATA}, **own} if ours["format"] == FORMAT else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -162,15 +173,18 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     """
     location = Location(str(path))
     metadata = read_metadata(location, "")
-    if metadata is None or metadata.get("format") != FORMAT:
+    if metadata is None:
         raise UsageError(f"a store of photon-data (format {FORMAT}) wanted, got {path}; photon-data prepare makes them")
     if grid not in GRIDS:
         raise UsageError(f"grid volume or model wanted, got {grid!r}")
     place = GRIDS[grid]
-    group = json.loads(location.read(f"{place}{ROOT}") or b"{}")
-    _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b"{}"), path)
-    array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
-    return Volume(array, _geometry(group["attributes"]["ome"], array.shape))
+    try:
+        group = json.loads(location.read(f"{place}{ROOT}") or b"")
+        _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b""), path)
+        array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
+        return Volume(array, _geometry(group["attributes"]["ome"], array.shape))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UsageError(f"whole metadata wanted, got damaged ones in {path} ({error!r}); prepare it again") from None
 
 
 def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
@@ -213,7 +227,7 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         return
     if root_sha256 is not None and metadata["sha256"] != root_sha256:
         yield f"{name}/{ROOT}: differs from what volumes.jsonl records"
-    for file, facts in metadata.get("files", {}).items():
+    for file, facts in metadata["files"].items():
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             yield f"{name}/{ROOT}: names a file outside of the store"
             continue
@@ -225,5 +239,5 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         elif hashlib.sha256(content).hexdigest() != facts["sha256"]:
             yield f"{name}/{file}: its bytes have changed"
     if out.is_local:
-        for file in sorted(set(file_names(out.path / name)) - set(metadata.get("files", {}))):
+        for file in sorted(set(file_names(out.path / name)) - set(metadata["files"])):
             yield f"{name}/{file}: not part of the store"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from photon_data.errors import UsageError
 
 SHOWN_PROBLEMS = 10
+PARQUET = ".parquet"
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
@@ -47,13 +48,17 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path) -> Table:
-    """Return the table of a .csv, .tsv, .jsonl or .json (one list of objects) file; UTF-8, with or without a byte order mark.
+    """Return the table of a .csv, .tsv, .jsonl, .json (one list of objects) or .parquet file.
 
-    Cells of csv and tsv are text; json values keep their type. UsageError where nothing can be read at all: no such file,
-    another suffix, another encoding, a header with a name twice, no rows.
+    Texts are UTF-8, with or without a byte order mark. Cells of csv and tsv are text; values of the others keep their type.
+    UsageError where nothing can be read at all: no such file, another suffix, another encoding, a header with a name twice,
+    no rows.
     """
-    text = read_text(path, _READERS)
-    table = _READERS[path.suffix.lower()](text)
+    if path.suffix.lower() == PARQUET:
+        table = _read_parquet(path)
+    else:
+        text = read_text(path, _READERS)
+        table = _READERS[path.suffix.lower()](text)
     twice = [name for name, count in Counter(table.columns).items() if count > 1]
     if twice:
         raise UsageError(f"{path}: every column name once wanted, got {', '.join(map(repr, twice))} more than once; rename them")
@@ -162,6 +167,21 @@ def _json_table(values: list[tuple[str, Any]], problems: list[Problem]) -> Table
             problems.append(Problem(place, "not an object", f"one JSON object wanted, got {_kind(value)}"))
     columns = dict.fromkeys(name for row in rows for name in row.values)
     return Table(list(columns), rows, problems)
+
+
+def _read_parquet(path: Path) -> Table:
+    """Return the table of a parquet file, its rows numbered from 1; UsageError without the extra `parquet`."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(f"{path}: pyarrow wanted to read parquet, not found; pip install 'photon-ct[parquet]'") from None
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{path}: a readable parquet file wanted, got: {str(error)[:200]}") from None
+    rows = [Row(f"row {number}", values) for number, values in enumerate(table.to_pylist(), 1)]
+    return Table(table.column_names, rows, [])
 
 
 def _lines(text: str) -> Iterator[str]:

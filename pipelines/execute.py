@@ -7,15 +7,17 @@ import errno
 import logging
 import os
 import time
+from asyncio import CancelledError
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dask
 from distributed import Client, Future, LocalCluster, wait
+from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
+from photon_data.errors import UsageError
 from photon_data.job import Job, NoSpace
 from photon_data.records import FAILED, VolumeRecord
 from photon_pipelines.child import NO_SPACE
@@ -25,6 +27,7 @@ from photon_pipelines.isolate import allow_children, end_children, run_isolated
 WORKER_BYTES = 1_500_000_000
 LEAST_ADDRESS_SPACE = 4 << 30
 NO_WORKERS_S = 120
+LEAST_MEMORY_GB = 1.0
 
 
 class Stopped(RuntimeError):
@@ -45,6 +48,11 @@ class Workers:
     scheduler: str | None = None
     timeout_s: float = 1800
     memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        """UsageError for a memory limit under which no worker could start."""
+        if self.memory_gb is not None and 0 < self.memory_gb < LEAST_MEMORY_GB:
+            raise UsageError(f"--memory: at least {LEAST_MEMORY_GB} GB (or 0 for no limit) wanted, got {self.memory_gb}")
 
     def local_count(self) -> int:
         """Return how many local workers there are."""
@@ -83,8 +91,14 @@ def _finished(client: Client, flying: dict[Future, Job]) -> list[Future]:
     """Wait until some of the futures are done and return those; Stopped if no worker has been there for NO_WORKERS_S."""
     alone_since = None
     while True:
-        with contextlib.suppress(TimeoutError):
+        try:
             return list(wait(list(flying), timeout=2, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            pass
+        except (CancelledError, CommClosedError):
+            raise Stopped(
+                "a scheduler wanted, but the connection to it was lost; start one and run the same command again"
+            ) from None
         if _threads(client):
             alone_since = None
         else:
@@ -124,13 +138,28 @@ def _client(workers: Workers) -> Iterator[Client]:
             allow_children()
             stack.callback(end_children)
         else:
-            client = stack.enter_context(Client(**_address(workers.scheduler), timeout=30))
-            client.wait_for_workers(1, timeout=NO_WORKERS_S)
+            client = stack.enter_context(_connect(workers.scheduler))
         yield client
 
 
-def _address(scheduler: str) -> dict[str, Any]:
-    return {"scheduler_file": scheduler} if Path(scheduler).exists() else {"address": scheduler}
+def _connect(scheduler: str) -> Client:
+    """Return a client of a running cluster that has workers; UsageError where there is none."""
+    where = {"scheduler_file": scheduler} if Path(scheduler).exists() else {"address": scheduler}
+    try:
+        client = Client(**where, timeout=30)
+    except (ValueError, AssertionError, OSError, TimeoutError) as error:
+        raise UsageError(
+            f"--scheduler: the address (tcp://host:8786) or the file of a running Dask scheduler wanted, got {scheduler!r} "
+            f"({type(error).__name__})"
+        ) from None
+    try:
+        client.wait_for_workers(1, timeout=NO_WORKERS_S)
+    except TimeoutError:
+        client.close()
+        raise Stopped(
+            f"workers wanted, none connected to {scheduler} within {NO_WORKERS_S} s; start some and run it again"
+        ) from None
+    return client
 
 
 def _threads(client: Client) -> int:

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.location import Location
@@ -38,7 +39,7 @@ def exclusive(out: Location) -> Iterator[Claim]:
         with _locked_file(out):
             yield Claim(out)
         return
-    said = json.loads(out.read(NAME) or b"{}")
+    said = _read_holder((out.read(NAME) or b"").decode())
     if time.time() - said.get("time", 0) < STALE_S:
         raise _taken(out, said)
     claim = Claim(out)
@@ -51,17 +52,30 @@ def exclusive(out: Location) -> Iterator[Claim]:
 
 @contextlib.contextmanager
 def _locked_file(out: Location) -> Iterator[None]:
-    out.path.mkdir(parents=True, exist_ok=True)
-    with (out.path / NAME).open("a+") as file:
+    try:
+        out.path.mkdir(parents=True, exist_ok=True)
+        held = (out.path / NAME).open("a+")
+    except OSError as error:
+        raise UsageError(f"a folder to write into wanted, got {out.url}: {error.strerror}") from None
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _taken(out, json.loads(file.read() or "{}")) from None
+            raise _taken(out, _read_holder(file.read())) from None
         file.truncate(0)
         file.write(json.dumps(Claim(out).holder))
         file.flush()
         yield
+
+
+def _read_holder(text: str) -> dict[str, Any]:
+    """Return who a lock says holds it; {} where it says nothing whole, as while it is being written."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _taken(out: Location, holder: dict[str, object]) -> UsageError:

@@ -19,6 +19,7 @@ from photon_data.job import Job, already_there
 from photon_data.location import Location
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, to_jsonl
+from photon_data.store import is_whole, read_metadata, store_name
 from photon_pipelines.execute import Workers, execute
 from photon_pipelines.lock import Claim
 
@@ -54,11 +55,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: jobs to execute, and records of volumes that are there already."""
+    """What a run will do.
+
+    jobs    to execute
+    done    records of inputs whose volumes are there already
+    kept    records of volumes of earlier runs that are no input of this one
+    before  records that earlier runs left of the jobs' sources: they stand until the job is done
+    """
 
     jobs: list[Job]
     done: list[VolumeRecord]
     kept: list[VolumeRecord]
+    before: list[VolumeRecord]
 
 
 def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
@@ -66,10 +74,19 @@ def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
     before = {record.id: record for record in read_records(out)}
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))
-    ids = {job.source.id for job in jobs}
-    kept = [replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids]
-    _refuse_mixture(kept, out, recipe)
-    return Plan([job for job, done in zip(jobs, found, strict=True) if done is None], [done for done in found if done], kept)
+        ids = {job.source.id for job in jobs}
+        others = [replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids]
+        digests = list(threads.map(lambda record: _digest(out, record), others))
+    kept = [record for record, digest in zip(others, digests, strict=True) if digest]
+    strange = [record for record, digest in zip(others, digests, strict=True) if digest not in (None, recipe.digest)]
+    if strange:
+        raise UsageError(
+            f"one recipe per folder wanted, but {out.url} holds {len(strange)} volumes of another recipe that are not "
+            f"among these inputs, {strange[0].id} first; use another folder, or prepare all of them again"
+        )
+    todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
+    left = [before[job.source.id] for job in todo if job.source.id in before]
+    return Plan(todo, [done for done in found if done], kept, left)
 
 
 def run_plan(
@@ -80,7 +97,7 @@ def run_plan(
     Call it while holding `exclusive(out)`. Raises NoSpace, Stopped, KeyboardInterrupt: everything done by then stays done.
     """
     sweep(out)
-    records, clock = list(todo.done), _Snapshots(out, todo.kept)
+    records, clock = list(todo.done), _Snapshots(out, todo)
     try:
         with closing(execute(todo.jobs, workers)) as done:
             for record in done:
@@ -88,16 +105,21 @@ def run_plan(
                 on_record(record)
                 clock.maybe_write(records)
     finally:
-        outcome = Outcome(records, todo.kept)
-        write_records(out, outcome.rows)
-    return outcome
+        write_records(out, rows_so_far(todo, records))
+    return Outcome(records, todo.kept)
+
+
+def rows_so_far(todo: Plan, records: Sequence[VolumeRecord]) -> list[VolumeRecord]:
+    """Return the rows of volumes.jsonl in the middle of a run: what is done, and of the rest what earlier runs left."""
+    ended = {record.id for record in records}
+    return Outcome([*records, *(record for record in todo.before if record.id not in ended)], todo.kept).rows
 
 
 class _Snapshots:
     """Writes volumes.jsonl every SNAPSHOT_S, more rarely when writing it takes long."""
 
-    def __init__(self, out: Location, kept: Sequence[VolumeRecord]) -> None:
-        self.out, self.kept, self.claim = out, list(kept), Claim(out)
+    def __init__(self, out: Location, todo: Plan) -> None:
+        self.out, self.todo, self.claim = out, todo, Claim(out)
         self.next = time.monotonic() + SNAPSHOT_S
 
     def maybe_write(self, records: Sequence[VolumeRecord]) -> None:
@@ -106,7 +128,7 @@ class _Snapshots:
         if start < self.next:
             return
         self.claim.refresh()
-        write_records(self.out, Outcome(list(records), self.kept).rows)
+        write_records(self.out, rows_so_far(self.todo, records))
         end = time.monotonic()
         self.next = end + max(SNAPSHOT_S, 20 * (end - start))
 
@@ -125,8 +147,10 @@ def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     out.write(VOLUMES, to_jsonl(record.to_json() for record in records).encode())
 
 
-def write_dataset(out: Location, recipe: Recipe, outcome: Outcome, source: str) -> dict[str, Any]:
-    """Write dataset.json and return what it says: recipe, digest, versions, counts."""
+def write_dataset(
+    out: Location, recipe: Recipe, outcome: Outcome, source: str, manifests: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Write dataset.json and return what it says: recipe, digest, versions, counts, SHA-256 of manifests (None: not finished)."""
     dataset = {
         "format": 1,
         "source": source,
@@ -134,8 +158,9 @@ def write_dataset(out: Location, recipe: Recipe, outcome: Outcome, source: str) 
         "digest": recipe.digest,
         "versions": versions(),
         "counts": {**outcome.counts, "kept": len(outcome.kept)},
+        "manifests": manifests,
     }
-    out.write(DATASET, (json.dumps(dataset, indent=1, ensure_ascii=False) + "\n").encode())
+    out.write(DATASET, (json.dumps(dataset, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
     return dataset
 
 
@@ -158,10 +183,10 @@ def _unchanged(job: Job, before: VolumeRecord | None) -> VolumeRecord | None:
     return already_there(job, before.fingerprint) if before and before.fingerprint and same else None
 
 
-def _refuse_mixture(kept: Sequence[VolumeRecord], out: Location, recipe: Recipe) -> None:
-    digest = json.loads(out.read(DATASET) or b"{}").get("digest", recipe.digest)
-    if kept and digest != recipe.digest:
-        raise UsageError(
-            f"one recipe per folder wanted, but {out.url} holds {len(kept)} volumes of another recipe (digest {digest}) "
-            f"that are not among these inputs, {kept[0].id} first; use another folder, or prepare all of them again"
-        )
+def _digest(out: Location, record: VolumeRecord) -> str | None:
+    """Return the digest of the recipe that a record's store was made by; None where that store is not there any more."""
+    name = store_name(record.id)
+    metadata = read_metadata(out, name)
+    if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
+        return None
+    return str(metadata["digest"])

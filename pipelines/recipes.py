@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from photon_data.recipe import Recipe
+from photon_data.errors import UsageError
+from photon_data.recipe import Recipe, with_settings
 
 
 def chest_ct() -> Recipe:
@@ -24,3 +25,10 @@ def wide_ct() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"chest_ct": chest_ct, "abdomen_ct": abdomen_ct, "wide_ct": wide_ct}
+
+
+def named_recipe(name: str, settings: Sequence[str]) -> Recipe:
+    """Return the named recipe with "key=value" settings applied; UsageError for what it does not know."""
+    if name not in RECIPES:
+        raise UsageError(f"recipe: one of {', '.join(RECIPES)} wanted, got {name!r}")
+    return with_settings(RECIPES[name](), list(settings))

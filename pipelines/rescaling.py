@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from photon_data.errors import UsageError
-from photon_data.join import by_name
+from photon_data.join import AMBIGUOUS, by_source
 from photon_data.prepare import Rescale
-from photon_data.records import VolumeRecord
 from photon_data.scan import Source
 from photon_data.tables import read_table
 
@@ -36,7 +35,8 @@ def rescaling(said: str, sources: Iterable[Source], columns: Mapping[str, str]) 
 
 
 def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> dict[str, Rescale]:
-    find = by_name(VolumeRecord(source.id, source.path, "", source.bytes, source.mtime_ns) for source in sources)
+    sources = list(sources)
+    find, ids = by_source(sources), {source.id for source in sources}
     volume, slope, intercept = (columns.get(name, name) for name in COLUMNS)
     named: dict[str, Rescale] = {}
     for place, values in read_table(path).rows:
@@ -47,8 +47,10 @@ def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> 
             raise UsageError(
                 f"{path.name}, {place}: {volume} (text), {slope}, {intercept} (numbers) wanted, got {values}"
             ) from None
-        if isinstance(found, VolumeRecord):
-            if found.id in named:
-                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {found.id}")
-            named[found.id] = Rescale(*numbers, "table")
+        if found in ids:
+            if found in named:
+                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {found}")
+            named[found] = Rescale(*numbers, "table")
+        elif found.startswith(AMBIGUOUS):
+            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {found}")
     return named

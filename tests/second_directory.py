@@ -182,7 +182,7 @@ def units(mlp: dict[str, Tensor]) -> dict[str, Any]:
     constants = {"eps": 1e-6, "min_sigma": 3e-3, "z_clip": 1.5, "beta_const": 0.8, "smin": 0.5, "smax": 2.0, "sat_floor": 5e-3}
     return {
         "patchify": ({}, patchify),
-        "visual_score_unit": ({"runs": {run: {} for run in score_runs}}, flat(score_runs)),
+        "visual_score_unit": ({"runs": {key: {} for key in score_runs}}, flat(score_runs)),
         "units": ({"question_mask_errors": {}}, threshold | question_masks() | bands() | losses() | gathers()),
         "sgp_unit": ({"constants": constants}, sgp),
     }
@@ -267,7 +267,7 @@ def stage1(stock: Any, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "rope_index": ({"runs": seconds}, flat(rope)),
         "vision_tower": ({}, {"out": tower}),
-        "s1_forward": ({"runs": {run: {} for run in forward}}, flat(forward)),
+        "s1_forward": ({"runs": {key: {} for key in forward}}, flat(forward)),
         "s1_generate": ({"inputs": {"b1_prompt": ""}}, {k: generated[k] for k in ("new_tokens", "step_logits")}),
         "s1_train_step": ({"inputs": dict.fromkeys(steps, ""), "grad_norms": norms}, flat(steps)),
     }
@@ -318,8 +318,8 @@ def stage2(stock: Any, mlp: dict[str, Tensor], rows: dict[str, dict[str, Any]]) 
     generated = {name: greedy(stock, mlp, rows[name]) for name in ("b1_prompt", "text_only_prompt")}
     assert its_of(LAYERS) == ITS
     return {
-        "s2_eval_forward": ({"runs": {run: {} for run in forward}, "its_layer": ITS}, flat(forward)),
-        "s2_generate": ({"runs": {run: {} for run in generated}}, flat(generated)),
+        "s2_eval_forward": ({"runs": {key: {} for key in forward}, "its_layer": ITS}, flat(forward)),
+        "s2_generate": ({"runs": {key: {} for key in generated}}, flat(generated)),
     }
 
 

@@ -47,6 +47,7 @@ def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path)
         (["--columns", "volume"], "name=value wanted"),
         (["--split", "train=most"], "numbers like train=0.8"),
         (["--questions", "nowhere.csv"], "nowhere.csv"),
+        (["--memory", "0.1"], "at least 1.0 GB"),
     ],
 )
 def test_a_command_that_cannot_be_followed_writes_nothing_and_says_what_was_wanted(raw, tmp_path, words, said):
@@ -62,6 +63,26 @@ def test_a_source_that_is_not_there_or_holds_no_scans_is_misuse(tmp_path):
     code, text = cli("prepare", tmp_path / "empty", tmp_path / "out")
     assert code == 2
     assert "scans wanted" in text
+
+
+@pytest.mark.parametrize("out", ["nonsense://bucket/out", "raw/one.nii.gz"])
+def test_an_output_that_cannot_be_written_to_is_misuse(raw, tmp_path, out):
+    code, text = cli("prepare", raw, out if "://" in out else tmp_path / out, *SMALL)
+    assert code == 2
+    assert "wanted, got" in text
+
+
+def test_names_with_brackets_are_printed_as_they_are(raw, tmp_path):
+    out = tmp_path / "a[/2024][bold]"
+    code, text = cli("prepare", raw, out, *SMALL)
+    assert code == 0
+    assert f"{out}: see report.html" in text
+
+
+@pytest.mark.parametrize("command", ["photon_cli.data", "photon_cli.photon"])
+def test_both_commands_list_what_they_can_do(command):
+    script = f"import sys, {command} as c; sys.argv = ['x', '--help']; c.main()"
+    assert "Commands" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_dry_run_writes_nothing_and_counts_what_there_is_to_do(raw, tmp_path):

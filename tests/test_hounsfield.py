@@ -23,10 +23,25 @@ def circle_padded(value):
     return array
 
 
+def head_like():
+    """A brain in a thick skull, in noisy air: scaled twice, its brain lies where air should be and its skull where tissue is."""
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
+    radius = np.sqrt(z**2 + y**2 + x**2)
+    hu = np.select([radius < 0.7, radius < 0.85], [40.0, 1000.0], -1000.0)
+    return (hu + np.random.default_rng(2).normal(0, 60, SHAPE)).astype(np.int16)
+
+
 @pytest.mark.parametrize(
     "array",
-    [ct_like(SHAPE), ct_like(SHAPE).clip(-1000, 1000), circle_padded(-2000), circle_padded(-3024), circle_padded(-8192)],
-    ids=["scanner", "clipped", "padded -2000", "padded -3024", "padded -8192"],
+    [
+        head_like(),
+        ct_like(SHAPE),
+        ct_like(SHAPE).clip(-1000, 1000),
+        circle_padded(-2000),
+        circle_padded(-3024),
+        circle_padded(-8192),
+    ],
+    ids=["head", "scanner", "clipped", "padded -2000", "padded -3024", "padded -8192"],
 )
 def test_hounsfield_units_as_scanners_and_data_sets_write_them_are_accepted(array):
     assert prepare(array).volume.array_zyx.min() == -1000
@@ -38,6 +53,7 @@ def test_hounsfield_units_as_scanners_and_data_sets_write_them_are_accepted(arra
         (ct_like(SHAPE) + 1024, {}, "never applied"),
         (ct_like(SHAPE), {"slope": 1.0, "intercept": -1024.0}, "applied twice"),
         (ct_like(SHAPE), {"slope": 1.0, "intercept": -8192.0}, "applied twice"),
+        (head_like(), {"slope": 1.0, "intercept": -1024.0}, "applied twice"),
         (ct_like(SHAPE) + 1024, {"slope": 1.0, "intercept": -8192.0}, "applied twice"),
         (circle_padded(-3024) + np.int16(1024), {}, "not the intensities of a CT"),
         (ct_like(SHAPE).clip(-160, 240), {}, "not the intensities of a CT"),
@@ -49,6 +65,7 @@ def test_hounsfield_units_as_scanners_and_data_sets_write_them_are_accepted(arra
         "raw",
         "twice -1024",
         "twice -8192",
+        "head twice",
         "raw with -8192",
         "raw with padding",
         "windowed",

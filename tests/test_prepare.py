@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +15,19 @@ import numpy as np
 import pytest
 from distributed import LocalCluster
 from raw import write_scan
+from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.job import Job, NoSpace, run
 from photon_data.location import Location
+from photon_data.prepare import prepare_volume
 from photon_data.readers import find_scans
-from photon_data.recipe import Recipe
+from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import from_jsonl
-from photon_pipelines.dataset import Order, Watcher, prepare
+from photon_pipelines.dataset import Watcher, prepare
 from photon_pipelines.execute import Workers
+from photon_pipelines.gather import Order
 from photon_pipelines.lock import exclusive
 from photon_pipelines.verify import verify_output
 
@@ -116,6 +120,97 @@ def test_another_recipe_prepares_everything_anew_and_never_mixes(source, tmp_pat
     assert json.loads((out / "dataset.json").read_text())["digest"] == coarse.digest
 
 
+def test_a_run_cut_short_keeps_the_rows_of_what_is_still_there(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(order(source, out, overwrite=True), Workers(count=1), Watcher(on_record=stop))
+    assert set(states(out)) == {"a", "b", "d", "deep__er__c"}
+    assert prepare(order(source, out), TWO, Watcher()).outcome.counts["unchanged"] == 4
+    assert list(verify_output(Location(str(out)))) == []
+
+
+def test_a_change_of_recipe_that_was_killed_does_not_leave_a_mixture_behind(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    dataset = json.loads((out / "dataset.json").read_text())
+    other = replace(SMALL, pad_hu=-900.0)
+    (out / "dataset.json").write_text(json.dumps({**dataset, "digest": other.digest}))  # as kill -9 leaves it early on
+    with pytest.raises(UsageError, match="3 volumes of another recipe"):
+        prepare(order(source, out, recipe=other, limit=1), TWO, Watcher())
+
+
+def test_a_volume_whose_store_is_gone_is_in_no_manifest(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    shutil.rmtree(out / "volumes" / "d.ome.zarr")
+    result = prepare(order(source, out, limit=2), TWO, Watcher())
+    assert sorted(row["volume_id"] for row in result.manifests.rows["all"]) == ["a", "b", "deep__er__c"]
+    assert list(verify_output(Location(str(out)))) == []
+
+
+@pytest.mark.parametrize("damage", [{"dataset.json": "{bad"}, {"dataset.json": "[]"}, {".lock": '{"pid'}])
+def test_damaged_files_of_ours_do_not_stop_a_run(source, tmp_path, damage):
+    out = tmp_path / "out"
+    prepare(order(source, out, limit=1), TWO, Watcher())
+    for name, text in damage.items():
+        (out / name).write_text(text)
+    assert prepare(order(source, out), TWO, Watcher()).outcome.complete
+
+
+@pytest.mark.parametrize("row", ["[]", "{bad", '{"id": 1'])
+def test_a_damaged_table_of_volumes_is_misuse_that_says_what_to_do(source, tmp_path, row):
+    out = tmp_path / "out"
+    prepare(order(source, out, limit=1), TWO, Watcher())
+    (out / "volumes.jsonl").write_text(row + "\n")
+    with pytest.raises(UsageError, match=r"damaged.*remove it"):
+        prepare(order(source, out), TWO, Watcher())
+
+
+def test_names_that_are_no_text_end_in_one_state_like_others(source, tmp_path):
+    (source / os.fsdecode(b"odd\xff.nii.gz")).write_bytes((source / "a.nii.gz").read_bytes())
+    (source / os.fsdecode(b"bad\xfe.dcm")).write_bytes(b"no scan")
+    result = prepare(order(source, tmp_path / "out"), TWO, Watcher())
+    assert result.outcome.counts == {"prepared": 5, "unchanged": 0, "refused": 1, "failed": 0}
+    assert "\\udcff" in (tmp_path / "out" / "volumes.jsonl").read_text()
+    assert prepare(order(source, tmp_path / "out"), TWO, Watcher()).outcome.counts["unchanged"] == 5
+
+
+@pytest.mark.parametrize("scheduler", ["nonsense", "file"])
+def test_a_scheduler_that_is_none_is_misuse(source, tmp_path, scheduler):
+    if scheduler == "file":
+        (tmp_path / "scheduler.json").write_text("{}")
+        scheduler = str(tmp_path / "scheduler.json")
+    with pytest.raises(UsageError, match="running Dask scheduler wanted"):
+        prepare(order(source, tmp_path / "out"), Workers(scheduler=scheduler), Watcher())
+
+
+@pytest.mark.parametrize("damage", ["missing", "a row less", "one more"])
+def test_verify_finds_manifests_that_are_not_those_that_were_written(source, tmp_path, damage):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    manifest = out / "manifests" / "all.jsonl"
+    if damage == "missing":
+        manifest.unlink()
+    elif damage == "a row less":
+        manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    else:
+        (manifest.parent / "more.jsonl").write_text(manifest.read_text())
+    assert len(list(verify_output(Location(str(out))))) == 1
+
+
+def test_the_same_scan_gives_the_bytes_that_this_number_of_the_algorithm_stands_for():
+    """A change here is a change of every store: raise ALGORITHM in recipe.py, so that folders are not mixed, then pin it anew."""
+    ramp = (np.arange(30 * 40 * 50).reshape(30, 40, 50) * 7919 % 2000 - 1000).astype(np.int16)
+    prepared = prepare_volume(as_scan(ramp, frame((30, 40, 50))), replace(SMALL, modality="other"))
+    digest = hashlib.sha256(prepared.volume.array_zyx.tobytes() + prepared.model.array_zyx.tobytes()).hexdigest()
+    assert (ALGORITHM, digest[:16]) == (2, "7510cea2764b4dac")
+
+
 def test_volumes_of_earlier_runs_stay_in_the_table_and_the_manifests(source, tmp_path):
     out = tmp_path / "out"
     prepare(order(source / "deep", out), TWO, Watcher())
@@ -151,6 +246,28 @@ def test_a_table_that_leaks_patients_is_refused_before_anything_is_prepared(sour
     assert not (tmp_path / "out").exists()
 
 
+def test_one_volume_under_two_names_is_one_patient_when_splits_are_drawn(source, tmp_path):
+    table = tmp_path / "q.csv"
+    table.write_text("volume,question,answer\n" + "".join(f"{name},Is it?,Yes\n" for name in ("a", "a.nii.gz", "d", "d.nii.gz")))
+    for seed in range(4):
+        result = prepare(order(source, tmp_path / f"out{seed}", questions=table, seed=seed, limit=1), TWO, Watcher())
+        assert len({row["split"] for rows in result.manifests.rows.values() for row in rows if row["volume_id"] == "a"}) == 1
+
+
+def test_the_same_content_in_two_splits_gets_no_manifests_and_the_old_ones_go(source, tmp_path):
+    (source / "copy.nii.gz").write_bytes((source / "a.nii.gz").read_bytes())
+    table, out = tmp_path / "q.csv", tmp_path / "out"
+    table.write_text("volume,question,answer,split\na,Q?,Yes,train\n")
+    prepare(order(source, out, questions=table), TWO, Watcher())
+    table.write_text("volume,question,answer,split\na,Q?,Yes,train\ncopy,Q?,Yes,test\n")
+    result = prepare(order(source, out, questions=table), TWO, Watcher())
+    assert result.leak is not None
+    assert "content" in result.leak
+    assert not result.complete
+    assert not list((out / "manifests").iterdir())
+    assert prepare(order(source, out, questions=table, allow_leaks=True), TWO, Watcher()).complete
+
+
 def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(source, tmp_path):
     table = tmp_path / "hu.csv"
     table.write_text("volume,slope,intercept\na,1,0\nb,1,-5\n")
@@ -158,6 +275,7 @@ def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(sou
     assert states(tmp_path / "out") == {"a": "prepared", "b": "prepared", "d": "refused", "deep__er__c": "refused"}
     rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
     assert rows["b"]["facts"]["intercept"] == -5
+    assert rows["d"]["code"] == "not-in-table"
 
 
 def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ from photon_data.errors import UsageError
 from photon_data.job import run
 from photon_data.location import Location
 from photon_data.recipe import Recipe
-from photon_pipelines.dataset import Order, Watcher, prepare
+from photon_pipelines.dataset import Watcher, prepare
 from photon_pipelines.execute import Workers
+from photon_pipelines.gather import Order
 from photon_pipelines.lock import exclusive
 from photon_pipelines.verify import verify_output
 

@@ -13,10 +13,11 @@ from photon_data.errors import UsageError
 from photon_data.location import Location
 from photon_data.prepare import prepare_volume
 from photon_data.recipe import Recipe
-from photon_data.store import is_whole, read_metadata, verify_store, write_store
+from photon_data.store import _write_array, is_whole, read_metadata, verify_store, write_store
+from photon_data.volume import Volume
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
-IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json()}
+IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}
 NAME = "volumes/case-7.ome.zarr"
 
 
@@ -64,6 +65,17 @@ def test_the_array_is_sharded_checksummed_and_names_its_axes(out):
     assert metadata["codecs"][0]["name"] == "sharding_indexed"
     assert [codec["name"] for codec in inner][-2:] == ["blosc", "crc32c"]
     assert metadata["dimension_names"] == ["z", "y", "x"]
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9), (28, 182, 182), (30, 200, 185), (56, 10, 365)])
+def test_a_shard_of_ours_is_read_by_zarr_and_its_facts_are_of_its_bytes(tmp_path, shape):
+    voxels = np.random.default_rng(3).integers(-1000, 1000, shape).astype(np.int16)
+    facts = _write_array(Volume(voxels, frame(shape)), tmp_path / "0")
+    stored = zarr.open_array(tmp_path / "0", mode="r")
+    assert np.array_equal(stored[...], voxels)
+    assert np.array_equal(stored[2:4, 3:, ::2], voxels[2:4, 3:, ::2])
+    shard = (tmp_path / "0" / "c/0/0/0").read_bytes()
+    assert facts == {"bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
 
 
 def test_ome_metadata_place_voxel_centres_in_lps_millimetres(out, prepared):
@@ -127,6 +139,24 @@ def test_a_store_that_lists_files_outside_of_itself_is_found_out(out):
     metadata["attributes"]["photon"]["files"]["../../secret"] = {"bytes": 1, "sha256": ""}
     root.write_text(json.dumps(metadata))
     assert any("outside of the store" in problem for problem in verify_store(out, NAME))
+
+
+@pytest.mark.parametrize("broken", ['"bytes"', '"sha256"', '"files"', '"key"', '"facts"', '"photon"', '"format"'])
+def test_a_store_whose_metadata_lost_a_key_is_no_store_and_stops_nothing(out, broken):
+    root = out.path / NAME / "zarr.json"
+    root.write_text(root.read_text().replace(broken, '"btyes"', 1))
+    assert read_metadata(out, NAME) is None
+    assert list(verify_store(out, NAME)) == [f"{NAME}: no readable zarr.json"]
+    with pytest.raises(UsageError, match="a store of photon-data"):
+        open_volume(out.path / NAME)
+
+
+@pytest.mark.parametrize("broken", ['"multiscales"', '"coordinateTransformations"', '"ome"'])
+def test_damaged_ome_metadata_are_named_when_a_volume_is_opened(out, broken):
+    root = out.path / NAME / "zarr.json"
+    root.write_text(root.read_text().replace(broken, '"x"'))
+    with pytest.raises(UsageError, match="damaged"):
+        open_volume(out.path / NAME)
 
 
 def test_a_write_that_fails_leaves_the_old_store_and_nothing_else(out, prepared, monkeypatch):
@@ -196,6 +226,7 @@ def test_something_else_is_not_opened(tmp_path, out):
 def test_nothing_of_a_header_but_numbers_is_in_the_store(out):
     metadata = read_metadata(out, NAME)
     assert metadata is not None
-    assert set(metadata) == {"format", "id", "key", "fingerprint", "recipe", "facts", "files", "sha256", "root_bytes"}
+    ours = json.loads((out.path / NAME / "zarr.json").read_text())["attributes"]["photon"]
+    assert set(ours) == {"format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files"}
     texts = {value for value in metadata["facts"].values() if isinstance(value, str)}
     assert texts == {"memory", "int16", "header"}

@@ -28,6 +28,8 @@ from photon_data.volume import RAS_LPS, Geometry
 
 NAME = "nifti"
 AFFINES = ("sform", "qform")
+# Asks for a header that says nothing of where its voxels are: a table is going to.
+BLANK = "blank"
 
 # datatype code -> numpy's letter; what is not here is refused by name or as unknown.
 DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -56,7 +58,7 @@ NIFTI_2 = _Kind(nib.Nifti2Header, 540, b"n+2", b"ni2")
 
 
 def open_nifti(source: Source, affine: str, max_voxels: int) -> Scan:
-    """Return the Scan of a NIfTI file or pair; `affine` is "auto", "sform" or "qform". Refused as the package lists."""
+    """Return the Scan of a NIfTI file or pair; `affine` is "auto", "sform", "qform" or "blank". Refused as the package lists."""
     path = source.files[0]
     kind, header = _read_header(path)
     data = data_file(path)
@@ -171,6 +173,8 @@ def _scaling(header: nib.Nifti1Header, name: str) -> tuple[float, float]:
 def _geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], affine: str, name: str) -> Geometry:
     """Return the frame by the rule at the top of this file."""
     coded = [kind for kind in AFFINES if header[f"{kind}_code"] > 0]
+    if affine == BLANK:
+        return _blank(header, coded, shape_zyx, name)
     if affine != "auto" and affine not in coded:
         found = f"only its {coded[0]}" if coded else "neither"
         raise Refused(
@@ -185,6 +189,19 @@ def _geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], affine:
     sform, qform = (_frame(header, kind, shape_zyx, name) for kind in AFFINES)
     _refuse_conflict(sform, qform, name)
     return sform
+
+
+def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int, int], name: str) -> Geometry:
+    """Return the grid of indices for a header without an affine, or with no more than the identity; Refused for any other."""
+    for kind in coded:
+        found = _frame(header, kind, shape_zyx, name)
+        if not np.allclose(found.affine_ras, np.eye(4), atol=1e-4):
+            raise Refused(
+                "not-blank",
+                f"{name}: a blank header wanted, since a table is to say where the voxels are, found a {kind} with "
+                f"{_words(found)}; this file says so itself (of CT-RATE, it is v2, in a folder of v1)",
+            )
+    return Geometry.from_arrays(shape_zyx, (0, 0, 0), np.eye(3)[::-1])
 
 
 def _refuse_conflict(sform: Geometry, qform: Geometry, name: str) -> None:
@@ -218,8 +235,16 @@ def _frame(header: nib.Nifti1Header, kind: str, shape_zyx: tuple[int, int, int],
 
 
 def _sform(header: nib.Nifti1Header) -> np.ndarray:
-    """Return the sform [3, 4]: voxel (x, y, z, 1) -> RAS in the header's unit."""
-    return np.stack([header[f"srow_{axis}"] for axis in "xyz"]).astype(float)
+    """Return the sform [3, 4]: voxel (x, y, z, 1) -> RAS in the header's unit.
+
+    Where the lengths of its axes are pixdim but for float32 rounding they are made pixdim, as ITK has it: 2e-8 of a voxel is
+    1e-5 at the far end of 512, enough to differ by more than rounding on noise.
+    """
+    sform = np.stack([header[f"srow_{axis}"] for axis in "xyz"]).astype(float)
+    sides, lengths = np.array(header["pixdim"][1:4], float), np.linalg.norm(sform[:, :3], axis=0)
+    if (np.abs(lengths - sides) <= 1e-6 * sides).all():
+        sform[:, :3] *= sides / np.where(lengths > 0, lengths, 1)
+    return sform
 
 
 def _qform(header: nib.Nifti1Header) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""The body of `photon-data inspect --manifest`: per data set what is there, what is missing, and what the rest will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from photon_cli.options import console
+from photon_cli.prepare_command import cost
+from photon_data.collect import Part, collect, combine, missing_paths
+from photon_data.declared import DataSet, read_data_manifest
+from photon_data.errors import UsageError
+from photon_data.splits import leaks, refuse_leaks
+from photon_pipelines.execute import Workers
+from photon_pipelines.gather import Order, as_row, jobs_of, one_recipe, out_of, recipe_of
+from photon_pipelines.prepare import Plan, plan
+
+SHOWN = 3
+
+
+def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: Workers) -> bool:
+    """Print what each data set of a manifest has and lacks, disk and time for the rest; return whether nothing is missing."""
+    manifest = read_data_manifest(path)
+    datasets, where = manifest.only(only), out_of(manifest, out)
+    table = Table(title=f"data sets of {path}")
+    for name in ("data set", "questions", "volumes needed", "there", "missing", "about it"):
+        table.add_column(name, overflow="fold")
+    parts = []
+    for entry in datasets:
+        part, cells = _look(entry, manifest.seed)
+        parts += [part] if part else []
+        table.add_row(*cells)
+    console.print(table)
+    if not parts:
+        return False
+    readable = tuple(part.entry for part in parts)
+    order = Order(path, where, one_recipe(readable), datasets=readable, seed=manifest.seed)
+    both = combine(parts, manifest.seed)
+    _say(order, plan(jobs_of(order, both), where, order.recipe), workers)
+    refuse_leaks(leaks(map(as_row, both.questions), []))
+    return len(parts) == len(datasets) and not both.unmatched
+
+
+def _look(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]:
+    """Return a data set as far as it can be read, and its line of the table."""
+    missing = missing_paths(entry)
+    if missing:
+        return None, [entry.name, "?", "?", "?", f"{len(missing)} files or folders", _first(missing)]
+    try:
+        part = collect(entry, instruction=recipe_of(entry).instruction, seed=seed)
+    except UsageError as error:
+        return None, [entry.name, "?", "?", "?", "?", str(error)]
+    there, gone = {q.volume for q in part.questions}, sorted({missing.volume for missing in part.unmatched})
+    numbers = [len(part.questions) + len(part.unmatched), len(there) + len(gone), len(there), len(gone)]
+    about = [*part.notes, *([f"missing: {_first(gone)}"] if gone else [])]
+    return part, [entry.name, *(f"{number:,}" for number in numbers), "; ".join(about)]
+
+
+def _say(order: Order, todo: Plan, workers: Workers) -> None:
+    table = Table(title="for the volumes that are there", show_header=False)
+    for name, text in cost(order.recipe, todo, workers).items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,0 +1,18 @@
+"""`--manifest` and `--only` -> the order they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from photon_data.declared import read_data_manifest
+from photon_pipelines.gather import Order, one_recipe, out_of
+
+
+def declared_order(path: Path, only: Sequence[str], out: str | None, **more: Any) -> Order:
+    """Return the order for the data sets of a data_manifest.yaml; UsageError for what it cannot mean."""
+    manifest = read_data_manifest(path)
+    datasets = manifest.only(only)
+    said = {"seed": manifest.seed, **more}
+    return Order(source=path, out=out_of(manifest, out), recipe=one_recipe(datasets), datasets=datasets, **said)

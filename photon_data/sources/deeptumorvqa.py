@@ -1,0 +1,153 @@
+"""DeepTumorVQA v1 and v2: questions on abdominal CTs by BDMAP id, from csv (headers with spaces) or json (snake case).
+
+What its files need: subtypes are spelled with "_" in some rows and with spaces in others; choices stand inside the text of the
+multiple-choice question; benchmark/test_qa.json wraps its list in an object and has no column for the split.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from photon_data.declared import DataSet
+from photon_data.errors import UsageError
+from photon_data.questions import Question
+from photon_data.sources.bdmap import ID, find_cts, original_ids
+from photon_data.sources.collected import Adapter, Collected, OnFile
+from photon_data.sources.deeptumorvqa_subtypes import SUBTYPES
+from photon_data.tables import Problem, Row, Table, nearest, read_table, read_text, refuse
+
+# Normalised header -> our name, where they differ.
+ALIASES = {"question_id": "qid", "multiple_choice_question": "mc_question"}
+REQUIRED = ("qid", "image_id", "question", "answer", "mc_question", "correct_option", "question_type", "question_subtype")
+KEPT = ("spacing", "shape", "sex", "age", "scanner", "contrast", "lesion")
+# Files without a column `split` are one split, by their name.
+BY_NAME = {"test": "test", "train": "train", "val": "validation"}
+CHOICES = re.compile(r"(?s)(?:^|.*\s)A:\s(?P<A>.*?)\s+B:\s(?P<B>.*?)(?:\s+C:\s(?P<C>.*?))?(?:\s+D:\s(?P<D>.*?))?\s*")
+
+
+def read(entry: DataSet, on_file: OnFile) -> Collected:
+    """Return the CTs below the entry's roots and the questions of its files; UsageError."""
+    originals = original_ids(entry.annotations.get("ids", ()))
+    questions = [q for path in entry.annotations.get("questions", ()) for q in read_questions(path, originals)]
+    sources, notes = find_cts(entry, on_file)
+    return Collected(sources, questions, notes=[*notes, *_strange_subtypes(questions)])
+
+
+def read_questions(path: Path, originals: Mapping[str, str]) -> Iterator[Question]:
+    """Yield the questions of one file; UsageError with every row that is not as published."""
+    table = _with_our_names(_read(path))
+    problems = [*table.problems, *_missing(table)]
+    if problems:
+        refuse(path, problems)
+    of_file = next((split for start, split in BY_NAME.items() if path.stem.startswith(start)), None)
+    for row in table.rows:
+        wrong = [*_check(row.values, of_file)]
+        problems += [Problem(row.place, kind, f"{row.values['qid']}: {text}") for kind, text in wrong]
+        if not wrong:
+            yield _question(row.values, of_file, originals)
+    if problems:
+        refuse(path, problems)
+
+
+def parse_choices(text: str) -> list[str]:
+    """Return the choices inside of a multiple-choice text, none where they are not A, B (, C, D) in this order.
+
+    "How large? A: small B: 2 to 4 cm C: large" -> ["small", "2 to 4 cm", "large"]
+    """
+    match = CHOICES.fullmatch(text)
+    found = [choice.strip() for choice in match.groups() if choice is not None] if match else []
+    return found if all(found) else []
+
+
+def _read(path: Path) -> Table:
+    """Return the table of a file; of an object {"questions": [...]}, the table of that list."""
+    if path.suffix.lower() != ".json":
+        return read_table(path)
+    try:
+        content = json.loads(read_text(path, (".json",)))
+    except ValueError as error:
+        raise UsageError(f"{path}: JSON wanted, got: {error}; the file is cut off or damaged, download it again") from None
+    items = content.get("questions") if isinstance(content, dict) else content
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise UsageError(f'{path}: a list of questions, or {{"questions": [...]}}, wanted, got something else')
+    columns = dict.fromkeys(name for item in items for name in item)
+    return Table(list(columns), [Row(f"item {number}", item) for number, item in enumerate(items, 1)], [])
+
+
+def _with_our_names(table: Table) -> Table:
+    """Return the table with snake-case columns: "multiple-choice question" -> mc_question."""
+
+    def our(name: str) -> str:
+        plain = re.sub(r"[\s-]+", "_", name.strip().lower())
+        return ALIASES.get(plain, plain)
+
+    rows = [Row(row.place, {our(name): value for name, value in row.values.items()}) for row in table.rows]
+    return Table([our(name) for name in table.columns], rows, table.problems)
+
+
+def _missing(table: Table) -> Iterator[Problem]:
+    for column in REQUIRED:
+        if table.rows and column not in table.columns:
+            hint = nearest(column, table.columns)
+            text = f"column {column!r} (in any of its spellings) wanted, not found; {f'is {hint!r} meant?' if hint else ''}"
+            yield Problem("line 1", "missing column", text)
+
+
+def _check(values: Mapping[str, Any], of_file: str | None) -> Iterator[tuple[str, str]]:
+    if not ID.fullmatch(str(values["image_id"])):
+        yield "no CT", f"an image id like BDMAP_00000001 wanted, got {values['image_id']!r}"
+    if not (values.get("split") or of_file):
+        yield "no split", f"a column `split`, or a file called {', '.join(f'{name}_*' for name in BY_NAME)}, wanted, got neither"
+    if not _text(values["question"]) or not _text(values["answer"]):
+        yield "empty text", "a question and an answer wanted, got none"
+    if _text(values["mc_question"]):
+        choices = parse_choices(_text(values["mc_question"]))
+        if len(choices) < 2:
+            yield "no choices", f"choices 'A: .. B: ..' in the text wanted, got {_text(values['mc_question'])[-60:]!r}"
+        elif _text(values["correct_option"]) not in tuple("ABCD"[: len(choices)]):
+            yield "no option", f"an option of A to {'ABCD'[len(choices) - 1]} wanted, got {values['correct_option']!r}"
+
+
+def _question(values: Mapping[str, Any], of_file: str | None, originals: Mapping[str, str]) -> Question:
+    ct, answer = str(values["image_id"]), _text(values["answer"])
+    subtype = _subtype(_text(values["question_subtype"]))
+    extra: dict[str, Any] = {name: _text(values.get(name)) for name in KEPT if name in values}
+    extra |= {"publisher_id": _text(values["qid"]), "subtask": subtype, "organ": _text(values.get("organ"))}
+    extra["answer_type"] = SUBTYPES.get(subtype) or ("yes-no" if answer.lower() in ("yes", "no") else "text")
+    extra["source_id"] = originals.get(ct, "")
+    if _text(values["mc_question"]):
+        text = _text(values["mc_question"])
+        extra |= {"mc_question": text, "choices": parse_choices(text), "letter": _text(values["correct_option"])}
+    task = _text(values["question_type"]).replace("_", " ").strip().lower()
+    split = _text(values.get("split")) or of_file
+    return Question(_text(values["qid"]), ct, _text(values["question"]), answer, split, ct, task, extra=extra)
+
+
+def _subtype(text: str) -> str:
+    """Return the published spelling: liver_lesion_existence -> liver lesion existence, organ hu ratio -> organ HU ratio."""
+    plain = " ".join(text.replace("_", " ").split())
+    return _SPELLED.get(plain.casefold(), plain)
+
+
+def _strange_subtypes(questions: list[Question]) -> Iterator[str]:
+    strange = Counter(q.extra["subtask"] for q in questions if q.extra["subtask"] not in SUBTYPES)
+    for subtype, count in sorted(strange.items()):
+        near = nearest(subtype, SUBTYPES)
+        yield f"{count} questions of a subtype that is not published, {subtype!r}" + (f" ({near!r}?)" if near else "")
+
+
+def _text(value: Any) -> str:
+    """Return a cell as text, "" for null; numbers as JSON writes them."""
+    if isinstance(value, str):
+        return value.strip()
+    return "" if value is None else json.dumps(value)
+
+
+_SPELLED = {subtype.casefold(): subtype for subtype in SUBTYPES}
+
+ADAPTER = Adapter(read, ("questions", "ids"), (), "abdomenatlas")
