@@ -36,7 +36,7 @@ def prepare(order: Order, workers: Workers) -> bool:
     except Stopped as stop:
         fail(f"Stopped: {stop}. What is done is kept.", STOPPED)
     _say(order, result)
-    return result.outcome.complete and not result.manifests.unmatched
+    return result.complete
 
 
 def estimate(order: Order, workers: Workers) -> bool:
@@ -81,7 +81,7 @@ def _duration(seconds: float) -> str:
 
 def _say(order: Order, result: Result) -> None:
     """Print counts, the manifests, and where to look."""
-    outcome, manifests, counts = result
+    outcome, manifests, counts, leak = result
     table = Table(title=f"{sum(outcome.counts.values())} scans")
     for state in outcome.counts:
         table.add_column(state, justify="right")
@@ -94,6 +94,8 @@ def _say(order: Order, result: Result) -> None:
         console.print(f"{len(outcome.kept)} volumes of earlier runs were kept, {outcome.kept[0].id} first")
     for split, rows in manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
+    if leak is not None:
+        console.print(f"No manifests were written: {leak}", style="red", soft_wrap=True)
     say_counts(counts)
     _say_unmatched(result)
     console.print(f"{order.out.url}: see report.html, volumes.jsonl", soft_wrap=True)

@@ -11,6 +11,8 @@ from photon_data.scan import Source
 # What a scan's file name can end with and its volume's name does without.
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img.gz", ".img", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 
+AMBIGUOUS = "ambiguous"
+
 
 def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | str]:
     """Return a function that finds the record of a name; it returns the reason instead where the name is not one volume.
@@ -31,7 +33,7 @@ def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | s
             return "no such volume"
         if len(found) > 1:
             sources = ", ".join(record.source for record in found[:3]) + (", ..." if len(found) > 3 else "")
-            return f"ambiguous: {len(found)} volumes have this name ({sources})"
+            return f"{AMBIGUOUS}: {len(found)} volumes have this name ({sources})"
         return found[0]
 
     return find

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from photon_data.counts import Count, count
+from photon_data.errors import UsageError
 from photon_data.manifest import Manifests, build, write
 from photon_data.records import VolumeRecord
 from photon_data.report import render_report
@@ -21,11 +22,17 @@ REPORT, COUNTS = "report.html", "questions.json"
 
 
 class Result(NamedTuple):
-    """What a run left: the outcome per file, the manifests, and what is in them."""
+    """What a run left: the outcome per file, the manifests, what is in them, and why there are none if splits leak."""
 
     outcome: Outcome
     manifests: Manifests
     counts: list[Count]
+    leak: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every input has its store and every question its row."""
+        return self.outcome.complete and not self.manifests.unmatched and self.leak is None
 
 
 class Watcher(NamedTuple):
@@ -54,19 +61,32 @@ def prepare(order: Order, workers: Workers, watch: Watcher) -> Result:
 
 
 def finish(order: Order, outcome: Outcome, data: Data) -> Result:
-    """Write manifests, counts, dataset.json and the report of a finished run; UsageError for splits that leak into another."""
+    """Write manifests, counts, dataset.json and the report of a finished run.
+
+    Splits that leak in a way that only content shows get no manifests, and old ones go: nobody trains on them by mistake.
+    """
     out, rows = order.out, outcome.rows
     name = order.questions.stem if order.questions else None
     manifests = build(data.questions, rows, out=out.at(""), instruction=order.recipe.instruction, dataset=name)
     manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *data.unmatched]))
     dataset = write_dataset(out, order.recipe, outcome, str(order.source))
     _report(order, rows, dataset)
-    if not order.allow_leaks:
-        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), rows))
+    leak = None if order.allow_leaks else _leak(manifests, rows)
+    if leak is not None:
+        manifests = manifests._replace(rows={})
     write(manifests, out.at(""))
     counts = count(row for split in manifests.rows.values() for row in split)
     out.write(COUNTS, (json.dumps([found.to_json() for found in counts], indent=1, ensure_ascii=False) + "\n").encode())
-    return Result(outcome, manifests, counts)
+    return Result(outcome, manifests, counts, leak)
+
+
+def _leak(manifests: Manifests, rows: list[VolumeRecord]) -> str | None:
+    """Return what several splits have in common, as a text; None where they are apart."""
+    try:
+        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), rows))
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _report(order: Order, rows: list[VolumeRecord], dataset: dict[str, Any]) -> None:

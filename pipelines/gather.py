@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +12,14 @@ from photon_data.collect import Combined, collect, combine
 from photon_data.declared import DataManifest, DataSet
 from photon_data.errors import UsageError
 from photon_data.job import Job
+from photon_data.join import by_source
 from photon_data.location import Location
 from photon_data.manifest import Unmatched
 from photon_data.prompts import PROMPTS, put
 from photon_data.questions import Question, read_questions
 from photon_data.readers import find_scans
 from photon_data.recipe import Recipe
-from photon_data.scan import MAX_VOXELS
+from photon_data.scan import MAX_VOXELS, Source
 from photon_data.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_pipelines.recipes import named_recipe
 from photon_pipelines.rescaling import HEADER, rescaling
@@ -114,7 +115,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
     questions = None
     if order.questions is not None:
         columns = {name: column for name, column in order.columns.items() if name not in ("slope", "intercept")}
-        questions = assign_splits(read_questions(order.questions, columns), fractions=order.fractions, seed=order.seed)
+        questions = read_questions(order.questions, columns)
         questions = put(questions, order.prompt, "shown") if order.prompt else questions
     found = find_scans(order.source, id_from=order.id_from, on_file=on_file)
     if not found.sources:
@@ -125,7 +126,16 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
         Job(source, out, order.recipe, rescale(source), max_voxels=order.max_voxels, overwrite=order.overwrite)
         for source in found.sources[: order.limit]
     ]
+    if questions is not None:
+        questions = assign_splits(_by_id(questions, found.sources), fractions=order.fractions, seed=order.seed)
     return Data(jobs, questions, ignored=found.ignored)
+
+
+def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
+    """Return the questions with ids for the volumes' names where those name one scan: two names must not be two patients."""
+    find, ids = by_source(sources), {source.id for source in sources}
+    named = {name: found for name in {q.volume for q in questions} if (found := find(name)) in ids}
+    return [replace(question, volume=named.get(question.volume, question.volume)) for question in questions]
 
 
 def _declared(order: Order, on_file: Callable[[int], None]) -> Data:

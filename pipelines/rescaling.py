@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from photon_data.errors import UsageError
-from photon_data.join import by_source
+from photon_data.join import AMBIGUOUS, by_source
 from photon_data.prepare import Rescale
 from photon_data.scan import Source
 from photon_data.tables import read_table
@@ -51,4 +51,6 @@ def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> 
             if found in named:
                 raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {found}")
             named[found] = Rescale(*numbers, "table")
+        elif found.startswith(AMBIGUOUS):
+            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {found}")
     return named

@@ -222,6 +222,28 @@ def test_a_table_that_leaks_patients_is_refused_before_anything_is_prepared(sour
     assert not (tmp_path / "out").exists()
 
 
+def test_one_volume_under_two_names_is_one_patient_when_splits_are_drawn(source, tmp_path):
+    table = tmp_path / "q.csv"
+    table.write_text("volume,question,answer\n" + "".join(f"{name},Is it?,Yes\n" for name in ("a", "a.nii.gz", "d", "d.nii.gz")))
+    for seed in range(4):
+        result = prepare(order(source, tmp_path / f"out{seed}", questions=table, seed=seed, limit=1), TWO, Watcher())
+        assert len({row["split"] for rows in result.manifests.rows.values() for row in rows if row["volume_id"] == "a"}) == 1
+
+
+def test_the_same_content_in_two_splits_gets_no_manifests_and_the_old_ones_go(source, tmp_path):
+    (source / "copy.nii.gz").write_bytes((source / "a.nii.gz").read_bytes())
+    table, out = tmp_path / "q.csv", tmp_path / "out"
+    table.write_text("volume,question,answer,split\na,Q?,Yes,train\n")
+    prepare(order(source, out, questions=table), TWO, Watcher())
+    table.write_text("volume,question,answer,split\na,Q?,Yes,train\ncopy,Q?,Yes,test\n")
+    result = prepare(order(source, out, questions=table), TWO, Watcher())
+    assert result.leak is not None
+    assert "content" in result.leak
+    assert not result.complete
+    assert not list((out / "manifests").iterdir())
+    assert prepare(order(source, out, questions=table, allow_leaks=True), TWO, Watcher()).complete
+
+
 def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(source, tmp_path):
     table = tmp_path / "hu.csv"
     table.write_text("volume,slope,intercept\na,1,0\nb,1,-5\n")
@@ -229,6 +251,7 @@ def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(sou
     assert states(tmp_path / "out") == {"a": "prepared", "b": "prepared", "d": "refused", "deep__er__c": "refused"}
     rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
     assert rows["b"]["facts"]["intercept"] == -5
+    assert rows["d"]["code"] == "not-in-table"
 
 
 def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):
