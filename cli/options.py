@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,7 @@ def edges() -> Iterator[None]:
     from photon_data.errors import Refused, UsageError
     from photon_data.job import NO_SPACE
 
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Dask leaves a time-out of its own behind, and asyncio says so
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

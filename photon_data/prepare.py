@@ -63,9 +63,7 @@ def _refuse_specks(native: Geometry, grid: Geometry) -> None:
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
     if rescale is not None and np.isnan(rescale.slope):
-        raise Refused(
-            "not-in-table", "a row in the --hu-source table wanted, found none for this scan; add one"
-        )
+        raise Refused("not-in-table", "a row in the --hu-source table wanted, found none for this scan; add one")
     slope, intercept = (rescale.slope, rescale.intercept) if rescale else (scan.slope, scan.intercept)
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
         raise Refused(

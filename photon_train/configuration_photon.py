@@ -14,6 +14,15 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 SCHEDULERS = ("its", "none", "random", "uniform", "foreground")
 INTENSITIES = ("minmax", "window")
+PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
+POSITIVE = (
+    *("centrality_floor", "saliency_epsilon", "threshold_max", "keep_temperature", "flip_epsilon"),
+    *("sgp_sigma_floor", "sgp_z_clip", "sgp_beta", "sgp_scale_floor", "sgp_scale_max"),
+)
+SHARES = (
+    *("keep_probability", "robustness_probability", "flip_probability", "foreground_level", "band_low", "band_high"),
+    *("sgp_saturation_floor", "perturb_kept_patches", "perturb_kept_voxels", *(f"perturb_{kind}" for kind in PERTURBATIONS)),
+)
 
 
 class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
@@ -73,37 +82,58 @@ class PhotonConfig(Qwen2_5_VLConfig):
     foreground_level: float = 0.25  # foreground: a voxel brighter than this is body; 0.25 is -500 HU of [-1000, 1000]
 
     # Instruction-conditioned token scheduling (ITS).
-    threshold_max: float = 0.9  # theta = threshold_max * sigmoid(...)
-    keep_temperature: float = 0.2  # tau in p = sigmoid((rho - theta) / tau)
+    centrality_floor: float = 1.0  # w_t = c_t / max(sum of c, floor); no symbol
+    saliency_epsilon: float = 1e-8  # rho = (u - min u) / (max u - min u + epsilon); no symbol. u within it: no contrast
+    predictor_width: int | None = None  # rows of W1 in theta = ... W2 gelu(W1 z + b1) + b2. None: hidden_size // 8
+    threshold_max: float = 0.9  # theta = threshold_max * sigmoid(...); no symbol
+    keep_temperature: float = 0.2  # p = sigmoid((rho - theta) / temperature); no symbol
+    keep_probability: float = 0.5  # token j stays iff p_j > this; no symbol
     # theta of a fresh predictor. Default: 0.9 sigmoid(-5), the bias the authors intended, which keeps nearly
     # everything. Their initialisation lost that bias and started at 0.45: say 0.45 to start as their runs did.
     initial_threshold: float = 0.9 / (1.0 + math.exp(5.0))
 
     # Surrogate gradient propagation (SGP).
-    sgp_strict: bool = False  # the paper's text: eta with its sign reversed, direction not made zero-mean
-    sgp_sigma_floor: float = 3e-3  # smallest sigma in z = (eta - mean) / sigma
+    sgp_strict: bool = False  # the paper's text: eta with its sign reversed, direction d not made zero-mean
+    sgp_sigma_floor: float = 3e-3  # sigma in z = (eta - mean) / sigma is at least this
     sgp_z_clip: float = 1.5  # |z| at most
-    sgp_beta: float = 0.8  # beta, the size of the surrogate gradient
+    sgp_beta: float = 0.8  # factor of the whole gradient for p; no symbol in our source, `beta` in the authors' code
+    sgp_scale_floor: float = 1e-6  # s = |x g| / mean |x g|, the mean being at least this; no symbol
     sgp_scale_min: float = 0.5  # s, the magnitude, at least
     sgp_scale_max: float = 2.0  # s at most
-    sgp_saturation_floor: float = 5e-3  # p (1 - p) at least
+    sgp_saturation_floor: float = 5e-3  # p (1 - p) at least; no symbol
 
     # Losses.
-    band_low: float = 0.3  # r below this is penalised
-    band_high: float = 0.8  # r above this is penalised
-    robustness_probability: float = 0.15  # of a training volume being perturbed
+    band_low: float = 0.3  # r, the mean p of a row's visual tokens, is penalised below this
+    band_high: float = 0.8  # r is penalised above this
+    flip_epsilon: float = 1e-6  # flip loss = -log(1 - p(y) + epsilon); no symbol
 
-    # Curriculum, in optimizer steps (int), or in fractions of the run (float in [0, 1]).
+    # Perturbed volumes, for the robustness loss. No symbols. The six chances are of the kinds, given that one is drawn.
+    robustness_probability: float = 0.15  # of a training volume being perturbed
+    perturb_shuffle_patches: float = 0.16
+    perturb_shuffle_voxels: float = 0.16
+    perturb_keep_patches: float = 0.16
+    perturb_keep_voxels: float = 0.16
+    perturb_noise: float = 0.16
+    perturb_zeros: float = 0.20
+    perturb_kept_patches: float = 0.2  # share of patch rows that keep_patches leaves
+    perturb_kept_voxels: float = 0.1  # share of voxel positions that keep_voxels leaves
+
+    # Curriculum, in optimizer steps (int), or in fractions of the run (float in [0, 1]). No symbols.
     soft_start: int | float = 4000  # from here visual hidden states are weighted by p
     hard_start: int | float = 8000  # from here tokens are dropped
     flip_start: int | float = 9000  # from here some rows keep the complement
-    flip_probability: float = 0.05
+    flip_probability: float = 0.05  # of a row being flipped
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.scheduler is None:
             self.scheduler = "its" if self.stage == 2 else "none"
         self._check()
+
+    @property
+    def perturbation_chances(self) -> dict[str, float]:
+        """The chance of each kind of perturbation, by its name in lower case."""
+        return {kind: getattr(self, f"perturb_{kind}") for kind in PERTURBATIONS}
 
     @property
     def its(self) -> int:
@@ -123,6 +153,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
         _want("keep_ratio", self.keep_ratio, 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
         inside = 0 < self.initial_threshold < self.threshold_max
         _want("initial_threshold", self.initial_threshold, inside, f"a value between 0 and {self.threshold_max}")
+        self._check_numbers()
         for name in ("soft_start", "hard_start", "flip_start"):
             start = getattr(self, name)
             fits = start >= 0 if isinstance(start, int) else 0.0 <= start <= 1.0
@@ -132,18 +163,32 @@ class PhotonConfig(Qwen2_5_VLConfig):
                 "scheduler 'its' wants a threshold predictor, stage 1 has none; load with stage=2 to add a fresh one"
             )
 
+    def _check_numbers(self) -> None:
+        for name in POSITIVE:
+            _want(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in SHARES:
+            _want(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        _want("predictor_width", self.predictor_width, (self.predictor_width or 1) > 0, "a width above 0, or None")
+        _want("band_low", self.band_low, self.band_low <= self.band_high, f"at most band_high = {self.band_high}")
+        _want("sgp_scale_min", self.sgp_scale_min, 0 <= self.sgp_scale_min <= self.sgp_scale_max, "from 0 to sgp_scale_max")
+        low, high = self.window_hu
+        _want("window_hu", self.window_hu, low < high, "two rising HU values")
+        total = sum(self.perturbation_chances.values())
+        _want("sum of perturb_ " + ", ".join(PERTURBATIONS), total, math.isclose(total, 1.0, abs_tol=1e-6), "1")
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what config.json holds: the published layout, text settings at the top level, not nested."""
         nested = super().to_diff_dict()
         text = self.text_config.to_diff_dict()
-        rope = text.pop("rope_parameters")
+        rope = text.pop("rope_parameters", None) or {}
         flat = {
             **text,
             **{k: v for k, v in nested.items() if k != "text_config"},
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],  # the authors' class of that name
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
         }
+        if "mrope_section" in rope:  # a configuration without it is no model's, but can be printed
+            flat["rope_theta"] = rope["rope_theta"]
+            flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         if "dtype" in flat:
             flat["torch_dtype"] = flat["dtype"]  # the name the authors' transformers reads
         flat["vision_config"] = {**flat["vision_config"], "in_chans": self.vision_config.in_channels}

@@ -353,7 +353,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         else:
             logits = self.lm_head(h_BMD)
             logits_NV = logits[rows_N, columns_N]
-        losses = answer_losses(logits_NV, labels_N, rows_N, _objective(rows, scheduled))
+        losses = answer_losses(logits_NV, labels_N, rows_N, _objective(rows, scheduled), self.config.flip_epsilon)
         share_B = torch.bincount(rows_N, minlength=len(labels)) / max(len(rows_N), 1)
         band = self._band(share_B, scheduled, rows) if self.training else torch.zeros_like(losses.ce)
         parts = {**losses._asdict(), "band": band}

@@ -119,7 +119,7 @@ class PhotonProcessor:
         """Return the patches float32[P, X] of a volume (path, Volume or array) and its grid int64[3]."""
         vision = self.config.vision_config
         scaled_zyx = self.scaled(_read(volume))
-        return patchify(scaled_zyx.flip(-1), vision.patch_size, vision.spatial_merge_size)
+        return patchify(scaled_zyx.flip(-1), vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
 
     def scaled(self, hu_zyx: np.ndarray | Tensor) -> Tensor:
         """Return float32 on the model grid, in [0, 1], not flipped. Raises ValueError for another shape and for NaN."""
@@ -140,8 +140,9 @@ class PhotonProcessor:
     def visual_tokens(self) -> int:
         """Return how many tokens a volume becomes."""
         vision = self.config.vision_config
-        t, h, w = (n // vision.patch_size for n in self.config.model_shape_zyx)
-        return t * h * w // vision.spatial_merge_size**2
+        z, y, x = self.config.model_shape_zyx
+        block = vision.patch_size * vision.spatial_merge_size
+        return (z // vision.temporal_patch_size) * (y // block) * (x // block)
 
     # --- text
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FLIP_EPS = 1e-6
+from photon_train.configuration_photon import PhotonConfig
 
 
 class Objective(NamedTuple):
@@ -28,10 +28,10 @@ class AnswerLosses(NamedTuple):
     flip: Tensor
 
 
-def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective) -> AnswerLosses:
+def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective, flip_epsilon: float) -> AnswerLosses:
     """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
 
-    ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + 1e-6).
+    ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + flip_epsilon).
     """
     perturbed_N, flipped_N = objective.perturbed_B[rows_N], objective.flipped_B[rows_N]
     count = max(len(labels_N), 1)
@@ -40,7 +40,7 @@ def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective
     answered_N = ~(perturbed_N | flipped_N)
     ce = -(logp_N * answered_N).sum() / count
     robustness = (logp_NV.exp() * logp_NV).sum(-1).mul(perturbed_N).sum() / count
-    not_y_N = torch.log(1 - logp_N.exp() + FLIP_EPS)
+    not_y_N = torch.log(1 - logp_N.exp() + flip_epsilon)
     flip = -torch.where(flipped_N & ~perturbed_N, not_y_N, 0.0).sum() / count
     return AnswerLosses(ce, robustness, flip)
 
@@ -56,31 +56,20 @@ class Perturbation(Enum):
 
     SHUFFLE_PATCHES = "rows in another order"
     SHUFFLE_VOXELS = "rows in another order, and the voxels in each row"
-    KEEP_PATCHES = "a fifth of the rows stays, the others are 0"
-    KEEP_VOXELS = "a tenth of the voxel positions stays, the others are 0"
+    KEEP_PATCHES = "some of the rows stay, the others are 0"
+    KEEP_VOXELS = "some of the voxel positions stay, the others are 0"
     NOISE = "uniform noise"
     ZEROS = "zeros"
 
 
-CHANCES = {
-    Perturbation.SHUFFLE_PATCHES: 0.16,
-    Perturbation.SHUFFLE_VOXELS: 0.16,
-    Perturbation.KEEP_PATCHES: 0.16,
-    Perturbation.KEEP_VOXELS: 0.16,
-    Perturbation.NOISE: 0.16,
-    Perturbation.ZEROS: 0.20,
-}
-KEPT_PATCHES = 0.2
-KEPT_VOXELS = 0.1
+def draw_perturbation(config: PhotonConfig, generator: torch.Generator) -> Perturbation:
+    """Return one perturbation, drawn by the configuration's chances."""
+    chances = config.perturbation_chances
+    index = torch.multinomial(torch.tensor(list(chances.values())), 1, generator=generator)
+    return Perturbation[list(chances)[int(index)].upper()]
 
 
-def draw_perturbation(generator: torch.Generator) -> Perturbation:
-    """Return one perturbation, drawn by CHANCES."""
-    index = torch.multinomial(torch.tensor(list(CHANCES.values())), 1, generator=generator)
-    return list(CHANCES)[int(index)]
-
-
-def perturb(patches_PX: Tensor, how: Perturbation, generator: torch.Generator) -> Tensor:
+def perturb(patches_PX: Tensor, how: Perturbation, config: PhotonConfig, generator: torch.Generator) -> Tensor:
     """Return a new float[P, X], the patch rows of one volume, perturbed. Draws from the (CPU) generator only."""
 
     def permuted(n: int) -> Tensor:
@@ -94,10 +83,10 @@ def perturb(patches_PX: Tensor, how: Perturbation, generator: torch.Generator) -
             order_PX = torch.rand(rows, voxels, generator=generator).argsort(1).to(patches_PX.device)
             return patches_PX[permuted(rows)].gather(1, order_PX)
         case Perturbation.KEEP_PATCHES:
-            kept = permuted(rows)[: round(KEPT_PATCHES * rows)]
+            kept = permuted(rows)[: round(config.perturb_kept_patches * rows)]
             return torch.zeros_like(patches_PX).index_copy(0, kept, patches_PX[kept])
         case Perturbation.KEEP_VOXELS:
-            kept = permuted(voxels)[: round(KEPT_VOXELS * voxels)]
+            kept = permuted(voxels)[: round(config.perturb_kept_voxels * voxels)]
             return torch.zeros_like(patches_PX).index_copy(1, kept, patches_PX[:, kept])
         case Perturbation.NOISE:
             return torch.rand(rows, voxels, generator=generator).to(patches_PX)

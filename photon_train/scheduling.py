@@ -21,7 +21,6 @@ from photon_train.layout import gather_of
 
 logger = logging.getLogger(__name__)
 
-RANGE_EPS = 1e-8  # rho = (u - min u) / (max u - min u + RANGE_EPS)
 NEVER = float("nan")  # the threshold of a row that has none
 
 
@@ -101,7 +100,7 @@ class ThresholdPredictor(nn.Module):
         super().__init__()
         hidden = config.text_config.hidden_size
         self.threshold_max = config.threshold_max
-        self.predictor = ThresholdMLP(hidden // 8, config)
+        self.predictor = ThresholdMLP(config.predictor_width or hidden // 8, config)
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
 
     def forward(self, features_BF: Tensor) -> Tensor:
@@ -116,23 +115,27 @@ Scheduler = Callable[[SchedulerContext], Selection]
 
 
 def its(context: SchedulerContext) -> Selection:
-    """Keep what the question attends to: u -> rho -> p = sigmoid((rho - theta) / tau) -> keep iff p > 0.5.
+    """Keep what the question attends to: u -> rho -> p = sigmoid((rho - theta) / 0.2) -> keep iff p > 0.5.
 
     A score without contrast (no or one question token) decides nothing: such a row keeps all,
     with a warning.
     """
     visual_BL, question_BL = context.inputs.visual_BL, context.inputs.question_BL
     assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
+    config = context.config
     with torch.no_grad():
         q_BHLd, k_BKLd = context.rotated_qk()
-        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL)
-        saliency_BL = min_max(score_BL, visual_BL)
+        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, config.centrality_floor)
+        saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
         features_BF = descriptors(score_BL, saliency_BL, visual_BL)
     threshold_B = context.predictor(features_BF)
-    decided_B = _has_contrast(score_BL, visual_BL)
-    p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / context.config.keep_temperature)
+    decided_B = _has_contrast(score_BL, visual_BL, config.saliency_epsilon)
+    p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / config.keep_temperature)
     p_BL = torch.where(visual_BL & decided_B[:, None], p_BL, 1.0)
-    return Selection(score_BL, saliency_BL, p_BL, visual_BL & (p_BL > 0.5), torch.where(decided_B, threshold_B, NEVER))
+    keep_BL = visual_BL & (p_BL > config.keep_probability)
+    return Selection(
+        score_BL, saliency_BL, p_BL, keep_BL | (visual_BL & ~decided_B[:, None]), torch.where(decided_B, threshold_B, NEVER)
+    )
 
 
 def keep_all(context: SchedulerContext) -> Selection:
@@ -172,7 +175,7 @@ SCHEDULERS: dict[str, Scheduler] = {
 }
 
 
-def instruction_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor) -> Tensor:
+def instruction_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor, centrality_floor: float) -> Tensor:
     """Return u float32[B, L], 0 off the visual tokens: how well each is aligned with the question.
 
     q and k are the layer's own, rotated. w_t = centrality of question token t among the question tokens; u_j = mean
@@ -188,7 +191,7 @@ def instruction_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visu
     pairs_BQQ = asked_BQ[:, :, None] * asked_BQ[:, None, :] * (1 - torch.eye(asked_BQ.shape[1], device=asked_BQ.device))
     affinity_BQQ = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd).mul(scale).relu().mean(dim=(1, 2))
     centrality_BQ = (affinity_BQQ * pairs_BQQ).sum(-1)
-    w_BQ = centrality_BQ / centrality_BQ.sum(-1, keepdim=True).clamp_min(1.0)
+    w_BQ = centrality_BQ / centrality_BQ.sum(-1, keepdim=True).clamp_min(centrality_floor)
 
     asked_BKGd = torch.einsum("bq,bkgqd->bkgd", w_BQ, q_BKGQd)
     per_head = torch.einsum("bkgd,bkld->bkgl", asked_BKGd, k_BKLd.float()).mul(scale)
@@ -196,10 +199,10 @@ def instruction_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visu
     return score_BL.masked_fill(~visual_BL, 0.0)
 
 
-def min_max(score_BL: Tensor, visual_BL: Tensor) -> Tensor:
+def min_max(score_BL: Tensor, visual_BL: Tensor, epsilon: float) -> Tensor:
     """Return rho in [0, 1]: the scores of each row's visual tokens, min-max scaled; 0 elsewhere."""
     low_B1, high_B1 = _extremes(score_BL, visual_BL)
-    return ((score_BL - low_B1) / (high_B1 - low_B1 + RANGE_EPS)).masked_fill(~visual_BL, 0.0)
+    return ((score_BL - low_B1) / (high_B1 - low_B1 + epsilon)).masked_fill(~visual_BL, 0.0)
 
 
 def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Tensor:
@@ -245,9 +248,9 @@ def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
     return torch.lerp(below_B1, above_B1, rank_B1 - rank_B1.floor())
 
 
-def _has_contrast(score_BL: Tensor, visual_BL: Tensor) -> Tensor:
+def _has_contrast(score_BL: Tensor, visual_BL: Tensor, epsilon: float) -> Tensor:
     low_B1, high_B1 = _extremes(score_BL, visual_BL)
-    return (high_B1 - low_B1).squeeze(1) > RANGE_EPS
+    return (high_B1 - low_B1).squeeze(1) > epsilon
 
 
 def _wanted(count_B1: Tensor, keep_ratio: float) -> Tensor:
@@ -264,7 +267,8 @@ def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float | No
     score_BL = score_BL.float().masked_fill(~visual_BL, 0.0)
     ones_BL = torch.ones_like(score_BL)
     no_threshold_B = torch.full_like(score_BL[:, 0], NEVER)
-    return Selection(score_BL, min_max(score_BL, visual_BL), ones_BL, visual_BL & (rank_BL < wanted_B1), no_threshold_B)
+    saliency_BL = min_max(score_BL, visual_BL, context.config.saliency_epsilon)
+    return Selection(score_BL, saliency_BL, ones_BL, visual_BL & (rank_BL < wanted_B1), no_threshold_B)
 
 
 def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:

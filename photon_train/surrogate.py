@@ -11,8 +11,6 @@ from torch import Tensor
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.layout import Gather
 
-EPS = 1e-6
-
 
 class SurrogateRule(NamedTuple):
     """The constants of SGP; the fields of PhotonConfig named sgp_*."""
@@ -21,6 +19,7 @@ class SurrogateRule(NamedTuple):
     sigma_floor: float
     z_clip: float
     beta: float
+    scale_floor: float
     scale_min: float
     scale_max: float
     saturation_floor: float
@@ -57,7 +56,7 @@ def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Te
     if not rule.strict:
         direction_BL = direction_BL - _mean_sigma(direction_BL, visual_BL)[0]
     size_BL = xg_BLD.abs().sum(-1)
-    scale_BL = size_BL / _mean_sigma(size_BL, visual_BL)[0].clamp_min(EPS)
+    scale_BL = size_BL / _mean_sigma(size_BL, visual_BL)[0].clamp_min(rule.scale_floor)
     scale_BL = scale_BL.clamp(rule.scale_min, rule.scale_max)
     slope_BL = (p_BL * (1 - p_BL)).clamp_min(rule.saturation_floor)
     return (rule.beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)

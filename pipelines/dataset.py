@@ -17,6 +17,7 @@ from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Data, Order, gather
 from photon_pipelines.lock import exclusive
 from photon_pipelines.prepare import Outcome, Plan, plan, run_plan, write_dataset
+from photon_pipelines.verify import digests
 
 REPORT, COUNTS = "report.html", "questions.json"
 
@@ -69,12 +70,12 @@ def finish(order: Order, outcome: Outcome, data: Data) -> Result:
     name = order.questions.stem if order.questions else None
     manifests = build(data.questions, rows, out=out.at(""), instruction=order.recipe.instruction, dataset=name)
     manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *data.unmatched]))
-    dataset = write_dataset(out, order.recipe, outcome, str(order.source))
-    _report(order, rows, dataset)
     leak = None if order.allow_leaks else _leak(manifests, rows)
     if leak is not None:
         manifests = manifests._replace(rows={})
     write(manifests, out.at(""))
+    dataset = write_dataset(out, order.recipe, outcome, str(order.source), digests(out))
+    _report(order, rows, dataset)
     counts = count(row for split in manifests.rows.values() for row in split)
     out.write(COUNTS, (json.dumps([found.to_json() for found in counts], indent=1, ensure_ascii=False) + "\n").encode())
     return Result(outcome, manifests, counts, leak)

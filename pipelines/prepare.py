@@ -147,8 +147,10 @@ def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     out.write(VOLUMES, to_jsonl(record.to_json() for record in records).encode())
 
 
-def write_dataset(out: Location, recipe: Recipe, outcome: Outcome, source: str) -> dict[str, Any]:
-    """Write dataset.json and return what it says: recipe, digest, versions, counts."""
+def write_dataset(
+    out: Location, recipe: Recipe, outcome: Outcome, source: str, manifests: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Write dataset.json and return what it says: recipe, digest, versions, counts, SHA-256 of manifests (None: not finished)."""
     dataset = {
         "format": 1,
         "source": source,
@@ -156,8 +158,9 @@ def write_dataset(out: Location, recipe: Recipe, outcome: Outcome, source: str) 
         "digest": recipe.digest,
         "versions": versions(),
         "counts": {**outcome.counts, "kept": len(outcome.kept)},
+        "manifests": manifests,
     }
-    out.write(DATASET, (json.dumps(dataset, indent=1, ensure_ascii=False) + "\n").encode())
+    out.write(DATASET, (json.dumps(dataset, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
     return dataset
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 
 from photon_data.location import Location
 from photon_data.manifest import FOLDER, SUFFIX, validate
 from photon_data.records import VolumeRecord
 from photon_data.store import store_name, verify_store
-from photon_pipelines.prepare import read_records
+from photon_pipelines.prepare import DATASET, read_records
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
 Watch = Callable[[list[VolumeRecord]], Iterable[VolumeRecord]]
@@ -23,6 +25,30 @@ def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
     for name in out.names("volumes"):
         if f"volumes/{name}" not in known:
             yield f"volumes/{name}: {NO_ROW}"
-    for name in out.names(FOLDER):
-        if name.endswith(SUFFIX) and out.is_local:
-            yield from (f"{FOLDER}/{name}, {problem}" for problem in validate(out.path / FOLDER / name))
+    yield from _verify_manifests(out)
+
+
+def digests(out: Location) -> dict[str, str]:
+    """Return {name: SHA-256} of the manifests that are there."""
+    names = [f"{FOLDER}/{name}" for name in out.names(FOLDER) if name.endswith(SUFFIX)]
+    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in names}
+
+
+def _verify_manifests(out: Location) -> Iterator[str]:
+    """Yield how manifests differ from what dataset.json records, and what is not sound in their rows."""
+    try:
+        recorded = json.loads(out.read(DATASET) or b"")["manifests"]
+    except (ValueError, KeyError, TypeError):
+        yield f"{DATASET}: not readable; run prepare again"
+        return
+    if recorded is None:
+        yield "the last run was cut short, manifests may be old: run prepare again"
+        return
+    found = digests(out)
+    for name in sorted({*found, *recorded}):
+        if name not in found:
+            yield f"{name}: missing"
+        elif found[name] != recorded.get(name):
+            yield f"{name}: differs from what {DATASET} records"
+        elif out.is_local:
+            yield from (f"{name}, {problem}" for problem in validate(out.path / name))

@@ -28,6 +28,19 @@ class Golden:
         return json.loads((self.directory / "manifest.json").read_text())["special_tokens"]
 
     @cached_property
+    def cases(self) -> list[str]:
+        """The cases that the directory's manifest lists; without a list, those it has files of."""
+        listed = json.loads((self.directory / "manifest.json").read_text()).get("cases")
+        return list(listed or (path.parent.name for path in self.directory.glob("*/expected.json")))
+
+    def runs(self, case: str) -> list[str]:
+        """The runs of a case; none where the directory does not hold it."""
+        if case not in self.cases:
+            return []
+        meta = self.meta(case)
+        return list(meta.get("variants") or meta.get("runs") or meta["inputs"])
+
+    @cached_property
     def volumes(self) -> dict[str, Tensor]:
         """Flattened patches of every volume."""
         return load_file(self.directory / "inputs" / "volumes.safetensors")

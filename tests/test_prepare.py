@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from distributed import LocalCluster
 from raw import write_scan
+from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.job import Job, NoSpace, run
 from photon_data.location import Location
+from photon_data.prepare import prepare_volume
 from photon_data.readers import find_scans
-from photon_data.recipe import Recipe
+from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import from_jsonl
 from photon_pipelines.dataset import Watcher, prepare
 from photon_pipelines.execute import Workers
@@ -185,6 +187,28 @@ def test_a_scheduler_that_is_none_is_misuse(source, tmp_path, scheduler):
         scheduler = str(tmp_path / "scheduler.json")
     with pytest.raises(UsageError, match="running Dask scheduler wanted"):
         prepare(order(source, tmp_path / "out"), Workers(scheduler=scheduler), Watcher())
+
+
+@pytest.mark.parametrize("damage", ["missing", "a row less", "one more"])
+def test_verify_finds_manifests_that_are_not_those_that_were_written(source, tmp_path, damage):
+    out = tmp_path / "out"
+    prepare(order(source, out), TWO, Watcher())
+    manifest = out / "manifests" / "all.jsonl"
+    if damage == "missing":
+        manifest.unlink()
+    elif damage == "a row less":
+        manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    else:
+        (manifest.parent / "more.jsonl").write_text(manifest.read_text())
+    assert len(list(verify_output(Location(str(out))))) == 1
+
+
+def test_the_same_scan_gives_the_bytes_that_this_number_of_the_algorithm_stands_for():
+    """A change here is a change of every store: raise ALGORITHM in recipe.py, so that folders are not mixed, then pin it anew."""
+    ramp = (np.arange(30 * 40 * 50).reshape(30, 40, 50) * 7919 % 2000 - 1000).astype(np.int16)
+    prepared = prepare_volume(as_scan(ramp, frame((30, 40, 50))), replace(SMALL, modality="other"))
+    digest = hashlib.sha256(prepared.volume.array_zyx.tobytes() + prepared.model.array_zyx.tobytes()).hexdigest()
+    assert (ALGORITHM, digest[:16]) == (2, "7510cea2764b4dac")
 
 
 def test_volumes_of_earlier_runs_stay_in_the_table_and_the_manifests(source, tmp_path):

@@ -4,7 +4,6 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from photon_data import report
 from photon_data.grid import margins_mm, model_grid, target_grid
 from photon_data.recipe import Recipe
 from photon_data.records import FAILED, PREPARED, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.report import fair_shares, render_report, write_report
+from photon_data.report import fair_shares, render_report
 from photon_data.report import volumes as report_volumes
 from photon_data.report.charts import Mark, binned, histogram
 from photon_data.report.page import element, without_folders
@@ -164,14 +163,6 @@ def test_the_source_is_shown_without_the_way_to_it():
     text = Reader(page_of([], source="/home/someone/raw scans")).text
     assert "from raw scans" in text and "someone" not in text
     assert "key" not in Reader(page_of([], source="s3://key:secret@bucket/scans")).text
-
-
-def test_the_report_replaces_an_older_one_and_leaves_nothing_beside(tmp_path: Path):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-    write_report(path, [there("a")], recipe=RECIPE, open_volume=open_volume, title="t", source="s")
-    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_the_same_records_give_the_same_bytes():

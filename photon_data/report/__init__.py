@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from photon_data.location import Location
 from photon_data.problems import duplicates
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
@@ -21,24 +20,6 @@ MOST_DUPLICATE_LINES = 200
 _LONGEST_REASON = 600
 # Longer lists of one code are folded up.
 _SHORT_LIST = 25
-
-
-def write_report(
-    path: Path,
-    records: Sequence[VolumeRecord],
-    *,
-    recipe: Recipe,
-    open_volume: OpenVolume,
-    title: str,
-    source: str,
-    pictures: int = 48,
-    tools: Mapping[str, str] | None = None,
-) -> None:
-    """Write the report of `records` to `path`, whole or not at all. See `render_report`."""
-    page = render_report(
-        records, recipe=recipe, open_volume=open_volume, title=title, source=source, pictures=pictures, tools=tools
-    )
-    Location(str(path.parent)).write(path.name, page)
 
 
 def render_report(

@@ -1,6 +1,8 @@
 """Curriculum, schedulers, perturbations and loss parts, by hand."""
 
+import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from photon_train.configuration_photon import PhotonConfig
 from photon_train.curriculum import Phase, phase_at
 from photon_train.initial import byte_tokenizer, tiny_config
 from photon_train.layout import gather_of
-from photon_train.regularizers import CHANCES, Objective, Perturbation, answer_losses, draw_perturbation, perturb
+from photon_train.regularizers import Objective, Perturbation, answer_losses, draw_perturbation, perturb
 from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
+
+KEPT_CHANCES = ("perturb_shuffle_patches", "perturb_shuffle_voxels", "perturb_keep_patches", "perturb_keep_voxels")
 
 
 def config(**settings) -> PhotonConfig:
@@ -50,6 +54,50 @@ def test_phases_can_start_at_fractions_of_the_run() -> None:
 def test_contradicting_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"perturb_noise": 0.5}, "sum of perturb_.*: 1 wanted, got 1.34"),
+        ({"perturb_kept_voxels": 10.0}, "perturb_kept_voxels: a share from 0 to 1 wanted, got 10.0"),
+        ({"keep_temperature": 0.0}, "keep_temperature: a number above 0 wanted"),
+        ({"saliency_epsilon": -1e-8}, "saliency_epsilon: a number above 0 wanted"),
+        ({"band_low": 0.9}, "band_low: at most band_high = 0.8 wanted, got 0.9"),
+        ({"sgp_scale_min": 3.0}, "sgp_scale_min: from 0 to sgp_scale_max wanted, got 3.0"),
+        ({"window_hu": (400.0, -100.0)}, "window_hu: two rising HU values wanted"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_every_setting_survives_config_json(tmp_path: Path) -> None:
+    """Whatever the field, so that a new one cannot be forgotten."""
+    own = [f for f in dataclasses.fields(PhotonConfig) if f.name in PhotonConfig.__annotations__]
+    numbers = {f.name: f.default * 0.97 for f in own if type(f.default) is float}
+    chances = {"perturb_noise": 0.02, "perturb_zeros": 0.34, **dict.fromkeys(KEPT_CHANCES, 0.16)}
+    others = {"sgp_strict": True, "predictor_width": 5, "its_layer": 3, "scheduler": "random", "hard_start": 0.5}
+    changed = {**numbers, **chances, **others, "window_hu": [-900.0, 500.0], "scheduler_seed": 7}
+    config(**changed).save_pretrained(tmp_path)
+    again = PhotonConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in changed} == changed
+    assert len(numbers) > 20
+
+
+def test_a_default_configuration_can_be_printed() -> None:
+    assert "keep_temperature" in PhotonConfig().to_json_string(use_diff=False)
+    assert "PhotonConfig" in repr(PhotonConfig())
+
+
+def test_keep_probability_and_predictor_width_do_what_they_say(golden: Golden) -> None:
+    x, visual = golden.batch("b1", "labels"), golden.inputs("b1")["vision_mask"]
+    with torch.no_grad():
+        scheduled = golden.model("s2", keep_probability=0.7)(**x).scheduled
+    assert scheduled.keep_BL[visual].equal(scheduled.probability_BL[visual] > 0.7)
+    fresh = golden.model("s1", stage=2, predictor_width=3)
+    assert fresh.model.language_model.layers[fresh.config.its].atp.predictor.mlp[0].weight.shape == (3, 12)
 
 
 def test_stage_1_has_no_threshold_to_schedule_by() -> None:
@@ -99,7 +147,7 @@ def test_gather_packs_to_the_right() -> None:
 def test_descriptors_of_a_row_are_those_torch_computes_on_it_alone() -> None:
     torch.manual_seed(0)
     u, visual = torch.randn(2, 30) * 4, torch.rand(2, 30) > 0.4
-    found = descriptors(u.masked_fill(~visual, 0), min_max(u, visual), visual)
+    found = descriptors(u.masked_fill(~visual, 0), min_max(u, visual, 1e-8), visual)
     for row in range(2):
         own = u[row, visual[row]]
         rho = (own - own.min()) / (own.max() - own.min())
@@ -126,7 +174,7 @@ def test_losses_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]).requires_grad_()
     labels, rows = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
     objective = Objective(torch.tensor([True, False, False]), torch.tensor([False, True, False]))
-    losses = answer_losses(logits, labels, rows, objective)
+    losses = answer_losses(logits, labels, rows, objective, 1e-6)
     p = torch.tensor([2.0]).sigmoid()
     assert_close(losses.robustness, -torch.tensor(2.0).log() / 3)  # minus the entropy of (1/2, 1/2)
     assert_close(losses.flip, -torch.log(1 - p + 1e-6)[0] / 3)
@@ -136,8 +184,8 @@ def test_losses_by_hand() -> None:
 @pytest.mark.parametrize("how", list(Perturbation))
 def test_each_perturbation_does_what_it_says(how: Perturbation) -> None:
     patches = torch.arange(1.0, 2001).reshape(20, 100) / 2000
-    found = perturb(patches, how, torch.Generator().manual_seed(1))
-    again = perturb(patches, how, torch.Generator().manual_seed(1))
+    found = perturb(patches, how, config(), torch.Generator().manual_seed(1))
+    again = perturb(patches, how, config(), torch.Generator().manual_seed(1))
     assert found.equal(again)
     assert found.shape == patches.shape
     assert not found.equal(patches)
@@ -162,7 +210,7 @@ def test_each_perturbation_does_what_it_says(how: Perturbation) -> None:
 
 def test_perturbations_are_drawn_by_their_chances() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = [draw_perturbation(generator) for _ in range(4000)]
-    for how, chance in CHANCES.items():
+    drawn = [draw_perturbation(config(), generator) for _ in range(4000)]
+    for how in Perturbation:
+        chance = 0.20 if how is Perturbation.ZEROS else 0.16
         assert drawn.count(how) / 4000 == pytest.approx(chance, abs=0.02)
-    assert sum(CHANCES.values()) == pytest.approx(1)

@@ -163,7 +163,10 @@ def test_a_volume_object_and_a_store_read_like_their_array(processor: PhotonProc
     prepared = Prepared(stored, model_grid, {})
     recipe = Recipe(shape_zyx=SMALL["stored_shape_zyx"], model_shape_zyx=SMALL["model_shape_zyx"], spacing_mm=(1, 1, 1))
     write_store(
-        prepared, Location(str(tmp_path)), "a.ome.zarr", {"id": "a", "key": "k", "fingerprint": "f", "recipe": recipe.to_json()}
+        prepared,
+        Location(str(tmp_path)),
+        "a.ome.zarr",
+        {"id": "a", "key": "k", "fingerprint": "f", "recipe": recipe.to_json(), "digest": "d"},
     )
     assert processor.patches(tmp_path / "a.ome.zarr")[0].equal(processor.patches(model_grid)[0])
 

@@ -1,0 +1,42 @@
+import pytest
+
+from photon_data.location import Location, replace_folder
+
+
+def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+    place = Location(str(tmp_path))
+    place.write("sub/name.txt", b"old")
+    place.write("sub/name.txt", b"new")
+    assert place.read("sub/name.txt") == b"new"
+    assert place.names("sub") == ["name.txt"]
+    assert place.read("sub/other.txt") is None
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    place = Location(str(tmp_path))
+    place.write("name.txt", b"old")
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("photon_data.location.sync", full)
+    with pytest.raises(OSError, match="No space"):
+        place.write("name.txt", b"new")
+    assert place.read("name.txt") == b"old"
+    assert place.names("") == ["name.txt"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for name, text in (("new", "1"), ("there", "0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    replace_folder(tmp_path / "new", tmp_path / "there")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "file").read_text() == "1"
+
+
+def test_local_places_are_absolute_and_without_dots(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert Location("../out").at("x") == str(tmp_path / "out" / "x")
+    assert Location("s3://bucket/out/").at("x") == "s3://bucket/out/x"
