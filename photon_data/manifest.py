@@ -13,7 +13,7 @@ from photon_data.join import by_name
 from photon_data.location import Location
 from photon_data.manifest_check import check_rows
 from photon_data.questions import Question
-from photon_data.records import VolumeRecord, to_jsonl
+from photon_data.records import VolumeRecord, jsonl_bytes
 from photon_data.splits import ALL, check_names
 from photon_data.tables import Problem, Row, read_table, refuse
 
@@ -103,7 +103,7 @@ def write(manifests: Manifests, out: Path | str) -> Written:
     where = Location(str(out))
     names = [f"{FOLDER}/{split}{SUFFIX}" for split in manifests.rows]
     for name, rows in zip(names, manifests.rows.values(), strict=True):
-        where.write(name, to_jsonl(rows).encode())
+        where.write(name, jsonl_bytes(rows))
     present = [f"{FOLDER}/{name}" for name in where.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith(".")]
     stale = [name for name in present if name not in names and _is_ours(where.read(name) or b"")]
     for name in stale:

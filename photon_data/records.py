@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -68,9 +69,16 @@ class VolumeRecord:
 
 
 def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """Return `jsonl_bytes` as a text."""
+    return jsonl_bytes(rows).decode()
+
+
+def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
     """Return rows as JSON lines, keys in their given order; what UTF-8 cannot hold (bytes of odd file names) is escaped."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
+    buffer = io.BytesIO()  # b"".join would hold all lines twice
+    buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
+    return buffer.getvalue()
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:
