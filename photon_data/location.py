@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
 
 from photon_data.errors import UsageError
 
@@ -34,7 +34,7 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Whether files here can be renamed, synced and locked."""
-        return "://" not in self.url or isinstance(self.fs, LocalFileSystem)
+        return get_protocol(self.url) in ("file", "local")
 
     @property
     def path(self) -> Path:
