@@ -1,0 +1,73 @@
+"""One answer, as it travels from `photon predict` to `photon eval`: a line of preds.jsonl, joined to questions by id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from photon_data.records import to_jsonl
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer to one question. Only `id` and `response` are needed to score it; the rest says what it cost.
+
+    seconds: by stage (read, prepare, encode, answer), this question's share of what it shares with others.
+    choice_scores: for each choice, by its text, the log-probability of its tokens as the answer; {} when not asked for.
+    kept: which visual tokens were kept, see `pack_mask`; "" when nothing was scheduled.
+    error: why there is no response; "" when there is one.
+    """
+
+    id: str
+    response: str = ""
+    error: str = ""
+    volume_id: str = ""
+    scheduler: str = ""
+    visual_tokens: int = 0
+    kept_tokens: int = 0
+    text_tokens: int = 0
+    threshold: float | None = None
+    kept: str = ""
+    choice_scores: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the line, with its line end."""
+        return to_jsonl([asdict(self)])
+
+
+def read_predictions(path: Path) -> Iterator[Prediction]:
+    """Yield the predictions of a file, in its order, duplicates included; further keys are left out.
+
+    Raises ValueError, with the line, for what is no prediction.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _prediction(line, f"{path}:{number}")
+
+
+def _prediction(line: str, where: str) -> Prediction:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: a line of JSON wanted ({error}); was the file cut off?") from error
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("response", ""), str):
+        raise ValueError(f"{where}: an object with texts `id` and `response` wanted, got {line.strip()[:80]!r}")
+    names = {f.name for f in fields(Prediction)}
+    return Prediction(**{name: value for name, value in row.items() if name in names})
+
+
+def pack_mask(keep_V: np.ndarray) -> str:
+    """Return a bool mask over the visual tokens as hexadecimal text: [1 1 0 0 0 0 0 1] -> "c1"."""
+    return np.packbits(keep_V.astype(bool)).tobytes().hex()
+
+
+def unpack_mask(kept: str, tokens: int) -> np.ndarray:
+    """Return the bool mask [tokens] that `pack_mask` made."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(kept), np.uint8), count=tokens).astype(bool)
