@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from photon_cli.exits import MISUSE
+from photon_cli.predict_command import predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
 NOT_YET = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -50,10 +51,7 @@ def evaluate() -> None:
     _fail("photon eval is not in this version yet")
 
 
-@app.command(context_settings=NOT_YET)
-def predict() -> None:
-    """Answer questions about volumes (not in this version)."""
-    _fail("photon predict is not in this version yet")
+app.command()(predict)
 
 
 def _fail(message: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class Refused(ValueError):
     """A scan that must not become a store, and why.
@@ -18,3 +21,9 @@ class Refused(ValueError):
 
 class UsageError(ValueError):
     """A command, option or table that cannot be followed: wanted, found, remedy. Nothing was written."""
+
+
+def unforeseen(error: Exception) -> str:
+    """Return where an unforeseen error arose. Its text is left out: it may quote a header, and headers name patients."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"an unforeseen {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

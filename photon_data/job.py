@@ -6,12 +6,11 @@ import errno
 import hashlib
 import json
 import time
-import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from photon_data.errors import Refused
+from photon_data.errors import Refused, unforeseen
 from photon_data.fingerprint import fingerprint
 from photon_data.location import Location
 from photon_data.prepare import Rescale, prepare_volume
@@ -19,7 +18,7 @@ from photon_data.readers import open_scan
 from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.scan import MAX_VOXELS, Source
+from photon_data.scan import MAX_VOXELS, Scan, Source
 from photon_data.stated import Stated, agreed
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 
@@ -87,7 +86,7 @@ def run(job: Job) -> VolumeRecord:
             raise NoSpace(error.errno, f"no space left for {job.out}; free some and run the same command again") from None
         record = job.record(FAILED, code=type(error).__name__, reason=f"{error.strerror or 'input/output error'}")
     except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
-        record = job.record(FAILED, code=type(error).__name__, reason=_where(error))
+        record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
     return replace(record, seconds=round(time.perf_counter() - start, 3))
 
 
@@ -98,11 +97,7 @@ def _prepare(job: Job) -> VolumeRecord:
     done = already_there(job, content)
     if done:
         return done
-    affine = BLANK if job.stated and job.stated.instead else job.recipe.nifti_affine
-    scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.max_voxels)
-    if job.stated:
-        scan = replace(scan, geometry=agreed(scan.geometry, job.stated))
-    prepared = prepare_volume(scan, job.recipe, job.rescale)
+    prepared = prepare_volume(opened(job), job.recipe, job.rescale)
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     key, name = job.key(content), store_name(job.source.id)
@@ -125,6 +120,13 @@ def _prepare(job: Job) -> VolumeRecord:
     )
 
 
+def opened(job: Job) -> Scan:
+    """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has none."""
+    affine = BLANK if job.stated and job.stated.instead else job.recipe.nifti_affine
+    scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.max_voxels)
+    return replace(scan, geometry=agreed(scan.geometry, job.stated)) if job.stated else scan
+
+
 def already_there(job: Job, content: str) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none."""
     if job.overwrite or not job.write:
@@ -142,9 +144,3 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
         store_sha256=metadata["sha256"],
         facts=metadata["facts"],
     )
-
-
-def _where(error: Exception) -> str:
-    """Return where an unforeseen error arose. Its text is left out: it may quote a header, and headers name patients."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"an unforeseen {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

@@ -108,6 +108,10 @@ class PhotonProcessor:
             found.append(row[int(ends[-1]) + 1 :])
         return found
 
+    def ids(self, row: Mapping[str, Any], for_training: bool = False) -> Tensor:
+        """Return int64[L] of one ms-swift row as `__call__` makes them, without reading its volumes."""
+        return self._ids(_samples(None, None, [row])[0], for_training, max_length=None)
+
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of each row of ids, special tokens left out."""
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -1,0 +1,207 @@
+"""Rows of a manifest -> predictions in a file: grouped by volume, resumable, each failure at its own cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from photon_data.errors import UsageError, unforeseen
+from photon_train.answering import AnswerSettings, Asker, Encoded, Reply, with_seconds
+from photon_train.grouping import Group, Prompt, Row, group_rows
+from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.prediction_file import PredictionFile, merge, prediction_file
+from photon_train.predictions import Prediction
+from photon_train.processing_photon import PhotonProcessor
+
+T = TypeVar("T")
+NOT_SETTINGS = ("_name_or_path", "transformers_version")  # of the configuration: the same model under another name
+
+
+class Shard(NamedTuple):
+    """Part `number` (from 0) of `parts`: a volume's rows go to the part that the hash of its name says."""
+
+    number: int
+    parts: int
+
+    def has(self, group: Group) -> bool:
+        """Tell whether the group is this part's."""
+        name = group.name or group.prompts[0].id
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % self.parts == self.number
+
+    def path(self, output: Path) -> Path:
+        """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl, or `output` itself where there is one part."""
+        return output if self.parts == 1 else output.with_name(f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}")
+
+
+WHOLE = Shard(0, 1)
+
+
+class Watch(NamedTuple):
+    """Who is told what: the numbers of rows to do and done before; every batch when it is on disk."""
+
+    on_start: Callable[[int, int], object] = lambda todo, done: None
+    on_replies: Callable[[Group, Sequence[Reply]], object] = lambda group, replies: None
+
+
+SILENT = Watch()
+
+
+class Outcome(NamedTuple):
+    """What became of the rows of this part: answered now, answered before, and failed {id: reason}.
+
+    `merged`: the output holds all rows. Always so with one part; else the last part to end sees to it.
+    """
+
+    answered: int
+    before: int
+    failed: dict[str, str]
+    merged: bool
+
+
+def load_asker(
+    model: str,
+    settings: AnswerSettings = AnswerSettings(),  # noqa: B008 - frozen
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    **photon: Any,
+) -> Asker:
+    """Return the model at a directory or hub id, ready to answer; `photon` are settings of PhotonConfig, None for its own.
+
+    device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32) or torch's name.
+    UsageError for what cannot be loaded.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    chosen = {name: value for name, value in photon.items() if value is not None}
+    try:
+        loaded = PhotonForConditionalGeneration.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype), **chosen)
+        processor = PhotonProcessor.from_pretrained(model, revision=revision, **chosen)
+        return Asker(loaded.eval().to(device), PhotonProcessor(processor.tokenizer, loaded.config), settings)
+    except (ValueError, OSError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{model}: a model that can be loaded to {device} as {dtype} wanted: {error}") from None
+
+
+def settings_of(asker: Asker) -> dict[str, Any]:
+    """Return all that predictions depend on besides their rows: settings, dtype, and digests of configuration and weights."""
+    config = asker.model.config
+    told = {name: value for name, value in config.to_dict().items() if name not in NOT_SETTINGS}
+    named = {"scheduler": str(config.scheduler), "keep_ratio": config.keep_ratio, "dtype": str(asker.model.dtype)}
+    return {
+        **asdict(asker.settings),
+        **named,
+        "config": _digest(json.dumps(told, sort_keys=True, default=str)),
+        "weights": weights_digest(asker.model),
+    }
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return sixteen hex digits of up to 64 evenly spaced values of every tensor: other weights have others."""
+    sums = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
+        sums.update(name.encode() + sample.tobytes())
+    return sums.hexdigest()[:16]
+
+
+def predict_rows(
+    asker: Asker,
+    rows: Sequence[Row],
+    output: Path,
+    shard: Shard = WHOLE,
+    watch: Watch = SILENT,
+) -> Outcome:
+    """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
+
+    The same rows in any order, in one run or several, give the same predictions. A row or volume that fails is written with
+    its `error` and tried again by the next call. UsageError for rows without an id of their own, and as `prediction_file`.
+    """
+    _check_ids(rows)
+    grouped = group_rows(rows, asker.processor)
+    groups = [group for group in grouped.groups if shard.has(group)]
+    problems = grouped.problems if shard.number == 0 else {}
+    mine = {prompt.id for group in groups for prompt in group.prompts} | problems.keys()
+    settings, path = settings_of(asker), shard.path(output)
+    failed: dict[str, str] = {}
+    with prediction_file(path, settings) as file:
+        before = len(mine & file.done)
+        watch.on_start(len(mine), before)
+        file.append(Prediction(id=name, error=reason) for name, reason in sorted(problems.items()))
+        failed |= problems
+        for group in groups:
+            for replies in _new_replies(asker, group, file):
+                failed |= {reply.prediction.id: reply.prediction.error for reply in replies if reply.prediction.error}
+                watch.on_replies(group, replies)
+    parts = [Shard(number, shard.parts).path(output) for number in range(shard.parts)]
+    merged = shard.parts == 1 or merge(parts, output, settings, {str(row["id"]) for row in rows})
+    return Outcome(len(mine) - before - len(failed), before, failed, merged)
+
+
+def _new_replies(asker: Asker, group: Group, file: PredictionFile) -> Iterator[list[Reply]]:
+    """Yield the replies of a group that were not in the file, batch by batch, when they are.
+
+    A batch is answered whole, even for one missing row: what a row's answer is computed with does not depend on where an
+    earlier run was cut off.
+    """
+    batches = [b for b in group.batches(asker.settings.questions_per_batch) if not {p.id for p in b} <= file.done]
+    if not batches:
+        return
+    encoded = _tried(lambda: asker.encode(group))
+    for batch in batches:
+        missing = {prompt.id for prompt in batch} - file.done
+        replies = _failures(batch, encoded) if isinstance(encoded, str) else _answers(asker, encoded, batch)
+        shared = {} if isinstance(encoded, str) else {k: s / len(group.prompts) for k, s in encoded.seconds.items()}
+        new = [with_seconds(reply, shared) for reply in replies if reply.prediction.id in missing]
+        file.append(reply.prediction for reply in new)
+        yield new
+
+
+def _answers(asker: Asker, encoded: Encoded, prompts: list[Prompt]) -> list[Reply]:
+    """Return a reply to each prompt; where they fail together each is tried alone."""
+    replies = _tried(lambda: asker.answer(encoded, prompts))
+    if not isinstance(replies, str):
+        return replies
+    if len(prompts) == 1:
+        return _failures(prompts, replies)
+    return [reply for prompt in prompts for reply in _answers(asker, encoded, [prompt])]
+
+
+def _tried(work: Callable[[], T]) -> T | str:
+    """Return what the work returns, or why it failed: this is the edge of a work item, and the reason goes into the file."""
+    try:
+        return work()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return str(error)
+    except Exception as error:
+        return unforeseen(error)
+
+
+def _failures(prompts: Sequence[Prompt], reason: str) -> list[Reply]:
+    none = np.zeros(0, np.float32)
+    rows = [Prediction(id=p.id, error=reason, volume_id=str(p.row.get("volume_id", ""))) for p in prompts]
+    return [Reply(row, none.astype(bool), none) for row in rows]
+
+
+def _check_ids(rows: Sequence[Row]) -> None:
+    without = sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows)
+    if without:
+        raise UsageError(f"a text in 'id' of every row wanted, {without} of {len(rows)} have none; predictions are joined by id")
+    twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if twice:
+        raise UsageError(f"ids that occur once wanted, {len(twice)} occur more often, {twice[0]!r} first")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""preds.jsonl while it grows: whole lines only, under one set of settings, by one process at a time.
+
+The file has no header. What it was made with stands in `<name>.settings.json` beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from photon_data.errors import UsageError
+from photon_data.location import Location
+from photon_data.records import jsonl_bytes
+from photon_train.predictions import Prediction, read_predictions
+
+
+class PredictionFile:
+    """An open file of predictions. `done` are the ids that have an answer in it."""
+
+    def __init__(self, lines: TextIO, done: set[str]) -> None:
+        self.done = done
+        self._lines = lines
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Add predictions, on disk when this returns."""
+        predictions = list(predictions)
+        self._lines.write("".join(prediction.to_json() for prediction in predictions))
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        self.done |= {prediction.id for prediction in predictions}
+
+
+@contextmanager
+def prediction_file(path: Path, settings: Mapping[str, Any]) -> Iterator[PredictionFile]:
+    """Open or begin a file of predictions; a line that a kill cut off and lines with an error leave it, to be done again.
+
+    UsageError where it was made with other settings, is being written by another process, or is no file of predictions.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _begin(path, settings)
+    with _settings_path(path).open() as own:
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{path}: a file of its own wanted, another run is writing it; wait or choose another") from None
+        done = _recover(path)
+        with path.open("a", encoding="utf-8") as lines:
+            yield PredictionFile(lines, done)
+
+
+def merge(parts: Iterable[Path], output: Path, settings: Mapping[str, Any], wanted: set[str]) -> bool:
+    """Write the predictions of all parts to `output`, by id, if together they have every wanted id; tell whether they do."""
+    found = {p.id: p for part in parts if part.exists() for p in read_predictions(part)}
+    if not wanted <= found.keys():
+        return False
+    _begin(output, settings)
+    content = jsonl_bytes(asdict(found[name]) for name in sorted(found))
+    Location(str(output.parent)).write(output.name, content)
+    return True
+
+
+def _settings_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def _begin(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings beside a new file; UsageError where an older one was made with others."""
+    place = _settings_path(path)
+    wanted = json.loads(json.dumps(settings))
+    if not place.exists():
+        if path.exists() and path.stat().st_size:
+            raise UsageError(f"{path}: a new file wanted, or one with {place.name} beside it, which says how it was made")
+        Location(str(path.parent)).write(place.name, (json.dumps(wanted, indent=1) + "\n").encode())
+        return
+    found = json.loads(place.read_text(encoding="utf-8"))
+    differences = [
+        f"{name} was {found.get(name)!r} and is {wanted.get(name)!r}"
+        for name in sorted(wanted.keys() | found.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise UsageError(f"{path}: the settings it was made with wanted, but {'; '.join(differences)}. Choose another --output")
+
+
+def _recover(path: Path) -> set[str]:
+    """Return the ids that have an answer in the file, which keeps just these lines."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        Location(str(path.parent)).write(path.name, whole)
+    try:
+        found = list(read_predictions(path))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    good = {prediction.id: prediction for prediction in found if not prediction.error}
+    if len(good) < len(found):
+        Location(str(path.parent)).write(path.name, jsonl_bytes(asdict(prediction) for prediction in good.values()))
+    return set(good)

@@ -1,0 +1,63 @@
+"""A small random model that says different things about different volumes, volumes that differ, and rows about them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from photon_data.location import Location
+from photon_data.prepare import Prepared
+from photon_data.recipe import Recipe
+from photon_data.store import store_name, write_store
+from photon_data.volume import Geometry, Volume
+from photon_train.answering import AnswerSettings, Asker
+from photon_train.initial import tiny
+from photon_train.predict import load_asker
+
+SHORT = AnswerSettings(max_new_tokens=6)
+MODEL_SHAPE = (140, 280, 280)
+QUESTIONS = ("Is there a nodule?", "Where is it, in which lobe of which lung?", "Size", "Any fluid? Say yes or no.")
+
+
+def lively_model(directory: Path) -> Path:
+    """Weights large enough for the answers, and a threshold in the middle for the keep sets, to differ."""
+    tiny(directory, stage=2, initial_threshold=0.45, initializer_range=0.3)
+    return directory
+
+
+def asker(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Asker:
+    return load_asker(str(directory), settings, device="cpu", **photon)
+
+
+def blocks(seed: int) -> Volume:
+    """int16 HU on the model grid: every token another grey, from -1000 to 1000."""
+    grey = np.random.default_rng(seed).uniform(-1000, 1000, (10, 10, 10))
+    grey.flat[:2] = -1000, 1000
+    array = grey.round().astype(np.int16)
+    for axis, n in enumerate(MODEL_SHAPE):
+        array = array.repeat(n // 10, axis)
+    return Volume(array, Geometry.axis_aligned(MODEL_SHAPE, (2.6, 1.3, 1.3), (0, 0, 0)))
+
+
+def store(out: Path, name: str, seed: int) -> str:
+    """Return the path of a store that holds `blocks` on the model grid."""
+    model = blocks(seed)
+    small = Volume(model.array_zyx[::10, ::10, ::10], Geometry.axis_aligned((14, 28, 28), (26, 13, 13), (0, 0, 0)))
+    facts = {"geometry": small.geometry.to_json(), "grid": small.geometry.to_json()}
+    identity = {"id": name, "key": name, "fingerprint": name, "recipe": Recipe().to_json(), "digest": Recipe().digest}
+    write_store(Prepared(small, model, facts), Location(str(out)), store_name(name), identity)
+    return str(out / store_name(name))
+
+
+def row(name: str, question: str, *videos: Any, answer: str = "", system: str = "", **more: Any) -> dict[str, Any]:
+    """An ms-swift row; the volumes stand before the question."""
+    messages = [{"role": "user", "content": "<video>" * len(videos) + question}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    if answer:
+        messages.append({"role": "assistant", "content": answer})
+    return {"id": name, "messages": messages, "videos": list(videos), "volume_id": "-".join(map(stem, videos)), **more}
+
+
+def stem(video: Any) -> str:
+    return Path(video).name.partition(".")[0] if isinstance(video, str) else "memory"

@@ -1,0 +1,18 @@
+"""What the tests of predicting share: one model directory, and one model loaded from it."""
+
+from pathlib import Path
+
+import pytest
+from askable import asker, lively_model
+
+from photon_train.answering import Asker
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lively_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(model_dir: Path) -> Asker:
+    return asker(model_dir)

@@ -1,0 +1,136 @@
+"""A file of predictions: one line per row whatever happens on the way."""
+
+import fcntl
+import json
+from dataclasses import replace
+
+import pytest
+from askable import QUESTIONS, SHORT, asker, row, store
+
+from photon_data.errors import UsageError
+from photon_train.predict import Shard, Watch, predict_rows
+from photon_train.predictions import read_predictions
+
+
+@pytest.fixture
+def rows(tmp_path):
+    stores = [store(tmp_path / "data", f"v{i}", i) for i in range(2)]
+    found = [row(f"{i}-{k}", question, place) for i, place in enumerate(stores) for k, question in enumerate(QUESTIONS[:3])]
+    return [*found, row("text", "What is a nodule?"), row("both", QUESTIONS[0], *stores)]
+
+
+def content(path):
+    """The predictions by id, without what a clock said."""
+    found = list(read_predictions(path))
+    assert len({p.id for p in found}) == len(found)
+    return {p.id: replace(p, seconds={}) for p in found}
+
+
+def test_the_same_rows_in_any_order_give_the_same_predictions(model, rows, tmp_path):
+    assert predict_rows(model, rows, tmp_path / "a.jsonl").answered == 8
+    assert predict_rows(model, rows[::-1], tmp_path / "b.jsonl").answered == 8
+    assert content(tmp_path / "a.jsonl") == content(tmp_path / "b.jsonl")
+    for prediction in read_predictions(tmp_path / "a.jsonl"):
+        assert set(prediction.seconds) == {"read", "encode", "answer"}
+    assert content(tmp_path / "a.jsonl")["0-1"].volume_id == "v0"
+
+
+def test_a_run_that_was_cut_off_in_a_line_goes_on_as_if_it_had_not(model, rows, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    predict_rows(model, rows, whole)
+    predict_rows(model, rows, cut)
+    lines = cut.read_bytes()
+    cut.write_bytes(lines[: len(lines) * 2 // 3])
+    kept = cut.read_bytes().count(b"\n")
+    outcome = predict_rows(model, rows, cut)
+    assert (outcome.before, outcome.answered) == (kept, 8 - kept)
+    assert content(cut) == content(whole)
+    before = model.encodings
+    assert predict_rows(model, rows, cut).answered == 0
+    assert model.encodings == before
+
+
+def test_ctrl_c_leaves_whole_lines_of_what_is_done(model, rows, tmp_path):
+    def stop(group, replies):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_rows(model, rows, tmp_path / "p.jsonl", watch=Watch(on_replies=stop))
+    done = len(content(tmp_path / "p.jsonl"))
+    assert 0 < done < 8
+    assert predict_rows(model, rows, tmp_path / "p.jsonl").before == done
+
+
+def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, rows, tmp_path):
+    bad = [
+        row("lost", QUESTIONS[0], str(tmp_path / "nowhere.ome.zarr")),
+        row("empty", " ", str(tmp_path)),
+        {**row("odd", QUESTIONS[0]), "messages": None},
+        {**row("image", QUESTIONS[0]), "images": ["x.png"]},
+    ]
+    outcome = predict_rows(model, rows + bad, tmp_path / "p.jsonl")
+    assert (outcome.answered, sorted(outcome.failed)) == (8, ["empty", "image", "lost", "odd"])
+    found = content(tmp_path / "p.jsonl")
+    assert len(found) == 12
+    assert "a store of photon-data" in found["lost"].error
+    assert found["lost"].response == ""
+    store(tmp_path, "v7", 7)
+    bad[0]["videos"] = [str(tmp_path / "volumes" / "v7.ome.zarr")]
+    again = predict_rows(model, [*rows, bad[0]], tmp_path / "p.jsonl")
+    assert (again.answered, again.before, again.failed) == (1, 8, {})
+    assert content(tmp_path / "p.jsonl")["lost"].error == ""
+
+
+def test_one_row_that_fails_does_not_take_its_batch_with_it(model_dir, rows, tmp_path):
+    model = asker(model_dir, replace(SHORT, choices=True))
+    rows = [{**one, "choices": ["Yes", "No"]} for one in rows]
+    rows[1]["choices"] = ["Yes", "<|im_end|>"]
+    outcome = predict_rows(model, rows, tmp_path / "p.jsonl")
+    assert (outcome.answered, list(outcome.failed)) == (7, ["0-1"])
+    assert "special tokens" in content(tmp_path / "p.jsonl")["0-1"].error
+
+
+def test_other_settings_another_model_or_an_unknown_file_are_refused(model_dir, rows, tmp_path):
+    path = tmp_path / "p.jsonl"
+    predict_rows(asker(model_dir), rows[:1], path)
+    lines = path.read_bytes()
+    for other, said in (
+        (asker(model_dir, replace(SHORT, max_new_tokens=7)), "max_new_tokens was 6 and is 7"),
+        (asker(model_dir, scheduler="random"), "scheduler was 'its' and is 'random'"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            predict_rows(other, rows, path)
+    other = asker(model_dir)
+    other.model.lm_head.weight.data += 1
+    with pytest.raises(UsageError, match="weights was"):
+        predict_rows(other, rows, path)
+    assert path.read_bytes() == lines
+    (tmp_path / "p.jsonl.settings.json").unlink()
+    with pytest.raises(UsageError, match=r"p.jsonl.settings.json beside it"):
+        predict_rows(asker(model_dir), rows, path)
+
+
+def test_two_runs_do_not_write_one_file(model, rows, tmp_path):
+    path = tmp_path / "p.jsonl"
+    predict_rows(model, rows[:1], path)
+    with (tmp_path / "p.jsonl.settings.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another run is writing it"):
+            predict_rows(model, rows, path)
+
+
+def test_parts_cover_every_row_once_and_the_last_one_merges(model, rows, tmp_path):
+    predict_rows(model, rows, tmp_path / "one.jsonl")
+    path = tmp_path / "p.jsonl"
+    outcomes = [predict_rows(model, rows, path, Shard(number, 3)) for number in (2, 0, 1)]
+    assert sum(outcome.answered for outcome in outcomes) == 8
+    assert [outcome.merged for outcome in outcomes] == [False, False, True]
+    assert content(path) == content(tmp_path / "one.jsonl")
+    assert [json.loads(line)["id"] for line in path.open()] == sorted(one["id"] for one in rows)
+
+
+@pytest.mark.parametrize(("names", "said"), [(["a", "a"], "'a' first"), (["a", None], "1 of 2 have none"), ([3, "a"], "1 of 2")])
+def test_rows_without_an_id_of_their_own_are_refused(model, tmp_path, names, said):
+    with pytest.raises(UsageError, match=said):
+        predict_rows(model, [row(name, QUESTIONS[0]) for name in names], tmp_path / "p.jsonl")
+    assert not (tmp_path / "p.jsonl").exists()
