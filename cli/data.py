@@ -175,7 +175,7 @@ def show(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG to write; beside you, named after the volume.")
     ] = None,
-    window: Annotated[str, typer.Option(help="full, lung, soft, bone, or low,high in HU.")] = "full",
+    window: Annotated[str, typer.Option(help="full, lung, mediastinum, soft, bone, or low,high in HU.")] = "full",
     at: Annotated[str | None, typer.Option(help="World point x,y,z in LPS mm; the centre if not given.")] = None,
     size: Annotated[int, typer.Option(min=64, max=4096, help="Height of the picture's planes in pixels.")] = 480,
 ) -> None:

@@ -75,6 +75,27 @@ def fractions(text: str) -> dict[str, float]:
         raise UsageError(f"--split: numbers like train=0.8,val=0.2 wanted, got {text!r}") from None
 
 
+def numbers(text: str, count: int, option: str) -> list[float]:
+    """Return [1.0, 2.0] for "1,2" where `count` is 2; UsageError otherwise."""
+    from photon_data.errors import UsageError
+
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count:
+        raise UsageError(f"{option}: {count} numbers with commas between wanted, got {text!r}")
+    return found
+
+
+def numbers_or_name(text: str, option: str) -> str | tuple[float, float]:
+    """Return a text without comma as it is, else its two numbers."""
+    if "," not in text:
+        return text
+    low, high = numbers(text, 2, option)
+    return low, high
+
+
 def make_recipe(name: str, settings: list[str], modality: str | None, nan: str | None) -> Recipe:
     """Return the named recipe with --set, --modality and --nan applied; UsageError for what it does not know."""
     from photon_pipelines.recipes import named_recipe

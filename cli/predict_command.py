@@ -11,7 +11,7 @@ from photon_cli.exits import MISUSE, OK, PARTIAL
 from photon_cli.options import edges, fail, is_default
 
 # What makes sense with one scan only, and with a manifest only.
-OF_SCAN = ("recipe", "settings", "stream", "json_")
+OF_SCAN = ("recipe", "settings", "stream", "json_", "at")
 OF_ROWS = ("output", "choices", "shard")
 
 
@@ -38,6 +38,16 @@ def predict(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: only part I of N, from 0; torchrun sets it itself.")] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Folder for what was kept: a picture and NIfTI files per question.")
+    ] = None,
+    window: Annotated[str, typer.Option(help="Of the picture: full, lung, mediastinum, soft, bone, or low,high in HU.")] = "full",
+    at: Annotated[
+        str | None, typer.Option(help="World point x,y,z (LPS mm) of the picture; else the most salient kept token.")
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Masks of the scan (with --manifest: a folder per volume id): recall by kept tokens.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="How a raw scan is prepared: chest_ct, abdomen_ct or wide_ct.")] = "chest_ct",
     settings: Annotated[list[str], typer.Option("--set", help="Change the recipe: spacing_mm=1.5,1.5,1.5.")] = [],  # noqa: B006
 ) -> None:
@@ -51,16 +61,19 @@ def predict(
         fail(f"{options}: {'SCAN' if manifest else '--manifest'} wanted beside it; the two ways do not mix.", MISUSE)
     with edges():
         from photon_cli import predict_model, predict_rows, predict_scan
-        from photon_cli.options import make_recipe
+        from photon_cli.kept import KeptOrder
+        from photon_cli.options import make_recipe, numbers, numbers_or_name
         from photon_train.answering import AnswerSettings
+        from photon_train.overlay import View
 
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
         chosen = predict_model.Model(model, answers, device, dtype, revision, scheduler, keep_ratio)
+        kept = KeptOrder(overlay, View(numbers_or_name(window, "--window"), numbers(at, 3, "--at") if at else None), masks)
         if manifest and output:
-            good = predict_rows.predict_rows(chosen, manifest, output, shard)
+            good = predict_rows.predict_rows(chosen, manifest, output, shard, kept)
         else:
             place, *questions = words
             look = predict_scan.Look(json_, stream)
-            predict_scan.predict_scan(chosen, place, questions, make_recipe(recipe, settings, None, None), look)
+            predict_scan.predict_scan(chosen, place, questions, make_recipe(recipe, settings, None, None), look, kept)
             good = True
     raise typer.Exit(OK if good else PARTIAL)

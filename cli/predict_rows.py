@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from photon_cli.kept import KeptOrder, show_rows
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
@@ -22,14 +23,21 @@ SHOWN_FAILURES = 10
 LINE_S = 10  # without a terminal a line is printed this often
 
 
-def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None) -> bool:
+def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None, kept: KeptOrder) -> bool:
     """Answer the rows and return whether all of this part have an answer."""
     rows = read(manifest)
     part, local = _part(shard)
     device = f"cuda:{local}" if local is not None and model.device in ("auto", "cuda") and _has_gpu() else None
     asker = model.load(device)
+    tokens_zyx = asker.processor.tokens_thw()
+
+    def on_replies(group: Group, replies: Sequence[Reply]) -> None:
+        show.replies(group, replies)
+        if kept.overlay:
+            show_rows(kept, group, replies, tokens_zyx)
+
     with _Show() as show:
-        outcome = predict.predict_rows(asker, rows, output, part, Watch(show.start, show.replies))
+        outcome = predict.predict_rows(asker, rows, output, part, Watch(show.start, on_replies))
     _print_outcome(outcome, output, part, show)
     return not outcome.failed
 

@@ -6,11 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from photon_cli.kept import KeptOrder, Shown
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.recipe import Recipe
 from photon_train.answering import Asker, Reply
 from photon_train.asking import Asked, ask_scan
+from photon_train.overlay import folders_of
 from photon_train.scan_input import ScanInput, open_input
 
 
@@ -21,17 +23,22 @@ class Look(NamedTuple):
     stream: bool
 
 
-def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe, look: Look) -> None:
+def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe, look: Look, kept: KeptOrder) -> None:
     """Answer and print. The scan is read before the model: most of what can be wrong is wrong with the scan."""
     scan = open_input(place, recipe)
     asker = model.load()
+    shown = Shown.of(kept, scan, asker.processor.tokens_thw(), kept.masks)
     asked = _streamed(asker, scan, questions) if look.stream and not look.json else ask_scan(asker, scan, questions)
+    recalls = [_show(shown, question, reply) for question, reply in zip(questions, asked.replies, strict=True)]
     if look.json:
-        print(json.dumps(_as_json(model, scan, questions, asked), indent=1))
+        print(json.dumps(_as_json(model, scan, questions, asked, recalls), indent=1))
         return
-    if not look.stream:
-        for question, reply in zip(questions, asked.replies, strict=True):
-            _print_reply(question, reply)
+    for question, reply, recall in zip(questions, asked.replies, recalls, strict=True):
+        if not look.stream:
+            _print_answer(question, reply)
+        _print_kept(reply, recall)
+    if kept.overlay:
+        console.print(f"overlays: {kept.overlay}", soft_wrap=True)
     console.print(f"{scan.id}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in asked.seconds.items()))
 
 
@@ -51,22 +58,31 @@ def _streamed(asker: Asker, scan: ScanInput, questions: list[str]) -> Asked:
                 console.print(next(waiting), style="bold", soft_wrap=True)
             super().put(value)
 
-    asked = ask_scan(asker, scan, questions, Announcing(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
-    for reply in asked.replies:
-        console.print(_kept(reply), style="dim")
-    return asked
+    return ask_scan(asker, scan, questions, Announcing(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
-def _print_reply(question: str, reply: Reply) -> None:
+def _show(shown: Shown, question: str, reply: Reply) -> dict[str, Any]:
+    """Write what was kept for one question where that was asked for; return the recall of each mask."""
+    overlay = shown.order.overlay
+    folder = folders_of(overlay, reply.prediction.id, 1)[0] if overlay else None
+    return shown.show(folder, question, reply.keep_V, reply.saliency_V)
+
+
+def _print_answer(question: str, reply: Reply) -> None:
     console.print(question, style="bold", soft_wrap=True)
     console.print(reply.prediction.response, soft_wrap=True)
-    console.print(_kept(reply), style="dim")
 
 
-def _kept(reply: Reply) -> str:
-    return f"{reply.prediction.kept_tokens} of {reply.prediction.visual_tokens} tokens kept ({reply.prediction.scheduler})"
+def _print_kept(reply: Reply, recalls: dict[str, Any]) -> None:
+    row = reply.prediction
+    console.print(f"{row.id}: {row.kept_tokens} of {row.visual_tokens} tokens kept ({row.scheduler})", style="dim")
+    for name, recall in recalls.items():
+        console.print(f"  {name}: {recall['recall']:.1%} of {recall['voxels']} voxels kept, chance {recall['chance']:.1%}")
 
 
-def _as_json(model: Model, scan: ScanInput, questions: list[str], asked: Asked) -> dict[str, Any]:
-    rows = [{"question": question, **asdict(reply.prediction)} for question, reply in zip(questions, asked.replies, strict=True)]
+def _as_json(model: Model, scan: ScanInput, questions: list[str], asked: Asked, recalls: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [
+        {"question": question, **asdict(reply.prediction), "recall": recall}
+        for question, reply, recall in zip(questions, asked.replies, recalls, strict=True)
+    ]
     return {"model": model.place, "volume_id": scan.id, "seconds": asked.seconds, "predictions": rows}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from photon_cli.options import numbers, numbers_or_name
 from photon_data.errors import UsageError
 from photon_data.picture import three_planes
 from photon_data.readers import find_scans, open_scan
@@ -16,8 +17,8 @@ from photon_data.volume import Volume
 def show(volume: str, output: Path | None, window: str, at: str | None, size_px: int) -> Path:
     """Write the picture and return where."""
     name, content = _open(volume)
-    point = _numbers(at, 3, "--at") if at else None
-    picture = three_planes(content, window_hu=_window(window), size_px=size_px, at_lps=point, title=name)
+    point = numbers(at, 3, "--at") if at else None
+    picture = three_planes(content, window_hu=numbers_or_name(window, "--window"), size_px=size_px, at_lps=point, title=name)
     path = output or Path(f"{name}.png")
     picture.save(path)
     return path
@@ -35,20 +36,3 @@ def _open(place: str) -> tuple[str, Volume]:
     scan = open_scan(sources[0])
     planes = np.stack([plane.astype(np.float32) for plane in scan.planes()])
     return sources[0].id, Volume(planes * scan.slope + scan.intercept, scan.geometry)
-
-
-def _window(text: str) -> str | tuple[float, float]:
-    if "," not in text:
-        return text
-    low, high = _numbers(text, 2, "--window")
-    return low, high
-
-
-def _numbers(text: str, count: int, option: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count:
-        raise UsageError(f"{option}: {count} numbers with commas between wanted, got {text!r}")
-    return numbers

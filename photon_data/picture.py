@@ -22,6 +22,7 @@ WINDOWS: dict[str, Window] = {
     "full": (-1000, 1000),
     "lung": (-1350, 150),
     "soft": (-160, 240),
+    "mediastinum": (-125, 225),
     "bone": (-450, 1050),
 }
 # Not CT, or not in HU: from the darkest to the brightest percent of what is shown.
@@ -31,7 +32,7 @@ SCALE_BAR_MM = 50
 _SHORTER_BARS_MM = (20, 10, 5, 2, 1)
 _TILT_WORTH_SAYING = 1.0
 
-_BACKGROUND, _TEXT, _MUTED = "#0b0d10", "#e8eaed", "#9aa0a6"
+_BACKGROUND, _TEXT, _MUTED, _OUTLINE = "#0b0d10", "#e8eaed", "#9aa0a6", "#ff5d8f"
 
 
 class Plane(NamedTuple):
@@ -90,11 +91,13 @@ def three_planes(
     size_px: int = 320,
     at_lps: Sequence[float] | None = None,
     title: str | None = None,
+    outlined_zyx: np.ndarray | None = None,
 ) -> Image.Image:
     """Return an RGB picture of the axial, coronal and sagittal slice through `at_lps` (mm; the middle of the grid if None).
 
     All three share one scale, so a thin slab looks thin; each panel is `size_px` wide and high. `window_hu` is (low, high),
-    a name of WINDOWS, or "auto". Three slices are read from `volume.array_zyx`, nothing else.
+    a name of WINDOWS, or "auto". Three slices are read from `volume.array_zyx`, nothing else. `outlined_zyx` are voxels of
+    it (bool) around which a line is drawn.
     UsageError for an unknown window or a point outside of the volume.
     """
     layout, axes = Layout.of(size_px), body_axes(volume.geometry)
@@ -107,6 +110,8 @@ def three_planes(
     for number, (plane, values) in enumerate(zip(PLANES, slices, strict=True)):
         left = number * (layout.panel + layout.gap)
         box = _paste_slice(canvas, layout, left, to_grey(values, window), _size_px(volume.geometry, axes, plane, px_per_mm))
+        if outlined_zyx is not None:
+            _draw_outline(canvas, layout, box, plane_slice(Volume(outlined_zyx, volume.geometry), axes, plane, at))
         _draw_letters(draw, layout, box, volume.geometry, axes, plane)
         _draw_ticks(draw, layout, box, volume.geometry, axes, plane, at)
         _draw_caption(draw, layout, left, plane, float(volume.geometry.world(at)[plane.normal]))
@@ -183,6 +188,18 @@ def _paste_slice(
     image = Image.fromarray(np.ascontiguousarray(grey)).resize(size, Image.Resampling.BILINEAR)
     canvas.paste(image.convert("RGB"), (left, top))
     return left, top, left + size[0], top + size[1]
+
+
+def _draw_outline(canvas: Image.Image, layout: Layout, box: tuple[int, int, int, int], inside: np.ndarray) -> None:
+    """Draw the edge of what is True in a slice, on its own side of the edge."""
+    left, top, right, bottom = box
+    enlarged = Image.fromarray(inside.astype(np.uint8)).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    marked = np.asarray(enlarged, bool)
+    deep = marked
+    for _ in range(max(1, layout.panel // 240)):
+        within = np.pad(deep, 1)
+        deep = deep & within[:-2, 1:-1] & within[2:, 1:-1] & within[1:-1, :-2] & within[1:-1, 2:]
+    canvas.paste(_OUTLINE, (left, top), Image.fromarray((marked & ~deep).astype(np.uint8) * 255))
 
 
 def _draw_letters(

@@ -46,7 +46,7 @@ def token_cells(grid: Geometry, tokens_zyx: tuple[int, int, int]) -> Geometry:
 
 
 def tokens_at(world_lps: np.ndarray, cells: Geometry) -> np.ndarray:
-    """Return int32[...], the token of each LPS point [..., 3]; OUTSIDE beyond the grid."""
+    """Return int16[...], the token of each LPS point [..., 3]; OUTSIDE beyond the grid."""
     return _tokens(cells.index(world_lps), cells)
 
 
@@ -60,26 +60,31 @@ def token_boxes(cells: Geometry) -> np.ndarray:
     return _tokens(np.stack(np.meshgrid(*map(np.arange, cells.shape_zyx), indexing="ij"), -1), cells)
 
 
-def token_planes(native: Geometry, cells: Geometry) -> Iterator[np.ndarray]:
-    """Yield int32 [y, x] for each plane of a scan: the token that holds each voxel's centre, OUTSIDE beyond the grid."""
+def token_map(native: Geometry, cells: Geometry) -> np.ndarray:
+    """Return int16 [z, y, x]: the token that holds each voxel centre of a scan, OUTSIDE beyond the grid."""
     origin = cells.index(native.origin_lps)
     step_z, step_y, step_x = (cells.index(native.world(unit)) - origin for unit in np.eye(3))
     _, ny, nx = native.shape_zyx
     in_plane = np.arange(ny)[:, None, None] * step_y + np.arange(nx)[None, :, None] * step_x
+    tokens = np.empty(native.shape_zyx, np.int16)
     for z in range(native.shape_zyx[0]):
-        yield _tokens(in_plane + (origin + z * step_z), cells)
+        tokens[z] = _tokens(in_plane + (origin + z * step_z), cells)
+    return tokens
 
 
-def token_map(native: Geometry, cells: Geometry) -> np.ndarray:
-    """Return int32 [z, y, x]: `token_planes` together, four bytes a voxel."""
-    return np.stack(list(token_planes(native, cells)))
-
-
-def value_planes(values_V: np.ndarray, native: Geometry, cells: Geometry) -> Iterator[np.ndarray]:
-    """Yield [y, x] of values_V's type for each plane of a scan: the value of the token of each voxel, 0 beyond the grid."""
+def value_planes(values_V: np.ndarray, tokens_zyx: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield [y, x] of values_V's type for each plane of a `token_map`: the value of each voxel's token, 0 beyond the grid."""
     by_token = np.append(values_V, np.zeros(1, values_V.dtype))  # OUTSIDE is the last of these
-    for tokens in token_planes(native, cells):
-        yield by_token[tokens]
+    for plane in tokens_zyx:
+        yield by_token[plane]
+
+
+def kept_voxels(keep_V: np.ndarray, grid: Geometry, cells: Geometry) -> np.ndarray:
+    """Return bool [z, y, x] on the prepared grid itself: True in kept tokens."""
+    kept_boxes = keep_V[token_boxes(cells)]
+    nearest = [(2 * np.arange(n) + 1) * boxes // (2 * n) for n, boxes in zip(grid.shape_zyx, cells.shape_zyx, strict=True)]
+    voxels: np.ndarray = kept_boxes[np.ix_(*nearest)]
+    return voxels
 
 
 def mask_recall(mask: Volume, cells: Geometry, keep_V: np.ndarray) -> MaskRecall:
@@ -104,12 +109,12 @@ def recall_of(counts_V: np.ndarray, voxels: int, keep_V: np.ndarray) -> MaskReca
 
 
 def _tokens(index_zyx: np.ndarray, cells: Geometry) -> np.ndarray:
-    """Return int32[...] of fractional box indices [..., 3]. Rounded, so that a point on a face falls alike on every machine."""
+    """Return int16[...] of fractional box indices [..., 3]. Rounded, so that a point on a face falls alike on every machine."""
     box = np.floor(np.round(np.asarray(index_zyx, float) + 0.5, 9)).astype(np.int32)
     _, rows, columns = cells.shape_zyx
     inside = ((box >= 0) & (box < np.asarray(cells.shape_zyx))).all(-1)
     token = (box[..., 0] * rows + box[..., 1]) * columns + (columns - 1 - box[..., 2])
-    return np.where(inside, token, OUTSIDE).astype(np.int32)
+    return np.where(inside, token, OUTSIDE).astype(np.int16)
 
 
 def _boxes(cells: Geometry) -> np.ndarray:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from photon_data.nifti_file import nifti_header, write_nifti
 from photon_data.phantom.anatomy import Layer, draw_body
 from photon_data.phantom.lesions import Lesion, draw_lesions, lesion_layers
 from photon_data.phantom.plan import FINDINGS, Slot, occurrence, seeded, slot
 from photon_data.phantom.questions import question_rows
-from photon_data.phantom.raw_nifti import nifti_header, write_nifti
 from photon_data.phantom.scanner import SLAB, Scan, draw_scan, paint, stored_planes
 from photon_data.records import to_jsonl
 

@@ -1,0 +1,99 @@
+"""What was kept for a question, to look at: a picture, and NIfTI files that lie on the scan as it came."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL.Image import Image
+
+from photon_data.nifti_file import nifti_header, write_nifti
+from photon_data.picture import Window, three_planes
+from photon_data.volume import Geometry, Volume
+from photon_train.token_grid import kept_voxels, token_cells, token_centres, token_map, value_planes
+
+LONGEST_NAME = 80
+PICTURE, KEPT, SALIENCY = "planes.png", "kept.nii.gz", "saliency.nii.gz"
+
+
+class View(NamedTuple):
+    """How pictures are taken: HU window (a pair or a name), the point that the planes go through (LPS mm), panel size.
+
+    Without a point they go through the most salient kept token.
+    """
+
+    window_hu: Window | str = "full"
+    at_lps: Sequence[float] | None = None
+    size_px: int = 480
+
+
+USUAL = View()
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What overlays are drawn on: the prepared volume, the grid of the raw scan, and how many tokens there are along z, y, x.
+
+    One for all questions on a scan: which voxel belongs to which token is worked out once.
+    """
+
+    volume: Volume
+    native: Geometry
+    tokens_zyx: tuple[int, int, int]
+
+    @cached_property
+    def cells(self) -> Geometry:
+        """The boxes of the tokens."""
+        return token_cells(self.volume.geometry, self.tokens_zyx)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """int16 [z, y, x]: the token of each voxel of the raw scan."""
+        return token_map(self.native, self.cells)
+
+
+def write_overlay(
+    folder: Path, canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = USUAL
+) -> None:
+    """Write planes.png, kept.nii.gz (uint8) and saliency.nii.gz (float32) into the folder.
+
+    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but that grid.
+    Voxels beyond the prepared grid are 0. UsageError for a window or a point that cannot be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    picture(canvas, keep_V, saliency_V, title, view).save(folder / PICTURE)
+    for name, dtype, values_V in ((KEPT, "<u1", keep_V), (SALIENCY, "<f4", saliency_V)):
+        planes = value_planes(values_V.astype(dtype), canvas.tokens)
+        write_nifti(folder / name, nifti_header(canvas.native, dtype), planes)
+
+
+def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = USUAL) -> Image:
+    """Return three planes of the prepared volume, kept tokens outlined, the question as title."""
+    at = salient_point(canvas.cells, keep_V, saliency_V) if view.at_lps is None else view.at_lps
+    outlined = kept_voxels(keep_V, canvas.volume.geometry, canvas.cells)
+    return three_planes(
+        canvas.volume, window_hu=view.window_hu, size_px=view.size_px, at_lps=at, title=title, outlined_zyx=outlined
+    )
+
+
+def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -> list[float] | None:
+    """Return the LPS centre of the most salient kept token, of equals the first; None where none is kept."""
+    if not keep_V.any():
+        return None
+    point: list[float] = token_centres(cells)[np.where(keep_V, saliency_V, -np.inf).argmax()].tolist()
+    return point
+
+
+def folders_of(directory: Path, name: str, volumes: int) -> list[Path]:
+    """Return a folder for each volume of the row of that id; an id that names no folder becomes one that does."""
+    plain = re.sub(r"[^\w.=-]+", "_", name).lstrip(".")
+    if plain != name or len(name) > LONGEST_NAME:
+        plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    folder = directory / plain
+    return [folder] if volumes == 1 else [folder / f"volume-{number}" for number in range(1, volumes + 1)]
