@@ -33,6 +33,7 @@ _SHORTER_BARS_MM = (20, 10, 5, 2, 1)
 _TILT_WORTH_SAYING = 1.0
 
 _BACKGROUND, _TEXT, _MUTED, _OUTLINE = "#0b0d10", "#e8eaed", "#9aa0a6", "#ff5d8f"
+_DIMMED = 0.6
 
 
 class Plane(NamedTuple):
@@ -97,7 +98,7 @@ def three_planes(
 
     All three share one scale, so a thin slab looks thin; each panel is `size_px` wide and high. `window_hu` is (low, high),
     a name of WINDOWS, or "auto". Three slices are read from `volume.array_zyx`, nothing else. `outlined_zyx` are voxels of
-    it (bool) around which a line is drawn.
+    it (bool) around which a line is drawn; the others are dimmed.
     UsageError for an unknown window or a point outside of the volume.
     """
     layout, axes = Layout.of(size_px), body_axes(volume.geometry)
@@ -191,15 +192,17 @@ def _paste_slice(
 
 
 def _draw_outline(canvas: Image.Image, layout: Layout, box: tuple[int, int, int, int], inside: np.ndarray) -> None:
-    """Draw the edge of what is True in a slice, on its own side of the edge."""
-    left, top, right, bottom = box
-    enlarged = Image.fromarray(inside.astype(np.uint8)).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    """Draw the edge of what is True in a slice, on its own side, and dim the rest."""
+    enlarged = Image.fromarray(inside.astype(np.uint8)).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST)
     marked = np.asarray(enlarged, bool)
     deep = marked
     for _ in range(max(1, layout.panel // 240)):
         within = np.pad(deep, 1)
         deep = deep & within[:-2, 1:-1] & within[2:, 1:-1] & within[1:-1, :-2] & within[1:-1, 2:]
-    canvas.paste(_OUTLINE, (left, top), Image.fromarray((marked & ~deep).astype(np.uint8) * 255))
+    shown = np.array(canvas.crop(box))
+    shown[~marked] = shown[~marked] * _DIMMED
+    canvas.paste(Image.fromarray(shown), box)
+    canvas.paste(_OUTLINE, box, Image.fromarray((marked & ~deep).astype(np.uint8) * 255))
 
 
 def _draw_letters(

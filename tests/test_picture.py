@@ -206,3 +206,19 @@ def test_a_window_that_is_none_is_an_error(window):
 def test_the_thinnest_volumes_have_a_picture(shape):
     volume = Volume(np.zeros(shape, np.float32), Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0)))
     assert three_planes(volume, size_px=96, title="a title far too long for so small a picture " * 3).width > 288
+
+
+def test_an_outline_runs_around_the_marked_voxels_on_their_side_and_the_rest_is_dimmed():
+    volume = Volume(np.full((30, 40, 40), 1000, np.int16), Geometry.axis_aligned((30, 40, 40), (4, 4, 4), (0, 0, 0)))
+    inside = np.zeros((30, 40, 40), bool)
+    inside[:, :, 20:] = True  # the patient's left, on the right of axial and coronal panels
+    plain = np.asarray(three_planes(volume, title="?"))
+    drawn = np.asarray(three_planes(volume, title="?", outlined_zyx=inside))
+    row, left = 160, Layout.of(320).panel + Layout.of(320).gap  # the middle of the coronal panel
+    white = np.flatnonzero((plain[row, left : left + 320] == 255).all(-1))
+    pixels = drawn[row, left : left + 320][white]
+    half = len(white) // 2
+    assert (pixels[5 : half - 2] == 153).all()  # 0.6 of white
+    assert (pixels[half + 3 : -5] == 255).all()
+    edge = np.flatnonzero((pixels == (255, 93, 143)).all(-1))
+    assert half <= edge[0] <= half + 1 and len(white) - 1 in edge

@@ -1,0 +1,177 @@
+"""`photon predict` as a person meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from askable import QUESTIONS, row, store
+from PIL import Image
+from raw import write_scan
+from scans import ct_like
+from typer.testing import CliRunner
+
+from photon_cli.photon import app
+from photon_train.predictions import read_predictions
+
+FAST = ["--device", "cpu", "--max-new-tokens", "5"]
+COARSE = ["--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"]
+
+
+def cli(*words):
+    result = CliRunner().invoke(app, ["predict", *(str(word) for word in words)])
+    return result.exit_code, result.output
+
+
+def rows_file(folder: Path, rows) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+@pytest.fixture
+def scan(tmp_path):
+    return write_scan(tmp_path / "case.nii.gz", array=ct_like((30, 40, 44)), spacing_mm=(9.0, 7.0, 6.5))
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    places = [store(tmp_path / "data", name, seed) for seed, name in enumerate(("a", "b"))]
+    return rows_file(tmp_path, [row(f"{Path(p).name[0]}{i}", q, p) for p in places for i, q in enumerate(QUESTIONS[:2])])
+
+
+def test_questions_about_a_raw_scan_are_answered_with_what_was_kept_and_how_long_it_took(model_dir, scan):
+    code, text = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE)
+    assert code == 0, text
+    assert text.count("of 1000 tokens kept (its)") == 2
+    assert all(f"{stage} " in text for stage in ("read", "prepare", "encode", "answer"))
+    assert all(question in text for question in QUESTIONS[:2])
+
+
+def test_json_has_all_that_a_prediction_has_and_streaming_says_the_same(model_dir, scan):
+    code, text = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE, "--json")
+    assert code == 0, text
+    found = json.loads(text)
+    assert [one["question"] for one in found["predictions"]] == list(QUESTIONS[:2])
+    assert found["volume_id"] == "case" and set(found["seconds"]) == {"read", "prepare", "encode", "answer"}
+    assert all(len(one["kept"]) == 250 and 0 < one["kept_tokens"] < 1000 for one in found["predictions"])
+    code, streamed = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE, "--stream")
+    assert code == 0, streamed
+    for one in found["predictions"]:
+        assert (
+            f"{one['question']}\n{one['response']}".split()
+            == streamed[streamed.index(one["question"]) :].split()[: len(f"{one['question']}\n{one['response']}".split())]
+        )
+
+
+def test_settings_of_the_model_can_be_overridden(model_dir, scan):
+    words = ("--model", model_dir, scan, QUESTIONS[0], *FAST, *COARSE)
+    assert "250 of 1000 tokens kept (uniform)" in cli(*words, "--scheduler", "uniform", "--keep-ratio", "0.25")[1]
+    code, text = cli(*words, "--scheduler", "best")
+    assert code == 2 and "one of its, none, random" in text
+    code, text = cli(*words, "--dtype", "float8")
+    assert code == 2 and "float8" in text
+
+
+def test_an_overlay_of_a_scan_has_a_picture_files_on_its_grid_and_the_recall_of_masks(model_dir, scan, tmp_path):
+    masks = tmp_path / "masks"
+    body = ct_like((30, 40, 44)) > -500
+    for name, mask in (("body", body), ("everything", np.ones_like(body))):
+        write_scan(masks / f"{name}.nii.gz", array=mask.astype(np.uint8), spacing_mm=(9.0, 7.0, 6.5))
+    more = ("--overlay", tmp_path / "ov", "--masks", masks, "--window", "lung", "--json")
+    code, text = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE, *more)
+    assert code == 0, text
+    for one in json.loads(text)["predictions"]:
+        folder = tmp_path / "ov" / one["id"]
+        assert Image.open(folder / "planes.png").size[0] > 1000
+        kept = np.asarray(nibabel.load(folder / "kept.nii.gz").dataobj).transpose(2, 1, 0)
+        assert one["recall"] == json.loads((folder / "recall.json").read_text())
+        assert one["recall"]["body"]["recall"] == pytest.approx(kept[body].mean())
+        assert one["recall"]["everything"]["voxels"] == kept.size
+        assert one["recall"]["everything"]["chance"] == pytest.approx(one["kept_tokens"] / 1000)
+
+
+def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, scan, tmp_path):
+    cut = tmp_path / "cut.nii.gz"
+    cut.write_bytes(scan.read_bytes()[:2000])
+    code, text = cli("--model", model_dir, cut, QUESTIONS[0], *FAST)
+    assert code == 2 and "cut.nii.gz" in text and "wanted" in text
+    for words, said in (
+        ((), "SCAN"),
+        ((scan,), "SCAN"),
+        ((scan, "?", "--manifest", "rows.jsonl", "--output", "p.jsonl"), "SCAN"),
+        ((scan, "?", "--choices"), "--choices: --manifest wanted"),
+        (("--manifest", "rows.jsonl"), "--output"),
+        (("--manifest", "rows.jsonl", "--output", "p.jsonl", "--stream"), "--stream: SCAN wanted"),
+        (("--manifest", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
+        ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: 3 numbers"),
+        ((scan, " ", *FAST, *COARSE), "question wanted"),
+    ):
+        code, text = cli("--model", model_dir, *words)
+        assert code == 2 and said in " ".join(text.split()), text
+
+
+def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_path):
+    words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    code, text = cli(*words, "--overlay", tmp_path / "ov")
+    assert code == 0 and "4 answered, 0 before, 0 failed" in text
+    found = {p.id: p for p in read_predictions(tmp_path / "p.jsonl")}
+    for name, prediction in found.items():
+        kept = np.asarray(nibabel.load(tmp_path / "ov" / name / "kept.nii.gz").dataobj)
+        assert kept.shape == (28, 28, 14) and 0 < kept.mean() < 1
+        assert kept.mean() == pytest.approx(prediction.kept_tokens / 1000, abs=0.1)
+    code, text = cli(*words)
+    assert code == 0 and "4 rows, 4 of them answered before" in text
+    code, text = cli(*words, "--scheduler", "random")
+    assert code == 2 and "scheduler was 'its' and is 'random'" in text
+
+
+def test_rows_that_fail_are_listed_with_exit_code_1(model_dir, manifest, tmp_path):
+    rows = [json.loads(line) for line in manifest.open()]
+    rows_file(tmp_path, [*rows, row("lost", QUESTIONS[0], str(tmp_path / "lost.ome.zarr"))])
+    code, text = cli("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    assert code == 1
+    assert "4 answered, 0 before, 1 failed" in text and "failed lost: a store of photon-data" in text
+
+
+def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
+    rows_file(tmp_path, [{**json.loads(line), "choices": ["Yes", "No"]} for line in manifest.open()])
+    words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", "--choices", *FAST)
+    assert [cli(*words, "--shard", part)[0] for part in ("1/2", "0/2")] == [0, 0]
+    found = list(read_predictions(tmp_path / "p.jsonl"))
+    assert len(found) == 4 and all(set(p.choice_scores) == {"Yes", "No"} for p in found)
+    assert cli(*words, "--shard", "2/2")[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_a_run_that_is_stopped_goes_on_to_the_same_predictions(model_dir, tmp_path, sign, code):
+    places = [store(tmp_path / "data", f"v{seed}", seed) for seed in range(3)]
+    rows = [row(f"{i}-{k}", f"{QUESTIONS[k % 4]} {k}", place) for i, place in enumerate(places) for k in range(12)]
+    words = ["--model", model_dir, "--manifest", rows_file(tmp_path, rows), "--questions-per-batch", 4, "--device", "cpu"]
+    command = [sys.executable, "-c", "from photon_cli.photon import main; main()", "predict", *map(str, words)]
+    command += ["--max-new-tokens", "200"]
+    path = tmp_path / "p.jsonl"
+    process = subprocess.Popen([*command, "--output", str(path)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(sign)
+    assert process.wait(60) == code
+    assert path.read_bytes().count(b"\n") < 36
+    subprocess.run([*command, "--output", str(path)], check=True)
+    subprocess.run([*command, "--output", str(tmp_path / "whole.jsonl")], check=True)
+    found, whole = ({p.id: (p.response, p.kept) for p in read_predictions(f)} for f in (path, tmp_path / "whole.jsonl"))
+    assert found == whole and len(found) == 36
+    assert path.read_bytes().count(b"\n") == 36
+
+
+def test_help_answers_without_torch():
+    check = "import sys; from photon_cli.photon import app; import photon_cli.predict_command; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
