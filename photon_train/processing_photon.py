@@ -108,6 +108,13 @@ class PhotonProcessor:
             found.append(row[int(ends[-1]) + 1 :])
         return found
 
+    def training_ids(self, messages: Sequence[Mapping[str, Any]], name: str = "row") -> tuple[Tensor, Tensor]:
+        """Return the ids int64[L] of a conversation and its labels, as a call with for_training gives them, without voxels."""
+        tags = sum(str(message["content"]).count(TAG) for message in messages)
+        sample = _sample([None] * tags, messages, name)
+        ids = self._ids(sample, for_training=True, max_length=None)
+        return ids, self._labels(ids, sample)
+
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of each row of ids, special tokens left out."""
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
