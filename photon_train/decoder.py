@@ -210,7 +210,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         keep_BL = present_BL & (kept_visual_BL | ~visual_BL)
         kept = gather_of(keep_BL)
         if self.photon.scheduler == "its":
-            warn_of_undecided(selection, visual_BL)
+            warn_of_undecided(selection, visual_BL & ~scheduling.perturbed_B[:, None])
         surrogate_p_BL = p_BL if drops else p_BL.detach()
         rule = SurrogateRule.of(self.photon)
         rule = rule._replace(loss_scale=scheduling.loss_scale)

@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from photon_data.location import sync_tree
+from photon_data.location import replace_folder, sync_tree
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter.safetensors"
+MERGED = "merged"
 PREFIX = "checkpoint-"
 PARTIAL = ".partial-"
 
@@ -52,8 +53,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         try:
             _write(partial, accelerator.unwrap_model(wrapped), weights, moments, processor, state)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            replace_folder(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         for old in checkpoints(run)[:-keep]:
@@ -80,6 +80,16 @@ def load_optimizer(wrapped: nn.Module, optimizer: Any, checkpoint: Path) -> None
     if (checkpoint / ADAPTER).is_file():
         set_model_state_dict(wrapped, dict(load_file(checkpoint / ADAPTER)), options=options)
     set_optimizer_state_dict(wrapped, optimizer.optimizer, optim_state_dict=_read_moments(checkpoint), options=options)
+
+
+def save_merged(model: Any, processor: Any, folder: Path) -> None:
+    """Write a LoRA model as an ordinary one, its updates added to the weights, for from_pretrained."""
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.merge_and_unload().save_pretrained(partial)
+    processor.save_pretrained(partial)
+    sync_tree(partial)
+    replace_folder(partial, folder)
 
 
 def _write(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from photon_train.curriculum import Phase, phase_at
-from photon_train.training.checkpoint import save_checkpoint
+from photon_train.training.checkpoint import MERGED, save_checkpoint, save_merged
 from photon_train.training.clock import Clock
 from photon_train.training.dataset import Batch, GroupDataset, batches
 from photon_train.training.log import Log, read_log, write_summary
@@ -149,6 +149,8 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return {}
+    if run.config.lora_rank:
+        save_merged(run.accelerator.unwrap_model(run.model), run.processor, run.folder / MERGED)
     rows = read_log(run.folder)
     last = rows[-1]
     summary = {"steps": run.state["step"], "seconds_of_this_session": seconds, "first": rows[0], "last": last}

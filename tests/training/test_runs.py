@@ -232,3 +232,23 @@ def test_frozen_modules_do_not_move_and_stage_2_starts_by_keeping_nearly_everyth
             continue
         frozen = ("visual." in name and "patch_embed" not in name) or ".layers.3." in name
         assert parameter.equal(before[name]) == frozen, name
+
+
+def test_lora_trains_its_updates_only_resumes_and_ends_as_an_ordinary_model(config, models, tmp_path):
+    lora = replace(config, lora_rank=2, lr_patch_embedding=0.0, lr_vision=0.0, lr_merger=0.0, lr_threshold=0.0, epochs=1)
+    whole = trained(replace(lora, output=str(tmp_path / "whole")))
+    stopped = start(replace(lora, output=str(tmp_path / "stopped")), resume=False)
+
+    def stop_after_saving(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    stopped.watch = stop_after_saving
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(stopped)
+    assert trained(replace(lora, output=str(tmp_path / "stopped")), resume=True) == whole
+    before = dict(PhotonForConditionalGeneration.from_pretrained(models / "s2").named_parameters())
+    after = PhotonForConditionalGeneration.from_pretrained(tmp_path / "whole" / "merged")
+    moved = {name for name, parameter in after.named_parameters() if not parameter.equal(before[name])}
+    assert moved
+    assert all(".layers." in name and "_proj.weight" in name for name in moved)
