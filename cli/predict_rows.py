@@ -13,10 +13,9 @@ from photon_cli.kept import KeptOrder, show_rows
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
-from photon_data.manifest import read
 from photon_train import predict
 from photon_train.answering import Reply
-from photon_train.grouping import Group
+from photon_train.grouping import Group, read_rows
 from photon_train.predict import Outcome, Shard, Watch
 
 SHOWN_FAILURES = 10
@@ -25,7 +24,7 @@ LINE_S = 10  # without a terminal a line is printed this often
 
 def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None, kept: KeptOrder) -> bool:
     """Answer the rows and return whether all of this part have an answer."""
-    rows = read(manifest)
+    rows = read_rows(manifest)
     part, local = _part(shard)
     device = f"cuda:{local}" if local is not None and model.device in ("auto", "cuda") and _has_gpu() else None
     asker = model.load(device)

@@ -65,9 +65,13 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         hidden_states: Tensor,
         scheduling: SchedulingInputs | None = None,
         prefix: Prefix | None = None,
+        with_qk: bool = False,
         **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Selection]:
-        """Return h_BLD and, given `scheduling`, the selection for whole rows (prefix included)."""
+    ) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, Tensor, Tensor]:
+        """Return h_BLD and, given `scheduling`, the selection for whole rows (prefix included); with_qk, rotated q and k."""
+        if with_qk:  # within this forward, where sharded weights are whole
+            q_BHLd, k_BKLd = self.rotated_qk(hidden_states, kwargs["position_embeddings"])
+            return super().forward(hidden_states, **kwargs), q_BHLd, k_BKLd
         if scheduling is None:
             return super().forward(hidden_states, **kwargs)
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
@@ -156,8 +160,8 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
         with self._keeping_keys():
             h_1PD = self._through(self.layers[:its], h_1PD, **attend)
-            q_1HPd, k_1KPd = scheduler.rotated_qk(h_1PD, attend["position_embeddings"])
-            return scheduler(h_1PD, **attend), q_1HPd, k_1KPd, cache
+            h_1PD, q_1HPd, k_1KPd = scheduler(h_1PD, with_qk=True, **attend)
+        return h_1PD, q_1HPd, k_1KPd, cache
 
     @contextmanager
     def _keeping_keys(self) -> Iterator[None]:
@@ -206,9 +210,10 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         keep_BL = present_BL & (kept_visual_BL | ~visual_BL)
         kept = gather_of(keep_BL)
         if self.photon.scheduler == "its":
-            warn_of_undecided(selection, visual_BL)
+            warn_of_undecided(selection, visual_BL & ~scheduling.perturbed_B[:, None])
         surrogate_p_BL = p_BL if drops else p_BL.detach()
         rule = SurrogateRule.of(self.photon)
+        rule = rule._replace(loss_scale=scheduling.loss_scale)
         h_BMD = prune(h_BLD, surrogate_p_BL, visual_BL, kept, rule)
         scheduled = Scheduled(
             selection.score_BL,

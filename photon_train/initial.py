@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS
+from photon_data.phantom.questions import WORDINGS
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
@@ -17,6 +20,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WORD_PIECES = 400  # more than the phantoms' texts have words
+INITIAL_STD = 0.12  # of weights: about 1 / sqrt(64), not the 0.02 that suits thousands of features
+PATCH_STD = 0.01  # of the patch embedding, which sums over 2744 voxels
+BIAS_STD = 0.3
 ROLES = ("system", "user", "assistant")
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -38,24 +45,55 @@ def start_from(path_or_id: str, output: Path, revision: str | None = None, seed:
 
 
 def tiny(output: Path, stage: int = 1, seed: int = 0, **settings: Any) -> PhotonForConditionalGeneration:
-    """Return a random model of 8 small layers that reads real stores, and write it with a byte-level tokenizer.
+    """Return a random model of 6 small layers that reads real stores, and write it with a byte-level tokenizer.
 
-    `settings` are PhotonConfig's.
+    `settings` are PhotonConfig's, e.g. model_shape_zyx=(70, 140, 140) for an eighth of the visual tokens.
     """
     torch.manual_seed(seed)
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(phantom_texts())
     model = PhotonForConditionalGeneration(tiny_config(tokenizer, stage, **settings))
+    _make_brightness_visible(model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return model
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per byte, role name and special token, with Qwen's chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+@torch.no_grad()
+def _make_brightness_visible(model: PhotonForConditionalGeneration) -> None:
+    """Give the vision tower weights that can be trained in minutes.
+
+    The patch embedding has no bias and every block normalises its input: of a patch of one brightness the direction is always
+    the same, and only what the blocks add, if that is not small beside it, tells how bright it was.
+    """
+    visual = model.model.visual
+    visual.patch_embed.proj.weight.normal_(0, PATCH_STD)
+    for name, parameter in visual.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, BIAS_STD)
+
+
+def phantom_texts() -> list[str]:
+    """Return every question and answer there can be about a phantom's findings: what the tiny model's words are made of."""
+    texts = []
+    for finding in (*FINDINGS, *EASY_FINDINGS):
+        names = {"noun": finding.noun, "plural": finding.plural, "organ": finding.organ, "choices": ", ".join(finding.places)}
+        texts += [wording.format(**names) for wordings in WORDINGS.values() for wording in wordings]
+        texts += [*finding.sides, *finding.places, *finding.substances, "yes", "no"]
+    return texts
+
+
+def byte_tokenizer(texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token per byte, role name and special token, with Qwen's chat template.
+
+    The words of `texts` become tokens too.
+    """
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = len(alphabet) + (WORD_PIECES if texts else 0)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
     tokenizer.add_special_tokens([PAD, IM_START, IM_END, *VISION])
@@ -65,34 +103,36 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any) -> PhotonConfig:
-    """Return the configuration of the tiny model: the published volume geometry, 8 layers of width 64."""
+    """Return the configuration of the tiny model: the published volume geometry, 6 layers of width 64."""
     ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, IM_START, IM_END, *VISION)}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
         "num_key_value_heads": 2,
+        "initializer_range": INITIAL_STD,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
         "bos_token_id": ids[PAD],
         "eos_token_id": ids[IM_END],
     }
     vision = {
-        "depth": 4,
+        "depth": 2,
         "hidden_size": 32,
-        "intermediate_size": 48,
+        "intermediate_size": 64,
         "num_heads": 2,
         "out_hidden_size": 64,
-        "fullatt_block_indexes": [1, 3],
+        "fullatt_block_indexes": [1],
+        "initializer_range": INITIAL_STD,
     }
     names = ("vision_start", "vision_end", "image", "video")
     tokens = {f"{name}_token_id": ids[token] for name, token in zip(names, VISION, strict=True)}
     return PhotonConfig(
-        **{**text, **tokens, **settings},
+        **{**text, **tokens, "its_layer": 2, **settings},
         vision_config=vision,
         stage=stage,
         im_start_token_id=ids[IM_START],

@@ -230,6 +230,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         step: int | None = None,
         total_steps: int | None = None,
         prefix: Prefix | None = None,
+        prefix_length: int | None = None,
+        loss_scale: float = 1.0,
+        answers_only: bool = False,
         **kwargs: Any,
     ) -> PhotonOutput:
         """Return a PhotonOutput.
@@ -241,6 +244,10 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         step, total_steps: optimizer step and length of the run, for the curriculum; a training step without them
         drops tokens and flips nothing.
         prefix: what every row begins with, already computed.
+        prefix_length: in place of a prefix: so many tokens of every row are the same and hold all volumes, which are given
+        once (`pixel_values_videos`, `video_grid_thw`) and encoded once.
+        answers_only: with labels, return logits at answer positions only, as in training: float[N, V].
+        loss_scale: what a trainer will multiply the loss by; the surrogate gradient, which is not linear in it, wants to know.
         Raises ValueError for images, and for visual tokens that do not match the volumes.
         """
         if pixel_values is not None or image_grid_thw is not None:
@@ -249,12 +256,18 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             raise ValueError("input_ids wanted, got None: visual and question tokens are found by their ids")
         if past_key_values is not None and past_key_values.get_seq_length() > 0:  # a decoding step: all is in the cache
             pixel_values_videos = mm_encoder_outputs = prefix = None
+        if prefix_length is not None:
+            prefix = self._shared_prefix(input_ids, prefix_length, pixel_values_videos, video_grid_thw, second_per_grid_ts)
+            video_grid_thw = video_grid_thw.repeat(len(input_ids), 1) if video_grid_thw is not None else None
+            second_per_grid_ts = second_per_grid_ts.repeat(len(input_ids)) if second_per_grid_ts is not None else None
+            pixel_values_videos = None
         has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
             phase = self._phase(step, total_steps)
             rows = self._rows(input_ids, attention_mask, question_mask, perturbed, flip, phase)
+            rows = rows._replace(loss_scale=loss_scale)
         if rows is not None and schedules and self.config.scheduler == "foreground":
             body = self.body_share(rows.visual_BL, pixel_values_videos, prefix) if body is None else body
             rows = rows._replace(body_BL=body)
@@ -280,15 +293,25 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             answered = {"logits": self.lm_head(h_BMD[:, kept])}
         else:
             assert rows is not None, "labels come with whole rows"
-            answered = self._losses(h_BMD, labels, attention_mask, scheduled, rows)
+            answered = self._losses(h_BMD, labels, attention_mask, scheduled, rows, answers_only or self.training)
         return PhotonOutput(
             **answered,
-            scheduled=scheduled,
+            scheduled=None if scheduled is None else scheduled.detached(),
             rope_deltas=self.model.rope_deltas,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _shared_prefix(
+        self, input_ids: Tensor, length: int, patches_PX: Tensor | None, grids: Tensor | None, seconds: Tensor | None
+    ) -> Prefix:
+        """Return the prefix of rows that begin alike, with gradients."""
+        first = {"input_ids": input_ids[:1, :length], "pixel_values_videos": patches_PX, "video_grid_thw": grids}
+        prefix = self.encode_prefix({**first, "second_per_grid_ts": seconds})
+        if prefix.length != length:
+            raise ValueError(f"a prefix up to the end of the last volume ({prefix.length} tokens) wanted, got {length}")
+        return prefix
 
     def _phase(self, step: int | None, total_steps: int | None) -> Phase:
         return phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
@@ -344,6 +367,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         attention_mask: Tensor | None,
         scheduled: Scheduled | None,
         rows: SchedulingInputs,
+        answers_only: bool,
     ) -> dict[str, Tensor]:
         """Return the fields of PhotonOutput from `loss` to `answer_rows_N`."""
         if scheduled is not None:
@@ -352,7 +376,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         targets_BM = _targets(labels, torch.ones_like(labels) if attention_mask is None else attention_mask)
         rows_N, columns_N = (targets_BM != IGNORED).nonzero(as_tuple=True)
         labels_N = targets_BM[rows_N, columns_N]
-        if self.training:  # the head is most of the memory of a step: only where there is something to predict
+        if answers_only:  # the head is most of the memory of a step: only where there is something to predict
             logits = logits_NV = self.lm_head(h_BMD[rows_N, columns_N])
         else:
             logits = self.lm_head(h_BMD)

@@ -17,7 +17,7 @@ from photon_data.errors import UsageError, unforeseen
 from photon_train.answering import AnswerSettings, Asker, Encoded, Reply, with_seconds
 from photon_train.grouping import Group, Prompt, Row, group_rows
 from photon_train.modeling_photon import PhotonForConditionalGeneration
-from photon_train.prediction_file import PredictionFile, merge, prediction_file
+from photon_train.prediction_file import PredictionFile, answered, merge, prediction_file
 from photon_train.predictions import Prediction
 from photon_train.processing_photon import PhotonProcessor
 
@@ -136,6 +136,7 @@ def predict_rows(
     settings, path = settings_of(asker), shard.path(output)
     failed: dict[str, str] = {}
     with prediction_file(path, settings) as file:
+        file.done |= answered(output, settings) if path != output else set()
         before = len(mine & file.done)
         watch.on_start(len(mine), before)
         file.append(Prediction(id=name, error=reason) for name, reason in sorted(problems.items()))

@@ -54,9 +54,17 @@ def prediction_file(path: Path, settings: Mapping[str, Any]) -> Iterator[Predict
             yield PredictionFile(lines, done)
 
 
+def answered(path: Path, settings: Mapping[str, Any]) -> set[str]:
+    """Return the ids that a finished file answers; none where there is no such file. UsageError as `prediction_file`."""
+    if not path.exists():
+        return set()
+    _begin(path, settings)
+    return {prediction.id for prediction in read_predictions(path) if not prediction.error}
+
+
 def merge(parts: Iterable[Path], output: Path, settings: Mapping[str, Any], wanted: set[str]) -> bool:
-    """Write the predictions of all parts to `output`, by id, if together they have every wanted id; tell whether they do."""
-    found = {p.id: p for part in parts if part.exists() for p in read_predictions(part)}
+    """Add the predictions of all parts to `output`, by id, if they have every wanted id then; tell whether they do."""
+    found = {p.id: p for part in (output, *parts) if part.exists() for p in read_predictions(part)}
     if not wanted <= found.keys():
         return False
     _begin(output, settings)

@@ -113,6 +113,13 @@ class PhotonProcessor:
         """Return int64[L] of one ms-swift row as `__call__` makes them, without reading its volumes."""
         return self._ids(_samples(None, None, [row])[0], for_training, max_length=None)
 
+    def training_ids(self, messages: Sequence[Mapping[str, Any]], name: str = "row") -> tuple[Tensor, Tensor]:
+        """Return the ids int64[L] of a conversation and its labels, as a call with for_training gives them, without voxels."""
+        tags = sum(str(message["content"]).count(TAG) for message in messages)
+        sample = _sample([None] * tags, messages, name)
+        ids = self._ids(sample, for_training=True, max_length=None)
+        return ids, self._labels(ids, sample)
+
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of each row of ids, special tokens left out."""
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -33,6 +33,7 @@ class SchedulingInputs(NamedTuple):
     phase: Phase
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
+    loss_scale: float = 1.0  # what the trainer multiplies the loss by
 
     @property
     def detached_B(self) -> Tensor:
@@ -69,6 +70,10 @@ class Scheduled(NamedTuple):
     keep_BL: Tensor  # bool, True for text and kept visual tokens, False for dropped ones and padding
     position_BM: Tensor  # int64, where each remaining token stood; rows are packed against the right edge
     present_BM: Tensor  # bool, False at the empty slots of rows with fewer tokens
+
+    def detached(self) -> Scheduled:
+        """Return it without gradients: what is reported keeps no graph alive and no DDP bucket waiting."""
+        return Scheduled(*(x.detach() for x in self))
 
 
 class ThresholdHead(nn.Linear):
@@ -123,7 +128,7 @@ def its(context: SchedulerContext) -> Selection:
     visual_BL, question_BL = context.inputs.visual_BL, context.inputs.question_BL
     assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
     config = context.config
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):  # which would round float32 products to bfloat16
         q_BHLd, k_BKLd = context.rotated_qk()
         score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, config.centrality_floor)
         saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)

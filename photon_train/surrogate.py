@@ -23,11 +23,12 @@ class SurrogateRule(NamedTuple):
     scale_min: float
     scale_max: float
     saturation_floor: float
+    loss_scale: float = 1.0  # what the loss was multiplied by, e.g. 1 / accumulation steps
 
     @classmethod
     def of(cls, config: PhotonConfig) -> "SurrogateRule":
         """Return the rule that the configuration describes."""
-        return cls(**{name: getattr(config, f"sgp_{name}") for name in cls._fields})
+        return cls(**{name: getattr(config, f"sgp_{name}") for name in cls._fields if name != "loss_scale"})
 
 
 def prune(h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, rule: SurrogateRule) -> Tensor:
@@ -45,10 +46,13 @@ def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Te
     g_BLD is the upstream gradient, 0 at dropped tokens. eta = <x, g>, standardised and clipped; direction d = 0.5 - r,
     r = 0.5 + 0.5 tanh(z); magnitude s = sum |x g| over its mean, clipped; gradient = beta d s max(p (1 - p), floor).
 
-    Both are relative to the row, so the size of the loss does not matter: a row of a batch counts as much for p as a row
-    alone, and K rows in a batch as much as K accumulated steps.
+    Both are relative to the row: a row of a batch counts as much for p as a row alone. Where the floor of sigma is reached
+    the size of the loss matters, hence `loss_scale`: the gradient is that of the loss before scaling, times the scale, so
+    that a step does not depend on how its rows are spread over accumulation steps and devices.
     """
-    xg_BLD = x_BLD.float() * g_BLD.float()
+    if rule.loss_scale == 0:
+        return torch.zeros_like(p_BL)
+    xg_BLD = x_BLD.float() * (g_BLD.float() / rule.loss_scale)
     eta_BL = xg_BLD.sum(-1) * (-1.0 if rule.strict else 1.0)
     mean_B1, sigma_B1 = _mean_sigma(eta_BL, visual_BL)
     z_BL = ((eta_BL - mean_B1) / sigma_B1.clamp_min(rule.sigma_floor)).clamp(-rule.z_clip, rule.z_clip)
@@ -59,7 +63,7 @@ def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Te
     scale_BL = size_BL / _mean_sigma(size_BL, visual_BL)[0].clamp_min(rule.scale_floor)
     scale_BL = scale_BL.clamp(rule.scale_min, rule.scale_max)
     slope_BL = (p_BL * (1 - p_BL)).clamp_min(rule.saturation_floor)
-    return (rule.beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
+    return (rule.loss_scale * rule.beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
 
 
 def _mean_sigma(x_BL: Tensor, visual_BL: Tensor) -> tuple[Tensor, Tensor]:

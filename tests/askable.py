@@ -15,13 +15,14 @@ from photon_train.initial import tiny
 from photon_train.predict import load_asker
 
 SHORT = AnswerSettings(max_new_tokens=6)
-MODEL_SHAPE = (140, 280, 280)
+MODEL_SHAPE = (70, 140, 140)
+TOKENS = 125  # five a side
 QUESTIONS = ("Is there a nodule?", "Where is it, in which lobe of which lung?", "Size", "Any fluid? Say yes or no.")
 
 
-def lively_model(directory: Path) -> Path:
+def lively_model(directory: Path, **settings: Any) -> Path:
     """Weights large enough for the answers, and a threshold in the middle for the keep sets, to differ."""
-    tiny(directory, stage=2, initial_threshold=0.45, initializer_range=0.3)
+    tiny(directory, stage=2, initial_threshold=0.45, initializer_range=0.3, **{"model_shape_zyx": MODEL_SHAPE} | settings)
     return directory
 
 
@@ -31,18 +32,18 @@ def asker(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> A
 
 def blocks(seed: int) -> Volume:
     """int16 HU on the model grid: every token another grey, from -1000 to 1000."""
-    grey = np.random.default_rng(seed).uniform(-1000, 1000, (10, 10, 10))
+    grey = np.random.default_rng(seed).uniform(-1000, 1000, (5, 5, 5))
     grey.flat[:2] = -1000, 1000
     array = grey.round().astype(np.int16)
     for axis, n in enumerate(MODEL_SHAPE):
-        array = array.repeat(n // 10, axis)
-    return Volume(array, Geometry.axis_aligned(MODEL_SHAPE, (2.6, 1.3, 1.3), (0, 0, 0)))
+        array = array.repeat(n // 5, axis)
+    return Volume(array, Geometry.axis_aligned(MODEL_SHAPE, (5.2, 2.6, 2.6), (0, 0, 0)))
 
 
 def store(out: Path, name: str, seed: int) -> str:
     """Return the path of a store that holds `blocks` on the model grid."""
     model = blocks(seed)
-    small = Volume(model.array_zyx[::10, ::10, ::10], Geometry.axis_aligned((14, 28, 28), (26, 13, 13), (0, 0, 0)))
+    small = Volume(model.array_zyx[::5, ::5, ::5], Geometry.axis_aligned((14, 28, 28), (26, 13, 13), (0, 0, 0)))
     facts = {"geometry": small.geometry.to_json(), "grid": small.geometry.to_json()}
     identity = {"id": name, "key": name, "fingerprint": name, "recipe": Recipe().to_json(), "digest": Recipe().digest}
     write_store(Prepared(small, model, facts), Location(str(out)), store_name(name), identity)

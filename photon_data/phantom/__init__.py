@@ -18,7 +18,7 @@ import numpy as np
 from photon_data.nifti_file import nifti_header, write_nifti
 from photon_data.phantom.anatomy import Layer, draw_body
 from photon_data.phantom.lesions import Lesion, draw_lesions, lesion_layers
-from photon_data.phantom.plan import FINDINGS, Slot, occurrence, seeded, slot
+from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, Slot, occurrence, seeded, slot
 from photon_data.phantom.questions import question_rows
 from photon_data.phantom.scanner import SLAB, Scan, draw_scan, paint, stored_planes
 from photon_data.records import to_jsonl
@@ -53,15 +53,21 @@ class Phantom:
 
 
 def make_phantoms(
-    directory: Path, n: int, seed: int, *, size: int = DEFAULT_SIZE, progress: Callable[[Phantom], object] | None = None
+    directory: Path,
+    n: int,
+    seed: int,
+    *,
+    size: int = DEFAULT_SIZE,
+    easy: bool = False,
+    progress: Callable[[Phantom], object] | None = None,
 ) -> list[Phantom]:
     """Write n phantoms and their questions.jsonl; `progress` is called after each. The same seed gives the same bytes.
 
     Phantom i is the same whatever n is. `size` is the number of voxels across a slice: smaller is faster and coarser, with the
-    same bodies, fields of view and answers.
+    same bodies, fields of view and answers. `easy` phantoms have large dense lesions and are asked about their existence only.
     FileExistsError if the directory holds scans that this call would not write, and which its questions would not cover.
     """
-    phantoms = [draw_phantom(seed, index, size) for index in range(n)]
+    phantoms = [draw_phantom(seed, index, size, easy=easy) for index in range(n)]
     _refuse_strangers(directory, phantoms)
     directory.mkdir(parents=True, exist_ok=True)
     for phantom in phantoms:
@@ -75,17 +81,18 @@ def make_phantoms(
     return phantoms
 
 
-def draw_phantom(seed: int, index: int, size: int = DEFAULT_SIZE) -> Phantom:
+def draw_phantom(seed: int, index: int, size: int = DEFAULT_SIZE, *, easy: bool = False) -> Phantom:
     """Phantom number `index`: the patient's body, the scan's view of it, and lesions within that view. Milliseconds, no files."""
     at = slot(seed, index)
     body = draw_body(seeded(seed, "body", at.patient_index))
     scan = draw_scan(at, seeded(seed, "scan", index), body, size)
-    drawn = {finding.name: occurrence(at, finding) for finding in FINDINGS}
+    findings = EASY_FINDINGS if easy else FINDINGS
+    drawn = {finding.name: occurrence(at, finding) for finding in findings}
     occurrences = {name: found for name, found in drawn.items() if found}
     lesions = draw_lesions(seeded(seed, "lesions", index), body, scan.visible, occurrences)
     table = (body.table,) if scan.has_table else ()
     layers = (*table, *body.layers, *lesion_layers(lesions))
-    return Phantom(at, scan, layers, lesions, question_rows(at, occurrences, lesions))
+    return Phantom(at, scan, layers, lesions, question_rows(at, findings, occurrences, lesions))
 
 
 def write_phantom(directory: Path, phantom: Phantom) -> None:

@@ -16,6 +16,7 @@ SUBSTANCES_HU = {
     "fluid": (0, 12),
     "soft tissue": (35, 60),
     "calcified": (350, 450),
+    "dense": (950, 1000),
 }
 GAP_MM = 2.0  # from a lesion to the border of its organ or of the view; twice that between lesions
 ATTEMPTS = 30

@@ -58,7 +58,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense."""
+    """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense.
+
+    only_existence: nothing is asked but whether it is there, whatever else could be.
+    """
 
     name: str
     organ: str
@@ -70,6 +73,7 @@ class Finding:
     counts: tuple[int, ...] = (1,)
     size_bins_mm: tuple[tuple[int, int], ...] = ()
     substances: tuple[str, ...] = ()
+    only_existence: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,32 @@ FINDINGS = (
         plural="pleural effusions",
         organ_masks=("lung_left", "lung_right"),
         sides=("left", "right"),
+    ),
+)
+
+# For a model of half a million weights that has a few minutes to learn: one question, lesions as large as a visual token and
+# brighter than any bone.
+EASY_FINDINGS = (
+    Finding(
+        name="lung_nodule",
+        organ="lungs",
+        noun="lung nodule",
+        plural="lung nodules",
+        organ_masks=("lung_left", "lung_right"),
+        sides=("left", "right"),
+        size_bins_mm=((35, 42),),
+        substances=("dense",),
+        only_existence=True,
+    ),
+    Finding(
+        name="liver_lesion",
+        organ="liver",
+        noun="liver lesion",
+        plural="liver lesions",
+        organ_masks=("liver",),
+        size_bins_mm=((34, 40),),
+        substances=("dense",),
+        only_existence=True,
     ),
 )
 

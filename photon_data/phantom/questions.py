@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from photon_data.phantom.lesions import Lesion
-from photon_data.phantom.plan import FINDINGS, Finding, Occurrence, Slot
+from photon_data.phantom.plan import Finding, Occurrence, Slot
 
 WORDINGS = {
     "existence": (
@@ -71,12 +71,14 @@ class Item:
         return self.form.removesuffix("-class")
 
 
-def question_rows(at: Slot, occurrences: dict[str, Occurrence], lesions: dict[str, tuple[Lesion, ...]]) -> list[dict[str, Any]]:
+def question_rows(
+    at: Slot, findings: Sequence[Finding], occurrences: dict[str, Occurrence], lesions: dict[str, tuple[Lesion, ...]]
+) -> list[dict[str, Any]]:
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
-    for finding in FINDINGS:
+    for finding in findings:
         items = [Item("existence", "yes" if finding.name in occurrences else "no", ("yes", "no"))]
-        if finding.name in occurrences:
+        if finding.name in occurrences and not finding.only_existence:
             items += _items(occurrences[finding.name], lesions[finding.name][0])
         rows += [_row(at, finding, item) for item in items]
     return rows

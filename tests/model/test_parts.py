@@ -43,7 +43,7 @@ def test_phases_can_start_at_fractions_of_the_run() -> None:
     ("settings", "message"),
     [
         ({"scheduler": "best"}, "scheduler: one of its, none, .* wanted, got 'best'"),
-        ({"its_layer": 8}, "its_layer: a layer from 0 to 6 wanted, got 8"),
+        ({"its_layer": 8}, "its_layer: a layer from 0 to 4 wanted, got 8"),
         ({"keep_ratio": 0.0}, "keep_ratio"),
         ({"initial_threshold": 0.95}, "initial_threshold: a value between 0 and 0.9 wanted"),
         ({"hard_start": 8000.0}, "hard_start: an optimizer step .int. or a fraction of the run .* wanted, got 8000.0"),

@@ -16,3 +16,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(model_dir: Path) -> Asker:
     return asker(model_dir)
+
+
+@pytest.fixture(scope="session")
+def published_shape_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lively_model(tmp_path_factory.mktemp("published"), model_shape_zyx=(140, 280, 280))
+
+
+@pytest.fixture
+def published_shape(published_shape_dir: Path) -> Asker:
+    return asker(published_shape_dir)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from askable import QUESTIONS, asker, blocks, row
+from askable import QUESTIONS, TOKENS, asker, blocks, row
 
 from photon_train.answering import AnswerSettings
 from photon_train.choices import score_choices
@@ -46,7 +46,7 @@ def test_questions_of_one_volume_are_answered_as_alone_and_the_volume_is_encoded
         found = replies[one["id"]].prediction
         assert found.response == text
         assert (unpack_mask(found.kept, found.visual_tokens) == keep).all()
-        assert (found.kept_tokens, found.visual_tokens, found.text_tokens) == (keep.sum(), 1000, text_tokens)
+        assert (found.kept_tokens, found.visual_tokens, found.text_tokens) == (keep.sum(), TOKENS, text_tokens)
         assert found.scheduler == "its" and 0 < found.threshold < 0.9
     assert len({reply.prediction.response for reply in replies.values()}) > 1
     assert len({reply.prediction.kept for reply in replies.values()}) == len(rows)
@@ -68,7 +68,7 @@ def test_two_volumes_text_alone_and_another_system_message_share_nothing_they_mu
         text, keep, text_tokens = alone(model, one)
         found = replies[one["id"]].prediction
         assert (found.response, found.text_tokens) == (text, text_tokens), one["id"]
-        assert found.visual_tokens == 1000 * len(one["videos"])
+        assert found.visual_tokens == TOKENS * len(one["videos"])
         assert found.kept == ("" if keep is None else replies[one["id"]].prediction.kept)
         assert keep is None or (replies[one["id"]].keep_V == keep).all()
 
@@ -97,7 +97,7 @@ def test_a_follow_up_turn_and_its_earlier_answers_stay_in_the_prompt(model):
 def test_every_scheduler_says_what_it_kept(model_dir, scheduler):
     model = asker(model_dir, scheduler=scheduler, keep_ratio=0.4)
     reply = answered(model, [row("r", QUESTIONS[0], blocks(1))])["r"].prediction
-    assert (reply.kept_tokens, reply.threshold) == (1000 if scheduler == "none" else 400, None)
+    assert (reply.kept_tokens, reply.threshold) == (TOKENS if scheduler == "none" else 50, None)
 
 
 def test_choices_have_the_probabilities_that_generation_gives_them(model_dir):
@@ -111,7 +111,7 @@ def test_choices_have_the_probabilities_that_generation_gives_them(model_dir):
         assert found.choice_scores == pytest.approx({c: forced(model, one, prompt, c) for c in one["choices"]}, abs=1e-4)
         assert found.response == max(found.choice_scores, key=found.choice_scores.get)
         assert all(score < 0 for score in found.choice_scores.values())
-    assert 0 < replies["q"].prediction.kept_tokens < 1000
+    assert 0 < replies["q"].prediction.kept_tokens < TOKENS
 
 
 def forced(model, one, prompt: Prompt, text: str) -> float:

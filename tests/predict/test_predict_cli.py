@@ -21,7 +21,7 @@ from photon_cli.photon import app
 from photon_train.predictions import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
-COARSE = ["--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"]
+COARSE = ["--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4", "--set", "model_shape_zyx=70,140,140"]
 
 
 def cli(*words):
@@ -49,7 +49,7 @@ def manifest(tmp_path):
 def test_questions_about_a_raw_scan_are_answered_with_what_was_kept_and_how_long_it_took(model_dir, scan):
     code, text = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE)
     assert code == 0, text
-    assert text.count("of 1000 tokens kept (its)") == 2
+    assert text.count("of 125 tokens kept (its)") == 2
     assert all(f"{stage} " in text for stage in ("read", "prepare", "encode", "answer"))
     assert all(question in text for question in QUESTIONS[:2])
 
@@ -60,7 +60,7 @@ def test_json_has_all_that_a_prediction_has_and_streaming_says_the_same(model_di
     found = json.loads(text)
     assert [one["question"] for one in found["predictions"]] == list(QUESTIONS[:2])
     assert found["volume_id"] == "case" and set(found["seconds"]) == {"read", "prepare", "encode", "answer"}
-    assert all(len(one["kept"]) == 250 and 0 < one["kept_tokens"] < 1000 for one in found["predictions"])
+    assert all(len(one["kept"]) == 32 and 0 < one["kept_tokens"] < 125 for one in found["predictions"])
     code, streamed = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE, "--stream")
     assert code == 0, streamed
     for one in found["predictions"]:
@@ -72,7 +72,7 @@ def test_json_has_all_that_a_prediction_has_and_streaming_says_the_same(model_di
 
 def test_settings_of_the_model_can_be_overridden(model_dir, scan):
     words = ("--model", model_dir, scan, QUESTIONS[0], *FAST, *COARSE)
-    assert "250 of 1000 tokens kept (uniform)" in cli(*words, "--scheduler", "uniform", "--keep-ratio", "0.25")[1]
+    assert "31 of 125 tokens kept (uniform)" in cli(*words, "--scheduler", "uniform", "--keep-ratio", "0.25")[1]
     code, text = cli(*words, "--scheduler", "best")
     assert code == 2 and "one of its, none, random" in text
     code, text = cli(*words, "--dtype", "float8")
@@ -94,7 +94,7 @@ def test_an_overlay_of_a_scan_has_a_picture_files_on_its_grid_and_the_recall_of_
         assert one["recall"] == json.loads((folder / "recall.json").read_text())
         assert one["recall"]["body"]["recall"] == pytest.approx(kept[body].mean())
         assert one["recall"]["everything"]["voxels"] == kept.size
-        assert one["recall"]["everything"]["chance"] == pytest.approx(one["kept_tokens"] / 1000)
+        assert one["recall"]["everything"]["chance"] == pytest.approx(one["kept_tokens"] / 125)
 
 
 def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, scan, tmp_path):
@@ -125,7 +125,7 @@ def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_
     for name, prediction in found.items():
         kept = np.asarray(nibabel.load(tmp_path / "ov" / name / "kept.nii.gz").dataobj)
         assert kept.shape == (28, 28, 14) and 0 < kept.mean() < 1
-        assert kept.mean() == pytest.approx(prediction.kept_tokens / 1000, abs=0.1)
+        assert kept.mean() == pytest.approx(prediction.kept_tokens / 125, abs=0.1)
     code, text = cli(*words)
     assert code == 0 and "4 rows, 4 of them answered before" in text
     code, text = cli(*words, "--scheduler", "random")

@@ -120,7 +120,7 @@ def test_the_files_name_nobody_and_say_nothing_but_the_grid(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flipped", "oblique"])
-def test_a_bright_spot_in_the_raw_scan_lights_up_its_token_in_the_models_patches(tmp_path, model, name):
+def test_a_bright_spot_in_the_raw_scan_lights_up_its_token_in_the_models_patches(tmp_path, published_shape, name):
     native = SCANS[name]
     affine, shape = native.affine_ras, native.shape_zyx[::-1]
     cells = token_cells(target_grid(native, COARSE), TOKENS)
@@ -130,11 +130,12 @@ def test_a_bright_spot_in_the_raw_scan_lights_up_its_token_in_the_models_patches
         array = np.full(native.shape_zyx, -1000, np.int16)
         array[tuple(slice(i - 1, i + 2) for i in marked)] = 1000
         path = write_scan(tmp_path / f"{token}.nii", array=array, affine=affine)
-        patches, _ = model.processor.patches(open_input(str(path), replace(COARSE, modality="other")).model)
+        patches, _ = published_shape.processor.patches(open_input(str(path), replace(COARSE, modality="other")).model)
         assert int(patches.reshape(1000, -1).mean(1).argmax()) == token
 
 
-def test_a_voxel_of_the_model_grid_changes_the_features_of_its_token_and_of_no_other(model):
+def test_a_voxel_of_the_model_grid_changes_the_features_of_its_token_and_of_no_other(published_shape):
+    model = published_shape
     tower = model.model.model.visual
     for block in tower.blocks:  # tokens that do not look at each other show which is which
         block.attn.proj.weight.data.zero_()

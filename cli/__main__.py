@@ -1,0 +1,5 @@
+"""`torchrun -m photon_cli train ...`: the photon command, for launchers that start modules."""
+
+from photon_cli.photon import main
+
+main()

@@ -1,0 +1,183 @@
+"""What a training run is: one frozen value, saved beside the run and read back when it goes on."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, get_type_hints
+
+from photon_data.errors import UsageError
+from photon_train.configuration_photon import PhotonConfig
+
+STAGES = ("s1", "s1c", "s2")
+PRECISIONS = ("fp32", "bf16")
+AUGMENTATIONS = ("none", "intensity", "affine", "both")
+ON_BAD = ("stop", "skip")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. A step is an optimizer step; a group is one volume with its questions, the unit that a device takes.
+
+    stage                    s1 (patch embedding), s1c (everything, no pruning), s2 (everything, with pruning)
+    model                    checkpoint to start from: a directory or a hub id
+    revision                 of a hub id
+    data, eval               manifests to train on; to evaluate on after `eval_every` steps and at the end
+    output                   the run's folder
+    lr_*                     learning rate of a module at its peak; 0 freezes it
+    freeze                   glob patterns of further parameters to freeze, e.g. "*.bias"
+    lora_rank                above 0: train low-rank updates of the language model's linear layers instead of its weights
+    groups_per_step          groups of an optimizer step, over all devices and accumulation steps together
+    questions_per_volume     at most this many questions share one encoding of their volume
+    share_prefix             False: encode the volume for every question anew (same loss, for comparison)
+    epochs, max_steps        length of the run; max_steps (0: none) ends it earlier, and is what schedules count to
+    warmup                   share of the run in which the learning rate rises
+    max_grad_norm            gradients are scaled down to this norm; 0: never
+    precision                fp32, or bf16 (autocast, weights and optimizer in float32)
+    gradient_checkpointing, vision_gradient_checkpointing
+                             recompute the language model's, the vision tower's activations in the backward pass
+    augment                  torchio on training volumes: none, intensity, affine (without reflections), both
+    workers, prefetch        processes that read stores, and batches each keeps ready; workers -1: from the number of CPUs
+    eval_every, save_every   in steps; 0: at the end only
+    keep_checkpoints         older ones are removed
+    on_bad_row, on_nan       stop or skip: a row that cannot be read; a loss that is not finite
+    track                    names of accelerate trackers: tensorboard, wandb, ...
+    photon                   settings of PhotonConfig by name: its_layer, soft_start, hard_start, band_low, ...
+    """
+
+    stage: str = "s1"
+    model: str = ""
+    revision: str = ""
+    data: tuple[str, ...] = ()
+    eval: tuple[str, ...] = ()
+    output: str = ""
+    lr_patch_embedding: float = 1e-5
+    lr_vision: float = 5e-6
+    lr_merger: float = 5e-6
+    lr_language_model: float = 1e-5
+    lr_threshold: float = 1e-5
+    freeze: tuple[str, ...] = ()
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    groups_per_step: int = 2
+    questions_per_volume: int = 8
+    share_prefix: bool = True
+    epochs: int = 3
+    max_steps: int = 0
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    precision: str = "bf16"
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = True
+    vision_gradient_checkpointing: bool = True
+    augment: str = "none"
+    max_length: int = 4096
+    workers: int = -1
+    prefetch: int = 2
+    eval_every: int = 0
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    on_bad_row: str = "stop"
+    on_nan: str = "stop"
+    track: tuple[str, ...] = ("tensorboard",)
+    seed: int = 0
+    photon: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """UsageError for a setting that no run can have."""
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _want(name, value, value in choices, f"one of {', '.join(choices)}")
+        for name, least in LEAST.items():
+            _want(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        _want("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
+        for name in self.photon:
+            if name not in PhotonConfig.__dataclass_fields__:
+                raise UsageError(
+                    f"photon.{name}: a setting of PhotonConfig wanted{_near(name, PhotonConfig.__dataclass_fields__)}"
+                )
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Peak learning rate of each module, by its name in `parameters.MODULES`."""
+        return {f.name.removeprefix("lr_"): getattr(self, f.name) for f in fields(self) if f.name.startswith("lr_")}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dict that `with_values` reads back."""
+        return asdict(self)
+
+
+CHOICES = {
+    "stage": STAGES,
+    "precision": PRECISIONS,
+    "augment": AUGMENTATIONS,
+    "on_bad_row": ON_BAD,
+    "on_nan": ON_BAD,
+    "schedule": SCHEDULES,
+}
+LEAST = {
+    **dict.fromkeys(("lora_rank", "max_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm", "seed"), 0),
+    **{f.name: 0 for f in fields(TrainConfig) if f.name.startswith("lr_")},
+    **dict.fromkeys(("groups_per_step", "questions_per_volume", "epochs", "keep_checkpoints", "max_length", "prefetch"), 1),
+    "workers": -1,
+}
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return the config with fields set by name, "photon.soft_start" for one of PhotonConfig; UsageError for unknown names.
+
+    Values are of a JSON or YAML file, or texts of a command line.
+    """
+    changes: dict[str, Any] = {}
+    photon = dict(config.photon)
+    for name, value in values.items():
+        if name == "photon" and isinstance(value, Mapping):
+            photon.update(value)
+        elif name.startswith("photon."):
+            photon[name.removeprefix("photon.")] = _parsed(value)
+        else:
+            changes[name] = _convert(name, value)
+    return replace(config, **changes, photon=photon)
+
+
+def _convert(name: str, value: Any) -> Any:
+    hints = get_type_hints(TrainConfig)
+    if name not in hints:
+        raise UsageError(f"a setting of a training run wanted, got {name!r}{_near(name, hints)}")
+    kind = hints[name]
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind in (str, int, float):
+            return kind(value)
+        parts: Iterable[Any] = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(str(part) for part in parts if str(part))
+    except (KeyError, ValueError, TypeError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list of texts")
+        raise UsageError(f"{name}: {wanted} wanted, got {value!r}") from None
+
+
+def _parsed(value: Any) -> Any:
+    """Return a text of a command line as JSON reads it: 3 is a number of steps, 0.25 a share of the run."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", got {name!r}; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+
+
+def _want(name: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise UsageError(f"{name}: {wanted} wanted, got {value!r}")

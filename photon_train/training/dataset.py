@@ -1,0 +1,173 @@
+"""Groups -> model inputs, read and cut into patches in worker processes.
+
+What is random in a group (perturbation, flips, augmentation) is drawn from (seed, epoch, number of the group): neither the
+number of workers or devices nor a restart changes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from photon_train.processing_photon import IGNORED, PhotonProcessor
+from photon_train.regularizers import draw_perturbation, perturb
+from photon_train.training.augment import Augment
+from photon_train.training.plan import Group
+from photon_train.training.rows import TrainRow
+
+logger = logging.getLogger(__name__)
+STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A group, ready for the model.
+
+    inputs   of PhotonForConditionalGeneration.forward; `prefix_length` is there when the rows share a volume's encoding
+    flips    bool[K], rows to flip once the curriculum flips
+    ids      of its rows
+    weight   what its loss counts: 0 for one that only fills up a step, or that could not be read
+    volumes  how many volumes were read
+    error    why it could not be read, "" if it could
+    """
+
+    inputs: dict[str, Any]
+    flips: Tensor
+    ids: list[str]
+    weight: float
+    volumes: int = 0
+    error: str = ""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on the device."""
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        return Batch(moved, self.flips.to(device), self.ids, self.weight, self.volumes, self.error)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How groups are read. robustness: chance of a perturbed volume; flip: of a flipped row; both 0 in evaluation."""
+
+    share_prefix: bool = True
+    max_length: int | None = None
+    robustness: float = 0.0
+    flip: float = 0.0
+    augment: Augment = field(default_factory=Augment)
+    seed: int = 0
+
+
+class GroupDataset(Dataset[Batch]):
+    """The groups of one epoch; item i is group i of `groups`."""
+
+    def __init__(
+        self, rows: Sequence[TrainRow], groups: Sequence[Group], processor: PhotonProcessor, reading: Reading, epoch: int = 0
+    ) -> None:
+        self.rows = rows
+        self.groups = groups
+        self.processor = processor
+        self.reading = reading
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return the batch of a group. One that cannot be read comes back with `error` set and weight 0."""
+        group = self.groups[index]
+        rows = [self.rows[i] for i in group.rows]
+        try:
+            return self._read(group, rows)
+        except Exception as error:  # the edge of a work item: the loop stops or skips, by name
+            stand_in = self.processor(rows=[{"messages": STAND_IN}], for_training=True)
+            reason = f"{rows[0].id}: {error}"
+            return Batch(dict(stand_in), torch.zeros(1, dtype=torch.bool), [row.id for row in rows], 0.0, 0, reason)
+
+    def _read(self, group: Group, rows: list[TrainRow]) -> Batch:
+        rng = random.Random(f"{self.reading.seed} {self.epoch} {group.number}")
+        shares = len(rows) > 1 and self.reading.share_prefix and bool(rows[0].videos)
+        inputs = shared_inputs(self.processor, rows, self._volume, rng) if shares else self._separate(rows, rng)
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        if rng.random() < self.reading.robustness and rows[0].videos:
+            self._perturb(inputs, len(rows), generator)
+        longest = inputs["input_ids"].shape[1]
+        if self.reading.max_length is not None and longest > self.reading.max_length:
+            raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")
+        flips = torch.rand(len(rows), generator=generator) < self.reading.flip
+        volumes = len(rows[0].videos) if shares else sum(len(row.videos) for row in rows)
+        return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes)
+
+    def _volume(self, path: str, rng: random.Random) -> Any:
+        return self.reading.augment(path, rng)
+
+    def _separate(self, rows: list[TrainRow], rng: random.Random) -> dict[str, Any]:
+        """Return inputs in which every row brings its volumes; rows of one group get the same augmented volumes."""
+        read = {path: self._volume(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
+        asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
+        return dict(self.processor(rows=asked, for_training=True))
+
+    def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
+        """Perturb every volume of the group in one way; all its rows are then trained to be unsure."""
+        config = self.processor.config
+        how, patches = draw_perturbation(config, generator), inputs["pixel_values_videos"]
+        sizes = inputs["video_grid_thw"].prod(1).tolist()
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        parts = [perturb(part, how, config, torch.Generator().manual_seed(seed)) for part in patches.split(sizes)]
+        inputs["pixel_values_videos"] = torch.cat(parts)
+        inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
+
+
+def shared_inputs(processor: PhotonProcessor, rows: Sequence[TrainRow], read: Any, rng: random.Random) -> dict[str, Any]:
+    """Return inputs of rows that begin alike up to the end of their last volume, which they bring once.
+
+    [P P P . q a]
+    [P P P q q a], prefix_length 3
+    """
+    head = {"id": rows[0].id, "messages": rows[0].messages, "videos": [read(video, rng) for video in rows[0].videos]}
+    first = processor(rows=[head], for_training=True)
+    encoded = [(first["input_ids"][0], first["labels"][0])] + [processor.training_ids(row.messages, row.id) for row in rows[1:]]
+    length = int((encoded[0][0] == processor.config.vision_end_token_id).nonzero()[-1]) + 1
+    longest = max(len(ids) for ids, _ in encoded)
+    input_ids = torch.full((len(rows), longest), processor.tokenizer.pad_token_id)
+    labels, mask = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
+    for row, (ids, wanted) in enumerate(encoded):
+        assert torch.equal(ids[:length], encoded[0][0][:length]), "rows of one group begin alike"
+        own = slice(longest - len(ids) + length, None)
+        input_ids[row, :length], input_ids[row, own] = ids[:length], ids[length:]
+        labels[row, own], mask[row, :length], mask[row, own] = wanted[length:], 1, 1
+    volumes = {name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "prefix_length": length, **volumes}
+
+
+class Turn(NamedTuple):
+    """The micro-batches of one rank: which groups, in order."""
+
+    rank: int
+    world: int
+
+    def of(self, steps: Sequence[Sequence[Group]]) -> list[Group]:
+        """Return this rank's groups: of every step each world-th."""
+        return [group for step in steps for group in step[self.rank :: self.world]]
+
+
+def batches(dataset: GroupDataset, workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
+    """Yield the batches in order, read ahead by `workers` processes (0: in this one)."""
+    ahead: dict[str, Any] = {"prefetch_factor": prefetch} if workers else {}
+    loader = DataLoader(dataset, batch_size=None, shuffle=False, num_workers=workers, collate_fn=_as_is, **ahead)
+    for batch in loader:
+        yield _pinned(batch) if pin else batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.inputs.items()}
+    return Batch(pinned, batch.flips, batch.ids, batch.weight, batch.volumes, batch.error)

@@ -1,0 +1,123 @@
+"""Manifest files -> rows that can be trained on, each checked when the run starts, not when its turn comes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from photon_data.errors import UsageError
+from photon_data.location import Location
+from photon_data.store import read_metadata
+from photon_train.processing_photon import TAG
+
+logger = logging.getLogger(__name__)
+SHOWN = 10
+
+
+class TrainRow(NamedTuple):
+    """One conversation. `head` is its text up to the end of its last volume: rows of equal heads and volumes share a prefix."""
+
+    id: str
+    videos: tuple[str, ...]
+    messages: list[dict[str, Any]]
+    head: str
+    answers_before_head: bool  # something to learn stands before the end of the last volume
+
+    @property
+    def size(self) -> int:
+        """Characters of its text: what it costs beside its volumes, roughly."""
+        return sum(len(message["content"]) for message in self.messages)
+
+
+def read_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
+    """Return the rows of all manifests, in order. UsageError for a file that cannot be read, ids used twice, no answers."""
+    rows = [row for manifest in manifests for row in _rows_of(Path(manifest))]
+    if not rows:
+        raise UsageError(
+            f"manifests with rows wanted, got {', '.join(map(str, manifests)) or 'no manifest'}; see photon-data prepare"
+        )
+    seen: set[str] = set()
+    twice = [row.id for row in rows if row.id in seen or seen.add(row.id)]  # type: ignore[func-returns-value]
+    if twice:
+        raise UsageError(f"an id for every row wanted, {len(twice)} occur again: {_first(twice)}; was a manifest given twice?")
+    silent = [row.id for row in rows if not any(m["role"] == "assistant" for m in row.messages)]
+    if silent:
+        raise UsageError(f"an answer in every row wanted, {len(silent)} of {len(rows)} have none: {_first(silent)}")
+    return rows
+
+
+def _rows_of(path: Path) -> Iterable[TrainRow]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: a manifest wanted, {error.strerror}; photon-data prepare writes OUT/manifests") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield _row(line, f"{path}:{number}", path)
+
+
+def _row(line: str, place: str, path: Path) -> TrainRow:
+    try:
+        row = json.loads(line)
+        messages = [dict(message) for message in row["messages"]]
+        videos = tuple(absolute(video, path, place) for video in row.get("videos") or [])
+        contents = [message["content"] for message in messages]
+        if not all(isinstance(content, str) for content in contents):
+            raise TypeError("content")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{place}: a row with messages and videos wanted ({error!r}), got {line[:80]!r}") from None
+    last = max((i for i, content in enumerate(contents) if TAG in content), default=-1)
+    head = json.dumps([[m["role"], m["content"]] for m in messages[:last]])
+    if last >= 0:
+        head += messages[last]["role"] + contents[last][: contents[last].rindex(TAG)]
+    early = any(message["role"] == "assistant" for message in messages[: max(last, 0)])
+    return TrainRow(str(row.get("id") or place), videos, messages, head, early)
+
+
+def absolute(video: str, manifest: Path, place: str) -> str:
+    """Return where a store is; relative paths are relative to the folder that holds manifests/, and stay in it."""
+    if "://" in video or Path(video).is_absolute():
+        return video
+    root = manifest.resolve().parent.parent
+    found = (root / video).resolve()
+    if not found.is_relative_to(root):
+        raise UsageError(f"{place}: a path within {root} wanted, got {video}")
+    return str(found)
+
+
+def missing_stores(rows: Iterable[TrainRow]) -> dict[str, list[str]]:
+    """Return the volumes that are not whole stores, each with the ids of the rows that need it."""
+    needed: dict[str, list[str]] = {}
+    for row in rows:
+        for video in row.videos:
+            needed.setdefault(video, []).append(row.id)
+    return {video: ids for video, ids in needed.items() if not _is_there(video)}
+
+
+def _is_there(video: str) -> bool:
+    if video.endswith((".nii", ".nii.gz")):
+        return Path(video).is_file()
+    return read_metadata(Location(video), "") is not None
+
+
+def check_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow]:
+    """Return the rows whose stores are there. With on_bad_row "stop", UsageError that names the others."""
+    missing = missing_stores(rows)
+    for video, ids in missing.items():
+        logger.warning("%s is not a whole store: without it go %d rows, %s", video, len(ids), _first(ids))
+    if missing and on_bad_row == "stop":
+        video, ids = next(iter(missing.items()))
+        raise UsageError(
+            f"{len(missing)} stores of the manifests are not there or not whole, {video} first, which row {ids[0]} wants; "
+            "prepare them again, or leave their rows out with on_bad_row=skip"
+        )
+    return [row for row in rows if not any(video in missing for video in row.videos)]
+
+
+def _first(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")

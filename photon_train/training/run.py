@@ -1,0 +1,115 @@
+"""Everything that a step of a training run needs, in one value."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from photon_data.errors import UsageError
+from photon_train.training.augment import Augment
+from photon_train.training.config import TrainConfig
+from photon_train.training.dataset import Batch, Reading, Turn
+from photon_train.training.rows import TrainRow
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on as it was asked to: a row that cannot be read, a loss that is not finite. Names the rows."""
+
+
+@dataclass
+class Run:
+    """Everything a step needs. `model` is wrapped by accelerate; `state` is what a checkpoint restores."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: Any
+    processor: Any
+    optimizer: Any
+    rows: Sequence[TrainRow]
+    eval_rows: Sequence[TrainRow]
+    total_steps: int
+    state: dict[str, Any]
+    watch: Callable[[dict[str, Any]], None]
+
+    @property
+    def photon(self) -> Any:
+        """The model's PhotonConfig."""
+        return self.processor.config
+
+    @property
+    def is_stage_2(self) -> bool:
+        """Whether tokens are scheduled while training."""
+        return bool(self.photon.scheduler == "its")
+
+    @property
+    def turn(self) -> Turn:
+        """Which groups of a step are this process's."""
+        return Turn(self.accelerator.process_index, self.accelerator.num_processes)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.config.output)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up."""
+    # Early phases leave the threshold predictor, and text-only groups the vision tower, without gradient.
+    kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    precision = "bf16" if config.precision == "bf16" else "no"
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives so many runs of one process
+        mixed_precision=precision,
+        log_with=list(config.track) or None,
+        project_dir=config.output,
+        kwargs_handlers=kwargs,
+    )
+    if config.groups_per_step % accelerator.num_processes:
+        raise UsageError(
+            f"groups_per_step: a multiple of the {accelerator.num_processes} processes wanted, got {config.groups_per_step}"
+        )
+    return accelerator
+
+
+def reading(run: Run, *, training: bool) -> Reading:
+    """Return how groups are read: without anything random in evaluation."""
+    config = run.config
+    if not training:
+        return Reading(config.share_prefix, config.max_length, seed=config.seed)
+    return Reading(
+        config.share_prefix,
+        config.max_length,
+        robustness=run.photon.robustness_probability if run.is_stage_2 else 0.0,
+        flip=run.photon.flip_probability if run.is_stage_2 else 0.0,
+        augment=Augment(config.augment),
+        seed=config.seed,
+    )
+
+
+def check_read(run: Run, batch: Batch) -> None:
+    """Stop, or say so, when a group could not be read."""
+    if not batch.error:
+        return
+    named = f"{len(batch.ids)} rows ({', '.join(batch.ids)}) cannot be read: {batch.error}"
+    if run.config.on_bad_row == "stop":
+        raise TrainingStopped(f"{named}. Repair the store, or leave such rows out with on_bad_row=skip")
+    logger.warning("skipped: %s", named)
+
+
+def worker_count(config: TrainConfig) -> int:
+    """Return how many processes read stores: as configured, or up to 8 of the CPUs that the compute leaves over."""
+    if config.workers >= 0:
+        return config.workers
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = (os.cpu_count() or 1) // local - 1
+    return max(min(spare, 8), 1)

@@ -1,0 +1,70 @@
+"""A small model, small stores and a manifest of uneven rows: what the tests of training share."""
+
+import json
+
+import numpy as np
+import pytest
+
+from photon_data.location import Location
+from photon_data.prepare import Prepared
+from photon_data.store import store_name, write_store
+from photon_data.volume import Geometry, Volume
+from photon_train.initial import tiny
+
+SHAPES = {"stored_shape_zyx": (42, 84, 84), "model_shape_zyx": (28, 56, 56)}  # 8 visual tokens
+QUESTIONS = {"a": 5, "b": 1, "c": 2, "d": 4, "e": 1, "f": 3}  # per volume
+
+
+def write_volume(out, name, seed):
+    draw = np.random.default_rng(seed)
+    grids = [
+        Volume(draw.integers(-1000, 1000, shape, dtype=np.int16), Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0)))
+        for shape in SHAPES.values()
+    ]
+    identity = {"id": name, "key": f"key of {name}", "fingerprint": "sha256:0", "recipe": {}, "digest": "d"}
+    write_store(Prepared(grids[0], grids[1], {}), Location(str(out)), store_name(name), identity)
+    return str(out / store_name(name))
+
+
+def row(name, question, answer, videos=(), system=None):
+    messages = [{"role": "user", "content": "<video>" * len(videos) + question}, {"role": "assistant", "content": answer}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return {"id": name, "messages": messages, "videos": list(videos)}
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared")
+    return {name: write_volume(out, name, seed) for seed, name in enumerate(QUESTIONS)}
+
+
+@pytest.fixture(scope="session")
+def rows(stores):
+    """16 rows of one volume, a text-only row, a row with two volumes, a row whose head differs."""
+    answers = ("yes", "no", "left lower lobe", "3")
+    found = [
+        row(f"{name}{i}", f"Question {i} of {name}" + "?" * i, answers[i % 4], [stores[name]])
+        for name, count in QUESTIONS.items()
+        for i in range(count)
+    ]
+    found.append(row("text", "What is a CT?", "a scan"))
+    found.append(row("pair", "Has it grown?", "no", [stores["a"], stores["b"]]))
+    found.append(row("other-head", "Is it well?", "yes", [stores["a"]], system="You are terse."))
+    return found
+
+
+@pytest.fixture(scope="session")
+def manifest(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("manifests") / "train.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Directories of a stage-1 and a stage-2 model; the threshold of the second is where some tokens are dropped."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny(folder / "s1", 1, **SHAPES)
+    tiny(folder / "s2", 2, initial_threshold=0.45, **SHAPES)
+    return folder

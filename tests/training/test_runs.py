@@ -1,0 +1,254 @@
+"""Whole runs of a small model: resumed, on two processes, with rows that cannot be read."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from photon_data.errors import UsageError
+from photon_train import PhotonForConditionalGeneration
+from photon_train.training.checkpoint import checkpoints
+from photon_train.training.config import TrainConfig
+from photon_train.training.log import read_log
+from photon_train.training.loop import run_steps
+from photon_train.training.run import TrainingStopped
+from photon_train.training.start import start
+
+COMPUTED = ("step", "loss", "ce", "band", "robustness", "flip", "keep_ratio", "threshold", "questions", "phase")
+
+
+@pytest.fixture
+def config(models, manifest, tmp_path):
+    return TrainConfig(
+        stage="s2",
+        model=str(models / "s2"),
+        data=(str(manifest),),
+        output=str(tmp_path / "run"),
+        lr_patch_embedding=1e-4,
+        lr_vision=1e-3,
+        lr_merger=1e-3,
+        lr_language_model=1e-3,
+        lr_threshold=1e-3,
+        groups_per_step=4,
+        questions_per_volume=3,
+        epochs=3,
+        precision="fp32",
+        workers=0,
+        save_every=2,
+        track=(),
+        photon={"soft_start": 1, "hard_start": 2, "flip_start": 3, "flip_probability": 0.5, "robustness_probability": 0.3},
+    )
+
+
+def trained(config, resume=False):
+    run = start(config, resume=resume)
+    run_steps(run)
+    return [{name: row.get(name) for name in COMPUTED} for row in read_log(run.folder)]
+
+
+def test_a_run_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(config, tmp_path):
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    assert {row["phase"] for row in whole} == {"dense", "soft", "hard", "flip"}
+    for stop in (1, 3, 4):
+        folder = tmp_path / f"stopped-{stop}"
+        stopped = start(replace(config, output=str(folder)), resume=False)
+        seen = []
+
+        def stop_here(row, seen=seen, stop=stop):
+            seen.append(row)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        stopped.watch = stop_here
+        with pytest.raises(KeyboardInterrupt):
+            run_steps(stopped)
+        assert trained(replace(config, output=str(folder)), resume=True) == whole
+        ends = [PhotonForConditionalGeneration.from_pretrained(checkpoints(run)[-1]) for run in (folder, tmp_path / "whole")]
+        for one, other in zip(*(model.parameters() for model in ends), strict=True):
+            assert one.equal(other)
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_9_has_the_same_losses_to_the_last_digit(config, tmp_path):
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    settings = {**config.to_json(), "output": str(tmp_path / "killed"), "save_every": 1}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "photon_cli", "train", "s2", "--config", str(path)]
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=threads)
+    while not (tmp_path / "killed/checkpoint-2").exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / "killed/.partial-checkpoint-99").mkdir(exist_ok=True)  # what a kill while saving leaves
+    again = subprocess.run(
+        [*command, "--resume"], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=False
+    )
+    assert again.returncode == 0
+    resumed = [{name: row.get(name) for name in COMPUTED} for row in read_log(tmp_path / "killed")]
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(config, tmp_path):
+    one = trained(replace(config, output=str(tmp_path / "one")))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**config.to_json(), "output": str(tmp_path / "two")}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "photon_cli"]
+    done = subprocess.run(
+        [*torchrun, "train", "s2", "--config", str(path)], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0
+    two = read_log(tmp_path / "two")
+    assert [row["questions"] for row in two] == [row["questions"] for row in one]
+    for mine, theirs in zip(two, one, strict=True):
+        for name in ("loss", "ce", "band", "robustness", "flip", "threshold"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-5), (mine["step"], name)
+
+
+def read_log_of(config):
+    return read_log(Path(config.output))
+
+
+def test_an_epoch_asks_every_question_once(config):
+    rows = trained(config)
+    per_epoch = {}
+    for row in read_log_of(config):
+        per_epoch[row["epoch"]] = per_epoch.get(row["epoch"], 0) + row["questions"]
+    assert per_epoch == {0: 19, 1: 19, 2: 19}
+    assert len(rows) == 9  # 5 + 1 + 2 + 4 + 1 + 3 questions in threes, and three more rows: 11 groups in fours, three times
+
+
+@pytest.fixture
+def damaged(rows, stores, tmp_path):
+    """A manifest in which volume d's copy has a flipped bit, which its checksum tells."""
+    target = tmp_path / "damaged.ome.zarr"
+    shutil.copytree(stores["d"], target)
+    shard = target / "model/0/c/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 8
+    shard.write_bytes(content)
+    changed = [{**r, "videos": [str(target) if v == stores["d"] else v for v in r["videos"]]} for r in rows]
+    path = tmp_path / "damaged.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+    return path
+
+
+def test_a_store_that_fails_its_checksum_stops_the_run_by_name(config, damaged):
+    with pytest.raises(TrainingStopped, match=r"d\d.* cannot be read"):
+        trained(replace(config, data=(str(damaged),)))
+
+
+def test_a_store_that_fails_its_checksum_is_skipped_when_asked_and_counted(config, damaged, caplog):
+    rows = trained(replace(config, data=(str(damaged),), on_bad_row="skip", epochs=1))
+    assert sum(row["questions"] for row in rows) == 19 - 4
+    assert sum(row["skipped_groups"] for row in read_log_of(config)) == 2  # four questions in threes
+    assert "d0" in caplog.text
+
+
+def test_a_volume_that_is_missing_stops_or_is_left_out_by_name(config, rows, tmp_path, caplog):
+    path = tmp_path / "missing.jsonl"
+    lost = {**rows[0], "id": "lost", "videos": [str(tmp_path / "no.ome.zarr")]}
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, lost]))
+    with pytest.raises(UsageError, match=r"no\.ome\.zarr.*lost"):
+        trained(replace(config, data=(str(path),)))
+    rows = trained(replace(config, data=(str(path),), on_bad_row="skip", epochs=1))
+    assert sum(row["questions"] for row in rows) == 19
+    assert "lost" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_or_skips_the_step(config, models, tmp_path):
+    broken = tmp_path / "broken"
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2")
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    shutil.copytree(models / "s2", broken)
+    model.save_pretrained(broken)
+    with pytest.raises(TrainingStopped, match="step 1: a finite loss wanted"):
+        trained(replace(config, model=str(broken)))
+    rows = trained(replace(config, model=str(broken), on_nan="skip", output=str(tmp_path / "skipped"), epochs=1))
+    assert [row["loss"] for row in rows] == [None] * 3  # JSON has no NaN
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(config, monkeypatch):
+    import photon_train.training.checkpoint as module
+
+    save = module.save_file
+
+    def full(tensors, path, metadata=None):
+        if "checkpoint-4" in str(path):
+            save({"begun": torch.zeros(3)}, path)
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(config)
+    monkeypatch.undo()
+    run = start(config, resume=True)
+    assert run.state["step"] == 2
+    assert [path.name for path in run.folder.iterdir() if path.is_dir()] == ["checkpoint-2"]
+
+
+def test_going_on_with_other_rows_or_settings_is_refused(config, rows, tmp_path):
+    trained(replace(config, epochs=1))
+    path = tmp_path / "fewer.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[1:]))
+    with pytest.raises(UsageError, match=r"the rows that .* was begun with"):
+        start(replace(config, data=(str(path),), epochs=1), resume=True)
+    with pytest.raises(UsageError, match=r"lr_vision=0\.5 \(was 0\.001\)"):
+        start(replace(config, lr_vision=0.5, epochs=1), resume=True)
+    with pytest.raises(UsageError, match="holds a run"):
+        start(config, resume=False)
+
+
+def test_frozen_modules_do_not_move_and_stage_2_starts_by_keeping_nearly_everything(config, models, tmp_path):
+    begun = replace(
+        config,
+        model=str(models / "s1"),
+        lr_vision=0.0,
+        lr_merger=0.0,
+        freeze=("*.layers.3.*",),
+        photon={"soft_start": 5},
+        epochs=1,
+    )
+    rows = trained(begun)
+    assert rows[0]["keep_ratio"] == 7 / 8  # of 8 tokens only the one of saliency 0 is below the threshold
+    assert rows[0]["threshold"] < 0.02
+    before = dict(PhotonForConditionalGeneration.from_pretrained(models / "s1").named_parameters())
+    after = PhotonForConditionalGeneration.from_pretrained(checkpoints(tmp_path / "run")[-1])
+    for name, parameter in after.named_parameters():
+        if name not in before:
+            continue
+        frozen = ("visual." in name and "patch_embed" not in name) or ".layers.3." in name
+        assert parameter.equal(before[name]) == frozen, name
+
+
+def test_lora_trains_its_updates_only_resumes_and_ends_as_an_ordinary_model(config, models, tmp_path):
+    lora = replace(config, lora_rank=2, lr_patch_embedding=0.0, lr_vision=0.0, lr_merger=0.0, lr_threshold=0.0, epochs=1)
+    whole = trained(replace(lora, output=str(tmp_path / "whole")))
+    stopped = start(replace(lora, output=str(tmp_path / "stopped")), resume=False)
+
+    def stop_after_saving(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    stopped.watch = stop_after_saving
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(stopped)
+    assert trained(replace(lora, output=str(tmp_path / "stopped")), resume=True) == whole
+    before = dict(PhotonForConditionalGeneration.from_pretrained(models / "s2").named_parameters())
+    after = PhotonForConditionalGeneration.from_pretrained(tmp_path / "whole" / "merged")
+    moved = {name for name, parameter in after.named_parameters() if not parameter.equal(before[name])}
+    assert moved
+    assert all(".layers." in name and "_proj.weight" in name for name in moved)

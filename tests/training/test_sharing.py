@@ -1,0 +1,89 @@
+"""The questions of one volume on one encoding: the same loss and gradients as each with its own."""
+
+import random
+
+import pytest
+import torch
+
+from photon_train import PhotonForConditionalGeneration, PhotonProcessor
+from photon_train.training.dataset import GroupDataset, Reading
+from photon_train.training.plan import Group
+from photon_train.training.rows import read_rows
+
+
+@pytest.fixture(params=["s1", "s2"])
+def model(request, models):
+    return PhotonForConditionalGeneration.from_pretrained(models / request.param).train()
+
+
+def batch_of(models, rows, indices, model, **reading):
+    processor = PhotonProcessor.from_pretrained(models / f"s{model.config.stage}")
+    item = GroupDataset(rows, [Group(tuple(indices), 0)], processor, Reading(**reading))[0]
+    assert not item.error, item.error
+    return item
+
+
+def losses(model, batch, **kwargs):
+    model.zero_grad()
+    out = model(**batch.inputs, **kwargs)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("step", [0, 15, 25, None])  # dense, soft, hard, hard without flips
+def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, manifest, step):
+    rows = read_rows([manifest])
+    indices = [i for i, row in enumerate(rows) if row.id.startswith("a")]
+    kwargs = {} if model.config.stage == 1 or step is None else {"step": step, "total_steps": 40}
+    model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
+    one, shared = (batch_of(models, rows, indices, model, share_prefix=share) for share in (False, True))
+    assert "prefix_length" in shared.inputs and "prefix_length" not in one.inputs
+    assert len(shared.inputs["pixel_values_videos"]) * len(indices) == len(one.inputs["pixel_values_videos"])
+    alone, its_gradients = losses(model, one, **kwargs)
+    together, gradients = losses(model, shared, **kwargs)
+    for part in ("loss", "ce", "band", "robustness", "flip"):
+        torch.testing.assert_close(getattr(together, part), getattr(alone, part), rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == its_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = its_gradients[name].norm().item()
+        assert (gradient - its_gradients[name]).norm().item() <= 2e-4 * scale + 1e-7, name
+
+
+def test_a_perturbed_volume_is_perturbed_alike_shared_or_not(models, manifest):
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
+    rows = read_rows([manifest])
+    one, shared = (batch_of(models, rows, [0, 1, 2], model, share_prefix=share, robustness=1.0) for share in (False, True))
+    patches = len(shared.inputs["pixel_values_videos"])
+    for part in one.inputs["pixel_values_videos"].split(patches):
+        assert part.equal(shared.inputs["pixel_values_videos"])
+    alone, together = losses(model, one)[0], losses(model, shared)[0]
+    assert together.ce == 0 and together.robustness != 0
+    torch.testing.assert_close(together.loss, alone.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_every_layout_can_be_trained_on(model, models, manifest):
+    rows = read_rows([manifest])
+    for index, row in enumerate(rows):
+        batch = batch_of(models, rows, [index], model)
+        out, gradients = losses(model, batch)
+        assert torch.isfinite(out.loss) and gradients, row.id
+        assert batch.volumes == len(row.videos)
+
+
+def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, manifest):
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2")
+    processor = PhotonProcessor.from_pretrained(models / "s2")
+    rows = read_rows([manifest])
+    reading = Reading(robustness=0.5, flip=0.5, seed=4)
+    groups = [Group((i,), i) for i in range(12)]
+    items = [GroupDataset(rows, groups, processor, reading, epoch=1)[i] for i in range(12)]
+    random.seed(99)
+    torch.manual_seed(99)
+    again = [GroupDataset(rows, groups[i:], processor, reading, epoch=1)[0] for i in range(12)]
+    assert all(a.inputs["pixel_values_videos"].equal(b.inputs["pixel_values_videos"]) for a, b in zip(items, again, strict=True))
+    assert all(a.flips.equal(b.flips) for a, b in zip(items, again, strict=True))
+    other = [GroupDataset(rows, groups, processor, reading, epoch=2)[i] for i in range(12)]
+    assert any(not a.flips.equal(b.flips) for a, b in zip(items, other, strict=True))
+    perturbed = sum("perturbed" in item.inputs for item in items + other)
+    assert 4 <= perturbed <= 20  # 24 draws at one half
+    assert model.config.stage == 2
