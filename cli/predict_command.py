@@ -59,6 +59,8 @@ def predict(
     if given:
         options = ", ".join({"json_": "--json", "settings": "--set"}.get(name, f"--{name}") for name in given)
         fail(f"{options}: {'SCAN' if manifest else '--manifest'} wanted beside it; the two ways do not mix.", MISUSE)
+    if manifest and masks and not overlay:
+        fail("--masks: --overlay wanted beside it, where the recalls of a manifest's masks are written.", MISUSE)
     with edges():
         from photon_cli import predict_model, predict_rows, predict_scan
         from photon_cli.kept import KeptOrder

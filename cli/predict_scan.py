@@ -46,19 +46,18 @@ def _streamed(asker: Asker, scan: ScanInput, questions: list[str]) -> Asked:
     """Print each answer while it comes, behind its question."""
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            console.print(text, end="\n" if stream_end else "", soft_wrap=True)
-
     waiting = iter(questions)
 
-    class Announcing(Streamer):
+    class Streamer(TextStreamer):
         def put(self, value: Any) -> None:
             if self.next_tokens_are_prompt:
                 console.print(next(waiting), style="bold", soft_wrap=True)
             super().put(value)
 
-    return ask_scan(asker, scan, questions, Announcing(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            console.print(text, end="\n" if stream_end else "", soft_wrap=True)
+
+    return ask_scan(asker, scan, questions, Streamer(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
 def _show(shown: Shown, question: str, reply: Reply) -> dict[str, Any]:

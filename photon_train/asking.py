@@ -24,7 +24,7 @@ def ask_scan(asker: Asker, scan: ScanInput, questions: Sequence[str], streamer: 
     """Return the answers to questions about a scan, which is encoded once; their ids are q1, q2, ...
 
     With a `streamer` (of transformers) they are answered one by one, and it is given their tokens.
-    UsageError for a question that is empty or holds special tokens.
+    UsageError for a question that is empty or holds special tokens, and for a scan on another grid than the model reads.
     """
     rows = [
         {
@@ -39,7 +39,10 @@ def ask_scan(asker: Asker, scan: ScanInput, questions: Sequence[str], streamer: 
     if problems:
         raise UsageError(next(iter(problems.values())))
     (group,) = groups
-    encoded = asker.encode(group)
+    try:
+        encoded = asker.encode(group)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     shared = {"read": scan.seconds["read"], "prepare": scan.seconds["prepare"] + encoded.seconds["read"]}
     shared["encode"] = encoded.seconds["encode"]
     most = asker.settings.questions_per_batch if streamer is None else 1

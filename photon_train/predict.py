@@ -22,6 +22,7 @@ from photon_train.predictions import Prediction
 from photon_train.processing_photon import PhotonProcessor
 
 T = TypeVar("T")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 NOT_SETTINGS = ("_name_or_path", "transformers_version")  # of the configuration: the same model under another name
 
 
@@ -77,20 +78,33 @@ def load_asker(
 ) -> Asker:
     """Return the model at a directory or hub id, ready to answer; `photon` are settings of PhotonConfig, None for its own.
 
-    device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32) or torch's name.
+    device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32), float32, ...
     UsageError for what cannot be loaded.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    chosen = {name: value for name, value in photon.items() if value is not None}
+    place = _device(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: one of {', '.join(DTYPES)} wanted, got {dtype!r}")
+    name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+    chosen = {key: value for key, value in photon.items() if value is not None}
     try:
-        loaded = PhotonForConditionalGeneration.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype), **chosen)
-        processor = PhotonProcessor.from_pretrained(model, revision=revision, **chosen)
-        return Asker(loaded.eval().to(device), PhotonProcessor(processor.tokenizer, loaded.config), settings)
-    except (ValueError, OSError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{model}: a model that can be loaded to {device} as {dtype} wanted: {error}") from None
+        loaded = PhotonForConditionalGeneration.from_pretrained(model, revision=revision, dtype=getattr(torch, name), **chosen)
+        tokenizer = PhotonProcessor.from_pretrained(model, revision=revision, **chosen).tokenizer
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{model}: a model that can be loaded wanted: {error}") from None
+    return Asker(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of that name; UsageError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device: auto, cpu, cuda or cuda:N wanted, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: one that is here wanted, got {name!r} where torch sees {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def settings_of(asker: Asker) -> dict[str, Any]:

@@ -112,6 +112,10 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
         (("--manifest", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
         ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: 3 numbers"),
         ((scan, " ", *FAST, *COARSE), "question wanted"),
+        ((scan, "?", "--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"), "shape (70, 140, 140)"),
+        ((scan, "?", *COARSE, "--device", "gpu"), "cuda:N wanted, got 'gpu'"),
+        ((scan, "?", *COARSE, "--device", "cuda:99"), "one that is here wanted"),
+        (("--manifest", "rows.jsonl", "--output", "p.jsonl", "--masks", tmp_path), "--overlay wanted beside it"),
     ):
         code, text = cli("--model", model_dir, *words)
         assert code == 2 and said in " ".join(text.split()), text
