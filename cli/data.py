@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from photon_cli.exits import MISUSE, PARTIAL
-from photon_cli.options import console, edges, fail, fractions, is_default, make_recipe, pairs, refuse_beside_manifest
+from photon_cli.options import (
+    console,
+    edges,
+    fail,
+    fractions,
+    is_default,
+    make_recipe,
+    pairs,
+    print_any_text,
+    refuse_beside_manifest,
+)
 
 T = TypeVar("T")
 
@@ -238,8 +247,7 @@ def _existing(given: Path | None) -> Path:
 
 def main() -> None:
     """Run the command line."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be text
+    print_any_text()
     app()
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from photon_cli.options import numbers, numbers_or_name
+from photon_data.picture import AUTO, resolve_window
 from photon_data.recipe import Recipe
 from photon_train.answering import Reply
 from photon_train.grouping import Group, Row
@@ -19,6 +21,14 @@ from photon_train.processing_photon import TAG
 from photon_train.scan_input import ScanInput, open_input
 
 RECALL = "recall.json"
+
+
+def view_of(window: str, at: str | None) -> View:
+    """Return how pictures are taken; UsageError now, not when everything is answered."""
+    window_hu = numbers_or_name(window, "--window")
+    if window_hu != AUTO:
+        resolve_window(window_hu, [])
+    return View(window_hu, numbers(at, 3, "--at") if at else None)
 
 
 class KeptOrder(NamedTuple):

@@ -75,6 +75,12 @@ def fractions(text: str) -> dict[str, float]:
         raise UsageError(f"--split: numbers like train=0.8,val=0.2 wanted, got {text!r}") from None
 
 
+def print_any_text() -> None:
+    """Print what the terminal's encoding lacks as escapes: names of files need not be text, answers can hold anything."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
 def numbers(text: str, count: int, option: str) -> list[float]:
     """Return [1.0, 2.0] for "1,2" where `count` is 2; UsageError otherwise."""
     from photon_data.errors import UsageError

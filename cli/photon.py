@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from photon_cli.exits import MISUSE
+from photon_cli.options import print_any_text
 from photon_cli.predict_command import predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
@@ -81,4 +82,5 @@ def _fail(message: str) -> None:
 
 def main() -> None:
     """Run the command line."""
+    print_any_text()
     app()

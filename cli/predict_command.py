@@ -63,14 +63,13 @@ def predict(
         fail("--masks: --overlay wanted beside it, where the recalls of a manifest's masks are written.", MISUSE)
     with edges():
         from photon_cli import predict_model, predict_rows, predict_scan
-        from photon_cli.kept import KeptOrder
-        from photon_cli.options import make_recipe, numbers, numbers_or_name
+        from photon_cli.kept import KeptOrder, view_of
+        from photon_cli.options import make_recipe
         from photon_train.answering import AnswerSettings
-        from photon_train.overlay import View
 
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
         chosen = predict_model.Model(model, answers, device, dtype, revision, scheduler, keep_ratio)
-        kept = KeptOrder(overlay, View(numbers_or_name(window, "--window"), numbers(at, 3, "--at") if at else None), masks)
+        kept = KeptOrder(overlay, view_of(window, at), masks)
         if manifest and output:
             good = predict_rows.predict_rows(chosen, manifest, output, shard, kept)
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,12 +34,13 @@ def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None, 
     def on_replies(group: Group, replies: Sequence[Reply]) -> None:
         show.replies(group, replies)
         if kept.overlay:
-            show_rows(kept, group, replies, tokens_zyx)
+            with show.costing_itself(group.name):
+                show_rows(kept, group, replies, tokens_zyx)
 
     with _Show() as show:
         outcome = predict.predict_rows(asker, rows, output, part, Watch(show.start, on_replies))
     _print_outcome(outcome, output, part, show)
-    return not outcome.failed
+    return not (outcome.failed or show.unshown)
 
 
 class _Show:
@@ -51,6 +53,7 @@ class _Show:
         self.task = self.bar.add_task("", total=None, detail="")
         self.began = self.last_line = time.monotonic()
         self.total = self.done = self.kept = self.visual = 0
+        self.unshown: dict[str, str] = {}
 
     def __enter__(self) -> _Show:
         self.bar.start()
@@ -75,6 +78,14 @@ class _Show:
             self.last_line = time.monotonic()
             console.print(f"{self.done} of {self.total} {self.share()}")
 
+    @contextmanager
+    def costing_itself(self, name: str) -> Iterator[None]:
+        """Note a volume that cannot be shown, which is no reason not to answer the others."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.unshown[name] = str(error)
+
     def share(self) -> str:
         """Return the share of visual tokens kept so far, as text."""
         return f"{self.kept / self.visual:.1%} of visual tokens kept" if self.visual else ""
@@ -84,12 +95,17 @@ def _print_outcome(outcome: Outcome, output: Path, part: Shard, show: _Show) -> 
     seconds = time.monotonic() - show.began
     rate = f", {outcome.answered / seconds:.2f} questions/s" if outcome.answered else ""
     console.print(f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed{rate} {show.share()}")
-    for name, reason in list(outcome.failed.items())[:SHOWN_FAILURES]:
-        console.print(f"failed {name}: {reason}", soft_wrap=True)
-    if len(outcome.failed) > SHOWN_FAILURES:
-        console.print(f"and {len(outcome.failed) - SHOWN_FAILURES} more; their lines have an error")
+    _print_some("failed", outcome.failed, "their lines have an error")
+    _print_some("no overlay of", show.unshown, "none of these has an overlay")
     where = output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}"
     console.print(f"predictions: {where}", soft_wrap=True)
+
+
+def _print_some(what: str, reasons: dict[str, str], rest: str) -> None:
+    for name, reason in list(reasons.items())[:SHOWN_FAILURES]:
+        console.print(f"{what} {name}: {reason}", soft_wrap=True)
+    if len(reasons) > SHOWN_FAILURES:
+        console.print(f"and {len(reasons) - SHOWN_FAILURES} more; {rest}")
 
 
 def _part(shard: str | None) -> tuple[Shard, int | None]:

@@ -168,7 +168,9 @@ def test_init_from_a_stock_checkpoint_writes_a_stage_1_start(tmp_path: Path) -> 
     assert PhotonProcessor.from_pretrained(tmp_path / "start").visual_tokens() == 1000
 
 
-@pytest.mark.parametrize("arguments", [["init"], ["init", "--from", "x"], ["train", "s3"], ["eval"], ["predict", "a.zarr"]])
+@pytest.mark.parametrize(
+    "arguments", [["init"], ["init", "--from", "x"], ["train", "s3"], ["eval"], ["predict", "--model", "m", "a.zarr"]]
+)
 def test_commands_that_cannot_be_followed_exit_with_2_and_say_why(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2

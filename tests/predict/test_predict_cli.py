@@ -112,6 +112,8 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
         (("--manifest", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
         ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: 3 numbers"),
         ((scan, " ", *FAST, *COARSE), "question wanted"),
+        ((scan, "?", *COARSE, "--window", "lungs"), "a window wanted, full, lung"),
+        ((scan, "?", *COARSE, "--window", "5,1"), "low < high"),
         ((scan, "?", "--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"), "shape (70, 140, 140)"),
         ((scan, "?", *COARSE, "--device", "gpu"), "cuda:N wanted, got 'gpu'"),
         ((scan, "?", *COARSE, "--device", "cuda:99"), "one that is here wanted"),
@@ -134,6 +136,26 @@ def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_
     assert code == 0 and "4 rows, 4 of them answered before" in text
     code, text = cli(*words, "--scheduler", "random")
     assert code == 2 and "scheduler was 'its' and is 'random'" in text
+
+
+def test_a_volume_that_cannot_be_shown_is_answered_and_listed_with_exit_code_1(model_dir, manifest, tmp_path):
+    masks = tmp_path / "masks" / "a"
+    masks.mkdir(parents=True)
+    (masks / "liver.nii.gz").write_bytes(b"no mask")
+    words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    code, text = cli(*words, "--overlay", tmp_path / "ov", "--masks", tmp_path / "masks")
+    assert code == 1 and "4 answered" in text and "a.ome.zarr: liver.nii.gz: gzip data wanted" in text
+    assert not (tmp_path / "ov" / "a0").exists() and (tmp_path / "ov" / "b0" / "kept.nii.gz").exists()
+
+
+def test_a_picture_can_be_taken_through_a_point(model_dir, scan, tmp_path):
+    pictures = []
+    for number, at in enumerate(("0,0,100", "40,0,100")):
+        more = ("--overlay", tmp_path / str(number), "--window=-1000,1000", f"--at={at}")
+        code, text = cli("--model", model_dir, scan, QUESTIONS[0], *FAST, *COARSE, *more)
+        assert code == 0, text
+        pictures.append((tmp_path / str(number) / "q1" / "planes.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_rows_that_fail_are_listed_with_exit_code_1(model_dir, manifest, tmp_path):
