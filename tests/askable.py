@@ -11,8 +11,8 @@ from photon_data.recipe import Recipe
 from photon_data.store import store_name, write_store
 from photon_data.volume import Geometry, Volume
 from photon_train.answering import AnswerSettings, Asker
+from photon_train.asker import load_asker
 from photon_train.initial import tiny
-from photon_train.predict import load_asker
 
 SHORT = AnswerSettings(max_new_tokens=6)
 MODEL_SHAPE = (70, 140, 140)

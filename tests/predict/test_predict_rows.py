@@ -138,6 +138,15 @@ def test_parts_go_on_from_a_run_without_parts_and_lose_none_of_it(model, rows, t
     assert set(content(path)) == {one["id"] for one in rows}
 
 
+def test_a_part_in_the_middle_of_a_line_is_left_to_its_writer(model, rows, tmp_path):
+    path = tmp_path / "p.jsonl"
+    other = tmp_path / "p.rank1of2.jsonl"
+    other.write_text('{"id": "0-0", "respon')
+    assert not predict_rows(model, rows, path, Shard(0, 2)).merged
+    other.unlink()
+    assert predict_rows(model, rows, path, Shard(1, 2)).merged
+
+
 @pytest.mark.parametrize(("names", "said"), [(["a", "a"], "'a' first"), (["a", None], "1 of 2 have none"), ([3, "a"], "1 of 2")])
 def test_rows_without_an_id_of_their_own_are_refused(model, tmp_path, names, said):
     with pytest.raises(UsageError, match=said):
