@@ -64,6 +64,13 @@ def collect(entry: DataSet, *, instruction: str, seed: int, on_file: Callable[[i
     return Part(entry, found, matched, unmatched, notes)
 
 
+def asked(entry: DataSet) -> set[str]:
+    """Return the volumes that an entry's questions ask for, of the splits it wants; no scan is looked for. UsageError."""
+    found = adapter_of(entry).read(replace(entry, roots=()), lambda count: None)
+    wanted = [q.volume for q in found.questions or () if not entry.splits or q.split in entry.splits]
+    return set(wanted) - found.left_out.keys()
+
+
 def combine(parts: Sequence[Part], seed: int, prompt: str | None = None) -> Combined:
     """Return several data sets as one, caps and weights applied, questions put in the style `prompt` or each entry's own.
 
