@@ -183,10 +183,10 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
     return [replace(q, split=entry.splits[str(q.split)]) for q in questions if q.split in entry.splits]
 
 
-def _named(question: Question, dataset: str, cohort: str) -> Question:
+def _named(q: Question, dataset: str, cohort: str) -> Question:
     """Return a question under its data set's name; people of different cohorts are different, whatever they are called."""
-    patient = f"{cohort}:{question.patient}" if question.patient else None
-    return replace(question, id=f"{dataset}/{question.id}", dataset=dataset, patient=patient)
+    patient = f"{cohort}:{q.patient}" if q.patient else None
+    return Question(f"{dataset}/{q.id}", q.volume, q.question, q.answer, q.split, patient, q.task, q.extra, dataset)
 
 
 def _match(
