@@ -122,6 +122,20 @@ def read_log_of(config):
     return read_log(Path(config.output))
 
 
+@pytest.mark.slow
+def test_a_model_sharded_over_two_processes_has_the_loss_and_gradients_of_a_whole_one(models, manifest):
+    script = Path(__file__).with_name("sharded.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(script), str(models / "s2"), str(manifest)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_an_epoch_asks_every_question_once(config):
     rows = trained(config)
     per_epoch = {}
