@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from photon_pipelines.dataset import prepare as run_order
 from photon_pipelines.execute import Stopped, Workers
 from photon_pipelines.gather import Order, gather
 from photon_pipelines.prepare import Plan, plan
+from photon_pipelines.unpacking import is_archived, pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
 SECONDS_PER_VOLUME, SECONDS_PER_MB = 0.5, 0.006
@@ -41,7 +43,12 @@ def prepare(order: Order, workers: Workers) -> bool:
 
 def estimate(order: Order, workers: Workers) -> bool:
     """Print what `prepare` would do and about what it needs; nothing is written."""
-    data = gather(order)
+    for archives in pending(order.datasets, order.limit):
+        console.print(str(archives), soft_wrap=True)
+    there = tuple(entry for entry in order.datasets if not is_archived(entry))
+    if order.datasets and not there:
+        return True
+    data = gather(replace(order, datasets=there))
     for note in data.notes:
         console.print(note, soft_wrap=True)
     ignored = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(data.ignored.items()))
@@ -81,7 +88,7 @@ def _duration(seconds: float) -> str:
 
 def _say(order: Order, result: Result) -> None:
     """Print counts, the manifests, and where to look."""
-    outcome, manifests, counts, leak = result
+    outcome, manifests, counts, leak, damaged = result
     table = Table(title=f"{sum(outcome.counts.values())} scans")
     for state in outcome.counts:
         table.add_column(state, justify="right")
@@ -96,6 +103,8 @@ def _say(order: Order, result: Result) -> None:
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
     if leak is not None:
         console.print(f"No manifests were written: {leak}", style="red", soft_wrap=True)
+    if damaged:
+        console.print(f"{len(damaged)} x archives that could not be read as a whole; see above", style="red")
     say_counts(counts)
     _say_unmatched(result)
     console.print(f"{order.out.url}: see report.html, volumes.jsonl", soft_wrap=True)

@@ -47,7 +47,7 @@ class Show:
             disable=not self.live,
         )
         self.task = self.bar.add_task("looking for scans", total=None, detail="")
-        self.watcher = Watcher(self._on_file, self._on_note, self._on_plan, self._on_record)
+        self.watcher = Watcher(self._on_file, self._on_note, self._on_plan, self._on_record, self._on_archive)
 
     def __enter__(self) -> Show:
         self.bar.start()
@@ -56,8 +56,15 @@ class Show:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
+    def _on_archive(self, name: str, done: int, total: int) -> None:
+        done, total = done // 1_000_000, total // 1_000_000
+        self.bar.update(self.task, description="unpacking", completed=done, total=total, detail=f"MB, {name}")
+        if not self.live and time.monotonic() - self.last_line > LINE_S:
+            self.last_line = time.monotonic()
+            console.print(f"unpacking {name}: {done:,} of {total:,} MB")
+
     def _on_file(self, count: int) -> None:
-        self.bar.update(self.task, detail=f"{count} files seen")
+        self.bar.update(self.task, description="looking for scans", detail=f"{count} files seen")
 
     def _on_note(self, note: str) -> None:
         console.print(note, soft_wrap=True)

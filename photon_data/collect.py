@@ -64,6 +64,13 @@ def collect(entry: DataSet, *, instruction: str, seed: int, on_file: Callable[[i
     return Part(entry, found, matched, unmatched, notes)
 
 
+def asked(entry: DataSet) -> set[str]:
+    """Return the volumes that an entry's questions ask for, of the splits it wants; no scan is looked for. UsageError."""
+    found = adapter_of(entry).read(replace(entry, roots=()), lambda count: None)
+    wanted = [q.volume for q in found.questions or () if not entry.splits or q.split in entry.splits]
+    return set(wanted) - found.left_out.keys()
+
+
 def combine(parts: Sequence[Part], seed: int, prompt: str | None = None) -> Combined:
     """Return several data sets as one, caps and weights applied, questions put in the style `prompt` or each entry's own.
 
@@ -176,10 +183,10 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
     return [replace(q, split=entry.splits[str(q.split)]) for q in questions if q.split in entry.splits]
 
 
-def _named(question: Question, dataset: str, cohort: str) -> Question:
+def _named(q: Question, dataset: str, cohort: str) -> Question:
     """Return a question under its data set's name; people of different cohorts are different, whatever they are called."""
-    patient = f"{cohort}:{question.patient}" if question.patient else None
-    return replace(question, id=f"{dataset}/{question.id}", dataset=dataset, patient=patient)
+    patient = f"{cohort}:{q.patient}" if q.patient else None
+    return Question(f"{dataset}/{q.id}", q.volume, q.question, q.answer, q.split, patient, q.task, q.extra, dataset)
 
 
 def _match(

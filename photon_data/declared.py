@@ -17,6 +17,8 @@ from photon_data.yaml_lines import Placed, read_yaml
 TOP = ("out", "recipe", "seed", "datasets")
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
 POLICY = ("prompt", "choices", "report", "instruction", "duplicates")
+# Options that are folders.
+FOLDERS = ("unpack",)
 RECONSTRUCTIONS = ("all", "first", "thinnest", "sharpest")
 
 
@@ -56,7 +58,7 @@ class DataSet:
     fractions    {our split: share}, to draw splits by patient where the publisher has none; empty for the defaults
     volumes      which reconstructions of a scan: all, first, thinnest, sharpest
     mix          {our split: Share}
-    options      of the adapter alone, as texts or {text: text}
+    options      of the adapter alone, as texts, {text: text} or, of FOLDERS, a Path
     """
 
     name: str
@@ -128,7 +130,7 @@ def _entry(name: str, item: Placed, base: Path, recipe: RecipeChoice) -> DataSet
         volumes=found["volumes"].one_of(RECONSTRUCTIONS) if "volumes" in found else "all",
         recipe=_recipe(found.get("recipe"), recipe),
         mix=_mix(found.get("mix")),
-        options=_options(found.get("options")),
+        options=_options(found.get("options"), base),
     )
 
 
@@ -194,11 +196,12 @@ def _mix(item: Placed | None) -> dict[str, Share]:
     return shares
 
 
-def _options(item: Placed | None) -> dict[str, Any]:
+def _options(item: Placed | None, base: Path) -> dict[str, Any]:
     found = item.mapping("a mapping of the adapter's own options") if item else {}
     if "columns" in found:
         found["columns"].fields(NAMES)
-    return {name: _plain(option) for name, option in found.items()}
+    folders = {name: base / Path(found[name].text()).expanduser() for name in FOLDERS if name in found}
+    return {name: _plain(option) for name, option in found.items()} | folders
 
 
 def _plain(item: Placed) -> Any:

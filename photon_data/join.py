@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 
 from photon_data.records import VolumeRecord
 from photon_data.scan import Source
@@ -21,14 +22,13 @@ def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | s
     scan's suffix and with file names, with suffix or without. Refused and failed volumes are found as well.
     """
     records = list(records)
-    levels = [
-        _index(records, lambda record: {record.id}),
-        _index(records, lambda record: {record.source}),
-        _index(records, _short_names),
-    ]
+
+    @cache  # most tables use ids, and the other indices take as long as all questions together
+    def index(names: Callable[[VolumeRecord], set[str]]) -> dict[str, list[VolumeRecord]]:
+        return _index(records, names)
 
     def find(name: str) -> VolumeRecord | str:
-        found = next((level[name] for level in levels if name in level), [])
+        found = next((level[name] for level in map(index, (_id, _source, _short_names)) if name in level), [])
         if not found:
             return "no such volume"
         if len(found) > 1:
@@ -56,6 +56,14 @@ def _index(records: list[VolumeRecord], names: Callable[[VolumeRecord], set[str]
         for name in names(record):
             index[name].append(record)
     return dict(index)
+
+
+def _id(record: VolumeRecord) -> set[str]:
+    return {record.id}
+
+
+def _source(record: VolumeRecord) -> set[str]:
+    return {record.source}
 
 
 def _short_names(record: VolumeRecord) -> set[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from photon_data.collector import paused
 from photon_data.errors import UsageError
 from photon_data.join import by_name
 from photon_data.location import Location
@@ -55,6 +56,7 @@ class Written(NamedTuple):
     removed: list[str]
 
 
+@paused()
 def build(
     questions: Sequence[Question] | None,
     records: Iterable[VolumeRecord],
@@ -90,6 +92,7 @@ def build(
     return Manifests(dict(sorted(rows.items())), unmatched, [record.id for record in there if record.id not in seen])
 
 
+@paused()
 def write(manifests: Manifests, out: Path | str) -> Written:
     """Write manifests/<split>.jsonl below the folder or URL `out`, each whole or not at all, and return what was done.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -46,16 +46,13 @@ def _shape(value: Any) -> Any:
 
 def _is_of_shape(row: Mapping[str, Any], shape: Mapping[str, Any]) -> bool:
     """Tell whether `_shape` of a row is this one, without making it: manifests have 100,000s of rows."""
-    if row.keys() != shape.keys():
-        return False
-    for name, value in row.items():
-        wanted = shape[name]
-        if isinstance(wanted, dict):
-            if not isinstance(value, Mapping) or not _is_of_shape(value, wanted):
-                return False
-        elif type(value).__name__ != wanted:
-            return False
-    return True
+    types = {name: type(value).__name__ for name, value in row.items()}
+    if types == shape:
+        return True
+    inner = {name: wanted for name, wanted in shape.items() if isinstance(wanted, dict)}
+    objects = [row[name] for name in inner if isinstance(row.get(name), Mapping)]
+    same = {**types, **inner} == shape and len(objects) == len(inner)
+    return same and all(map(_is_of_shape, objects, inner.values()))
 
 
 def _check_columns(row: Mapping[str, Any], shape: Mapping[str, Any]) -> Iterator[str]:
@@ -76,14 +73,18 @@ def _check_own(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"a text in {name!r} wanted, got {row.get(name)!r}"
     for name in ("videos", "choices"):
         values = row.get(name)
-        if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        if not isinstance(values, list) or not (_are_texts(values) and all(values)):
             yield f"a list of texts in {name!r} wanted, got {values!r}"
     extra = row.get("extra", {})
-    if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
+    if not isinstance(extra, dict) or not _are_texts(extra.values()):
         yield f"an object of texts in 'extra' wanted, got {extra!r}"
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         yield f"messages of a role and a content that is not empty wanted, got {messages!r}"
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return {*map(type, values)} <= {str}
 
 
 def _is_message(message: Any) -> bool:

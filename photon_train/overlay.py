@@ -83,10 +83,12 @@ def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: s
 
 
 def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -> list[float] | None:
-    """Return the LPS centre of the most salient kept token, of equals the first; None where none is kept."""
+    """Return the LPS centre of the most salient kept token, of equals the one nearest to the middle; None where none is kept."""
     if not keep_V.any():
         return None
-    point: list[float] = token_centres(cells)[np.where(keep_V, saliency_V, -np.inf).argmax()].tolist()
+    best = token_centres(cells)[keep_V & (saliency_V == saliency_V[keep_V].max())]
+    from_middle = np.linalg.norm(best - np.asarray(cells.centre_lps), axis=1).round(6)
+    point: list[float] = best[from_middle.argmin()].tolist()
     return point
 
 

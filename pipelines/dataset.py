@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from photon_data.counts import Count, count
@@ -17,39 +17,49 @@ from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Data, Order, gather
 from photon_pipelines.lock import exclusive
 from photon_pipelines.prepare import Outcome, Plan, plan, run_plan, write_dataset
+from photon_pipelines.unpacking import pending, unpack_all
 from photon_pipelines.verify import digests
 
 REPORT, COUNTS = "report.html", "questions.json"
 
 
 class Result(NamedTuple):
-    """What a run left: the outcome per file, the manifests, what is in them, and why there are none if splits leak."""
+    """What a run left: the outcome per file, the manifests, what is in them, and why there are none if splits leak.
+
+    `damaged` says which archives could not be unpacked as a whole, and why.
+    """
 
     outcome: Outcome
     manifests: Manifests
     counts: list[Count]
     leak: str | None = None
+    damaged: Sequence[str] = ()
 
     @property
     def complete(self) -> bool:
         """Whether every input has its store and every question its row."""
-        return self.outcome.complete and not self.manifests.unmatched and self.leak is None
+        return self.outcome.complete and not self.manifests.unmatched and self.leak is None and not self.damaged
 
 
 class Watcher(NamedTuple):
-    """Told of progress: files seen while searching, notes on them, the plan before work starts, each record as it ends."""
+    """Told of progress: files seen while searching, notes on them, the plan before work starts, each record as it ends.
+
+    Before that, of archives that are unpacked: the name, and of all archives the bytes that are read and that there are.
+    """
 
     on_file: Callable[[int], None] = lambda count: None
     on_note: Callable[[str], None] = lambda note: None
     on_plan: Callable[[Plan, Mapping[str, int]], None] = lambda todo, ignored: None
     on_record: Callable[[VolumeRecord], None] = lambda record: None
+    on_archive: Callable[[str, int, int], None] = lambda name, done, total: None
 
 
 def prepare(order: Order, workers: Workers, watch: Watcher) -> Result:
-    """Do what was ordered and return it. UsageError before anything is written; NoSpace and Stopped leave what is done.
+    """Do what was ordered and return it. UsageError before any store is written; NoSpace and Stopped leave what is done.
 
     What can be wrong with tables is found before the first scan is read, and only one run at a time may write into a folder.
     """
+    damaged = unpack_all(pending(order.datasets, order.limit), order.out, watch.on_archive, watch.on_note)
     data = gather(order, watch.on_file)
     for note in data.notes:
         watch.on_note(note)
@@ -58,7 +68,7 @@ def prepare(order: Order, workers: Workers, watch: Watcher) -> Result:
         watch.on_plan(todo, data.ignored)
         write_dataset(order.out, order.recipe, Outcome(todo.done, todo.kept), str(order.source))
         outcome = run_plan(todo, order.out, workers, watch.on_record)
-        return finish(order, outcome, data)
+        return finish(order, outcome, data)._replace(damaged=damaged)
 
 
 def finish(order: Order, outcome: Outcome, data: Data) -> Result:

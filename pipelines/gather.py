@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.collect import Combined, collect, combine
+from photon_data.collector import paused
 from photon_data.declared import DataManifest, DataSet
 from photon_data.errors import UsageError
 from photon_data.job import Job
@@ -67,6 +68,7 @@ class Order:
     pictures: int = 48
 
 
+@paused()
 def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) -> Data:
     """Return all that an order is about; nothing is written. UsageError for what cannot be followed.
 

@@ -199,8 +199,8 @@ def test_the_publishers_split_lists_are_followed_and_may_not_contradict(tumors):
         collected(tumors, **atlas(tumors, annotations={"splits": [*lists["splits"], "OOD_test.csv"]}))
 
 
-def test_archives_that_were_not_extracted_are_spoken_of(tumors):
+def test_archives_that_nobody_asked_to_unpack_are_spoken_of(tumors):
     (tumors / "empty").mkdir()
     (tumors / "empty" / "AbdomenAtlas_part1.tar.gz").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"found none in .*1 archives are not read, AbdomenAtlas_part1.tar.gz first"):
+    with pytest.raises(UsageError, match=r"found none in .*1 archives are not read, AbdomenAtlas_part1.tar.gz first: .*unpack"):
         collected(tumors, **atlas(tumors, root="empty"))

@@ -64,7 +64,7 @@ def make_phantoms(
     """Write n phantoms and their questions.jsonl; `progress` is called after each. The same seed gives the same bytes.
 
     Phantom i is the same whatever n is. `size` is the number of voxels across a slice: smaller is faster and coarser, with the
-    same bodies, fields of view and answers. `easy` phantoms have large dense lesions and are asked about their existence only.
+    same bodies, fields of view and answers. `easy` phantoms have whole organs affected, and are asked only whether they are.
     FileExistsError if the directory holds scans that this call would not write, and which its questions would not cover.
     """
     phantoms = [draw_phantom(seed, index, size, easy=easy) for index in range(n)]

@@ -75,7 +75,9 @@ def _draw_all(
         lesions["pleural_effusion"] = (effusion,)
         free = visible - effusion.shape
     for name, occurrence in occurrences.items():
-        if name != "pleural_effusion":
+        if occurrence.finding.diffuse:
+            lesions[name] = _draw_diffuse(rng, body, occurrence)
+        elif name != "pleural_effusion":
             lesions[name] = _draw_round(rng, body, free, occurrence)
     return lesions
 
@@ -95,6 +97,13 @@ def _draw_round(rng: np.random.Generator, body: Body, free: Shape, occurrence: O
         ball = ellipsoid(taken[-1].centre_lps, (diameter / 2, diameter / 2, diameter / 2))
         lesions.append(Lesion(number, ball, hu, diameter, organ))
     return tuple(lesions)
+
+
+def _draw_diffuse(rng: np.random.Generator, body: Body, occurrence: Occurrence) -> tuple[Lesion, ...]:
+    """All of the organ, at one attenuation."""
+    hu = _draw_whole(rng, SUBSTANCES_HU[occurrence.substance])
+    masks = enumerate(occurrence.finding.organ_masks, start=1)
+    return tuple(Lesion(number, body.organs[mask], hu, 0, mask) for number, mask in masks)
 
 
 def _draw_effusion(rng: np.random.Generator, body: Body, occurrence: Occurrence) -> Lesion:

@@ -60,7 +60,7 @@ class Slot:
 class Finding:
     """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense.
 
-    only_existence: nothing is asked but whether it is there, whatever else could be.
+    diffuse: all of the organ is affected, and all that is asked is whether it is.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Finding:
     counts: tuple[int, ...] = (1,)
     size_bins_mm: tuple[tuple[int, int], ...] = ()
     substances: tuple[str, ...] = ()
-    only_existence: bool = False
+    diffuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,30 +143,17 @@ FINDINGS = (
     ),
 )
 
-# For a model of half a million weights that has a few minutes to learn: one question, lesions as large as a visual token and
-# brighter than any bone.
+
+def _diffuse(name: str, organ: str, masks: tuple[str, ...], noun: str, substance: str) -> Finding:
+    return Finding(name, organ, noun, f"{noun}s", masks, substances=(substance,), diffuse=True)
+
+
+# For a model of half a million weights that has a few minutes to learn: whole organs are affected, several visual tokens large,
+# and brighter than anything of their kind.
 EASY_FINDINGS = (
-    Finding(
-        name="lung_nodule",
-        organ="lungs",
-        noun="lung nodule",
-        plural="lung nodules",
-        organ_masks=("lung_left", "lung_right"),
-        sides=("left", "right"),
-        size_bins_mm=((35, 42),),
-        substances=("dense",),
-        only_existence=True,
-    ),
-    Finding(
-        name="liver_lesion",
-        organ="liver",
-        noun="liver lesion",
-        plural="liver lesions",
-        organ_masks=("liver",),
-        size_bins_mm=((34, 40),),
-        substances=("dense",),
-        only_existence=True,
-    ),
+    _diffuse("lung_consolidation", "lungs", ("lung_left", "lung_right"), "lung consolidation", "soft tissue"),
+    _diffuse("liver_calcification", "liver", ("liver",), "liver calcification", "dense"),
+    _diffuse("spleen_calcification", "spleen", ("spleen",), "splenic calcification", "dense"),
 )
 
 

@@ -78,7 +78,7 @@ def question_rows(
     rows = []
     for finding in findings:
         items = [Item("existence", "yes" if finding.name in occurrences else "no", ("yes", "no"))]
-        if finding.name in occurrences and not finding.only_existence:
+        if finding.name in occurrences and not finding.diffuse:
             items += _items(occurrences[finding.name], lesions[finding.name][0])
         rows += [_row(at, finding, item) for item in items]
     return rows

@@ -11,7 +11,7 @@ from pathlib import Path
 from photon_data.declared import DataSet
 from photon_data.questions import Question
 from photon_data.sources.bdmap import ID, find_cts, ids_in, original_ids
-from photon_data.sources.collected import Adapter, Collected, OnFile, each_row
+from photon_data.sources.collected import UNPACK, Adapter, Collected, OnFile, each_row
 from photon_data.tables import Problem, refuse
 
 KEY = "BDMAP ID"
@@ -84,4 +84,4 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
     return splits
 
 
-ADAPTER = Adapter(read, ("reports", "splits", "benchmark", "ids"), (), "abdomenatlas")
+ADAPTER = Adapter(read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), "abdomenatlas")

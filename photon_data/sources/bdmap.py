@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,36 +11,48 @@ from photon_data.declared import DataSet
 from photon_data.errors import UsageError
 from photon_data.readers import find_scans
 from photon_data.scan import Source
-from photon_data.sources.collected import OnFile, each_row
+from photon_data.sources.archives import SCAN, find_archives
+from photon_data.sources.collected import UNPACK, OnFile, each_row
 
 ID = re.compile(r"BDMAP_\d{8}")
-SCAN = "ct.nii.gz"
 # AbdomenAtlas_ID_mapping.csv: which scan of which public data set became which id.
 ORIGINAL, RENAMED = "original id", "AbdomenAtlas_id"
 
 
 def find_cts(entry: DataSet, on_file: OnFile) -> tuple[list[Source], list[str]]:
-    """Return the CTs below the roots of an entry, under their BDMAP ids, and notes; UsageError for an id that is there twice.
+    """Return the CTs of an entry under their BDMAP ids, and notes; UsageError for an id that is there twice below its roots.
 
-    Masks beside them are left alone. Archives that were not extracted are counted in the notes.
+    Masks beside them are left alone. A CT below the roots goes before one that was unpacked of archives (option `unpack`).
     """
+    unpacked: Path | None = entry.options.get(UNPACK)
     found: dict[str, Source] = {}
     for root in entry.roots:
-        for source in find_scans(root, on_file=on_file).sources:
-            parts = (root.name, *Path(source.path).parts)
-            if parts[-1] != SCAN or not ID.fullmatch(parts[-2]):
+        for source in _cts_below(root, on_file):
+            if unpacked and source.files[0].is_relative_to(unpacked.absolute()):
                 continue
-            other = found.setdefault(parts[-2], replace(source, id=parts[-2]))
+            other = found.setdefault(source.id, source)
             if other.files != source.files:
                 raise entry.wrong(f"every CT once wanted, got {other.files[0]} and {source.files[0]}; narrow `root`")
-    return [found[name] for name in sorted(found)], _about_archives(entry.roots)
+    if unpacked and unpacked.exists():
+        found = {source.id: source for source in _cts_below(unpacked, on_file)} | found
+    return [found[name] for name in sorted(found)], [] if unpacked else _about_archives(entry.roots)
+
+
+def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:
+    for source in find_scans(root, on_file=on_file).sources:
+        parts = (root.name, *Path(source.path).parts)
+        if parts[-1] == SCAN and ID.fullmatch(parts[-2]):
+            yield replace(source, id=parts[-2])
 
 
 def _about_archives(roots: Iterable[Path]) -> list[str]:
-    archives = sorted(path for root in roots for path in root.glob("**/*.tar*") if path.is_file())
+    archives = find_archives(roots)
     if not archives:
         return []
-    return [f"{len(archives)} archives are not read, {archives[0].name} first: extract them with tar -xf, then run this again"]
+    return [
+        f"{len(archives)} archives are not read, {archives[0].path.name} first: name a folder to unpack what is needed of them, "
+        "as `options: {unpack: FOLDER}`, or extract them with tar -xf"
+    ]
 
 
 def ids_in(paths: Iterable[Path]) -> set[str]:

@@ -16,6 +16,9 @@ from photon_data.tables import Problem, Row, Table, nearest, read_table, refuse
 
 OnFile = Callable[[int], None]
 
+# The option of adapters whose scans may come in archives: the folder to unpack them into.
+UNPACK = "unpack"
+
 
 class Collected(NamedTuple):
     """The volumes and questions of one data set.

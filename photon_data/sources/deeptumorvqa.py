@@ -17,7 +17,7 @@ from photon_data.declared import DataSet
 from photon_data.errors import UsageError
 from photon_data.questions import Question
 from photon_data.sources.bdmap import ID, find_cts, original_ids
-from photon_data.sources.collected import Adapter, Collected, OnFile
+from photon_data.sources.collected import UNPACK, Adapter, Collected, OnFile
 from photon_data.sources.deeptumorvqa_subtypes import SUBTYPES
 from photon_data.tables import Problem, Row, Table, nearest, read_table, read_text, refuse
 
@@ -150,4 +150,4 @@ def _text(value: Any) -> str:
 
 _SPELLED = {subtype.casefold(): subtype for subtype in SUBTYPES}
 
-ADAPTER = Adapter(read, ("questions", "ids"), (), "abdomenatlas")
+ADAPTER = Adapter(read, ("questions", "ids"), (UNPACK,), "abdomenatlas")

@@ -59,19 +59,20 @@ def read_subtask(file: Path) -> Iterator[Question]:
     number, task = named.groups()
     problems: list[Problem] = []
     for row in table_with(file, COLUMNS).rows:
-        wrong = [*_check(row.values, number, split)]
+        volume = _volume(row.values["VolumeName"], split)
+        wrong = [*_check(row.values, number, split, volume)]
         problems += [Problem(row.place, kind, text) for kind, text in wrong]
-        if not wrong:
-            yield _question(row, split, number, task, file.stem)
+        if volume and not wrong:
+            yield _question(row, volume, split, number, task, file.stem)
     if problems:
         refuse(file, problems)
 
 
-def _check(values: Mapping[str, str], number: str, split: str) -> Iterator[tuple[str, str]]:
+def _check(values: Mapping[str, str], number: str, split: str, volume: str | None) -> Iterator[tuple[str, str]]:
     """Yield (kind, sentence) for everything in which a row contradicts its place or itself."""
     if values["Task"] != number:
         yield "another task", f"task {number}, as its folder is called, wanted, got {values['Task']!r}"
-    if not _volume(values["VolumeName"], split):
+    if not volume:
         yield "no volume", f"a volume like {split}_1_a_1.nii.gz wanted, got {values['VolumeName']!r}"
     if not values["Question"].strip() or not values["Answer"].strip():
         yield "empty text", "a question and an answer wanted, got none"
@@ -90,11 +91,10 @@ def _volume(name: str, split: str) -> str | None:
     return volume if prefix == split and parse_name(volume) else None
 
 
-def _question(row: Row, split: str, number: str, task: str, subtask: str) -> Question:
+def _question(row: Row, volume: str, split: str, number: str, task: str, subtask: str) -> Question:
     values = row.values
-    volume = _volume(values["VolumeName"], split)
-    parts = parse_name(volume or "")
-    assert volume and parts
+    parts = parse_name(volume)
+    assert parts
     extra: dict[str, Any] = {"subtask": subtask, "answer_type": "measurement" if number == MEASUREMENT else "text"}
     extra |= {"publisher_volume": values["VolumeName"], "publisher_subtask": values["Subtask"]}
     if values["QuestionType"] == "Close":

@@ -17,7 +17,7 @@ from scans import frame, rotated
 from photon_data.grid import model_grid, target_grid
 from photon_data.recipe import Recipe
 from photon_data.volume import Geometry, Volume
-from photon_train.overlay import Canvas, folders_of, write_overlay
+from photon_train.overlay import Canvas, folders_of, salient_point, write_overlay
 from photon_train.patches import patchify
 from photon_train.scan_input import open_input
 from photon_train.token_grid import (
@@ -107,6 +107,19 @@ def test_an_overlay_lies_on_its_scan_and_a_kept_token_contains_the_marked_voxel(
         np.testing.assert_allclose(itk.GetDirection(), raw.GetDirection(), atol=1e-5)
         point = raw.TransformIndexToPhysicalPoint([int(i) for i in marked])
         assert itk.GetPixel(itk.TransformPhysicalPointToIndex(point)) == 1
+
+
+def test_a_picture_goes_through_the_most_salient_kept_token_of_equals_the_middle_one():
+    cells = token_cells(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
+    saliency = np.zeros(1000, np.float32)
+    saliency[[7, 850]] = 0.9, 0.8
+    keep = np.ones(1000, bool)
+    assert salient_point(cells, keep, saliency) == token_centres(cells)[7].tolist()
+    keep[7] = False
+    assert salient_point(cells, keep, saliency) == token_centres(cells)[850].tolist()
+    middle = salient_point(cells, keep, np.ones(1000, np.float32))
+    np.testing.assert_allclose(np.abs(np.subtract(middle, cells.centre_lps)), 18.2)
+    assert salient_point(cells, keep & False, saliency) is None
 
 
 def test_the_files_name_nobody_and_say_nothing_but_the_grid(tmp_path):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.training.checkpoint import checkpoints
@@ -118,6 +120,20 @@ def test_two_processes_have_the_losses_of_one(config, tmp_path):
 
 def read_log_of(config):
     return read_log(Path(config.output))
+
+
+@pytest.mark.slow
+def test_a_model_sharded_over_two_processes_has_the_loss_and_gradients_of_a_whole_one(models, manifest):
+    script = Path(__file__).with_name("sharded.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(script), str(models / "s2"), str(manifest)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_an_epoch_asks_every_question_once(config):
@@ -252,3 +268,21 @@ def test_lora_trains_its_updates_only_resumes_and_ends_as_an_ordinary_model(conf
     moved = {name for name, parameter in after.named_parameters() if not parameter.equal(before[name])}
     assert moved
     assert all(".layers." in name and "_proj.weight" in name for name in moved)
+
+
+def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(config, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**config.to_json(), "lr_merger": 0.0}))
+    result = CliRunner().invoke(app, ["train", "s2", "--config", str(path), "--set", "epochs=2", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "19 rows on 6 volumes, all stores are there" in result.output
+    assert "6 steps in 2 epochs, each of 4 volumes with up to 3 questions" in result.output
+    assert "threshold        113 of 113 parameters, learning rate 0.001" in result.output
+    assert any("merger" in line and "frozen" in line for line in result.output.splitlines())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_does_not_exist_is_refused_before_anything_is_loaded():
+    result = CliRunner().invoke(app, ["train", "s2", "--set", "lr_visoin=1"])
+    assert result.exit_code == 2
+    assert "did you mean lr_vision" in result.output

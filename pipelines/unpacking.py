@@ -1,0 +1,124 @@
+"""Before anything is gathered: the CTs that questions ask for, out of the archives they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from photon_data.collect import asked
+from photon_data.declared import DataSet
+from photon_data.errors import UsageError
+from photon_data.location import Location
+from photon_data.sources.archives import Archive, find_archives, ids_known, unpack
+from photon_data.sources.bdmap import find_cts
+from photon_data.sources.collected import UNPACK
+from photon_pipelines.lock import exclusive
+
+# AbdomenAtlas 3.0: 571 GB of archives with 9,262 CTs.
+CASE_GB = 0.062
+SHOWN = 3
+
+
+class Pending(NamedTuple):
+    """What one folder is to hold: the archives it is filled from, and the ids of CTs that are asked for and not there."""
+
+    folder: Path
+    archives: list[Archive]
+    missing: set[str]
+
+    def __str__(self) -> str:
+        """Return what unpacking would do, with its cost."""
+        gigabytes = sum(archive.bytes for archive in self.archives) / 1e9
+        names = ", ".join(archive.path.name for archive in self.archives[:SHOWN])
+        rest = ", ..." if len(self.archives) > SHOWN else ""
+        return (
+            f"{len(self.archives)} archives ({names}{rest}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: prepare "
+            f"unpacks the {len(self.missing):,} that are asked for and not there into {self.folder}, "
+            f"up to about {len(self.missing) * CASE_GB:,.1f} GB"
+        )
+
+
+def pending(datasets: Sequence[DataSet], limit: int | None = None) -> list[Pending]:
+    """Return what is to be unpacked for declared data sets, folder by folder; nothing is written. UsageError.
+
+    Data sets that share a folder share their archives, which are then read once. `limit`: for the first CTs by id only.
+    """
+    folders: dict[Path, list[DataSet]] = {}
+    for entry in datasets:
+        if UNPACK in entry.options:
+            folders.setdefault(entry.options[UNPACK], []).append(entry)
+    found = []
+    for folder, entries in folders.items():
+        missing = set[str]().union(*(missing_cts(entry, limit) for entry in entries))
+        archives = find_archives(root for entry in entries for root in entry.roots)
+        if missing and archives:
+            found.append(Pending(folder, archives, missing))
+    return found
+
+
+def missing_cts(entry: DataSet, limit: int | None = None) -> set[str]:
+    """Return the ids of CTs that an entry's questions ask for and that are not there."""
+    wanted = sorted(asked(entry))[:limit]
+    return set(wanted) - {source.id for source in find_cts(entry, lambda count: None)[0]}
+
+
+def is_archived(entry: DataSet) -> bool:
+    """Tell whether every CT that an entry asks for is still to be unpacked, so that there is nothing to look at yet."""
+    return any(one.missing == asked(entry) for one in pending([entry]))
+
+
+def unpack_all(
+    todo: Iterable[Pending],
+    out: Location,
+    on_archive: Callable[[str, int, int], None],
+    on_note: Callable[[str], None],
+) -> list[str]:
+    """Unpack and return what could not be read, archive by archive. UsageError; OSError where nothing can be written.
+
+    `on_archive` is told the archive being read, and of all archives to read the bytes that are done and that there are.
+    """
+    problems = []
+    for one in todo:
+        if out.is_local and out.path.resolve() == one.folder.resolve():
+            raise UsageError(f"a folder of its own to unpack into wanted, got the output folder {one.folder}")
+        with exclusive(Location(str(one.folder))):
+            problems += _unpack_into(one, on_archive, on_note)
+    for problem in problems:
+        on_note(problem)
+    return problems
+
+
+def _unpack_into(todo: Pending, on_archive: Callable[[str, int, int], None], on_note: Callable[[str], None]) -> list[str]:
+    missing, problems = set(todo.missing), []
+    known = {archive: ids_known(archive, todo.folder) or [] for archive in todo.archives}
+    to_read = [archive for archive, ids in known.items() if not ids or missing.intersection(ids)]
+    done, total = 0, sum(archive.bytes for archive in to_read)
+    for archive in to_read:
+        if not missing:
+            break
+        found = unpack(archive, todo.folder, missing, partial(_tell, on_archive, archive, done, total))
+        missing.difference_update(found.taken)
+        problems += [f"{archive.path}: {problem}" for problem in found.problems]
+        known[archive] = found.ids
+        done += archive.bytes
+    for note in _about_repeats(known):
+        on_note(note)
+    return problems
+
+
+def _tell(on_archive: Callable[[str, int, int], None], archive: Archive, before: int, total: int, read: int) -> None:
+    on_archive(archive.path.name, before + read, total)
+
+
+def _about_repeats(ids: Mapping[Archive, Sequence[str]]) -> Iterator[str]:
+    """Yield a note where archives hold a CT more than once."""
+    holders: dict[str, list[str]] = {}
+    for archive, names in ids.items():
+        for name in names:
+            holders.setdefault(name, []).append(archive.path.name)
+    several = sorted(name for name, archives in holders.items() if len(archives) > 1)
+    if several:
+        where = ", ".join(holders[several[0]])
+        yield f"{len(several)} CTs are archived more than once, {several[0]} in {where}: the first that can be read is taken"
