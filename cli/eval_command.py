@@ -74,7 +74,7 @@ def show(evaluation: Evaluation) -> None:
 
 def _table(answers: Answers) -> Table:
     title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
-    table = _columns(title, ("macro", "95 %", "constant", "majority", "text rules", "by question", "n", "patients"))
+    table = _columns(title, ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients"))
     for score, weighted in _both_averages(answers.scores):
         rules = [told_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
         blind = [told_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]

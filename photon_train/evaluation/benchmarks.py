@@ -33,9 +33,9 @@ def deeptumorvqa_v2() -> list[Metric]:
 def report() -> list[Metric]:
     """Reports: corpus BLEU-1 to 4, ROUGE-1 and L, METEOR of words and stems."""
     return [
-        rouge("rougeL", anything),
-        *(bleu(order, anything) for order in (1, 2, 3, 4)),
         rouge("rouge1", anything),
+        *(bleu(order, anything) for order in (1, 2, 3, 4)),
+        rouge("rougeL", anything),
         meteor_exact_stem(anything),
     ]
 

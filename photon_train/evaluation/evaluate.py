@@ -15,7 +15,7 @@ from photon_train.evaluation.cases import Case, case_of
 from photon_train.evaluation.choice_metrics import meant
 from photon_train.evaluation.costs import Costs, costs
 from photon_train.evaluation.joining import Gaps, Joined, by_id, join
-from photon_train.evaluation.labels import LabelTable, label_metrics
+from photon_train.evaluation.labels import LabelTable, constant_labels, label_metrics
 from photon_train.evaluation.metric import Metric
 from photon_train.evaluation.parsing import number
 from photon_train.evaluation.scheduling import Kept, kept
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
 BLIND = "blind baselines"
+LABEL_BASELINES = {"labels_all_negative": 0, "labels_all_positive": 1}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def evaluate(
         settings=settings,
         questions=len(everything),
         patients=len(patients.index),
-        answers=tuple(answers or [_blind_alone(everything, metrics, blind, patients)]),
+        answers=tuple(answers or [_blind_alone(everything, metrics, blind, patients, settings)]),
         comparisons=tuple(_compare((first, joined[first]), (name, joined[name]), metrics, patients) for name in others),
         constants={_words(kind): constant.answer for kind, constant in sorted(constants.items())},
         learned_on="the training rows" if train else "the evaluated rows themselves",
@@ -158,7 +159,7 @@ def _answers(
     config: PhotonConfig | None,
 ) -> Answers:
     cases = joined.cases
-    scores = scores_of(table_of(cases, metrics, patients), _blind_tables(cases, metrics, blind, patients))
+    scores = scores_of(table_of(cases, metrics, patients), _blind_tables(cases, metrics, blind, patients, settings))
     judged = tuple(_judged(cases, metrics))
     return Answers(
         name=name,
@@ -172,15 +173,22 @@ def _answers(
 
 
 def _blind_tables(
-    cases: Sequence[Case], metrics: Sequence[Metric], blind: Sequence[Baseline], patients: Patients
+    cases: Sequence[Case], metrics: Sequence[Metric], blind: Sequence[Baseline], patients: Patients, settings: Settings
 ) -> dict[str, Table]:
-    readable = [metric for metric in metrics if not metric.name.startswith("label_") and metric.name != "crg"]
-    return {baseline.name: table_of_baseline(cases, baseline, readable, patients) for baseline in blind}
+    words = [metric for metric in metrics if metric.of_words]
+    tables = {baseline.name: table_of_baseline(cases, baseline, words, patients) for baseline in blind}
+    if settings.labels:
+        reference, said = settings.labels
+        for name, value in LABEL_BASELINES.items():
+            tables[name] = table_of(cases, label_metrics(reference, constant_labels(said, value)), patients)
+    return tables
 
 
-def _blind_alone(cases: Sequence[Case], metrics: Sequence[Metric], blind: Sequence[Baseline], patients: Patients) -> Answers:
+def _blind_alone(
+    cases: Sequence[Case], metrics: Sequence[Metric], blind: Sequence[Baseline], patients: Patients, settings: Settings
+) -> Answers:
     """Return the best constant answers as if a model had given them."""
-    tables = _blind_tables(cases, metrics, blind, patients)
+    tables = _blind_tables(cases, metrics, blind, patients, settings)
     scores = scores_of(tables[blind[0].name], tables)
     return Answers(BLIND, Gaps(len(cases)), tuple(scores), {}, (), None, None)
 

@@ -69,13 +69,19 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric]:
         parts = np.stack([true & said, true & ~said, ~true & said], axis=2).reshape(len(cases), -1)
         return np.c_[parts, np.full(len(cases), true.shape[1])].astype(float)
 
-    return [
-        Metric("label_precision", applies, observe, lambda sums: _micro(sums, 0, 1)),
-        Metric("label_recall", applies, observe, lambda sums: _micro(sums, 1, 0)),
-        Metric("label_f1_micro", applies, observe, lambda sums: _micro(sums, 1, 1, twice=2)),
-        Metric("label_f1_macro", applies, observe, _macro_f1),
-        Metric("crg", applies, observe, _crg_of_sums),
-    ]
+    formulas = {
+        "label_precision": lambda sums: _micro(sums, 0, 1),
+        "label_recall": lambda sums: _micro(sums, 1, 0),
+        "label_f1_micro": lambda sums: _micro(sums, 1, 1, twice=2),
+        "label_f1_macro": _macro_f1,
+        "crg": _crg_of_sums,
+    }
+    return [Metric(name, applies, observe, formula, of_words=False) for name, formula in formulas.items()]
+
+
+def constant_labels(like: LabelTable, value: int) -> LabelTable:
+    """Return a table that says the same of every finding: the blind baselines of label metrics."""
+    return LabelTable(like.names, dict.fromkeys(like.rows, (value,) * len(like.names)))
 
 
 def crg(found: np.ndarray, missed: np.ndarray, false: np.ndarray, labels: np.ndarray) -> np.ndarray:

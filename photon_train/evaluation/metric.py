@@ -21,6 +21,7 @@ class Metric:
     observe     n cases -> float[n, k], what each of them adds
     formula     sums float[..., k] -> float[...], NaN where it is not defined
     written     how an answer has to be written for this metric to see it; blind baselines are written so
+    of_words    whether it looks at the response's words; what looks elsewhere has other baselines
     """
 
     name: str
@@ -28,6 +29,7 @@ class Metric:
     observe: Callable[[Sequence[Case]], np.ndarray]
     formula: Callable[[np.ndarray], np.ndarray]
     written: Callable[[Case, str], str] = as_text
+    of_words: bool = True
 
     def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
         """Return float[W], the score of the cases under every weighting of their patients."""

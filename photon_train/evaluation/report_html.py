@@ -18,7 +18,7 @@ from photon_train.evaluation.scores import Estimate, Score
 SHOWN_CASES = 12
 _MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _AVERAGES = {"subtask": "", "macro_over_subtasks": "macro over subtasks", "question_weighted": "question-weighted"}
-_HEADINGS = ("metric", "of", "average", "score", "95 % interval", "best constant", "majority per subtask", "text rules")
+_HEADINGS = ("metric", "of", "average", "score", "95 % interval", "best constant", "majority per subtask", "other blind rules")
 _COUNTS = ("above best constant", "questions", "patients")
 _LONGEST = 400
 
