@@ -14,8 +14,7 @@ from photon_data.errors import UsageError
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, evaluate
 from photon_train.evaluation.labels import read_labels
-from photon_train.evaluation.report_html import told, told_interval, told_value
-from photon_train.evaluation.scores import Score
+from photon_train.evaluation.report_html import both_averages, told, told_interval, told_value
 from photon_train.evaluation.writing import write
 from photon_train.predictions import Prediction, read_predictions
 
@@ -75,7 +74,7 @@ def show(evaluation: Evaluation) -> None:
 def _table(answers: Answers) -> Table:
     title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
     table = _columns(title, ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients"))
-    for score, weighted in _both_averages(answers.scores):
+    for score, weighted in both_averages(answers.scores):
         rules = [told_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
         blind = [told_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
         cells = [told(score.estimate), told_interval(score.estimate), *blind, " ".join(rules), told(weighted.estimate)]
@@ -85,18 +84,10 @@ def _table(answers: Answers) -> Table:
 
 def _differences(comparison: Comparison) -> Table:
     table = _columns(f"{comparison.second} minus {comparison.first}", ("macro", "95 %", "by question", "95 %", "n"))
-    for score, weighted in _both_averages(comparison.scores):
+    for score, weighted in both_averages(comparison.scores):
         cells = [text for one in (score, weighted) for text in (told(one.estimate), told_interval(one.estimate))]
         table.add_row(score.task, score.metric, *cells, f"{score.questions}")
     return table
-
-
-def _both_averages(scores: Sequence[Score]) -> Iterable[tuple[Score, Score]]:
-    """Return (macro over subtasks, question-weighted) of every metric and task."""
-    macro, weighted = (
-        [score for score in scores if score.average == name] for name in ("macro_over_subtasks", "question_weighted")
-    )
-    return zip(macro, weighted, strict=True)
 
 
 def _columns(title: str, numbers: Iterable[str]) -> Table:

@@ -104,15 +104,15 @@ def dots(lines: Sequence[Dot], *, name: str, words: str, span: tuple[float, floa
     return _figure(name, words, _svg(f"{name}: {words}", *parts, base, *labels, height=height))
 
 
-def bars(shares: Sequence[float], *, name: str, words: str) -> Html:
-    """Return a figure with one bar per share, 0 to 1."""
+def bars(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) -> Html:
+    """Return a figure with one bar per share, 0 to `top`."""
     x = _Scale(0, len(shares), _LEFT, _WIDTH - _RIGHT)
-    y = _Scale(0, 1, _HEIGHT - _BOTTOM, _TOP)
+    y = _Scale(0, top, _HEIGHT - _BOTTOM, _TOP)
     parts = []
     for number, share in enumerate(shares):
         box = {"x": x(number) + 1, "y": y(share), "width": round(x(1) - x(0) - 2, 1), "height": round(y(0) - y(share), 1)}
         parts.append(element("rect", element("title", f"{number}: {share:.1%}"), class_="bar", **box))
-    labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, 1)]
+    labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, top)]
     return _figure(name, words, _svg(f"{name}: {words}", *parts, _baseline(), *labels))
 
 

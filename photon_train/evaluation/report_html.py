@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from photon_data.report.charts import Dot, bars, dots, histogram
+from photon_data.report.charts import Dot, bars, dots
 from photon_data.report.page import Html, document, element, encoded, table
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.costs import Costs
@@ -17,9 +17,10 @@ from photon_train.evaluation.scores import Estimate, Score
 
 SHOWN_CASES = 12
 _MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-_AVERAGES = {"subtask": "", "macro_over_subtasks": "macro over subtasks", "question_weighted": "question-weighted"}
-_HEADINGS = ("metric", "of", "average", "score", "95 % interval", "best constant", "majority per subtask", "other blind rules")
-_COUNTS = ("above best constant", "questions", "patients")
+_AVERAGES = ("metric", "macro", "95 % interval", "by question")
+_ONE = ("subtask", "metric", "score", "95 % interval")
+_COUNTS = ("above constant", "questions", "patients")
+_BLIND = {CONSTANT: "constant", MAJORITY: "majority"}
 _LONGEST = 400
 
 
@@ -27,14 +28,17 @@ def render(evaluation: Evaluation, overlays: Mapping[str, Path], title: str) -> 
     """Return the page as UTF-8. `overlays`: pictures by question id, put inside of the page where their case is shown."""
     sections = [_header(evaluation, title)]
     for number, answers in enumerate(evaluation.answers):
-        sections += [_section(evaluation, answers, overlays, number)]
-    sections += [_difference_section(comparison) for comparison in evaluation.comparisons]
+        sections.append(_section(answers, overlays, number))
+    partial = [warning for answers in evaluation.answers for warning in _warning(answers.gaps.sentence())]
+    sections += [_difference_section(comparison, partial) for comparison in evaluation.comparisons]
     return encoded(document(title, *sections))
 
 
-def averages(scores: Iterable[Score]) -> list[Score]:
-    """Return the scores of tasks, and of all tasks together, without those of single subtasks."""
-    return [score for score in scores if score.average != "subtask"]
+def both_averages(scores: Sequence[Score]) -> list[tuple[Score, Score]]:
+    """Return (macro over subtasks, question-weighted) of every metric of every task, in the order of the scores."""
+    names = ("macro_over_subtasks", "question_weighted")
+    macro, weighted = ([score for score in scores if score.average == name] for name in names)
+    return list(zip(macro, weighted, strict=True))
 
 
 def told(estimate: Estimate | None) -> str:
@@ -58,7 +62,9 @@ def _header(evaluation: Evaluation, title: str) -> Html:
     words = (
         "Scores are points from 0 to 100. Intervals hold 95 % of "
         f"{evaluation.settings.bootstrap} resamplings of patients (seed {evaluation.settings.seed}). "
-        f"Constant answers were chosen on {evaluation.learned_on}."
+        f"Constant answers were chosen on {evaluation.learned_on}. "
+        "Macro: the mean over subtasks; by question: the mean of subtasks by their numbers of questions. "
+        "Constant: the best constant answer; majority: that of each subtask."
     )
     return element(
         "header",
@@ -77,72 +83,86 @@ def _tile(name: str, count: int) -> Html:
     return element("div", element("b", f"{count:,}"), name, class_="tile")
 
 
-def _section(evaluation: Evaluation, answers: Answers, overlays: Mapping[str, Path], number: int) -> Html:
-    partial = answers.gaps.sentence()
-    parts = [element("h2", answers.name), *_warning(partial), _charts(answers), *_scores(averages(answers.scores), partial)]
-    single = [score for score in answers.scores if score.average == "subtask"]
-    parts.append(element("details", element("summary", f"{len(single)} scores of subtasks"), *_scores(single, partial)))
+def _section(answers: Answers, overlays: Mapping[str, Path], number: int) -> Html:
+    partial = _warning(answers.gaps.sentence())
+    parts = [element("h2", answers.name), *partial, _charts(answers)]
+    for task in dict.fromkeys(score.task for score in answers.scores):
+        own = [score for score in answers.scores if score.task == task]
+        parts += [element("h3", task), *_tables(own, partial)]
     if answers.unparsed:
         rows = [(task, f"{count:,}") for task, count in answers.unparsed.items()]
-        parts += [element("h3", "Responses that mean no answer (counted as wrong)"), table(("task", "responses"), rows)]
-    parts += _cost_parts(answers.costs) if answers.costs else []
-    parts += _kept_parts(answers.kept) if answers.kept else []
-    parts += _case_parts(answers.judged, overlays)
-    return element("section", *parts, id=f"predictions-{number}")
+        heading = element("h3", "Responses that mean no answer (counted as wrong)")
+        parts += [heading, *partial, table(("task", "responses"), rows)]
+    parts += [*_cost_parts(answers.costs), *partial] if answers.costs else []
+    parts += [*_kept_parts(answers.kept), *partial] if answers.kept else []
+    return element("section", *parts, *_case_parts(answers.judged, overlays), id=f"predictions-{number}")
+
+
+def _tables(scores: Sequence[Score], partial: Sequence[Html]) -> list[Html]:
+    """Return the averages of one task, and its subtasks folded up."""
+    blind = tuple(dict.fromkeys(name for score in scores for name in score.baselines))
+    headings = (*(_BLIND.get(name, name.replace("_", " ")) for name in blind), *_COUNTS)
+    averages = table((*_AVERAGES, *headings), (_average_line(*pair, blind) for pair in both_averages(scores)))
+    single = [_single_line(score, blind) for score in scores if score.average == "subtask"]
+    if not single:
+        return [*partial, averages]
+    inner = [*partial, table((*_ONE, *headings), single)]
+    return [*partial, averages, element("details", element("summary", f"by subtask ({len(single)} scores)"), *inner)]
 
 
 def _warning(partial: str) -> list[Html]:
     return [element("p", element("b", partial), class_="remarks")] if partial else []
 
 
-def _scores(scores: Sequence[Score], partial: str) -> list[Html]:
-    return [*_warning(partial), table((*_HEADINGS, *_COUNTS), (_line(score) for score in scores))]
+def _average_line(macro: Score, weighted: Score, blind: Sequence[str]) -> list[object]:
+    return [_tight(macro.metric), *_estimate(macro.estimate), told(weighted.estimate), *_beside(macro, blind)]
 
 
-def _line(score: Score) -> list[object]:
-    of = f"{score.task}: {score.subtask}" if score.subtask else score.task
-    rules = [f"{told_value(value)} {name}" for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
+def _single_line(score: Score, blind: Sequence[str]) -> list[object]:
+    return [score.subtask or "-", _tight(score.metric), *_estimate(score.estimate), *_beside(score, blind)]
+
+
+def _beside(score: Score, blind: Sequence[str]) -> list[object]:
+    """Return the cells of what stands beside a score, one for each of the blind baselines named."""
     above = score.above_constant
-    return [
-        score.metric,
-        of,
-        _AVERAGES[score.average],
-        element("td", element("b", told(score.estimate)), class_="tight number"),
-        element("td", told_interval(score.estimate), class_="tight number"),
-        told_value(score.baselines.get(CONSTANT)),
-        told_value(score.baselines.get(MAJORITY)),
-        ", ".join(rules),
-        element("td", f"{told(above)} ({told_interval(above)})" if above else "-", class_="tight"),
-        f"{score.questions:,}",
-        f"{score.patients:,}",
-    ]
+    words = f"{told(above)} ({told_interval(above)})" if above else "-"
+    values = (told_value(score.baselines.get(name)) for name in blind)
+    return [*values, _tight(words), f"{score.questions:,}", f"{score.patients:,}"]
+
+
+def _estimate(estimate: Estimate) -> list[Html]:
+    return [element("td", element("b", told(estimate)), class_="tight"), _tight(told_interval(estimate))]
+
+
+def _tight(words: str) -> Html:
+    return element("td", words, class_="tight")
 
 
 def _charts(answers: Answers) -> Html:
     """Return a chart of each task's main metric, every average a line, baselines as marks."""
     main = {judged.metric for judged in answers.judged} or {score.metric for score in answers.scores[:1]}
     groups: dict[str, list[Dot]] = {}
-    for score in averages(answers.scores):
-        if score.metric in main and score.estimate.value is not None and score.average == "macro_over_subtasks":
+    for score, _ in both_averages(answers.scores):
+        if score.metric in main and score.estimate.value is not None:
             marks = {name: value for name, value in score.baselines.items() if value is not None}
             low, high = score.estimate.low, score.estimate.high
             groups.setdefault(score.metric, []).append(Dot(score.task, score.estimate.value, low, high, marks))
-    charts = [
-        dots(lines, name=metric, words="macro over subtasks, points; line: 95 % interval") for metric, lines in groups.items()
-    ]
+    words = "macro over subtasks, points; line: 95 % interval; strokes: blind baselines"
+    charts = [dots(lines, name=metric, words=words) for metric, lines in groups.items()]
     return element("div", *charts, class_="columns")
 
 
-def _difference_section(comparison: Comparison) -> Html:
+def _difference_section(comparison: Comparison, partial: Sequence[Html]) -> Html:
     lines = [
-        (s.metric, s.task, _AVERAGES[s.average], told(s.estimate), told_interval(s.estimate), f"{s.questions:,}")
-        for s in averages(comparison.scores)
+        [macro.task, _tight(macro.metric), *_estimate(macro.estimate), *_estimate(weighted.estimate), f"{macro.questions:,}"]
+        for macro, weighted in both_averages(comparison.scores)
     ]
     return element(
         "section",
         element("h2", f"{comparison.second} minus {comparison.first}"),
         element("p", f"{comparison.questions:,} questions that both answered; patients resampled together.", class_="muted"),
-        table(("metric", "of", "average", "difference", "95 % interval", "questions"), lines),
+        *partial,
+        table(("task", *_AVERAGES, "95 % interval", "questions"), lines),
     )
 
 
@@ -165,9 +185,9 @@ def _kept_parts(kept: Kept) -> list[Html]:
         (task, *(f"{tokens[name]:.0f}" for name in ("text_tokens", "visual_tokens", "kept_tokens")))
         for task, tokens in kept.tokens.items()
     ]
-    middles = [(low + high) / 2 for low, high in zip(kept.ratio_edges[:-1], kept.ratio_edges[1:], strict=True)]
-    ratios = [middle for middle, count in zip(middles, kept.ratio_counts, strict=True) for _ in range(count)]
-    charts = [histogram(ratios, name="Share of visual tokens kept", unit="")]
+    shares = [count / kept.predictions for count in kept.ratio_counts]
+    words = f"of the questions, by the share of visual tokens that was kept: 0 (left) to 1 (right); mean {kept.mean_ratio:.3f}"
+    charts = [bars(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
     if kept.slabs:
         charts.append(bars(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
     overlaps = [
@@ -222,17 +242,23 @@ def _confidence(one: Judged) -> float:
 
 
 def _case(one: Judged, overlay: Path | None) -> Html:
+    """Return a card: the question (beside its picture, if there is one), and what was answered."""
     case = one.case
-    facts = [("question", case.question), ("choices", " | ".join(case.choices)), ("answer", case.answer)]
-    facts += [("response", case.response or "(nothing)"), ("score", f"{one.score:.1f} ({one.metric})")]
-    facts += [("volume", case.volume_id), ("task", f"{case.task} {case.subtask}")]
+    asked = [("question", case.question), ("choices", " | ".join(case.choices)), ("answer", case.answer)]
+    asked += [("response", case.response or "(nothing)")]
+    facts = [("score", f"{one.score:.1f} ({one.metric})"), ("task", f"{case.task} {case.subtask}"), ("volume", case.volume_id)]
     if case.prediction.visual_tokens:
         facts.append(("kept", f"{case.prediction.kept_tokens} of {case.prediction.visual_tokens} visual tokens"))
-    pairs = (part for name, value in facts if value for part in (element("dt", name), element("dd", _short(value))))
-    text = element("div", element("h3", case.id), element("dl", *pairs))
+    name = element("h3", case.id)
     if overlay is None:
-        return element("article", text, class_="panel")
+        return element("article", element("div", name, _list(asked)), element("div", _list(facts)), class_="panel card")
+    text = element("div", name, _list([*asked, *facts]))
     return element("article", element("div", _picture(overlay, case.id)), text, class_="panel card")
+
+
+def _list(pairs: Sequence[tuple[str, str]]) -> Html:
+    shown = (part for name, value in pairs if value for part in (element("dt", name), element("dd", _short(value))))
+    return element("dl", *shown)
 
 
 def _picture(path: Path, id: str) -> Html:
