@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -17,6 +18,9 @@ from photon_train.evaluation.labels import read_labels
 from photon_train.evaluation.report_html import both_averages, told, told_interval, told_value
 from photon_train.evaluation.writing import write
 from photon_train.predictions import Prediction, read_predictions
+
+if TYPE_CHECKING:
+    from photon_train import PhotonConfig
 
 
 def run(
@@ -39,6 +43,7 @@ def run(
         from photon_train import PhotonConfig
 
         config = PhotonConfig.from_pretrained(model)
+        settings = replace(settings, grid_zyx=_grid(config))
     rows = [row for path in data for row in manifest.read(path)]
     learning = [row for path in train for row in manifest.read(path)]
     named = dict(zip(names_of(predictions), map(_read, predictions), strict=True))
@@ -47,6 +52,13 @@ def run(
     show(evaluation)
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return evaluation
+
+
+def _grid(config: PhotonConfig) -> tuple[int, int, int]:
+    """Return the grid of a model's visual tokens."""
+    vision = config.vision_config
+    z, y, x = (size // vision.patch_size for size in config.model_shape_zyx)
+    return z, y // vision.spatial_merge_size, x // vision.spatial_merge_size
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

@@ -55,22 +55,34 @@ class Baseline:
     answer: Callable[[Case], str | None]
 
 
-def baselines(learned_on: Sequence[Case], metrics: Sequence[Metric]) -> tuple[list[Baseline], dict[Kind, Constant]]:
-    """Return all baselines, constants chosen on the given cases, and the best constant of each kind of question."""
-    constants = {kind: best_constant(cases, metrics) for kind, cases in grouped(learned_on, kind_of).items()}
-    by_subtask = grouped(learned_on, lambda case: (kind_of(case), case.subtask))
-    majority = {key: best_constant(cases, metrics) for key, cases in by_subtask.items()}
+@dataclass(frozen=True)
+class Learned:
+    """All baselines, the best constant of each kind of question, and the kinds that the training cases do not have."""
 
-    def constant_answer(case: Case) -> str | None:
-        constant = constants.get(kind_of(case))
-        return constant.of(case) if constant else None
+    baselines: list[Baseline]
+    constants: dict[Kind, Constant]
+    not_in_training: set[Kind]
 
-    def majority_answer(case: Case) -> str | None:
-        constant = majority.get((kind_of(case), case.subtask)) or constants.get(kind_of(case))
-        return constant.of(case) if constant else None
 
-    blind = [Baseline(CONSTANT, constant_answer), Baseline(MAJORITY, majority_answer)]
-    return [*blind, *TEXT_RULES], constants
+def learn(training: Sequence[Case], evaluated: Sequence[Case], metrics: Sequence[Metric]) -> Learned:
+    """Return baselines with constants chosen on the training cases; of kinds that these do not have, on the evaluated ones.
+
+    A subtask that the training cases do not have gets its kind's best constant as its majority.
+    """
+    known = {kind_of(case) for case in training}
+    cases = [*training, *(case for case in evaluated if kind_of(case) not in known)]
+    constants = {kind: best_constant(group, metrics) for kind, group in grouped(cases, kind_of).items()}
+    by_subtask = grouped(cases, lambda case: (kind_of(case), case.subtask))
+    majority = {key: best_constant(group, metrics) for key, group in by_subtask.items()}
+
+    def constant_answer(case: Case) -> str:
+        return constants[kind_of(case)].of(case)
+
+    def majority_answer(case: Case) -> str:
+        return majority.get((kind_of(case), case.subtask), constants[kind_of(case)]).of(case)
+
+    blind = [Baseline(CONSTANT, constant_answer), Baseline(MAJORITY, majority_answer), *TEXT_RULES]
+    return Learned(blind, constants, constants.keys() - known)
 
 
 def kind_of(case: Case) -> Kind:

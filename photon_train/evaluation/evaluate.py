@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from photon_data.errors import UsageError
-from photon_train.evaluation.baselines import Baseline, baselines
+from photon_train.evaluation.baselines import Baseline, Kind, Learned, learn
 from photon_train.evaluation.benchmarks import METRICS, anything
 from photon_train.evaluation.bootstrap import Patients, draw
 from photon_train.evaluation.cases import Case, case_of
@@ -116,7 +116,7 @@ def evaluate(
     """Return the scores of each named set of predictions of the rows, and of each later set against the first.
 
     `benchmark` is a key of METRICS. Rows are a manifest's; `train` those that constant answers are chosen on (the evaluated
-    ones if there are none). `config` is the model's, to count FLOPs. Without any predictions, only the blind baselines are
+    ones where there are none). `config` is the model's, to count FLOPs. Without any predictions, only the blind baselines are
     scored, under the name BLIND. The same rows and predictions, in whatever order, give the same result. UsageError for
     predictions that do not match the rows (see `joining.join`), an unknown benchmark, or rows without answers.
     """
@@ -125,20 +125,20 @@ def evaluate(
     asked = by_id(rows)
     joined = {name: join(rows, given, allow_partial=settings.allow_partial) for name, given in predictions.items()}
     everything = [case_of(asked[id], Prediction(id)) for id in sorted(asked)]
-    learning = [case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"])] or everything
-    blind, constants = baselines(learning, metrics)
+    training = [case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"]) if row["answer"]]
+    learned = learn(training, everything, metrics)
     patients = draw([case.patient for case in everything], settings.bootstrap, settings.seed)
-    answers = [_answers(name, one, metrics, blind, patients, settings, config) for name, one in joined.items()]
+    answers = [_answers(name, one, metrics, learned.baselines, patients, settings, config) for name, one in joined.items()]
     first, *others = joined or [""]
     return Evaluation(
         benchmark=benchmark,
         settings=settings,
         questions=len(everything),
         patients=len(patients.index),
-        answers=tuple(answers or [_blind_alone(everything, metrics, blind, patients, settings)]),
+        answers=tuple(answers or [_blind_alone(everything, metrics, learned.baselines, patients, settings)]),
         comparisons=tuple(_compare((first, joined[first]), (name, joined[name]), metrics, patients) for name in others),
-        constants={_words(kind): constant.answer for kind, constant in sorted(constants.items())},
-        learned_on="the training rows" if train else "the evaluated rows themselves",
+        constants={_words(kind): constant.answer for kind, constant in sorted(learned.constants.items())},
+        learned_on=_learned_on(learned) if training else "the evaluated rows themselves",
     )
 
 
@@ -213,5 +213,10 @@ def _compare(first: tuple[str, Joined], second: tuple[str, Joined], metrics: Seq
     return Comparison(first[0], second[0], len(both), tuple(differences(*tables)))
 
 
-def _words(kind: Any) -> str:
+def _learned_on(learned: Learned) -> str:
+    rest = ", ".join(sorted({kind.task for kind in learned.not_in_training}))
+    return "the training rows" + (f", which lack {rest}: there on the evaluated rows" if rest else "")
+
+
+def _words(kind: Kind) -> str:
     return f"{kind.task}, {kind.form}, {'choices shown' if kind.closed else 'open'}"

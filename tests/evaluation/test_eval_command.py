@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from answers import put, row
 from PIL import Image
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_train.evaluation.evaluate import Settings, evaluate
 from photon_train.evaluation.writing import write
-from photon_train.predictions import Prediction
+from photon_train.predictions import Prediction, pack_mask
 
 YES_NO = ("Yes", "No")
 
@@ -110,6 +111,22 @@ def test_the_page_is_one_file_with_the_pictures_of_its_cases(files, tmp_path):
     assert "Worst cases" in page
     assert "Share of visual tokens kept" in page
     assert json.loads(scores.read_text())["predictions"][0]["kept"]["mean_ratio"] == 0.4
+
+
+def test_with_the_models_config_flops_and_its_own_grid_are_told(files):
+    from photon_train import PhotonConfig
+
+    PhotonConfig(stage=2).save_pretrained(files / "model")
+    rows = [json.loads(line) for line in (files / "data.jsonl").read_text().splitlines()]
+    keep = np.arange(1000) < 300  # the three slabs at the foot
+    made = {"visual_tokens": 1000, "kept_tokens": 300, "text_tokens": 60, "kept": pack_mask(keep)}
+    put(files / "preds.jsonl", [Prediction(one["id"], "Yes", **made) for one in rows])
+    code, text = ask(files, "--config", files / "model")
+    assert code == 0
+    assert "TFLOP a question" in text
+    (answers,) = json.loads((files / "out" / "scores.json").read_text())["predictions"]
+    assert answers["kept"]["slabs"] == [1.0] * 3 + [0.0] * 7
+    assert 0 < answers["costs"]["prefill_tflop"] < answers["costs"]["prefill_tflop_unpruned"]
 
 
 def test_evaluating_files_does_not_wait_for_torch():

@@ -253,6 +253,14 @@ def test_label_metrics_stand_beside_constant_labels():
     assert found(done, "rougel", "task").baselines["best_constant"] == 100
 
 
+def test_tasks_that_the_training_rows_lack_are_learned_on_the_evaluated_ones_and_it_is_said():
+    rows = [row("a", "Yes", YES_NO, task="t"), row("b", "Yes", YES_NO, task="u")]
+    train = [row("c", "No", YES_NO, task="t"), row("d", "", YES_NO, task="u")]
+    done = evaluate("vqa", rows, {"m": [Prediction(id, "Yes") for id in "ab"]}, train=train, settings=FEW)
+    assert [found(done, "accuracy_robust", task).baselines["best_constant"] for task in "tu"] == [0, 100]
+    assert done.learned_on == "the training rows, which lack u: there on the evaluated rows"
+
+
 # --- what was kept, what it cost
 
 
