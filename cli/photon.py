@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -59,7 +59,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the resamplings.")] = 0,
 ) -> None:
     """Score predictions of a benchmark's questions, with intervals and blind baselines."""
-    from photon_cli import eval_command
+    try:
+        from photon_cli import eval_command
+    except ModuleNotFoundError as error:
+        _fail(f"the extra `eval` wanted, {error.name} is not installed; pip install 'photon-ct[eval]'")
     from photon_cli.options import edges
     from photon_train.evaluation.evaluate import Settings
 
@@ -75,7 +78,7 @@ def predict() -> None:
     _fail("photon predict is not in this version yet")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"photon: {message}", err=True)
     raise typer.Exit(MISUSE)
 

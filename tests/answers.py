@@ -1,10 +1,11 @@
 """Rows of manifests and predictions of them, made in a line."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from photon_data import manifest
-from photon_data.questions import with_made_ids
+from photon_data import manifest, prompts
+from photon_data.questions import Question, with_made_ids
 from photon_data.records import PREPARED, VolumeRecord, to_jsonl
 from photon_data.sources.rad3d import read_subtask
 from photon_train.evaluation.cases import Case, case_of
@@ -39,13 +40,23 @@ def case(answer: str, response: str, choices: tuple[str, ...] = (), id: str = "q
     return case_of(row(id, answer, choices, **more), Prediction(id, response, choice_scores=scores))
 
 
-def rad3d_rows(split: str, folder: Path = RAD3D) -> list[dict[str, Any]]:
-    """The rows of 3D-RAD's csv files, whether there are volumes or not."""
-    questions = with_made_ids([q for file in sorted((folder / split).glob("Task*/*.csv")) for q in read_subtask(file)])
+def rad3d_questions(split: str) -> list[Question]:
+    """The questions of 3D-RAD's csv files."""
+    return with_made_ids([q for file in sorted((RAD3D / split).glob("Task*/*.csv")) for q in read_subtask(file)])
+
+
+def put_rows(questions: list[Question], style: str = "plain", choices: str = "hidden") -> list[dict[str, Any]]:
+    """The rows of questions in a style of prompt, whether there are volumes or not."""
     names = sorted({question.volume for question in questions})
     records = [VolumeRecord(name, name, PREPARED, 0, 0, store=name) for name in names]
-    built = manifest.build(questions, records, out="/", instruction=".", dataset="3d-rad")
+    splits = [replace(question, split="test") for question in prompts.put(questions, style, choices)]
+    built = manifest.build(splits, records, out="/", instruction=".", dataset="set")
     return [row for rows in built.rows.values() for row in rows]
+
+
+def rad3d_rows(split: str) -> list[dict[str, Any]]:
+    """The rows of those questions."""
+    return put_rows(rad3d_questions(split))
 
 
 def put(path: Path, rows: Any) -> Path:

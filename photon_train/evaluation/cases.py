@@ -53,7 +53,7 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
     closed = _is_closed(row, label, answer, choices)
     response = prediction.response.strip()
     if not closed and label.startswith(_NO_CHOICE):
-        response = response.removeprefix(_NO_CHOICE)
+        label, response = label.removeprefix(_NO_CHOICE), response.removeprefix(_NO_CHOICE)
     return Case(
         id=row["id"],
         patient=row["patient"] or row["volume_id"],

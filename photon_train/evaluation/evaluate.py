@@ -122,6 +122,8 @@ def evaluate(
     """
     settings = settings or Settings()
     metrics = _metrics(benchmark, settings)
+    if settings.labels and len(predictions) > 1:
+        raise UsageError(f"one file of predictions wanted beside labels of its responses, got {len(predictions)}")
     asked = by_id(rows)
     joined = {name: join(rows, given, allow_partial=settings.allow_partial) for name, given in predictions.items()}
     everything = [case_of(asked[id], Prediction(id)) for id in sorted(asked)]

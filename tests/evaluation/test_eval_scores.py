@@ -7,11 +7,13 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from answers import RAD3D, case, rad3d_rows, row
+from answers import RAD3D, case, put_rows, rad3d_questions, rad3d_rows, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon_data.errors import UsageError
+from photon_data.prompts import PROMPTS
+from photon_data.questions import Question
 from photon_train.evaluation.bootstrap import draw, interval
 from photon_train.evaluation.choice_metrics import accuracies, yes_no_metrics
 from photon_train.evaluation.costs import costs
@@ -23,6 +25,7 @@ from photon_train.evaluation.scores import table_of
 from photon_train.predictions import Prediction, pack_mask
 
 YES_NO = ("Yes", "No")
+RAD3D_QUESTIONS = rad3d_questions("test")[::5]
 FEW = Settings(bootstrap=50)
 
 
@@ -101,6 +104,32 @@ def test_macro_and_question_weighted_averages_by_hand():
     # Sensitivity is not defined where nothing is there: only task u has a yes.
     assert found(done, "sensitivity", "t").estimate == (None, None, None)
     assert found(done, "sensitivity", "all").estimate.value == 100
+
+
+TUMOUR = {"mc_question": "Where? A: head B: tail C: body", "choices": ["head", "tail", "body"], "letter": "B"}
+FREE = [
+    Question("d0", "v0", "How large?", "12.5", extra={"answer_type": "number", "subtask": "largest lesion diameter"}),
+    Question("d1", "v1", "Is there a lesion?", "no", extra={"answer_type": "yes-no", "subtask": "liver lesion existence"}),
+    Question("d2", "v1", "Where?", "tail", extra={"answer_type": "text", "subtask": "largest lesion location", **TUMOUR}),
+]
+
+
+@pytest.mark.parametrize("choices", ["shown", "hidden"])
+@pytest.mark.parametrize(
+    ("benchmark", "style"),
+    [(name, style) for name in ("deeptumorvqa-v1", "deeptumorvqa-v2") for style in sorted(PROMPTS)]
+    + [(name, style) for name in ("3d-rad", "vqa") for style in ("plain", "letters", "3d-rad")],
+)
+def test_the_label_itself_is_right_however_the_question_was_put(benchmark, style, choices):
+    rows = put_rows(FREE if benchmark.startswith("deep") else RAD3D_QUESTIONS, style, choices)
+    done = evaluate(
+        benchmark, rows, {"m": [Prediction(one["id"], one["answer"]) for one in rows]}, settings=Settings(bootstrap=0)
+    )
+    right = ("accuracy_robust", "accuracy_normalised", "accuracy_strict", "score_v1", "mra_thresholds", "mra_linear", "rouge1")
+    scores = [score for score in done.answers[0].scores if score.metric in right]
+    assert scores
+    assert {(score.metric, score.estimate.value) for score in scores} == {(score.metric, 100) for score in scores}
+    assert done.answers[0].unparsed == {}
 
 
 def test_unparsed_responses_are_wrong_and_counted():
@@ -251,6 +280,8 @@ def test_label_metrics_stand_beside_constant_labels():
     assert score.estimate.value > 33.4
     assert found(done, "bleu4", "task").estimate.value == 0  # three words hold no four
     assert found(done, "rougel", "task").baselines["best_constant"] == 100
+    with pytest.raises(UsageError, match="one file of predictions wanted beside labels"):
+        evaluate("report", rows, {"m": answers, "n": answers}, settings=Settings(labels=(reference, said)))
 
 
 def test_tasks_that_the_training_rows_lack_are_learned_on_the_evaluated_ones_and_it_is_said():
