@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from photon_data.report.page import Html, element
 
 _WIDTH, _HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 22
+_LINE = 32
 # Where the highest value is beyond this many times the 95th percentile, the last bar holds all that is beyond.
 _FAR = 2.5
 # Shares of voxels are drawn on a logarithmic axis that starts here.
@@ -22,6 +23,16 @@ class Mark(NamedTuple):
 
     at: float
     label: str
+
+
+class Dot(NamedTuple):
+    """A value with its interval (None: not known) on a line of its own, and other values to see it against, by name."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    marks: Mapping[str, float]
 
 
 class Bins(NamedTuple):
@@ -83,6 +94,28 @@ def sparkline(counts: Sequence[float], *, words: str) -> Html:
     return element("svg", *curve, viewBox="0 0 260 40", preserveAspectRatio="none", role="img", aria_label=words, class_="spark")
 
 
+def dots(lines: Sequence[Dot], *, name: str, words: str, span: tuple[float, float] = (0, 100)) -> Html:
+    """Return a figure with one line per dot, its interval drawn through it; marks are short strokes that say their name."""
+    x = _Scale(*span, _LEFT, _WIDTH - _RIGHT)
+    height = _LINE * len(lines) + _BOTTOM + 6
+    parts = [part for number, dot in enumerate(lines) for part in _dot(dot, x, _LINE * (number + 1))]
+    base = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=height - _BOTTOM, y2=height - _BOTTOM, class_="base")
+    labels = [_text(x(value), height - 6, f"{value:g}", "middle") for value in np.linspace(*span, 5)]
+    return _figure(name, words, _svg(f"{name}: {words}", *parts, base, *labels, height=height))
+
+
+def bars(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) -> Html:
+    """Return a figure with one bar per share, 0 to `top`."""
+    x = _Scale(0, len(shares), _LEFT, _WIDTH - _RIGHT)
+    y = _Scale(0, top, _HEIGHT - _BOTTOM, _TOP)
+    parts = []
+    for number, share in enumerate(shares):
+        box = {"x": x(number) + 1, "y": y(share), "width": round(x(1) - x(0) - 2, 1), "height": round(y(0) - y(share), 1)}
+        parts.append(element("rect", element("title", f"{number}: {share:.1%}"), class_="bar", **box))
+    labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, top)]
+    return _figure(name, words, _svg(f"{name}: {words}", *parts, _baseline(), *labels))
+
+
 class _Scale(NamedTuple):
     """A straight line from values onto pixels."""
 
@@ -122,6 +155,18 @@ def _bars(bins: Bins, x: _Scale, y: _Scale, unit: str) -> list[Html]:
     return bars
 
 
+def _dot(dot: Dot, x: _Scale, at: float) -> list[Html]:
+    """Return the label above a line at height `at`, and on it interval, marks and dot."""
+    said = ", ".join([f"{dot.label}: {dot.value:.2f}", *(f"{name} {value:.2f}" for name, value in dot.marks.items())])
+    parts = [_text(_LEFT, at - 9, f"{dot.label}  {dot.value:.2f}", "start")]
+    if dot.low is not None and dot.high is not None:
+        parts.append(element("line", x1=x(dot.low), x2=x(dot.high), y1=at, y2=at, class_="curve"))
+    for name, value in dot.marks.items():
+        title = element("title", f"{name} {value:.2f}")
+        parts.append(element("line", title, x1=x(value), x2=x(value), y1=at - 6, y2=at + 6, class_="mark"))
+    return [*parts, element("circle", element("title", said), cx=x(dot.value), cy=at, r=3.5, class_="bar")]
+
+
 def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Html]:
     """Return an area and its outline over equal bins from x.low to x.high."""
     step = (x.high - x.low) / len(levels)
@@ -148,8 +193,8 @@ def _text(x: float, y: float, words: object, anchor: str, class_: str | None = N
     return element("text", words, x=x, y=y, text_anchor=anchor, class_=class_)
 
 
-def _svg(words: str, *parts: Html) -> Html:
-    return element("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=words)
+def _svg(words: str, *parts: Html, height: int = _HEIGHT) -> Html:
+    return element("svg", *parts, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=words)
 
 
 def _figure(name: str, words: str, drawing: Html) -> Html:

@@ -1,26 +1,12 @@
-"""The cost model of benchmarks/model_flops.py against torch's own counter."""
-
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+"""The cost model of photon_train/flops.py against torch's own counter."""
 
 import pytest
 import torch
 from golden import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
+from photon_train import flops as costs
 from photon_train.layout import question_mask
-
-
-@pytest.fixture(scope="module")
-def costs() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "model_flops.py"
-    spec = importlib.util.spec_from_file_location("model_flops", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["model_flops"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def counted(call) -> tuple[int, object]:
@@ -29,7 +15,7 @@ def counted(call) -> tuple[int, object]:
     return counter.get_total_flops(), out
 
 
-def prompt_of(costs: ModuleType, model, x):
+def prompt_of(model, x):
     ids = x["input_ids"][0]
     start, end = ((ids == t).nonzero()[0].item() for t in (model.config.vision_start_token_id, model.config.vision_end_token_id))
     asked = int(question_mask(x["input_ids"], model.config).sum())
@@ -37,12 +23,12 @@ def prompt_of(costs: ModuleType, model, x):
 
 
 @pytest.mark.parametrize("name", ["b1", "text_first"])
-def test_flops_are_those_that_torch_counts(golden: Golden, costs: ModuleType, name: str) -> None:
+def test_flops_are_those_that_torch_counts(golden: Golden, name: str) -> None:
     x = golden.batch(name, "labels")
     grid = tuple(x["video_grid_thw"][0].tolist())
     for scheduler in ("none", "its"):
         model = golden.model("s2", scheduler=scheduler, attn_implementation="eager")
-        prompt = prompt_of(costs, model, x)
+        prompt = prompt_of(model, x)
         flops, out = counted(lambda model=model: model(**x, logits_to_keep=1))
         if scheduler == "none":
             expected = costs.without_scheduling(model.config, prompt, grid)
@@ -52,16 +38,16 @@ def test_flops_are_those_that_torch_counts(golden: Golden, costs: ModuleType, na
         assert expected.total() == pytest.approx(flops, rel=1e-3)
 
 
-def test_flops_of_a_window_at_the_edge_count(golden: Golden, costs: ModuleType) -> None:
+def test_flops_of_a_window_at_the_edge_count(golden: Golden) -> None:
     model, x = golden.model("s1", attn_implementation="eager"), golden.inputs("vision_windows")
     flops, _ = counted(lambda: model.model.visual(x["pixel_values_videos"], grid_thw=x["video_grid_thw"]))
     expected = sum(costs.vision(model.config, tuple(grid)) for grid in x["video_grid_thw"].tolist())
     assert expected == pytest.approx(flops, rel=1e-3)
 
 
-def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, costs: ModuleType) -> None:
+def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden) -> None:
     model, x = golden.model("s2", attn_implementation="eager"), golden.batch("b1_prompt", "labels")
-    prompt = prompt_of(costs, model, x)
+    prompt = prompt_of(model, x)
     question = x["input_ids"][0, prompt.prefix :]
 
     def ask():

@@ -1,0 +1,130 @@
+"""The body of `photon eval`: files -> an evaluation -> files, and its tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from photon_cli.options import console
+from photon_data import manifest
+from photon_data.errors import UsageError
+from photon_train.evaluation.baselines import CONSTANT, MAJORITY
+from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, evaluate
+from photon_train.evaluation.labels import read_labels
+from photon_train.evaluation.report_html import both_averages, told, told_interval, told_value
+from photon_train.evaluation.writing import write
+from photon_train.predictions import Prediction, read_predictions
+
+if TYPE_CHECKING:
+    from photon_train import PhotonConfig
+
+
+def run(
+    benchmark: str,
+    predictions: Sequence[Path],
+    data: Sequence[Path],
+    output: Path,
+    *,
+    train: Sequence[Path] = (),
+    labels: Sequence[Path] = (),
+    model: str | None = None,
+    settings: Settings,
+) -> Evaluation:
+    """Read, evaluate, write and print; return the evaluation. UsageError; `labels` are the references' and the responses'."""
+    if len(labels) not in (0, 2):
+        raise UsageError(f"two tables of labels wanted, the references' and the responses', got {len(labels)}")
+    settings = replace(settings, labels=(read_labels(labels[0]), read_labels(labels[1])) if labels else None)
+    config = None
+    if model:
+        from photon_train import PhotonConfig
+
+        config = PhotonConfig.from_pretrained(model)
+        settings = replace(settings, grid_zyx=_grid(config))
+    rows = [row for path in data for row in manifest.read(path)]
+    learning = [row for path in train for row in manifest.read(path)]
+    named = dict(zip(names_of(predictions), map(_read, predictions), strict=True))
+    evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=config)
+    paths = write(evaluation, output)
+    show(evaluation)
+    console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
+    return evaluation
+
+
+def _grid(config: PhotonConfig) -> tuple[int, int, int]:
+    """Return the grid of a model's visual tokens."""
+    vision = config.vision_config
+    z, y, x = (size // vision.patch_size for size in config.model_shape_zyx)
+    return z, y // vision.spatial_merge_size, x // vision.spatial_merge_size
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its stem, or with its folders where two have the same; UsageError for a file given twice."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("different files of predictions wanted, got one of them twice")
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [path.with_suffix("").as_posix() for path in paths]
+
+
+def show(evaluation: Evaluation) -> None:
+    """Print the averages of every file of predictions, and the differences between them."""
+    console.print(f"{evaluation.benchmark}: {evaluation.questions:,} questions, {evaluation.patients:,} patients")
+    console.print(f"constant answers were chosen on {evaluation.learned_on}; scores in points, 95 % intervals by patient")
+    for answers in evaluation.answers:
+        console.print(_table(answers))
+        if answers.unparsed:
+            counts = ", ".join(f"{count} of {task}" for task, count in answers.unparsed.items())
+            console.print(f"responses that mean no answer, counted as wrong: {counts}")
+        _say_costs(answers)
+    for comparison in evaluation.comparisons:
+        console.print(_differences(comparison))
+
+
+def _table(answers: Answers) -> Table:
+    title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
+    table = _columns(title, ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients"))
+    for score, weighted in both_averages(answers.scores):
+        rules = [told_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
+        blind = [told_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
+        cells = [told(score.estimate), told_interval(score.estimate), *blind, " ".join(rules), told(weighted.estimate)]
+        table.add_row(score.task, score.metric, *cells, f"{score.questions}", f"{score.patients}")
+    return table
+
+
+def _differences(comparison: Comparison) -> Table:
+    table = _columns(f"{comparison.second} minus {comparison.first}", ("macro", "95 %", "by question", "95 %", "n"))
+    for score, weighted in both_averages(comparison.scores):
+        cells = [text for one in (score, weighted) for text in (told(one.estimate), told_interval(one.estimate))]
+        table.add_row(score.task, score.metric, *cells, f"{score.questions}")
+    return table
+
+
+def _columns(title: str, numbers: Iterable[str]) -> Table:
+    table = Table(title=title)
+    for name in ("task", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _say_costs(answers: Answers) -> None:
+    costs, kept = answers.costs, answers.kept
+    if costs and costs.questions_per_second:
+        stages = ", ".join(f"{stage} {seconds.mean:.3f}" for stage, seconds in costs.seconds.items())
+        console.print(f"seconds per question: {stages}; {costs.questions_per_second:.2f} questions per second")
+    if costs and costs.prefill_tflop is not None:
+        console.print(f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} unpruned")
+    if kept:
+        console.print(f"visual tokens kept: {kept.mean_ratio:.1%}")
+
+
+def _read(path: Path) -> list[Prediction]:
+    """Return the predictions of a file; UsageError."""
+    try:
+        return list(read_predictions(path))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None

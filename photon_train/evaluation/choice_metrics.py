@@ -1,0 +1,214 @@
+"""Scores of closed questions: four accuracies that differ in what counts as the letter, and what accuracy hides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from photon_train.evaluation.cases import Case, as_label, as_letter, as_letter_and_text, as_text
+from photon_train.evaluation.metric import Metric, mean_of
+from photon_train.evaluation.parsing import choice, collapsed, contains_letter, letter_v2, without_punctuation, yes_no
+
+# Of a question with more different answers than this, no confusion table is made.
+MOST_CLASSES = 12
+_BLOCK = 64
+
+
+def is_closed(case: Case) -> bool:
+    """Choices were put."""
+    return case.closed
+
+
+def is_yes_no(case: Case) -> bool:
+    """The answer is yes or no."""
+    return case.form == "yes-no"
+
+
+def is_choice(case: Case) -> bool:
+    """Choices were put, other than yes and no."""
+    return case.form == "choice"
+
+
+def is_free_text(case: Case) -> bool:
+    """Words were asked for, without choices."""
+    return case.form == "text"
+
+
+def meant(case: Case) -> str | None:
+    """Return the answer that a response means, as its text; None where it cannot be told. Yes and no in lower case."""
+    if case.choices and case.closed:
+        index = choice(case.response, case.choices)
+        if index is not None:
+            return case.choices[index].lower() if is_yes_no(case) else case.choices[index]
+    return yes_no(case.response) if is_yes_no(case) else None
+
+
+def truth(case: Case) -> str:
+    """Return the answer in the words of `meant`."""
+    return case.answer.lower() if is_yes_no(case) else case.answer
+
+
+def accuracies() -> list[Metric]:
+    """Return the accuracies of closed questions, the robust one first.
+
+    accuracy_robust             the letter, "B. No", or the text, read by `parsing.choice`
+    accuracy_contains_letter    "B." stands in the response (3D-RAD, M3D)
+    accuracy_normalised         response and label are equal, case and white space apart (Photon on 3D-RAD)
+    accuracy_strict             they are equal to the letter (Photon on DeepTumorVQA v1)
+    accuracy_scored_choice      the choice with the highest log-probability; of predictions that have them
+    """
+    return [
+        mean_of("accuracy_robust", is_closed, lambda case: meant(case) == truth(case), as_label),
+        mean_of("accuracy_contains_letter", is_closed, _contains_letter, as_letter_and_text),
+        mean_of("accuracy_normalised", is_closed, lambda case: collapsed(case.response) == collapsed(case.label), as_label),
+        mean_of("accuracy_strict", is_closed, lambda case: case.response == case.label, as_label),
+        mean_of("accuracy_scored_choice", has_scores, lambda case: _best_scored(case) == case.answer),
+    ]
+
+
+def accuracy_letter_v2() -> Metric:
+    """Return the multiple-choice accuracy of DeepTumorVQA v2."""
+    return mean_of("accuracy_letter_v2", is_closed, lambda case: letter_v2(case.response) == case.letter, as_letter)
+
+
+def accuracy_yes_no() -> Metric:
+    """Return the accuracy of yes and no, with or without choices; neither of them is wrong."""
+    return mean_of("accuracy_yes_no", is_yes_no, lambda case: meant(case) == truth(case), as_text)
+
+
+def exact(name: str = "exact_strict") -> Metric:
+    """Return the share of free-text responses that equal the answer to the letter (DeepTumorVQA v1)."""
+    return mean_of(name, is_free_text, lambda case: case.response == case.answer)
+
+
+def exact_normalised() -> Metric:
+    """Return the share that equal it without punctuation and case (DeepTumorVQA v2, categorical)."""
+    return mean_of("exact_normalised", is_free_text, equal_normalised)
+
+
+def partial_match() -> Metric:
+    """Return the share of free-text responses that hold the answer, without punctuation and case (DeepTumorVQA v2)."""
+    return mean_of(
+        "partial_match", is_free_text, lambda case: without_punctuation(case.answer) in without_punctuation(case.response)
+    )
+
+
+def equal_normalised(case: Case) -> float:
+    """1 for a response that equals the answer without punctuation and case, else 0."""
+    return float(without_punctuation(case.response) == without_punctuation(case.answer))
+
+
+def yes_no_metrics() -> list[Metric]:
+    """Return sensitivity, specificity, their mean, F1 of "yes", and AUROC of predictions with scores.
+
+    A response that is neither yes nor no is wrong: a missed yes, or a false one. DeepTumorVQA v2 takes it for a no, which is
+    `specificity_unparsed_is_no`.
+    """
+
+    def metric(name: str, formula: object) -> Metric:
+        return Metric(name, is_yes_no, _confusion, formula, as_text)  # type: ignore[arg-type]
+
+    return [
+        metric("sensitivity", lambda s: s[..., 0] / (s[..., 0] + s[..., 1])),
+        metric("specificity", lambda s: s[..., 2] / (s[..., 2] + s[..., 3])),
+        metric("specificity_unparsed_is_no", lambda s: (s[..., 2] + s[..., 4]) / (s[..., 2] + s[..., 3])),
+        metric("balanced_accuracy", lambda s: (s[..., 0] / (s[..., 0] + s[..., 1]) + s[..., 2] / (s[..., 2] + s[..., 3])) / 2),
+        metric("f1_yes", lambda s: 2 * s[..., 0] / (2 * s[..., 0] + s[..., 1] + s[..., 3])),
+        Auroc("auroc", lambda case: is_yes_no(case) and has_scores(case), _scores_and_labels, lambda sums: sums),
+    ]
+
+
+def class_metrics() -> list[Metric]:
+    """Return the mean recall and the mean F1 over the answers that occur, of choices other than yes and no."""
+    return [
+        Metric("balanced_accuracy_classes", is_choice, _by_class, _mean_recall, as_label),
+        Metric("macro_f1_classes", is_choice, _by_class, _mean_f1, as_label),
+    ]
+
+
+def has_scores(case: Case) -> bool:
+    """All choices have a log-probability."""
+    scores = case.prediction.choice_scores
+    return case.closed and bool(scores) and all(choice in scores for choice in case.choices)
+
+
+@dataclass(frozen=True)
+class Auroc(Metric):
+    """The chance that a random yes has a higher score than a random no, half of it for a tie."""
+
+    def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
+        """Return float[W]; NaN where all answers are the same."""
+        observed = self.observe(cases)
+        order = np.argsort(observed[:, 0], kind="stable")
+        scores, labels, patients = observed[order, 0], observed[order, 1], patient_n[order]
+        starts = np.flatnonzero(np.r_[True, np.diff(scores) > 0])
+        blocks = range(0, len(weights_WP), _BLOCK)  # all of them at once would be gigabytes
+        return np.concatenate([_auroc(weights_WP[at : at + _BLOCK, patients], labels, starts) for at in blocks])
+
+
+def _auroc(weights_Wn: np.ndarray, labels: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the AUROC of each weighting; cases by rising score, `starts` where a new score begins."""
+    yes = np.add.reduceat(weights_Wn * labels, starts, axis=1)
+    no = np.add.reduceat(weights_Wn * (1 - labels), starts, axis=1)
+    below = np.cumsum(no, axis=1) - no
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((yes * (below + no / 2)).sum(axis=1) / (yes.sum(axis=1) * no.sum(axis=1)))
+
+
+def _scores_and_labels(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 2]: log-probability of yes over no, and 1 for a yes."""
+    return np.array([(_yes_over_no(case), truth(case) == "yes") for case in cases], float)
+
+
+def _yes_over_no(case: Case) -> float:
+    scores = {text.lower(): score for text, score in case.prediction.choice_scores.items()}
+    return scores["yes"] - scores["no"]
+
+
+def _best_scored(case: Case) -> str:
+    return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
+
+
+def _contains_letter(case: Case) -> float:
+    return float(contains_letter(case.response, case.letter))
+
+
+def _confusion(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 5]: found yes, missed yes, right no, false yes or neither, of which neither."""
+    rows = []
+    for case in cases:
+        said, is_yes = meant(case), truth(case) == "yes"
+        right = said == truth(case)
+        rows.append((is_yes and right, is_yes and not right, not is_yes and right, not is_yes and not right, False))
+        rows[-1] = (*rows[-1][:4], not is_yes and said is None)
+    return np.array(rows, float)
+
+
+def _by_class(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 3 * classes]: is of the class, and was said to be, was said to be; [n, 0] for too many classes."""
+    classes = sorted({case.answer for case in cases})
+    if len(classes) > MOST_CLASSES:
+        return np.zeros((len(cases), 0))
+    said = [meant(case) for case in cases]
+    table = [
+        [(case.answer == name, case.answer == name == word, word == name) for name in classes]
+        for case, word in zip(cases, said, strict=True)
+    ]
+    return np.array(table, float).reshape(len(cases), -1)
+
+
+def _mean_recall(sums: np.ndarray) -> np.ndarray:
+    parts = sums.reshape(*sums.shape[:-1], -1, 3)
+    return _mean_where(parts[..., 0] > 0, parts[..., 1] / parts[..., 0])
+
+
+def _mean_f1(sums: np.ndarray) -> np.ndarray:
+    parts = sums.reshape(*sums.shape[:-1], -1, 3)
+    return _mean_where(parts[..., 0] > 0, 2 * parts[..., 1] / (parts[..., 0] + parts[..., 2]))
+
+
+def _mean_where(there: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the mean over the last axis of the values that are there."""
+    return np.asarray(np.where(there, values, 0.0).sum(axis=-1) / there.sum(axis=-1))

@@ -1,0 +1,69 @@
+"""What a metric is: sums over questions and a formula of them, so that a resampled patient is a row of a matrix product.
+
+Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then resampled ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from photon_train.evaluation.cases import Case, as_text
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score between 0 and 1 of a set of questions.
+
+    applies     which questions it is for
+    observe     n cases -> float[n, k], what each of them adds
+    formula     sums float[..., k] -> float[...], NaN where it is not defined
+    written     how an answer has to be written for this metric to see it; blind baselines are written so
+    of_words    whether it looks at the response's words; what looks elsewhere has other baselines
+    """
+
+    name: str
+    applies: Callable[[Case], bool]
+    observe: Callable[[Sequence[Case]], np.ndarray]
+    formula: Callable[[np.ndarray], np.ndarray]
+    written: Callable[[Case, str], str] = as_text
+    of_words: bool = True
+
+    def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
+        """Return float[W], the score of the cases under every weighting of their patients."""
+        observed = self.observe(cases)
+        sums_Pk = np.zeros((weights_WP.shape[1], observed.shape[1]))
+        np.add.at(sums_Pk, patient_n, observed)
+        return self.of_sums(weights_WP @ sums_Pk)
+
+    def of_sums(self, sums: np.ndarray) -> np.ndarray:
+        """Return the formula's value; what is divided by nothing is NaN."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.formula(sums), float)
+
+    def value(self, cases: Sequence[Case]) -> float:
+        """Return the score of the cases, each counting once."""
+        return float(self.replicates(cases, np.zeros(len(cases), int), np.ones((1, 1)))[0])
+
+
+def mean_of(
+    name: str,
+    applies: Callable[[Case], bool],
+    score: Callable[[Case], float],
+    written: Callable[[Case, str], str] = as_text,
+) -> Metric:
+    """Return the metric that is the mean of a score per question."""
+    return Metric(name, applies, lambda cases: with_ones(score(case) for case in cases), ratio, written)
+
+
+def with_ones(scores: Iterable[float]) -> np.ndarray:
+    """Return float[n, 2]: scores, and ones to divide their sum by."""
+    values = np.fromiter(scores, float)
+    return np.stack([values, np.ones_like(values)], axis=1)
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Return first sum / second sum."""
+    return np.asarray(sums[..., 0] / sums[..., 1])
