@@ -149,11 +149,10 @@ def _diffuse(name: str, organ: str, masks: tuple[str, ...], noun: str, substance
 
 
 # For a model of half a million weights that has a few minutes to learn: whole organs are affected, several visual tokens large,
-# and brighter than anything of their kind.
+# and brighter than anything of their kind. With a third organ the tiny model did not leave chance in 300 steps.
 EASY_FINDINGS = (
     _diffuse("lung_consolidation", "lungs", ("lung_left", "lung_right"), "lung consolidation", "soft tissue"),
     _diffuse("liver_calcification", "liver", ("liver",), "liver calcification", "dense"),
-    _diffuse("spleen_calcification", "spleen", ("spleen",), "splenic calcification", "dense"),
 )
 
 
