@@ -4,19 +4,40 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-all lint check clean
+.PHONY: demo demo-data demo-model test test-all lint check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: demo-data demo-model
+
+demo-data: $(VENV)/installed
 	$(BIN)/photon-data phantom $(DEMO)/phantoms --n 12 --seed 0
 	$(BIN)/photon-data prepare $(DEMO)/phantoms/scans $(DEMO)/prepared --questions $(DEMO)/phantoms/questions.jsonl
 	$(BIN)/photon-data verify $(DEMO)/prepared
 	$(BIN)/photon-data show "$$(ls -d $(DEMO)/prepared/volumes/*.ome.zarr | head -n 1)" --output $(DEMO)/volume.png
 	@echo "Open $(DEMO)/prepared/report.html and $(DEMO)/volume.png"
+
+# A tiny model learns to say whether whole organs are affected, on a grid of an eighth of the voxels; then it may drop tokens.
+MANIFESTS := $(DEMO)/easy/prepared/manifests
+demo-model: $(VENV)/installed
+	$(BIN)/photon-data phantom $(DEMO)/easy/phantoms --n 120 --easy --size 160
+	$(BIN)/photon-data prepare $(DEMO)/easy/phantoms/scans $(DEMO)/easy/prepared \
+		--questions $(DEMO)/easy/phantoms/questions.jsonl --set model_shape_zyx=70,140,140
+	test -e $(DEMO)/tiny || $(BIN)/photon init --tiny $(DEMO)/tiny --model-shape 70,140,140
+	$(BIN)/photon train tiny-s1 --model $(DEMO)/tiny --data $(MANIFESTS)/train.jsonl --eval $(MANIFESTS)/val.jsonl \
+		--output $(DEMO)/s1 --resume
+	$(BIN)/photon train tiny-s2 --model "$$(ls -d $(DEMO)/s1/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/train.jsonl \
+		--eval $(MANIFESTS)/val.jsonl --output $(DEMO)/s2 --resume
+	$(BIN)/photon eval vqa --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/test.jsonl \
+		--train $(MANIFESTS)/train.jsonl --masks $(DEMO)/easy/phantoms/masks --max-new-tokens 8 \
+		--schedulers its,none,random,uniform,foreground --output $(DEMO)/scores
+	$(BIN)/photon predict --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --overlay $(DEMO)/overlay --max-new-tokens 8 \
+		--set model_shape_zyx=70,140,140 "$$(ls $(DEMO)/easy/phantoms/scans/*-0002.*)" \
+		"Is there a lung consolidation in this scan?" "Is there a liver calcification in this scan?"
+	@echo "Open $(DEMO)/scores/report.html, $(DEMO)/s2/curves.png and $(DEMO)/overlay"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2

@@ -52,7 +52,8 @@ def _is_due(run: Run, every: int) -> bool:
 
 def _steps_left(run: Run, clock: Clock) -> Iterator[list[Batch]]:
     """Yield this process's batches of each step that is left, and count the steps in `run.state`."""
-    for epoch in range(run.state["epoch"], run.config.epochs):
+    left = range(run.state["epoch"], run.config.epochs) if run.state["step"] < run.total_steps else ()
+    for epoch in left:
         yield from _steps_of(run, epoch, run.state["step_in_epoch"], clock)
         run.state |= {"epoch": epoch + 1, "step_in_epoch": 0}
 

@@ -78,6 +78,16 @@ def test_a_run_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(config, t
             assert one.equal(other)
 
 
+def test_going_on_with_a_run_that_ended_changes_nothing(config, tmp_path):
+    ended = replace(config, max_steps=4)
+    rows = trained(ended)
+    weights = (checkpoints(tmp_path / "run")[-1] / "model.safetensors").read_bytes()
+    assert len(rows) == 4
+    assert trained(ended, resume=True) == rows
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+    assert (checkpoints(tmp_path / "run")[-1] / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.slow
 def test_a_run_killed_with_9_has_the_same_losses_to_the_last_digit(config, tmp_path):
     whole = trained(replace(config, output=str(tmp_path / "whole")))
