@@ -7,14 +7,15 @@ from collections.abc import Callable
 from photon_train.evaluation import choice_metrics as closed
 from photon_train.evaluation.cases import Case, as_label, as_letter
 from photon_train.evaluation.metric import Metric, mean_of
-from photon_train.evaluation.numeric import mra_linear, mra_thresholds, numeric_metrics
+from photon_train.evaluation.numeric import mra_linear, mra_thresholds, numeric_metrics, size_metrics
 from photon_train.evaluation.parsing import letter_v2, yes_no
 from photon_train.evaluation.text_metrics import bleu, meteor_exact_stem, rouge
 
 
 def rad3d() -> list[Metric]:
-    """3D-RAD: accuracies of closed questions, corpus BLEU-1 and ROUGE-1 of open ones."""
-    return [*_closed(), bleu(1, closed.is_free_text), rouge("rouge1", closed.is_free_text), closed.exact_normalised()]
+    """3D-RAD: accuracies of closed questions, corpus BLEU-1 and ROUGE-1 of open ones; sizes as sizes too."""
+    words = [bleu(1, closed.is_free_text), rouge("rouge1", closed.is_free_text), closed.exact_normalised()]
+    return [*_closed(), *words, *size_metrics()]
 
 
 def deeptumorvqa_v1() -> list[Metric]:
@@ -43,7 +44,7 @@ def report() -> list[Metric]:
 def vqa() -> list[Metric]:
     """Any questions: what suits the form of each."""
     words = [bleu(1, closed.is_free_text), rouge("rouge1", closed.is_free_text), rouge("rougeL", closed.is_free_text)]
-    return [*_closed(), closed.accuracy_yes_no(), *numeric_metrics(), *words, closed.exact_normalised()]
+    return [*_closed(), closed.accuracy_yes_no(), *numeric_metrics(), *words, closed.exact_normalised(), *size_metrics()]
 
 
 METRICS: dict[str, Callable[[], list[Metric]]] = {

@@ -33,7 +33,7 @@ def is_choice(case: Case) -> bool:
 
 def is_free_text(case: Case) -> bool:
     """Words were asked for, without choices."""
-    return case.form == "text"
+    return case.form in ("text", "size") and not case.closed
 
 
 def meant(case: Case) -> str | None:
