@@ -11,10 +11,12 @@ from photon_data.manifest import VIDEO_TAG
 from photon_data.prompts import LETTERS
 from photon_train.predictions import Prediction
 
-Form = Literal["yes-no", "choice", "number", "text"]
+# A size is lengths with units, "30x13 mm"; it is scored as words too.
+Form = Literal["yes-no", "choice", "number", "size", "text"]
 
 # What 3D-RAD's own prompt puts before the answer of an open question.
 _NO_CHOICE = "-. "
+_SAID: dict[str, Form] = {"number": "number", "yes-no": "yes-no", "measurement": "size"}
 _NUMBER_AND_UNIT = re.compile(r"[-+]?\d+(?:\.\d+)?\s*(?:mm|cm|HU|%|ml|cc|cm\^3)?", re.IGNORECASE)
 
 
@@ -89,8 +91,8 @@ def _form(said: str, answer: str, choices: tuple[str, ...], closed: bool) -> For
         return "yes-no"
     if closed:
         return "choice"
-    if said in ("number", "yes-no"):
-        return "number" if said == "number" else "yes-no"
+    if said in _SAID:
+        return _SAID[said]
     return "number" if not said and _NUMBER_AND_UNIT.fullmatch(answer) else "text"
 
 

@@ -33,7 +33,7 @@ def is_choice(case: Case) -> bool:
 
 def is_free_text(case: Case) -> bool:
     """Words were asked for, without choices."""
-    return case.form == "text"
+    return case.form in ("text", "size") and not case.closed
 
 
 def meant(case: Case) -> str | None:
@@ -60,7 +60,7 @@ def accuracies() -> list[Metric]:
     accuracy_scored_choice      the choice with the highest log-probability; of predictions that have them
     """
     return [
-        mean_of("accuracy_robust", is_closed, lambda case: meant(case) == truth(case), as_label),
+        mean_of("accuracy_robust", is_closed, _is_right, as_label),
         mean_of("accuracy_contains_letter", is_closed, _contains_letter, as_letter_and_text),
         mean_of("accuracy_normalised", is_closed, lambda case: collapsed(case.response) == collapsed(case.label), as_label),
         mean_of("accuracy_strict", is_closed, lambda case: case.response == case.label, as_label),
@@ -74,8 +74,8 @@ def accuracy_letter_v2() -> Metric:
 
 
 def accuracy_yes_no() -> Metric:
-    """Return the accuracy of yes and no, with or without choices; neither of them is wrong."""
-    return mean_of("accuracy_yes_no", is_yes_no, lambda case: meant(case) == truth(case), as_text)
+    """Return the accuracy of yes-no questions that were put without choices; a response that is neither is wrong."""
+    return mean_of("accuracy_yes_no", lambda case: is_yes_no(case) and not case.closed, _is_right)
 
 
 def exact(name: str = "exact_strict") -> Metric:
@@ -169,6 +169,10 @@ def _yes_over_no(case: Case) -> float:
 
 def _best_scored(case: Case) -> str:
     return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
+
+
+def _is_right(case: Case) -> float:
+    return float(meant(case) == truth(case))
 
 
 def _contains_letter(case: Case) -> float:

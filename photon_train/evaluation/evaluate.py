@@ -118,7 +118,8 @@ def evaluate(
     `benchmark` is a key of METRICS. Rows are a manifest's; `train` those that constant answers are chosen on (the evaluated
     ones where there are none). `config` is the model's, to count FLOPs. Without any predictions, only the blind baselines are
     scored, under the name BLIND. The same rows and predictions, in whatever order, give the same result. UsageError for
-    predictions that do not match the rows (see `joining.join`), an unknown benchmark, or rows without answers.
+    predictions that do not match the rows (see `joining.join`), an unknown benchmark, rows without
+    answers, and rows that the benchmark has no metric for.
     """
     settings = settings or Settings()
     metrics = _metrics(benchmark, settings)
@@ -127,6 +128,7 @@ def evaluate(
     asked = by_id(rows)
     joined = {name: join(rows, given, allow_partial=settings.allow_partial) for name, given in predictions.items()}
     everything = [case_of(asked[id], Prediction(id)) for id in sorted(asked)]
+    _check_scored(benchmark, everything, metrics)
     training = [case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"]) if row["answer"]]
     learned = learn(training, everything, metrics)
     patients = draw([case.patient for case in everything], settings.bootstrap, settings.seed)
@@ -149,6 +151,13 @@ def _metrics(benchmark: str, settings: Settings) -> list[Metric]:
         raise UsageError(f"one of {', '.join(METRICS)} wanted as benchmark, got {benchmark!r}")
     extra = label_metrics(*settings.labels) if settings.labels else []
     return [*METRICS[benchmark](), *extra, *([bertscore(anything)] if settings.with_bertscore else [])]
+
+
+def _check_scored(benchmark: str, cases: Sequence[Case], metrics: Sequence[Metric]) -> None:
+    without = [case for case in cases if not any(metric.applies(case) for metric in metrics)]
+    if without:
+        found = f"{len(without)} that want a {without[0].form}, {without[0].id!r} first"
+        raise UsageError(f"questions that {benchmark} has metrics for wanted, got {found}; vqa has metrics for all")
 
 
 def _answers(

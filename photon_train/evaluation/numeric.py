@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from photon_train.evaluation.cases import Case
 from photon_train.evaluation.metric import Metric, mean_of
-from photon_train.evaluation.parsing import number, number_v2
+from photon_train.evaluation.parsing import number, number_v2, size_mm
 
 # As decimals: 1 - 0.70 is 0.30000000000000004, so that an error of exactly 0.30 passes, as it does where this was published.
 THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 BANDS = (0.05, 0.10, 0.20, 0.50)
+SIZE_BANDS = (0.10, 0.20)
 _LEAST = 1e-6
 
 
@@ -58,6 +59,29 @@ def numeric_metrics() -> list[Metric]:
         mean_of("mra_linear", is_number, lambda case: mra_linear(case.response, case.answer)),
         *map(in_band, BANDS),
     ]
+
+
+def is_size(case: Case) -> bool:
+    """Lengths with units are the answer."""
+    return not case.closed and case.form in ("size", "number") and size_mm(case.answer) is not None
+
+
+def same_size(response: str, answer: str, band: float) -> float:
+    """Return 1 for as many sides, each within `band` of its own, else 0; "2 cm" is "20 mm", and "20x15 mm" is "1.5 x 2 cm"."""
+    said, true = size_mm(response), size_mm(answer)
+    if said is None or true is None or len(said) != len(true):
+        return 0.0
+    return float(all(relative_error(a, b) <= band for a, b in zip(said, true, strict=True)))
+
+
+def size_metrics() -> list[Metric]:
+    """Return how often a size is right to 10 and to 20 percent, whatever its unit and the order of its sides."""
+
+    def in_band(band: float) -> Metric:
+        name = f"size_within_{round(100 * band)}_percent"
+        return mean_of(name, is_size, lambda case: same_size(case.response, case.answer, band))
+
+    return [*map(in_band, SIZE_BANDS)]
 
 
 def _error_v2(response: str, answer: str) -> float | None:

@@ -16,6 +16,11 @@ _V2_LETTER = re.compile(r"\b[A-D]\b")
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _V2_NUMBER = re.compile(r"-?\d+\.?\d*")
+# "30x13 mm", "2 cm x 15 mm": numbers with a sign of multiplication between; a unit counts for those before it that have none.
+_LENGTH = r"\d+(?:[.,]\d+)?"
+_UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b"
+_SIZE = re.compile(rf"{_LENGTH}\s*(?:{_UNIT})?(?:\s*[x×*]\s*{_LENGTH}\s*(?:{_UNIT})?)*", re.IGNORECASE)
+_PART = re.compile(rf"({_LENGTH})\s*({_UNIT})?", re.IGNORECASE)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _IN_BRACKETS = re.compile(r"\s*\([^)]*\)")
 
@@ -96,6 +101,19 @@ def number_v2(response: str) -> float | None:
     """Return the first number as DeepTumorVQA v2 reads it, without an exponent: "1e3" -> 1."""
     found = _V2_NUMBER.search(without_thinking(response))
     return float(found[0]) if found else None
+
+
+@lru_cache(maxsize=1 << 16)
+def size_mm(text: str) -> tuple[float, ...] | None:
+    """Return the first size in mm, the longest side first: "15 x 20 mm" and "2x1.5 cm" -> (20, 15); None without a unit."""
+    for found in _SIZE.finditer(without_thinking(text)):
+        unit, sides = 0.0, []
+        for length, said in reversed(_PART.findall(found[0])):
+            unit = {"m": 1.0, "c": 10.0}[said[0].lower()] if said else unit
+            sides.append(float(length.replace(",", ".")) * unit)
+        if all(sides):
+            return tuple(sorted(sides, reverse=True))
+    return None
 
 
 @lru_cache(maxsize=4096)

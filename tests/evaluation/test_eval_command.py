@@ -129,6 +129,15 @@ def test_with_the_models_config_flops_and_its_own_grid_are_told(files):
     assert 0 < answers["costs"]["prefill_tflop"] < answers["costs"]["prefill_tflop_unpruned"]
 
 
+def test_without_the_extra_it_is_named(files):
+    words = ["eval", "vqa", "--data", str(files / "data.jsonl"), "--output", str(files / "out")]
+    code = (
+        f"import sys; sys.modules['sacrebleu'] = None; sys.argv = ['photon', *{words}]; import photon_cli.photon as p; p.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("pip install 'photon-ct[eval]'")) == (2, 1)
+
+
 def test_evaluating_files_does_not_wait_for_torch():
     code = "import sys; import photon_cli.eval_command; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

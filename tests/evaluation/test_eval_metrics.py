@@ -15,7 +15,8 @@ from photon_train.evaluation.benchmarks import METRICS, anything
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.choice_metrics import accuracies, accuracy_letter_v2, class_metrics, yes_no_metrics
 from photon_train.evaluation.labels import LabelTable, crg, label_metrics, read_labels
-from photon_train.evaluation.numeric import mra_linear, mra_thresholds, within
+from photon_train.evaluation.numeric import mra_linear, mra_thresholds, same_size, within
+from photon_train.evaluation.parsing import size_mm
 from photon_train.evaluation.text_metrics import bertscore, bleu, meteor_exact_stem, meteor_f, rouge, rouge_f
 from photon_train.predictions import Prediction
 
@@ -90,6 +91,30 @@ def test_the_two_mras_of_hand_worked_numbers(response, answer, thresholds, linea
 
 def test_a_tolerance_band_holds_its_edge():
     assert [within("11", "10", band) for band in (0.05, 0.1, 0.2)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "sides"),
+    [
+        ("30x13 mm", (30, 13)),
+        ("13 × 30 mm.", (30, 13)),
+        ("3x1.3 cm", (30, 13)),
+        ("1,3 cm x 30 millimeters", (30, 13)),
+        ("3 nodules, the largest 7 mm", (7,)),
+        ("Less than 5 mm.", (5,)),
+        ("about 12", None),
+    ],
+)
+def test_sizes_are_read_in_mm_the_longest_side_first(text, sides):
+    assert size_mm(text) == (sides and pytest.approx(sides))
+
+
+def test_a_size_is_right_in_any_unit_and_order_and_wrong_with_a_side_missing():
+    said = ["2 cm x 15 mm", "15x20 mm", "16x22 mm", "20 mm", "20x15", "17x20 mm"]
+    assert [same_size(text, "20x15 mm", 0.1) for text in said] == [1, 1, 1, 0, 0, 0]
+    cases = [case("20x15 mm", text, extra={"answer_type": "measurement"}) for text in said]
+    assert value(METRICS["3d-rad"](), "size_within_20_percent", cases) == pytest.approx(4 / 6)
+    assert value(METRICS["3d-rad"](), "exact_normalised", cases) == 0
 
 
 def test_the_accuracies_differ_in_what_they_take_for_the_answer():

@@ -340,6 +340,28 @@ def test_flops_fall_with_what_is_kept():
     assert 0 < result.prefill_tflop < result.prefill_tflop_unpruned
 
 
+@pytest.mark.parametrize("benchmark", ["vqa", "deeptumorvqa-v1", "deeptumorvqa-v2", "3d-rad", "report"])
+def test_every_question_is_judged_by_a_number(benchmark):
+    rows = [
+        row("a", "no"),
+        row("b", "yes"),
+        row("c", "12 mm"),
+        row("d", "lungs"),
+        row("e", "No", YES_NO),
+        row("f", "x", ("x", "y")),
+    ]
+    rows.append(row("g", "2x3 mm", extra={"answer_type": "measurement"}))
+    judged = evaluate(benchmark, rows, {"m": [Prediction(one["id"], "no") for one in rows]}, settings=FEW).answers[0].judged
+    assert [one.case.id for one in judged] == [one["id"] for one in rows]
+    assert all(0 <= one.score <= 100 for one in judged)
+    assert judged[0].score > 0
+
+
+def test_questions_that_a_benchmark_cannot_score_are_refused():
+    with pytest.raises(UsageError, match="1 that want a number, 'a' first; vqa has metrics for all"):
+        evaluate("3d-rad", [row("a", "12"), row("b", "No", YES_NO)], {}, settings=FEW)
+
+
 def test_all_forms_of_phantom_like_rows_are_scored_by_their_own_metrics():
     rows = [
         row("a", "yes", ("yes", "no"), kind="existence"),
