@@ -72,7 +72,7 @@ def _deeptumorvqa(question: Question, shown: bool) -> Put:
     if shown and extra.get("mc_question"):
         lines += [extra["mc_question"], "Answer with ONLY the single letter (A, B, C, or D)."]
         return Put("\n".join(lines), extra.get("letter"))
-    lines += [question.question, _ASKED_FOR[extra.get("answer_type") or "text"]]
+    lines += [question.question, _ASKED_FOR.get(extra.get("answer_type", ""), _ASKED_FOR["text"])]
     return Put("\n".join(lines), question.answer)
 
 

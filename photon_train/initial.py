@@ -45,7 +45,7 @@ def start_from(path_or_id: str, output: Path, revision: str | None = None, seed:
 
 
 def tiny(output: Path, stage: int = 1, seed: int = 0, **settings: Any) -> PhotonForConditionalGeneration:
-    """Return a random model of 6 small layers that reads real stores, and write it with a byte-level tokenizer.
+    """Return a random model of 4 small layers that reads real stores, and write it with a byte-level tokenizer.
 
     `settings` are PhotonConfig's, e.g. model_shape_zyx=(70, 140, 140) for an eighth of the visual tokens.
     """
@@ -103,13 +103,13 @@ def byte_tokenizer(texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any) -> PhotonConfig:
-    """Return the configuration of the tiny model: the published volume geometry, 6 layers of width 64."""
+    """Return the configuration of the tiny model: the published volume geometry, 4 layers of width 64."""
     ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, IM_START, IM_END, *VISION)}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "initializer_range": INITIAL_STD,
@@ -132,7 +132,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any)
     names = ("vision_start", "vision_end", "image", "video")
     tokens = {f"{name}_token_id": ids[token] for name, token in zip(names, VISION, strict=True)}
     return PhotonConfig(
-        **{**text, **tokens, "its_layer": 2, **settings},
+        **{**text, **tokens, "its_layer": 1, **settings},
         vision_config=vision,
         stage=stage,
         im_start_token_id=ids[IM_START],

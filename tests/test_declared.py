@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -101,6 +102,9 @@ def test_published_prompts_are_met_to_the_letter():
     (shown, _) = put([closed, opened], "plain", "shown")
     assert (shown.question, shown.answer) == ("Does it?\nA. Yes\nB. No", "No")
     assert [q.answer for q in put([closed, opened], "letters", "shown")] == ["B", "Upper lobes."]
+    for kind in ("measurement", "choice", "text", None):  # types that DeepTumorVQA's own tables do not have, and its own
+        (put_,) = put([replace(opened, extra={"answer_type": kind} if kind else {})], "deeptumorvqa", "hidden")
+        assert put_.question.endswith("Where?\nAnswer with the most appropriate short phrase.")
 
 
 def test_counts_tell_the_constant_answer_that_is_right_most_often_also_per_subtask():
