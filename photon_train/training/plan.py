@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -13,7 +14,8 @@ from typing import NamedTuple
 from photon_train.training.rows import TrainRow
 
 VOLUME_COST = 4000  # characters of text that cost as much as a volume, roughly; it only balances devices
-WINDOW = 32  # steps within which groups of equal cost are brought together
+WINDOW = 32  # steps within which groups of about equal cost are brought together
+ALIKE = 1.25  # costs within this factor are
 
 
 class Group(NamedTuple):
@@ -51,7 +53,8 @@ def plan_epoch(
     """Return the steps of an epoch, each of exactly `groups_per_step` groups. Every row is in one group of weight above 0.
 
     Groups of about equal cost share a step, so that devices do not wait for each other; which, and in what order, is drawn
-    from (seed, epoch). The last step is filled up with groups of weight 0.
+    from (seed, epoch). About: sorted by their exact length, volumes whose answers are "yes" would meet in one step, those of
+    "no" in another, and a model would learn neither. The last step is filled up with groups of weight 0.
     """
     rng = random.Random(f"{seed} {epoch}")
     groups = group_rows(rows, questions_per_volume, rng)
@@ -76,7 +79,8 @@ def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
 def _window(
     rows: Sequence[TrainRow], groups: list[tuple[int, ...]], groups_per_step: int, rng: random.Random
 ) -> list[list[tuple[int, ...]]]:
-    ordered = sorted(groups, key=lambda group: cost(rows, group))
+    offset = rng.random()  # no two lengths are told apart in every epoch
+    ordered = sorted(groups, key=lambda group: math.floor(math.log(cost(rows, group), ALIKE) + offset))
     steps = [ordered[at : at + groups_per_step] for at in range(0, len(ordered), groups_per_step)]
     rng.shuffle(steps)
     return steps

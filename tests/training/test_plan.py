@@ -61,8 +61,20 @@ def test_rows_that_begin_otherwise_do_not_share_a_prefix():
     assert sorted(group_rows(rows, 8)) == [(0,), (1,), (2,)]
 
 
+def test_answers_do_not_decide_which_volumes_share_a_step():
+    """Were groups sorted by their exact length, a step would hold "yes" or "no" alone."""
+
+    def answered(volume):
+        answer = "yes" if volume % 2 else "no"
+        return [{"role": "user", "content": "<video>Is it?"}, {"role": "assistant", "content": answer}]
+
+    rows = [TrainRow(f"{v}", (f"v{v}",), answered(v), "head", False) for v in range(256)]
+    mixed = [len({index % 2 for group in step for index in group.rows}) == 2 for step in plan_epoch(rows, 4, 8, seed=0, epoch=0)]
+    assert sum(mixed) > 0.9 * len(mixed)  # of eight fair draws all are alike once in 128
+
+
 def test_the_groups_of_a_step_cost_about_the_same():
     rows = make_rows([1, 30, 2, 25, 1, 28, 3, 33] * 8)
     steps = plan_epoch(rows, 40, 4, seed=0, epoch=0)
     spreads = [max(costs) / min(costs) for step in steps if (costs := [cost(rows, group.rows) for group in step])]
-    assert sorted(spreads)[len(spreads) // 2] < 1.1
+    assert sorted(spreads)[len(spreads) // 2] < 1.25
