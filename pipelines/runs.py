@@ -60,7 +60,7 @@ def tiny_s1() -> TrainConfig:
         lr_threshold=0.0,
         groups_per_step=8,
         questions_per_volume=8,
-        epochs=40,
+        epochs=30,
         weight_decay=0.05,
         adam_beta2=0.98,
         precision="fp32",
