@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
@@ -13,7 +13,7 @@ from photon_cli.options import console
 from photon_data import manifest
 from photon_data.errors import UsageError
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, evaluate
+from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, check, evaluate
 from photon_train.evaluation.labels import read_labels
 from photon_train.evaluation.report_html import both_averages, told, told_interval, told_value
 from photon_train.evaluation.writing import write
@@ -23,35 +23,62 @@ if TYPE_CHECKING:
     from photon_train import PhotonConfig
 
 
+class Given(NamedTuple):
+    """Files of predictions, and the configuration of the model that made them, if it is known."""
+
+    predictions: Sequence[Path]
+    config: PhotonConfig | None
+
+
+def files(predictions: Sequence[Path], model: str | None, rows: object = None) -> Given:
+    """Return files that are there, and the configuration of the model directory named, if any."""
+    if not model:
+        return Given(predictions, None)
+    from photon_train import PhotonConfig
+
+    return Given(predictions, PhotonConfig.from_pretrained(model))
+
+
 def run(
     benchmark: str,
-    predictions: Sequence[Path],
+    answers: Callable[[list[dict[str, Any]]], Given],
     data: Sequence[Path],
     output: Path,
     *,
     train: Sequence[Path] = (),
     labels: Sequence[Path] = (),
-    model: str | None = None,
+    with_volumes: bool = False,
     settings: Settings,
 ) -> Evaluation:
-    """Read, evaluate, write and print; return the evaluation. UsageError; `labels` are the references' and the responses'."""
+    """Read, have the rows answered, evaluate, write and print; return the evaluation. What can be refused is, before answering.
+
+    answers        rows -> the files of their predictions
+    labels         tables of the references' and the responses'
+    with_volumes   the rows' volumes are needed: relative ones are looked for where training looks for them
+    """
     if len(labels) not in (0, 2):
         raise UsageError(f"two tables of labels wanted, the references' and the responses', got {len(labels)}")
     settings = replace(settings, labels=(read_labels(labels[0]), read_labels(labels[1])) if labels else None)
-    config = None
-    if model:
-        from photon_train import PhotonConfig
-
-        config = PhotonConfig.from_pretrained(model)
-        settings = replace(settings, grid_zyx=_grid(config))
-    rows = [row for path in data for row in manifest.read(path)]
+    rows = _rows(data, with_volumes)
     learning = [row for path in train for row in manifest.read(path)]
-    named = dict(zip(names_of(predictions), map(_read, predictions), strict=True))
-    evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=config)
+    check(benchmark, rows, settings)
+    given = answers(rows)
+    if given.config:
+        settings = replace(settings, grid_zyx=_grid(given.config))
+    named = dict(zip(names_of(given.predictions), map(_read, given.predictions), strict=True))
+    evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=given.config)
     paths = write(evaluation, output)
     show(evaluation)
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return evaluation
+
+
+def _rows(data: Sequence[Path], with_volumes: bool) -> list[dict[str, Any]]:
+    if not with_volumes:
+        return [row for path in data for row in manifest.read(path)]
+    from photon_train.grouping import read_rows  # imports torch
+
+    return [row for path in data for row in read_rows(path)]
 
 
 def _grid(config: PhotonConfig) -> tuple[int, int, int]:

@@ -144,6 +144,12 @@ def evaluate(
     )
 
 
+def check(benchmark: str, rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+    """UsageError for what `evaluate` would refuse whatever the predictions are: worth knowing before a model makes them."""
+    _metrics(benchmark, settings)
+    by_id(rows)
+
+
 def _metrics(benchmark: str, settings: Settings) -> list[Metric]:
     if benchmark not in METRICS:
         raise UsageError(f"one of {', '.join(METRICS)} wanted as benchmark, got {benchmark!r}")
