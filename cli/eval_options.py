@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # What makes sense with a model only, and without one only.
 OF_MODEL = ("choices", "max_new_tokens", "questions_per_batch", "device", "dtype", "revision", "schedulers", "keep")
 OF_FILES = ("predictions", "config")
+USUAL_OVERLAYS = 6
 
 
 def evaluate(
@@ -38,6 +39,11 @@ def evaluate(
     keep: Annotated[
         str, typer.Option(help="Share of tokens kept by random, uniform, foreground: match-its or 0.4.")
     ] = "match-its",
+    masks: Annotated[Path | None, typer.Option(help="Masks, a folder per volume id: their recall by the kept tokens.")] = None,
+    overlays: Annotated[
+        int | None,
+        typer.Option(min=0, help="So many worst and best cases get pictures of what was kept; 6 with --model, else 0."),
+    ] = None,
     train: Annotated[list[Path], typer.Option(help="A manifest to choose constant answers on. Repeatable.")] = [],  # noqa: B006
     labels: Annotated[list[Path], typer.Option(help="Twice: tables of labels of the answers, of the responses.")] = [],  # noqa: B006
     config: Annotated[
@@ -60,6 +66,7 @@ def evaluate(
     from photon_train.evaluation.evaluate import Settings
 
     settings = Settings(allow_partial=allow_partial, bootstrap=bootstrap, seed=seed, with_bertscore=bertscore)
+    pictures = overlays if overlays is not None else USUAL_OVERLAYS if model else 0
     with edges():
         if model:
             from photon_cli import eval_model
@@ -68,9 +75,17 @@ def evaluate(
             answers = partial(eval_model.answer, asked, eval_model.schedulers(schedulers, keep), output / "predictions")
         else:
             answers = partial(eval_command.files, predictions, config)
-        with_volumes = bool(model)
         done = eval_command.run(
-            benchmark, answers, data, output, train=train, labels=labels, with_volumes=with_volumes, settings=settings
+            benchmark,
+            answers,
+            data,
+            output,
+            train=train,
+            labels=labels,
+            masks=masks,
+            overlays=pictures,
+            with_volumes=bool(model or masks or pictures),
+            settings=settings,
         )
     raise typer.Exit(PARTIAL if done.is_partial else OK)
 
