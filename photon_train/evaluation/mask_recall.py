@@ -174,8 +174,8 @@ def _one(name: str, pairs: Mapping[Relation, Sequence[Pair]], values: Mapping[Re
 
 def _recall(name: str, pairs: Sequence[Pair], values: _Replicates) -> Recall:
     volumes, people = ({getattr(pair.case, key) for pair in pairs} for key in ("volume_id", "patient"))
-    estimates = (estimate_of(each) for each in (values.recall, values.chance, values.above))
-    return Recall(name, *estimates, len(pairs), len(volumes), len(people))
+    recall, chance, above = (estimate_of(each) for each in (values.recall, values.chance, values.above))
+    return Recall(name, recall, chance, above, len(pairs), len(volumes), len(people))
 
 
 def _replicates(pairs: Sequence[Pair], patients: Patients) -> _Replicates:

@@ -29,7 +29,7 @@ _LONGEST = 400
 
 
 def render(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path]], title: str) -> bytes:
-    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id, put where their case is shown."""
+    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id, put beside their case."""
     sections = [_header(evaluation, title)]
     for number, answers in enumerate(evaluation.answers):
         sections.append(_section(answers, overlays.get(answers.name, {}), number))
@@ -152,7 +152,10 @@ def _difference_section(comparison: Comparison, partial: Sequence[Html]) -> Html
 
 def _trade_off_section(trade_off: TradeOff, partial: Sequence[Html]) -> Html:
     spots = [
-        Spot(point.name, point.kept_share, *point.estimate) for point in trade_off.points if point.estimate.value is not None
+        Spot(point.name, point.kept_share, value, low, high)
+        for point in trade_off.points
+        for value, low, high in [point.estimate]
+        if value is not None
     ]
     numbers = sheet(trade_off)
     words = "macro over subtasks, points, against the share of visual tokens kept; line: 95 % interval; equal shares side by side"
@@ -166,7 +169,7 @@ def _trade_off_section(trade_off: TradeOff, partial: Sequence[Html]) -> Html:
 
 
 def _sheet_table(sheet: Sheet) -> Html:
-    return table(sheet.headings, ((name, *map(_tight, numbers)) for name, *numbers in sheet.lines))
+    return table(sheet.headings, (map(_tight, line) for line in sheet.lines))
 
 
 def _mask_parts(recalls: MaskRecalls) -> list[Html]:
