@@ -2,56 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from photon_cli.options import console
 from photon_data import manifest
 from photon_data.errors import UsageError
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, evaluate
+from photon_train.evaluation.case_overlays import pictured, write_pictures
+from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, check, evaluate
 from photon_train.evaluation.labels import read_labels
-from photon_train.evaluation.report_html import both_averages, told, told_interval, told_value
+from photon_train.evaluation.mask_sheets import sheets
+from photon_train.evaluation.scores import both_averages
+from photon_train.evaluation.trade_off import sheet, trade_offs
+from photon_train.evaluation.volume_masks import counted_by_volume, volumes_with_masks
+from photon_train.evaluation.words import Sheet, told, told_interval, told_value
 from photon_train.evaluation.writing import write
+from photon_train.masks import CountedMask
 from photon_train.predictions import Prediction, read_predictions
 
 if TYPE_CHECKING:
     from photon_train import PhotonConfig
 
 
+class Given(NamedTuple):
+    """Files of predictions, and the configuration of the model that made them, if it is known."""
+
+    predictions: Sequence[Path]
+    config: PhotonConfig | None
+
+
+def files(predictions: Sequence[Path], model: str | None, rows: object = None) -> Given:
+    """Return files that are there, and the configuration of the model directory named, if any."""
+    if not model:
+        return Given(predictions, None)
+    from photon_train import PhotonConfig
+
+    return Given(predictions, PhotonConfig.from_pretrained(model))
+
+
 def run(
     benchmark: str,
-    predictions: Sequence[Path],
+    answers: Callable[[list[dict[str, Any]]], Given],
     data: Sequence[Path],
     output: Path,
     *,
     train: Sequence[Path] = (),
     labels: Sequence[Path] = (),
-    model: str | None = None,
+    masks: Path | None = None,
+    overlays: int = 0,
+    with_volumes: bool = False,
     settings: Settings,
 ) -> Evaluation:
-    """Read, evaluate, write and print; return the evaluation. UsageError; `labels` are the references' and the responses'."""
+    """Read, have the rows answered, evaluate, write and print; return the evaluation. What can be refused is, before answering.
+
+    answers        rows -> the files of their predictions
+    labels         tables of the references' and the responses'
+    masks          a folder per volume id: their recall by kept tokens
+    overlays       pictures of so many cases of the first file
+    with_volumes   the rows' volumes are needed: relative ones are looked for where training looks for them
+    """
     if len(labels) not in (0, 2):
         raise UsageError(f"two tables of labels wanted, the references' and the responses', got {len(labels)}")
     settings = replace(settings, labels=(read_labels(labels[0]), read_labels(labels[1])) if labels else None)
-    config = None
-    if model:
-        from photon_train import PhotonConfig
-
-        config = PhotonConfig.from_pretrained(model)
-        settings = replace(settings, grid_zyx=_grid(config))
-    rows = [row for path in data for row in manifest.read(path)]
+    rows = _rows(data, with_volumes)
     learning = [row for path in train for row in manifest.read(path)]
-    named = dict(zip(names_of(predictions), map(_read, predictions), strict=True))
-    evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=config)
-    paths = write(evaluation, output)
+    check(benchmark, rows, settings)
+    places = volumes_with_masks(masks, rows) if masks else {}
+    given = answers(rows)
+    if given.config:
+        settings = replace(settings, grid_zyx=_grid(given.config))
+    named = dict(zip(names_of(given.predictions), map(_read, given.predictions), strict=True))
+    counted = _counted(masks, places, settings) if masks else {}
+    evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=given.config, masks=counted)
+    pictures = _pictures(evaluation, rows, overlays, output / "overlays")
+    paths = write(evaluation, output, overlays=pictures)
     show(evaluation)
+    if masks and not any(answers.mask_recalls for answers in evaluation.answers):
+        grid = " x ".join(map(str, settings.grid_zyx))
+        console.print(f"no recall of masks: no prediction says which of {grid} tokens it kept; --config MODEL says the grid")
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return evaluation
+
+
+def _counted(folder: Path, places: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
+    """Return the masks of the volumes, counted under a bar; say which could not be read."""
+    with Progress(TextColumn("masks of volumes"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+        bar.disable = not console.is_terminal
+        task = bar.add_task("", total=len(places))
+        found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.advance(task))
+    console.print(f"masks of {len(found.masks)} of {len(places)} volumes")
+    for id, reason in found.unread.items():
+        console.print(f"no masks of {id}: {reason}", soft_wrap=True)
+    return found.masks
+
+
+def _pictures(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: int, folder: Path) -> dict[str, dict[str, Path]]:
+    """Write pictures of cases of the first file of predictions, and return them as `write` wants them."""
+    if not most:
+        return {}
+    first = evaluation.answers[0]
+    places = {row["id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
+    found = write_pictures(pictured(first, most), places, evaluation.settings.grid_zyx, folder)
+    for place, reason in found.unshown.items():
+        console.print(f"no overlay of {place}: {reason}", soft_wrap=True)
+    return {first.name: found.pictures}
+
+
+def _rows(data: Sequence[Path], with_volumes: bool) -> list[dict[str, Any]]:
+    if not with_volumes:
+        return [row for path in data for row in manifest.read(path)]
+    from photon_train.grouping import read_rows  # imports torch
+
+    return [row for path in data for row in read_rows(path)]
 
 
 def _grid(config: PhotonConfig) -> tuple[int, int, int]:
@@ -79,8 +147,12 @@ def show(evaluation: Evaluation) -> None:
             counts = ", ".join(f"{count} of {task}" for task, count in answers.unparsed.items())
             console.print(f"responses that mean no answer, counted as wrong: {counts}")
         _say_costs(answers)
+        for masks in sheets(answers.mask_recalls) if answers.mask_recalls else []:
+            console.print(_of_sheet(masks))
     for comparison in evaluation.comparisons:
         console.print(_differences(comparison))
+    for trade_off in trade_offs(evaluation):
+        console.print(_of_sheet(sheet(trade_off)))
 
 
 def _table(answers: Answers) -> Table:
@@ -99,6 +171,15 @@ def _differences(comparison: Comparison) -> Table:
     for score, weighted in both_averages(comparison.scores):
         cells = [text for one in (score, weighted) for text in (told(one.estimate), told_interval(one.estimate))]
         table.add_row(score.task, score.metric, *cells, f"{score.questions}")
+    return table
+
+
+def _of_sheet(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title)
+    for number, name in enumerate(sheet.headings):
+        table.add_column(name, justify="right" if number else "left")
+    for line in sheet.lines:
+        table.add_row(*line)
     return table
 
 

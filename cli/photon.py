@@ -7,7 +7,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from photon_cli.exits import MISUSE, OK, PARTIAL
+from photon_cli.eval_options import evaluate
+from photon_cli.exits import MISUSE
 from photon_cli.options import print_any_text
 from photon_cli.predict_command import predict
 
@@ -65,34 +66,7 @@ def train(
         train_command.train(stage, {k: v for k, v in given.items() if v}, config, settings or [], resume, dry_run)
 
 
-@app.command(name="eval")
-def evaluate(
-    benchmark: Annotated[str, typer.Argument(help="3d-rad, deeptumorvqa-v1, deeptumorvqa-v2, report or vqa.")],
-    data: Annotated[list[Path], typer.Option(help="A manifest with the questions and answers. Repeatable.")],
-    output: Annotated[Path, typer.Option(help="Folder for scores.json and report.html.")],
-    predictions: Annotated[list[Path], typer.Option(help="A file of predictions; none scores blind baselines. Repeatable.")] = [],  # noqa: B006 - typer copies it
-    train: Annotated[list[Path], typer.Option(help="A manifest to choose constant answers on. Repeatable.")] = [],  # noqa: B006
-    labels: Annotated[list[Path], typer.Option(help="Twice: tables of labels of the answers, of the responses.")] = [],  # noqa: B006
-    config: Annotated[str | None, typer.Option(help="The model that answered, a directory: its FLOPs are counted.")] = None,
-    bertscore: Annotated[bool, typer.Option(help="BERTScore too; needs the package bert-score.")] = False,
-    allow_partial: Annotated[bool, typer.Option(help="Leave questions without a prediction out, and say so.")] = False,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamplings of the patients.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the resamplings.")] = 0,
-) -> None:
-    """Score predictions of a benchmark's questions, with intervals and blind baselines."""
-    try:
-        from photon_cli import eval_command
-    except ModuleNotFoundError as error:
-        _fail(f"the extra `eval` wanted, {error.name} is not installed; pip install 'photon-ct[eval]'")
-    from photon_cli.options import edges
-    from photon_train.evaluation.evaluate import Settings
-
-    settings = Settings(allow_partial=allow_partial, bootstrap=bootstrap, seed=seed, with_bertscore=bertscore)
-    with edges():
-        done = eval_command.run(benchmark, predictions, data, output, train=train, labels=labels, model=config, settings=settings)
-    raise typer.Exit(PARTIAL if done.is_partial else OK)
-
-
+app.command(name="eval")(evaluate)
 app.command()(predict)
 
 

@@ -58,6 +58,11 @@ class Geometry:
         return _triple(np.linalg.norm(self.steps_lps, axis=1))
 
     @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel, of a sheared grid too."""
+        return abs(float(np.linalg.det(np.asarray(self.steps_lps)))) / 1000
+
+    @property
     def centre_lps(self) -> Triple:
         """World position of the middle of the grid (between voxels where a side is even)."""
         return _triple(self.world((np.asarray(self.shape_zyx) - 1) / 2))

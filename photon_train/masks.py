@@ -15,11 +15,12 @@ from photon_train.token_grid import MaskRecall, mask_counts, recall_of
 
 
 class CountedMask(NamedTuple):
-    """A mask by its name: its voxels in each token (int64[V]), and in all. One count serves every question on the scan."""
+    """A mask by its name: its voxels in each token (int64[V]), in all, and its volume. It serves every question on the scan."""
 
     name: str
     counts_V: np.ndarray
     voxels: int
+    ml: float
 
     def recall(self, keep_V: np.ndarray) -> MaskRecall:
         """Return what share of it the kept tokens hold."""
@@ -34,7 +35,12 @@ def counted_masks(folder: Path, cells: Geometry) -> list[CountedMask]:
     sources = find_scans(folder).sources
     if not sources:
         raise UsageError(f"masks wanted (.nii.gz and the like), found none in {folder}")
-    return [CountedMask(source.id, *mask_counts(_mask(open_scan(source)), cells)) for source in sources]
+    return [_counted(source.id, _mask(open_scan(source)), cells) for source in sources]
+
+
+def _counted(name: str, mask: Volume, cells: Geometry) -> CountedMask:
+    counts_V, voxels = mask_counts(mask, cells)
+    return CountedMask(name, counts_V, voxels, voxels * mask.geometry.voxel_ml)
 
 
 def _mask(scan: Scan) -> Volume:

@@ -12,6 +12,8 @@ from photon_data.report.page import Html, element
 _WIDTH, _HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 22
 _LINE = 32
+# Room for names on the right of a spread, and the distance of spots that would cover each other.
+_NAMES, _BESIDE = 104, 8
 # Where the highest value is beyond this many times the 95th percentile, the last bar holds all that is beyond.
 _FAR = 2.5
 # Shares of voxels are drawn on a logarithmic axis that starts here.
@@ -33,6 +35,16 @@ class Dot(NamedTuple):
     low: float | None
     high: float | None
     marks: Mapping[str, float]
+
+
+class Spot(NamedTuple):
+    """A share from 0 to 1 (across) and a value (up) with its interval (None: not known), by name."""
+
+    label: str
+    share: float
+    value: float
+    low: float | None
+    high: float | None
 
 
 class Bins(NamedTuple):
@@ -104,6 +116,23 @@ def dots(lines: Sequence[Dot], *, name: str, words: str, span: tuple[float, floa
     return _figure(name, words, _svg(f"{name}: {words}", *parts, base, *labels, height=height))
 
 
+def spread(spots: Sequence[Spot], *, name: str, words: str) -> Html:
+    """Return a figure of values against shares, with their intervals; their names on the right, the highest first.
+
+    Spots of nearly equal shares are drawn side by side; what they say when pointed at is exact.
+    """
+    ends = [end for spot in spots for end in (spot.low, spot.value, spot.high) if end is not None]
+    low, high = (float(f(end / 10) * 10) for f, end in ((np.floor, min(ends)), (np.ceil, max(ends)))) if ends else (0.0, 100.0)
+    x = _Scale(0, 1, _LEFT, _WIDTH - _NAMES)
+    y = _Scale(low, max(high, low + 10), _HEIGHT - _BOTTOM, _TOP)
+    named = sorted(spots, key=lambda spot: (-spot.value, spot.label))
+    parts = [part for row, spot in enumerate(named) for part in _spot(spot, x(spot.share) + _aside(spot, spots, x), y, row)]
+    base = element("line", x1=_LEFT, x2=_WIDTH - _NAMES, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="base")
+    labels = [_text(_LEFT - 5, y(value) + 4, f"{value:g}", "end") for value in (y.low, y.high)]
+    labels += [_text(x(share), _HEIGHT - 6, f"{share:.0%}", "middle") for share in (0, 0.5, 1)]
+    return _figure(name, words, _svg(f"{name}: {words}", base, *labels, *parts))
+
+
 def bars(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) -> Html:
     """Return a figure with one bar per share, 0 to `top`."""
     x = _Scale(0, len(shares), _LEFT, _WIDTH - _RIGHT)
@@ -165,6 +194,23 @@ def _dot(dot: Dot, x: _Scale, at: float) -> list[Html]:
         title = element("title", f"{name} {value:.2f}")
         parts.append(element("line", title, x1=x(value), x2=x(value), y1=at - 6, y2=at + 6, class_="mark"))
     return [*parts, element("circle", element("title", said), cx=x(dot.value), cy=at, r=3.5, class_="bar")]
+
+
+def _spot(spot: Spot, at: float, y: _Scale, row: int) -> list[Html]:
+    """Return interval, circle and name of a spot `at` across; the name in a row of its own, with a line to it."""
+    said = element("title", f"{spot.label}: {spot.value:.2f} at {spot.share:.1%}")
+    name_y = _TOP + 14 * row
+    parts = [element("line", x1=at, x2=_WIDTH - _NAMES + 8, y1=y(spot.value), y2=name_y - 4, class_="base")]
+    if spot.low is not None and spot.high is not None:
+        parts.append(element("line", x1=at, x2=at, y1=y(spot.low), y2=y(spot.high), class_="curve"))
+    name = _text(_WIDTH - _NAMES + 10, name_y, f"{spot.label} {spot.value:.1f}", "start")
+    return [*parts, element("circle", said, cx=at, cy=y(spot.value), r=3.5, class_="bar"), name]
+
+
+def _aside(spot: Spot, spots: Sequence[Spot], x: _Scale) -> float:
+    """Return by how many pixels a spot moves aside, so that those at nearly the same place all are seen."""
+    near = [other for other in spots if abs(x(other.share) - x(spot.share)) < _BESIDE]
+    return round((near.index(spot) - (len(near) - 1) / 2) * _BESIDE, 1)
 
 
 def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Html]:

@@ -107,6 +107,7 @@ a { color: var(--bar); }
 .refused { --tone: var(--warn); } .failed { --tone: var(--bad); }
 .state { color: var(--tone, inherit); font-weight: 600; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 16px; align-items: start; }
+.columns > figure { max-width: 560px; }
 .panel { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; margin: 0; }
 .panel h3:first-child { margin-top: 0; }
 figcaption { font-size: 13px; margin-bottom: 4px; } figcaption b { color: var(--text); font-weight: 600; }

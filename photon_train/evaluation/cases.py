@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from photon_data.errors import UsageError
 from photon_data.manifest import VIDEO_TAG
 from photon_data.prompts import LETTERS
 from photon_train.predictions import Prediction
@@ -28,6 +30,7 @@ class Case:
     label       the answer as the row has it ("B. No", "B" or "No"), what a strict comparison is made with
     answer      the answer's text ("No"); letter: its letter, "" for a question without choices
     prediction  where the response is from; of a baseline, an empty one
+    organ_masks, lesion   names of the masks it asks about, where the row names some
     """
 
     id: str
@@ -44,6 +47,8 @@ class Case:
     choices: tuple[str, ...]
     response: str
     prediction: Prediction
+    organ_masks: tuple[str, ...] = ()
+    lesion: str = ""
 
 
 def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
@@ -71,12 +76,25 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
         choices=choices,
         response=response,
         prediction=prediction,
+        organ_masks=_names(row["id"], extra.get("organ_masks") or "[]"),
+        lesion=extra.get("lesion") or "",
     )
 
 
 def text_of(row: Mapping[str, Any]) -> str:
     """Return the text of the user's turn, without the volume."""
     return str(row["messages"][0]["content"]).replace(VIDEO_TAG, "")
+
+
+def _names(id: str, listed: str) -> tuple[str, ...]:
+    """Return the names in a JSON list, as a manifest's `extra` has it; UsageError for anything else."""
+    try:
+        names = json.loads(listed)
+    except (ValueError, TypeError):
+        names = None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UsageError(f"{id}: a JSON list of names wanted in extra.organ_masks, got {listed!r}")
+    return tuple(names)
 
 
 def _is_closed(row: Mapping[str, Any], label: str, answer: str, choices: tuple[str, ...]) -> bool:

@@ -16,11 +16,13 @@ from photon_train.evaluation.choice_metrics import meant
 from photon_train.evaluation.costs import Costs, costs
 from photon_train.evaluation.joining import Gaps, Joined, by_id, join
 from photon_train.evaluation.labels import LabelTable, constant_labels, label_metrics
+from photon_train.evaluation.mask_recall import MaskRecalls, mask_recalls
 from photon_train.evaluation.metric import Metric
 from photon_train.evaluation.parsing import number
 from photon_train.evaluation.scheduling import Kept, kept
 from photon_train.evaluation.scores import POINTS, Score, Table, differences, scores_of, table_of, table_of_baseline
 from photon_train.evaluation.text_metrics import bertscore
+from photon_train.masks import CountedMask
 from photon_train.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Answers:
     judged: tuple[Judged, ...]
     costs: Costs | None
     kept: Kept | None
+    mask_recalls: MaskRecalls | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,13 @@ def evaluate(
     train: Sequence[Mapping[str, Any]] = (),
     settings: Settings | None = None,
     config: PhotonConfig | None = None,
+    masks: Mapping[str, Sequence[CountedMask]] | None = None,
 ) -> Evaluation:
     """Return the scores of each named set of predictions of the rows, and of each later set against the first.
 
     `benchmark` is a key of METRICS. Rows are a manifest's; `train` those that constant answers are chosen on (the evaluated
-    ones where there are none). `config` is the model's, to count FLOPs. Without any predictions, only the blind baselines are
+    ones where there are none). `config` is the model's, to count FLOPs; `masks` those of volumes,
+    by id, to see what was kept of them. Without any predictions, only the blind baselines are
     scored, under the name BLIND. The same rows and predictions, in whatever order, give the same result. UsageError for
     predictions that do not match the rows (see `joining.join`), an unknown benchmark, rows without
     answers, and rows that the benchmark has no metric for.
@@ -132,7 +137,9 @@ def evaluate(
     training = [case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"]) if row["answer"]]
     learned = learn(training, everything, metrics)
     patients = draw([case.patient for case in everything], settings.bootstrap, settings.seed)
-    answers = [_answers(name, one, metrics, learned.baselines, patients, settings, config) for name, one in joined.items()]
+    answers = [
+        _answers(name, one, metrics, learned.baselines, patients, settings, config, masks or {}) for name, one in joined.items()
+    ]
     first, *others = joined or [""]
     return Evaluation(
         benchmark=benchmark,
@@ -144,6 +151,12 @@ def evaluate(
         constants={_words(kind): constant.answer for kind, constant in sorted(learned.constants.items())},
         learned_on=_learned_on(learned) if training else "the evaluated rows themselves",
     )
+
+
+def check(benchmark: str, rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+    """UsageError for what `evaluate` would refuse whatever the predictions are: worth knowing before a model makes them."""
+    _metrics(benchmark, settings)
+    by_id(rows)
 
 
 def _metrics(benchmark: str, settings: Settings) -> list[Metric]:
@@ -168,6 +181,7 @@ def _answers(
     patients: Patients,
     settings: Settings,
     config: PhotonConfig | None,
+    masks: Mapping[str, Sequence[CountedMask]],
 ) -> Answers:
     cases = joined.cases
     scores = scores_of(table_of(cases, metrics, patients), _blind_tables(cases, metrics, blind, patients, settings))
@@ -180,6 +194,7 @@ def _answers(
         judged=judged,
         costs=costs(cases, config),
         kept=kept(cases, settings.grid_zyx),
+        mask_recalls=mask_recalls(cases, masks, patients) if masks else None,
     )
 
 

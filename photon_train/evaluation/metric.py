@@ -33,10 +33,7 @@ class Metric:
 
     def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
         """Return float[W], the score of the cases under every weighting of their patients."""
-        observed = self.observe(cases)
-        sums_Pk = np.zeros((weights_WP.shape[1], observed.shape[1]))
-        np.add.at(sums_Pk, patient_n, observed)
-        return self.of_sums(weights_WP @ sums_Pk)
+        return self.of_sums(resampled_sums(self.observe(cases), patient_n, weights_WP))
 
     def of_sums(self, sums: np.ndarray) -> np.ndarray:
         """Return the formula's value; what is divided by nothing is NaN."""
@@ -46,6 +43,14 @@ class Metric:
     def value(self, cases: Sequence[Case]) -> float:
         """Return the score of the cases, each counting once."""
         return float(self.replicates(cases, np.zeros(len(cases), int), np.ones((1, 1)))[0])
+
+
+def resampled_sums(observed_nk: np.ndarray, patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
+    """Return float[W, k], the sums of what was observed under every weighting of the patients (columns) it is of."""
+    sums_Pk = np.zeros((weights_WP.shape[1], observed_nk.shape[1]))
+    np.add.at(sums_Pk, patient_n, observed_nk)
+    sums_Wk: np.ndarray = weights_WP @ sums_Pk
+    return sums_Wk
 
 
 def mean_of(

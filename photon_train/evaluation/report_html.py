@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from photon_data.report.charts import Dot, bars, dots
+from photon_data.report.charts import Dot, Spot, bars, dots, spread
 from photon_data.report.page import Html, document, element, encoded, table
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.costs import Costs
 from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Judged
+from photon_train.evaluation.mask_recall import MaskRecalls
+from photon_train.evaluation.mask_sheets import sheets
 from photon_train.evaluation.scheduling import Kept, Overlap
-from photon_train.evaluation.scores import Estimate, Score
+from photon_train.evaluation.scores import Estimate, Score, both_averages
+from photon_train.evaluation.trade_off import TradeOff, sheet, trade_offs
+from photon_train.evaluation.words import Sheet, told, told_interval, told_value
 
 SHOWN_CASES = 12
 _MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
@@ -24,36 +28,15 @@ _BLIND = {CONSTANT: "constant", MAJORITY: "majority"}
 _LONGEST = 400
 
 
-def render(evaluation: Evaluation, overlays: Mapping[str, Path], title: str) -> bytes:
-    """Return the page as UTF-8. `overlays`: pictures by question id, put inside of the page where their case is shown."""
+def render(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path]], title: str) -> bytes:
+    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id, put beside their case."""
     sections = [_header(evaluation, title)]
     for number, answers in enumerate(evaluation.answers):
-        sections.append(_section(answers, overlays, number))
+        sections.append(_section(answers, overlays.get(answers.name, {}), number))
     partial = [warning for answers in evaluation.answers for warning in _warning(answers.gaps.sentence())]
+    sections += [_trade_off_section(one, partial) for one in trade_offs(evaluation)]
     sections += [_difference_section(comparison, partial) for comparison in evaluation.comparisons]
     return encoded(document(title, *sections))
-
-
-def both_averages(scores: Sequence[Score]) -> list[tuple[Score, Score]]:
-    """Return (macro over subtasks, question-weighted) of every metric of every task, in the order of the scores."""
-    names = ("macro_over_subtasks", "question_weighted")
-    macro, weighted = ([score for score in scores if score.average == name] for name in names)
-    return list(zip(macro, weighted, strict=True))
-
-
-def told(estimate: Estimate | None) -> str:
-    """Return "82.01", "-" for what is not defined."""
-    return "-" if estimate is None or estimate.value is None else f"{estimate.value:.2f}"
-
-
-def told_interval(estimate: Estimate | None) -> str:
-    """Return "80.10 to 83.90"."""
-    return "-" if estimate is None or estimate.low is None else f"{estimate.low:.2f} to {estimate.high:.2f}"
-
-
-def told_value(value: float | None) -> str:
-    """Return "82.01" for a number in points."""
-    return told(Estimate(value, None, None))
 
 
 def _header(evaluation: Evaluation, title: str) -> Html:
@@ -95,6 +78,7 @@ def _section(answers: Answers, overlays: Mapping[str, Path], number: int) -> Htm
         parts += [heading, *partial, table(("task", "responses"), rows)]
     parts += [*_cost_parts(answers.costs), *partial] if answers.costs else []
     parts += [*_kept_parts(answers.kept), *partial] if answers.kept else []
+    parts += [*_mask_parts(answers.mask_recalls), *partial] if answers.mask_recalls else []
     return element("section", *parts, *_case_parts(answers.judged, overlays), id=f"predictions-{number}")
 
 
@@ -166,6 +150,38 @@ def _difference_section(comparison: Comparison, partial: Sequence[Html]) -> Html
     )
 
 
+def _trade_off_section(trade_off: TradeOff, partial: Sequence[Html]) -> Html:
+    spots = [
+        Spot(point.name, point.kept_share, value, low, high)
+        for point in trade_off.points
+        for value, low, high in [point.estimate]
+        if value is not None
+    ]
+    numbers = sheet(trade_off)
+    words = "macro over subtasks, points, against the share of visual tokens kept; line: 95 % interval; equal shares side by side"
+    return element(
+        "section",
+        element("h2", numbers.title),
+        *partial,
+        element("div", spread(spots, name=trade_off.metric, words=words), class_="columns"),
+        _sheet_table(numbers),
+    )
+
+
+def _sheet_table(sheet: Sheet) -> Html:
+    return table(sheet.headings, (map(_tight, line) for line in sheet.lines))
+
+
+def _mask_parts(recalls: MaskRecalls) -> list[Html]:
+    words = (
+        "Recall: the share of a mask's voxels in kept tokens, points, mean over pairs of a question and a mask. Chance: the "
+        "recall expected of as many tokens drawn at random. Other organ: the same masks in questions about another organ. "
+        f"{recalls.predictions:,} questions."
+    )
+    tables = [part for one in sheets(recalls) for part in (element("h4", one.title), _sheet_table(one))]
+    return [element("h3", "Organs and lesions in the kept tokens"), element("p", words, class_="muted"), *tables]
+
+
 def _cost_parts(costs: Costs) -> list[Html]:
     rows = [
         (stage, *(f"{value:.3f}" for value in (seconds.mean, seconds.median, seconds.p95)), f"{seconds.total:.1f}")
@@ -209,12 +225,17 @@ def _overlap(overlap: Overlap) -> tuple[str, ...]:
 
 
 def _case_parts(judged: Sequence[Judged], overlays: Mapping[str, Path]) -> list[Html]:
-    worst, best = worst_and_best(judged, SHOWN_CASES)
+    worst, best = shown_cases(judged)
     parts: list[Html] = []
     for heading, cases in (("Worst cases", worst), ("Best cases", best)):
         if cases:
             parts += [element("h3", heading), *(_case(one, overlays.get(one.case.id)) for one in cases)]
     return parts
+
+
+def shown_cases(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
+    """Return the worst and the best cases, as many as the page shows."""
+    return worst_and_best(judged, SHOWN_CASES)
 
 
 def worst_and_best(judged: Sequence[Judged], most: int) -> tuple[list[Judged], list[Judged]]:

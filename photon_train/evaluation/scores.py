@@ -97,7 +97,7 @@ def scores_of(table: Table, blind: dict[str, Table]) -> list[Score]:
 def differences(first: Table, second: Table) -> list[Score]:
     """Return second - first of what both have over as many questions, patients resampled together."""
     return [
-        Score(*key, _estimate(second[key].values - first[key].values), first[key].questions, len(first[key].patients))
+        Score(*key, estimate_of(second[key].values - first[key].values), first[key].questions, len(first[key].patients))
         for key in _task_by_task(first)
         if key in second and second[key].questions == first[key].questions
     ]
@@ -150,13 +150,21 @@ def _averages(metric: str, task: str, parts: Sequence[Replicated]) -> Table:
 
 def _score(key: Key, one: Replicated, blind: dict[str, Table]) -> Score:
     same = {name: table[key] for name, table in blind.items() if key in table and table[key].questions == one.questions}
-    above = _estimate(one.values - same[CONSTANT].values) if CONSTANT in same else None
+    above = estimate_of(one.values - same[CONSTANT].values) if CONSTANT in same else None
     values = {name: points(float(other.values[0])) for name, other in same.items()}
-    return Score(*key, _estimate(one.values), one.questions, len(one.patients), values, above)
+    return Score(*key, estimate_of(one.values), one.questions, len(one.patients), values, above)
 
 
-def _estimate(replicates: np.ndarray) -> Estimate:
+def estimate_of(replicates: np.ndarray) -> Estimate:
+    """Return the first of the replicates in points, with the interval of the others."""
     return Estimate(points(float(replicates[0])), *map(points, interval(replicates)))
+
+
+def both_averages(scores: Sequence[Score]) -> list[tuple[Score, Score]]:
+    """Return (macro over subtasks, question-weighted) of every metric of every task, in the order of the scores."""
+    names = ("macro_over_subtasks", "question_weighted")
+    macro, weighted = ([score for score in scores if score.average == name] for name in names)
+    return list(zip(macro, weighted, strict=True))
 
 
 def points(share: float) -> float | None:

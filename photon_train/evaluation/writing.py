@@ -11,15 +11,19 @@ from typing import Any
 from photon_data.location import Location
 from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation
 from photon_train.evaluation.report_html import render
-from photon_train.evaluation.scores import Score
+from photon_train.evaluation.scores import Estimate, Score
+from photon_train.evaluation.trade_off import trade_offs
 
 SCORES, REPORT = "scores.json", "report.html"
 
 
-def write(evaluation: Evaluation, folder: Path, *, overlays: Mapping[str, Path] | None = None, title: str = "") -> list[Path]:
+def write(
+    evaluation: Evaluation, folder: Path, *, overlays: Mapping[str, Mapping[str, Path]] | None = None, title: str = ""
+) -> list[Path]:
     """Write scores.json and report.html into `folder`, each whole or not at all, and return their paths.
 
-    `overlays` are pictures (png, jpeg) by question id; those of the cases that are shown are put inside of the page.
+    `overlays` are, by name of the predictions, pictures (png, jpeg) by question id; those of the cases that are shown are put
+    inside of the page.
     """
     where = Location(str(folder))
     page = render(evaluation, overlays or {}, title or f"{evaluation.benchmark}: evaluation")
@@ -41,6 +45,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "constants": {"learned_on": evaluation.learned_on, "answers": evaluation.constants},
         "predictions": [_answers(answers) for answers in evaluation.answers],
         "differences": [_comparison(comparison) for comparison in evaluation.comparisons],
+        "trade_offs": [_rounded(asdict(trade_off)) for trade_off in trade_offs(evaluation)],
     }
 
 
@@ -52,6 +57,7 @@ def _answers(answers: Answers) -> dict[str, Any]:
         "scores": [_score(score) for score in answers.scores],
         "costs": _rounded(asdict(answers.costs)) if answers.costs else None,
         "kept": _rounded(asdict(answers.kept)) if answers.kept else None,
+        "masks": _rounded(asdict(answers.mask_recalls)) if answers.mask_recalls else None,
     }
 
 
@@ -76,7 +82,9 @@ def _score(score: Score) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Return plain values with floats of 6 digits."""
+    """Return plain values with floats of 6 digits, an estimate as {"value", "interval"}."""
+    if isinstance(value, Estimate):
+        return {"value": value.value, "interval": [value.low, value.high]}
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

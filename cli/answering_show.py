@@ -1,0 +1,85 @@
+"""What a person sees while rows are answered, and what became of them: `photon predict --manifest`, `photon eval --model`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from photon_cli.options import console
+from photon_train.answering import Reply
+from photon_train.grouping import Group
+from photon_train.predict import WHOLE, Outcome, Shard
+
+SHOWN_FAILURES = 10
+LINE_S = 10  # without a terminal a line is printed this often
+
+
+class Show:
+    """A live bar in a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+        self.bar.disable = not console.is_terminal
+        self.task = self.bar.add_task("", total=None, detail="")
+        self.began = self.last_line = time.monotonic()
+        self.total = self.done = self.kept = self.visual = 0
+        self.unshown: dict[str, str] = {}
+
+    def __enter__(self) -> Show:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def start(self, total: int, before: int) -> None:
+        """Say how much there is to do."""
+        self.total, self.done = total, before
+        console.print(f"{total} rows, {before} of them answered before", soft_wrap=True)
+        self.bar.update(self.task, total=total, completed=before)
+
+    def replies(self, group: Group, replies: Sequence[Reply]) -> None:
+        """Count a batch."""
+        self.done += len(replies)
+        self.kept += sum(reply.prediction.kept_tokens for reply in replies)
+        self.visual += sum(reply.prediction.visual_tokens for reply in replies)
+        self.bar.update(self.task, completed=self.done, detail=self.share())
+        if not console.is_terminal and time.monotonic() - self.last_line > LINE_S:
+            self.last_line = time.monotonic()
+            console.print(f"{self.done} of {self.total} {self.share()}")
+
+    @contextmanager
+    def costing_itself(self, name: str) -> Iterator[None]:
+        """Note a volume that cannot be shown, which is no reason not to answer the others."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.unshown[name] = str(error)
+
+    def share(self) -> str:
+        """Return the share of visual tokens kept so far, as text."""
+        return f"{self.kept / self.visual:.1%} of visual tokens kept" if self.visual else ""
+
+
+def print_outcome(outcome: Outcome, output: Path, show: Show, part: Shard = WHOLE) -> None:
+    """Print how many rows were answered, why some were not, and where the predictions are."""
+    seconds = time.monotonic() - show.began
+    rate = f", {outcome.answered / seconds:.2f} questions/s" if outcome.answered else ""
+    console.print(f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed{rate} {show.share()}")
+    print_some("failed", outcome.failed, "their lines have an error")
+    print_some("no overlay of", show.unshown, "none of these has an overlay")
+    where = output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}"
+    console.print(f"predictions: {where}", soft_wrap=True)
+
+
+def print_some(what: str, reasons: dict[str, str], rest: str) -> None:
+    """Print the first reasons, by the names of what they are about."""
+    for name, reason in list(reasons.items())[:SHOWN_FAILURES]:
+        console.print(f"{what} {name}: {reason}", soft_wrap=True)
+    if len(reasons) > SHOWN_FAILURES:
+        console.print(f"and {len(reasons) - SHOWN_FAILURES} more; {rest}")

@@ -1,0 +1,85 @@
+"""`photon eval --model`: the model answers the rows, under one scheduler after the other, into files of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from photon_cli.answering_show import Show, print_outcome
+from photon_cli.eval_command import Given
+from photon_cli.options import console
+from photon_cli.predict_model import Model
+from photon_data.errors import UsageError
+from photon_train.grouping import Row
+from photon_train.predict import Watch, predict_rows
+from photon_train.predictions import read_predictions
+from photon_train.scheduling import SCHEDULERS
+
+MATCH_ITS = "match-its"
+ITS = "its"
+BUDGETED = ("random", "uniform", "foreground")  # keep the share they are told to
+
+
+@dataclass(frozen=True)
+class Schedulers:
+    """Under which schedulers the model answers, and the share of tokens that the budgeted ones keep.
+
+    names   "its" first; None for the model's own alone
+    share   None: what "its" keeps on average in this run
+    """
+
+    names: tuple[str | None, ...] = (None,)
+    share: float | None = None
+
+
+def schedulers(names: str, keep: str) -> Schedulers:
+    """Return what --schedulers and --keep say; UsageError for schedulers that do not exist, and for no budget to match."""
+    wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in wanted if name not in SCHEDULERS]
+    if unknown:
+        raise UsageError(f"--schedulers: some of {', '.join(SCHEDULERS)} wanted, got {unknown[0]!r}")
+    share = None if keep == MATCH_ITS else _share(keep)
+    if share is None and ITS not in wanted and set(wanted) & set(BUDGETED):
+        raise UsageError(f"--keep {MATCH_ITS}: 'its' among --schedulers wanted, got {names}; add it, or say --keep 0.4")
+    return Schedulers(tuple(sorted(wanted, key=lambda name: name != ITS)) or (None,), share)
+
+
+def answer(model: Model, order: Schedulers, folder: Path, rows: Sequence[Row]) -> Given:
+    """Answer the rows into a file of `folder` for each scheduler, and return the files; what they hold already stays.
+
+    UsageError where a model cannot be loaded (one without threshold predictor as "its"), and as `predict_rows`.
+    """
+    files: list[Path] = []
+    share, config = order.share, None
+    for name in order.names:
+        asker = replace(model, scheduler=name, keep_ratio=share if name in BUDGETED else None).load()
+        config = config or asker.model.config
+        files.append(folder / f"{asker.model.config.scheduler}.jsonl")
+        budget = f", keeps {share:.1%}" if name in BUDGETED else ""
+        console.print(f"scheduler {asker.model.config.scheduler}{budget}")
+        with Show() as show:
+            outcome = predict_rows(asker, rows, files[-1], watch=Watch(show.start, show.replies))
+        print_outcome(outcome, files[-1], show)
+        if name == ITS and share is None and set(order.names) & set(BUDGETED):
+            share = kept_share(files[-1])
+    return Given(files, config)
+
+
+def kept_share(path: Path) -> float:
+    """Return the mean share of visual tokens that the predictions of a file kept; UsageError where they kept none."""
+    shares = [p.kept_tokens / p.visual_tokens for p in read_predictions(path) if p.visual_tokens]
+    if not any(shares):
+        raise UsageError(f"{path}: predictions that keep visual tokens wanted, to keep as many; say --keep 0.4 instead")
+    return fmean(shares)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--keep: {MATCH_ITS} or a share above 0, at most 1, wanted, got {text!r}")
+    return share
