@@ -169,7 +169,7 @@ def _trade_off_section(trade_off: TradeOff, partial: Sequence[Html]) -> Html:
 
 
 def _sheet_table(sheet: Sheet) -> Html:
-    return table(sheet.headings, (map(_tight, line) for line in sheet.lines))
+    return table(sheet.headings, ([*map(_tight, line)] for line in sheet.lines))
 
 
 def _mask_parts(recalls: MaskRecalls) -> list[Html]:
