@@ -37,7 +37,10 @@ class Given(NamedTuple):
     config: PhotonConfig | None
 
 
-def files(predictions: Sequence[Path], model: str | None, rows: object = None) -> Given:
+Answerer = Callable[[list[dict[str, Any]]], Given]
+
+
+def files(predictions: Sequence[Path], model: str | None) -> Given:
     """Return files that are there, and the configuration of the model directory named, if any."""
     if not model:
         return Given(predictions, None)
@@ -48,7 +51,7 @@ def files(predictions: Sequence[Path], model: str | None, rows: object = None) -
 
 def run(
     benchmark: str,
-    answers: Callable[[list[dict[str, Any]]], Given],
+    answers: Answerer,
     data: Sequence[Path],
     output: Path,
     *,

@@ -12,6 +12,7 @@ from photon_cli.eval_command import Given
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
+from photon_train.configuration_photon import PhotonConfig
 from photon_train.grouping import Row
 from photon_train.predict import Watch, predict_rows
 from photon_train.predictions import read_predictions
@@ -41,6 +42,8 @@ def schedulers(names: str, keep: str) -> Schedulers:
     if unknown:
         raise UsageError(f"--schedulers: some of {', '.join(SCHEDULERS)} wanted, got {unknown[0]!r}")
     share = None if keep == MATCH_ITS else _share(keep)
+    if share is not None and not set(wanted) & set(BUDGETED):
+        raise UsageError(f"--keep: one of {', '.join(BUDGETED)} wanted among --schedulers, got {names or 'none'}")
     if share is None and ITS not in wanted and set(wanted) & set(BUDGETED):
         raise UsageError(f"--keep {MATCH_ITS}: 'its' among --schedulers wanted, got {names}; add it, or say --keep 0.4")
     return Schedulers(tuple(sorted(wanted, key=lambda name: name != ITS)) or (None,), share)
@@ -54,22 +57,30 @@ def answer(model: Model, order: Schedulers, folder: Path, rows: Sequence[Row]) -
     files: list[Path] = []
     share, config = order.share, None
     for name in order.names:
-        asker = replace(model, scheduler=name, keep_ratio=share if name in BUDGETED else None).load()
-        config = config or asker.model.config
-        files.append(folder / f"{asker.model.config.scheduler}.jsonl")
-        budget = f", keeps {share:.1%}" if name in BUDGETED else ""
-        console.print(f"scheduler {asker.model.config.scheduler}{budget}")
-        with Show() as show:
-            outcome = predict_rows(asker, rows, files[-1], watch=Watch(show.start, show.replies))
-        print_outcome(outcome, files[-1], show)
+        chosen = replace(model, scheduler=name, keep_ratio=share if name in BUDGETED else None)
+        path, own = _answered(chosen, rows, folder)
+        files.append(path)
+        config = config or own
         if name == ITS and share is None and set(order.names) & set(BUDGETED):
-            share = kept_share(files[-1])
+            share = kept_share(path, {row["id"] for row in rows})
     return Given(files, config)
 
 
-def kept_share(path: Path) -> float:
-    """Return the mean share of visual tokens that the predictions of a file kept; UsageError where they kept none."""
-    shares = [p.kept_tokens / p.visual_tokens for p in read_predictions(path) if p.visual_tokens]
+def _answered(model: Model, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
+    """Answer the rows into the file of the model's scheduler; the model is given up when this returns."""
+    asker = model.load()
+    config = asker.model.config
+    path = folder / f"{config.scheduler}.jsonl"
+    console.print(f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else ""))
+    with Show() as show:
+        outcome = predict_rows(asker, rows, path, watch=Watch(show.start, show.replies))
+    print_outcome(outcome, path, show)
+    return path, config
+
+
+def kept_share(path: Path, ids: set[str]) -> float:
+    """Return the mean share of visual tokens that the predictions of these rows kept; UsageError where they kept none."""
+    shares = [p.kept_tokens / p.visual_tokens for p in read_predictions(path) if p.visual_tokens and p.id in ids]
     if not any(shares):
         raise UsageError(f"{path}: predictions that keep visual tokens wanted, to keep as many; say --keep 0.4 instead")
     return fmean(shares)

@@ -72,9 +72,11 @@ def evaluate(
             from photon_cli import eval_model
 
             asked = _model(model, choices, max_new_tokens, questions_per_batch, device, dtype, revision)
-            answers = partial(eval_model.answer, asked, eval_model.schedulers(schedulers, keep), output / "predictions")
+            order = eval_model.schedulers(schedulers, keep)
+            answers: eval_command.Answerer = partial(eval_model.answer, asked, order, output / "predictions")
         else:
-            answers = partial(eval_command.files, predictions, config)
+            given = eval_command.files(predictions, config)
+            answers = lambda rows: given  # noqa: E731
         done = eval_command.run(
             benchmark,
             answers,

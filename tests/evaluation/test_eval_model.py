@@ -101,6 +101,7 @@ def test_a_share_of_ones_own_needs_no_its(model_dir, data, tmp_path):
         (["--schedulers", "none,random"], "'its' among --schedulers wanted"),
         (["--schedulers", "its,best"], "got 'best'"),
         (["--schedulers", "random", "--keep", "2"], "a share above 0"),
+        (["--keep", "0.4"], "one of random, uniform, foreground wanted among --schedulers"),
         (["--predictions", "preds.jsonl"], "--predictions: no --model wanted beside it"),
         (["--config", "model"], "--config: no --model wanted beside it"),
     ],
