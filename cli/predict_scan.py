@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from photon_cli.kept import KeptOrder, Shown
@@ -11,6 +11,7 @@ from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.recipe import Recipe
 from photon_train.answering import Asker, Reply
+from photon_train.asker import grid_read_by
 from photon_train.asking import Asked, ask_scan
 from photon_train.overlay import folders_of
 from photon_train.scan_input import ScanInput, open_input
@@ -24,8 +25,11 @@ class Look(NamedTuple):
 
 
 def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe, look: Look, kept: KeptOrder) -> None:
-    """Answer and print. The scan is read before the model: most of what can be wrong is wrong with the scan."""
-    scan = open_input(place, recipe)
+    """Answer and print, on the grid that the model reads, whatever the recipe's.
+
+    The scan is read before the model: most of what can be wrong is wrong with the scan.
+    """
+    scan = open_input(place, replace(recipe, model_shape_zyx=grid_read_by(model.place, model.revision)))
     asker = model.load()
     shown = Shown.of(kept, scan, asker.processor.tokens_thw(), kept.masks)
     asked = _streamed(asker, scan, questions) if look.stream and not look.json else ask_scan(asker, scan, questions)

@@ -11,6 +11,7 @@ import torch
 
 from photon_data.errors import UsageError
 from photon_train.answering import AnswerSettings, Asker
+from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 
@@ -43,6 +44,15 @@ def load_asker(
     except (ValueError, OSError) as error:
         raise UsageError(f"{model}: a model that can be loaded wanted: {error}") from None
     return Asker(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
+
+
+def grid_read_by(model: str, revision: str | None = None) -> tuple[int, int, int]:
+    """Return the voxels (z, y, x) of the grid that a model reads, from its configuration alone; UsageError as load_asker."""
+    try:
+        depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{model}: a model that can be loaded wanted: {error}") from None
+    return depth, height, width
 
 
 def _device(name: str) -> torch.device:
