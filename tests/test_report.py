@@ -15,7 +15,7 @@ from photon_data.recipe import Recipe
 from photon_data.records import FAILED, PREPARED, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.report import fair_shares, render_report
 from photon_data.report import volumes as report_volumes
-from photon_data.report.charts import Mark, binned, histogram
+from photon_data.report.charts import Mark, Spot, binned, histogram, spread
 from photon_data.report.page import element, without_folders
 from photon_data.volume import Geometry, Volume
 
@@ -202,3 +202,12 @@ def test_a_chart_reaches_to_its_mark_and_says_what_it_shows():
     drawn = histogram([100, 120, 150], name="z", unit="mm", mark=Mark(364, "grid 364 mm"))
     assert binned([100, 120, 150], include=[364]).edges[-1] >= 364
     assert "grid 364 mm" in drawn and 'aria-label="Histogram, z: 100 to 150 mm, middle 120"' in drawn
+
+
+def test_spots_of_equal_shares_stand_side_by_side_and_the_highest_is_named_first():
+    spots = [Spot("low", 0.4, 20, 10, 30), Spot("<high>", 0.4, 80, None, None), Spot("all", 1.0, 50, 40, 60)]
+    drawn = str(spread(spots, name="score", words="against share kept"))
+    places = [float(found) for found in re.findall(r'<circle cx="([\d.]+)"', drawn)]
+    assert len(set(places)) == 3
+    assert drawn.index("&lt;high&gt; 80.0") < drawn.index("all 50.0") < drawn.index("low 20.0")
+    assert "low: 20.00 at 40.0%" in drawn

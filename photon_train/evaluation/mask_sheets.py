@@ -9,15 +9,9 @@ from photon_train.evaluation.words import Sheet, told, told_interval
 
 _RECALL = ("recall", "chance", "above chance", "95 %", "pairs", "volumes", "patients")
 _ASKED = (
-    "recall, asked about",
-    "above chance",
-    "95 %",
-    "recall, other organ",
-    "above chance",
-    "95 %",
-    "difference",
-    "95 %",
-    "pairs",
+    *("asked about (chance)", "above", "95 %"),
+    *("other organ (chance)", "above", "95 %"),
+    *("difference", "95 %", "pairs"),
 )
 
 
@@ -45,7 +39,7 @@ def _asked_line(one: Asked) -> tuple[str, ...]:
     halves = [
         text
         for part in (one.own, one.other)
-        for text in (told(part.recall), told(part.above_chance), told_interval(part.above_chance))
+        for text in (f"{told(part.recall)} ({told(part.chance)})", told(part.above_chance), told_interval(part.above_chance))
     ]
     difference = (told(one.own_minus_other), told_interval(one.own_minus_other))
     return (one.name, *halves, *difference, f"{one.own.pairs:,} and {one.other.pairs:,}")
