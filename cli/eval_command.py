@@ -202,6 +202,8 @@ def _say_costs(answers: Answers) -> None:
         console.print(f"seconds per question: {stages}; {costs.questions_per_second:.2f} questions per second")
     if costs and costs.prefill_tflop is not None:
         console.print(f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} unpruned")
+    if costs and costs.peak_memory_mib:
+        console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
     if kept:
         console.print(f"visual tokens kept: {kept.mean_ratio:.1%}")
 

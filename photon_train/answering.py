@@ -18,6 +18,7 @@ from torch import Tensor
 from photon_train.choices import score_choices
 from photon_train.grouping import Group, Prompt, answer_ids, seed_of
 from photon_train.layout import visual_mask
+from photon_train.memory import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.predictions import Prediction, pack_mask
 from photon_train.prefix import Prefix
@@ -156,6 +157,7 @@ class Asker:
             kept=pack_mask(kept.keep_V),
             choice_scores=scores,
             seconds={"answer": seconds},
+            peak_memory_mib=round(peak_memory_mib(self.model.device), 1),
         )
         return Reply(row, kept.keep_V, kept.saliency_V)
 

@@ -20,6 +20,7 @@ class Prediction:
     seconds: by stage (read, prepare, encode, answer), this question's share of what it shares with others.
     choice_scores: for each choice, by its text, the log-probability of its tokens as the answer; {} when not asked for.
     kept: which visual tokens were kept, see `pack_mask`; "" when nothing was scheduled.
+    peak_memory_mib: the most memory its process had used by then (allocated on a GPU, resident on a CPU); 0 when not known.
     error: why there is no response; "" when there is one.
     """
 
@@ -35,6 +36,7 @@ class Prediction:
     kept: str = ""
     choice_scores: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mib: float = 0.0
 
     def to_json(self) -> str:
         """Return the line, with its line end."""

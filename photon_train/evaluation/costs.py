@@ -36,6 +36,7 @@ class Costs:
     questions_per_second    questions / seconds of all stages, one after the other
     prefill_tflop           mean TFLOP of a prefill as it was kept, each question by itself; None without a model's config
     prefill_tflop_unpruned  the same with every token kept
+    peak_memory_mib         the most that any process had used; None when no prediction says
     """
 
     predictions: int
@@ -43,6 +44,7 @@ class Costs:
     questions_per_second: float | None
     prefill_tflop: float | None
     prefill_tflop_unpruned: float | None
+    peak_memory_mib: float | None = None
 
 
 def costs(cases: Sequence[Case], config: PhotonConfig | None = None) -> Costs | None:
@@ -57,7 +59,8 @@ def costs(cases: Sequence[Case], config: PhotonConfig | None = None) -> Costs | 
         by_stage["total"] = _seconds([sum(seconds.values()) for seconds in timed])
     spent = by_stage["total"].total if timed else 0.0
     pruned, unpruned = _tflop(counted, config) if config and counted else (None, None)
-    return Costs(len(timed) or len(counted), by_stage, len(timed) / spent if spent else None, pruned, unpruned)
+    peak = max((case.prediction.peak_memory_mib for case in cases), default=0.0) or None
+    return Costs(len(timed) or len(counted), by_stage, len(timed) / spent if spent else None, pruned, unpruned, peak)
 
 
 def _seconds(values: Sequence[float]) -> Seconds:

@@ -192,6 +192,8 @@ def _cost_parts(costs: Costs) -> list[Html]:
         words.append(
             f"Prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} with every token kept."
         )
+    if costs.peak_memory_mib:
+        words.append(f"Peak memory: {costs.peak_memory_mib:,.0f} MiB.")
     parts = [element("h3", "Costs"), element("p", " ".join(words))]
     return [*parts, table(("stage", "seconds, mean", "median", "95th percentile", "sum"), rows)] if rows else parts
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from photon_train.curriculum import Phase, phase_at
+from photon_train.memory import peak_memory_mib
 from photon_train.training.checkpoint import MERGED, save_checkpoint, save_merged
 from photon_train.training.clock import Clock
 from photon_train.training.dataset import Batch, GroupDataset, batches
 from photon_train.training.log import Log, read_log, write_summary
-from photon_train.training.measures import Sums, means, peak_memory_mib, sums_of
+from photon_train.training.measures import Sums, means, sums_of
 from photon_train.training.parameters import gradient_norms
 from photon_train.training.plan import Group, plan_epoch
 from photon_train.training.run import Run, TrainingStopped, check_read, reading, worker_count

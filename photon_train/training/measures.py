@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from typing import Any
 
 import torch
@@ -100,10 +99,3 @@ def means(sums: dict[str, float], slots: int) -> dict[str, float]:
         rows["threshold"] = sums["threshold"] / sums["decided_rows"]
     counts = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept", "skipped_groups")
     return {**rows, **{name: sums[name] for name in counts}}
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory used so far: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -324,12 +324,14 @@ def test_what_was_kept_is_told_by_task_slab_and_pair():
 
 
 def test_costs_add_up_over_stages():
-    said = [Prediction("a", "Yes", seconds={"read": 1.0, "answer": 2.0}), Prediction("b", "Yes", seconds={"answer": 5.0})]
+    slow = Prediction("b", "Yes", seconds={"answer": 5.0}, peak_memory_mib=700)
+    said = [Prediction("a", "Yes", seconds={"read": 1.0, "answer": 2.0}, peak_memory_mib=300), slow]
     result = costs(join([row(id, "Yes") for id in "ab"], said).cases)
     assert result.seconds["total"].total == 8
     assert (result.seconds["read"].mean, result.seconds["answer"].median) == (0.5, 3.5)
     assert result.questions_per_second == 2 / 8
     assert result.prefill_tflop is None
+    assert result.peak_memory_mib == 700
 
 
 def test_flops_fall_with_what_is_kept():
