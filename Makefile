@@ -35,6 +35,7 @@ demo-model: $(VENV)/installed
 		--train $(MANIFESTS)/train.jsonl --masks $(DEMO)/easy/phantoms/masks --max-new-tokens 8 \
 		--schedulers its,none,random,uniform,foreground --output $(DEMO)/scores
 	$(BIN)/photon predict --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --overlay $(DEMO)/overlay --max-new-tokens 8 \
+		--at=-52,52,356 \
 		"$$(ls $(DEMO)/easy/phantoms/scans/*-0002.*)" \
 		"Is there a lung consolidation in this scan?" "Is there a liver calcification in this scan?"
 	@echo "Open $(DEMO)/scores/report.html, $(DEMO)/s2/curves.png and $(DEMO)/overlay"
