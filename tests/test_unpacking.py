@@ -86,8 +86,9 @@ def test_looking_says_what_there_is_to_unpack_and_writes_nothing(tmp_path, comma
     before = tree(tmp_path)
     code, said = run(*command, "--manifest", path)
     assert code == (0 if "--dry-run" in command else 1), said
+    words = " ".join(said.replace("│", " ").split())  # a long path has the table's cells broken into lines
     for text in ("1 archives", "part1.tar.gz", "the 2 that", "up to about 0.1 GB"):
-        assert text in said
+        assert text in words
     assert tree(tmp_path) == before
     assert not (tmp_path / "cts").exists()
 
