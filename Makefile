@@ -40,6 +40,9 @@ demo-model: $(VENV)/installed
 		"Is there a lung consolidation in this scan?" "Is there a liver calcification in this scan?"
 	@echo "Open $(DEMO)/scores/report.html, $(DEMO)/s2/curves.png and $(DEMO)/overlay"
 
+# Two workers of one thread each; with more they wait for each other.
+test test-all: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
 
