@@ -25,6 +25,7 @@ from photon_train.evaluation.words import Sheet, told, told_interval, told_value
 from photon_train.evaluation.writing import write
 from photon_train.masks import CountedMask
 from photon_train.predictions import Prediction, read_predictions
+from photon_train.rows import read_rows
 
 if TYPE_CHECKING:
     from photon_train import PhotonConfig
@@ -118,11 +119,8 @@ def _pictures(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: i
 
 
 def _rows(data: Sequence[Path], with_volumes: bool) -> list[dict[str, Any]]:
-    if not with_volumes:
-        return [row for path in data for row in manifest.read(path)]
-    from photon_train.grouping import read_rows  # imports torch
-
-    return [row for path in data for row in read_rows(path)]
+    read = read_rows if with_volumes else manifest.read
+    return [row for path in data for row in read(path)]
 
 
 def _grid(config: PhotonConfig) -> tuple[int, int, int]:

@@ -12,8 +12,9 @@ from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
 from photon_train import predict
 from photon_train.answering import Reply
-from photon_train.grouping import Group, read_rows
+from photon_train.grouping import Group
 from photon_train.predict import Shard, Watch
+from photon_train.rows import read_rows
 
 
 def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None, kept: KeptOrder) -> bool:

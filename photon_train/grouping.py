@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from photon_data.manifest import read
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.training.rows import absolute
+from photon_train.rows import Row
 
-Row = Mapping[str, Any]
 WORST_AS_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what a row that is no row can raise
 
 
@@ -57,16 +55,6 @@ class Grouped(NamedTuple):
 
     groups: list[Group]
     problems: dict[str, str]
-
-
-def read_rows(manifest: Path) -> list[dict[str, Any]]:
-    """Return the rows of a manifest, relative stores looked for where training looks for them. UsageError for no JSON lines."""
-    rows = read(manifest)
-    for row in rows:
-        videos = row.get("videos")
-        if isinstance(videos, list) and all(isinstance(video, str) for video in videos):
-            row["videos"] = [absolute(video, manifest, f"id {row.get('id')!r}") for video in videos]
-    return rows
 
 
 def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> Grouped:

@@ -14,9 +14,10 @@ import torch
 from photon_data.errors import UsageError, unforeseen
 from photon_train.answering import Asker, Encoded, Reply, with_seconds
 from photon_train.asker import settings_of
-from photon_train.grouping import Group, Prompt, Row, group_rows
+from photon_train.grouping import Group, Prompt, group_rows
 from photon_train.prediction_file import PredictionFile, answered, merge, prediction_file
 from photon_train.predictions import Prediction
+from photon_train.rows import Row
 
 T = TypeVar("T")
 

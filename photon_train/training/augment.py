@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from photon_data import open_volume
+from photon_train.processing_photon import NIFTI
 
 AIR_HU = -1000
 
@@ -27,7 +28,7 @@ class Augment:
 
     def __call__(self, path: str, rng: random.Random) -> Any:
         """Return the path when nothing is to be done, else int16 HU [z, y, x] on the model grid."""
-        if self.kind == "none" or path.endswith((".nii", ".nii.gz")):
+        if self.kind == "none" or path.endswith(NIFTI):
             return path
         volume = open_volume(path, grid="model")
         return self.applied(volume.numpy(), volume.geometry.spacing_zyx_mm, rng)

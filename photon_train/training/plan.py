@@ -29,7 +29,7 @@ class Group(NamedTuple):
     weight: float = 1.0
 
 
-def group_rows(rows: Sequence[TrainRow], questions_per_volume: int, rng: random.Random | None = None) -> list[tuple[int, ...]]:
+def group_indices(rows: Sequence[TrainRow], questions_per_volume: int, rng: random.Random | None = None) -> list[tuple[int, ...]]:
     """Return every row index once, rows of one prefix together, at most `questions_per_volume`, as evenly as can be.
 
     With `rng`, which questions go together is drawn; else they keep their order. Rows without a volume are grouped as if
@@ -57,7 +57,7 @@ def plan_epoch(
     "no" in another, and a model would learn neither. The last step is filled up with groups of weight 0.
     """
     rng = random.Random(f"{seed} {epoch}")
-    groups = group_rows(rows, questions_per_volume, rng)
+    groups = group_indices(rows, questions_per_volume, rng)
     rng.shuffle(groups)
     size = WINDOW * groups_per_step
     steps = [step for at in range(0, len(groups), size) for step in _window(rows, groups[at : at + size], groups_per_step, rng)]
@@ -68,7 +68,7 @@ def plan_epoch(
 
 def steps_per_epoch(rows: Sequence[TrainRow], questions_per_volume: int, groups_per_step: int) -> int:
     """Return how many steps any epoch has."""
-    return -(-len(group_rows(rows, questions_per_volume)) // groups_per_step)
+    return -(-len(group_indices(rows, questions_per_volume)) // groups_per_step)
 
 
 def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError
 from photon_data.location import Location
 from photon_data.store import read_metadata
-from photon_train.processing_photon import TAG
+from photon_train.processing_photon import NIFTI, TAG
+from photon_train.rows import Row, read_rows
 
 logger = logging.getLogger(__name__)
 SHOWN = 10
@@ -32,13 +33,12 @@ class TrainRow(NamedTuple):
         return sum(len(message["content"]) for message in self.messages)
 
 
-def read_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
+def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
     """Return the rows of all manifests, in order. UsageError for a file that cannot be read, ids used twice, no answers."""
-    rows = [row for manifest in manifests for row in _rows_of(Path(manifest))]
+    paths = [Path(manifest) for manifest in manifests]
+    rows = [_train_row(row, f"{path}:{number}") for path in paths for number, row in enumerate(read_rows(path), 1)]
     if not rows:
-        raise UsageError(
-            f"manifests with rows wanted, got {', '.join(map(str, manifests)) or 'no manifest'}; see photon-data prepare"
-        )
+        raise UsageError("manifests with rows wanted, got no manifest; see photon-data prepare")
     seen: set[str] = set()
     twice = [row.id for row in rows if row.id in seen or seen.add(row.id)]  # type: ignore[func-returns-value]
     if twice:
@@ -49,45 +49,20 @@ def read_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
     return rows
 
 
-def _rows_of(path: Path) -> Iterable[TrainRow]:
+def _train_row(row: Row, place: str) -> TrainRow:
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: a manifest wanted, {error.strerror}; photon-data prepare writes OUT/manifests") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _row(line, f"{path}:{number}", path)
-
-
-def _row(line: str, place: str, path: Path) -> TrainRow:
-    try:
-        row = json.loads(line)
         messages = [dict(message) for message in row["messages"]]
-        videos = tuple(absolute(video, path, place) for video in row.get("videos") or [])
-        contents = [message["content"] for message in messages]
-        if not all(isinstance(content, str) for content in contents):
-            raise TypeError("content")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{place}: a row with messages and videos wanted ({error!r}), got {line[:80]!r}") from None
+        videos, contents = tuple(row.get("videos") or ()), [message["content"] for message in messages]
+        if not all(isinstance(text, str) for text in (*videos, *contents)):
+            raise TypeError("videos or content")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{place}: a row with messages and videos wanted ({error!r}), got {str(row)[:80]!r}") from None
     last = max((i for i, content in enumerate(contents) if TAG in content), default=-1)
     head = json.dumps([[m["role"], m["content"]] for m in messages[:last]])
     if last >= 0:
         head += messages[last]["role"] + contents[last][: contents[last].rindex(TAG)]
     early = any(message["role"] == "assistant" for message in messages[: max(last, 0)])
     return TrainRow(str(row.get("id") or place), videos, messages, head, early)
-
-
-def absolute(video: str, manifest: Path, place: str) -> str:
-    """Return where a store is; relative paths are relative to the folder that holds manifests/, and stay in it."""
-    if "://" in video or Path(video).is_absolute():
-        return video
-    root = manifest.resolve().parent.parent
-    found = (root / video).resolve()
-    if not found.is_relative_to(root):
-        raise UsageError(f"{place}: a path within {root} wanted, got {video}")
-    return str(found)
 
 
 def missing_stores(rows: Iterable[TrainRow]) -> dict[str, list[str]]:
@@ -100,7 +75,7 @@ def missing_stores(rows: Iterable[TrainRow]) -> dict[str, list[str]]:
 
 
 def _is_there(video: str) -> bool:
-    if video.endswith((".nii", ".nii.gz")):
+    if video.endswith(NIFTI):
         return Path(video).is_file()
     return read_metadata(Location(video), "") is not None
 

@@ -22,7 +22,7 @@ from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimize
 from photon_train.training.config import TrainConfig, with_values
 from photon_train.training.parameters import choose_trained, parameter_groups, with_lora
 from photon_train.training.plan import steps_per_epoch
-from photon_train.training.rows import TrainRow, check_stores, read_rows
+from photon_train.training.rows import TrainRow, check_stores, read_train_rows
 from photon_train.training.run import Run, make_accelerator
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,8 @@ def _set_checkpointing(model: Any, config: TrainConfig) -> None:
 
 
 def _rows(config: TrainConfig) -> tuple[list[TrainRow], list[TrainRow]]:
-    found = read_rows(config.data)
-    rows = check_stores(found, config.on_bad_row)
-    return rows, check_stores(read_rows(config.eval), config.on_bad_row) if config.eval else []
+    rows = check_stores(read_train_rows(config.data), config.on_bad_row)
+    return rows, check_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
 
 
 def _check_resumed(config: TrainConfig, last: Path | None, rows: list[TrainRow], folder: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from askable import QUESTIONS, SHORT, asker, row, store
 
 from photon_data.errors import UsageError
-from photon_train.grouping import read_rows
 from photon_train.predict import Shard, Watch, predict_rows
 from photon_train.predictions import read_predictions
+from photon_train.rows import read_rows
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from torch.distributed.fsdp import fully_shard
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.training.dataset import GroupDataset, Reading
-from photon_train.training.plan import Group, group_rows
-from photon_train.training.rows import read_rows
+from photon_train.training.plan import Group, group_indices
+from photon_train.training.rows import read_train_rows
 
 
 def main(checkpoint: str, manifest: str) -> None:
     dist.init_process_group("gloo")
-    rows = read_rows([manifest])
-    group = max(group_rows(rows, 8), key=len)
+    rows = read_train_rows([manifest])
+    group = max(group_indices(rows, 8), key=len)
     batch = GroupDataset(rows, [Group(group, 0)], PhotonProcessor.from_pretrained(checkpoint), Reading())[0]
     assert not batch.error, batch.error
     whole, sharded = (PhotonForConditionalGeneration.from_pretrained(checkpoint).train() for _ in range(2))

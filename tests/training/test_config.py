@@ -10,7 +10,7 @@ from photon_pipelines.runs import RUNS, named_run, s2
 from photon_train import PhotonForConditionalGeneration
 from photon_train.training.config import TrainConfig, with_values
 from photon_train.training.parameters import choose_trained, module_of, parameter_groups
-from photon_train.training.rows import read_rows
+from photon_train.training.rows import read_train_rows
 from photon_train.training.schedule import rate_factor, set_rates
 
 
@@ -107,10 +107,10 @@ def test_every_module_has_its_own_rate_at_every_step():
     [
         ('{"id": "a"}', "a row with messages and videos wanted"),
         ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "a row with messages and videos wanted"),
-        ("{cut off", "a row with messages and videos wanted"),
+        ("{cut off", "one JSON object wanted"),
         ('{"id": "a", "videos": ["../../x.zarr"], "messages": []}', "a path within"),
         ('{"id": "a", "messages": [{"role": "user", "content": "Where?"}]}', "1 of 1 have none: a"),
-        ("", "manifests with rows wanted"),
+        ("", "rows wanted, found none"),
     ],
 )
 def test_a_manifest_that_cannot_be_trained_on_is_refused_by_line_or_id(tmp_path, line, message):
@@ -118,9 +118,9 @@ def test_a_manifest_that_cannot_be_trained_on_is_refused_by_line_or_id(tmp_path,
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")
     with pytest.raises(UsageError, match=message):
-        read_rows([path])
+        read_train_rows([path])
 
 
 def test_a_manifest_given_twice_is_refused(manifest):
     with pytest.raises(UsageError, match="19 occur again: a0, a1"):
-        read_rows([manifest, manifest])
+        read_train_rows([manifest, manifest])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from photon_train.training.plan import cost, group_rows, plan_epoch, steps_per_epoch
+from photon_train.training.plan import cost, group_indices, plan_epoch, steps_per_epoch
 from photon_train.training.rows import TrainRow
 
 
@@ -42,7 +42,7 @@ def test_the_weights_of_a_step_add_up_to_its_slots_also_when_it_was_filled_up(co
 
 
 def test_41_questions_on_one_volume_travel_in_groups_as_even_as_can_be():
-    groups = group_rows(make_rows([41]), 8)
+    groups = group_indices(make_rows([41]), 8)
     assert sorted(len(group) for group in groups) == [6, 7, 7, 7, 7, 7]
 
 
@@ -58,7 +58,7 @@ def test_rows_that_begin_otherwise_do_not_share_a_prefix():
     rows = make_rows([3])
     rows[1] = rows[1]._replace(head="another system prompt")
     rows[2] = rows[2]._replace(answers_before_head=True)
-    assert sorted(group_rows(rows, 8)) == [(0,), (1,), (2,)]
+    assert sorted(group_indices(rows, 8)) == [(0,), (1,), (2,)]
 
 
 def test_answers_do_not_decide_which_volumes_share_a_step():

@@ -4,13 +4,13 @@ import torch
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.training.dataset import GroupDataset, Reading
 from photon_train.training.plan import Group
-from photon_train.training.rows import read_rows
+from photon_train.training.rows import read_train_rows
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_scores_are_not_rounded_by_autocast(models, manifest, share):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
-    rows = read_rows([manifest])
+    rows = read_train_rows([manifest])
     group = Group(tuple(i for i, row in enumerate(rows) if row.id.startswith("d")), 0)
     batch = GroupDataset(rows, [group], PhotonProcessor.from_pretrained(models / "s2"), Reading(share_prefix=share))[0]
     assert not batch.error, batch.error

@@ -8,7 +8,7 @@ import torch
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.training.dataset import GroupDataset, Reading
 from photon_train.training.plan import Group
-from photon_train.training.rows import read_rows
+from photon_train.training.rows import read_train_rows
 
 
 @pytest.fixture(params=["s1", "s2"])
@@ -32,7 +32,7 @@ def losses(model, batch, **kwargs):
 
 @pytest.mark.parametrize("step", [0, 15, 25, None])  # dense, soft, hard, hard without flips
 def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, manifest, step):
-    rows = read_rows([manifest])
+    rows = read_train_rows([manifest])
     indices = [i for i, row in enumerate(rows) if row.id.startswith("a")]
     kwargs = {} if model.config.stage == 1 or step is None else {"step": step, "total_steps": 40}
     model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
@@ -51,7 +51,7 @@ def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, mani
 
 def test_a_perturbed_volume_is_perturbed_alike_shared_or_not(models, manifest):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
-    rows = read_rows([manifest])
+    rows = read_train_rows([manifest])
     one, shared = (batch_of(models, rows, [0, 1, 2], model, share_prefix=share, robustness=1.0) for share in (False, True))
     patches = len(shared.inputs["pixel_values_videos"])
     for part in one.inputs["pixel_values_videos"].split(patches):
@@ -62,7 +62,7 @@ def test_a_perturbed_volume_is_perturbed_alike_shared_or_not(models, manifest):
 
 
 def test_rows_of_every_layout_can_be_trained_on(model, models, manifest):
-    rows = read_rows([manifest])
+    rows = read_train_rows([manifest])
     for index, row in enumerate(rows):
         batch = batch_of(models, rows, [index], model)
         out, gradients = losses(model, batch)
@@ -73,7 +73,7 @@ def test_rows_of_every_layout_can_be_trained_on(model, models, manifest):
 def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, manifest):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2")
     processor = PhotonProcessor.from_pretrained(models / "s2")
-    rows = read_rows([manifest])
+    rows = read_train_rows([manifest])
     reading = Reading(robustness=0.5, flip=0.5, seed=4)
     groups = [Group((i,), i) for i in range(12)]
     items = [GroupDataset(rows, groups, processor, reading, epoch=1)[i] for i in range(12)]

@@ -1,0 +1,33 @@
+"""Rows of a manifest, as training and predicting read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from photon_data import manifest
+from photon_data.errors import UsageError
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a manifest, relative stores made absolute. UsageError for a file that is not JSON lines throughout."""
+    rows = manifest.read(path)
+    for row in rows:
+        videos = row.get("videos")
+        if isinstance(videos, list) and all(isinstance(video, str) for video in videos):
+            row["videos"] = [_absolute(video, path, f"id {row.get('id')!r}") for video in videos]
+    return rows
+
+
+def _absolute(video: str, path: Path, place: str) -> str:
+    """Return where a store is; relative paths are relative to the folder that holds manifests/, and stay in it."""
+    if "://" in video or Path(video).is_absolute():
+        return video
+    root = path.resolve().parent.parent
+    found = (root / video).resolve()
+    if not found.is_relative_to(root):
+        raise UsageError(f"{place}: a path within {root} wanted, got {video}")
+    return str(found)
