@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from photon_train.grouping import padded
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.scheduling import Scheduled
 
@@ -35,7 +35,8 @@ def score_choices(
     """
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     row_R = torch.tensor([row for row, answers in enumerate(choices) for _ in answers], device=model.device)
-    token_RN, here_RN = (x.to(model.device) for x in padded([ids for answers in choices for ids in answers], value=0))
+    ids = [ids_N.to(model.device) for answers in choices for ids_N in answers]
+    token_RN, here_RN = (pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(ids_N) for ids_N in ids]))
     first_RV = out.logits[row_R, -1].float().log_softmax(-1)
     log_RN = torch.cat([first_RV[:, None], _later(model, inputs, out, row_R, token_RN, here_RN)], dim=1)
     score_R = (log_RN.gather(2, token_RN[..., None])[..., 0] * here_RN).sum(1).cpu()

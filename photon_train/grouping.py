@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from photon_train.layout import prefix_length
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row
 
@@ -85,8 +85,7 @@ def without_answer(row: Row) -> dict[str, Any]:
 def _prompt(row: Row, processor: PhotonProcessor) -> tuple[tuple[Any, ...], Prompt]:
     asked = without_answer(row)
     ids_L = processor.ids(asked)
-    ends = (ids_L == processor.config.vision_end_token_id).nonzero()
-    shared = int(ends[-1]) + 1 if len(ends) else 0
+    shared = prefix_length(ids_L, processor.config)
     digest = hashlib.sha256(ids_L[:shared].numpy().tobytes()).hexdigest() if shared else ""
     volumes = (video if isinstance(video, str | Path) else id(video) for video in asked.get("videos") or ())
     return (*volumes, digest), Prompt(asked, ids_L[shared:].clone())
@@ -113,10 +112,3 @@ def seed_of(seed: int, prompts: Sequence[Prompt]) -> int:
     """Return a seed for one batch, from the run's and the ids: sampling does not depend on the order of batches."""
     text = "\n".join([str(seed), *(prompt.id for prompt in prompts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-
-
-def padded(ids: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
-    """Return int64[B, N] with padding behind, and the mask int64[B, N] of what is not padding."""
-    ones = [torch.ones_like(row) for row in ids]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(list(ids), batch_first=True, padding_value=value), pad(ones, batch_first=True)

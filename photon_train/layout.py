@@ -1,16 +1,19 @@
 """Where things are in a row of token ids, and moving the chosen ones together.
 
-Legend: B rows, L tokens of a padded row, M tokens of a packed-together row, D features.
+Legend: B rows, L tokens of a padded row, M tokens of a packed-together row, K rows that begin alike with P tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from photon_train.configuration_photon import PhotonConfig
 
 ROLE_LINE = 3  # `<|im_start|>`, the role, a newline
+IGNORED = -100  # the label of what is not to be learned
 
 
 class Gather(NamedTuple):
@@ -41,6 +44,22 @@ def gather_of(mask_BL: Tensor) -> Gather:
 def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
     """Return bool[B, L], True at the tokens that stand for a part of a volume."""
     return input_ids_BL == config.video_token_id
+
+
+def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
+    """Return how many tokens there are to the end of the last volume, which rows on it may share; 0 for text alone."""
+    ends = (ids_L == config.vision_end_token_id).nonzero()
+    return int(ends[-1]) + 1 if len(ends) else 0
+
+
+def behind(shared_P: Tensor, own: Sequence[Tensor], padding: int) -> Tensor:
+    """Return int64[K, L]: what rows share, padding, and what is each row's own.
+
+    [P P P . q q]
+    [P P P q q q]
+    """
+    own_KQ = pad_sequence(list(own), batch_first=True, padding_value=padding, padding_side="left")
+    return torch.cat([shared_P.expand(len(own), -1), own_KQ.to(shared_P.device)], dim=1)
 
 
 def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:

@@ -26,7 +26,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.curriculum import Phase, phase_at
 from photon_train.decoder import PhotonTextModel
-from photon_train.layout import Gather, visual_mask
+from photon_train.layout import IGNORED, Gather, visual_mask
 from photon_train.layout import question_mask as question_mask_of
 from photon_train.loading import (
     check_loaded,
@@ -42,7 +42,6 @@ from photon_train.regularizers import Objective, answer_losses, band_losses
 from photon_train.scheduling import Scheduled, SchedulingInputs
 from photon_train.vision import PhotonVisionTower
 
-IGNORED = -100
 RAGGED_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "body")
 PREFILL_ONLY = ("question_mask", "body", "pixel_values_videos", "mm_encoder_outputs", "prefix")
 

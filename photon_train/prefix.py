@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
+
+from photon_train.layout import behind, prefix_length, visual_mask
 
 if TYPE_CHECKING:
     from photon_train.modeling_photon import PhotonForConditionalGeneration
@@ -45,23 +46,15 @@ class Prefix(NamedTuple):
     def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
         """Return model inputs for K rows: the prefix, padding, a question's ids.
 
-        [P P P . q q]
-        [P P P q q q]
-
         For training, give labels of the same shape beside them: -100 over the prefix and the padding.
         Raises ValueError for an empty question.
         """
         if not questions or any(len(question) == 0 for question in questions):
             raise ValueError(f"questions of at least one token wanted, got lengths {[len(q) for q in questions]}")
-        shared_KP = self.input_ids_1P.expand(len(questions), -1)
-        own_KQ = pad_sequence(list(questions), batch_first=True, padding_value=pad_token_id, padding_side="left")
-        lengths = torch.tensor([len(question) for question in questions])
-        here_KQ = torch.arange(own_KQ.shape[1]) >= own_KQ.shape[1] - lengths[:, None]
-        mask_KL = torch.cat([torch.ones(shared_KP.shape, dtype=torch.long), here_KQ.long()], dim=1)
+        input_ids = behind(self.input_ids_1P, questions, pad_token_id)
+        mask = behind(torch.ones_like(self.input_ids_1P), [torch.ones_like(question) for question in questions], 0)
         volumes = {name: torch.cat([value] * len(questions)) for name, value in self.volumes.items()}
-        device = shared_KP.device
-        input_ids = torch.cat([shared_KP, own_KQ.to(device)], dim=1)
-        return {"input_ids": input_ids, "attention_mask": mask_KL.to(device), "prefix": self, **volumes}
+        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **volumes}
 
 
 def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, Any]) -> Prefix:
@@ -75,7 +68,6 @@ def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, An
     patches_PX = inputs["pixel_values_videos"].to(model.device)
     encoded = model.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
     h_1PD, q_1HPd, k_1KPd, cache = model.model.language_model.through_its(model.model.embed(ids_1P, encoded), position_31P)
-    visual_1P = ids_1P == model.config.video_token_id
     return Prefix(
         input_ids_1P=ids_1P,
         volumes=volumes,
@@ -83,7 +75,7 @@ def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, An
         h_1PD=h_1PD,
         q_1HPd=q_1HPd,
         k_1KPd=k_1KPd,
-        body_1P=model.body_share(visual_1P, patches_PX, None),
+        body_1P=model.body_share(visual_mask(ids_1P, model.config), patches_PX, None),
     )
 
 
@@ -110,7 +102,7 @@ def _up_to_last_volume(model: PhotonForConditionalGeneration, inputs: Mapping[st
         raise ValueError(f"one row wanted, got {len(ids_BL)}: a prefix belongs to one volume or set of volumes")
     if mask_BL is not None:
         ids_BL = ids_BL[:, mask_BL[0].bool()]
-    ends = (ids_BL[0] == model.config.vision_end_token_id).nonzero()
-    if len(ends) == 0 or inputs.get("pixel_values_videos") is None:
+    length = prefix_length(ids_BL[0], model.config)
+    if not length or inputs.get("pixel_values_videos") is None:
         raise ValueError("a row with a whole volume wanted, found no <|vision_end|> or no pixel_values_videos")
-    return ids_BL[:, : int(ends[-1]) + 1]
+    return ids_BL[:, :length]

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.layout import ROLE_LINE, question_mask, visual_mask
+from photon_train.layout import IGNORED, ROLE_LINE, prefix_length, question_mask, visual_mask
 from photon_train.loading import hub_options
 from photon_train.patches import patchify
 
@@ -29,7 +29,6 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>", "<image>")
 NIFTI = (".nii", ".nii.gz")
 LPS = ("L", "P", "S")
-IGNORED = -100
 FPS = 1.0
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -105,8 +104,7 @@ class PhotonProcessor:
         found = []
         for text in texts:
             row = self._ids(_sample([None], text, f"question {text!r}"), for_training=False, max_length=None)
-            ends = (row == self.config.vision_end_token_id).nonzero()
-            found.append(row[int(ends[-1]) + 1 :])
+            found.append(row[prefix_length(row, self.config) :])
         return found
 
     def ids(self, row: Mapping[str, Any], for_training: bool = False) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from photon_train.processing_photon import IGNORED, PhotonProcessor
+from photon_train.layout import IGNORED, behind, prefix_length
+from photon_train.processing_photon import PhotonProcessor
 from photon_train.regularizers import draw_perturbation, perturb
 from photon_train.training.augment import Augment
 from photon_train.training.plan import Group
@@ -124,25 +125,21 @@ class GroupDataset(Dataset[Batch]):
 
 
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[TrainRow], read: Any, rng: random.Random) -> dict[str, Any]:
-    """Return inputs of rows that begin alike up to the end of their last volume, which they bring once.
-
-    [P P P . q a]
-    [P P P q q a], prefix_length 3
-    """
+    """Return inputs of rows that begin alike up to the end of their last volume, which they bring once: see `layout.behind`."""
     head = {"id": rows[0].id, "messages": rows[0].messages, "videos": [read(video, rng) for video in rows[0].videos]}
     first = processor(rows=[head], for_training=True)
     encoded = [(first["input_ids"][0], first["labels"][0])] + [processor.training_ids(row.messages, row.id) for row in rows[1:]]
-    length = int((encoded[0][0] == processor.config.vision_end_token_id).nonzero()[-1]) + 1
-    longest = max(len(ids) for ids, _ in encoded)
-    input_ids = torch.full((len(rows), longest), processor.tokenizer.pad_token_id)
-    labels, mask = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
-    for row, (ids, wanted) in enumerate(encoded):
-        assert torch.equal(ids[:length], encoded[0][0][:length]), "rows of one group begin alike"
-        own = slice(longest - len(ids) + length, None)
-        input_ids[row, :length], input_ids[row, own] = ids[:length], ids[length:]
-        labels[row, own], mask[row, :length], mask[row, own] = wanted[length:], 1, 1
-    volumes = {name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "prefix_length": length, **volumes}
+    length = prefix_length(first["input_ids"][0], processor.config)
+    shared_P = first["input_ids"][0, :length]
+    assert all(ids[:length].equal(shared_P) for ids, _ in encoded), "rows of one group begin alike"
+    own = [ids[length:] for ids, _ in encoded]
+    return {
+        "input_ids": behind(shared_P, own, processor.tokenizer.pad_token_id),
+        "attention_mask": behind(torch.ones_like(shared_P), [torch.ones_like(ids) for ids in own], 0),
+        "labels": behind(torch.full_like(shared_P, IGNORED), [labels[length:] for _, labels in encoded], IGNORED),
+        "prefix_length": length,
+        **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
+    }
 
 
 class Turn(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from photon_train.layout import visual_mask
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.training.dataset import Batch
 
@@ -52,7 +53,7 @@ def sums_of(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor
 
 def _of_schedule(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor | float]:
     """Return sums over rows: what p says would be kept, whatever the phase, and what was."""
-    visual_BL = batch.inputs["input_ids"] == config.video_token_id
+    visual_BL = visual_mask(batch.inputs["input_ids"], config)
     count_B = visual_BL.sum(1)
     scheduled = output.scheduled
     if scheduled is None or config.scheduler != "its":
