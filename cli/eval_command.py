@@ -20,12 +20,12 @@ from photon_train.evaluation.labels import read_labels
 from photon_train.evaluation.mask_sheets import sheets
 from photon_train.evaluation.scores import both_averages
 from photon_train.evaluation.trade_off import sheet, trade_offs
-from photon_train.evaluation.volume_masks import counted_by_volume, volumes_with_masks
 from photon_train.evaluation.words import Sheet, told, told_interval, told_value
 from photon_train.evaluation.writing import write
 from photon_train.masks import CountedMask
 from photon_train.predictions import Prediction, read_predictions
 from photon_train.rows import read_rows
+from photon_train.volume_masks import counted_by_volume, volumes_with_masks
 
 if TYPE_CHECKING:
     from photon_train import PhotonConfig
@@ -80,7 +80,7 @@ def run(
     places = volumes_with_masks(masks, rows) if masks else {}
     given = answers(rows)
     if given.config:
-        settings = replace(settings, grid_zyx=_grid(given.config))
+        settings = replace(settings, grid_zyx=given.config.tokens_zyx)
     named = dict(zip(names_of(given.predictions), map(_read, given.predictions), strict=True))
     counted = _counted(masks, places, settings) if masks else {}
     evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=given.config, masks=counted)
@@ -121,13 +121,6 @@ def _pictures(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: i
 def _rows(data: Sequence[Path], with_volumes: bool) -> list[dict[str, Any]]:
     read = read_rows if with_volumes else manifest.read
     return [row for path in data for row in read(path)]
-
-
-def _grid(config: PhotonConfig) -> tuple[int, int, int]:
-    """Return the grid of a model's visual tokens."""
-    vision = config.vision_config
-    z, y, x = (size // vision.patch_size for size in config.model_shape_zyx)
-    return z, y // vision.spatial_merge_size, x // vision.spatial_merge_size
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

@@ -141,6 +141,13 @@ class PhotonConfig(Qwen2_5_VLConfig):
         layers: int = self.text_config.num_hidden_layers
         return int(layers / 4 - 1) if self.its_layer is None else self.its_layer
 
+    @property
+    def tokens_zyx(self) -> tuple[int, int, int]:
+        """The grid of visual tokens of one volume: slabs, rows, columns."""
+        vision = self.vision_config
+        z, y, x = (size // vision.patch_size for size in self.model_shape_zyx)
+        return z, y // vision.spatial_merge_size, x // vision.spatial_merge_size
+
     def _check(self) -> None:
         """Raise ValueError for settings that contradict each other."""
         _want("stage", self.stage, self.stage in (1, 2), "1 or 2")

@@ -40,6 +40,8 @@ from photon_train.scheduling import (
     Selection,
     ThresholdHead,
     ThresholdPredictor,
+    grounding_losses,
+    instruction_scores,
     warn_of_undecided,
 )
 from photon_train.surrogate import SurrogateRule, prune
@@ -77,9 +79,18 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
         context = SchedulerContext(scheduling, rotated_qk, self.atp, self.photon)
         selection = SCHEDULERS[str(self.photon.scheduler)](context)
+        if scheduling.grounding_BL is not None:
+            selection = selection._replace(grounding_B=self._grounding_losses(scheduling, *rotated_qk()))
         return super().forward(hidden_states, **kwargs), selection
 
-    @torch.no_grad()
+    def _grounding_losses(self, scheduling: SchedulingInputs, q_BHLd: Tensor, k_BKLd: Tensor) -> Tensor:
+        """Return float32[B]. The one place where scores have a gradient: here q and k learn what to point at."""
+        visual_BL, question_BL = scheduling.visual_BL, scheduling.question_BL
+        assert scheduling.grounding_BL is not None, "asked for"
+        with torch.autocast(q_BHLd.device.type, enabled=False):
+            score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, centrality_floor=None)
+            return grounding_losses(score_BL, visual_BL, scheduling.grounding_BL)
+
     def rotated_qk(
         self, h_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: Prefix | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -223,6 +234,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             keep_BL,
             kept.index_BM,
             kept.present_BM,
+            selection.grounding_B,
         )
         return scheduled, kept, h_BMD
 

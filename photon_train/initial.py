@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS
-from photon_data.phantom.questions import WORDINGS
+from photon_data.phantom.questions import CAPTION, WORDINGS
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
@@ -75,7 +75,7 @@ def _make_brightness_visible(model: PhotonForConditionalGeneration) -> None:
 
 def phantom_texts() -> list[str]:
     """Return every question and answer there can be about a phantom's findings: what the tiny model's words are made of."""
-    texts = []
+    texts = [CAPTION]
     for finding in (*FINDINGS, *EASY_FINDINGS):
         names = {"noun": finding.noun, "plural": finding.plural, "organ": finding.organ, "choices": ", ".join(finding.places)}
         texts += [wording.format(**names) for wordings in WORDINGS.values() for wording in wordings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +28,16 @@ class CountedMask(NamedTuple):
         return recall_of(self.counts_V, self.voxels, keep_V)
 
 
-def counted_masks(folder: Path, cells: Geometry) -> list[CountedMask]:
+def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = None) -> list[CountedMask]:
     """Return the masks of a folder (NIfTI and the like, any grid; what is not 0 belongs to it), by name.
 
-    UsageError for a folder without any; Refused for a file that cannot be read.
+    `names`: only those. UsageError for a folder without any; Refused for a file that cannot be read.
     """
     sources = find_scans(folder).sources
     if not sources:
         raise UsageError(f"masks wanted (.nii.gz and the like), found none in {folder}")
-    return [_counted(source.id, _mask(open_scan(source)), cells) for source in sources]
+    wanted = [source for source in sources if names is None or source.id in names]
+    return [_counted(source.id, _mask(open_scan(source)), cells) for source in wanted]
 
 
 def _counted(name: str, mask: Volume, cells: Geometry) -> CountedMask:

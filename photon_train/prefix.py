@@ -28,7 +28,7 @@ class Prefix(NamedTuple):
     volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # of layers 0..its, each [1, K heads, P, d]
     h_1PD: Tensor  # after layer its
-    q_1HPd: Tensor  # of layer its, rotated, without gradient
+    q_1HPd: Tensor  # of layer its, rotated
     k_1KPd: Tensor
     body_1P: Tensor  # share of body voxels, for the foreground scheduler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,3 +32,15 @@ def _absolute(video: str, path: Path, place: str) -> str:
     if not found.is_relative_to(root):
         raise UsageError(f"{place}: a path within {root} wanted, got {video}")
     return str(found)
+
+
+def organ_masks_of(row: Row) -> tuple[str, ...]:
+    """Return the names of the masks a row asks about: a JSON list in its `extra`. UsageError for anything else there."""
+    listed = (row.get("extra") or {}).get("organ_masks") or "[]"
+    try:
+        names = json.loads(listed)
+    except (ValueError, TypeError):
+        names = None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UsageError(f"{row.get('id')}: a JSON list of names wanted in extra.organ_masks, got {listed!r}")
+    return tuple(names)

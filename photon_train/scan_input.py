@@ -42,9 +42,16 @@ def open_input(place: str, recipe: Recipe) -> ScanInput:
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused for one that must not become a store, with the words of `prepare`.
     """
-    if "://" in place or (Path(place) / ROOT).exists():
-        return _from_store(place)
-    return _from_raw(Path(place), recipe)
+    return _from_store(place) if _is_store(place) else _from_raw(Path(place), recipe)
+
+
+def prepared_grid(place: str) -> Geometry:
+    """Return the prepared grid of the scan at `place`: of a store, without reading a voxel. Raises what open_input does."""
+    return open_volume(place).geometry if _is_store(place) else open_input(place, Recipe()).volume.geometry
+
+
+def _is_store(place: str) -> bool:
+    return "://" in place or (Path(place) / ROOT).exists()
 
 
 def _from_store(place: str) -> ScanInput:

@@ -19,7 +19,7 @@ from photon_data.nifti_file import nifti_header, write_nifti
 from photon_data.phantom.anatomy import Layer, draw_body
 from photon_data.phantom.lesions import Lesion, draw_lesions, lesion_layers
 from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, Slot, occurrence, seeded, slot
-from photon_data.phantom.questions import question_rows
+from photon_data.phantom.questions import caption_rows, question_rows
 from photon_data.phantom.scanner import SLAB, Scan, draw_scan, paint, stored_planes
 from photon_data.records import to_jsonl
 
@@ -64,7 +64,8 @@ def make_phantoms(
     """Write n phantoms and their questions.jsonl; `progress` is called after each. The same seed gives the same bytes.
 
     Phantom i is the same whatever n is. `size` is the number of voxels across a slice: smaller is faster and coarser, with the
-    same bodies, fields of view and answers. `easy` phantoms have whole organs affected, and are asked only whether they are.
+    same bodies, fields of view and answers. `easy` phantoms have whole organs affected, and are asked only whether they are;
+    those of the training split have captions too.
     FileExistsError if the directory holds scans that this call would not write, and which its questions would not cover.
     """
     phantoms = [draw_phantom(seed, index, size, easy=easy) for index in range(n)]
@@ -92,7 +93,10 @@ def draw_phantom(seed: int, index: int, size: int = DEFAULT_SIZE, *, easy: bool 
     lesions = draw_lesions(seeded(seed, "lesions", index), body, scan.visible, occurrences)
     table = (body.table,) if scan.has_table else ()
     layers = (*table, *body.layers, *lesion_layers(lesions))
-    return Phantom(at, scan, layers, lesions, question_rows(at, findings, occurrences, lesions))
+    rows = question_rows(at, findings, occurrences, lesions)
+    if easy:
+        rows += caption_rows(at, findings, occurrences)
+    return Phantom(at, scan, layers, lesions, rows)
 
 
 def write_phantom(directory: Path, phantom: Phantom) -> None:

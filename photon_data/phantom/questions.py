@@ -11,7 +11,13 @@ from typing import Any
 from photon_data.phantom.lesions import Lesion
 from photon_data.phantom.plan import Finding, Occurrence, Slot
 
+CAPTION = "What does this scan show?"
 WORDINGS = {
+    "presence": (
+        "Any {noun}?",
+        "Is there {noun}?",
+        "Is {noun} seen?",
+    ),
     "existence": (
         "Is there a {noun} in this scan?",
         "Does this CT show a {noun}?",
@@ -77,11 +83,36 @@ def question_rows(
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
     for finding in findings:
-        items = [Item("existence", "yes" if finding.name in occurrences else "no", ("yes", "no"))]
+        items = [Item("existence", _yes_no(finding, occurrences), ("yes", "no"))]
         if finding.name in occurrences and not finding.diffuse:
             items += _items(occurrences[finding.name], lesions[finding.name][0])
         rows += [_row(at, finding, item) for item in items]
     return rows
+
+
+def caption_rows(at: Slot, findings: Sequence[Finding], occurrences: dict[str, Occurrence]) -> list[dict[str, Any]]:
+    """The captions of a training volume: every finding, present or not, once with each finding first. Others have none.
+
+    They say in one text what the questions ask: where the name of an organ stands, what is seen there comes next.
+    """
+    said = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
+    turned = [said[first:] + said[:first] for first in range(len(said))] if at.split == "train" else []
+    return [
+        {
+            "id": f"{at.volume}-caption-{number}",
+            "volume": at.volume,
+            "patient": at.patient,
+            "split": at.split,
+            "question": CAPTION,
+            "answer": ", ".join(parts),
+            "kind": "caption",
+        }
+        for number, parts in enumerate(turned, start=1)
+    ]
+
+
+def _yes_no(finding: Finding, occurrences: dict[str, Occurrence]) -> str:
+    return "yes" if finding.name in occurrences else "no"
 
 
 def size_classes(bins_mm: Sequence[tuple[int, int]]) -> tuple[str, ...]:
@@ -133,6 +164,6 @@ def _ask(at: Slot, finding: Finding, item: Item) -> str:
     """A wording that changes only when a whole deck of answers was dealt: within each wording answers stay balanced."""
     position = at.index_in_split if item.form == "existence" else at.index_in_split // 2
     turn = position // max(len(item.choices), 1) + zlib.crc32(f"{finding.name} {item.form}".encode())
-    wordings = WORDINGS[item.form]
+    wordings = WORDINGS["presence" if finding.diffuse else item.form]
     choices = f"{', '.join(item.choices[:-1])} or {item.choices[-1]}" if item.choices else ""
     return wordings[turn % len(wordings)].format(noun=finding.noun, plural=finding.plural, organ=finding.organ, choices=choices)

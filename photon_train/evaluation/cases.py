@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from photon_data.errors import UsageError
 from photon_data.manifest import VIDEO_TAG
 from photon_data.prompts import LETTERS
 from photon_train.predictions import Prediction
+from photon_train.rows import organ_masks_of
 
 # A size is lengths with units, "30x13 mm"; it is scored as words too.
 Form = Literal["yes-no", "choice", "number", "size", "text"]
@@ -76,7 +75,7 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
         choices=choices,
         response=response,
         prediction=prediction,
-        organ_masks=_names(row["id"], extra.get("organ_masks") or "[]"),
+        organ_masks=organ_masks_of(row),
         lesion=extra.get("lesion") or "",
     )
 
@@ -84,17 +83,6 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
 def text_of(row: Mapping[str, Any]) -> str:
     """Return the text of the user's turn, without the volume."""
     return str(row["messages"][0]["content"]).replace(VIDEO_TAG, "")
-
-
-def _names(id: str, listed: str) -> tuple[str, ...]:
-    """Return the names in a JSON list, as a manifest's `extra` has it; UsageError for anything else."""
-    try:
-        names = json.loads(listed)
-    except (ValueError, TypeError):
-        names = None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UsageError(f"{id}: a JSON list of names wanted in extra.organ_masks, got {listed!r}")
-    return tuple(names)
 
 
 def _is_closed(row: Mapping[str, Any], label: str, answer: str, choices: tuple[str, ...]) -> bool:

@@ -39,6 +39,8 @@ class TrainConfig:
     precision                fp32, or bf16 (autocast, weights and optimizer in float32)
     gradient_checkpointing, vision_gradient_checkpointing
                              recompute the language model's, the vision tower's activations in the backward pass
+    grounding                folder of masks by volume id: scores learn to point at the masks that a row names (`organ_masks`).
+                             For models that start from nothing; not part of the published recipe
     augment                  torchio on training volumes: none, intensity, affine (without reflections), both
     workers, prefetch        processes that read stores, and batches each keeps ready; workers -1: from the number of CPUs
     eval_every, save_every   in steps; 0: at the end only
@@ -76,6 +78,7 @@ class TrainConfig:
     attention: str = "sdpa"
     gradient_checkpointing: bool = True
     vision_gradient_checkpointing: bool = True
+    grounding: str = ""
     augment: str = "none"
     max_length: int = 4096
     workers: int = -1
@@ -97,6 +100,8 @@ class TrainConfig:
         for name, least in LEAST.items():
             _want(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         _want("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
+        still = self.augment in ("none", "intensity") or not self.grounding
+        _want("augment", self.augment, still, "none or intensity beside grounding, whose masks do not move with the volume")
         for name in self.photon:
             if name not in PhotonConfig.__dataclass_fields__:
                 raise UsageError(

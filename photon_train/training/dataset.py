@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from photon_train.layout import IGNORED, behind, prefix_length
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.regularizers import draw_perturbation, perturb
 from photon_train.training.augment import Augment
+from photon_train.training.grounding import of_rows
 from photon_train.training.plan import Group
 from photon_train.training.rows import TrainRow
 
@@ -61,6 +62,7 @@ class Reading:
     robustness: float = 0.0
     flip: float = 0.0
     augment: Augment = field(default_factory=Augment)
+    groundings: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -97,6 +99,9 @@ class GroupDataset(Dataset[Batch]):
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         if rng.random() < self.reading.robustness and rows[0].videos:
             self._perturb(inputs, len(rows), generator)
+        elif self.reading.groundings and rows[0].videos:
+            visual_KL = inputs["input_ids"] == self.processor.config.video_token_id
+            inputs["grounding"] = of_rows(rows, self.reading.groundings, visual_KL)
         longest = inputs["input_ids"].shape[1]
         if self.reading.max_length is not None and longest > self.reading.max_length:
             raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")

@@ -12,7 +12,7 @@ from photon_train.layout import visual_mask
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.training.dataset import Batch
 
-PARTS = ("ce", "band", "robustness", "flip")
+PARTS = ("ce", "band", "robustness", "flip", "grounding")
 # Sums over the rows of a step; `kept_square` gives the spread of the keep ratio between rows.
 SUMS = (
     "loss",

@@ -12,7 +12,7 @@ from photon_data.errors import UsageError
 from photon_data.location import Location
 from photon_data.store import read_metadata
 from photon_train.processing_photon import NIFTI, TAG
-from photon_train.rows import Row, read_rows
+from photon_train.rows import Row, organ_masks_of, read_rows
 
 logger = logging.getLogger(__name__)
 SHOWN = 10
@@ -26,6 +26,8 @@ class TrainRow(NamedTuple):
     messages: list[dict[str, Any]]
     head: str
     answers_before_head: bool  # something to learn stands before the end of the last volume
+    volume_id: str = ""
+    organ_masks: tuple[str, ...] = ()  # names of the masks it asks about
 
     @property
     def size(self) -> int:
@@ -62,7 +64,8 @@ def _train_row(row: Row, place: str) -> TrainRow:
     if last >= 0:
         head += messages[last]["role"] + contents[last][: contents[last].rindex(TAG)]
     early = any(message["role"] == "assistant" for message in messages[: max(last, 0)])
-    return TrainRow(str(row.get("id") or place), videos, messages, head, early)
+    id, volume_id = str(row.get("id") or place), str(row.get("volume_id") or "")
+    return TrainRow(id, videos, messages, head, early, volume_id, organ_masks_of(row))
 
 
 def missing_stores(rows: Iterable[TrainRow]) -> dict[str, list[str]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
 
 from photon_data.errors import UsageError
 from photon_train.training.augment import Augment
@@ -40,6 +41,7 @@ class Run:
     total_steps: int
     state: dict[str, Any]
     watch: Callable[[dict[str, Any]], None]
+    groundings: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def photon(self) -> Any:
@@ -92,6 +94,7 @@ def reading(run: Run, *, training: bool) -> Reading:
         robustness=run.photon.robustness_probability if run.is_stage_2 else 0.0,
         flip=run.photon.flip_probability if run.is_stage_2 else 0.0,
         augment=Augment(config.augment),
+        groundings=run.groundings,
         seed=config.seed,
     )
 

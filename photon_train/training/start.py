@@ -20,6 +20,7 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimizer, read_state
 from photon_train.training.config import TrainConfig, with_values
+from photon_train.training.grounding import groundings
 from photon_train.training.parameters import choose_trained, parameter_groups, with_lora
 from photon_train.training.plan import steps_per_epoch
 from photon_train.training.rows import TrainRow, check_stores, read_train_rows
@@ -80,7 +81,8 @@ def start(config: TrainConfig, *, resume: bool, watch: Callable[[dict[str, Any]]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=1))
         accelerator.init_trackers("photon", init_kwargs={})
-    return Run(config, accelerator, model, processor, optimizer, rows, eval_rows, total, state, watch)
+    known = groundings(rows, Path(config.grounding), processor.config.tokens_zyx) if config.grounding else {}
+    return Run(config, accelerator, model, processor, optimizer, rows, eval_rows, total, state, watch, known)
 
 
 def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:

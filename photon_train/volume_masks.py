@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
-from photon_data.recipe import Recipe
 from photon_train.masks import CountedMask, counted_masks
-from photon_train.scan_input import open_input
+from photon_train.scan_input import prepared_grid
 from photon_train.token_grid import token_cells
 
 
@@ -33,14 +32,21 @@ def volumes_with_masks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def counted_by_volume(
-    folder: Path, places: Mapping[str, str], tokens_zyx: tuple[int, int, int], each: Callable[[], object] = lambda: None
+    folder: Path,
+    places: Mapping[str, str],
+    tokens_zyx: tuple[int, int, int],
+    each: Callable[[], object] = lambda: None,
+    names: Container[str] | None = None,
 ) -> VolumeMasks:
-    """Return the masks of each volume on its tokens; one that cannot be read costs itself. `each` is called after each."""
+    """Return the masks of each volume on its tokens (`names`: only those); one that cannot be read costs itself.
+
+    `each` is called after each.
+    """
     found = VolumeMasks({}, {})
     for id, place in places.items():
         try:
-            cells = token_cells(open_input(place, Recipe()).volume.geometry, tokens_zyx)
-            found.masks[id] = counted_masks(folder / id, cells)
+            cells = token_cells(prepared_grid(place), tokens_zyx)
+            found.masks[id] = counted_masks(folder / id, cells, names)
         except (ValueError, OSError) as error:
             found.unread[id] = str(error)
         each()
