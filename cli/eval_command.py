@@ -24,7 +24,7 @@ from photon_train.evaluation.volume_masks import counted_by_volume, volumes_with
 from photon_train.evaluation.words import Sheet, told, told_interval, told_value
 from photon_train.evaluation.writing import write
 from photon_train.masks import CountedMask
-from photon_train.predictions import Prediction, read_predictions
+from photon_train.predictions import read_predictions
 from photon_train.rows import read_rows
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def run(
     places = volumes_with_masks(masks, rows) if masks else {}
     given = answers(rows)
     if given.config:
-        settings = replace(settings, grid_zyx=_grid(given.config))
-    named = dict(zip(names_of(given.predictions), map(_read, given.predictions), strict=True))
+        settings = replace(settings, grid_zyx=given.config.tokens_thw)
+    named = dict(zip(names_of(given.predictions), map(read_predictions, given.predictions), strict=True))
     counted = _counted(masks, places, settings) if masks else {}
     evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=given.config, masks=counted)
     pictures = _pictures(evaluation, rows, overlays, output / "overlays")
@@ -121,13 +121,6 @@ def _pictures(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: i
 def _rows(data: Sequence[Path], with_volumes: bool) -> list[dict[str, Any]]:
     read = read_rows if with_volumes else manifest.read
     return [row for path in data for row in read(path)]
-
-
-def _grid(config: PhotonConfig) -> tuple[int, int, int]:
-    """Return the grid of a model's visual tokens."""
-    vision = config.vision_config
-    z, y, x = (size // vision.patch_size for size in config.model_shape_zyx)
-    return z, y // vision.spatial_merge_size, x // vision.spatial_merge_size
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -204,11 +197,3 @@ def _say_costs(answers: Answers) -> None:
         console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
     if kept:
         console.print(f"visual tokens kept: {kept.mean_ratio:.1%}")
-
-
-def _read(path: Path) -> list[Prediction]:
-    """Return the predictions of a file; UsageError."""
-    try:
-        return list(read_predictions(path))
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from None

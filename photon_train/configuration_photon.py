@@ -141,6 +141,18 @@ class PhotonConfig(Qwen2_5_VLConfig):
         layers: int = self.text_config.num_hidden_layers
         return int(layers / 4 - 1) if self.its_layer is None else self.its_layer
 
+    @property
+    def patches_thw(self) -> tuple[int, int, int]:
+        """How many patches a volume is cut into along z, y and x."""
+        vision, (z, y, x) = self.vision_config, self.model_shape_zyx
+        return z // vision.temporal_patch_size, y // vision.patch_size, x // vision.patch_size
+
+    @property
+    def tokens_thw(self) -> tuple[int, int, int]:
+        """How many tokens a volume becomes along z, y and x; they come in this order, x flipped, x fastest."""
+        (t, h, w), merge = self.patches_thw, self.vision_config.spatial_merge_size
+        return t, h // merge, w // merge
+
     def _check(self) -> None:
         """Raise ValueError for settings that contradict each other."""
         _want("stage", self.stage, self.stage in (1, 2), "1 or 2")

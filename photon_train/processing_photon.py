@@ -148,14 +148,7 @@ class PhotonProcessor:
 
     def visual_tokens(self) -> int:
         """Return how many tokens a volume becomes."""
-        return math.prod(self.tokens_thw())
-
-    def tokens_thw(self) -> tuple[int, int, int]:
-        """Return how many tokens a volume becomes along z, y and x; they come in this order, x flipped, x fastest."""
-        vision = self.config.vision_config
-        z, y, x = self.config.model_shape_zyx
-        block = vision.patch_size * vision.spatial_merge_size
-        return z // vision.temporal_patch_size, y // block, x // block
+        return math.prod(self.config.tokens_thw)
 
     # --- text
 

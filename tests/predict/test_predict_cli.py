@@ -169,7 +169,7 @@ def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
     rows_file(tmp_path, [{**json.loads(line), "choices": ["Yes", "No"]} for line in manifest.open()])
     words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", "--choices", *FAST)
     assert [cli(*words, "--shard", part)[0] for part in ("1/2", "0/2")] == [0, 0]
-    found = list(read_predictions(tmp_path / "p.jsonl"))
+    found = read_predictions(tmp_path / "p.jsonl")
     assert len(found) == 4 and all(set(p.choice_scores) == {"Yes", "No"} for p in found)
     assert cli(*words, "--shard", "2/2")[0] == 2
 

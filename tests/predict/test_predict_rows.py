@@ -22,7 +22,7 @@ def rows(tmp_path):
 
 def content(path):
     """The predictions by id, without what a clock said."""
-    found = list(read_predictions(path))
+    found = read_predictions(path)
     assert len({p.id for p in found}) == len(found)
     return {p.id: replace(p, seconds={}, peak_memory_mib=0.0) for p in found}
 
