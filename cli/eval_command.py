@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_data import manifest
 from photon_data.errors import UsageError
@@ -96,10 +96,9 @@ def run(
 
 def _counted(folder: Path, places: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
     """Return the masks of the volumes, counted under a bar; say which could not be read."""
-    with Progress(TextColumn("masks of volumes"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
-        bar.disable = not console.is_terminal
-        task = bar.add_task("", total=len(places))
-        found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.advance(task))
+    with Bar("masks of volumes") as bar:
+        bar.update(total=len(places))
+        found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.update(advance=1))
     console.print(f"masks of {len(found.masks)} of {len(places)} volumes")
     for id, reason in found.unread.items():
         console.print(f"no masks of {id}: {reason}", soft_wrap=True)
