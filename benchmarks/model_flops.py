@@ -7,11 +7,12 @@ python benchmarks/model_flops.py --config DIR --keep-ratio 0.2 --questions 43
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import fields
 from pathlib import Path
 
+from photon_train import flops as costs
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.flops import Flops, Prompt, cache_bytes, on_a_prefix, weight_bytes, with_its, without_scheduling
 
 QWEN_3B = {
     "vocab_size": 151936,
@@ -32,28 +33,27 @@ QWEN_3B = {
 }
 
 
-def table(config: PhotonConfig, prompt: Prompt, keep_ratio: float, questions: int) -> str:
+def table(config: PhotonConfig, prompt: costs.Prompt, keep_ratio: float, questions: int) -> str:
     """One line per way of asking, in TFLOP; bytes behind."""
-    grid = tuple(n // config.vision_config.patch_size for n in config.model_shape_zyx)
-    kept = round(keep_ratio * prompt.visual)
+    grid, kept = config.patches_thw, round(keep_ratio * prompt.visual)
     short = prompt.length - prompt.visual + kept
-    plain, pruned = without_scheduling(config, prompt, grid), with_its(config, prompt, grid, kept)
+    plain, pruned = costs.without_scheduling(config, prompt, grid), costs.with_its(config, prompt, grid, kept)
     ways = {
-        "1 question, none": (plain, cache_bytes(config, prompt.length)),
-        f"1 question, ITS at {keep_ratio:.2f}": (pruned, cache_bytes(config, short)),
-        f"{questions} questions, none": (plain.times(questions), questions * cache_bytes(config, prompt.length)),
-        f"{questions} questions, ITS": (pruned.times(questions), questions * cache_bytes(config, short)),
+        "1 question, none": (plain, costs.cache_bytes(config, prompt.length)),
+        f"1 question, ITS at {keep_ratio:.2f}": (pruned, costs.cache_bytes(config, short)),
+        f"{questions} questions, none": (plain.times(questions), questions * costs.cache_bytes(config, prompt.length)),
+        f"{questions} questions, ITS": (pruned.times(questions), questions * costs.cache_bytes(config, short)),
         f"{questions} questions, ITS on a prefix": (
-            on_a_prefix(config, prompt, grid, kept, questions),
-            questions * cache_bytes(config, short),
+            costs.on_a_prefix(config, prompt, grid, kept, questions),
+            questions * costs.cache_bytes(config, short),
         ),
     }
-    names = [field.name for field in fields(Flops)]
+    names = [field.name for field in fields(costs.Flops)]
     lines = [f"{'TFLOP of prefill':34}" + "".join(f"{n:>9}" for n in (*names, "total")) + f"{'KV MiB':>10}"]
     for way, (flops, cache) in ways.items():
         numbers = [getattr(flops, name) for name in names] + [flops.total()]
         lines.append(f"{way:34}" + "".join(f"{n / 1e12:9.2f}" for n in numbers) + f"{cache / 2**20:10.1f}")
-    return "\n".join([*lines, f"weights: {weight_bytes(config) / 2**30:.2f} GiB in bf16"])
+    return "\n".join([*lines, f"weights: {costs.weight_bytes(config) / 2**30:.2f} GiB in bf16"])
 
 
 def main() -> None:
@@ -64,9 +64,7 @@ def main() -> None:
     parser.add_argument("--question-tokens", type=int, default=32)
     args = parser.parse_args()
     config = PhotonConfig.from_pretrained(args.config) if args.config else PhotonConfig(**QWEN_3B, stage=2)
-    t, h, w = (n // config.vision_config.patch_size for n in config.model_shape_zyx)
-    visual = t * h * w // config.vision_config.spatial_merge_size**2
-    prompt = Prompt(before=15, visual=visual, after=1 + args.question_tokens + 5, question=args.question_tokens)
+    prompt = costs.prompt_of(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
     print(table(config, prompt, args.keep_ratio, args.questions))
 
 

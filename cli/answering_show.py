@@ -7,51 +7,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_train.answering import Reply
 from photon_train.grouping import Group
 from photon_train.predict import WHOLE, Outcome, Shard
 
 SHOWN_FAILURES = 10
-LINE_S = 10  # without a terminal a line is printed this often
 
 
-class Show:
-    """A live bar in a terminal, plain lines elsewhere."""
+class Show(Bar):
+    """Counts the rows that are answered, and what was kept."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
-        self.bar.disable = not console.is_terminal
-        self.task = self.bar.add_task("", total=None, detail="")
-        self.began = self.last_line = time.monotonic()
+        super().__init__("answering")
+        self.began = time.monotonic()
         self.total = self.done = self.kept = self.visual = 0
         self.unshown: dict[str, str] = {}
-
-    def __enter__(self) -> Show:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
     def start(self, total: int, before: int) -> None:
         """Say how much there is to do."""
         self.total, self.done = total, before
         console.print(f"{total} rows, {before} of them answered before", soft_wrap=True)
-        self.bar.update(self.task, total=total, completed=before)
+        self.update(total=total, completed=before)
 
     def replies(self, group: Group, replies: Sequence[Reply]) -> None:
         """Count a batch."""
         self.done += len(replies)
         self.kept += sum(reply.prediction.kept_tokens for reply in replies)
         self.visual += sum(reply.prediction.visual_tokens for reply in replies)
-        self.bar.update(self.task, completed=self.done, detail=self.share())
-        if not console.is_terminal and time.monotonic() - self.last_line > LINE_S:
-            self.last_line = time.monotonic()
-            console.print(f"{self.done} of {self.total} {self.share()}")
+        self.update(completed=self.done, detail=self.share())
+        self.line(f"{self.done} of {self.total} {self.share()}")
 
     @contextmanager
     def costing_itself(self, name: str) -> Iterator[None]:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_data import manifest
 from photon_data.errors import UsageError
@@ -23,7 +23,7 @@ from photon_train.evaluation.trade_off import sheet, trade_offs
 from photon_train.evaluation.words import Sheet, told, told_interval, told_value
 from photon_train.evaluation.writing import write
 from photon_train.masks import CountedMask
-from photon_train.predictions import Prediction, read_predictions
+from photon_train.predictions import read_predictions
 from photon_train.rows import read_rows
 from photon_train.volume_masks import counted_by_volume, volumes_with_masks
 
@@ -80,8 +80,8 @@ def run(
     places = volumes_with_masks(masks, rows) if masks else {}
     given = answers(rows)
     if given.config:
-        settings = replace(settings, grid_zyx=given.config.tokens_zyx)
-    named = dict(zip(names_of(given.predictions), map(_read, given.predictions), strict=True))
+        settings = replace(settings, grid_zyx=given.config.tokens_thw)
+    named = dict(zip(names_of(given.predictions), map(read_predictions, given.predictions), strict=True))
     counted = _counted(masks, places, settings) if masks else {}
     evaluation = evaluate(benchmark, rows, named, train=learning, settings=settings, config=given.config, masks=counted)
     pictures = _pictures(evaluation, rows, overlays, output / "overlays")
@@ -96,10 +96,9 @@ def run(
 
 def _counted(folder: Path, places: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
     """Return the masks of the volumes, counted under a bar; say which could not be read."""
-    with Progress(TextColumn("masks of volumes"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
-        bar.disable = not console.is_terminal
-        task = bar.add_task("", total=len(places))
-        found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.advance(task))
+    with Bar("masks of volumes") as bar:
+        bar.update(total=len(places))
+        found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.update(advance=1))
     console.print(f"masks of {len(found.masks)} of {len(places)} volumes")
     for id, reason in found.unread.items():
         console.print(f"no masks of {id}: {reason}", soft_wrap=True)
@@ -197,11 +196,3 @@ def _say_costs(answers: Answers) -> None:
         console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
     if kept:
         console.print(f"visual tokens kept: {kept.mean_ratio:.1%}")
-
-
-def _read(path: Path) -> list[Prediction]:
-    """Return the predictions of a file; UsageError."""
-    try:
-        return list(read_predictions(path))
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from None

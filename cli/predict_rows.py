@@ -23,7 +23,7 @@ def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None, 
     part, local = _part(shard)
     device = f"cuda:{local}" if local is not None and model.device in ("auto", "cuda") and _has_gpu() else None
     asker = model.load(device)
-    tokens_zyx = asker.processor.tokens_thw()
+    tokens_zyx = asker.processor.config.tokens_thw
 
     def on_replies(group: Group, replies: Sequence[Reply]) -> None:
         show.replies(group, replies)

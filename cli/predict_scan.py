@@ -31,7 +31,7 @@ def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe,
     """
     scan = open_input(place, replace(recipe, model_shape_zyx=grid_read_by(model.place, model.revision)))
     asker = model.load()
-    shown = Shown.of(kept, scan, asker.processor.tokens_thw(), kept.masks)
+    shown = Shown.of(kept, scan, asker.processor.config.tokens_thw, kept.masks)
     asked = _streamed(asker, scan, questions) if look.stream and not look.json else ask_scan(asker, scan, questions)
     recalls = [_show(shown, question, reply) for question, reply in zip(questions, asked.replies, strict=True)]
     if look.json:

@@ -1,70 +1,35 @@
-"""What a person sees while scans are prepared: a live line in a terminal, plain lines elsewhere."""
+"""What a person sees while scans are prepared: how far it is, and what did not make it."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
+from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_data.records import VolumeRecord
 from photon_pipelines.dataset import Watcher
 from photon_pipelines.prepare import Plan
 
-# Without a terminal a line of totals is printed this often, and at once for every file that did not make it.
-LINE_S = 10
 
-
-class Show:
-    """Prints progress of a run; use it as a context manager and pass on `watcher`."""
+class Show(Bar):
+    """Prints progress of a run, at once every file that did not make it; pass on `watcher`."""
 
     def __init__(self) -> None:
-        self.live = console.is_terminal
+        super().__init__("looking for scans")
         self.counts: Counter[str] = Counter()
         self.total = self.done_bytes = 0
-        self.start = self.last_line = time.monotonic()
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self.live,
-        )
-        self.task = self.bar.add_task("looking for scans", total=None, detail="")
+        self.start = time.monotonic()
         self.watcher = Watcher(self._on_file, self._on_note, self._on_plan, self._on_record, self._on_archive)
-
-    def __enter__(self) -> Show:
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
 
     def _on_archive(self, name: str, done: int, total: int) -> None:
         done, total = done // 1_000_000, total // 1_000_000
-        self.bar.update(self.task, description="unpacking", completed=done, total=total, detail=f"MB, {name}")
-        if not self.live and time.monotonic() - self.last_line > LINE_S:
-            self.last_line = time.monotonic()
-            console.print(f"unpacking {name}: {done:,} of {total:,} MB")
+        self.update(description="unpacking", completed=done, total=total, detail=f"MB, {name}")
+        self.line(f"unpacking {name}: {done:,} of {total:,} MB")
 
     def _on_file(self, count: int) -> None:
-        self.bar.update(self.task, description="looking for scans", detail=f"{count} files seen")
+        self.update(description="looking for scans", detail=f"{count} files seen")
 
     def _on_note(self, note: str) -> None:
         console.print(note, soft_wrap=True)
@@ -75,18 +40,15 @@ class Show:
         self.counts["unchanged"] += len(todo.done)
         others = f", {sum(ignored.values())} other files left alone" if ignored else ""
         console.print(f"{len(todo.jobs) + len(todo.done)} scans found, {len(todo.done)} of them done before{others}")
-        self.bar.update(self.task, description="preparing", total=self.total, completed=0, detail="")
+        self.update(description="preparing", total=self.total, completed=0, detail="")
 
     def _on_record(self, record: VolumeRecord) -> None:
         self.counts[record.state] += 1
         self.done_bytes += record.bytes_in
         if not record.is_there and record.reason:
             console.print(f"{record.state} {record.source}: {record.reason}", soft_wrap=True)
-        self.bar.update(self.task, advance=1, detail=self._totals())
-        if not self.live and time.monotonic() - self.last_line > LINE_S:
-            self.last_line = time.monotonic()
-            done = sum(self.counts.values())
-            console.print(f"{done} done, {self.total} to do in all: {self._totals()}")
+        self.update(advance=1, detail=self._totals())
+        self.line(f"{sum(self.counts.values())} done, {self.total} to do in all: {self._totals()}")
 
     def _totals(self) -> str:
         minutes = (time.monotonic() - self.start) / 60

@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from photon_cli.bar import Bar
 from photon_cli.exits import STOPPED
 from photon_cli.options import console, fail
 from photon_data.errors import UsageError
@@ -37,12 +35,12 @@ def train(stage: str, given: dict[str, Any], config: Path | None, settings: list
         if dry_run:
             console.print(try_step(run_config), soft_wrap=True)
             return
-        line = _Line()
+        line = _Line("training")
         run = start(run_config, resume=resume, watch=line.show)
         if run.accelerator.is_main_process:
             console.print_json(data=run.config.to_json())
             console.print(f"{len(run.rows)} rows, step {run.state['step']} of {run.total_steps}, {run.accelerator.device}")
-        with line.over(run.total_steps, run.state["step"], console):
+        with line.over(run.total_steps, run.state["step"]):
             summary = run_steps(run)
     except TrainingStopped as error:
         fail(f"Stopped: {error}", STOPPED)
@@ -61,33 +59,21 @@ def _pairs(settings: list[str]) -> dict[str, str]:
     return found
 
 
-class _Line:
-    """The live line of a run: a bar in a terminal, now and then a plain line elsewhere."""
+class _Line(Bar):
+    """The line of a run; its plain lines are so many, however long it takes."""
 
     PLAIN_LINES = 20
 
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._total = 0
-
-    def over(self, total: int, done: int, console: Console) -> Progress:
+    def over(self, total: int, done: int) -> Bar:
         """Return the context in which steps are shown."""
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task, self._total = self._bar.add_task("", total=total, completed=done), total
-        return self._bar
+        self._total = total
+        self.update(total=total, completed=done)
+        return self
 
     def show(self, row: dict[str, Any]) -> None:
         """Show a row of the log; the first line of a stage 2 says how much is kept at its start."""
         text = _sentence(row)
-        assert self._bar is not None, "`over` comes first"
-        self._bar.update(self._task, completed=row["step"], description=text)
+        self.update(completed=row["step"], detail=text)
         plain = not console.is_terminal and (row["step"] % max(self._total // self.PLAIN_LINES, 1) == 0 or "eval_loss" in row)
         if plain or row["step"] == 1:
             console.print(f"step {row['step']}/{self._total}  {text}", soft_wrap=True)

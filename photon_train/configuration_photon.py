@@ -142,11 +142,16 @@ class PhotonConfig(Qwen2_5_VLConfig):
         return int(layers / 4 - 1) if self.its_layer is None else self.its_layer
 
     @property
-    def tokens_zyx(self) -> tuple[int, int, int]:
-        """The grid of visual tokens of one volume: slabs, rows, columns."""
-        vision = self.vision_config
-        z, y, x = (size // vision.patch_size for size in self.model_shape_zyx)
-        return z, y // vision.spatial_merge_size, x // vision.spatial_merge_size
+    def patches_thw(self) -> tuple[int, int, int]:
+        """How many patches a volume is cut into along z, y and x."""
+        vision, (z, y, x) = self.vision_config, self.model_shape_zyx
+        return z // vision.temporal_patch_size, y // vision.patch_size, x // vision.patch_size
+
+    @property
+    def tokens_thw(self) -> tuple[int, int, int]:
+        """How many tokens a volume becomes along z, y and x; they come in this order, x flipped, x fastest."""
+        (t, h, w), merge = self.patches_thw, self.vision_config.spatial_merge_size
+        return t, h // merge, w // merge
 
     def _check(self) -> None:
         """Raise ValueError for settings that contradict each other."""

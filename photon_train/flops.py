@@ -7,13 +7,15 @@ tests/model/test_flops.py holds the counts against torch's counter on a small mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
 BF16 = 2
+# Tokens of the prompt's frame: system turn and start of the volume before it, its end and the assistant's header after it.
+BEFORE, FRAME_AFTER = 15, 6
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Prompt:
     def prefix(self) -> int:
         """Tokens up to and with <|vision_end|>."""
         return self.before + self.visual + 1
+
+
+def prompt_of(text: int, visual: int) -> Prompt:
+    """Return the prompt of a question about one volume, with so many tokens of text in all."""
+    after = max(text - BEFORE, 0)
+    return Prompt(before=text - after, visual=visual, after=after, question=max(after - FRAME_AFTER, 0))
 
 
 @dataclass(frozen=True)
@@ -62,14 +70,31 @@ def vision(config: PhotonConfig, grid_thw: tuple[int, int, int]) -> int:
     """FLOPs of the vision tower on one volume: patches, blocks with windowed or slab attention, merger."""
     v = config.vision_config
     t, h, w = grid_thw
-    patches, wide = t * h * w, v.hidden_size * v.spatial_merge_size**2
-    embed = 2 * patches * v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
-    linear = 2 * patches * v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size)
+    patches, weights = t * h * w, tower_weights(config)
     slab = t * attention(h * w, h * w, v.hidden_size)
     windows = t * sum(attention(n, n, v.hidden_size) for n in window_sizes(config, h, w))
     full = len([i for i in v.fullatt_block_indexes if i < v.depth])
-    merger = 2 * (patches // v.spatial_merge_size**2) * wide * (wide + v.out_hidden_size)
-    return embed + v.depth * linear + full * slab + (v.depth - full) * windows + merger
+    linear = patches * (weights.embed + v.depth * weights.block) + patches // v.spatial_merge_size**2 * weights.merger
+    return 2 * linear + full * slab + (v.depth - full) * windows
+
+
+class TowerWeights(NamedTuple):
+    """Matrix weights of the vision tower: patch embedding, one block, merger."""
+
+    embed: int
+    block: int
+    merger: int
+
+
+def tower_weights(config: PhotonConfig) -> TowerWeights:
+    """Return the numbers of weights, from the configuration."""
+    v = config.vision_config
+    wide = v.hidden_size * v.spatial_merge_size**2
+    return TowerWeights(
+        embed=v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size,
+        block=v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size),
+        merger=wide * (wide + v.out_hidden_size),
+    )
 
 
 def window_sizes(config: PhotonConfig, h: int, w: int) -> list[int]:
@@ -96,16 +121,14 @@ def layers(config: PhotonConfig, count: int, queries: int, keys: int) -> int:
 def layer_weights(config: PhotonConfig) -> int:
     """Matrix weights of a decoder layer."""
     c = config.text_config
-    kv = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
-    return c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
+    return c.hidden_size * (2 * c.hidden_size + 2 * _kv_width(config) + 3 * c.intermediate_size)
 
 
 def scoring(config: PhotonConfig, own: int, length: int, question: int) -> int:
     """FLOPs of ITS: q and k once more for `own` tokens, centrality, alignment with a row of `length`, the threshold."""
-    c = config.text_config
-    d, kv = c.hidden_size, c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    d = config.text_config.hidden_size
     predictor = 2 * 13 * (d // 8)
-    return 2 * own * d * (d + kv) + 2 * question * question * d + 2 * question * d + 2 * length * d + predictor
+    return 2 * own * d * (d + _kv_width(config)) + 2 * question * question * d + 2 * question * d + 2 * length * d + predictor
 
 
 def head(config: PhotonConfig) -> int:
@@ -115,9 +138,7 @@ def head(config: PhotonConfig) -> int:
 
 def without_scheduling(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, int]) -> Flops:
     """FLOPs of a prefill that keeps everything."""
-    below, n = config.its + 1, prompt.length
-    above = config.text_config.num_hidden_layers - below
-    return Flops(vision(config, grid_thw), layers(config, below, n, n), 0, layers(config, above, n, n), head(config))
+    return replace(with_its(config, prompt, grid_thw, kept=prompt.visual), scoring=0)
 
 
 def with_its(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, int], kept: int) -> Flops:
@@ -137,11 +158,10 @@ def on_a_prefix(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, 
     """FLOPs of K prefills that share the prefix: it once, then each question's own tokens below and its kept row above."""
     below, p, q = config.its + 1, prompt.prefix, prompt.length - prompt.prefix
     c = config.text_config
-    kv = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
     shared = Flops(
         vision=vision(config, grid_thw),
         below=layers(config, below, p, p),
-        scoring=2 * p * c.hidden_size * (c.hidden_size + kv),
+        scoring=2 * p * c.hidden_size * (c.hidden_size + _kv_width(config)),
     )
     m = prompt.length - prompt.visual + kept
     each = Flops(
@@ -155,15 +175,19 @@ def on_a_prefix(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, 
 
 def weight_bytes(config: PhotonConfig) -> int:
     """Bytes of the bf16 matrices that a prefill reads, embeddings counted once."""
-    c, v = config.text_config, config.vision_config
-    wide = v.hidden_size * v.spatial_merge_size**2
-    tower = v.depth * v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size) + wide * (wide + v.out_hidden_size)
-    embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
+    c, weights = config.text_config, tower_weights(config)
+    tower = weights.embed + config.vision_config.depth * weights.block + weights.merger
     tables = c.vocab_size * c.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return BF16 * (tower + embed + c.num_hidden_layers * layer_weights(config) + tables)
+    return BF16 * (tower + c.num_hidden_layers * layer_weights(config) + tables)
 
 
 def cache_bytes(config: PhotonConfig, length: int) -> int:
     """Bytes of the bf16 keys and values of `length` tokens in all layers."""
+    return BF16 * 2 * config.text_config.num_hidden_layers * _kv_width(config) * length
+
+
+def _kv_width(config: PhotonConfig) -> int:
+    """Width of a token's keys, and of its values."""
     c = config.text_config
-    return BF16 * 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * length
+    width: int = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    return width

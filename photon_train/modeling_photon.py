@@ -390,8 +390,11 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         band = self._band(share_B, scheduled, rows) if self.training else torch.zeros_like(losses.ce)
         grounding = _mean_where_known(scheduled, rows) if self.training else torch.zeros_like(losses.ce)
         parts = {**losses._asdict(), "band": band, "grounding": grounding}
+        loss: Any = sum(parts.values())
+        if self.training and not loss.requires_grad:  # text alone, in stage 1: a gradient of 0, so that every device has one
+            loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {
-            "loss": sum(parts.values()),
+            "loss": loss,
             **parts,
             "logits": logits,
             "answer_labels_N": labels_N,

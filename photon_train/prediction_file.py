@@ -59,13 +59,13 @@ def answered(path: Path, settings: Mapping[str, Any]) -> set[str]:
     if not path.exists():
         return set()
     _begin(path, settings)
-    return {prediction.id for prediction in _predictions(path) if not prediction.error}
+    return {prediction.id for prediction in read_predictions(path) if not prediction.error}
 
 
 def merge(parts: Iterable[Path], output: Path, settings: Mapping[str, Any], wanted: set[str]) -> bool:
     """Add the predictions of all parts to `output`, by id, if they have every wanted id then; tell whether they do."""
     try:
-        found = {p.id: p for part in (output, *parts) if part.exists() for p in _predictions(part)}
+        found = {p.id: p for part in (output, *parts) if part.exists() for p in read_predictions(part)}
     except UsageError:  # a part is in the middle of a line: its writer comes here too, or has yet to go on
         return False
     if not wanted <= found.keys():
@@ -107,15 +107,8 @@ def _recover(path: Path) -> set[str]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         Location(str(path.parent)).write(path.name, whole)
-    found = _predictions(path)
+    found = read_predictions(path)
     good = {prediction.id: prediction for prediction in found if not prediction.error}
     if len(good) < len(found):
         Location(str(path.parent)).write(path.name, jsonl_bytes(asdict(prediction) for prediction in good.values()))
     return set(good)
-
-
-def _predictions(path: Path) -> list[Prediction]:
-    try:
-        return list(read_predictions(path))
-    except ValueError as error:
-        raise UsageError(str(error)) from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from photon_data.errors import UsageError
 from photon_data.records import to_jsonl
 
 
@@ -43,24 +43,25 @@ class Prediction:
         return to_jsonl([asdict(self)])
 
 
-def read_predictions(path: Path) -> Iterator[Prediction]:
-    """Yield the predictions of a file, in its order, duplicates included; further keys are left out.
+def read_predictions(path: Path) -> list[Prediction]:
+    """Return the predictions of a file, in its order, duplicates included; further keys are left out.
 
-    Raises ValueError, with the line, for what is no prediction.
+    UsageError for a file that cannot be read and, with the line, for what is no prediction.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _prediction(line, f"{path}:{number}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(str(error)) from None
+    return [_prediction(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _prediction(line: str, where: str) -> Prediction:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: a line of JSON wanted ({error}); was the file cut off?") from error
+        raise UsageError(f"{where}: a line of JSON wanted ({error}); was the file cut off?") from None
     if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("response", ""), str):
-        raise ValueError(f"{where}: an object with texts `id` and `response` wanted, got {line.strip()[:80]!r}")
+        raise UsageError(f"{where}: an object with texts `id` and `response` wanted, got {line.strip()[:80]!r}")
     names = {f.name for f in fields(Prediction)}
     return Prediction(**{name: value for name, value in row.items() if name in names})
 

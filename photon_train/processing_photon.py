@@ -111,10 +111,9 @@ class PhotonProcessor:
         """Return int64[L] of one ms-swift row as `__call__` makes them, without reading its volumes."""
         return self._ids(_samples(None, None, [row])[0], for_training, max_length=None)
 
-    def training_ids(self, messages: Sequence[Mapping[str, Any]], name: str = "row") -> tuple[Tensor, Tensor]:
-        """Return the ids int64[L] of a conversation and its labels, as a call with for_training gives them, without voxels."""
-        tags = sum(str(message["content"]).count(TAG) for message in messages)
-        sample = _sample([None] * tags, messages, name)
+    def training_ids(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the ids int64[L] of one ms-swift row and its labels, as a call with for_training gives them, without voxels."""
+        (sample,) = _samples(None, None, [row])
         ids = self._ids(sample, for_training=True, max_length=None)
         return ids, self._labels(ids, sample)
 
@@ -144,19 +143,12 @@ class PhotonProcessor:
             hu = F.interpolate(hu[None, None], size=wanted, mode="trilinear", align_corners=False)[0, 0]
         if not hu.isfinite().all():
             raise ValueError("finite voxels wanted, got NaN or infinity; photon-data prepare says which scan has them")
-        low, high = (hu.min(), hu.max()) if self.config.intensity == "minmax" else self.config.window_hu
-        return ((hu - low) / max(float(high - low), 1e-6)).clamp(0.0, 1.0)
+        low, high = hu.aminmax() if self.config.intensity == "minmax" else self.config.window_hu
+        return (hu - low).div_(max(float(high - low), 1e-6)).clamp_(0.0, 1.0)
 
     def visual_tokens(self) -> int:
         """Return how many tokens a volume becomes."""
-        return math.prod(self.tokens_thw())
-
-    def tokens_thw(self) -> tuple[int, int, int]:
-        """Return how many tokens a volume becomes along z, y and x; they come in this order, x flipped, x fastest."""
-        vision = self.config.vision_config
-        z, y, x = self.config.model_shape_zyx
-        block = vision.patch_size * vision.spatial_merge_size
-        return z // vision.temporal_patch_size, y // block, x // block
+        return math.prod(self.config.tokens_thw)
 
     # --- text
 

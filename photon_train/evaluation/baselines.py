@@ -16,6 +16,7 @@ from photon_train.evaluation.parsing import number
 from photon_train.predictions import Prediction
 
 K = TypeVar("K")
+V = TypeVar("V")
 
 CONSTANT, MAJORITY = "best_constant", "majority_per_subtask"
 # So many of the most frequent answers are tried as the constant of an open question.
@@ -90,11 +91,11 @@ def kind_of(case: Case) -> Kind:
     return Kind(case.task, case.form, case.closed)
 
 
-def grouped(cases: Iterable[Case], key: Callable[[Case], K]) -> dict[K, list[Case]]:
-    """Return the cases by key, in order of first appearance."""
-    groups: dict[K, list[Case]] = defaultdict(list)
-    for case in cases:
-        groups[key(case)].append(case)
+def grouped(values: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
+    """Return the values (cases, say) by key, in order of first appearance."""
+    groups: dict[K, list[V]] = defaultdict(list)
+    for value in values:
+        groups[key(value)].append(value)
     return dict(groups)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from photon_train.evaluation.cases import Case, as_label, as_letter, as_letter_and_text, as_text
+from photon_train.evaluation.cases import Case, as_label, as_letter, as_letter_and_text
 from photon_train.evaluation.metric import Metric, mean_of
 from photon_train.evaluation.parsing import choice, collapsed, contains_letter, letter_v2, without_punctuation, yes_no
 
@@ -78,9 +78,9 @@ def accuracy_yes_no() -> Metric:
     return mean_of("accuracy_yes_no", lambda case: is_yes_no(case) and not case.closed, _is_right)
 
 
-def exact(name: str = "exact_strict") -> Metric:
+def exact() -> Metric:
     """Return the share of free-text responses that equal the answer to the letter (DeepTumorVQA v1)."""
-    return mean_of(name, is_free_text, lambda case: case.response == case.answer)
+    return mean_of("exact_strict", is_free_text, lambda case: case.response == case.answer)
 
 
 def exact_normalised() -> Metric:
@@ -107,8 +107,8 @@ def yes_no_metrics() -> list[Metric]:
     `specificity_unparsed_is_no`.
     """
 
-    def metric(name: str, formula: object) -> Metric:
-        return Metric(name, is_yes_no, _confusion, formula, as_text)  # type: ignore[arg-type]
+    def metric(name: str, formula: Callable[[np.ndarray], np.ndarray]) -> Metric:
+        return Metric(name, is_yes_no, _confusion, formula)
 
     return [
         metric("sensitivity", lambda s: s[..., 0] / (s[..., 0] + s[..., 1])),
@@ -185,8 +185,8 @@ def _confusion(cases: Sequence[Case]) -> np.ndarray:
     for case in cases:
         said, is_yes = meant(case), truth(case) == "yes"
         right = said == truth(case)
-        rows.append((is_yes and right, is_yes and not right, not is_yes and right, not is_yes and not right, False))
-        rows[-1] = (*rows[-1][:4], not is_yes and said is None)
+        outcomes = (is_yes and right, is_yes and not right, not is_yes and right, not is_yes and not right)
+        rows.append((*outcomes, not is_yes and said is None))
     return np.array(rows, float)
 
 

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from photon_train.evaluation.cases import Case
-from photon_train.flops import Prompt, with_its, without_scheduling
+from photon_train.flops import prompt_of, with_its, without_scheduling
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
-
-# Tokens of the prompt's frame: system turn and start of the volume before it, its end and the assistant's header after it.
-BEFORE, FRAME_AFTER = 15, 6
 
 
 @dataclass(frozen=True)
@@ -70,15 +67,13 @@ def _seconds(values: Sequence[float]) -> Seconds:
 
 def _tflop(cases: Sequence[Case], config: PhotonConfig) -> tuple[float, float]:
     """Return mean TFLOP as kept and unpruned, of the config's volume shape; equal prompts are counted once."""
-    t, h, w = (size // config.vision_config.patch_size for size in config.model_shape_zyx)
     prompts = [(case.prediction.text_tokens, case.prediction.visual_tokens, case.prediction.kept_tokens) for case in cases]
-    each = {prompt: _of_prompt(config, (t, h, w), *prompt) for prompt in set(prompts)}
+    each = {prompt: _of_prompt(config, *prompt) for prompt in set(prompts)}
     kept, full = np.mean([each[prompt] for prompt in prompts], axis=0) / 1e12
     return float(kept), float(full)
 
 
-def _of_prompt(config: PhotonConfig, grid_thw: tuple[int, int, int], text: int, visual: int, kept: int) -> tuple[int, int]:
-    after = max(text - BEFORE, 0)
-    prompt = Prompt(before=text - after, visual=visual, after=after, question=max(after - FRAME_AFTER, 0))
-    full = without_scheduling(config, prompt, grid_thw).total()
-    return (with_its(config, prompt, grid_thw, kept).total() if kept < visual else full), full
+def _of_prompt(config: PhotonConfig, text: int, visual: int, kept: int) -> tuple[int, int]:
+    prompt = prompt_of(text, visual)
+    full = without_scheduling(config, prompt, config.patches_thw).total()
+    return (with_its(config, prompt, config.patches_thw, kept).total() if kept < visual else full), full

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from photon_train.evaluation.baselines import grouped
 from photon_train.evaluation.bootstrap import Patients
 from photon_train.evaluation.cases import Case
 from photon_train.evaluation.metric import resampled_sums
@@ -140,9 +141,7 @@ def _pairs(case: Case, masks: Sequence[CountedMask]) -> Iterable[Pair]:
 def _by(
     pairs: Sequence[Pair], key: Callable[[Pair], str], patients: Patients, names: Sequence[str] | None = None
 ) -> Iterable[Recall]:
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(key(pair), []).append(pair)
+    groups = grouped(pairs, key)
     for name in names or sorted(groups):
         if name in groups:
             yield _recall(name, groups[name], _replicates(groups[name], patients))
@@ -150,12 +149,9 @@ def _by(
 
 def _asked(pairs: Sequence[Pair], relation: Callable[[Case, str], Relation | None], patients: Patients) -> Iterable[Asked]:
     """Yield the masks that some questions are about and others are not; first the mean over them."""
-    groups: dict[str, dict[Relation, list[Pair]]] = {}
-    for pair in pairs:
-        how = relation(pair.case, pair.mask.name)
-        if how:
-            groups.setdefault(pair.mask.name, {}).setdefault(how, []).append(pair)
-    both = {name: groups[name] for name in sorted(groups) if len(groups[name]) == 2}
+    by_mask = sorted(grouped(pairs, lambda pair: pair.mask.name).items())
+    groups = {name: grouped(part, lambda pair: relation(pair.case, pair.mask.name)) for name, part in by_mask}
+    both = {name: {how: group[how] for how in _HOW} for name, group in groups.items() if group.keys() >= {*_HOW}}
     values = {name: {how: _replicates(part, patients) for how, part in group.items()} for name, group in both.items()}
     if both:
         pooled = {how: [pair for group in both.values() for pair in group[how]] for how in _HOW}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from photon_data.report.charts import Dot, Spot, bars, dots, spread
 from photon_data.report.page import Html, document, element, encoded, table
-from photon_train.evaluation.baselines import CONSTANT, MAJORITY
+from photon_train.evaluation.baselines import CONSTANT, MAJORITY, grouped
 from photon_train.evaluation.costs import Costs
 from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Judged
 from photon_train.evaluation.mask_recall import MaskRecalls
@@ -52,9 +52,7 @@ def _header(evaluation: Evaluation, title: str) -> Html:
     return element(
         "header",
         element("h1", title),
-        element(
-            "div", *(element("div", element("b", f"{count:,}"), name, class_="tile") for name, count in tiles), class_="tiles"
-        ),
+        element("div", *(_tile(*tile) for tile in tiles), class_="tiles"),
         element("p", words, class_="muted"),
         table(
             ("questions of", "best constant answer"), [(name, _short(answer)) for name, answer in evaluation.constants.items()]
@@ -236,26 +234,16 @@ def _case_parts(judged: Sequence[Judged], overlays: Mapping[str, Path]) -> list[
 
 
 def shown_cases(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
-    """Return the worst and the best cases, as many as the page shows."""
-    return worst_and_best(judged, SHOWN_CASES)
-
-
-def worst_and_best(judged: Sequence[Judged], most: int) -> tuple[list[Judged], list[Judged]]:
-    """Return at most `most` cases each, the tasks taking turns; by score, then the model's own confidence, then id."""
-    by_task = [*grouped_by_task(judged).values()]
-    worst = _in_turns([sorted(cases, key=lambda one: (one.score, -_confidence(one), one.case.id)) for cases in by_task], most)
-    best = _in_turns([sorted(cases, key=lambda one: (-one.score, -_confidence(one), one.case.id)) for cases in by_task], most)
+    """Return the worst and the best cases, the tasks taking turns; by score, then the model's own confidence, then id."""
+    worst = _in_turns(judged, lambda one: (one.score, -_confidence(one), one.case.id))
+    best = _in_turns(judged, lambda one: (-one.score, -_confidence(one), one.case.id))
     return [one for one in worst if one.score < 100], [one for one in best if one.score > 0]
 
 
-def grouped_by_task(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
-    """Return the cases by task, tasks by name."""
-    names = sorted({one.case.task for one in judged})
-    return {name: [one for one in judged if one.case.task == name] for name in names}
-
-
-def _in_turns(queues: Sequence[Sequence[Judged]], most: int) -> list[Judged]:
-    return [one for turn in zip_longest(*queues) for one in turn if one is not None][:most]
+def _in_turns(judged: Sequence[Judged], key: Callable[[Judged], tuple[float, float, str]]) -> list[Judged]:
+    """Return the first cases by the key, one of each task (by name) and then the next of each."""
+    queues = sorted(grouped(sorted(judged, key=key), lambda one: one.case.task).items())
+    return [one for turn in zip_longest(*(cases for _, cases in queues)) for one in turn if one is not None][:SHOWN_CASES]
 
 
 def _confidence(one: Judged) -> float:

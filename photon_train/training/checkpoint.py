@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +42,14 @@ PARTIAL = ".partial-"
 def save_checkpoint(
     accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, processor: Any, run: Path, state: dict[str, Any], keep: int
 ) -> Path:
-    """Write RUN/checkpoint-STEP and return its path; older ones but `keep` go once it is there. Every process calls it.
-
-    It is written beside, synced and renamed: a disk that fills up leaves the earlier ones as they are.
-    """
+    """Write RUN/checkpoint-STEP and return its path; older ones but `keep` go once it is there. Every process calls it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(wrapped, options=options)
     moments = get_optimizer_state_dict(wrapped, optimizer.optimizer, options=options)
     target = run / f"{PREFIX}{state['step']}"
     if accelerator.is_main_process:
-        partial = run / f"{PARTIAL}{target.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with _whole(target) as partial:
             _write(partial, accelerator.unwrap_model(wrapped), weights, moments, processor, state)
-            replace_folder(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -84,18 +78,28 @@ def load_optimizer(wrapped: nn.Module, optimizer: Any, checkpoint: Path) -> None
 
 def save_merged(model: Any, processor: Any, folder: Path) -> None:
     """Write a LoRA model as an ordinary one, its updates added to the weights, for from_pretrained."""
+    with _whole(folder) as partial:
+        model.merge_and_unload().save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Give a new folder beside it, which is synced and renamed in the end: a disk that fills up leaves what was there."""
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    model.merge_and_unload().save_pretrained(partial)
-    processor.save_pretrained(partial)
-    sync_tree(partial)
-    replace_folder(partial, folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_tree(partial)
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(
     folder: Path, model: Any, weights: dict[str, Any], moments: dict[str, Any], processor: Any, state: dict[str, Any]
 ) -> None:
-    folder.mkdir(parents=True)
     adapter = {name: value.contiguous() for name, value in weights.items() if "lora_" in name}
     if adapter:
         save_file(adapter, folder / ADAPTER)
@@ -105,7 +109,6 @@ def _write(
     tensors, plain = _flat(moments)
     save_file(tensors, folder / OPTIMIZER, metadata={"plain": json.dumps(plain)})
     (folder / STATE).write_text(json.dumps(state, indent=1))
-    sync_tree(folder)
 
 
 def _flat(moments: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

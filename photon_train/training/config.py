@@ -11,12 +11,6 @@ from typing import Any, get_type_hints
 from photon_data.errors import UsageError
 from photon_train.configuration_photon import PhotonConfig
 
-STAGES = ("s1", "s1c", "s2")
-PRECISIONS = ("fp32", "bf16")
-AUGMENTATIONS = ("none", "intensity", "affine", "both")
-ON_BAD = ("stop", "skip")
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -119,12 +113,12 @@ class TrainConfig:
 
 
 CHOICES = {
-    "stage": STAGES,
-    "precision": PRECISIONS,
-    "augment": AUGMENTATIONS,
-    "on_bad_row": ON_BAD,
-    "on_nan": ON_BAD,
-    "schedule": SCHEDULES,
+    "stage": ("s1", "s1c", "s2"),
+    "precision": ("fp32", "bf16"),
+    "augment": ("none", "intensity", "affine", "both"),
+    "on_bad_row": ("stop", "skip"),
+    "on_nan": ("stop", "skip"),
+    "schedule": ("cosine", "linear", "constant"),
 }
 LEAST = {
     **dict.fromkeys(("lora_rank", "max_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm", "seed"), 0),

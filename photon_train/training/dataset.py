@@ -6,10 +6,9 @@ number of workers or devices nor a restart changes it.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from photon_train.layout import IGNORED, behind, prefix_length
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.regularizers import draw_perturbation, perturb
+from photon_train.rows import Row
 from photon_train.training.augment import Augment
 from photon_train.training.grounding import of_rows
 from photon_train.training.plan import Group
 from photon_train.training.rows import TrainRow
 
-logger = logging.getLogger(__name__)
 STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
 
 
@@ -50,7 +49,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on the device."""
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return Batch(moved, self.flips.to(device), self.ids, self.weight, self.volumes, self.error)
+        return replace(self, inputs=moved, flips=self.flips.to(device))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with its inputs where a GPU fetches them from; torch's DataLoader calls it in a thread of its own."""
+        return replace(self, inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ class GroupDataset(Dataset[Batch]):
     def _read(self, group: Group, rows: list[TrainRow]) -> Batch:
         rng = random.Random(f"{self.reading.seed} {self.epoch} {group.number}")
         shares = len(rows) > 1 and self.reading.share_prefix and bool(rows[0].videos)
-        inputs = shared_inputs(self.processor, rows, self._volume, rng) if shares else self._separate(rows, rng)
+        read = {path: self.reading.augment(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
+        asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
+        inputs = shared_inputs(self.processor, asked) if shares else dict(self.processor(rows=asked, for_training=True))
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         if rng.random() < self.reading.robustness and rows[0].videos:
             self._perturb(inputs, len(rows), generator)
@@ -109,15 +114,6 @@ class GroupDataset(Dataset[Batch]):
         volumes = len(rows[0].videos) if shares else sum(len(row.videos) for row in rows)
         return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes)
 
-    def _volume(self, path: str, rng: random.Random) -> Any:
-        return self.reading.augment(path, rng)
-
-    def _separate(self, rows: list[TrainRow], rng: random.Random) -> dict[str, Any]:
-        """Return inputs in which every row brings its volumes; rows of one group get the same augmented volumes."""
-        read = {path: self._volume(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
-        asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
-        return dict(self.processor(rows=asked, for_training=True))
-
     def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
         """Perturb every volume of the group in one way; all its rows are then trained to be unsure."""
         config = self.processor.config
@@ -129,11 +125,10 @@ class GroupDataset(Dataset[Batch]):
         inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
 
 
-def shared_inputs(processor: PhotonProcessor, rows: Sequence[TrainRow], read: Any, rng: random.Random) -> dict[str, Any]:
+def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
     """Return inputs of rows that begin alike up to the end of their last volume, which they bring once: see `layout.behind`."""
-    head = {"id": rows[0].id, "messages": rows[0].messages, "videos": [read(video, rng) for video in rows[0].videos]}
-    first = processor(rows=[head], for_training=True)
-    encoded = [(first["input_ids"][0], first["labels"][0])] + [processor.training_ids(row.messages, row.id) for row in rows[1:]]
+    first = processor(rows=rows[:1], for_training=True)
+    encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
     shared_P = first["input_ids"][0, :length]
     assert all(ids[:length].equal(shared_P) for ids, _ in encoded), "rows of one group begin alike"
@@ -161,15 +156,4 @@ class Turn(NamedTuple):
 def batches(dataset: GroupDataset, workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
     """Yield the batches in order, read ahead by `workers` processes (0: in this one)."""
     ahead: dict[str, Any] = {"prefetch_factor": prefetch} if workers else {}
-    loader = DataLoader(dataset, batch_size=None, shuffle=False, num_workers=workers, collate_fn=_as_is, **ahead)
-    for batch in loader:
-        yield _pinned(batch) if pin else batch
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _pinned(batch: Batch) -> Batch:
-    pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.inputs.items()}
-    return Batch(pinned, batch.flips, batch.ids, batch.weight, batch.volumes, batch.error)
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **ahead)

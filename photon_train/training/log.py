@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from photon_data.location import Location
+
 LOG = "log.jsonl"
 CURVES = "curves.png"
 SUMMARY = "summary.json"
@@ -31,9 +33,7 @@ class Log:
     def __init__(self, run: Path, from_step: int) -> None:
         self.path = run / LOG
         kept = [row for row in read_log(run) if row["step"] <= from_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self.path)
+        Location(str(run)).write(LOG, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
@@ -52,9 +52,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
     """Write summary.json and curves.png."""
-    partial = run / f".{SUMMARY}.partial"
-    partial.write_text(json.dumps({k: _plain(v) for k, v in summary.items()}, indent=1))
-    partial.replace(run / SUMMARY)
+    Location(str(run)).write(SUMMARY, json.dumps({k: _plain(v) for k, v in summary.items()}, indent=1).encode())
     draw_curves(read_log(run), run / CURVES)
 
 

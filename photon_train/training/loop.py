@@ -6,6 +6,7 @@ for every step: for every group of this device: loss, backward; then clip, move,
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from photon_train.training.dataset import Batch, GroupDataset, batches
 from photon_train.training.log import Log, read_log, write_summary
 from photon_train.training.measures import Sums, means, sums_of
 from photon_train.training.parameters import gradient_norms
-from photon_train.training.plan import Group, plan_epoch
+from photon_train.training.plan import plan_epoch
 from photon_train.training.run import Run, TrainingStopped, check_read, reading, worker_count
 from photon_train.training.schedule import set_rates
 from photon_train.training.validation import evaluate
@@ -62,8 +63,7 @@ def _steps_left(run: Run, clock: Clock) -> Iterator[list[Batch]]:
 def _steps_of(run: Run, epoch: int, done: int, clock: Clock) -> Iterator[list[Batch]]:
     """Yield this process's batches of each step of the epoch that is left."""
     steps = plan_epoch(run.rows, run.config.questions_per_volume, run.config.groups_per_step, run.config.seed, epoch)[done:]
-    own: list[Group] = run.turn.of(steps)
-    dataset = GroupDataset(run.rows, own, run.processor, reading(run, training=True), epoch)
+    dataset = GroupDataset(run.rows, run.turn.of(steps), run.processor, reading(run, training=True), epoch)
     read = batches(dataset, worker_count(run.config), run.config.prefetch, pin=run.accelerator.device.type == "cuda")
     per_step = run.config.groups_per_step // run.turn.world
     for _ in steps:
@@ -119,11 +119,8 @@ def _group(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, 
 
 def _may_move(run: Run, row: dict[str, Any], step_batches: list[Batch], norms: dict[str, float]) -> bool:
     """Tell whether loss and gradients are finite; stop, or say so, if not. All processes decide alike."""
-    finite = all(torch.isfinite(torch.tensor([row["loss"], *norms.values()])))
-    bad = torch.tensor([0.0 if finite else 1.0], device=run.accelerator.device)
-    if run.accelerator.num_processes > 1:
-        bad = run.accelerator.reduce(bad, "sum")
-    if not bad.item():
+    bad = not all(map(math.isfinite, (row["loss"], *norms.values())))
+    if not run.accelerator.reduce(torch.tensor(float(bad), device=run.accelerator.device), "sum"):
         return True
     ids = ", ".join(id for batch in step_batches for id in batch.ids)
     named = f"step {run.state['step'] + 1}: a finite loss wanted, got {row['loss']} for the rows {ids}"

@@ -85,8 +85,7 @@ class Sums:
     def over(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the sums over all processes."""
         own = torch.tensor([float(self._sums[name]) for name in SUMS], dtype=torch.float64, device=accelerator.device)
-        total = accelerator.reduce(own, "sum").tolist() if accelerator.num_processes > 1 else own.tolist()
-        return dict(zip(SUMS, total, strict=True))
+        return dict(zip(SUMS, accelerator.reduce(own, "sum").tolist(), strict=True))
 
 
 def means(sums: dict[str, float], slots: int) -> dict[str, float]:

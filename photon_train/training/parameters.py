@@ -38,23 +38,19 @@ def with_lora(model: Any, config: TrainConfig) -> Any:
     return get_peft_model(model, lora)
 
 
-def choose_trained(model: nn.Module, config: TrainConfig) -> dict[str, list[str]]:
-    """Set requires_grad of every parameter; return the names of the trained ones by module. UsageError when there is none.
+def choose_trained(model: nn.Module, config: TrainConfig) -> None:
+    """Set requires_grad of every parameter. UsageError when nothing is left to train.
 
     A rate of 0 freezes a module. With LoRA the language model's own weights are frozen, its updates trained.
     """
-    trained = defaultdict(list)
     for name, parameter in model.named_parameters():
         module = module_of(name)
         frozen = config.rates[module] == 0 or UNUSED in name or any(fnmatch(name, pattern) for pattern in config.freeze)
         if config.lora_rank and module == LANGUAGE_MODEL and "lora_" not in name:
             frozen = True
         parameter.requires_grad_(not frozen)
-        if not frozen:
-            trained[module].append(name)
-    if not trained:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("a module with a learning rate above 0 wanted, got none: lr_* and freeze leave nothing to train")
-    return dict(trained)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

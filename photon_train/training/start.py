@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from photon_data.errors import UsageError
+from photon_data.location import Location
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimizer, read_state
@@ -30,16 +31,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 # What may change when a run goes on: nothing that a step depends on.
 FREE_TO_CHANGE = (
-    "output",
-    "workers",
-    "prefetch",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "track",
-    "eval",
-    "on_bad_row",
-    "on_nan",
+    *("output", "workers", "prefetch", "eval_every", "save_every", "keep_checkpoints", "track", "eval", "on_bad_row", "on_nan"),
 )
 
 
@@ -78,10 +70,9 @@ def start(config: TrainConfig, *, resume: bool, watch: Callable[[dict[str, Any]]
         state |= {name: read_state(last)[name] for name in ("step", "epoch", "step_in_epoch")}
         load_optimizer(model, optimizer, last)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=1))
+        Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
         accelerator.init_trackers("photon", init_kwargs={})
-    known = groundings(rows, Path(config.grounding), processor.config.tokens_zyx) if config.grounding else {}
+    known = groundings(rows, Path(config.grounding), processor.config.tokens_thw) if config.grounding else {}
     return Run(config, accelerator, model, processor, optimizer, rows, eval_rows, total, state, watch, known)
 
 

@@ -13,13 +13,13 @@ def test_a_prediction_is_read_back_as_it_was_written(tmp_path):
         Prediction("q2", error="no such volume"),
     ]
     path.write_text("".join(row.to_json() for row in rows), encoding="utf-8")
-    assert list(read_predictions(path)) == rows
+    assert read_predictions(path) == rows
 
 
 def test_another_models_answers_need_an_id_and_a_response_only(tmp_path):
     path = tmp_path / "preds.jsonl"
     path.write_text(json.dumps({"id": "q1", "response": "no", "theirs": 1}) + "\n\n")
-    assert list(read_predictions(path)) == [Prediction("q1", "no")]
+    assert read_predictions(path) == [Prediction("q1", "no")]
 
 
 @pytest.mark.parametrize("line", ['{"id": "q1", "resp', '["q1"]', '{"id": 1, "response": "no"}', '{"id": "q", "response": null}'])
@@ -27,7 +27,7 @@ def test_a_line_that_is_no_prediction_is_named(tmp_path, line):
     path = tmp_path / "preds.jsonl"
     path.write_text('{"id": "q0", "response": "no"}\n' + line)
     with pytest.raises(ValueError, match=r"preds\.jsonl:2"):
-        list(read_predictions(path))
+        read_predictions(path)
 
 
 def test_a_packed_mask_reads_as_hexadecimal_and_comes_back():

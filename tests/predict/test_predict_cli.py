@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from answers import put
 from askable import QUESTIONS, row, store
 from PIL import Image
 from raw import write_scan
@@ -29,12 +30,6 @@ def cli(*words):
     return result.exit_code, result.output
 
 
-def rows_file(folder: Path, rows) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return path
-
-
 @pytest.fixture
 def scan(tmp_path):
     return write_scan(tmp_path / "case.nii.gz", array=ct_like((30, 40, 44)), spacing_mm=(9.0, 7.0, 6.5))
@@ -43,7 +38,7 @@ def scan(tmp_path):
 @pytest.fixture
 def manifest(tmp_path):
     places = [store(tmp_path / "data", name, seed) for seed, name in enumerate(("a", "b"))]
-    return rows_file(tmp_path, [row(f"{Path(p).name[0]}{i}", q, p) for p in places for i, q in enumerate(QUESTIONS[:2])])
+    return put(tmp_path / "rows.jsonl", [row(f"{Path(p).name[0]}{i}", q, p) for p in places for i, q in enumerate(QUESTIONS[:2])])
 
 
 def test_questions_about_a_raw_scan_are_answered_with_what_was_kept_and_how_long_it_took(model_dir, scan):
@@ -159,17 +154,17 @@ def test_a_picture_can_be_taken_through_a_point(model_dir, scan, tmp_path):
 
 def test_rows_that_fail_are_listed_with_exit_code_1(model_dir, manifest, tmp_path):
     rows = [json.loads(line) for line in manifest.open()]
-    rows_file(tmp_path, [*rows, row("lost", QUESTIONS[0], str(tmp_path / "lost.ome.zarr"))])
+    put(tmp_path / "rows.jsonl", [*rows, row("lost", QUESTIONS[0], str(tmp_path / "lost.ome.zarr"))])
     code, text = cli("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     assert code == 1
     assert "4 answered, 0 before, 1 failed" in text and "failed lost: a store of photon-data" in text
 
 
 def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
-    rows_file(tmp_path, [{**json.loads(line), "choices": ["Yes", "No"]} for line in manifest.open()])
+    put(tmp_path / "rows.jsonl", [{**json.loads(line), "choices": ["Yes", "No"]} for line in manifest.open()])
     words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", "--choices", *FAST)
     assert [cli(*words, "--shard", part)[0] for part in ("1/2", "0/2")] == [0, 0]
-    found = list(read_predictions(tmp_path / "p.jsonl"))
+    found = read_predictions(tmp_path / "p.jsonl")
     assert len(found) == 4 and all(set(p.choice_scores) == {"Yes", "No"} for p in found)
     assert cli(*words, "--shard", "2/2")[0] == 2
 
@@ -179,7 +174,16 @@ def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
 def test_a_run_that_is_stopped_goes_on_to_the_same_predictions(model_dir, tmp_path, sign, code):
     places = [store(tmp_path / "data", f"v{seed}", seed) for seed in range(3)]
     rows = [row(f"{i}-{k}", f"{QUESTIONS[k % 4]} {k}", place) for i, place in enumerate(places) for k in range(12)]
-    words = ["--model", model_dir, "--manifest", rows_file(tmp_path, rows), "--questions-per-batch", 4, "--device", "cpu"]
+    words = [
+        "--model",
+        model_dir,
+        "--manifest",
+        put(tmp_path / "rows.jsonl", rows),
+        "--questions-per-batch",
+        4,
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, "-c", "from photon_cli.photon import main; main()", "predict", *map(str, words)]
     command += ["--max-new-tokens", "200"]
     path = tmp_path / "p.jsonl"

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from answers import put
 from askable import QUESTIONS, SHORT, asker, row, store
 
 from photon_data.errors import UsageError
@@ -22,7 +23,7 @@ def rows(tmp_path):
 
 def content(path):
     """The predictions by id, without what a clock said."""
-    found = list(read_predictions(path))
+    found = read_predictions(path)
     assert len({p.id for p in found}) == len(found)
     return {p.id: replace(p, seconds={}, peak_memory_mib=0.0) for p in found}
 
@@ -159,5 +160,5 @@ def test_a_relative_store_is_looked_for_beside_the_folder_of_manifests(tmp_path)
     manifest = tmp_path / "out" / "manifests" / "test.jsonl"
     manifest.parent.mkdir()
     rows = [row("near", "?", "volumes/v1.ome.zarr"), row("far", "?", "s3://bucket/v1.ome.zarr"), row("text", "?")]
-    manifest.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    put(manifest, rows)
     assert [one["videos"] for one in read_rows(manifest)] == [[place], ["s3://bucket/v1.ome.zarr"], []]

@@ -1,9 +1,9 @@
 """A small model, small stores and a manifest of uneven rows: what the tests of training share."""
 
-import json
-
 import numpy as np
 import pytest
+from answers import put
+from askable import row
 
 from photon_data.location import Location
 from photon_data.prepare import Prepared
@@ -26,13 +26,6 @@ def write_volume(out, name, seed):
     return str(out / store_name(name))
 
 
-def row(name, question, answer, videos=(), system=None):
-    messages = [{"role": "user", "content": "<video>" * len(videos) + question}, {"role": "assistant", "content": answer}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return {"id": name, "messages": messages, "videos": list(videos)}
-
-
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared")
@@ -44,21 +37,19 @@ def rows(stores):
     """16 rows of one volume, a text-only row, a row with two volumes, a row whose head differs."""
     answers = ("yes", "no", "left lower lobe", "3")
     found = [
-        row(f"{name}{i}", f"Question {i} of {name}" + "?" * i, answers[i % 4], [stores[name]])
+        row(f"{name}{i}", f"Question {i} of {name}" + "?" * i, stores[name], answer=answers[i % 4])
         for name, count in QUESTIONS.items()
         for i in range(count)
     ]
-    found.append(row("text", "What is a CT?", "a scan"))
-    found.append(row("pair", "Has it grown?", "no", [stores["a"], stores["b"]]))
-    found.append(row("other-head", "Is it well?", "yes", [stores["a"]], system="You are terse."))
+    found.append(row("text", "What is a CT?", answer="a scan"))
+    found.append(row("pair", "Has it grown?", stores["a"], stores["b"], answer="no"))
+    found.append(row("other-head", "Is it well?", stores["a"], answer="yes", system="You are terse."))
     return found
 
 
 @pytest.fixture(scope="session")
 def manifest(rows, tmp_path_factory):
-    path = tmp_path_factory.mktemp("manifests") / "train.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+    return put(tmp_path_factory.mktemp("manifests") / "train.jsonl", rows)
 
 
 @pytest.fixture(scope="session")

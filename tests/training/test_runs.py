@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from answers import put
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
@@ -50,28 +51,44 @@ def config(models, manifest, tmp_path):
     )
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+
+
 def trained(config, resume=False):
     run = start(config, resume=resume)
     run_steps(run)
     return [{name: row.get(name) for name in COMPUTED} for row in read_log(run.folder)]
 
 
+def stop(config, step):
+    """Begin the run, and end it with a Ctrl-C after a step."""
+    run = start(config, resume=False)
+
+    def stop_here(row):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    run.watch = stop_here
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(run)
+
+
+def command(config, path, *launcher):
+    """Return the command that trains with this config, which is written to the path."""
+    path.write_text(json.dumps(config.to_json()))
+    return [sys.executable, "-m", *launcher, "photon_cli", "train", "s2", "--config", str(path)]
+
+
+def with_threads(count):
+    return {**os.environ, "OMP_NUM_THREADS": str(count)}
+
+
 def test_a_run_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(config, tmp_path):
     whole = trained(replace(config, output=str(tmp_path / "whole")))
     assert {row["phase"] for row in whole} == {"dense", "soft", "hard", "flip"}
-    for stop in (1, 3, 4):
-        folder = tmp_path / f"stopped-{stop}"
-        stopped = start(replace(config, output=str(folder)), resume=False)
-        seen = []
-
-        def stop_here(row, seen=seen, stop=stop):
-            seen.append(row)
-            if len(seen) == stop:
-                raise KeyboardInterrupt
-
-        stopped.watch = stop_here
-        with pytest.raises(KeyboardInterrupt):
-            run_steps(stopped)
+    for step in (1, 3, 4):
+        folder = tmp_path / f"stopped-{step}"
+        stop(replace(config, output=str(folder)), step)
         assert trained(replace(config, output=str(folder)), resume=True) == whole
         ends = [PhotonForConditionalGeneration.from_pretrained(checkpoints(run)[-1]) for run in (folder, tmp_path / "whole")]
         for one, other in zip(*(model.parameters() for model in ends), strict=True):
@@ -91,22 +108,16 @@ def test_going_on_with_a_run_that_ended_changes_nothing(config, tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_with_9_has_the_same_losses_to_the_last_digit(config, tmp_path):
     whole = trained(replace(config, output=str(tmp_path / "whole")))
-    settings = {**config.to_json(), "output": str(tmp_path / "killed"), "save_every": 1}
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "photon_cli", "train", "s2", "--config", str(path)]
-    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=threads)
+    train = command(replace(config, output=str(tmp_path / "killed"), save_every=1), tmp_path / "run.json")
+    threads = with_threads(torch.get_num_threads())
+    process = subprocess.Popen(train, env=threads)
     while not (tmp_path / "killed/checkpoint-2").exists():
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (tmp_path / "killed/.partial-checkpoint-99").mkdir(exist_ok=True)  # what a kill while saving leaves
-    again = subprocess.run(
-        [*command, "--resume"], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=False
-    )
-    assert again.returncode == 0
+    subprocess.run([*train, "--resume"], env=threads, check=True)
     resumed = [{name: row.get(name) for name in COMPUTED} for row in read_log(tmp_path / "killed")]
     assert resumed == whole
 
@@ -114,13 +125,8 @@ def test_a_run_killed_with_9_has_the_same_losses_to_the_last_digit(config, tmp_p
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(config, tmp_path):
     one = trained(replace(config, output=str(tmp_path / "one")))
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({**config.to_json(), "output": str(tmp_path / "two")}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "photon_cli"]
-    done = subprocess.run(
-        [*torchrun, "train", "s2", "--config", str(path)], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0
+    train = command(replace(config, output=str(tmp_path / "two")), tmp_path / "run.json", *TORCHRUN)
+    subprocess.run(train, env=with_threads(1), check=True)
     two = read_log(tmp_path / "two")
     assert [row["questions"] for row in two] == [row["questions"] for row in one]
     for mine, theirs in zip(two, one, strict=True):
@@ -135,14 +141,8 @@ def read_log_of(config):
 @pytest.mark.slow
 def test_a_model_sharded_over_two_processes_has_the_loss_and_gradients_of_a_whole_one(models, manifest):
     script = Path(__file__).with_name("sharded.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(script), str(models / "s2"), str(manifest)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    sharded = [sys.executable, "-m", *TORCHRUN[:-1], str(script), str(models / "s2"), str(manifest)]
+    done = subprocess.run(sharded, env=with_threads(1), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -165,9 +165,7 @@ def damaged(rows, stores, tmp_path):
     content[len(content) // 3] ^= 8
     shard.write_bytes(content)
     changed = [{**r, "videos": [str(target) if v == stores["d"] else v for v in r["videos"]]} for r in rows]
-    path = tmp_path / "damaged.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in changed))
-    return path
+    return put(tmp_path / "damaged.jsonl", changed)
 
 
 def test_a_store_that_fails_its_checksum_stops_the_run_by_name(config, damaged):
@@ -182,10 +180,17 @@ def test_a_store_that_fails_its_checksum_is_skipped_when_asked_and_counted(confi
     assert "d0" in caplog.text
 
 
+def test_stage_1_goes_over_text_alone_and_over_rows_that_cannot_be_read(config, models, damaged):
+    """Neither has a gradient for the patch embedding, which is all that is trained."""
+    frozen = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model", "lr_threshold"), 0.0)
+    first = replace(config, stage="s1", model=str(models / "s1"), photon={}, epochs=1, **frozen)
+    rows = trained(replace(first, data=(str(damaged),), on_bad_row="skip"))
+    assert sum(row["questions"] for row in rows) == 19 - 4
+
+
 def test_a_volume_that_is_missing_stops_or_is_left_out_by_name(config, rows, tmp_path, caplog):
-    path = tmp_path / "missing.jsonl"
     lost = {**rows[0], "id": "lost", "videos": [str(tmp_path / "no.ome.zarr")]}
-    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, lost]))
+    path = put(tmp_path / "missing.jsonl", [*rows, lost])
     with pytest.raises(UsageError, match=r"no\.ome\.zarr.*lost"):
         trained(replace(config, data=(str(path),)))
     rows = trained(replace(config, data=(str(path),), on_bad_row="skip", epochs=1))
@@ -228,8 +233,7 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(config, mon
 
 def test_going_on_with_other_rows_or_settings_is_refused(config, rows, tmp_path):
     trained(replace(config, epochs=1))
-    path = tmp_path / "fewer.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows[1:]))
+    path = put(tmp_path / "fewer.jsonl", rows[1:])
     with pytest.raises(UsageError, match=r"the rows that .* was begun with"):
         start(replace(config, data=(str(path),), epochs=1), resume=True)
     with pytest.raises(UsageError, match=r"lr_vision=0\.5 \(was 0\.001\)"):
@@ -263,15 +267,7 @@ def test_frozen_modules_do_not_move_and_stage_2_starts_by_keeping_nearly_everyth
 def test_lora_trains_its_updates_only_resumes_and_ends_as_an_ordinary_model(config, models, tmp_path):
     lora = replace(config, lora_rank=2, lr_patch_embedding=0.0, lr_vision=0.0, lr_merger=0.0, lr_threshold=0.0, epochs=1)
     whole = trained(replace(lora, output=str(tmp_path / "whole")))
-    stopped = start(replace(lora, output=str(tmp_path / "stopped")), resume=False)
-
-    def stop_after_saving(row):
-        if row["step"] == 3:
-            raise KeyboardInterrupt
-
-    stopped.watch = stop_after_saving
-    with pytest.raises(KeyboardInterrupt):
-        run_steps(stopped)
+    stop(replace(lora, output=str(tmp_path / "stopped")), 3)  # behind a checkpoint
     assert trained(replace(lora, output=str(tmp_path / "stopped")), resume=True) == whole
     before = dict(PhotonForConditionalGeneration.from_pretrained(models / "s2").named_parameters())
     after = PhotonForConditionalGeneration.from_pretrained(tmp_path / "whole" / "merged")
@@ -281,9 +277,8 @@ def test_lora_trains_its_updates_only_resumes_and_ends_as_an_ordinary_model(conf
 
 
 def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(config, tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({**config.to_json(), "lr_merger": 0.0}))
-    result = CliRunner().invoke(app, ["train", "s2", "--config", str(path), "--set", "epochs=2", "--dry-run"])
+    train = command(replace(config, lr_merger=0.0), tmp_path / "run.json")[3:]
+    result = CliRunner().invoke(app, [*train, "--set", "epochs=2", "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "19 rows on 6 volumes, all stores are there" in result.output
     assert "6 steps in 2 epochs, each of 4 volumes with up to 3 questions" in result.output
