@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from photon_cli.options import console
+from photon_data.readers import left_alone
 from photon_data.records import VolumeRecord
 from photon_pipelines.dataset import Watcher
 from photon_pipelines.prepare import Plan
@@ -59,9 +60,7 @@ class Show:
     def _on_archive(self, name: str, done: int, total: int) -> None:
         done, total = done // 1_000_000, total // 1_000_000
         self.bar.update(self.task, description="unpacking", completed=done, total=total, detail=f"MB, {name}")
-        if not self.live and time.monotonic() - self.last_line > LINE_S:
-            self.last_line = time.monotonic()
-            console.print(f"unpacking {name}: {done:,} of {total:,} MB")
+        self._line(f"unpacking {name}: {done:,} of {total:,} MB")
 
     def _on_file(self, count: int) -> None:
         self.bar.update(self.task, description="looking for scans", detail=f"{count} files seen")
@@ -73,8 +72,9 @@ class Show:
         self.total = len(todo.jobs)
         self.start = time.monotonic()
         self.counts["unchanged"] += len(todo.done)
-        others = f", {sum(ignored.values())} other files left alone" if ignored else ""
-        console.print(f"{len(todo.jobs) + len(todo.done)} scans found, {len(todo.done)} of them done before{others}")
+        console.print(f"{len(todo.jobs) + len(todo.done)} scans found, {len(todo.done)} of them done before")
+        if ignored:
+            console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
         self.bar.update(self.task, description="preparing", total=self.total, completed=0, detail="")
 
     def _on_record(self, record: VolumeRecord) -> None:
@@ -83,10 +83,13 @@ class Show:
         if not record.is_there and record.reason:
             console.print(f"{record.state} {record.source}: {record.reason}", soft_wrap=True)
         self.bar.update(self.task, advance=1, detail=self._totals())
+        self._line(f"{sum(self.counts.values())} done, {self.total} to do in all: {self._totals()}")
+
+    def _line(self, text: str) -> None:
+        """Print a line now and then where there is no terminal to show it live."""
         if not self.live and time.monotonic() - self.last_line > LINE_S:
             self.last_line = time.monotonic()
-            done = sum(self.counts.values())
-            console.print(f"{done} done, {self.total} to do in all: {self._totals()}")
+            console.print(text)
 
     def _totals(self) -> str:
         minutes = (time.monotonic() - self.start) / 60

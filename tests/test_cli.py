@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from dicom_files import CORONAL, write_series
 from raw import write_scan
+from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.data import app
@@ -63,6 +65,22 @@ def test_a_source_that_is_not_there_or_holds_no_scans_is_misuse(tmp_path):
     code, text = cli("prepare", tmp_path / "empty", tmp_path / "out")
     assert code == 2
     assert "scans wanted" in text
+
+
+def test_scouts_beside_a_scan_are_reported_and_are_no_failure_and_alone_they_are_no_source(tmp_path):
+    def scout(ds, z):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    raw, out, values = tmp_path / "study", tmp_path / "out", ct_like((9, 20, 22))
+    write_series(raw / "scout", ct_like((2, 30, 20)), orientation=CORONAL, edit=scout)
+    code, text = cli("prepare", raw, out, *SMALL)
+    assert code == 2
+    assert f"wanted (NIfTI, NRRD, MetaImage, DICOM), found 2 (DICOM scout, no CT volume) in {raw}" in text
+    write_series(raw / "axial", values, rescale=(1, 0))
+    for words in (("prepare", raw, out, *SMALL), ("inspect", raw, "--workers", "1"), ("prepare", raw, out, "--dry-run", *SMALL)):
+        code, text = cli(*words)
+        assert code == 0, text
+        assert "2 (DICOM scout, no CT volume)" in text
 
 
 @pytest.mark.parametrize("out", ["nonsense://bucket/out", "raw/one.nii.gz"])
