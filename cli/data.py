@@ -111,6 +111,8 @@ def prepare(
                 id_from=id_from,
                 **run,
             )
+        if not order.out.is_shared:
+            fail(f"A folder or an object store wanted, got {order.out.url}, which the worker processes do not share.", MISUSE)
         crew = Workers(workers, scheduler, timeout, memory)
         if dry_run:
             prepare_command.estimate(order, crew)

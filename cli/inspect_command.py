@@ -9,7 +9,7 @@ from rich.table import Table
 from photon_cli.options import console
 from photon_data.problems import duplicates, problems
 from photon_data.readers import left_alone
-from photon_data.records import READY, VolumeRecord, to_jsonl
+from photon_data.records import READY, VolumeRecord, jsonl_bytes
 from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Order
 from photon_pipelines.inspection import inspect_all
@@ -31,7 +31,7 @@ def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:
         console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
     if json_file:
         rows = [{**record.to_json(), "findings": problems(record, modality=order.recipe.modality)} for record in records]
-        json_file.write_text(to_jsonl(rows), encoding="utf-8")
+        json_file.write_bytes(jsonl_bytes(rows))
     return all(record.state == READY for record in records)
 
 

@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit codes, sentences, and how little it imports."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -83,11 +84,23 @@ def test_scouts_beside_a_scan_are_reported_and_are_no_failure_and_alone_they_are
         assert "2 (DICOM scout, no CT volume)" in text
 
 
-@pytest.mark.parametrize("out", ["nonsense://bucket/out", "raw/one.nii.gz"])
+@pytest.mark.parametrize("out", ["nonsense://bucket/out", "memory://bucket/out", "raw/one.nii.gz"])
 def test_an_output_that_cannot_be_written_to_is_misuse(raw, tmp_path, out):
     code, text = cli("prepare", raw, out if "://" in out else tmp_path / out, *SMALL)
     assert code == 2
     assert "wanted, got" in text
+
+
+def test_a_run_that_nobody_reads_any_more_goes_on_and_says_by_its_exit_code_how_it_ended(raw, tmp_path):
+    command = [sys.executable, "-m", "photon_cli.data", "prepare", str(raw), str(tmp_path / "out"), *SMALL]
+    for code, name in enumerate(["two.nii.gz", "bad.nii.gz"]):
+        (raw / name).write_bytes((raw / "one.nii.gz").read_bytes() if not code else b"bad")
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, b"")
+    assert cli("verify", tmp_path / "out") == (0, "2 stores checked, 0 problems\n")
 
 
 def test_names_with_brackets_are_printed_as_they_are(raw, tmp_path):

@@ -52,7 +52,8 @@ def group_series(files: list[Path]) -> Grouped:
 
     The key is the start of a hash of the SeriesInstanceUID. One series may hold several stacks: images that differ in size or
     orientation (a scout beside the slices, which is counted and left out), multi-frame files, and acquisitions, where splitting
-    by AcquisitionNumber leaves no position taken twice. Its largest stack has the bare key, whatever lies beside it; the others follow as key-2, key-3, ...
+    by AcquisitionNumber leaves no position taken twice. Its largest stack has the bare key, whatever lies beside it; the others
+    follow as key-2, key-3, ...
     Refused("dicom-extra-missing") without pydicom.
     """
     _require_pydicom()
