@@ -111,8 +111,13 @@ def prepare(
                 id_from=id_from,
                 **run,
             )
+        if not order.out.is_shared:
+            fail(f"A folder or an object store wanted, got {order.out.url}, which the worker processes do not share.", MISUSE)
         crew = Workers(workers, scheduler, timeout, memory)
-        done = prepare_command.estimate(order, crew) if dry_run else prepare_command.prepare(order, crew)
+        if dry_run:
+            prepare_command.estimate(order, crew)
+            return
+        done = prepare_command.prepare(order, crew)
     raise typer.Exit(0 if done else PARTIAL)
 
 
@@ -138,32 +143,28 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write one JSON row per scan here.")] = None,
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
-    from photon_cli import inspect_command
+    from photon_cli import inspect_command, inspect_manifest_command
     from photon_data.location import Location
     from photon_pipelines.execute import Workers
     from photon_pipelines.gather import Order
 
-    if manifest:
-        from photon_cli import inspect_manifest_command
-
-        with edges():
-            refuse_beside_manifest(context, (*(name for name in DECLARED if name in context.params), "limit", "json_file"))
-            crew = Workers(workers, scheduler, timeout, memory)
-            good = inspect_manifest_command.inspect_manifest(manifest, only, _only_out(source, None), crew)
-        raise typer.Exit(0 if good else PARTIAL)
     with edges():
-        chosen = make_recipe(recipe, settings, modality, nan)
-        order = Order(
-            source=_existing(source),
-            out=Location("."),
-            recipe=chosen,
-            hu_source=hu_source,
-            columns=pairs(columns, "--columns"),
-            id_from=id_from,
-            limit=limit,
-            max_voxels=max_voxels,
-        )
-        good = inspect_command.inspect(order, Workers(workers, scheduler, timeout, memory), json_file)
+        crew = Workers(workers, scheduler, timeout, memory)
+        if manifest:
+            refuse_beside_manifest(context, (*(name for name in DECLARED if name in context.params), "limit", "json_file"))
+            good = inspect_manifest_command.inspect_manifest(manifest, only, _only_out(source, None), crew)
+        else:
+            order = Order(
+                source=_existing(source),
+                out=Location("."),
+                recipe=make_recipe(recipe, settings, modality, nan),
+                hu_source=hu_source,
+                columns=pairs(columns, "--columns"),
+                id_from=id_from,
+                limit=limit,
+                max_voxels=max_voxels,
+            )
+            good = inspect_command.inspect(order, crew, json_file)
     raise typer.Exit(0 if good else PARTIAL)
 
 

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from photon_cli.options import console
 from photon_data.problems import duplicates, problems
-from photon_data.records import READY, VolumeRecord, to_jsonl
+from photon_data.readers import left_alone
+from photon_data.records import READY, VolumeRecord, jsonl_bytes
 from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Order
 from photon_pipelines.inspection import inspect_all
@@ -17,7 +18,7 @@ from photon_pipelines.inspection import inspect_all
 def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:
     """Print a row per scan and return whether all could be prepared."""
     with console.status("reading scans"):
-        records = inspect_all(order, workers)
+        records, ignored = inspect_all(order, workers)
     table = Table(title=f"{len(records)} scans in {order.source}")
     for name in ("id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"):
         table.add_column(name, overflow="fold")
@@ -26,9 +27,11 @@ def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:
     console.print(table)
     for group in duplicates(records):
         console.print(f"the same content: {', '.join(record.source for record in group)}", soft_wrap=True)
+    if ignored:
+        console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
     if json_file:
         rows = [{**record.to_json(), "findings": problems(record, modality=order.recipe.modality)} for record in records]
-        json_file.write_text(to_jsonl(rows), encoding="utf-8")
+        json_file.write_bytes(jsonl_bytes(rows))
     return all(record.state == READY for record in records)
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.table import Table
 
 from photon_cli.options import console
-from photon_cli.prepare_command import cost
+from photon_cli.prepare_command import cost, say_lines
 from photon_data.collect import Part, asked, collect, combine, missing_paths
 from photon_data.declared import DataSet, read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.splits import leaks, refuse_leaks
 from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Order, as_row, jobs_of, one_recipe, out_of, recipe_of
-from photon_pipelines.prepare import Plan, plan
+from photon_pipelines.prepare import plan
 from photon_pipelines.unpacking import is_archived, pending
 
 SHOWN = 3
@@ -39,7 +39,8 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     readable = tuple(part.entry for part in parts)
     order = Order(path, where, one_recipe(readable), datasets=readable, seed=manifest.seed)
     both = combine(parts, manifest.seed)
-    _say(order, plan(jobs_of(order, both), where, order.recipe), workers)
+    todo = plan(jobs_of(order, both), where, order.recipe)
+    say_lines("for the volumes that are there", cost(order.recipe, todo, workers))
     refuse_leaks(leaks(map(as_row, both.questions), []))
     return len(parts) == len(datasets) and not both.unmatched
 
@@ -60,13 +61,6 @@ def _look(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]:
     numbers = [len(part.questions) + len(part.unmatched), len(there) + len(gone), len(there), len(gone)]
     about = [*map(str, archives), *part.notes, *([f"missing: {_first(gone)}"] if gone else [])]
     return part, [entry.name, *(f"{number:,}" for number in numbers), "; ".join(about)]
-
-
-def _say(order: Order, todo: Plan, workers: Workers) -> None:
-    table = Table(title="for the volumes that are there", show_header=False)
-    for name, text in cost(order.recipe, todo, workers).items():
-        table.add_row(name, text)
-    console.print(table)
 
 
 def _first(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,10 +18,20 @@ from photon_cli.exits import INTERRUPTED, MISUSE, STOPPED
 if TYPE_CHECKING:
     from photon_data.recipe import Recipe
 
+
+class _Patient(Console):
+    """A console that goes on in silence when nobody reads it any more, so that `| head` ends no work and no exit code lies."""
+
+    def on_broken_pipe(self) -> None:
+        """Write to nowhere from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 # No markup: file names hold brackets. A log file has room for a table.
 _WIDTH = None if sys.stdout.isatty() else 160
-console = Console(highlight=False, markup=False, width=_WIDTH)
-errors = Console(stderr=True, highlight=False, markup=False)
+console = _Patient(highlight=False, markup=False, width=_WIDTH)
+errors = _Patient(stderr=True, highlight=False, markup=False)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.table import Table
@@ -13,6 +13,7 @@ from photon_cli.exits import STOPPED
 from photon_cli.options import console, fail
 from photon_cli.progress import Show
 from photon_data.counts import Count
+from photon_data.readers import left_alone
 from photon_data.recipe import Recipe
 from photon_pipelines.dataset import Result
 from photon_pipelines.dataset import prepare as run_order
@@ -41,23 +42,27 @@ def prepare(order: Order, workers: Workers) -> bool:
     return result.complete
 
 
-def estimate(order: Order, workers: Workers) -> bool:
+def estimate(order: Order, workers: Workers) -> None:
     """Print what `prepare` would do and about what it needs; nothing is written."""
     for archives in pending(order.datasets, order.limit):
         console.print(str(archives), soft_wrap=True)
     there = tuple(entry for entry in order.datasets if not is_archived(entry))
     if order.datasets and not there:
-        return True
+        return
     data = gather(replace(order, datasets=there))
     for note in data.notes:
         console.print(note, soft_wrap=True)
-    ignored = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(data.ignored.items()))
-    lines = {**cost(order.recipe, plan(data.jobs, order.out, order.recipe), workers), "files left alone": ignored or "none"}
-    table = Table(title=f"photon-data prepare {order.source} {order.out.url} (dry run)", show_header=False)
+    lines = cost(order.recipe, plan(data.jobs, order.out, order.recipe), workers)
+    title = f"photon-data prepare {order.source} {order.out.url} (dry run)"
+    say_lines(title, {**lines, "files left alone": left_alone(data.ignored)})
+
+
+def say_lines(title: str, lines: Mapping[str, str]) -> None:
+    """Print what has a name each as a table."""
+    table = Table(title=title, show_header=False)
     for name, text in lines.items():
         table.add_row(name, text)
     console.print(table)
-    return True
 
 
 def cost(recipe: Recipe, todo: Plan, workers: Workers) -> dict[str, str]:

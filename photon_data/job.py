@@ -79,8 +79,7 @@ def run(job: Job) -> VolumeRecord:
     try:
         record = _prepare(job)
     except Refused as refusal:
-        reason = refusal.message.removeprefix(f"{job.source.files[0].name}: ")  # the record names its source already
-        record = job.record(REFUSED, code=refusal.code, reason=reason)
+        record = job.record(REFUSED, code=refusal.code, reason=_without_name(refusal.message, job.source))
     except OSError as error:
         if error.errno in NO_SPACE:
             raise NoSpace(error.errno, f"no space left for {job.out}; free some and run the same command again") from None
@@ -88,6 +87,11 @@ def run(job: Job) -> VolumeRecord:
     except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
         record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
     return replace(record, seconds=round(time.perf_counter() - start, 3))
+
+
+def _without_name(message: str, source: Source) -> str:
+    """Return a message without the file's name at its start: a record names its source already. A folder has no file."""
+    return message.removeprefix(f"{source.files[0].name}: ") if source.files else message
 
 
 def _prepare(job: Job) -> VolumeRecord:

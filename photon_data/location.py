@@ -37,6 +37,11 @@ class Location:
         return get_protocol(self.url) in ("file", "local")
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other processes find here what this one wrote: fsspec's memory is each process's own."""
+        return get_protocol(self.url) != "memory"
+
+    @property
     def path(self) -> Path:
         """The absolute local folder; ValueError for a remote one."""
         if not self.is_local:

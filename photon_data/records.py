@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 # Every input ends in exactly one of these.
@@ -57,7 +57,7 @@ class VolumeRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a plain dict."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:

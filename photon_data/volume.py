@@ -25,7 +25,6 @@ class Geometry:
 
     world = origin_lps + z * steps_lps[0] + y * steps_lps[1] + x * steps_lps[2].
 
-
     `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a. Steps need not be
     orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
     """

@@ -11,7 +11,7 @@ from photon_data.errors import UsageError
 from photon_data.export import FORMATS
 from photon_data.location import Location
 from photon_data.manifest import FOLDER, SUFFIX
-from photon_data.records import VolumeRecord, from_jsonl, to_jsonl
+from photon_data.records import VolumeRecord, from_jsonl, jsonl_bytes
 from photon_data.store import open_volume
 from photon_pipelines.prepare import read_records
 
@@ -69,5 +69,5 @@ def _write_manifests(out: Location, where: Location, suffix: str) -> int:
     for name in names:
         rows = from_jsonl((out.read(f"{FOLDER}/{name}") or b"").decode())
         moved = [{**row, "videos": [where.at(f"volumes/{row['volume_id']}{suffix}")]} for row in rows]
-        where.write(f"{FOLDER}/{name}", to_jsonl(moved).encode())
+        where.write(f"{FOLDER}/{name}", jsonl_bytes(moved))
     return len(names)

@@ -18,7 +18,7 @@ from photon_data.location import Location
 from photon_data.manifest import Unmatched
 from photon_data.prompts import PROMPTS, put
 from photon_data.questions import Question, read_questions
-from photon_data.readers import find_scans
+from photon_data.readers import find_scans, left_alone
 from photon_data.recipe import Recipe
 from photon_data.scan import MAX_VOXELS, Source
 from photon_data.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
@@ -121,7 +121,10 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
         questions = put(questions, order.prompt, "shown") if order.prompt else questions
     found = find_scans(order.source, id_from=order.id_from, on_file=on_file)
     if not found.sources:
-        raise UsageError(f"scans wanted in {order.source}, found none; NIfTI, NRRD, MetaImage and DICOM are read")
+        raise UsageError(
+            f"scans wanted (NIfTI, NRRD, MetaImage, DICOM), found {left_alone(found.ignored)} in {order.source}; "
+            "is this the right folder?"
+        )
     rescale = rescaling(order.hu_source, found.sources, order.columns)
     out = order.out.at("")
     jobs = [

@@ -19,33 +19,29 @@ NAME = ".lock"
 STALE_S = 300
 
 
-class Claim:
-    """The right to write into an output folder; `refresh` it now and then."""
+def refresh(out: Location) -> None:
+    """Say that the run that holds `out` is alive; call it now and then (of use on object stores only)."""
+    if not out.is_local:
+        out.write(NAME, json.dumps({**_ourselves(), "time": time.time()}).encode())
 
-    def __init__(self, out: Location) -> None:
-        self.out = out
-        self.holder = {"host": socket.gethostname(), "pid": os.getpid()}
 
-    def refresh(self) -> None:
-        """Say that this run is alive (of use on object stores only)."""
-        if not self.out.is_local:
-            self.out.write(NAME, json.dumps({**self.holder, "time": time.time()}).encode())
+def _ourselves() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 @contextlib.contextmanager
-def exclusive(out: Location) -> Iterator[Claim]:
+def exclusive(out: Location) -> Iterator[None]:
     """Hold `out` while the block runs; UsageError when another run holds it. However a process ends, its hold ends too."""
     if out.is_local:
         with _locked_file(out):
-            yield Claim(out)
+            yield
         return
     said = _read_holder((out.read(NAME) or b"").decode())
     if time.time() - said.get("time", 0) < STALE_S:
         raise _taken(out, said)
-    claim = Claim(out)
-    claim.refresh()
+    refresh(out)
     try:
-        yield claim
+        yield
     finally:
         out.remove(NAME)
 
@@ -64,7 +60,7 @@ def _locked_file(out: Location) -> Iterator[None]:
             file.seek(0)
             raise _taken(out, _read_holder(file.read())) from None
         file.truncate(0)
-        file.write(json.dumps(Claim(out).holder))
+        file.write(json.dumps(_ourselves()))
         file.flush()
         yield
 

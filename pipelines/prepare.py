@@ -18,10 +18,10 @@ from photon_data.errors import UsageError
 from photon_data.job import Job, already_there
 from photon_data.location import Location
 from photon_data.recipe import Recipe
-from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, to_jsonl
+from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, jsonl_bytes
 from photon_data.store import is_whole, read_metadata, store_name
 from photon_pipelines.execute import Workers, execute
-from photon_pipelines.lock import Claim
+from photon_pipelines.lock import refresh
 
 VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 # volumes.jsonl is written again at least this often; a run that is killed has to read refused files of this span again.
@@ -119,7 +119,7 @@ class _Snapshots:
     """Writes volumes.jsonl every SNAPSHOT_S, more rarely when writing it takes long."""
 
     def __init__(self, out: Location, todo: Plan) -> None:
-        self.out, self.todo, self.claim = out, todo, Claim(out)
+        self.out, self.todo = out, todo
         self.next = time.monotonic() + SNAPSHOT_S
 
     def maybe_write(self, records: Sequence[VolumeRecord]) -> None:
@@ -127,7 +127,7 @@ class _Snapshots:
         start = time.monotonic()
         if start < self.next:
             return
-        self.claim.refresh()
+        refresh(self.out)
         write_records(self.out, rows_so_far(self.todo, records))
         end = time.monotonic()
         self.next = end + max(SNAPSHOT_S, 20 * (end - start))
@@ -144,7 +144,7 @@ def read_records(out: Location) -> list[VolumeRecord]:
 
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     """Write volumes.jsonl, whole."""
-    out.write(VOLUMES, to_jsonl(record.to_json() for record in records).encode())
+    out.write(VOLUMES, jsonl_bytes(record.to_json() for record in records))
 
 
 def write_dataset(

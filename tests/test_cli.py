@@ -1,11 +1,14 @@
 """The command line as a person meets it: exit codes, sentences, and how little it imports."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from dicom_files import CORONAL, write_series
 from raw import write_scan
+from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.data import app
@@ -65,11 +68,39 @@ def test_a_source_that_is_not_there_or_holds_no_scans_is_misuse(tmp_path):
     assert "scans wanted" in text
 
 
-@pytest.mark.parametrize("out", ["nonsense://bucket/out", "raw/one.nii.gz"])
+def test_scouts_beside_a_scan_are_reported_and_are_no_failure_and_alone_they_are_no_source(tmp_path):
+    def scout(ds, z):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    raw, out, values = tmp_path / "study", tmp_path / "out", ct_like((9, 20, 22))
+    write_series(raw / "scout", ct_like((2, 30, 20)), orientation=CORONAL, edit=scout)
+    code, text = cli("prepare", raw, out, *SMALL)
+    assert code == 2
+    assert f"wanted (NIfTI, NRRD, MetaImage, DICOM), found 2 (DICOM scout, no CT volume) in {raw}" in text
+    write_series(raw / "axial", values, rescale=(1, 0))
+    for words in (("prepare", raw, out, *SMALL), ("inspect", raw, "--workers", "1"), ("prepare", raw, out, "--dry-run", *SMALL)):
+        code, text = cli(*words)
+        assert code == 0, text
+        assert "2 (DICOM scout, no CT volume)" in text
+
+
+@pytest.mark.parametrize("out", ["nonsense://bucket/out", "memory://bucket/out", "raw/one.nii.gz"])
 def test_an_output_that_cannot_be_written_to_is_misuse(raw, tmp_path, out):
     code, text = cli("prepare", raw, out if "://" in out else tmp_path / out, *SMALL)
     assert code == 2
     assert "wanted, got" in text
+
+
+def test_a_run_that_nobody_reads_any_more_goes_on_and_says_by_its_exit_code_how_it_ended(raw, tmp_path):
+    command = [sys.executable, "-m", "photon_cli.data", "prepare", str(raw), str(tmp_path / "out"), *SMALL]
+    for code, name in enumerate(["two.nii.gz", "bad.nii.gz"]):
+        (raw / name).write_bytes((raw / "one.nii.gz").read_bytes() if not code else b"bad")
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, b"")
+    assert cli("verify", tmp_path / "out") == (0, "2 stores checked, 0 problems\n")
 
 
 def test_names_with_brackets_are_printed_as_they_are(raw, tmp_path):

@@ -49,7 +49,7 @@ def series(monkeypatch):
         bad = [path for path in files if path.name.startswith("bad")]
         keys = sorted({path.name[0] for path in files if path not in bad})
         stacks = [(f"{key}123", [path for path in files if path.name[0] == key and path not in bad]) for key in keys]
-        return dicom.Grouped(stacks, [(path, f"{path.name}: no DICOM") for path in bad], 1)
+        return dicom.Grouped(stacks, [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad], 1, 2)
 
     monkeypatch.setattr(dicom, "group_series", group)
 
@@ -275,7 +275,8 @@ def test_a_series_is_a_source_with_the_key_in_its_id_and_path(tmp_path, series):
         "p/s/bad.dcm": ("p__s__bad.dcm", ["bad.dcm"]),
         "p/s/scan.nii": ("p__s__scan", ["scan.nii"]),
     }
-    assert found.ignored == {"(DICOM without image)": 2, "(no suffix)": 2}
+    assert found.ignored == {"(DICOM without image)": 2, "(DICOM scout, no CT volume)": 4, "(no suffix)": 2}
+    assert [source.code for source in found.sources if source.problem] == ["not-a-scan"]
     assert ids(tmp_path, "name")["p/s#a123"] == "s__sa123"
 
 

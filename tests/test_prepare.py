@@ -25,6 +25,7 @@ from photon_data.prepare import prepare_volume
 from photon_data.readers import find_scans
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import from_jsonl
+from photon_data.scan import Source
 from photon_pipelines.dataset import Watcher, prepare
 from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Order
@@ -276,6 +277,12 @@ def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(sou
     rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
     assert rows["b"]["facts"]["intercept"] == -5
     assert rows["d"]["code"] == "not-in-table"
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_and_not_a_crash(tmp_path):
+    source = Source("sub", "sub", (), "folder", 0, 0, "a folder that can be listed wanted: Permission denied")
+    record = run(Job(source, str(tmp_path / "out"), SMALL))
+    assert (record.state, record.code, record.reason) == ("refused", "unreadable", source.problem)
 
 
 def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):

@@ -198,20 +198,31 @@ def test_acquisitions_that_follow_one_another_stay_one_scan(tmp_path):
     assert [len(files) for _, files in group_series(list(tmp_path.iterdir())).series] == [7]
 
 
-def test_a_scout_in_the_same_series_does_not_spoil_the_scan(tmp_path):
-    uid, values = generate_uid(), stored_values()
+def of_type(*values):
+    return lambda ds, z: setattr(ds, "ImageType", list(values))
 
-    def to_scout(ds, z):
-        ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
 
-    write_series(tmp_path, stored_values((1, 30, 20)), orientation=CORONAL, uid=uid, names=["000-scout.dcm"], edit=to_scout)
-    files = write_series(tmp_path, values, uid=uid)
+def test_scouts_in_the_same_series_and_in_one_of_their_own_are_counted_and_do_not_spoil_the_scan(tmp_path):
+    uid, values, scout = generate_uid(), stored_values(), of_type("ORIGINAL", "PRIMARY", "LOCALIZER")
+    within = write_series(tmp_path, stored_values((1, 30, 20)), orientation=CORONAL, uid=uid, names=["000-scout.dcm"], edit=scout)
+    write_series(tmp_path, stored_values((2, 30, 20)), orientation=SAGITTAL, names=["s1.dcm", "s2.dcm"], edit=scout)
+    files = write_series(tmp_path, values, uid=uid, edit=of_type("ORIGINAL", "PRIMARY", "AXIAL"))
     alone = group_series(files).series[0][0]
-    (key, main), (scout_key, scout) = group_series(list(tmp_path.iterdir())).series
-    assert (key, main, scout_key) == (alone, files, f"{alone}-2")
-    assert np.array_equal(stored(open_files(main)), values)
-    assert refusal(scout).code == "dicom-localizer"
-    assert refusal(main + scout).code == "dicom-mixed"
+    grouped = group_series(list(tmp_path.iterdir()))
+    assert (grouped.series, grouped.scouts) == ([(alone, files)], 3)
+    assert np.array_equal(stored(open_files(files)), values)
+    assert refusal(files + within).code == "dicom-mixed"
+
+
+def test_only_stacks_that_are_localizer_throughout_are_scouts(tmp_path):
+    def first_only(ds, z):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL" if z else "LOCALIZER"]
+
+    a = write_series(tmp_path, stored_values(), edit=first_only)
+    b = write_series(tmp_path, stored_values((1, 30, 20)), orientation=CORONAL, names=["looks-like-a-scout.dcm"])
+    grouped = group_series(list(tmp_path.iterdir()))
+    assert sorted(files for _, files in grouped.series) == sorted([a, b])
+    assert grouped.scouts == 0
 
 
 def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_path):
@@ -229,7 +240,8 @@ def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_pa
     assert all(len(key) == 8 and int(key, 16) >= 0 for key, _ in grouped.series)
     assert grouped.ignored == 2
     assert [path.name for path, _ in grouped.unreadable] == ["broken-link.dcm", "empty.dcm", "noise", "text.dcm"]
-    assert not any("secret" in reason.lower() for _, reason in grouped.unreadable)
+    assert [why.code for _, why in grouped.unreadable] == ["dicom-unreadable", "empty", "not-a-scan", "not-a-scan"]
+    assert not any("secret" in why.message.lower() for _, why in grouped.unreadable)
 
 
 def test_the_key_is_not_the_uid_and_does_not_depend_on_names(tmp_path):

@@ -29,11 +29,12 @@ from collections.abc import Callable
 
 from photon_data.errors import Refused
 from photon_data.readers import metaimage, nifti, nrrd
+from photon_data.readers.checks import unreadable
 from photon_data.readers.dicom import open_series
-from photon_data.readers.discover import Found, find_scans
+from photon_data.readers.discover import Found, find_scans, left_alone
 from photon_data.scan import MAX_VOXELS, Scan, Source
 
-__all__ = ["Found", "find_scans", "open_scan"]
+__all__ = ["Found", "find_scans", "left_alone", "open_scan"]
 
 OPENERS: dict[str, Callable[[Source, str, int], Scan]] = {
     nifti.NAME: nifti.open_nifti,
@@ -50,9 +51,8 @@ def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = M
     codes above, here or while the planes are streamed; OSError where the disk fails.
     """
     if source.problem:
-        raise Refused("unreadable", source.problem)
+        raise Refused(source.code, source.problem)
     try:
         return OPENERS[source.format](source, nifti_affine, max_voxels)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        name = source.files[0].name
-        raise Refused("unreadable", f"{name}: a readable file wanted: {error.strerror}; restore it or its permissions") from None
+        raise unreadable(source.files[0], error) from None

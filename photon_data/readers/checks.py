@@ -29,6 +29,11 @@ def not_a(kind: str, path: Path, remedy: str) -> Refused:
     return Refused("not-a-scan", f"{path.name}: {kind} wanted, found {describe(head)}; {remedy}")
 
 
+def unreadable(path: Path, error: OSError) -> Refused:
+    """Return the refusal of a file that the system does not let us read."""
+    return Refused("unreadable", f"{path.name}: a readable file wanted: {error.strerror}; restore it or its permissions")
+
+
 def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, int, int]:
     """Return (z, y, x) of sizes in file order (fastest axis first); sides of 1 after the third are dropped.
 

@@ -5,7 +5,6 @@ Codes of refusal beside those that all formats share:
     dicom-extra-missing     pydicom is not installed
     dicom-unreadable        a header that cannot be read
     dicom-no-geometry       an image without position, orientation or pixel spacing, or no image at all
-    dicom-localizer         a scout
     dicom-multiframe        frames without positions
     dicom-mixed             images that differ in size, orientation, spacing or series, or lie beside the line of the others
     dicom-missing-slices    slice distances differ
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from photon_data.errors import Refused
+from photon_data.readers.checks import unreadable
 from photon_data.readers.dicom_geometry import belong_together, has_duplicates, stack
 from photon_data.readers.dicom_header import Plane, read_planes
 from photon_data.readers.dicom_pixels import require_decodable, stored_planes
@@ -36,40 +36,44 @@ class Grouped(NamedTuple):
     """What the files of one folder are.
 
     series      (key, files sorted by name) of each image stack, sorted by key
-    unreadable  (file, reason) of what is not DICOM or is damaged
+    unreadable  (file, why) of what is not DICOM or is damaged
     ignored     number of DICOM files that hold no image: structures, reports, presentation states, segmentations, doses
+    scouts      number of files of stacks that are LOCALIZER by their ImageType, every image of them
     """
 
     series: list[tuple[str, list[Path]]]
-    unreadable: list[tuple[Path, str]]
+    unreadable: list[tuple[Path, Refused]]
     ignored: int
+    scouts: int
 
 
 def group_series(files: list[Path]) -> Grouped:
     """Return the image stacks among the files of one folder, from their headers alone.
 
     The key is the start of a hash of the SeriesInstanceUID. One series may hold several stacks: images that differ in size or
-    orientation (a scout beside the slices), multi-frame files, and acquisitions, where splitting by AcquisitionNumber leaves no
-    position taken twice. Its largest stack has the bare key, whatever lies beside it; the others follow as key-2, key-3, ...
+    orientation (a scout beside the slices, which is counted and left out), multi-frame files, and acquisitions, where splitting
+    by AcquisitionNumber leaves no position taken twice. Its largest stack has the bare key, whatever lies beside it; the others
+    follow as key-2, key-3, ...
     Refused("dicom-extra-missing") without pydicom.
     """
     _require_pydicom()
     by_series: dict[str, list[Plane]] = {}
-    unreadable, ignored = [], 0
+    strange, ignored = [], 0
     for path in sorted(files):
         try:
             planes = read_planes(path)
         except Refused as refused:
-            unreadable.append((path, refused.message))
+            strange.append((path, refused))
             continue
         except OSError as error:
-            unreadable.append((path, f"{path.name}: a readable file wanted: {error.strerror}; restore it or its permissions"))
+            strange.append((path, unreadable(path, error)))
             continue
         ignored += not planes
         for plane in planes[:1]:
             by_series.setdefault(plane.series, []).append(plane)
-    series = [named for key, planes in sorted(by_series.items()) for named in _named_stacks(key, planes)]
-    return Grouped(series, unreadable, ignored)
+    stacks = [named for key, planes in sorted(by_series.items()) for named in _named_stacks(key, planes)]
+    series = [(key, [plane.path for plane in planes]) for key, planes in stacks if not _is_scout(planes)]
+    return Grouped(series, strange, ignored, sum(len(planes) for _, planes in stacks if _is_scout(planes)))
 
 
 def open_series(source: Source, *, max_voxels: int) -> Scan:
@@ -77,8 +81,8 @@ def open_series(source: Source, *, max_voxels: int) -> Scan:
 
     Stored values with one slope and intercept, if all slices agree on these and on the stored type; otherwise planes come
     rescaled as float32, with slope 1 and intercept 0. MONOCHROME1 changes how a picture is shown, not its HU: taken as it is.
-    Refused: what `read_planes`, `stack` and `require_decodable` refuse, and rgb, dicom-localizer, dicom-multiframe,
-    dicom-bad-rescale, dicom-extra-missing.
+    Refused: what `read_planes`, `stack` and `require_decodable` refuse, and rgb, dicom-multiframe, dicom-bad-rescale,
+    dicom-extra-missing.
     """
     _require_pydicom()
     planes = [plane for path in source.files for plane in _image_planes(path)]
@@ -96,11 +100,15 @@ def _rescaled_planes(planes: Sequence[Plane]) -> Iterator[np.ndarray]:
         yield (stored * plane.slope + plane.intercept).astype(np.float32)
 
 
-def _named_stacks(key: str, planes: list[Plane]) -> list[tuple[str, list[Path]]]:
-    """Return (key, files) of each stack of a series, the largest first; among equals the one with the first file name."""
+def _is_scout(planes: Sequence[Plane]) -> bool:
+    return all(plane.localizer for plane in planes)
+
+
+def _named_stacks(key: str, planes: list[Plane]) -> list[tuple[str, list[Plane]]]:
+    """Return (key, planes) of each stack of a series, the largest first; among equals the one with the first file name."""
     stacks = [part for whole in _alike(planes) for part in _acquisitions(whole)]
     stacks.sort(key=lambda part: -len(part))  # stable: planes came sorted by name
-    return [(key if n == 1 else f"{key}-{n}", [p.path for p in part]) for n, part in enumerate(stacks, 1)]
+    return [(key if n == 1 else f"{key}-{n}", part) for n, part in enumerate(stacks, 1)]
 
 
 def _alike(planes: list[Plane]) -> list[list[Plane]]:
@@ -136,8 +144,6 @@ def _require_slices(planes: Sequence[Plane]) -> None:
     name = planes[0].path.name
     if any(plane.color for plane in planes):
         raise Refused("rgb", f"{name}: one grey value per pixel wanted, found colour: a screenshot; export the slices")
-    if all(plane.localizer for plane in planes):
-        raise Refused("dicom-localizer", f"{name}: slices wanted, found a scout (localizer); nothing is lost by leaving it out")
     if any(plane.frames > 1 and plane.position_lps is None for plane in planes):
         raise Refused(
             "dicom-multiframe",

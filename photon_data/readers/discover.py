@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.errors import Refused, UsageError
 from photon_data.readers import dicom, metaimage, nifti, nrrd
+from photon_data.readers.checks import unreadable
 from photon_data.readers.content import HEAD_BYTES, is_dicom
 from photon_data.readers.ids import Named, assign_ids
 from photon_data.readers.stream import read_head
@@ -44,7 +46,7 @@ DICOM, FOLDER = "dicom", "folder"
 HIDDEN_FOLDERS = ("__MACOSX",)
 # What is counted of files that are no scans; a longer "suffix" may be a piece of somebody's name.
 MAX_SUFFIX = 6
-LINK, SPECIAL, NO_IMAGE = "(link)", "(special file)", "(DICOM without image)"
+LINK, SPECIAL, NO_IMAGE, SCOUT = "(link)", "(special file)", "(DICOM without image)", "(DICOM scout, no CT volume)"
 NO_SUFFIX, OTHER = "(no suffix)", "(other)"
 
 
@@ -53,6 +55,11 @@ class Found(NamedTuple):
 
     sources: list[Source]
     ignored: dict[str, int]
+
+
+def left_alone(ignored: Mapping[str, int]) -> str:
+    """Return `Found.ignored` in words, "2 (DICOM scout, no CT volume), 5 .txt"."""
+    return ", ".join(f"{count} {kind}" for kind, count in ignored.items()) or "nothing"
 
 
 @dataclass
@@ -65,11 +72,12 @@ class _Finding:
     claimed: set[Path] = field(default_factory=set)
     ignored: Counter[str] = field(default_factory=Counter)
 
-    def add(self, words: tuple[str, ...], path: str, files: tuple[Path, ...], kind: str, problem: str | None = None) -> None:
-        """Add one source; `words` name it, `path` is relative to the root."""
-        size, mtime_ns, problem = _measure(files, problem)
-        source = Source("", path, files, kind, size, mtime_ns, problem)
-        self.sources.append((Named(path, words), source))
+    def add(self, words: tuple[str, ...], path: str, files: tuple[Path, ...], kind: str, why: Refused | None = None) -> None:
+        """Add one source; `words` name it, `path` is relative to the root, `why` says that it cannot become a volume."""
+        size, mtime_ns, unread = _measure(files)
+        why = why or unread
+        source = Source("", path, files, kind, size, mtime_ns)
+        self.sources.append((Named(path, words), replace(source, problem=why.message, code=why.code) if why else source))
 
     def place(self, path: Path) -> tuple[str, ...]:
         """Return the parts of a path below the root."""
@@ -116,12 +124,12 @@ def _folders(root: Path, finding: _Finding) -> Iterator[list[Path]]:
         yield [root]
         return
 
-    def unreadable(error: OSError) -> None:
+    def closed(error: OSError) -> None:
         place = finding.place(Path(error.filename))
-        problem = f"a folder that can be listed wanted: {error.strerror}; change its permissions"
-        finding.add(place or (finding.root.name,), "/".join(place) or ".", (), FOLDER, problem)
+        why = Refused("unreadable", f"a folder that can be listed wanted: {error.strerror}; change its permissions")
+        finding.add(place or (finding.root.name,), "/".join(place) or ".", (), FOLDER, why)
 
-    for here, folders, names in os.walk(root, onerror=unreadable):
+    for here, folders, names in os.walk(root, onerror=closed):
         links = [name for name in folders if Path(here, name).is_symlink()]
         folders[:] = sorted(name for name in folders if name not in links and not _is_hidden(name))
         yield [Path(here, name) for name in sorted(names + links) if not _is_hidden(name)]
@@ -199,36 +207,31 @@ def _may_be_dicom(path: Path) -> bool:
 def _add_dicom(files: list[Path], finding: _Finding) -> None:
     """Add the series among the DICOM files of one folder, and each file that is unreadable or damaged."""
     place = finding.place(files[0])[:-1]
-    unreadable = [path for path in files if not os.access(path, os.R_OK)]
-    for path in unreadable:
-        finding.add((*place, path.name), "/".join((*place, path.name)), (path,), DICOM)
-    readable = [path for path in files if path not in unreadable]
     try:
-        grouped = dicom.group_series(readable)
+        grouped = dicom.group_series(files)
     except Refused as refused:
-        finding.add((*place, "s"), "/".join(place) + "#", tuple(readable), DICOM, refused.message)
+        finding.add((*place, "s"), "/".join(place) + "#", tuple(files), DICOM, refused)
         return
     for key, members in grouped.series:
         words = (*place[:-1], f"{place[-1]}__s{key}") if place else (f"s{key}",)
         finding.add(words, "/".join(place) + f"#{key}", tuple(members), DICOM)
-    for path, reason in grouped.unreadable:
-        finding.add((*place, path.name), "/".join((*place, path.name)), (path,), DICOM, reason)
-    if grouped.ignored:
-        finding.ignored[NO_IMAGE] += grouped.ignored
+    for path, why in grouped.unreadable:
+        finding.add((*place, path.name), "/".join((*place, path.name)), (path,), DICOM, why)
+    finding.ignored.update({NO_IMAGE: grouped.ignored, SCOUT: grouped.scouts})
 
 
-def _measure(files: Sequence[Path], problem: str | None) -> tuple[int, int, str | None]:
-    """Return bytes together, time of the last change, and the problem: the given one, or that a file cannot be read."""
-    size = mtime_ns = 0
+def _measure(files: Sequence[Path]) -> tuple[int, int, Refused | None]:
+    """Return bytes together, time of the last change, and, where a file cannot be read, why."""
+    size, mtime_ns, why = 0, 0, None
     for path in files:
         try:
             facts = path.stat()
+            size, mtime_ns = size + facts.st_size, max(mtime_ns, facts.st_mtime_ns)
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, "permission denied")
         except OSError as error:
-            return size, mtime_ns, problem or f"{path.name}: a readable file wanted: {error.strerror}; change its permissions"
-        size, mtime_ns = size + facts.st_size, max(mtime_ns, facts.st_mtime_ns)
-        if not os.access(path, os.R_OK):
-            problem = problem or f"{path.name}: a readable file wanted: permission denied; change its permissions"
-    return size, mtime_ns, problem
+            why = why or unreadable(path, error)
+    return size, mtime_ns, why
 
 
 def _suffix(path: Path) -> str:

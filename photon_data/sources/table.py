@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatch
-from pathlib import Path
 
 from photon_data.declared import DataSet
-from photon_data.questions import read_questions
-from photon_data.readers import find_scans
+from photon_data.questions import Question, read_questions
+from photon_data.readers import find_scans, left_alone
 from photon_data.scan import Source
 from photon_data.sources.collected import Adapter, Collected, OnFile
 
@@ -20,12 +19,12 @@ def read_table(entry: DataSet, on_file: OnFile) -> Collected:
     questions = []
     for path in entry.annotations.get("questions", ()):
         questions += read_questions(path, entry.options.get("columns"))
-    return Collected(_scans(entry, on_file), questions)
+    return _collected(entry, on_file, questions)
 
 
 def read_folder(entry: DataSet, on_file: OnFile) -> Collected:
     """Return the scans of a folder; each gets the instruction as its question."""
-    return Collected(_scans(entry, on_file), None)
+    return _collected(entry, on_file, None)
 
 
 def read_phantom(entry: DataSet, on_file: OnFile) -> Collected:
@@ -33,20 +32,23 @@ def read_phantom(entry: DataSet, on_file: OnFile) -> Collected:
     roots = tuple(root / SCANS for root in entry.roots)
     questions = [q for root in entry.roots for q in read_questions(root / QUESTIONS)]
     named = [replace(question, task=question.extra.get("kind")) for question in questions]
-    return Collected(_scans(replace(entry, roots=roots), on_file), named)
+    return _collected(replace(entry, roots=roots), on_file, named)
 
 
-def _scans(entry: DataSet, on_file: OnFile) -> list[Source]:
-    """Return the scans below the roots whose path matches the option `pattern`, ids after the option `id_prefix`."""
+def _collected(entry: DataSet, on_file: OnFile, questions: list[Question] | None) -> Collected:
+    """Return the questions with the scans below the roots whose path matches the option `pattern`, ids after `id_prefix`."""
     pattern, id_from = entry.options.get("pattern", "*"), entry.options.get("id_from", "path")
     prefix = entry.options.get("id_prefix", "")
     found: list[Source] = []
+    notes = []
     for root in entry.roots:
-        found += [s for s in find_scans(Path(root), id_from=id_from, on_file=on_file).sources if fnmatch(s.path, pattern)]
+        scans = find_scans(root, id_from=id_from, on_file=on_file)
+        found += [source for source in scans.sources if fnmatch(source.path, pattern)]
+        notes += [f"files left alone in {root}: {left_alone(scans.ignored)}"] if scans.ignored else []
     sources = {prefix + source.id: replace(source, id=prefix + source.id) for source in found}
     if len(sources) < len(found):
         raise entry.wrong(f"ids of their own for {len(found)} scans wanted, got {len(sources)}; declare one data set per root")
-    return list(sources.values())
+    return Collected(list(sources.values()), questions, notes=notes)
 
 
 _OPTIONS = ("pattern", "id_from", "id_prefix", "cohort")
