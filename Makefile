@@ -20,7 +20,8 @@ demo-data: $(VENV)/installed
 	$(BIN)/photon-data show "$$(ls -d $(DEMO)/prepared/volumes/*.ome.zarr | head -n 1)" --output $(DEMO)/volume.png
 	@echo "Open $(DEMO)/prepared/report.html and $(DEMO)/volume.png"
 
-# A tiny model learns to say whether whole organs are affected, on a grid of an eighth of the voxels; then it may drop tokens.
+# A tiny model learns to say whether whole organs are affected, on a grid of an eighth of the voxels, and where they are (from the
+# masks of the training phantoms); then it learns to drop tokens.
 MANIFESTS := $(DEMO)/easy/prepared/manifests
 demo-model: $(VENV)/installed
 	$(BIN)/photon-data phantom $(DEMO)/easy/phantoms --n 120 --easy --size 160
@@ -28,7 +29,7 @@ demo-model: $(VENV)/installed
 		--questions $(DEMO)/easy/phantoms/questions.jsonl --set model_shape_zyx=70,140,140
 	test -e $(DEMO)/tiny || $(BIN)/photon init --tiny $(DEMO)/tiny --model-shape 70,140,140
 	$(BIN)/photon train tiny-s1 --model $(DEMO)/tiny --data $(MANIFESTS)/train.jsonl --eval $(MANIFESTS)/val.jsonl \
-		--output $(DEMO)/s1 --resume
+		--set grounding=$(DEMO)/easy/phantoms/masks --output $(DEMO)/s1 --resume
 	$(BIN)/photon train tiny-s2 --model "$$(ls -d $(DEMO)/s1/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/train.jsonl \
 		--eval $(MANIFESTS)/val.jsonl --output $(DEMO)/s2 --resume
 	$(BIN)/photon eval vqa --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/test.jsonl \
@@ -37,7 +38,7 @@ demo-model: $(VENV)/installed
 	$(BIN)/photon predict --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --overlay $(DEMO)/overlay --max-new-tokens 8 \
 		--at=-52,52,356 \
 		"$$(ls $(DEMO)/easy/phantoms/scans/*-0002.*)" \
-		"Is there a lung consolidation in this scan?" "Is there a liver calcification in this scan?"
+		"Any lung consolidation?" "Any liver calcification?"
 	@echo "Open $(DEMO)/scores/report.html, $(DEMO)/s2/curves.png and $(DEMO)/overlay"
 
 # Two workers of one thread each; with more they wait for each other.
