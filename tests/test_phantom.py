@@ -317,3 +317,32 @@ def test_progress_is_told_after_each_phantom(tmp_path):
     made = make_phantoms(tmp_path, 2, 9, size=48, progress=lambda phantom: told.append(phantom.volume))
     assert told == [phantom.volume for phantom in made] == ["phantom-9-0000", "phantom-9-0001"]
     assert all(phantom.scan_path(tmp_path).exists() for phantom in made)
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("easy")
+    make_phantoms(directory, 12, 1, size=64, easy=True)
+    return directory
+
+
+def test_easy_findings_fill_their_organs_or_are_not_there(easy):
+    questions = rows_of(easy, "existence")
+    assert Counter(row["answer"] for row in questions) == {"yes": 12, "no": 12}
+    for row in questions:
+        there = (easy / "masks" / row["volume"] / f"{row['lesion']}.nii.gz").exists()
+        assert there == (row["answer"] == "yes")
+        if there:
+            organs = sum(mask_of(easy, row, organ) for organ in row["organ_masks"])
+            assert np.array_equal(mask_of(easy, row, row["lesion"]) > 0, organs > 0)
+
+
+def test_captions_of_training_volumes_say_what_the_questions_ask_each_finding_first_once():
+    phantoms = [draw_phantom(2, index, 64, easy=True) for index in range(24)]
+    for phantom in phantoms:
+        captions = [row["answer"].split(", ") for row in phantom.questions if row["kind"] == "caption"]
+        told = {f"{row['lesion'].replace('_', ' ')} {row['answer']}" for row in phantom.questions if row["kind"] == "existence"}
+        assert len(captions) == (len(told) if phantom.slot.split == "train" else 0)
+        assert all(set(caption) == told for caption in captions)
+        assert {caption[0] for caption in captions} == (told if captions else set())
+    assert {phantom.slot.split for phantom in phantoms} == {"train", "val", "test"}
