@@ -217,7 +217,7 @@ def phantom(
     n: Annotated[int, typer.Option("--n", min=1, help="Number of scans.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     size: Annotated[int, typer.Option(min=64, help="Voxels across a slice: smaller is faster and coarser.")] = 384,
-    easy: Annotated[bool, typer.Option("--easy", help="Whole organs affected, short questions, captions: for tiny models.")] = False,
+    easy: Annotated[bool, typer.Option("--easy", help="Whole organs affected, short questions: for tiny models.")] = False,
 ) -> None:
     """Make raw synthetic CTs with masks and questions whose answers are known."""
     from photon_cli import phantom_command
