@@ -17,7 +17,7 @@ SUMMARY = "summary.json"
 # Title of a panel -> the logged values in it.
 PANELS = {
     "loss (per step)": ("loss", "ce"),
-    "parts of the loss": ("band", "robustness", "flip"),
+    "parts of the loss": ("band", "robustness", "flip", "grounding"),
     "kept share of visual tokens": ("keep_ratio", "eval_keep_ratio"),
     "threshold": ("threshold",),
     "evaluation": ("eval_loss", "eval_exact"),
