@@ -16,6 +16,7 @@ _LINE = 32
 _NAMES, _BESIDE = 104, 8
 # Where the highest value is beyond this many times the 95th percentile, the last bar holds all that is beyond.
 _FAR = 2.5
+_MOST_BINS = 24
 # Shares of voxels are drawn on a logarithmic axis that starts here.
 _LEAST_SHARE = 1e-5
 
@@ -55,14 +56,14 @@ class Bins(NamedTuple):
     is_open: bool
 
 
-def binned(values: Sequence[float], *, include: Sequence[float] = (), most: int = 24) -> Bins:
-    """Return at most about `most` equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
+def binned(values: Sequence[float], *, include: Sequence[float] = ()) -> Bins:
+    """Return at most about 24 equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
     data = np.round(np.asarray(values, float), 6)
     far = max(_FAR * float(np.percentile(data, 95)), *include, -np.inf)
     is_open = bool(data.max() > far > data.min() >= 0)
     shown = np.minimum(data, far) if is_open else data
     low, high = min(shown.min(), *include, np.inf), max(shown.max(), *include, -np.inf)
-    step = _round_step((high - low or abs(high) or 1.0) / most)
+    step = _round_step((high - low or abs(high) or 1.0) / _MOST_BINS)
     start = np.floor(np.round(low / step, 6))
     count = int(np.floor(np.round(high / step, 6)) - start) + 1
     edges = np.round((start + np.arange(count + 1)) * step, 9)
