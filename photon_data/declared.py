@@ -109,7 +109,7 @@ def read_data_manifest(path: Path) -> DataManifest:
     datasets = tuple(_entry(name, item, base, recipe) for name, item in entries.items())
     check_names(entries)
     out = top["out"].text() if "out" in top else None
-    seed = int(top["seed"].number(-1)) if "seed" in top else 0
+    seed = top["seed"].whole(-1) if "seed" in top else 0
     return DataManifest(path, datasets, out if out is None or "://" in out else str(base / out), seed)
 
 
@@ -198,7 +198,7 @@ def _mix(item: Placed | None) -> dict[str, Share]:
     for split, share in (item.mapping("a mapping from splits to weight and cap") if item else {}).items():
         found = share.fields(("weight", "cap"))
         weight = found["weight"].number(0) if "weight" in found else None
-        shares[split] = Share(weight, int(found["cap"].number(0)) if "cap" in found else None)
+        shares[split] = Share(weight, found["cap"].whole(0) if "cap" in found else None)
     return shares
 
 

@@ -141,9 +141,8 @@ def file_names(folder: Path) -> list[str]:
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _upload(folder: Path, out: Location, name: str) -> None:

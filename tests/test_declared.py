@@ -36,6 +36,10 @@ ROOT = Path(__file__).parent.parent
         ("dataset: {}\n", "line 1: one of out, recipe, seed, datasets wanted, got 'dataset'; did you mean 'datasets'"),
         ("datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n", "line 4: a number above 0 wanted, got True"),
         ("datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n", "line 5: a number above 0"),
+        (
+            "datasets:\n  a:\n    adapter: folder\n    mix: {train: {cap: 0.5}}\n",
+            "line 4: a whole number above 0 wanted, got 0.5",
+        ),
         ("datasets:\n  a:\n    adapter: m3d\n    root: .\n", "8-bit slices .* without spacing"),
         ("datasets:\n  a:\n    adapter: folder\n    root: nowhere\n", "1 files or folders are not there: .*nowhere"),
         (
