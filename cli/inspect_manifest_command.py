@@ -9,16 +9,14 @@ from rich.table import Table
 
 from photon_cli.options import console
 from photon_cli.prepare_command import cost, say_lines
-from photon_data.collect import Part, asked, collect, combine, missing_paths
+from photon_data.collect import Part, collect, combine, missing_paths
 from photon_data.declared import DataSet, read_data_manifest
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.splits import leaks, refuse_leaks
 from photon_pipelines.execute import Workers
 from photon_pipelines.gather import Order, as_row, jobs_of, one_recipe, out_of, recipe_of
 from photon_pipelines.prepare import plan
-from photon_pipelines.unpacking import is_archived, pending
-
-SHOWN = 3
+from photon_pipelines.unpacking import pending
 
 
 def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: Workers) -> bool:
@@ -49,19 +47,16 @@ def _look(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]:
     """Return a data set as far as it can be read, and its line of the table."""
     missing = missing_paths(entry)
     if missing:
-        return None, [entry.name, "?", "?", "?", f"{len(missing)} files or folders", _first(missing)]
+        return None, [entry.name, "?", "?", "?", f"{len(missing)} files or folders", first_few(missing)]
     try:
         archives = pending([entry])
-        if is_archived(entry):
-            return None, [entry.name, "?", f"{len(asked(entry)):,}", "0", f"{len(archives[0].missing):,}", str(archives[0])]
+        for one in archives:
+            if one.is_all:
+                return None, [entry.name, "?", f"{len(one.asked):,}", "0", f"{len(one.missing):,}", str(one)]
         part = collect(entry, instruction=recipe_of(entry).instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     there, gone = {q.volume for q in part.questions}, sorted({missing.volume for missing in part.unmatched})
     numbers = [len(part.questions) + len(part.unmatched), len(there) + len(gone), len(there), len(gone)]
-    about = [*map(str, archives), *part.notes, *([f"missing: {_first(gone)}"] if gone else [])]
+    about = [*map(str, archives), *part.notes, *([f"missing: {first_few(gone)}"] if gone else [])]
     return part, [entry.name, *(f"{number:,}" for number in numbers), "; ".join(about)]
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -20,7 +20,7 @@ from photon_pipelines.dataset import prepare as run_order
 from photon_pipelines.execute import Stopped, Workers
 from photon_pipelines.gather import Order, gather
 from photon_pipelines.prepare import Plan, plan
-from photon_pipelines.unpacking import is_archived, pending
+from photon_pipelines.unpacking import pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
 SECONDS_PER_VOLUME, SECONDS_PER_MB = 0.5, 0.006
@@ -46,7 +46,7 @@ def estimate(order: Order, workers: Workers) -> None:
     """Print what `prepare` would do and about what it needs; nothing is written."""
     for archives in pending(order.datasets, order.limit):
         console.print(str(archives), soft_wrap=True)
-    there = tuple(entry for entry in order.datasets if not is_archived(entry))
+    there = tuple(entry for entry in order.datasets if not any(archives.is_all for archives in pending([entry])))
     if order.datasets and not there:
         return
     data = gather(replace(order, datasets=there))

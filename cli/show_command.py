@@ -9,7 +9,7 @@ import numpy as np
 from photon_cli.options import numbers, numbers_or_name
 from photon_data.errors import UsageError
 from photon_data.picture import three_planes
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import find_scans, left_alone, open_scan
 from photon_data.store import SUFFIX, open_volume
 from photon_data.volume import Volume
 
@@ -30,9 +30,10 @@ def _open(place: str) -> tuple[str, Volume]:
         return place.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(place)
     if not path.exists():
         raise UsageError(f"a store or a scan wanted, but {place} does not exist")
-    sources = find_scans(path).sources
+    sources, ignored = find_scans(path)
     if len(sources) != 1:
-        raise UsageError(f"one scan wanted, got {len(sources)} in {place}; name one of them")
+        others = f"; files left alone: {left_alone(ignored)}" if ignored else ""
+        raise UsageError(f"one scan wanted, got {len(sources)} in {place}; name one{others}")
     scan = open_scan(sources[0])
     planes = np.stack([plane.astype(np.float32) for plane in scan.planes()])
     return sources[0].id, Volume(planes * scan.slope + scan.intercept, scan.geometry)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from photon_data.declared import DataSet
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.join import by_source
 from photon_data.manifest import Unmatched
 from photon_data.mix import mixed
@@ -20,8 +20,6 @@ from photon_data.sources import ADAPTERS, Adapter, Collected
 from photon_data.splits import ALL, FRACTIONS, assign_splits
 from photon_data.stated import Stated
 from photon_data.tables import nearest
-
-SHOWN = 5
 
 
 class Part(NamedTuple):
@@ -91,13 +89,13 @@ def combine(parts: Sequence[Part], seed: int, prompt: str | None = None) -> Comb
         rescale.update({id_: part.found.rescale[id_] for id_ in needed & part.found.rescale.keys()})
         stated.update({id_: part.found.stated[id_] for id_ in needed & part.found.stated.keys()})
     policies = {part.entry.name: part.entry.policy for part in parts}
-    asked = [
+    worded = [
         question
         for name, policy in policies.items()
         for question in put([q for q in kept if q.dataset == name], prompt or policy.prompt, policy.choices)
     ]
     unmatched = [missing for part in parts for missing in part.unmatched]
-    return Combined([sources[name] for name in sorted(sources)], rescale, stated, asked, unmatched, notes)
+    return Combined([sources[name] for name in sorted(sources)], rescale, stated, worded, unmatched, notes)
 
 
 def adapter_of(entry: DataSet) -> Adapter:
@@ -116,9 +114,7 @@ def adapter_of(entry: DataSet) -> Adapter:
                 raise entry.wrong(f"{kind} of {entry.adapter} ({', '.join(known) or 'it has none'}) wanted, got {name!r}")
     missing = missing_paths(entry)
     if missing:
-        raise entry.wrong(
-            f"{len(missing)} files or folders are not there: {', '.join(missing[:SHOWN])}; download or correct them"
-        )
+        raise entry.wrong(f"{len(missing)} files or folders are not there: {first_few(missing)}; download or correct them")
     return adapter
 
 
@@ -239,21 +235,17 @@ def _refuse_clash(
 ) -> None:
     """UsageError where this part's volumes have ids of other files, or other tables speak of the same file."""
     entry, found = part.entry, part.found
-    both = [(source, sources[source.id]) for source in ours if source.id in sources]
-    for what, clashes in (
-        ("one file per volume id", [pair for pair in both if pair[0].files != pair[1][0].files]),
-        (
-            "the same metadata for the same file",
-            [
-                pair
-                for pair in both
-                if rescale.get(pair[0].id) != found.rescale.get(pair[0].id)
-                or stated.get(pair[0].id) != found.stated.get(pair[0].id)
-            ],
-        ),
-    ):
+    both = [(source, *sources[source.id]) for source in ours if source.id in sources]
+    of_other_files = [(source, other, owner) for source, other, owner in both if source.files != other.files]
+    of_other_words = [
+        (source, other, owner)
+        for source, other, owner in both
+        if (rescale.get(source.id), stated.get(source.id)) != (found.rescale.get(source.id), found.stated.get(source.id))
+    ]
+    wanted = {"one file per volume id": of_other_files, "the same metadata for the same file": of_other_words}
+    for what, clashes in wanted.items():
         if clashes:
-            source, (other, owner) = clashes[0]
+            source, other, owner = clashes[0]
             raise UsageError(
                 f"{entry.place}: {what} wanted, but data sets {owner.name} and {entry.name} differ in {len(clashes)}, first "
                 f"{source.id}: {other.files[0]} and {source.files[0]}; give both the same `root` and metadata, or, if these are "

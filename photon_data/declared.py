@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from photon_data.errors import UsageError
@@ -16,7 +17,6 @@ from photon_data.yaml_lines import Placed, read_yaml
 
 TOP = ("out", "recipe", "seed", "datasets")
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
-POLICY = ("prompt", "choices", "report", "instruction", "duplicates")
 # Options that are folders.
 FOLDERS = ("unpack",)
 RECONSTRUCTIONS = ("all", "first", "thinnest", "sharpest")
@@ -109,7 +109,7 @@ def read_data_manifest(path: Path) -> DataManifest:
     datasets = tuple(_entry(name, item, base, recipe) for name, item in entries.items())
     check_names(entries)
     out = top["out"].text() if "out" in top else None
-    seed = int(top["seed"].number(-1)) if "seed" in top else 0
+    seed = top["seed"].whole(-1) if "seed" in top else 0
     return DataManifest(path, datasets, out if out is None or "://" in out else str(base / out), seed)
 
 
@@ -162,14 +162,20 @@ def _splits(item: Placed | None) -> tuple[dict[str, str], dict[str, float]]:
 
 
 def _policy(item: Placed | None) -> Policy:
-    found = item.fields(POLICY) if item else {}
-    return Policy(
-        prompt=found["prompt"].one_of(PROMPTS) if "prompt" in found else "plain",
-        choices=found["choices"].one_of(("shown", "hidden")) if "choices" in found else "hidden",
-        report=tuple(found["report"].texts()) if "report" in found else (),
-        instruction=found["instruction"].text() if "instruction" in found else None,
-        duplicates=found["duplicates"].one_of(("keep", "drop")) if "duplicates" in found else "keep",
-    )
+    found = item.fields(_POLICY) if item else {}
+    return Policy(**{name: _POLICY[name](said) for name, said in found.items()})
+
+
+# Field of Policy -> how it is read.
+_POLICY: Mapping[str, Callable[[Placed], Any]] = MappingProxyType(
+    {
+        "prompt": lambda said: said.one_of(PROMPTS),
+        "choices": lambda said: said.one_of(("shown", "hidden")),
+        "report": lambda said: tuple(said.texts()),
+        "instruction": Placed.text,
+        "duplicates": lambda said: said.one_of(("keep", "drop")),
+    }
+)
 
 
 def _recipe(item: Placed | None, default: RecipeChoice) -> RecipeChoice:
@@ -192,7 +198,7 @@ def _mix(item: Placed | None) -> dict[str, Share]:
     for split, share in (item.mapping("a mapping from splits to weight and cap") if item else {}).items():
         found = share.fields(("weight", "cap"))
         weight = found["weight"].number(0) if "weight" in found else None
-        shares[split] = Share(weight, int(found["cap"].number(0)) if "cap" in found else None)
+        shares[split] = Share(weight, found["cap"].whole(0) if "cap" in found else None)
     return shares
 
 

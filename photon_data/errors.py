@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -21,6 +22,11 @@ class Refused(ValueError):
 
 class UsageError(ValueError):
     """A command, option or table that cannot be followed: wanted, found, remedy. Nothing was written."""
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Return names in a sentence, "a, b, c, ..." where there are more than `most`."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def unforeseen(error: Exception) -> str:

@@ -13,6 +13,7 @@ import numcodecs
 import zarr
 
 from photon_data.location import replace_folder, sync, sync_tree
+from photon_data.store import ome_datasets
 from photon_data.volume import Volume
 
 # Fiji reads chunks of zarr v2 one by one; this many voxels are 2 MB.
@@ -56,20 +57,11 @@ def write_ome_zarr_04(volume: Volume, path: Path) -> None:
 
 
 def _multiscale(volume: Volume, name: str) -> dict[str, object]:
-    geometry = volume.geometry
     return {
         "version": "0.4",
         "name": name,
         "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"],
-        "datasets": [
-            {
-                "path": "0",
-                "coordinateTransformations": [
-                    {"type": "scale", "scale": list(geometry.spacing_zyx_mm)},
-                    {"type": "translation", "translation": list(geometry.origin_lps[::-1])},
-                ],
-            }
-        ],
+        "datasets": ome_datasets(volume.geometry),
     }
 
 

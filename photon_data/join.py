@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
 
+from photon_data.errors import first_few
 from photon_data.records import VolumeRecord
 from photon_data.scan import Source
 
@@ -32,7 +33,7 @@ def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | s
         if not found:
             return "no such volume"
         if len(found) > 1:
-            sources = ", ".join(record.source for record in found[:3]) + (", ..." if len(found) > 3 else "")
+            sources = first_few([record.source for record in found])
             return f"{AMBIGUOUS}: {len(found)} volumes have this name ({sources})"
         return found[0]
 

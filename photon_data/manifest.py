@@ -107,11 +107,15 @@ def write(manifests: Manifests, out: Path | str) -> Written:
     names = [f"{FOLDER}/{split}{SUFFIX}" for split in manifests.rows]
     for name, rows in zip(names, manifests.rows.values(), strict=True):
         where.write(name, jsonl_bytes(rows))
-    present = [f"{FOLDER}/{name}" for name in where.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith(".")]
-    stale = [name for name in present if name not in names and _is_ours(where.read(name) or b"")]
+    stale = [name for name in manifest_names(where) if name not in names and _is_ours(where.read(name) or b"")]
     for name in stale:
         where.remove(name)
     return Written([where.at(name) for name in names], [where.at(name) for name in stale])
+
+
+def manifest_names(out: Location) -> list[str]:
+    """Return the names below `out` of the manifests that are there, sorted."""
+    return [f"{FOLDER}/{name}" for name in out.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith(".")]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

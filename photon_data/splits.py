@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.questions import Question
 from photon_data.records import VolumeRecord
 
@@ -50,7 +50,7 @@ def assign_splits(questions: Sequence[Question], *, fractions: Mapping[str, floa
     """
     without = [question.id for question in questions if question.split is None]
     if 0 < len(without) < len(questions):
-        few = ", ".join(without[:_SHOWN])
+        few = first_few(without, _SHOWN)
         raise UsageError(
             f"a split for every question or for none wanted, got {len(without)} of {len(questions)} without ({few}); fill them in"
         )
@@ -103,8 +103,7 @@ def refuse_leaks(found: Sequence[Leak]) -> None:
         return
     lines = [f"{len(found)} x the same patient, source, volume or content in several splits; splits without overlap wanted"]
     for leak in found[:_SHOWN]:
-        volumes = ", ".join(leak.volumes[:3]) + (", ..." if len(leak.volumes) > 3 else "")
-        lines.append(f"  {leak.kind} {leak.key} in {' and '.join(leak.splits)} (volumes {volumes})")
+        lines.append(f"  {leak.kind} {leak.key} in {' and '.join(leak.splits)} (volumes {first_few(leak.volumes)})")
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")
     lines.append(

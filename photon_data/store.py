@@ -122,12 +122,16 @@ def _ome(name: str, geometry: Geometry) -> dict[str, Any]:
         {"name": a, "type": "space", "unit": "millimeter", "orientation": {"type": "anatomical", "value": TOWARDS[a]}}
         for a in "zyx"
     ]
+    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry)}]}
+
+
+def ome_datasets(geometry: Geometry) -> list[dict[str, Any]]:
+    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, "0"."""
     transforms = [
         {"type": "scale", "scale": list(geometry.spacing_zyx_mm)},
         {"type": "translation", "translation": list(geometry.origin_lps[::-1])},
     ]
-    datasets = [{"path": "0", "coordinateTransformations": transforms}]
-    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
+    return [{"path": "0", "coordinateTransformations": transforms}]
 
 
 def file_names(folder: Path) -> list[str]:
@@ -137,9 +141,8 @@ def file_names(folder: Path) -> list[str]:
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _upload(folder: Path, out: Location, name: str) -> None:

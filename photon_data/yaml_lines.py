@@ -50,6 +50,12 @@ class Placed(NamedTuple):
             raise self.wrong(f"a number above {least:g}")
         return self.value
 
+    def whole(self, least: int) -> int:
+        """Return the whole number that this is, above `least`."""
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value <= least:
+            raise self.wrong(f"a whole number above {least}")
+        return self.value
+
     def texts(self) -> list[str]:
         """Return the texts of a list, or the one text that stands in its place."""
         return [item.text() for item in self.value] if isinstance(self.value, list) else [self.text()]

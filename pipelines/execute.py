@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from asyncio import CancelledError
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,20 +72,17 @@ def execute(jobs: Iterable[Job], workers: Workers) -> Generator[VolumeRecord, No
 
     Raises NoSpace when the output is full and Stopped when no worker is left. Leaving the loop ends what is in flight.
     """
-    queue = sorted(jobs, key=lambda job: -job.source.bytes)[::-1]
+    queue = deque(sorted(jobs, key=lambda job: job.source.bytes, reverse=True))
+    limits = workers.timeout_s, workers.address_space_bytes()
     flying: dict[Future, Job] = {}
     with _client(workers) as client:
         places = 2 * _threads(client)
         while queue or flying:
             while queue and len(flying) < places:
-                job = queue.pop()
-                flying[_submit(client, job, workers)] = job
+                job = queue.popleft()
+                flying[client.submit(run_isolated, job.to_json(), *limits, pure=False)] = job
             for future in _finished(client, flying):
                 yield _record(future, flying.pop(future))
-
-
-def _submit(client: Client, job: Job, workers: Workers) -> Future:
-    return client.submit(run_isolated, job.to_json(), workers.timeout_s, workers.address_space_bytes(), pure=False)
 
 
 def _finished(client: Client, flying: dict[Future, Job]) -> list[Future]:

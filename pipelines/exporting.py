@@ -10,7 +10,7 @@ from typing import NamedTuple
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
 from photon_data.location import Location
-from photon_data.manifest import FOLDER, SUFFIX
+from photon_data.manifest import manifest_names
 from photon_data.records import VolumeRecord, from_jsonl, jsonl_bytes
 from photon_data.store import open_volume
 from photon_pipelines.prepare import read_records
@@ -65,9 +65,9 @@ def _export(out: Location, record: VolumeRecord, format_: str, path: Path) -> No
 
 def _write_manifests(out: Location, where: Location, suffix: str) -> int:
     """Copy every manifest, the exported file in place of each store."""
-    names = [name for name in out.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith(".")]
+    names = manifest_names(out)
     for name in names:
-        rows = from_jsonl((out.read(f"{FOLDER}/{name}") or b"").decode())
+        rows = from_jsonl((out.read(name) or b"").decode())
         moved = [{**row, "videos": [where.at(f"volumes/{row['volume_id']}{suffix}")]} for row in rows]
-        where.write(f"{FOLDER}/{name}", jsonl_bytes(moved))
+        where.write(name, jsonl_bytes(moved))
     return len(names)

@@ -16,12 +16,14 @@ from photon_data.job import Job
 from photon_data.join import by_source
 from photon_data.location import Location
 from photon_data.manifest import Unmatched
+from photon_data.prepare import Rescale
 from photon_data.prompts import PROMPTS, put
 from photon_data.questions import Question, read_questions
 from photon_data.readers import find_scans, left_alone
 from photon_data.recipe import Recipe
 from photon_data.scan import MAX_VOXELS, Source
 from photon_data.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
+from photon_data.stated import Stated
 from photon_pipelines.recipes import named_recipe
 from photon_pipelines.rescaling import HEADER, rescaling
 
@@ -126,11 +128,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
             "is this the right folder?"
         )
     rescale = rescaling(order.hu_source, found.sources, order.columns)
-    out = order.out.at("")
-    jobs = [
-        Job(source, out, order.recipe, rescale(source), max_voxels=order.max_voxels, overwrite=order.overwrite)
-        for source in found.sources[: order.limit]
-    ]
+    jobs = [_job(order, source, order.recipe, rescale(source)) for source in found.sources[: order.limit]]
     if questions is not None:
         questions = assign_splits(_by_id(questions, found.sources), fractions=order.fractions, seed=order.seed)
     return Data(jobs, questions, ignored=found.ignored)
@@ -159,17 +157,13 @@ def jobs_of(order: Order, both: Combined) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
     return [
-        Job(
-            source,
-            order.out.at(""),
-            recipes[entry.name],
-            both.rescale.get(source.id),
-            both.stated.get(source.id),
-            max_voxels=order.max_voxels,
-            overwrite=order.overwrite,
-        )
+        _job(order, source, recipes[entry.name], both.rescale.get(source.id), both.stated.get(source.id))
         for source, entry in both.sources[: order.limit]
     ]
+
+
+def _job(order: Order, source: Source, recipe: Recipe, rescale: Rescale | None, stated: Stated | None = None) -> Job:
+    return Job(source, order.out.at(""), recipe, rescale, stated, max_voxels=order.max_voxels, overwrite=order.overwrite)
 
 
 def as_row(question: Question) -> dict[str, object]:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from photon_data.job import Job
-from photon_data.records import FAILED, VolumeRecord
+from photon_data.records import FAILED
 
 # glibc gives every large buffer back to the kernel and faults it in again, unless told not to: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -114,7 +114,7 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     try:
         return child.ask(job, timeout_s)
     except ChildError as error:
-        return _failed(Job.from_json(job), error).to_json()
+        return Job.from_json(job).record(FAILED, code=error.code, reason=str(error)).to_json()
 
 
 def allow_children() -> None:
@@ -127,7 +127,3 @@ def end_children() -> None:
     _ended.set()
     while _children:
         _children.popitem()[1].kill()
-
-
-def _failed(job: Job, error: ChildError) -> VolumeRecord:
-    return job.record(FAILED, code=error.code, reason=str(error))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from photon_data.collect import asked
 from photon_data.declared import DataSet
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.location import Location
 from photon_data.sources.archives import Archive, find_archives, ids_known, unpack
 from photon_data.sources.bdmap import find_cts
@@ -18,23 +18,27 @@ from photon_pipelines.lock import exclusive
 
 # AbdomenAtlas 3.0: 571 GB of archives with 9,262 CTs.
 CASE_GB = 0.062
-SHOWN = 3
 
 
 class Pending(NamedTuple):
-    """What one folder is to hold: the archives it is filled from, and the ids of CTs that are asked for and not there."""
+    """What one folder is to hold: the archives it is filled from, the ids of CTs that are asked for, and those not there."""
 
     folder: Path
     archives: list[Archive]
+    asked: set[str]
     missing: set[str]
+
+    @property
+    def is_all(self) -> bool:
+        """Whether every CT that is asked for is still to be unpacked, so that there is nothing to look at yet."""
+        return self.missing == self.asked
 
     def __str__(self) -> str:
         """Return what unpacking would do, with its cost."""
         gigabytes = sum(archive.bytes for archive in self.archives) / 1e9
-        names = ", ".join(archive.path.name for archive in self.archives[:SHOWN])
-        rest = ", ..." if len(self.archives) > SHOWN else ""
+        names = first_few([archive.path.name for archive in self.archives])
         return (
-            f"{len(self.archives)} archives ({names}{rest}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: prepare "
+            f"{len(self.archives)} archives ({names}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: prepare "
             f"unpacks the {len(self.missing):,} that are asked for and not there into {self.folder}, "
             f"up to about {len(self.missing) * CASE_GB:,.1f} GB"
         )
@@ -51,22 +55,15 @@ def pending(datasets: Sequence[DataSet], limit: int | None = None) -> list[Pendi
             folders.setdefault(entry.options[UNPACK], []).append(entry)
     found = []
     for folder, entries in folders.items():
-        missing = set[str]().union(*(missing_cts(entry, limit) for entry in entries))
+        wanted, missing = set[str](), set[str]()
+        for entry in entries:
+            ours = set(sorted(asked(entry))[:limit])
+            wanted |= ours
+            missing |= ours - {source.id for source in find_cts(entry, lambda count: None)[0]}
         archives = find_archives(root for entry in entries for root in entry.roots)
         if missing and archives:
-            found.append(Pending(folder, archives, missing))
+            found.append(Pending(folder, archives, wanted, missing))
     return found
-
-
-def missing_cts(entry: DataSet, limit: int | None = None) -> set[str]:
-    """Return the ids of CTs that an entry's questions ask for and that are not there."""
-    wanted = sorted(asked(entry))[:limit]
-    return set(wanted) - {source.id for source in find_cts(entry, lambda count: None)[0]}
-
-
-def is_archived(entry: DataSet) -> bool:
-    """Tell whether every CT that an entry asks for is still to be unpacked, so that there is nothing to look at yet."""
-    return any(one.missing == asked(entry) for one in pending([entry]))
 
 
 def unpack_all(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 
 from photon_data.location import Location
-from photon_data.manifest import FOLDER, SUFFIX, validate
+from photon_data.manifest import manifest_names, validate
 from photon_data.records import VolumeRecord
 from photon_data.store import store_name, verify_store
 from photon_pipelines.prepare import DATASET, read_records
@@ -30,8 +30,7 @@ def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
 
 def digests(out: Location) -> dict[str, str]:
     """Return {name: SHA-256} of the manifests that are there."""
-    names = [f"{FOLDER}/{name}" for name in out.names(FOLDER) if name.endswith(SUFFIX)]
-    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in names}
+    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
 
 
 def _verify_manifests(out: Location) -> Iterator[str]:

@@ -8,7 +8,9 @@ import nibabel
 import numpy as np
 import yaml
 from scans import ct_like
+from typer.testing import CliRunner
 
+from photon_cli.data import app
 from photon_data.collect import collect
 from photon_data.declared import read_data_manifest
 
@@ -124,6 +126,12 @@ def declare(folder, out="out", **datasets):
     names = {name.replace("_", "-"): entry for name, entry in datasets.items()}
     path.write_text(yaml.safe_dump({"out": out, "recipe": recipe, "datasets": names}, sort_keys=False))
     return path
+
+
+def cli(*words):
+    """The exit code of photon-data, and what it printed, on one line."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, " ".join(result.output.split())
 
 
 def collected(folder, **entry):

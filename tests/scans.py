@@ -48,6 +48,14 @@ def as_scan(array, geometry, slope=1.0, intercept=0.0):
     return Scan(geometry, array.dtype, slope, intercept, lambda: iter(array), "memory")
 
 
+def on_grid_by_itk(image, grid, transform=None, pad_hu=-1000.0):
+    """What ITK makes of an image on an axis-aligned grid: an array of float64."""
+    size, spacing = grid.shape_zyx[::-1], grid.spacing_zyx_mm[::-1]
+    identity, transform = np.eye(3).ravel().tolist(), transform or sitk.Transform()
+    out = sitk.Resample(image, size, transform, sitk.sitkLinear, grid.origin_lps, spacing, identity, pad_hu, sitk.sitkFloat64)
+    return sitk.GetArrayFromImage(out)
+
+
 def to_sitk(array, geometry):
     """The array as an ITK image, built from the geometry's raw numbers."""
     steps = np.asarray(geometry.steps_lps)

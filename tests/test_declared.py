@@ -10,11 +10,9 @@ import nibabel
 import numpy as np
 import pytest
 import zarr
-from published import collected, declare
+from published import cli, collected, declare
 from raw import write_scan
-from typer.testing import CliRunner
 
-from photon_cli.data import app
 from photon_data import open_volume
 from photon_data.counts import count
 from photon_data.declared import read_data_manifest
@@ -25,11 +23,6 @@ from photon_data.prompts import put
 from photon_data.questions import Question
 
 ROOT = Path(__file__).parent.parent
-
-
-def cli(*words):
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -43,6 +36,10 @@ def cli(*words):
         ("dataset: {}\n", "line 1: one of out, recipe, seed, datasets wanted, got 'dataset'; did you mean 'datasets'"),
         ("datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n", "line 4: a number above 0 wanted, got True"),
         ("datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n", "line 5: a number above 0"),
+        (
+            "datasets:\n  a:\n    adapter: folder\n    mix: {train: {cap: 0.5}}\n",
+            "line 4: a whole number above 0 wanted, got 0.5",
+        ),
         ("datasets:\n  a:\n    adapter: m3d\n    root: .\n", "8-bit slices .* without spacing"),
         ("datasets:\n  a:\n    adapter: folder\n    root: nowhere\n", "1 files or folders are not there: .*nowhere"),
         (
@@ -81,9 +78,17 @@ def test_caps_and_weights_leave_as_many_questions_as_they_say_and_repeat_none(sh
     assert {name: sum(id_.startswith(name) for id_ in train) for name in "ab"} == left
     assert len(set(train)) == len(train)
     assert len(kept) - len(train) == 5
-    fewer = mixed([*asked("a", 60), *asked("b", 30), *asked("a", 5, "test")], {"a": {"train": Share(cap=7)}}, seed=0)
-    if shares == {"a": Share(cap=7)}:
-        assert {q.id for q in kept if q.id in {f.id for f in asked("a", 60)}} <= {q.id for q in fewer} | {q.id for q in kept}
+
+
+def test_who_stays_under_a_cap_is_only_displaced_by_rows_added_later():
+    few, many = asked("a", 60), asked("a", 100)
+    shares = {"a": {"train": Share(cap=20)}}
+    before, after = (mixed(questions, shares, seed=0) for questions in (few, many))
+    old = [question for question in after if question in few]
+    assert len(before) == len(after) == 20
+    assert 0 < len(old) < 20
+    assert all(question in before for question in old)
+    assert mixed(few, shares, seed=1) != before
 
 
 def test_a_weight_for_some_data_sets_of_a_split_only_is_refused():
@@ -209,8 +214,11 @@ def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, said):
 
 def test_splits_are_renamed_and_others_left_out_with_a_note(two):
     folder, entries = two
+    with (folder / "a.csv").open("a") as file:
+        file.write("one scan,Is it?,Yes,test,p1\n")
     part = collected(folder, **{**entries["a"], "splits": {"train": "fit"}})
-    assert {question.split for question in part.questions} == {"fit"}
+    assert [question.split for question in part.questions] == ["fit", "fit"]
+    assert "1 questions of split 'test' are left out, since `splits` does not name it" in part.notes
 
 
 def test_exports_hold_the_same_voxels_at_the_same_places(two):
@@ -231,8 +239,10 @@ def test_exports_hold_the_same_voxels_at_the_same_places(two):
     assert {video for row in rows for video in row["videos"]} == {str(file)}
     before = file.read_bytes(), file.stat().st_mtime_ns
     assert "1 of them there before" in cli("export", out, "--format", "nifti")[1]
+    assert file.stat().st_mtime_ns == before[1]
     cli("export", out, "--format", "nifti", "--overwrite")
     assert file.read_bytes() == before[0]
+    assert file.stat().st_mtime_ns > before[1]
     assert cli("export", out, "--format", "ome-zarr-0.4", "--to", folder / "fiji")[0] == 0
     group = zarr.open_group(folder / "fiji" / "volumes" / store.name, mode="r", zarr_format=2)
     assert np.array_equal(group["0"][...], volume.numpy())

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from raw import write_scan
+from scans import on_grid_by_itk
 
 from photon_data.prepare import prepare_volume
 from photon_data.readers import find_scans, open_scan
@@ -30,12 +31,8 @@ def test_a_wide_noisy_file_equals_itk_at_every_voxel_to_its_far_corner(tmp_path,
     array = np.random.default_rng(5).integers(-1000, 1000, (30, 512, 512)).astype(np.int16)
     path = write_scan(tmp_path / "wide.nii", array=array, affine=turned(*degrees, spacing))
     volume = prepare_volume(open_scan(find_scans(path).sources[0]), RECIPE).volume
-    grid, image = volume.geometry, sitk.ReadImage(str(path))
-    size, spacing_xyz, identity = grid.shape_zyx[::-1], grid.spacing_zyx_mm[::-1], np.eye(3).ravel().tolist()
-    out = sitk.Resample(
-        image, size, sitk.Transform(), sitk.sitkLinear, grid.origin_lps, spacing_xyz, identity, -1000.0, sitk.sitkFloat32
-    )
-    difference = np.abs(np.clip(sitk.GetArrayFromImage(out), -1000, 1000) - volume.array_zyx)
+    grid = volume.geometry
+    difference = np.abs(np.clip(on_grid_by_itk(sitk.ReadImage(str(path)), grid), -1000, 1000) - volume.array_zyx)
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape_zyx), indexing="ij"), -1)
     native = nibabel.affines.apply_affine(np.linalg.inv(nibabel.load(path).affine), grid.world(index) * (-1, -1, 1))
     rim = (np.minimum(abs(native + 0.5), abs(native - np.array(array.shape[::-1]) + 0.5)) < 1e-4).any(-1)

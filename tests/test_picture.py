@@ -1,10 +1,9 @@
 """A picture shows what is where: letters, sides, scale."""
 
-from itertools import permutations, product
-
 import numpy as np
 import pytest
 from PIL import Image
+from scans import AXIS_ORDERS, rotated
 
 from photon_data.errors import UsageError
 from photon_data.picture import PLANES, WINDOWS, Layout, plane_slice, resolve_window, slice_indices, three_planes, to_grey
@@ -12,7 +11,6 @@ from photon_data.upright import body_axes, direction_letters, position_text, til
 from photon_data.volume import Geometry, Volume
 
 IDENTITY = ((0, 0, 1), (0, 1, 0), (1, 0, 0))
-ORDERS = [(order, flips) for order in permutations(range(3)) for flips in product((1, -1), repeat=3)]
 
 
 def marked() -> Volume:
@@ -31,11 +29,9 @@ def reordered(volume: Volume, order: tuple[int, ...], flips: tuple[int, ...]) ->
     return Volume(array, Geometry.from_arrays(array.shape, origin, signed[list(order)]))
 
 
-def rotated(volume: Volume, degrees: float) -> Volume:
+def tilted(volume: Volume, degrees: float) -> Volume:
     """Return the same array in a grid turned about the body's long axis."""
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    steps = np.asarray(volume.geometry.steps_lps) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
-    return Volume(volume.array_zyx, Geometry.from_arrays(volume.geometry.shape_zyx, volume.geometry.origin_lps, steps))
+    return Volume(volume.array_zyx, rotated(volume.geometry, (0, 0, degrees)))
 
 
 def panel(image: Image.Image, number: int, size_px: int = 320) -> np.ndarray:
@@ -93,7 +89,7 @@ def test_body_axes_differ_even_where_two_steps_lean_towards_the_same_axis():
 
 @pytest.mark.parametrize("degrees", [0, 12, 30])
 def test_the_tilt_is_the_angle_it_was_turned_by(degrees):
-    assert tilt_degrees(rotated(marked(), degrees).geometry) == pytest.approx(degrees, abs=1e-5)
+    assert tilt_degrees(tilted(marked(), degrees).geometry) == pytest.approx(degrees, abs=1e-5)
 
 
 def test_positions_have_a_letter_in_place_of_a_sign():
@@ -120,16 +116,16 @@ def test_all_48_axis_orders_of_a_volume_give_the_same_picture(at):
     volume = marked()
     point = None if at is None else volume.geometry.world(at)
     wanted = np.asarray(three_planes(volume, at_lps=point, size_px=160))
-    assert len(ORDERS) == 48
-    for order, flips in ORDERS:
+    assert len(AXIS_ORDERS) == 48
+    for order, flips in AXIS_ORDERS:
         other = three_planes(reordered(volume, order, flips), at_lps=point, size_px=160)
         assert np.array_equal(np.asarray(other), wanted), (order, flips)
 
 
 def test_all_48_axis_orders_of_a_tilted_volume_give_the_same_picture():
-    volume = rotated(marked(), 20)
+    volume = tilted(marked(), 20)
     wanted = np.asarray(three_planes(volume, size_px=160))
-    for order, flips in ORDERS:
+    for order, flips in AXIS_ORDERS:
         assert np.array_equal(np.asarray(three_planes(reordered(volume, order, flips), size_px=160)), wanted), (order, flips)
 
 
@@ -145,7 +141,7 @@ def test_a_slice_holds_the_voxels_of_its_plane_seen_from_the_right_side():
 def test_the_letters_of_a_tilted_scan_are_those_of_its_own_axes(monkeypatch):
     written = []
     monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, place, text, *rest, **more: written.append(text))
-    three_planes(rotated(marked(), 20))
+    three_planes(tilted(marked(), 20))
     # Turned by 20 degrees from L towards P: columns run towards LP, rows of the axial slice towards PR.
     assert written[:4] == ["LP", "RA", "PR", "AL"]
     assert "tilted by 20°" in written[-2]
@@ -162,7 +158,7 @@ def test_voxels_are_shown_in_their_physical_proportions():
 
 def test_the_middle_between_two_voxels_is_the_same_place_whatever_way_the_axis_is_stored():
     volume = marked()
-    for order, flips in ORDERS:
+    for order, flips in AXIS_ORDERS:
         geometry = reordered(volume, order, flips).geometry
         at = slice_indices(geometry, body_axes(geometry), None)
         assert np.allclose(geometry.world(at), volume.geometry.world((10, 15, 22)))

@@ -27,6 +27,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage, generate_uid
+from reading import voxels as stored
 
 from photon_data.errors import Refused
 from photon_data.readers.dicom import group_series, open_series
@@ -44,11 +45,7 @@ def open_files(files, max_voxels=10**9):
 
 
 def hu(scan):
-    return np.stack([plane.copy() for plane in scan.planes()]).astype(float) * scan.slope + scan.intercept
-
-
-def stored(scan):
-    return np.stack([plane.copy() for plane in scan.planes()])
+    return stored(scan).astype(float) * scan.slope + scan.intercept
 
 
 def refusal(files, max_voxels=10**9):

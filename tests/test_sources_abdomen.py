@@ -97,6 +97,15 @@ def test_spaced_and_snake_case_headers_give_the_same_fields(tumors):
     assert bench.patient == f"abdomenatlas:{B}"
 
 
+def test_a_question_without_some_keys_has_no_text_there(tumors):
+    """In a JSON list, where every item has keys of its own."""
+    bare = {key: value for key, value in BENCH.items() if key not in ("mc_question", "correct_option", "organ")}
+    write_json(tumors / "test_qa.json", [BENCH, {**bare, "qid": "bench_00018"}])
+    *_, first, second = collected(tumors, **deeptumorvqa()).questions
+    assert (first.extra["letter"], first.extra["organ"]) == ("A", "spleen")
+    assert ("choices" in second.extra, second.extra["organ"], second.answer) == (False, "", "204.5")
+
+
 @pytest.mark.parametrize(
     ("text", "choices"),
     [

@@ -1,5 +1,7 @@
 """CT-RATE: two versions of a file under one name, several reconstructions of a scan, reports, labels and conversations."""
 
+import json
+
 import numpy as np
 import pytest
 from published import SPACING, collected, declare, place, write_csv, write_json, write_metadata, write_v1, write_v2
@@ -161,6 +163,20 @@ def test_empty_reports_make_no_question_and_are_counted(reconstructions):
     part = collected(reconstructions, adapter="ct-rate", root="dataset", annotations={"reports": "reports.csv"})
     assert "1 reports are empty or 'Not given.' and make no question, train_2_a_1 first" in part.notes
     assert "1 of 5 volumes have no question and are not prepared, train_2_a_1 first" in part.notes
+
+
+def test_a_table_whose_cells_are_no_texts_says_the_same(reconstructions):
+    rows = [
+        {"VolumeName": "train_1_a_1.nii.gz", "Findings_EN": None},
+        {"VolumeName": "train_2_a_1.nii.gz", "Findings_EN": "Calm."},
+    ]
+    (reconstructions / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = [{"VolumeName": "train_2_a_1", **dict.fromkeys(LABELS, 0), "Emphysema": 1.0}]
+    write_json(reconstructions / "labels.json", labels)
+    files = {"reports": "reports.jsonl", "labels": "labels.json"}
+    part = collected(reconstructions, adapter="ct-rate", root="dataset", annotations=files)
+    assert [question.answer for question in part.questions if question.task == "report"] == ["Calm."]
+    assert [question.extra["subtask"] for question in part.questions if question.answer == "Yes"] == ["Emphysema"]
 
 
 def test_a_kernel_nobody_knows_is_not_ranked(reconstructions):

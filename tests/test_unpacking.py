@@ -4,19 +4,12 @@ import json
 import tarfile
 
 import pytest
-from published import declare, write_csv, write_v2
-from typer.testing import CliRunner
+from published import cli, declare, write_csv, write_v2
 
-from photon_cli.data import app
 from photon_data.declared import read_data_manifest
 from photon_pipelines.unpacking import pending
 
 A, B, C, D = (f"BDMAP_0000000{n}" for n in (1, 2, 3, 4))
-
-
-def run(*words):
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, " ".join(result.output.split())
 
 
 def archive(folder, number, **cts):
@@ -49,7 +42,7 @@ def tree(folder):
 
 def prepared(folder):
     """Exit code, what was printed, and the ids in the manifest."""
-    code, said = run("prepare", "--manifest", folder / "data_manifest.yaml", "--workers", 1)
+    code, said = cli("prepare", "--manifest", folder / "data_manifest.yaml", "--workers", 1)
     manifest = folder / "out/manifests/train.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.exists() else []
     return code, said, [row["volume_id"] for row in rows]
@@ -84,7 +77,7 @@ def test_looking_says_what_there_is_to_unpack_and_writes_nothing(tmp_path, comma
     archive(tmp_path / "in", 1, **{A: 1})
     path = declare(tmp_path, atlas=reports(tmp_path, A, B))
     before = tree(tmp_path)
-    code, said = run(*command, "--manifest", path)
+    code, said = cli(*command, "--manifest", path)
     assert code == (0 if "--dry-run" in command else 1), said
     words = " ".join(said.replace("│", " ").split())  # a long path has the table's cells broken into lines
     for text in ("1 archives", "part1.tar.gz", "the 2 that", "up to about 0.1 GB"):
@@ -97,7 +90,7 @@ def test_looking_counts_what_is_there_beside_what_is_archived(tmp_path):
     archive(tmp_path / "in", 1, **{B: 1})
     write_v2(tmp_path / "in" / A / "ct.nii.gz")
     path = declare(tmp_path, atlas=reports(tmp_path, A, B))
-    code, said = run("prepare", "--dry-run", "--manifest", path)
+    code, said = cli("prepare", "--dry-run", "--manifest", path)
     assert code == 0, said
     assert "the 1 that" in said and "1 scans" in said
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from photon_data.errors import Refused
+from photon_data.errors import Refused, first_few
 from photon_data.readers.checks import frame, grid_shape
 from photon_data.readers.dicom_header import Plane
 from photon_data.volume import Geometry
@@ -161,5 +161,4 @@ def _require_regular(along: np.ndarray, positions: np.ndarray, step: np.ndarray)
 
 
 def _mm(values: np.ndarray) -> str:
-    shown = ", ".join(f"{value:.2f}" for value in values[:3])
-    return f"{shown}{', ...' if len(values) > 3 else ''} mm"
+    return f"{first_few([f'{value:.2f}' for value in values])} mm"

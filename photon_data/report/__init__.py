@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from photon_data.errors import first_few
 from photon_data.problems import duplicates
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
@@ -55,9 +56,7 @@ def _header(records: Sequence[VolumeRecord], recipe: Recipe, title: str, source:
     states = [*STATES, *sorted(set(counts) - set(STATES))]
     tiles = [_tile(state, counts[state]) for state in states]
     sums = f"{len(records):,} inputs = " + " + ".join(f"{counts[state]:,} {state}" for state in states)
-    read, kept = (
-        (sum(sizes) for sizes in zip(*((r.bytes_in, r.store_bytes or 0) for r in records), strict=True)) if records else (0, 0)
-    )
+    read, kept = sum(record.bytes_in for record in records), sum(record.store_bytes or 0 for record in records)
     links = (("summary", "what the scans are like"), ("lost", "refused and failed"), ("volumes", "volumes"), ("recipe", "recipe"))
     return element(
         "header",
@@ -128,9 +127,7 @@ def _duplicates_section(records: Sequence[VolumeRecord]) -> Html:
     groups = duplicates(records)
     if not groups:
         return Html("")
-    lines = [
-        (len(group), ", ".join(record.id for record in group[:10]) + (", ..." if len(group) > 10 else "")) for group in groups
-    ]
+    lines = [(len(group), first_few([record.id for record in group], 10)) for group in groups]
     parts = [element("h2", "Same content more than once"), table(("files", "volumes"), lines[:MOST_DUPLICATE_LINES])]
     if len(lines) > MOST_DUPLICATE_LINES:
         parts.append(element("p", f"{len(lines) - MOST_DUPLICATE_LINES:,} more groups are not listed here."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ _LINE = 32
 _NAMES, _BESIDE = 104, 8
 # Where the highest value is beyond this many times the 95th percentile, the last bar holds all that is beyond.
 _FAR = 2.5
+_MOST_BINS = 24
 # Shares of voxels are drawn on a logarithmic axis that starts here.
 _LEAST_SHARE = 1e-5
 
@@ -55,14 +57,14 @@ class Bins(NamedTuple):
     is_open: bool
 
 
-def binned(values: Sequence[float], *, include: Sequence[float] = (), most: int = 24) -> Bins:
-    """Return at most about `most` equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
+def binned(values: Sequence[float], *, include: Sequence[float] = ()) -> Bins:
+    """Return at most about 24 equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
     data = np.round(np.asarray(values, float), 6)
     far = max(_FAR * float(np.percentile(data, 95)), *include, -np.inf)
     is_open = bool(data.max() > far > data.min() >= 0)
     shown = np.minimum(data, far) if is_open else data
     low, high = min(shown.min(), *include, np.inf), max(shown.max(), *include, -np.inf)
-    step = _round_step((high - low or abs(high) or 1.0) / most)
+    step = _round_step((high - low or abs(high) or 1.0) / _MOST_BINS)
     start = np.floor(np.round(low / step, 6))
     count = int(np.floor(np.round(high / step, 6)) - start) + 1
     edges = np.round((start + np.arange(count + 1)) * step, 9)
@@ -106,13 +108,13 @@ def sparkline(counts: Sequence[float], *, words: str) -> Html:
     return element("svg", *curve, viewBox="0 0 260 40", preserveAspectRatio="none", role="img", aria_label=words, class_="spark")
 
 
-def dots(lines: Sequence[Dot], *, name: str, words: str, span: tuple[float, float] = (0, 100)) -> Html:
-    """Return a figure with one line per dot, its interval drawn through it; marks are short strokes that say their name."""
-    x = _Scale(*span, _LEFT, _WIDTH - _RIGHT)
+def dots(lines: Sequence[Dot], *, name: str, words: str) -> Html:
+    """Return a figure with a line from 0 to 100 per dot, its interval drawn through it; marks are strokes that say a name."""
+    x = _Scale(0, 100, _LEFT, _WIDTH - _RIGHT)
     height = _LINE * len(lines) + _BOTTOM + 6
     parts = [part for number, dot in enumerate(lines) for part in _dot(dot, x, _LINE * (number + 1))]
     base = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=height - _BOTTOM, y2=height - _BOTTOM, class_="base")
-    labels = [_text(x(value), height - 6, f"{value:g}", "middle") for value in np.linspace(*span, 5)]
+    labels = [_text(x(value), height - 6, f"{value:g}", "middle") for value in (0, 25, 50, 75, 100)]
     return _figure(name, words, _svg(f"{name}: {words}", *parts, base, *labels, height=height))
 
 
@@ -122,7 +124,7 @@ def spread(spots: Sequence[Spot], *, name: str, words: str) -> Html:
     Spots of nearly equal shares are drawn side by side; what they say when pointed at is exact.
     """
     ends = [end for spot in spots for end in (spot.low, spot.value, spot.high) if end is not None]
-    low, high = (float(f(end / 10) * 10) for f, end in ((np.floor, min(ends)), (np.ceil, max(ends)))) if ends else (0.0, 100.0)
+    low, high = (10 * math.floor(min(ends) / 10), 10 * math.ceil(max(ends) / 10)) if ends else (0, 100)
     x = _Scale(0, 1, _LEFT, _WIDTH - _NAMES)
     y = _Scale(low, max(high, low + 10), _HEIGHT - _BOTTOM, _TOP)
     named = sorted(spots, key=lambda spot: (-spot.value, spot.label))

@@ -48,12 +48,12 @@ def _questions(
         raise entry.wrong(f"`questions: {{report: ...}}` with one or more of {', '.join(REPORTS)} wanted, got {got}")
     questions, empty, unsplit = [], [], []
     for path, row in each_row(paths, (KEY, *columns)):
-        ct = str(row.values[KEY]).strip()
+        ct = row.values[KEY].strip()
         if not ID.fullmatch(ct):
             refuse(path, [Problem(row.place, "no CT", f"an id like BDMAP_00000001 wanted in {KEY!r}, got {ct!r}")])
-        texts = [str(row.values[column] or "").strip() for column in columns]
+        texts = [row.values[column].strip() for column in columns]
         answer = "\n".join(text for text in texts if text.lower() not in NO_TEXT)
-        facts = {name: str(row.values.get(name) or "") for name in FACTS}
+        facts = {name: row.values.get(name, "") for name in FACTS}
         extra = {**facts, "subtask": "+".join(columns), "source_id": originals.get(ct, "")}
         if not answer:
             empty.append(ct)

@@ -82,7 +82,8 @@ def unpack(archive: Archive, folder: Path, wanted: Collection[str], on_bytes: Ca
                 continue
             is_wanted = name[1] in wanted and name[1] not in found.taken
             if not member.isreg() or member.issparse():
-                found.problems.extend([f"{member.name} is a link, a device or sparse, and is not taken"] if is_wanted else [])
+                if is_wanted:
+                    found.problems.append(f"{member.name} is a link, a device or sparse, and is not taken")
                 continue
             found.ids.append(name[1])
             if is_wanted:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from photon_data.declared import DataSet
 from photon_data.prepare import Rescale
@@ -52,17 +53,34 @@ class Adapter(NamedTuple):
 
 
 def table_with(path: Path, columns: Iterable[str]) -> Table:
-    """Return the table of a file that has to have these columns; UsageError for what is missing and for damaged rows."""
-    table = read_table(path)
-    problems = list(table.problems)
-    for column in columns:
-        if table.rows and column not in table.columns:
-            near = nearest(column, table.columns)
-            hint = f"is {near!r} meant? rename it" if near else f"the file has {', '.join(table.columns[:12])}"
-            problems.insert(0, Problem("line 1", "missing column", f"column {column!r} wanted, not found; {hint}"))
+    """Return the table of a file as `sound` does."""
+    return sound(path, read_table(path), columns)
+
+
+def sound(path: Path, table: Table, columns: Iterable[str]) -> Table:
+    """Return the table of `path` with a text in every cell; UsageError unless it has these columns and all rows could be read.
+
+    What JSON and parquet have as null, or leave out, becomes "", anything else what JSON writes. `table` itself is changed.
+    """
+    missing = [column for column in columns if table.rows and column not in table.columns]
+    problems = [*(_missing(column, table.columns) for column in missing), *table.problems]
     if problems:
         refuse(path, problems)
+    for row in table.rows:
+        row.values.update({name: _text(row.values.get(name)) for name in table.columns})
     return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, default=str)
+
+
+def _missing(column: str, columns: Sequence[str]) -> Problem:
+    near = nearest(column, columns)
+    hint = f"is {near!r} meant? rename it" if near else f"the file has {', '.join(columns[:12])}"
+    return Problem("line 1", "missing column", f"column {column!r} wanted, not found; {hint}")
 
 
 def each_row(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, Row]]:

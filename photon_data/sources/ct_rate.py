@@ -11,7 +11,7 @@ from typing import Any
 from photon_data.declared import DataSet
 from photon_data.questions import Question, with_made_ids
 from photon_data.sources.collected import Adapter, Collected, OnFile, each_row
-from photon_data.sources.ct_rate_volumes import SUFFIX, find_volumes, parse_name
+from photon_data.sources.ct_rate_volumes import find_volumes, parse_name, volume_id
 from photon_data.sources.json_stream import stream_json_list
 from photon_data.tables import Problem, refuse
 
@@ -46,13 +46,13 @@ VQA_TAGS = re.compile(
 def read(entry: DataSet, on_file: OnFile) -> Collected:
     """Return CT-RATE's volumes and the questions of those annotations that the entry names: reports, labels, vqa."""
     volumes = find_volumes(entry, on_file)
-    notes = volumes.notes
+    notes = list(volumes.notes)
     files = entry.annotations
     questions: list[Question] | None = None
     if files.keys() & {"reports", "labels", "vqa"}:
         questions = [*_reports(entry, files.get("reports", ()), notes), *_labels(files.get("labels", ()))]
         questions += with_made_ids(list(_vqa(files.get("vqa", ()), notes)))
-    return Collected(volumes.sources, questions, volumes.rescale, volumes.stated, volumes.left_out, notes)
+    return volumes._replace(questions=questions, notes=notes)
 
 
 def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
@@ -79,7 +79,7 @@ def _labels(paths: Sequence[Path]) -> Iterator[Question]:
     for path, row in each_row(paths, ("VolumeName", *LABELS)):
         volume = _volume(path, row.place, row.values["VolumeName"])
         for label in LABELS:
-            said = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}.get(str(row.values[label]).strip())
+            said = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}.get(row.values[label].strip())
             if said is None:
                 refuse(path, [Problem(row.place, "no label", f"{volume}: 0 or 1 wanted in {label!r}, got {row.values[label]!r}")])
             extra = {
@@ -124,8 +124,8 @@ def _untagged(text: str) -> str:
 
 def _volume(path: Path, place: str, name: str) -> str:
     """Return the id of a volume from its name or path; refuse a text that is no name of CT-RATE."""
-    volume = name.strip().rpartition("/")[2].removesuffix(SUFFIX)
-    if not parse_name(volume):
+    volume = volume_id(name)
+    if not volume:
         refuse(path, [Problem(place, "no volume", f"a volume like train_1_a_1.nii.gz wanted, got {name!r}")])
     return volume
 

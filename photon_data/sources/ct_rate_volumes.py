@@ -22,47 +22,38 @@ from photon_data.errors import UsageError
 from photon_data.prepare import Rescale
 from photon_data.readers import find_scans
 from photon_data.scan import Source
-from photon_data.sources.collected import OnFile
+from photon_data.sources.collected import Collected, OnFile
 from photon_data.sources.ct_rate_metadata import Metadata, read_metadata, sharpness
 from photon_data.stated import Stated
 from photon_data.tables import read_text
 
-VOLUME = re.compile(r"(train|valid)_([1-9]\d*)_([a-z]+)_([1-9]\d*)")
+VOLUME = re.compile(r"(train|valid)_([1-9]\d*)_[a-z]+_[1-9]\d*")
 SUFFIX = ".nii.gz"
 V1, V2 = "v1", "v2"
 
 
 class Name(NamedTuple):
-    """The parts of a volume's name: train_17051_a_2 -> train, train_17051, train_17051_a, 2."""
+    """What a volume's name tells: train_17051_a_2 -> train, train_17051."""
 
     split: str
     patient: str
-    scan: str
-    reconstruction: int
-
-
-class Volumes(NamedTuple):
-    """What `find_volumes` returns; the fields are those of Collected."""
-
-    sources: list[Source]
-    rescale: dict[str, Rescale]
-    stated: dict[str, Stated]
-    left_out: dict[str, str]
-    notes: list[str]
 
 
 @lru_cache(100_000)
 def parse_name(volume: str) -> Name | None:
-    """Return the parts of a volume id, None for a text that is none."""
+    """Return what a volume id tells, None for a text that is none."""
     match = VOLUME.fullmatch(volume)
-    if not match:
-        return None
-    split, patient, scan, reconstruction = match.groups()
-    return Name(split, f"{split}_{patient}", f"{split}_{patient}_{scan}", int(reconstruction))
+    return Name(match[1], f"{match[1]}_{match[2]}") if match else None
 
 
-def find_volumes(entry: DataSet, on_file: OnFile) -> Volumes:
-    """Return the volumes below the roots of an entry, each once, with what the metadata say of them; UsageError."""
+def volume_id(place: str) -> str | None:
+    """Return the id in a name or path, train_1/train_1_a/train_1_a_1.nii.gz -> train_1_a_1; None in a text without one."""
+    name = place.strip().rpartition("/")[2].removesuffix(SUFFIX)
+    return name if VOLUME.fullmatch(name) else None
+
+
+def find_volumes(entry: DataSet, on_file: OnFile) -> Collected:
+    """Return the volumes below the roots of an entry, each once, with what the metadata say of them, no questions; UsageError."""
     notes: list[str] = []
     by_version = _by_version(entry, on_file, notes)
     both = by_version[V1].keys() & by_version[V2].keys()
@@ -83,7 +74,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Volumes:
     left_out = _no_chest(entry.annotations.get("no_chest", ()))
     chest = [source.id for source in sources if source.id not in left_out]
     left_out |= _other_reconstructions(entry, chest, metadata)
-    return Volumes(sources, rescale, stated, left_out, notes)
+    return Collected(sources, None, rescale, stated, left_out, notes)
 
 
 def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, dict[str, Source]]:
@@ -92,8 +83,8 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
     unnamed, unclear = [], []
     for root in entry.roots:
         for source in find_scans(root, on_file=on_file).sources:
-            volume = source.path.rpartition("/")[2].removesuffix(SUFFIX)
-            if not VOLUME.fullmatch(volume):
+            volume = volume_id(source.path)
+            if not volume:
                 unnamed.append(source.path)
                 continue
             version = entry.options.get("version") or _version(root, source.path)
@@ -142,11 +133,11 @@ def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
     listed = {}
     for path in paths:
         for number, line in enumerate(read_text(path, (".txt",)).splitlines(), 1):
-            name = line.strip().rpartition("/")[2].removesuffix(SUFFIX)
-            if name and not VOLUME.fullmatch(name):
-                raise UsageError(f"{path}, line {number}: the name of a volume (train_1_a_1) wanted, got {line.strip()!r}")
+            name = volume_id(line)
             if name:
                 listed[name] = "no chest CT (no_chest list)"
+            elif line.strip():
+                raise UsageError(f"{path}, line {number}: the name of a volume (train_1_a_1) wanted, got {line.strip()!r}")
     return listed
 
 

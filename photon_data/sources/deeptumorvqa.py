@@ -17,7 +17,7 @@ from photon_data.declared import DataSet
 from photon_data.errors import UsageError
 from photon_data.questions import Question
 from photon_data.sources.bdmap import ID, find_cts, original_ids
-from photon_data.sources.collected import UNPACK, Adapter, Collected, OnFile
+from photon_data.sources.collected import UNPACK, Adapter, Collected, OnFile, sound
 from photon_data.sources.deeptumorvqa_subtypes import SUBTYPES
 from photon_data.tables import Problem, Row, Table, nearest, read_table, read_text, refuse
 
@@ -40,10 +40,8 @@ def read(entry: DataSet, on_file: OnFile) -> Collected:
 
 def read_questions(path: Path, originals: Mapping[str, str]) -> Iterator[Question]:
     """Yield the questions of one file; UsageError with every row that is not as published."""
-    table = _with_our_names(_read(path))
-    problems = [*table.problems, *_missing(table)]
-    if problems:
-        refuse(path, problems)
+    table = sound(path, _in_our_words(_read(path)), REQUIRED)
+    problems: list[Problem] = []
     of_file = next((split for start, split in BY_NAME.items() if path.stem.startswith(start)), None)
     for row in table.rows:
         wrong = [*_check(row.values, of_file)]
@@ -79,53 +77,46 @@ def _read(path: Path) -> Table:
     return Table(list(columns), [Row(f"item {number}", item) for number, item in enumerate(items, 1)], [])
 
 
-def _with_our_names(table: Table) -> Table:
-    """Return the table with snake-case columns: "multiple-choice question" -> mc_question."""
-
-    def our(name: str) -> str:
-        plain = re.sub(r"[\s-]+", "_", name.strip().lower())
-        return ALIASES.get(plain, plain)
-
-    rows = [Row(row.place, {our(name): value for name, value in row.values.items()}) for row in table.rows]
-    return Table([our(name) for name in table.columns], rows, table.problems)
+def _in_our_words(table: Table) -> Table:
+    """Return the table with snake-case columns ("multiple-choice question" -> mc_question), its texts without outer spaces."""
+    plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns}
+    ours = {name: ALIASES.get(words, words) for name, words in plain.items()}
+    rows = [Row(row.place, {ours[name]: _stripped(value) for name, value in row.values.items()}) for row in table.rows]
+    return Table(list(ours.values()), rows, table.problems)
 
 
-def _missing(table: Table) -> Iterator[Problem]:
-    for column in REQUIRED:
-        if table.rows and column not in table.columns:
-            hint = nearest(column, table.columns)
-            text = f"column {column!r} (in any of its spellings) wanted, not found; {f'is {hint!r} meant?' if hint else ''}"
-            yield Problem("line 1", "missing column", text)
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
-def _check(values: Mapping[str, Any], of_file: str | None) -> Iterator[tuple[str, str]]:
-    if not ID.fullmatch(str(values["image_id"])):
+def _check(values: Mapping[str, str], of_file: str | None) -> Iterator[tuple[str, str]]:
+    if not ID.fullmatch(values["image_id"]):
         yield "no CT", f"an image id like BDMAP_00000001 wanted, got {values['image_id']!r}"
     if not (values.get("split") or of_file):
         yield "no split", f"a column `split`, or a file called {', '.join(f'{name}_*' for name in BY_NAME)}, wanted, got neither"
-    if not _text(values["question"]) or not _text(values["answer"]):
+    if not values["question"] or not values["answer"]:
         yield "empty text", "a question and an answer wanted, got none"
-    if _text(values["mc_question"]):
-        choices = parse_choices(_text(values["mc_question"]))
+    if values["mc_question"]:
+        choices = parse_choices(values["mc_question"])
         if len(choices) < 2:
-            yield "no choices", f"choices 'A: .. B: ..' in the text wanted, got {_text(values['mc_question'])[-60:]!r}"
-        elif _text(values["correct_option"]) not in tuple("ABCD"[: len(choices)]):
+            yield "no choices", f"choices 'A: .. B: ..' in the text wanted, got {values['mc_question'][-60:]!r}"
+        elif values["correct_option"] not in tuple("ABCD"[: len(choices)]):
             yield "no option", f"an option of A to {'ABCD'[len(choices) - 1]} wanted, got {values['correct_option']!r}"
 
 
-def _question(values: Mapping[str, Any], of_file: str | None, originals: Mapping[str, str]) -> Question:
-    ct, answer = str(values["image_id"]), _text(values["answer"])
-    subtype = _subtype(_text(values["question_subtype"]))
-    extra: dict[str, Any] = {name: _text(values.get(name)) for name in KEPT if name in values}
-    extra |= {"publisher_id": _text(values["qid"]), "subtask": subtype, "organ": _text(values.get("organ"))}
+def _question(values: Mapping[str, str], of_file: str | None, originals: Mapping[str, str]) -> Question:
+    ct, answer = values["image_id"], values["answer"]
+    subtype = _subtype(values["question_subtype"])
+    extra: dict[str, Any] = {name: values[name] for name in KEPT if name in values}
+    extra |= {"publisher_id": values["qid"], "subtask": subtype, "organ": values.get("organ", "")}
     extra["answer_type"] = SUBTYPES.get(subtype) or ("yes-no" if answer.lower() in ("yes", "no") else "text")
     extra["source_id"] = originals.get(ct, "")
-    if _text(values["mc_question"]):
-        text = _text(values["mc_question"])
-        extra |= {"mc_question": text, "choices": parse_choices(text), "letter": _text(values["correct_option"])}
-    task = _text(values["question_type"]).replace("_", " ").strip().lower()
-    split = _text(values.get("split")) or of_file
-    return Question(_text(values["qid"]), ct, _text(values["question"]), answer, split, ct, task, extra=extra)
+    if values["mc_question"]:
+        text = values["mc_question"]
+        extra |= {"mc_question": text, "choices": parse_choices(text), "letter": values["correct_option"]}
+    task = values["question_type"].replace("_", " ").strip().lower()
+    split = values.get("split") or of_file
+    return Question(values["qid"], ct, values["question"], answer, split, ct, task, extra=extra)
 
 
 def _subtype(text: str) -> str:
@@ -139,13 +130,6 @@ def _strange_subtypes(questions: list[Question]) -> Iterator[str]:
     for subtype, count in sorted(strange.items()):
         near = nearest(subtype, SUBTYPES)
         yield f"{count} questions of a subtype that is not published, {subtype!r}" + (f" ({near!r}?)" if near else "")
-
-
-def _text(value: Any) -> str:
-    """Return a cell as text, "" for null; numbers as JSON writes them."""
-    if isinstance(value, str):
-        return value.strip()
-    return "" if value is None else json.dumps(value)
 
 
 _SPELLED = {subtype.casefold(): subtype for subtype in SUBTYPES}

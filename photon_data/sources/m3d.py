@@ -15,4 +15,4 @@ def read(entry: DataSet, on_file: OnFile) -> Collected:
     )
 
 
-ADAPTER = Adapter(read, ("questions",), ())
+ADAPTER = Adapter(read, ("questions",))

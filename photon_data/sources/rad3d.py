@@ -39,8 +39,7 @@ def read(entry: DataSet, on_file: OnFile) -> Collected:
     files = [file for folder in entry.annotations.get("questions", ()) for file in _files(entry, folder)]
     volumes = find_volumes(entry, on_file)  # before the questions: its tables are let go before those fill the memory
     questions = with_made_ids([question for file in files for question in read_subtask(file)])
-    notes = [*volumes.notes, *_counts(files, questions)]
-    return Collected(volumes.sources, questions, volumes.rescale, volumes.stated, volumes.left_out, notes)
+    return volumes._replace(questions=questions, notes=[*volumes.notes, *_counts(files, questions)])
 
 
 def _files(entry: DataSet, folder: Path) -> list[Path]:
