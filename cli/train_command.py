@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def train(stage: str, given: dict[str, Any], config: Path | None, settings: list
             console.print(try_step(run_config), soft_wrap=True)
             return
         line = _Line("training")
-        run = start(run_config, resume=resume, watch=line.show)
+        masks = _Masks("masks of volumes")
+        with masks if run_config.grounding else nullcontext():
+            run = start(run_config, resume=resume, watch=line.show, watch_masks=masks.show)
         if run.accelerator.is_main_process:
             console.print_json(data=run.config.to_json())
             console.print(f"{len(run.rows)} rows, step {run.state['step']} of {run.total_steps}, {run.accelerator.device}")
@@ -57,6 +60,15 @@ def _pairs(settings: list[str]) -> dict[str, str]:
             raise UsageError(f"--set: key=value wanted, got {setting!r}; for example groups_per_step=4")
         found[name.strip()] = value.strip()
     return found
+
+
+class _Masks(Bar):
+    """How many volumes' masks are counted."""
+
+    def show(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        self.update(completed=done, total=total)
+        self.line(f"masks of {done} of {total} volumes")
 
 
 class _Line(Bar):

@@ -6,8 +6,9 @@ Qwen2.5-VL was shown where things are. Masks of the training volumes can stand i
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,16 @@ from photon_train.volume_masks import counted_by_volume
 logger = logging.getLogger(__name__)
 
 
-def groundings(rows: Sequence[TrainRow], folder: Path, tokens_zyx: tuple[int, int, int]) -> dict[str, Tensor]:
+def groundings(
+    rows: Sequence[TrainRow],
+    folder: Path,
+    tokens_zyx: tuple[int, int, int],
+    watch: Callable[[int, int], object] = lambda done, total: None,
+) -> dict[str, Tensor]:
     """Return float32[V] by row id: the share of the masks a row names (`organ_masks`) that lies in each visual token.
 
     `folder` holds a folder of masks for each volume id. Rows that name none, of several volumes, or whose masks are not there or
-    empty are left out. UsageError where that leaves nothing.
+    empty are left out. UsageError where that leaves nothing. `watch` is told how many volumes are done, of how many.
     """
     named = [row for row in rows if row.organ_masks and len(row.videos) == 1 and (folder / row.volume_id).is_dir()]
     if not named:
@@ -36,7 +42,8 @@ def groundings(rows: Sequence[TrainRow], folder: Path, tokens_zyx: tuple[int, in
         )
     places = {row.volume_id: row.videos[0] for row in named}
     names = {name for row in named for name in row.organ_masks}
-    masks, unread = counted_by_volume(folder, places, tokens_zyx, names=names)
+    done = itertools.count(1)
+    masks, unread = counted_by_volume(folder, places, tokens_zyx, lambda: watch(next(done), len(places)), names)
     for volume_id, reason in unread.items():
         logger.warning("grounding: the masks of %s cannot be read: %s", volume_id, reason)
     shares = {row.id: _shares(row, {mask.name: mask for mask in masks.get(row.volume_id, [])}) for row in named}

@@ -48,8 +48,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def start(config: TrainConfig, *, resume: bool, watch: Callable[[dict[str, Any]], None] = lambda row: None) -> Run:
-    """Return the run. UsageError for what it cannot be made of; a folder that holds a run wants `resume`."""
+def start(
+    config: TrainConfig,
+    *,
+    resume: bool,
+    watch: Callable[[dict[str, Any]], None] = lambda row: None,
+    watch_masks: Callable[[int, int], object] = lambda done, total: None,
+) -> Run:
+    """Return the run. UsageError for what it cannot be made of; a folder that holds a run wants `resume`.
+
+    `watch` is given each row of the log, `watch_masks` how many volumes' masks of how many are counted, if the run is grounded.
+    """
     folder = Path(config.output)
     found = checkpoints(folder)
     if not resume and (folder / CONFIG).exists():
@@ -59,6 +68,7 @@ def start(config: TrainConfig, *, resume: bool, watch: Callable[[dict[str, Any]]
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last)
     _check_resumed(config, last, rows, folder)
+    known = groundings(rows, Path(config.grounding), processor.config.tokens_thw, watch_masks) if config.grounding else {}
     choose_trained(model, config)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=1.0, betas=(0.9, config.adam_beta2))
     steps = steps_per_epoch(rows, config.questions_per_volume, config.groups_per_step) * config.epochs
@@ -72,7 +82,6 @@ def start(config: TrainConfig, *, resume: bool, watch: Callable[[dict[str, Any]]
     if accelerator.is_main_process:
         Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
         accelerator.init_trackers("photon", init_kwargs={})
-    known = groundings(rows, Path(config.grounding), processor.config.tokens_thw) if config.grounding else {}
     return Run(config, accelerator, model, processor, optimizer, rows, eval_rows, total, state, watch, known)
 
 

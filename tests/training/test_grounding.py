@@ -16,6 +16,7 @@ from photon_train.training.dataset import GroupDataset, Reading
 from photon_train.training.grounding import groundings
 from photon_train.training.plan import Group
 from photon_train.training.rows import TrainRow, read_train_rows
+from photon_train.training.start import start
 
 TOKENS_ZYX = (2, 2, 2)  # of the stores of conftest: 42 x 84 x 84 voxels of 1 mm
 
@@ -54,7 +55,9 @@ def test_a_row_is_grounded_in_the_tokens_that_hold_its_masks(stores, masks):
         asking(stores, "unknown", "spleen"),
         asking(stores, "caption"),
     ]
-    found = groundings(rows, masks, TOKENS_ZYX)
+    told = []
+    found = groundings(rows, masks, TOKENS_ZYX, lambda *counts: told.append(counts))
+    assert told == [(1, 1)]
     # token = (slab * 2 + row) * 2 + column: slabs from the feet, rows from the front, columns from the patient's left
     expected = {
         "left": [1, 0, 0, 0, 0, 0, 0, 0],
@@ -70,6 +73,13 @@ def test_a_folder_without_masks_of_the_rows_is_refused_with_the_remedy(stores, m
         groundings([asking(stores, "a", "liver")], tmp_path / "elsewhere", TOKENS_ZYX)
     with pytest.raises(UsageError, match="grounding=''"):
         groundings([asking(stores, "caption")], masks, TOKENS_ZYX)
+
+
+def test_a_run_that_finds_no_masks_leaves_nothing_in_its_way(models, manifest, tmp_path):
+    config = TrainConfig(model=str(models / "s1"), data=(str(manifest),), output=str(tmp_path / "run"), grounding=str(tmp_path))
+    with pytest.raises(UsageError, match="a folder of masks"):
+        start(config, resume=False)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_what_moves_the_volume_is_refused_beside_masks_that_stay():
