@@ -14,7 +14,7 @@ from photon_data.errors import UsageError
 from photon_data.job import Job, opened
 from photon_data.location import Location
 from photon_data.prepare import prepare_volume
-from photon_data.readers import find_scans
+from photon_data.readers import find_scans, left_alone
 from photon_data.recipe import Recipe
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
@@ -67,10 +67,11 @@ def _from_store(place: str) -> ScanInput:
 
 def _from_raw(path: Path, recipe: Recipe) -> ScanInput:
     start = time.perf_counter()
-    sources = find_scans(path).sources
+    sources, ignored = find_scans(path)
     if len(sources) != 1:
+        others = f"; files left alone: {left_alone(ignored)}" if ignored else ""
         names = "".join(f"\n  {source.path}" for source in sources[:10])
-        raise UsageError(f"one scan wanted, got {len(sources)} in {path}; name one of them{names}")
+        raise UsageError(f"one scan wanted, got {len(sources)} in {path}; name one{others}{names}")
     scan = opened(Job(sources[0], out="", recipe=recipe, write=False))
     watch = _Stopwatch(time.perf_counter() - start)
     prepared = prepare_volume(replace(scan, planes=watch.around(scan.planes)), recipe)
