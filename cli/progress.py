@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from photon_cli.bar import Bar
 from photon_cli.options import console
+from photon_data.readers import left_alone
 from photon_data.records import VolumeRecord
 from photon_pipelines.dataset import Watcher
 from photon_pipelines.prepare import Plan
@@ -38,8 +39,9 @@ class Show(Bar):
         self.total = len(todo.jobs)
         self.start = time.monotonic()
         self.counts["unchanged"] += len(todo.done)
-        others = f", {sum(ignored.values())} other files left alone" if ignored else ""
-        console.print(f"{len(todo.jobs) + len(todo.done)} scans found, {len(todo.done)} of them done before{others}")
+        console.print(f"{len(todo.jobs) + len(todo.done)} scans found, {len(todo.done)} of them done before")
+        if ignored:
+            console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
         self.update(description="preparing", total=self.total, completed=0, detail="")
 
     def _on_record(self, record: VolumeRecord) -> None:
