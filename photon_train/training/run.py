@@ -65,7 +65,12 @@ class Run:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up."""
+    """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up.
+
+    UsageError for DeepSpeed, whose engine steps by itself after so many backward passes: not after the groups of a step.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UsageError("DDP or FSDP2 wanted, got DeepSpeed, which counts optimizer steps itself; launch with an FSDP2 config")
     # Early phases leave the threshold predictor, and text-only groups the vision tower, without gradient.
     kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     precision = "bf16" if config.precision == "bf16" else "no"

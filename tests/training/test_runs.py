@@ -291,3 +291,10 @@ def test_a_setting_that_does_not_exist_is_refused_before_anything_is_loaded():
     result = CliRunner().invoke(app, ["train", "s2", "--set", "lr_visoin=1"])
     assert result.exit_code == 2
     assert "did you mean lr_vision" in result.output
+
+
+def test_deepspeed_is_refused_before_it_trains_other_steps(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match="FSDP2"):
+        start(config, resume=False)
+    assert not Path(config.output).exists()
