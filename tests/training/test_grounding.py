@@ -76,9 +76,9 @@ def test_a_folder_without_masks_of_the_rows_is_refused_with_the_remedy(stores, m
 
 
 def test_a_run_that_finds_no_masks_leaves_nothing_in_its_way(models, manifest, tmp_path):
-    config = TrainConfig(model=str(models / "s1"), data=(str(manifest),), output=str(tmp_path / "run"), grounding=str(tmp_path))
+    given = {"model": str(models / "s1"), "data": (str(manifest),), "output": str(tmp_path / "run"), "grounding": str(tmp_path)}
     with pytest.raises(UsageError, match="a folder of masks"):
-        start(config, resume=False)
+        start(TrainConfig(**given, precision="fp32"), resume=False)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
