@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, readable by from_pretrained, without pickles.
 
 RUN/checkpoint-120/     config.json, model.safetensors, tokenizer files    what from_pretrained and photon predict read
-                        adapter.safetensors                                with LoRA: its weights, in place of model.safetensors
+                        adapter.safetensors                                with LoRA: what is trained; no model.safetensors
                         optimizer.safetensors                              moments of every trained weight, by its name
                         state.json                                         position of the run
 
@@ -69,16 +69,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_optimizer(wrapped: nn.Module, optimizer: Any, checkpoint: Path) -> None:
-    """Set the moments to those of a checkpoint, and with LoRA its weights."""
+    """Set the moments to those of a checkpoint, and with LoRA the weights it holds."""
     options = StateDictOptions(full_state_dict=True, strict=False)
-    if (checkpoint / ADAPTER).is_file():
-        set_model_state_dict(wrapped, dict(load_file(checkpoint / ADAPTER)), options=options)
+    _load_adapter(wrapped, checkpoint)
     set_optimizer_state_dict(wrapped, optimizer.optimizer, optim_state_dict=_read_moments(checkpoint), options=options)
 
 
-def save_merged(model: Any, processor: Any, folder: Path) -> None:
-    """Write a LoRA model as an ordinary one, its updates added to the weights, for from_pretrained."""
-    with _whole(folder) as partial:
+def _load_adapter(model: nn.Module, checkpoint: Path) -> None:
+    if (checkpoint / ADAPTER).is_file():
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model, dict(load_file(checkpoint / ADAPTER)), options=options)
+
+
+def save_merged(model: Any, processor: Any, checkpoint: Path) -> None:
+    """Write a checkpoint with LoRA beside it as an ordinary model, its updates added to the weights, for from_pretrained.
+
+    `model` is the one that the run began with, whole.
+    """
+    _load_adapter(model, checkpoint)
+    with _whole(checkpoint.parent / MERGED) as partial:
         model.merge_and_unload().save_pretrained(partial)
         processor.save_pretrained(partial)
 
@@ -100,9 +109,9 @@ def _whole(folder: Path) -> Iterator[Path]:
 def _write(
     folder: Path, model: Any, weights: dict[str, Any], moments: dict[str, Any], processor: Any, state: dict[str, Any]
 ) -> None:
-    adapter = {name: value.contiguous() for name, value in weights.items() if "lora_" in name}
-    if adapter:
-        save_file(adapter, folder / ADAPTER)
+    if any("lora_" in name for name in weights):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        save_file({name: weights[name].contiguous() for name in sorted(trained)}, folder / ADAPTER)
     else:
         model.save_pretrained(folder, state_dict=dict(weights))
     processor.save_pretrained(folder)

@@ -58,7 +58,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reading:
-    """How groups are read. robustness: chance of a perturbed volume; flip: of a flipped row; both 0 in evaluation."""
+    """How groups are read. robustness: chance of a perturbed volume; flip: of a flipped row; both 0 in evaluation.
+
+    same_calls: all groups make the same calls of the model (see its forward), which takes sharing volumes.
+    """
 
     share_prefix: bool = True
     max_length: int | None = None
@@ -66,6 +69,7 @@ class Reading:
     flip: float = 0.0
     augment: Augment = field(default_factory=Augment)
     groundings: Mapping[str, Tensor] = field(default_factory=dict)
+    same_calls: bool = False
     seed: int = 0
 
 
@@ -91,13 +95,13 @@ class GroupDataset(Dataset[Batch]):
         try:
             return self._read(group, rows)
         except Exception as error:  # the edge of a work item: the loop stops or skips, by name
-            stand_in = self.processor(rows=[{"messages": STAND_IN}], for_training=True)
+            inputs = dict(self.processor(rows=[{"messages": STAND_IN}], for_training=True)) | self._calls()
             reason = f"{rows[0].id}: {error}"
-            return Batch(dict(stand_in), torch.zeros(1, dtype=torch.bool), [row.id for row in rows], 0.0, 0, reason)
+            return Batch(inputs, torch.zeros(1, dtype=torch.bool), [row.id for row in rows], 0.0, 0, reason)
 
     def _read(self, group: Group, rows: list[TrainRow]) -> Batch:
         rng = random.Random(f"{self.reading.seed} {self.epoch} {group.number}")
-        shares = len(rows) > 1 and self.reading.share_prefix and bool(rows[0].videos)
+        shares = bool(rows[0].videos) and (self.reading.same_calls or (len(rows) > 1 and self.reading.share_prefix))
         read = {path: self.reading.augment(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
         asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
         inputs = shared_inputs(self.processor, asked) if shares else dict(self.processor(rows=asked, for_training=True))
@@ -112,7 +116,10 @@ class GroupDataset(Dataset[Batch]):
             raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")
         flips = torch.rand(len(rows), generator=generator) < self.reading.flip
         volumes = len(rows[0].videos) if shares else sum(len(row.videos) for row in rows)
-        return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes)
+        return Batch(inputs | self._calls(), flips, [row.id for row in rows], group.weight, volumes)
+
+    def _calls(self) -> dict[str, bool]:
+        return {"same_calls": True} if self.reading.same_calls else {}
 
     def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
         """Perturb every volume of the group in one way; all its rows are then trained to be unsure."""

@@ -16,7 +16,7 @@ import torch
 
 from photon_train.curriculum import Phase, phase_at
 from photon_train.memory import peak_memory_mib
-from photon_train.training.checkpoint import MERGED, save_checkpoint, save_merged
+from photon_train.training.checkpoint import checkpoints, save_checkpoint, save_merged
 from photon_train.training.clock import Clock
 from photon_train.training.dataset import Batch, GroupDataset, batches
 from photon_train.training.log import Log, read_log, write_summary
@@ -25,6 +25,7 @@ from photon_train.training.parameters import gradient_norms
 from photon_train.training.plan import plan_epoch
 from photon_train.training.run import Run, TrainingStopped, check_read, reading, worker_count
 from photon_train.training.schedule import set_rates
+from photon_train.training.start import load_model
 from photon_train.training.validation import evaluate
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     if not run.accelerator.is_main_process:
         return {}
     if run.config.lora_rank:
-        save_merged(run.accelerator.unwrap_model(run.model), run.processor, run.folder / MERGED)
+        checkpoint = checkpoints(run.folder)[-1]
+        save_merged(load_model(run.config, checkpoint)[0], run.processor, checkpoint)
     rows = read_log(run.folder)
     last = rows[-1]
     summary = {"steps": run.state["step"], "seconds_of_this_session": seconds, "first": rows[0], "last": last}

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from photon_data.errors import UsageError
 from photon_train.training.augment import Augment
@@ -59,6 +60,11 @@ class Run:
         return Turn(self.accelerator.process_index, self.accelerator.num_processes)
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether processes share the weights module by module, and so must call the same ones."""
+        return self.accelerator.distributed_type is DistributedType.FSDP
+
+    @property
     def folder(self) -> Path:
         """Where the run's files go."""
         return Path(self.config.output)
@@ -79,8 +85,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=precision,
         log_with=list(config.track) or None,
         project_dir=config.output,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # groups_per_step says it; a launcher must not
         kwargs_handlers=kwargs,
     )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        _check_fsdp(accelerator)
     if config.groups_per_step % accelerator.num_processes:
         raise UsageError(
             f"groups_per_step: a multiple of the {accelerator.num_processes} processes wanted, got {config.groups_per_step}"
@@ -88,11 +97,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _check_fsdp(accelerator: Accelerator) -> None:
+    """Refuse FSDP 1, and let FSDP 2 round to bfloat16 what layers compute with, not what they give back or add up."""
+    if not accelerator.is_fsdp2:
+        raise UsageError("FSDP2 wanted (fsdp_version: 2), got FSDP 1, which knows no weight by its name")
+    if accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
 def reading(run: Run, *, training: bool) -> Reading:
     """Return how groups are read: without anything random in evaluation."""
     config = run.config
     if not training:
-        return Reading(config.share_prefix, config.max_length, seed=config.seed)
+        return Reading(config.share_prefix, config.max_length, same_calls=run.is_sharded, seed=config.seed)
     return Reading(
         config.share_prefix,
         config.max_length,
@@ -100,6 +119,7 @@ def reading(run: Run, *, training: bool) -> Reading:
         flip=run.photon.flip_probability if run.is_stage_2 else 0.0,
         augment=Augment(config.augment),
         groundings=run.groundings,
+        same_calls=run.is_sharded,
         seed=config.seed,
     )
 

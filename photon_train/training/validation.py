@@ -28,10 +28,10 @@ def evaluate(run: Run) -> dict[str, float]:
         for batch in batches(dataset, 0, 1, pin=False):
             batch = batch.to(run.accelerator.device)
             check_read(run, batch)
-            if batch.weight == 0:
+            output = run.model(**batch.inputs, answers_only=True) if batch.weight or run.is_sharded else None
+            if output is None or batch.weight == 0:
                 sums.add({"skipped_groups": float(bool(batch.error))})
                 continue
-            output = run.model(**batch.inputs, answers_only=True)
             sums.add(sums_of(output, replace(batch, weight=1.0), run.photon) | {"right": _right(output, len(batch.ids))})
     run.model.train()
     total = sums.over(run.accelerator)

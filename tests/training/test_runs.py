@@ -22,10 +22,12 @@ from photon_train.training.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
+from photon_train.training.parameters import MODULES, module_of
 from photon_train.training.run import TrainingStopped
 from photon_train.training.start import start
 
-COMPUTED = ("step", "loss", "ce", "band", "robustness", "flip", "keep_ratio", "threshold", "questions", "phase")
+LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
+COMPUTED = ("step", *LOSSES, "keep_ratio", "questions", "phase")
 
 
 @pytest.fixture
@@ -127,23 +129,47 @@ def test_two_processes_have_the_losses_of_one(config, tmp_path):
     one = trained(replace(config, output=str(tmp_path / "one")))
     train = command(replace(config, output=str(tmp_path / "two")), tmp_path / "run.json", *TORCHRUN)
     subprocess.run(train, env=with_threads(1), check=True)
-    two = read_log(tmp_path / "two")
-    assert [row["questions"] for row in two] == [row["questions"] for row in one]
-    for mine, theirs in zip(two, one, strict=True):
-        for name in ("loss", "ce", "band", "robustness", "flip", "threshold"):
-            assert mine[name] == pytest.approx(theirs[name], abs=1e-5), (mine["step"], name)
+    _same_log(read_log(tmp_path / "two"), one, 1e-5)
 
 
 def read_log_of(config):
     return read_log(Path(config.output))
 
 
+# What `accelerate launch` sets for fsdp_version 2.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",  # groups_per_step says it, not the launcher
+}
+
+
 @pytest.mark.slow
-def test_a_model_sharded_over_two_processes_has_the_loss_and_gradients_of_a_whole_one(models, manifest):
-    script = Path(__file__).with_name("sharded.py")
-    sharded = [sys.executable, "-m", *TORCHRUN[:-1], str(script), str(models / "s2"), str(manifest)]
-    done = subprocess.run(sharded, env=with_threads(1), capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.03)])
+def test_a_model_sharded_over_two_processes_trains_evaluates_and_resumes_as_a_whole_one(config, tmp_path, precision, wrong):
+    config = replace(config, eval=config.data, eval_every=4, keep_checkpoints=9)
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    (tmp_path / "run.json").write_text(json.dumps(replace(config, precision=precision).to_json()))
+    sharded = [sys.executable, "-m", *TORCHRUN[:-1], str(Path(__file__).with_name("as_gpus.py")), str(tmp_path / "run.json")]
+    done = subprocess.run(sharded, env=with_threads(1) | FSDP, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    _same_log(read_log_of(config), whole, wrong)
+    if precision == "fp32":
+        for late in checkpoints(tmp_path / "run")[2:]:
+            shutil.rmtree(late)
+        _same_log(trained(config, resume=True), whole, wrong)  # on one process, from step 4
+
+
+def _same_log(found, expected, wrong):
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["questions"] == theirs["questions"]
+        for name in LOSSES:
+            assert mine.get(name) == pytest.approx(theirs.get(name), abs=wrong), (mine["step"], name)
 
 
 def test_an_epoch_asks_every_question_once(config):
@@ -264,16 +290,18 @@ def test_frozen_modules_do_not_move_and_stage_2_starts_by_keeping_nearly_everyth
         assert parameter.equal(before[name]) == frozen, name
 
 
-def test_lora_trains_its_updates_only_resumes_and_ends_as_an_ordinary_model(config, models, tmp_path):
-    lora = replace(config, lora_rank=2, lr_patch_embedding=0.0, lr_vision=0.0, lr_merger=0.0, lr_threshold=0.0, epochs=1)
+@pytest.mark.parametrize("beside", [(), ("vision", "threshold")])
+def test_lora_trains_its_updates_and_what_else_has_a_rate_resumes_and_ends_as_an_ordinary_model(config, models, tmp_path, beside):
+    rates = {f"lr_{module}": 1e-3 if module in beside else 0.0 for module in MODULES}
+    lora = replace(config, lora_rank=2, epochs=1, **rates)
     whole = trained(replace(lora, output=str(tmp_path / "whole")))
     stop(replace(lora, output=str(tmp_path / "stopped")), 3)  # behind a checkpoint
     assert trained(replace(lora, output=str(tmp_path / "stopped")), resume=True) == whole
     before = dict(PhotonForConditionalGeneration.from_pretrained(models / "s2").named_parameters())
     after = PhotonForConditionalGeneration.from_pretrained(tmp_path / "whole" / "merged")
     moved = {name for name, parameter in after.named_parameters() if not parameter.equal(before[name])}
-    assert moved
-    assert all(".layers." in name and "_proj.weight" in name for name in moved)
+    assert {module_of(name) for name in moved} == {"language_model", *beside}
+    assert all("_proj.weight" in name for name in moved if module_of(name) == "language_model")
 
 
 def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(config, tmp_path):

@@ -1,6 +1,8 @@
 """The questions of one volume on one encoding: the same loss and gradients as each with its own."""
 
 import random
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -68,6 +70,48 @@ def test_rows_of_every_layout_can_be_trained_on(model, models, manifest):
         out, gradients = losses(model, batch)
         assert torch.isfinite(out.loss) and gradients, row.id
         assert batch.volumes == len(row.videos)
+
+
+@pytest.mark.parametrize("step", [0, 15, 25])  # dense, soft, hard
+def test_processes_that_share_weights_call_the_same_modules_whatever_their_rows_hold(model, models, manifest, step):
+    model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
+    model.model.language_model.embed_tokens.requires_grad_(model.config.stage == 2)
+    rows = read_train_rows([manifest])
+    kwargs = {} if model.config.stage == 1 else {"step": step, "total_steps": 40}
+    named = {row.id: i for i, row in enumerate(rows)}
+    seen = []
+    for ids in (["text"], ["b0"], ["pair"], ["other-head"], ["a0", "a1", "a2"]):
+        indices = [named[id] for id in ids]
+        plain, batch = (batch_of(models, rows, indices, model, same_calls=same) for same in (False, True))
+        expected, its_gradients = losses(model, plain, **kwargs)
+        with _calls(model) as calls:
+            found, gradients = losses(model, batch, **kwargs)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in its_gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=2e-3, atol=1e-5, msg=name)
+        assert all(not gradient.any() for name, gradient in gradients.items() if name not in its_gradients)
+        seen.append((calls, gradients.keys()))
+    assert all(one == seen[0] for one in seen)
+
+
+@contextmanager
+def _calls(model):
+    """Give a list of the modules with weights that are called, and then of those that gradients reach, in order."""
+    calls = []
+
+    def note(name, module, args, out):
+        calls.append(name)
+        out = out[0] if isinstance(out, tuple) else out
+        if out.requires_grad:
+            out.register_hook(lambda gradient: calls.append(f"gradient of {name}"))
+
+    own = [(n, m) for n, m in model.named_modules() if type(m).__name__ in (*model._no_split_modules, "Embedding")]
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in own]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, manifest):

@@ -1,0 +1,18 @@
+"""Run by torchrun: a training run of CPUs that accelerate takes for GPUs, since it shards nothing on CPUs."""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from photon_train.training.config import TrainConfig, with_values
+from photon_train.training.loop import run_steps
+from photon_train.training.start import start
+
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+run = start(with_values(TrainConfig(), json.loads(Path(sys.argv[1]).read_text())), resume=False)
+assert run.is_sharded, run.accelerator.distributed_type
+run_steps(run)
