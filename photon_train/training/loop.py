@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from photon_train.training.clock import Clock
 from photon_train.training.dataset import Batch, GroupDataset, batches
 from photon_train.training.log import Log, read_log, write_summary
 from photon_train.training.measures import Sums, means, sums_of
-from photon_train.training.parameters import gradient_norms
 from photon_train.training.plan import plan_epoch
 from photon_train.training.run import Run, TrainingStopped, check_read, reading, worker_count
 from photon_train.training.schedule import set_rates
@@ -77,20 +75,18 @@ def _step(run: Run, step_batches: list[Batch], clock: Clock) -> dict[str, Any]:
     """Make one optimizer step; return its row of the log."""
     step, sums = run.state["step"], Sums()
     phase = phase_at(run.photon, step, run.total_steps) if run.is_stage_2 else Phase.DENSE
-    rates = set_rates(run.optimizer, run.config, step, run.total_steps)
+    rates = set_rates(run.engine.optimizer, run.config, step, run.total_steps)
     for number, batch in enumerate(step_batches):
         check_read(run, batch)
         last = number == len(step_batches) - 1
-        with nullcontext() if last else run.accelerator.no_sync(run.model):
+        with run.engine.group(last):
             sums.add(_group(run, batch.to(run.accelerator.device), phase, len(step_batches)))
-    norms = gradient_norms(run.model.named_parameters())
+    norms = run.engine.gradient_norms()
     total = sums.over(run.accelerator)
     row = means(total, run.config.groups_per_step)
     if _may_move(run, row, step_batches, norms):
-        if run.config.max_grad_norm:
-            run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+        run.engine.move(run.config.max_grad_norm)
+    run.engine.forget()
     run.state |= {"step": step + 1, "step_in_epoch": run.state["step_in_epoch"] + 1}
     timing = clock.row(total["questions"], total["volumes"])
     return {
@@ -114,7 +110,7 @@ def _group(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, 
         inputs["flip"] = batch.flips if phase is Phase.FLIP else torch.zeros_like(batch.flips)
     with run.accelerator.autocast():
         output = run.model(**inputs)
-    run.accelerator.backward(output.loss * scale)
+    run.engine.backward(output.loss * scale)
     return sums_of(output, batch, run.photon)
 
 
@@ -140,9 +136,7 @@ def _report(run: Run, log: Log | None, row: dict[str, Any]) -> None:
 
 
 def _save(run: Run) -> None:
-    save_checkpoint(
-        run.accelerator, run.model, run.optimizer, run.processor, run.folder, dict(run.state), run.config.keep_checkpoints
-    )
+    save_checkpoint(run.engine, run.processor, run.folder, dict(run.state), run.config.keep_checkpoints)
 
 
 def _finish(run: Run, seconds: float) -> dict[str, Any]:

@@ -70,12 +70,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def gradient_norms(named: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Return the norm of the gradients of each module."""
+def norms_by_module(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, float]:
+    """Return the norm of the gradients of each module, given by name of the weight."""
     squares: dict[str, list[Tensor]] = defaultdict(list)
-    for name, parameter in named:
-        if parameter.grad is not None:
-            norm = torch.linalg.vector_norm(parameter.grad.float())
+    for name, gradient in gradients:
+        if gradient is not None:
+            norm = torch.linalg.vector_norm(gradient.float())
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded gradient
             squares[module_of(name)].append(whole.square())
     return {module: float(torch.stack(values).sum().sqrt()) for module, values in squares.items()}

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from photon_data.errors import UsageError
+from photon_train.training import zero
 from photon_train.training.augment import Augment
 from photon_train.training.config import TrainConfig
 from photon_train.training.dataset import Batch, Reading, Turn
+from photon_train.training.engine import Engine
 from photon_train.training.rows import TrainRow
 
 logger = logging.getLogger(__name__)
@@ -30,19 +32,27 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class Run:
-    """Everything a step needs. `model` is wrapped by accelerate; `state` is what a checkpoint restores."""
+    """Everything a step needs. `state` is what a checkpoint restores."""
 
     config: TrainConfig
-    accelerator: Accelerator
-    model: Any
+    engine: Engine
     processor: Any
-    optimizer: Any
     rows: Sequence[TrainRow]
     eval_rows: Sequence[TrainRow]
     total_steps: int
     state: dict[str, Any]
     watch: Callable[[dict[str, Any]], None]
     groundings: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """What this process is among the others."""
+        return self.engine.accelerator
+
+    @property
+    def model(self) -> Any:
+        """The model, as accelerate wrapped it."""
+        return self.engine.model
 
     @property
     def photon(self) -> Any:
@@ -62,7 +72,7 @@ class Run:
     @property
     def is_sharded(self) -> bool:
         """Whether processes share the weights module by module, and so must call the same ones."""
-        return self.accelerator.distributed_type is DistributedType.FSDP
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @property
     def folder(self) -> Path:
@@ -73,34 +83,49 @@ class Run:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up.
 
-    UsageError for DeepSpeed, whose engine steps by itself after so many backward passes: not after the groups of a step.
+    UsageError for groups that the processes cannot share evenly, FSDP 1, and settings of DeepSpeed that would be another run's.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UsageError("DDP or FSDP2 wanted, got DeepSpeed, which counts optimizer steps itself; launch with an FSDP2 config")
     # Early phases leave the threshold predictor, and text-only groups the vision tower, without gradient.
     kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    with_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     precision = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives so many runs of one process
+        cpu=not (torch.cuda.is_available() or with_zero),  # else torchrun on CPUs gives so many runs of one process
         mixed_precision=precision,
         log_with=list(config.track) or None,
         project_dir=config.output,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # groups_per_step says it; a launcher must not
         kwargs_handlers=kwargs,
     )
+    check_shares(config, accelerator.num_processes)
     if accelerator.distributed_type is DistributedType.FSDP:
-        _check_fsdp(accelerator)
-    if config.groups_per_step % accelerator.num_processes:
-        raise UsageError(
-            f"groups_per_step: a multiple of the {accelerator.num_processes} processes wanted, got {config.groups_per_step}"
-        )
+        _configure_fsdp(accelerator)
+    if with_zero:
+        zero.configure(accelerator, config)
     return accelerator
 
 
-def _check_fsdp(accelerator: Accelerator) -> None:
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """UsageError when so many processes, as accelerate sees them, cannot make the steps of the run together."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != processes:  # DeepSpeed without GPUs: each would train alone
+        raise UsageError(f"{launched} processes were launched, accelerate sees {processes}; launch DDP where there are no GPUs")
+    if config.groups_per_step % processes:
+        raise UsageError(f"groups_per_step: a multiple of the {processes} processes wanted, got {config.groups_per_step}")
+
+
+def make_engine(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> Engine:
+    """Return the model and its optimizer, spread over the processes."""
+    is_zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+    model, prepared = accelerator.prepare(model, optimizer)
+    return (zero.ZeroEngine if is_zero else Engine)(accelerator, model, prepared)
+
+
+def _configure_fsdp(accelerator: Accelerator) -> None:
     """Refuse FSDP 1, and let FSDP 2 round to bfloat16 what layers compute with, not what they give back or add up."""
     if not accelerator.is_fsdp2:
         raise UsageError("FSDP2 wanted (fsdp_version: 2), got FSDP 1, which knows no weight by its name")
+    accelerator.state.fsdp_plugin.activation_checkpointing = False  # the run's own, by half
     if accelerator.mixed_precision == "bf16":
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False

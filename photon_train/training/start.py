@@ -19,13 +19,13 @@ from photon_data.errors import UsageError
 from photon_data.location import Location
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimizer, read_state
+from photon_train.training.checkpoint import ADAPTER, checkpoints, load_adapter, read_moments, read_state
 from photon_train.training.config import TrainConfig, with_values
 from photon_train.training.grounding import groundings
 from photon_train.training.parameters import choose_trained, parameter_groups, with_lora
 from photon_train.training.plan import steps_per_epoch
 from photon_train.training.rows import TrainRow, check_stores, read_train_rows
-from photon_train.training.run import Run, make_accelerator
+from photon_train.training.run import Run, make_accelerator, make_engine
 
 logger = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -73,20 +73,20 @@ def start(
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=1.0, betas=(0.9, config.adam_beta2))
     steps = steps_per_epoch(rows, config.questions_per_volume, config.groups_per_step) * config.epochs
     total = min(steps, config.max_steps) if config.max_steps else steps
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
+    engine = make_engine(accelerator, model, optimizer)
+    engine.model.train()
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0, "rows": _digest(rows), "settings": config.to_json()}
     if last:
         state |= {name: read_state(last)[name] for name in ("step", "epoch", "step_in_epoch")}
-        load_optimizer(model, optimizer, last)
+        engine.load_moments(read_moments(last))
     if accelerator.is_main_process:
         Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
         accelerator.init_trackers("photon", init_kwargs={})
-    return Run(config, accelerator, model, processor, optimizer, rows, eval_rows, total, state, watch, known)
+    return Run(config, engine, processor, rows, eval_rows, total, state, watch, known)
 
 
 def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:
-    """Return the model to train, in float32, and its processor; from the run's last checkpoint if there is one."""
+    """Return the model to train, whole and in float32, and its processor; from a checkpoint of the run if there is one."""
     torch.manual_seed(config.seed)  # fresh parts
     with_adapter = last is not None and (last / ADAPTER).is_file()
     source = config.model if last is None or with_adapter else str(last)
@@ -103,6 +103,8 @@ def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProce
     _set_checkpointing(model, config)
     if config.lora_rank:
         model = with_lora(model, config)
+    if last is not None and with_adapter:
+        load_adapter(model, last)
     return model, processor
 
 

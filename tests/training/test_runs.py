@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
+from photon_train.training import zero
 from photon_train.training.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
 from photon_train.training.parameters import MODULES, module_of
-from photon_train.training.run import TrainingStopped
+from photon_train.training.run import TrainingStopped, check_shares
 from photon_train.training.start import start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
@@ -148,20 +150,42 @@ FSDP = {
 }
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.03)])
-def test_a_model_sharded_over_two_processes_trains_evaluates_and_resumes_as_a_whole_one(config, tmp_path, precision, wrong):
-    config = replace(config, eval=config.data, eval_every=4, keep_checkpoints=9)
+@pytest.mark.parametrize(("launcher", "precision", "wrong"), [(FSDP, "fp32", 1e-5), (FSDP, "bf16", 0.1), (ZERO, "fp32", 1e-5)])
+def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(config, tmp_path, launcher, precision, wrong):
+    config = _from_the_first_step(replace(config, epochs=2, eval=config.data, eval_every=3))
     whole = trained(replace(config, output=str(tmp_path / "whole")))
-    (tmp_path / "run.json").write_text(json.dumps(replace(config, precision=precision).to_json()))
-    sharded = [sys.executable, "-m", *TORCHRUN[:-1], str(Path(__file__).with_name("as_gpus.py")), str(tmp_path / "run.json")]
-    done = subprocess.run(sharded, env=with_threads(1) | FSDP, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    _on_two(replace(config, precision=precision), launcher, tmp_path)
     _same_log(read_log_of(config), whole, wrong)
     if precision == "fp32":
-        for late in checkpoints(tmp_path / "run")[2:]:
-            shutil.rmtree(late)
-        _same_log(trained(config, resume=True), whole, wrong)  # on one process, from step 4
+        shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+        _same_log(trained(config, resume=True), whole, wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [FSDP, ZERO])
+def test_a_run_of_one_process_goes_on_with_two(config, tmp_path, launcher):
+    config = _from_the_first_step(replace(config, epochs=2))
+    whole = trained(config)
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    _on_two(config, launcher, tmp_path, "--resume")
+    _same_log(read_log_of(config), whole, 1e-5)
+
+
+def _from_the_first_step(config):
+    """Return a run that schedules at once: DeepSpeed counts steps also for weights that no loss has reached."""
+    return replace(config, photon=config.photon | {"soft_start": 0})
+
+
+def _on_two(config, launcher, folder, *options):
+    (folder / "run.json").write_text(json.dumps(config.to_json()))
+    script = str(Path(__file__).with_name("as_gpus.py"))
+    command = [sys.executable, "-m", *TORCHRUN[:-1], script, str(folder / "run.json"), *options]
+    done = subprocess.run(command, env=with_threads(1) | launcher, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _same_log(found, expected, wrong):
@@ -321,8 +345,24 @@ def test_a_setting_that_does_not_exist_is_refused_before_anything_is_loaded():
     assert "did you mean lr_vision" in result.output
 
 
-def test_deepspeed_is_refused_before_it_trains_other_steps(config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UsageError, match="FSDP2"):
-        start(config, resume=False)
-    assert not Path(config.output).exists()
+@pytest.mark.parametrize(
+    ("stage", "settings", "on_nan", "message"),
+    [
+        (3, {}, "stop", "zero_stage 1 or 2 wanted"),
+        (2, {"optimizer": {"type": "Lamb"}}, "stop", "no optimizer wanted"),
+        (2, {}, "skip", "on_nan=stop wanted"),
+    ],
+)
+def test_what_deepspeed_would_make_another_run_of_is_refused(config, stage, settings, on_nan, message):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
+    accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(UsageError, match=message):
+        zero.configure(accelerator, replace(config, on_nan=on_nan))
+
+
+def test_processes_that_cannot_share_the_steps_of_a_run_are_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="3 processes were launched, accelerate sees 1"):
+        check_shares(config, 1)
+    with pytest.raises(UsageError, match="a multiple of the 3 processes wanted, got 4"):
+        check_shares(config, 3)
