@@ -141,9 +141,10 @@ class PhotonProcessor:
             )
         if shape != wanted:
             hu = F.interpolate(hu[None, None], size=wanted, mode="trilinear", align_corners=False)[0, 0]
-        if not hu.isfinite().all():
+        darkest, brightest = hu.aminmax()  # NaN if any voxel is, in one pass
+        if not (darkest.isfinite() and brightest.isfinite()):
             raise ValueError("finite voxels wanted, got NaN or infinity; photon-data prepare says which scan has them")
-        low, high = hu.aminmax() if self.config.intensity == "minmax" else self.config.window_hu
+        low, high = (darkest, brightest) if self.config.intensity == "minmax" else self.config.window_hu
         return (hu - low).div_(max(float(high - low), 1e-6)).clamp_(0.0, 1.0)
 
     def visual_tokens(self) -> int:

@@ -174,11 +174,18 @@ def test_a_volume_object_and_a_store_read_like_their_array(processor: PhotonProc
 USER = {"role": "user", "content": "<video>Where?"}
 
 
+def with_one_voxel(value):
+    array = np.zeros((28, 56, 56), np.float32)
+    array[20, 30, 40] = value
+    return array
+
+
 @pytest.mark.parametrize(
     ("volumes", "messages", "message"),
     [
         (np.zeros((28, 56, 57)), "Where?", r"shape \(28, 56, 56\) or \(42, 84, 84\) .* wanted, got \(28, 56, 57\)"),
-        (np.full((28, 56, 56), np.nan), "Where?", "finite voxels wanted"),
+        (with_one_voxel(np.nan), "Where?", "finite voxels wanted"),
+        (with_one_voxel(-np.inf), "Where?", "finite voxels wanted"),
         (volume(), [{"role": "user", "content": "<video><video>Where?"}], "got 1 volumes for 2 tags"),
         (None, [USER], "got 0 volumes for 1 tags"),
         ([volume(), volume()], [USER], "got 2 volumes for 1 tags"),
