@@ -68,19 +68,12 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         scheduling: SchedulingInputs | None = None,
         prefix: Prefix | None = None,
         with_qk: bool = False,
-        idle: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, Tensor, Tensor]:
-        """Return h_BLD and, given `scheduling`, the selection for whole rows (prefix included); with_qk, rotated q and k.
-
-        idle: give the predictor a gradient of 0, since nothing will be scheduled.
-        """
+        """Return h_BLD and, given `scheduling`, the selection for whole rows (prefix included); with_qk, rotated q and k."""
         if with_qk:  # within this forward, where sharded weights are whole
             q_BHLd, k_BKLd = self.rotated_qk(hidden_states, kwargs["position_embeddings"])
-            h_BLD = super().forward(hidden_states, **kwargs)
-            if idle and self.atp is not None:
-                h_BLD = h_BLD + 0 * sum(p.sum() for p in self.atp.predictor.parameters())
-            return h_BLD, q_BHLd, k_BKLd
+            return super().forward(hidden_states, **kwargs), q_BHLd, k_BKLd
         if scheduling is None:
             return super().forward(hidden_states, **kwargs)
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
@@ -171,14 +164,14 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         h_BMD = self._through(self.layers[its + 1 :], h_BMD, **attend, **kwargs)
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
-    def through_its(self, h_1PD: Tensor, position_31P: Tensor, idle: bool = False) -> tuple[Tensor, Tensor, Tensor, Cache]:
+    def through_its(self, h_1PD: Tensor, position_31P: Tensor) -> tuple[Tensor, Tensor, Tensor, Cache]:
         """Return h_1PD after layer its, that layer's rotated q and k, and the cache of layers 0..its. For a prefix."""
         its, cache = self.photon.its, DynamicCache(config=self.config)
         scheduler: Any = self.layers[its]
         attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
         with self._keeping_keys():
             h_1PD = self._through(self.layers[:its], h_1PD, **attend)
-            h_1PD, q_1HPd, k_1KPd = scheduler(h_1PD, with_qk=True, idle=idle, **attend)
+            h_1PD, q_1HPd, k_1KPd = scheduler(h_1PD, with_qk=True, **attend)
         return h_1PD, q_1HPd, k_1KPd, cache
 
     @contextmanager
@@ -228,7 +221,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         keep_BL = present_BL & (kept_visual_BL | ~visual_BL)
         kept = gather_of(keep_BL)
         if self.photon.scheduler == "its":
-            warn_of_undecided(selection, visual_BL & ~scheduling.perturbed_B[:, None])
+            warn_of_undecided(selection, visual_BL & present_BL & ~scheduling.perturbed_B[:, None])
         surrogate_p_BL = p_BL if drops else p_BL.detach()
         rule = SurrogateRule.of(self.photon)
         rule = rule._replace(loss_scale=scheduling.loss_scale)

@@ -133,10 +133,9 @@ class PhotonModel(Qwen2_5_VLModel):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         prefix: Prefix | None = None,
-        behind: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the decoder's output. With a prefix, `input_ids` are still whole rows; behind: 0, to be added to their text."""
+        """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
         if position_ids is None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError("position_ids wanted with a filled cache, got None: the cache is shorter than the text")
@@ -151,9 +150,8 @@ class PhotonModel(Qwen2_5_VLModel):
         if volumes is None and pixel_values_videos is not None:
             volumes = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
         own_ids_BL = input_ids if prefix is None else input_ids[:, prefix.length :]
-        h_BLD = self.embed(own_ids_BL, volumes)
         return self.language_model(
-            inputs_embeds=h_BLD if behind is None else h_BLD + behind.to(h_BLD.dtype),
+            inputs_embeds=self.embed(own_ids_BL, volumes),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -237,7 +235,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         loss_scale: float = 1.0,
         answers_only: bool = False,
         grounding: Tensor | None = None,
-        same_calls: bool = False,
         **kwargs: Any,
     ) -> PhotonOutput:
         """Return a PhotonOutput.
@@ -254,9 +251,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         answers_only: with labels, return logits at answer positions only, as in training: float[N, V].
         grounding float[B, L], with labels: where what a row asks about lies, shares of it by visual token that sum to 1, or all 0
         where that is not known; adds the loss of scores that point elsewhere, from stage 1 on.
-        same_calls: call the same modules in the same order whatever the rows hold, and give the same weights a gradient, as
-        processes must that share weights module by module (FSDP, ZeRO): text alone is preceded by a volume of one token
-        that counts 0, and rows with volumes want a `prefix_length`.
         loss_scale: what a trainer will multiply the loss by; the surrogate gradient, which is not linear in it, wants to know.
         Raises ValueError for images, and for visual tokens that do not match the volumes.
         """
@@ -272,9 +266,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             second_per_grid_ts = second_per_grid_ts.repeat(len(input_ids)) if second_per_grid_ts is not None else None
             pixel_values_videos = None
         has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
-        if same_calls and has_volumes:
-            raise ValueError("prefix_length wanted with same_calls, got volumes without it")
-        before = prefix if prefix is not None or not same_calls else self._idle_prefix(self._phase(step, total_steps))
         schedules = prefix is not None or (has_volumes and (self.config.scheduler != "none" or grounding is not None))
         rows = None
         if schedules or labels is not None:
@@ -297,7 +288,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             scheduling=rows if schedules else None,
             prefix=prefix,
-            behind=0 * before.h_1PD.float().sum() if same_calls and before is not None else None,
             **kwargs,
         )
         scheduled = getattr(outputs, "scheduled", None)
@@ -308,7 +298,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         else:
             assert rows is not None, "labels come with whole rows"
             answered = self._losses(h_BMD, labels, attention_mask, scheduled, rows, answers_only or self.training)
-            answered["loss"] = self._with_gradient(answered["loss"])
         return PhotonOutput(
             **answered,
             scheduled=None if scheduled is None else scheduled.detached(),
@@ -327,16 +316,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if prefix.length != length:
             raise ValueError(f"a prefix up to the end of the last volume ({prefix.length} tokens) wanted, got {length}")
         return prefix
-
-    def _idle_prefix(self, phase: Phase) -> Prefix:
-        """Return the prefix of a volume of one token, for rows without one."""
-        vision, config = self.config.vision_config, self.config
-        side = vision.spatial_merge_size
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        ids = [[config.vision_start_token_id, config.video_token_id, config.vision_end_token_id]]
-        volume = {"pixel_values_videos": torch.zeros(side**2, patch), "video_grid_thw": torch.tensor([[1, side, side]])}
-        inputs = {"input_ids": torch.tensor(ids), **volume}
-        return encode_prefix(self, inputs, idle=phase is not Phase.DENSE)
 
     def _phase(self, step: int | None, total_steps: int | None) -> Phase:
         return phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
@@ -411,19 +390,16 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         band = self._band(share_B, scheduled, rows) if self.training else torch.zeros_like(losses.ce)
         grounding = _mean_where_known(scheduled, rows) if self.training else torch.zeros_like(losses.ce)
         parts = {**losses._asdict(), "band": band, "grounding": grounding}
+        loss: Any = sum(parts.values())
+        if self.training and not loss.requires_grad:  # text alone, in stage 1: a gradient of 0, so that every device has one
+            loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {
-            "loss": sum(parts.values()),
+            "loss": loss,
             **parts,
             "logits": logits,
             "answer_labels_N": labels_N,
             "answer_rows_N": rows_N,
         }
-
-    def _with_gradient(self, loss: Tensor) -> Tensor:
-        """Return the loss; that of text alone in stage 1 with a gradient of 0, so that every device has one."""
-        if not self.training or loss.requires_grad:
-            return loss
-        return loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
 
     def _band(self, share_B: Tensor, scheduled: Scheduled | None, rows: SchedulingInputs) -> Tensor:
         """Return the band loss, 0-d, of the rows whose tokens a threshold decided and that are trained to answer."""

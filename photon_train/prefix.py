@@ -57,10 +57,9 @@ class Prefix(NamedTuple):
         return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **volumes}
 
 
-def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, Any], idle: bool = False) -> Prefix:
+def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, Any]) -> Prefix:
     """Return the prefix of one row of model inputs: its tokens up to the last <|vision_end|>.
 
-    idle: no question will follow, but the threshold predictor is to have a gradient, of 0.
     Raises ValueError for a batch, and for a row without a whole volume.
     """
     ids_1P = _up_to_last_volume(model, inputs)
@@ -68,8 +67,7 @@ def encode_prefix(model: PhotonForConditionalGeneration, inputs: Mapping[str, An
     position_31P, _ = model.model.get_rope_index(ids_1P, **volumes)
     patches_PX = inputs["pixel_values_videos"].to(model.device)
     encoded = model.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
-    decoder = model.model.language_model
-    h_1PD, q_1HPd, k_1KPd, cache = decoder.through_its(model.model.embed(ids_1P, encoded), position_31P, idle)
+    h_1PD, q_1HPd, k_1KPd, cache = model.model.language_model.through_its(model.model.embed(ids_1P, encoded), position_31P)
     return Prefix(
         input_ids_1P=ids_1P,
         volumes=volumes,

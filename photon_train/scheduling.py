@@ -79,7 +79,16 @@ class Scheduled(NamedTuple):
         return self._replace(**{name: x.detach() for name, x in self._asdict().items() if x is not None})
 
 
-class ThresholdHead(nn.Linear):
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever the dtype of its weights or autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+class ThresholdHead(Float32Linear):
     """The last layer of the predictor: starts at `initial_threshold` whatever the scores are."""
 
     def __init__(self, width: int, config: PhotonConfig) -> None:
@@ -98,7 +107,7 @@ class ThresholdMLP(nn.Module):
 
     def __init__(self, width: int, config: PhotonConfig) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(12, width), nn.GELU(), ThresholdHead(width, config))
+        self.mlp = nn.Sequential(Float32Linear(12, width), nn.GELU(), ThresholdHead(width, config))
 
 
 class ThresholdPredictor(nn.Module):
@@ -112,11 +121,8 @@ class ThresholdPredictor(nn.Module):
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        """Return theta float32[B] from float32[B, 12], in float32 whatever the dtype of the weights or autocast."""
-        w1, b1, w2, b2 = (p.float() for p in self.predictor.mlp.parameters())
-        with torch.autocast(features_BF.device.type, enabled=False):
-            z_B1 = F.linear(F.gelu(F.linear(features_BF, w1, b1)), w2, b2)
-        return self.threshold_max * torch.sigmoid(z_B1.squeeze(-1))
+        """Return theta float32[B] from float32[B, 12]."""
+        return self.threshold_max * torch.sigmoid(self.predictor.mlp(features_BF).squeeze(-1))
 
 
 Scheduler = Callable[[SchedulerContext], Selection]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from photon_train.configuration_photon import PhotonConfig
 from photon_train.layout import IGNORED, behind, prefix_length
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.regularizers import draw_perturbation, perturb
@@ -60,7 +61,8 @@ class Batch:
 class Reading:
     """How groups are read. robustness: chance of a perturbed volume; flip: of a flipped row; both 0 in evaluation.
 
-    same_calls: all groups make the same calls of the model (see its forward), which takes sharing volumes.
+    same_calls: every group calls the same modules in the same order and gives the same weights a gradient, as processes must
+    that share weights: volumes are encoded ahead of one question too, and rows without one get an idle one.
     """
 
     share_prefix: bool = True
@@ -95,7 +97,7 @@ class GroupDataset(Dataset[Batch]):
         try:
             return self._read(group, rows)
         except Exception as error:  # the edge of a work item: the loop stops or skips, by name
-            inputs = dict(self.processor(rows=[{"messages": STAND_IN}], for_training=True)) | self._calls()
+            inputs = self._inputs([{"messages": STAND_IN}], shares=False)
             reason = f"{rows[0].id}: {error}"
             return Batch(inputs, torch.zeros(1, dtype=torch.bool), [row.id for row in rows], 0.0, 0, reason)
 
@@ -104,7 +106,7 @@ class GroupDataset(Dataset[Batch]):
         shares = bool(rows[0].videos) and (self.reading.same_calls or (len(rows) > 1 and self.reading.share_prefix))
         read = {path: self.reading.augment(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
         asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
-        inputs = shared_inputs(self.processor, asked) if shares else dict(self.processor(rows=asked, for_training=True))
+        inputs = self._inputs(asked, shares)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         if rng.random() < self.reading.robustness and rows[0].videos:
             self._perturb(inputs, len(rows), generator)
@@ -116,10 +118,13 @@ class GroupDataset(Dataset[Batch]):
             raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")
         flips = torch.rand(len(rows), generator=generator) < self.reading.flip
         volumes = len(rows[0].videos) if shares else sum(len(row.videos) for row in rows)
-        return Batch(inputs | self._calls(), flips, [row.id for row in rows], group.weight, volumes)
+        return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes)
 
-    def _calls(self) -> dict[str, bool]:
-        return {"same_calls": True} if self.reading.same_calls else {}
+    def _inputs(self, asked: Sequence[Row], shares: bool) -> dict[str, Any]:
+        if shares:
+            return shared_inputs(self.processor, asked)
+        inputs = dict(self.processor(rows=asked, for_training=True))
+        return inputs | behind_idle_volume(inputs, self.processor.config) if self.reading.same_calls else inputs
 
     def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
         """Perturb every volume of the group in one way; all its rows are then trained to be unsure."""
@@ -146,6 +151,26 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
         "labels": behind(torch.full_like(shared_P, IGNORED), [labels[length:] for _, labels in encoded], IGNORED),
         "prefix_length": length,
         **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
+    }
+
+
+def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
+    """Return what to change of inputs without a volume: one of air and one token stands first, which nothing attends to."""
+    vision, rows = config.vision_config, len(inputs["input_ids"])
+    side, voxels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
+    first = {
+        "input_ids": ids_P,
+        "attention_mask": torch.zeros_like(ids_P),
+        "labels": torch.full_like(ids_P, IGNORED),
+        "question_mask": torch.zeros_like(ids_P).bool(),
+        "mm_token_type_ids": torch.tensor([0, 2, 0]),
+    }
+    return {
+        **{name: torch.cat([value_P.expand(rows, -1), inputs[name]], dim=1) for name, value_P in first.items()},
+        "prefix_length": len(ids_P),
+        "pixel_values_videos": torch.zeros(side**2, voxels),
+        "video_grid_thw": torch.tensor([[1, side, side]]),
     }
 
 

@@ -53,7 +53,7 @@ def sums_of(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor
 
 def _of_schedule(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor | float]:
     """Return sums over rows: what p says would be kept, whatever the phase, and what was."""
-    visual_BL = visual_mask(batch.inputs["input_ids"], config)
+    visual_BL = visual_mask(batch.inputs["input_ids"], config) & batch.inputs["attention_mask"].bool()
     count_B = visual_BL.sum(1)
     scheduled = output.scheduled
     if scheduled is None or config.scheduler != "its":
@@ -63,7 +63,7 @@ def _of_schedule(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, T
     return {
         "visual_tokens": count_B.sum(),
         "visual_tokens_kept": (scheduled.keep_BL & visual_BL).sum(),
-        "scheduled_rows": float(len(share_B)),
+        "scheduled_rows": (count_B > 0).sum(),
         "kept_share": share_B.sum(),
         "kept_square": share_B.square().sum(),
         "threshold": scheduled.threshold_B.nan_to_num(0.0).sum(),

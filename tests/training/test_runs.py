@@ -150,11 +150,13 @@ FSDP = {
 }
 
 
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+ZERO_2, ZERO_3 = (
+    {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage, "DS_ACCELERATOR": "cpu"} for stage in "23"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "precision", "wrong"), [(FSDP, "fp32", 1e-5), (FSDP, "bf16", 0.1), (ZERO, "fp32", 1e-5)])
+@pytest.mark.parametrize(("launcher", "precision", "wrong"), [(FSDP, "fp32", 1e-5), (FSDP, "bf16", 0.1), (ZERO_3, "fp32", 1e-5)])
 def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(config, tmp_path, launcher, precision, wrong):
     config = _from_the_first_step(replace(config, epochs=2, eval=config.data, eval_every=3))
     whole = trained(replace(config, output=str(tmp_path / "whole")))
@@ -166,7 +168,7 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [FSDP, ZERO])
+@pytest.mark.parametrize("launcher", [FSDP, ZERO_2, ZERO_3])
 def test_a_run_of_one_process_goes_on_with_two(config, tmp_path, launcher):
     config = _from_the_first_step(replace(config, epochs=2))
     whole = trained(config)
@@ -346,15 +348,18 @@ def test_a_setting_that_does_not_exist_is_refused_before_anything_is_loaded():
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings", "on_nan", "message"),
+    ("stage", "offload", "settings", "on_nan", "message"),
     [
-        (3, {}, "stop", "zero_stage 1 or 2 wanted"),
-        (2, {"optimizer": {"type": "Lamb"}}, "stop", "no optimizer wanted"),
-        (2, {}, "skip", "on_nan=stop wanted"),
+        (0, "none", {}, "stop", "zero_stage 1, 2 or 3 wanted"),
+        (3, "nvme", {}, "stop", "offloading to cpu or none wanted"),
+        (2, "none", {"optimizer": {"type": "Lamb"}}, "stop", "no optimizer wanted"),
+        (2, "none", {}, "skip", "on_nan=stop wanted"),
     ],
 )
-def test_what_deepspeed_would_make_another_run_of_is_refused(config, stage, settings, on_nan, message):
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
+def test_what_deepspeed_would_make_another_run_of_is_refused(config, stage, offload, settings, on_nan, message):
+    plugin = SimpleNamespace(
+        zero_stage=stage, deepspeed_config=settings, offload_optimizer_device=offload, offload_param_device=None
+    )
     accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace(deepspeed_plugin=plugin))
     with pytest.raises(UsageError, match=message):
         zero.configure(accelerator, replace(config, on_nan=on_nan))

@@ -105,7 +105,7 @@ def _calls(model):
         if out.requires_grad:
             out.register_hook(lambda gradient: calls.append(f"gradient of {name}"))
 
-    own = [(n, m) for n, m in model.named_modules() if type(m).__name__ in (*model._no_split_modules, "Embedding")]
+    own = [(name, module) for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in own]
     try:
         yield calls
