@@ -113,7 +113,7 @@ class GroupDataset(Dataset[Batch]):
         elif self.reading.groundings and rows[0].videos:
             visual_KL = inputs["input_ids"] == self.processor.config.video_token_id
             inputs["grounding"] = of_rows(rows, self.reading.groundings, visual_KL)
-        longest = inputs["input_ids"].shape[1]
+        longest = int(inputs["attention_mask"].sum(1).max())
         if self.reading.max_length is not None and longest > self.reading.max_length:
             raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")
         flips = torch.rand(len(rows), generator=generator) < self.reading.flip
