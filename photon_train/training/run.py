@@ -88,6 +88,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # Early phases leave the threshold predictor, and text-only groups the vision tower, without gradient.
     kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     with_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, accelerate imports it, and it wonders
     precision = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(
         cpu=not (torch.cuda.is_available() or with_zero),  # else torchrun on CPUs gives so many runs of one process
