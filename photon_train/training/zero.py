@@ -47,6 +47,8 @@ def configure(accelerator: Accelerator, config: TrainConfig) -> None:
         "gradient_accumulation_steps": config.groups_per_step // accelerator.num_processes,
         "train_batch_size": config.groups_per_step,
         "gradient_clipping": config.max_grad_norm,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": config.precision == "bf16"},
     }
 
 

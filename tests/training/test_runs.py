@@ -365,6 +365,22 @@ def test_what_deepspeed_would_make_another_run_of_is_refused(config, stage, offl
         zero.configure(accelerator, replace(config, on_nan=on_nan))
 
 
+def test_a_step_is_what_the_run_says_whatever_deepspeed_is_told(config):
+    told = {
+        "gradient_accumulation_steps": 64,
+        "gradient_clipping": 9.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+    }
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config=told, offload_optimizer_device=None, offload_param_device=None)
+    zero.configure(SimpleNamespace(num_processes=2, state=SimpleNamespace(deepspeed_plugin=plugin)), config)
+    assert told["zero_optimization"] == {"stage": 2}
+    assert told["gradient_accumulation_steps"] == 2  # of 4 groups on 2 processes
+    assert told["train_micro_batch_size_per_gpu"] * told["gradient_accumulation_steps"] * 2 == told["train_batch_size"] == 4
+    assert told["gradient_clipping"] == config.max_grad_norm
+    assert (told["bf16"]["enabled"], told["fp16"]["enabled"]) == (False, False)
+
+
 def test_processes_that_cannot_share_the_steps_of_a_run_are_refused(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="3 processes were launched, accelerate sees 1"):
