@@ -292,7 +292,7 @@ def test_a_damaged_second_member_is_damage(tmp_path):
     assert refusal(path).code == "damaged"
 
 
-@pytest.mark.parametrize("tail", [b"\x1f", b"junk", gzip.compress(b"more")])
+@pytest.mark.parametrize("tail", [b"\x1f", b"junk", gzip.compress(b"more")], ids=["half a magic number", "junk", "a member"])
 def test_anything_after_the_voxels_is_surplus_or_damage(tmp_path, tail):
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(gzip.compress(file_bytes()) + tail)
