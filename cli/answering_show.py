@@ -57,6 +57,8 @@ def print_outcome(outcome: Outcome, output: Path, show: Show, part: Shard = WHOL
     seconds = time.monotonic() - show.began
     rate = f", {outcome.answered / seconds:.2f} questions/s" if outcome.answered else ""
     console.print(f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed{rate} {show.share()}")
+    if outcome.changed:
+        console.print(f"{outcome.changed} of them anew: their questions or volumes are others than when they were answered")
     print_some("failed", outcome.failed, "their lines have an error")
     print_some("no overlay of", show.unshown, "none of these has an overlay")
     where = output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}"

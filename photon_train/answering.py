@@ -148,6 +148,7 @@ class Asker:
         row = Prediction(
             id=prompt.id,
             response=response,
+            asked=prompt.asked,
             volume_id=str(prompt.row.get("volume_id", "")),
             scheduler=str(self.model.config.scheduler),
             visual_tokens=len(kept.keep_V),

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from photon_train.layout import prefix_length
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row
+from photon_train.rows import Row, asked_of, without_answer
 
 WORST_AS_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what a row that is no row can raise
 
 
 class Prompt(NamedTuple):
-    """A row to answer: its given answer is left out, and own_L are the ids int64[L] behind the shared prefix."""
+    """A row to answer: its given answer is left out; own_L are the ids int64[L] behind the shared prefix; asked: `asked_of`."""
 
     row: Row
     own_L: Tensor
+    asked: str
 
     @property
     def id(self) -> str:
@@ -74,21 +75,13 @@ def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> Grouped:
     return Grouped(sorted(groups, key=lambda group: (group.name, group.prompts[0].id)), problems)
 
 
-def without_answer(row: Row) -> dict[str, Any]:
-    """Return the row up to its last question: what the assistant says at the end is left out."""
-    messages = list(row["messages"])
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return {**row, "messages": messages}
-
-
 def _prompt(row: Row, processor: PhotonProcessor) -> tuple[tuple[Any, ...], Prompt]:
     asked = without_answer(row)
     ids_L = processor.ids(asked)
     shared = prefix_length(ids_L, processor.config)
     digest = hashlib.sha256(ids_L[:shared].numpy().tobytes()).hexdigest() if shared else ""
     volumes = (video if isinstance(video, str | Path) else id(video) for video in asked.get("videos") or ())
-    return (*volumes, digest), Prompt(asked, ids_L[shared:].clone())
+    return (*volumes, digest), Prompt(asked, ids_L[shared:].clone(), asked_of(row))
 
 
 def answer_ids(prompt: Prompt, text: str, processor: PhotonProcessor) -> Tensor:

@@ -54,6 +54,7 @@ SILENT = Watch()
 class Outcome(NamedTuple):
     """What became of the rows of this part: answered now, answered before, and failed {id: reason}.
 
+    `changed`: how many were answered before, to another question or of another volume, and are done again.
     `merged`: the output holds all rows. Always so with one part; else the last part to end sees to it.
     """
 
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
     before: int
     failed: dict[str, str]
     merged: bool
+    changed: int = 0
 
 
 def predict_rows(
@@ -72,18 +74,20 @@ def predict_rows(
 ) -> Outcome:
     """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
 
-    The same rows in any order, in one run or several, give the same predictions. A row or volume that fails is written with
-    its `error` and tried again by the next call. UsageError for rows without an id of their own, and as `prediction_file`.
+    An answer to another question than the row of its id asks now is no answer. The same rows in any order, in one run or
+    several, give the same predictions. A row or volume that fails is written with its `error` and tried again by the next call.
+    UsageError for rows without an id of their own, and as `prediction_file`.
     """
     _check_ids(rows)
     grouped = group_rows(rows, asker.processor)
     groups = [group for group in grouped.groups if shard.has(group)]
     problems = grouped.problems if shard.number == 0 else {}
     mine = {prompt.id for group in groups for prompt in group.prompts} | problems.keys()
+    asked = {prompt.id: prompt.asked for group in grouped.groups for prompt in group.prompts}
     settings, path = settings_of(asker), shard.path(output)
     failed: dict[str, str] = {}
-    with prediction_file(path, settings) as file:
-        file.done |= answered(output, settings) if path != output else set()
+    with prediction_file(path, settings, asked) as file:
+        file.done |= answered(output, settings, asked) if path != output else set()
         before = len(mine & file.done)
         watch.on_start(len(mine), before)
         file.append(Prediction(id=name, error=reason) for name, reason in sorted(problems.items()))
@@ -93,8 +97,8 @@ def predict_rows(
                 failed |= {reply.prediction.id: reply.prediction.error for reply in replies if reply.prediction.error}
                 watch.on_replies(group, replies)
     parts = [Shard(number, shard.parts).path(output) for number in range(shard.parts)]
-    merged = shard.parts == 1 or merge(parts, output, settings, {str(row["id"]) for row in rows})
-    return Outcome(len(mine) - before - len(failed), before, failed, merged)
+    merged = shard.parts == 1 or merge(parts, output, settings, {str(row["id"]) for row in rows}, asked)
+    return Outcome(len(mine) - before - len(failed), before, failed, merged, len(file.changed))
 
 
 def _new_replies(asker: Asker, group: Group, file: PredictionFile) -> Iterator[list[Reply]]:

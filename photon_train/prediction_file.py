@@ -21,10 +21,10 @@ from photon_train.predictions import Prediction, read_predictions
 
 
 class PredictionFile:
-    """An open file of predictions. `done` are the ids that have an answer in it."""
+    """An open file of predictions. `done` are the ids that have an answer in it, `changed` those whose answer left it."""
 
-    def __init__(self, lines: TextIO, done: set[str]) -> None:
-        self.done = done
+    def __init__(self, lines: TextIO, done: set[str], changed: set[str]) -> None:
+        self.done, self.changed = done, changed
         self._lines = lines
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -37,10 +37,12 @@ class PredictionFile:
 
 
 @contextmanager
-def prediction_file(path: Path, settings: Mapping[str, Any]) -> Iterator[PredictionFile]:
-    """Open or begin a file of predictions; a line that a kill cut off and lines with an error leave it, to be done again.
+def prediction_file(path: Path, settings: Mapping[str, Any], asked: Mapping[str, str]) -> Iterator[PredictionFile]:
+    """Open or begin a file of predictions; what is to be done again leaves it.
 
-    UsageError where it was made with other settings, is being written by another process, or is no file of predictions.
+    That is a line that a kill cut off, lines with an error, and answers to another question than `asked` ({id: `asked_of`})
+    says is asked now. UsageError where it was made with other settings, is being written by another process, or is no file of
+    predictions.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _begin(path, settings)
@@ -49,23 +51,24 @@ def prediction_file(path: Path, settings: Mapping[str, Any]) -> Iterator[Predict
             fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{path}: a file of its own wanted, another run is writing it; wait or choose another") from None
-        done = _recover(path)
+        done, changed = _recover(path, asked)
         with path.open("a", encoding="utf-8") as lines:
-            yield PredictionFile(lines, done)
+            yield PredictionFile(lines, done, changed)
 
 
-def answered(path: Path, settings: Mapping[str, Any]) -> set[str]:
+def answered(path: Path, settings: Mapping[str, Any], asked: Mapping[str, str]) -> set[str]:
     """Return the ids that a finished file answers; none where there is no such file. UsageError as `prediction_file`."""
     if not path.exists():
         return set()
     _begin(path, settings)
-    return {prediction.id for prediction in read_predictions(path) if not prediction.error}
+    return {p.id for p in read_predictions(path) if not p.error and p.answers(asked.get(p.id))}
 
 
-def merge(parts: Iterable[Path], output: Path, settings: Mapping[str, Any], wanted: set[str]) -> bool:
+def merge(parts: Iterable[Path], output: Path, settings: Mapping[str, Any], wanted: set[str], asked: Mapping[str, str]) -> bool:
     """Add the predictions of all parts to `output`, by id, if they have every wanted id then; tell whether they do."""
     try:
-        found = {p.id: p for part in (output, *parts) if part.exists() for p in read_predictions(part)}
+        there = (p for part in (output, *parts) if part.exists() for p in read_predictions(part))
+        found = {p.id: p for p in there if p.answers(asked.get(p.id))}
     except UsageError:  # a part is in the middle of a line: its writer comes here too, or has yet to go on
         return False
     if not wanted <= found.keys():
@@ -99,16 +102,17 @@ def _begin(path: Path, settings: Mapping[str, Any]) -> None:
         raise UsageError(f"{path}: the settings it was made with wanted, but {'; '.join(differences)}. Choose another --output")
 
 
-def _recover(path: Path) -> set[str]:
-    """Return the ids that have an answer in the file, which keeps just these lines."""
+def _recover(path: Path, asked: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Return the ids that have an answer in the file, which keeps just these lines, and those that are asked otherwise now."""
     if not path.exists():
-        return set()
+        return set(), set()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         Location(str(path.parent)).write(path.name, whole)
     found = read_predictions(path)
-    good = {prediction.id: prediction for prediction in found if not prediction.error}
+    changed = {p.id for p in found if not p.answers(asked.get(p.id))}
+    good = {p.id: p for p in found if not p.error and p.id not in changed}
     if len(good) < len(found):
         Location(str(path.parent)).write(path.name, jsonl_bytes(asdict(prediction) for prediction in good.values()))
-    return set(good)
+    return set(good), changed

@@ -15,8 +15,9 @@ from photon_data.records import to_jsonl
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer to one question. Only `id` and `response` are needed to score it; the rest says what it cost.
+    """An answer to one question. Only `id` and `response` are needed to score it; the rest says what of, and what it cost.
 
+    asked: what was asked under this id, see `photon_train.rows.asked_of`; "" when not known, and of what failed.
     seconds: by stage (read, prepare, encode, answer), this question's share of what it shares with others.
     choice_scores: for each choice, by its text, the log-probability of its tokens as the answer; {} when not asked for.
     kept: which visual tokens were kept, see `pack_mask`; "" when nothing was scheduled.
@@ -27,6 +28,7 @@ class Prediction:
     id: str
     response: str = ""
     error: str = ""
+    asked: str = ""
     volume_id: str = ""
     scheduler: str = ""
     visual_tokens: int = 0
@@ -37,6 +39,10 @@ class Prediction:
     choice_scores: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mib: float = 0.0
+
+    def answers(self, asked: str | None) -> bool:
+        """Tell whether this may be the answer to a question whose `asked_of` is given; None: no such question is known of."""
+        return not self.asked or asked is None or asked == self.asked
 
     def to_json(self) -> str:
         """Return the line, with its line end."""

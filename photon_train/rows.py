@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(videos, list) and all(isinstance(video, str) for video in videos):
             row["videos"] = [_absolute(video, path, f"id {row.get('id')!r}") for video in videos]
     return rows
+
+
+def without_answer(row: Row) -> dict[str, Any]:
+    """Return the row up to its last question: what the assistant says at the end is left out."""
+    messages = list(row["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return {**row, "messages": messages}
+
+
+def asked_of(row: Row) -> str:
+    """Return 16 hexadecimal digits that change with what is asked: messages up to the answer, names of the volumes, choices.
+
+    Where the volumes lie does not matter: a folder of stores and manifests can be moved.
+    """
+    names = [Path(video).name if isinstance(video, str | Path) else "" for video in row.get("videos") or ()]
+    parts = [without_answer(row)["messages"], names, list(row.get("choices") or ())]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _absolute(video: str, path: Path, place: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from photon_data.errors import UsageError
 from photon_train.evaluation.cases import Case, case_of
 from photon_train.predictions import Prediction
+from photon_train.rows import asked_of
 
 SHOWN = 10
 
@@ -21,6 +22,7 @@ class Gaps:
     missing     questions without a prediction
     failed      questions whose prediction is an error
     repeated    questions with more than one prediction: none of them counts
+    changed     questions whose prediction answers another question, or the same of another volume
     unknown     predictions of questions that are not in the data
     """
 
@@ -28,12 +30,13 @@ class Gaps:
     missing: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
 
     @property
     def unscored(self) -> int:
         """How many questions have no score."""
-        return len(self.missing) + len(self.failed) + len(self.repeated)
+        return len(self.missing) + len(self.failed) + len(self.repeated) + len(self.changed)
 
     def __bool__(self) -> bool:
         return bool(self.unscored or self.unknown)
@@ -42,7 +45,13 @@ class Gaps:
         """What every table says of them; "" where there are none."""
         if not self:
             return ""
-        parts = {"missing": self.missing, "failed": self.failed, "repeated": self.repeated, "of unknown ids": self.unknown}
+        parts = {
+            "missing": self.missing,
+            "failed": self.failed,
+            "repeated": self.repeated,
+            "of other questions": self.changed,
+            "of unknown ids": self.unknown,
+        }
         counts = ", ".join(f"{len(ids)} {name}" for name, ids in parts.items() if ids)
         return f"PARTIAL: {self.questions - self.unscored} of {self.questions} questions are scored; predictions: {counts}"
 
@@ -58,24 +67,27 @@ class Joined:
 def join(rows: Iterable[Mapping[str, Any]], predictions: Iterable[Prediction], *, allow_partial: bool = False) -> Joined:
     """Return a case for every question with a prediction, sorted by id: the order of neither file matters.
 
-    UsageError, listing ids, for a question that occurs twice; for missing, failed, repeated and unknown predictions too
-    unless `allow_partial`, which leaves those questions out. UsageError if then nothing is left.
+    UsageError, listing ids, for a question that occurs twice; for missing, failed, repeated and unknown predictions, and those
+    that say they answer another question, too unless `allow_partial`, which leaves those questions out. UsageError if then
+    nothing is left.
     """
     asked = by_id(rows)
     answers = list(predictions)
     times = Counter(prediction.id for prediction in answers)
     given = {prediction.id: prediction for prediction in answers if times[prediction.id] == 1}
     failed = {id for id, prediction in given.items() if prediction.error and id in asked}
+    changed = {id for id, p in given.items() if p.asked and id in asked and not p.answers(asked_of(asked[id]))} - failed
     gaps = Gaps(
         questions=len(asked),
         missing=tuple(sorted(asked.keys() - times.keys())),
         failed=tuple(sorted(failed)),
         repeated=tuple(sorted(id for id, count in times.items() if count > 1 and id in asked)),
+        changed=tuple(sorted(changed)),
         unknown=tuple(sorted(times.keys() - asked.keys())),
     )
     if gaps and not allow_partial:
         raise UsageError(_complaint(gaps))
-    cases = [case_of(asked[id], given[id]) for id in sorted(asked.keys() & given.keys() - failed)]
+    cases = [case_of(asked[id], given[id]) for id in sorted(asked.keys() & given.keys() - failed - changed)]
     if not cases:
         raise UsageError(f"predictions of the data's questions wanted, got none. {gaps.sentence()}")
     return Joined(tuple(cases), gaps)
@@ -100,6 +112,7 @@ def _complaint(gaps: Gaps) -> str:
         _listed("without a prediction", gaps.missing),
         _listed("whose prediction is an error", gaps.failed),
         _listed("predicted more than once", gaps.repeated),
+        _listed("whose prediction answers another question or volume", gaps.changed),
         _listed("not in the data", gaps.unknown),
     ]
     found = "\n  ".join(line for line in lists if line)

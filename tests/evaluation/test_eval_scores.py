@@ -23,6 +23,7 @@ from photon_train.evaluation.labels import LabelTable
 from photon_train.evaluation.scheduling import kept, overlap_of
 from photon_train.evaluation.scores import table_of
 from photon_train.predictions import Prediction, pack_mask
+from photon_train.rows import asked_of
 
 YES_NO = ("Yes", "No")
 RAD3D_QUESTIONS = rad3d_questions("test")[::5]
@@ -42,9 +43,11 @@ def found(evaluation, metric, task, average="macro_over_subtasks", subtask="", f
 
 
 def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
-    rows = [row(id, "No", YES_NO) for id in ("a", "b", "c", "d")]
+    rows = [row(id, "No", YES_NO) for id in ("a", "b", "c", "d", "e", "f")]
     answers = [
         Prediction("a", "No"),
+        Prediction("e", "No", asked=asked_of(row("e", "No", YES_NO, question="Where?"))),
+        Prediction("f", "No", asked=asked_of(row("f", "Yes", YES_NO))),
         Prediction("b", "No"),
         Prediction("b", "Yes"),
         Prediction("c", error="x"),
@@ -56,14 +59,15 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
         "1 without a prediction: d",
         "1 whose prediction is an error: c",
         "1 predicted more than once: b",
+        "1 whose prediction answers another question or volume: e",
         "1 not in the data: z",
     ):
         assert said in str(error.value)
     joined = join(rows, answers, allow_partial=True)
-    assert [case.id for case in joined.cases] == ["a"]
+    assert [case.id for case in joined.cases] == ["a", "f"]
     gaps = joined.gaps
-    assert (gaps.missing, gaps.failed, gaps.repeated, gaps.unknown) == (("d",), ("c",), ("b",), ("z",))
-    assert gaps.sentence().startswith("PARTIAL: 1 of 4 questions are scored")
+    assert (gaps.missing, gaps.failed, gaps.repeated, gaps.changed, gaps.unknown) == (("d",), ("c",), ("b",), ("e",), ("z",))
+    assert gaps.sentence().startswith("PARTIAL: 2 of 6 questions are scored")
 
 
 def test_rows_that_repeat_or_have_no_answer_are_refused():

@@ -11,7 +11,7 @@ from askable import QUESTIONS, SHORT, asker, row, store
 from photon_data.errors import UsageError
 from photon_train.predict import Shard, Watch, predict_rows
 from photon_train.predictions import read_predictions
-from photon_train.rows import read_rows
+from photon_train.rows import asked_of, read_rows
 
 
 @pytest.fixture
@@ -61,6 +61,29 @@ def test_ctrl_c_leaves_whole_lines_of_what_is_done(model, rows, tmp_path):
     done = len(content(tmp_path / "p.jsonl"))
     assert 0 < done < 8
     assert predict_rows(model, rows, tmp_path / "p.jsonl").before == done
+
+
+def test_a_question_that_changed_under_its_id_is_answered_anew_and_others_are_not(model, rows, tmp_path):
+    path, new = tmp_path / "p.jsonl", tmp_path / "new.jsonl"
+    predict_rows(model, rows, path)
+    rows[0]["messages"][0]["content"] += " And on the left?"
+    rows[4]["videos"] = rows[0]["videos"]
+    rows[5]["messages"].append({"role": "assistant", "content": "an answer, which is not asked"})
+    for shards in (1, 2):  # parts leave out what the output answers, but not what it answers no more
+        outcomes = [predict_rows(model, rows, path, Shard(number, shards)) for number in range(shards)]
+        assert sum(outcome.answered for outcome in outcomes) == 2
+        assert outcomes[-1].merged
+        predict_rows(model, rows, new)
+        assert {p.id: p.response for p in read_predictions(path)} == {p.id: p.response for p in read_predictions(new)}
+        rows[0]["messages"][0]["content"] += " Or on the right?"
+        rows[4]["messages"][0]["content"] += " Now?"
+
+
+def test_an_answer_goes_with_a_folder_that_is_moved_and_not_with_another_volume():
+    moved = [row("a", "Where?", f"{folder}/v1.ome.zarr") for folder in ("/data/volumes", "s3://bucket/volumes", "volumes")]
+    others = [row("a", "Where?", "/data/v2.ome.zarr"), row("a", "What?", "/data/v1.ome.zarr"), row("a", "Where?")]
+    assert len({asked_of(one) for one in moved}) == 1
+    assert len({asked_of(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
 
 
 def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, rows, tmp_path):
