@@ -53,9 +53,18 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all weights by name, whole, in memory of the CPU; {} but in the main process where they are shared."""
+        """Return all weights by name, whole, in memory of the CPU; {} but in the main process where they are shared.
+
+        A weight of two names is there once: copied from a device, it would be two weights.
+        """
         found: Any = get_model_state_dict(self.model, options=_whole(cpu_offload=True))
-        return dict(found)
+        tied = self._second_names()
+        return {name: value for name, value in found.items() if name not in tied}
+
+    def _second_names(self) -> set[str]:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        every = (name for name, _ in model.named_parameters(remove_duplicate=False))
+        return set(every) - {name for name, _ in model.named_parameters()}
 
     def moments(self) -> Moments:
         """Return the optimizer's state of every weight that has one; whole, as `weights`."""

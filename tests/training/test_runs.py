@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from answers import put
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
@@ -162,6 +163,8 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
     whole = trained(replace(config, output=str(tmp_path / "whole")))
     _on_two(replace(config, precision=precision), launcher, tmp_path)
     _same_log(read_log_of(config), whole, wrong)
+    ends = [load_file(checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("run", "whole")]
+    assert ends[0].keys() == ends[1].keys()  # a weight of two names is there once
     if precision == "fp32":
         shutil.rmtree(checkpoints(tmp_path / "run")[-1])
         _same_log(trained(config, resume=True), whole, wrong)
