@@ -17,11 +17,11 @@ from photon_train.curriculum import Phase, phase_at
 from photon_train.memory import peak_memory_mib
 from photon_train.training.checkpoint import checkpoints, save_checkpoint, save_merged
 from photon_train.training.clock import Clock
-from photon_train.training.dataset import Batch, GroupDataset, batches
+from photon_train.training.dataset import Batch
 from photon_train.training.log import Log, read_log, write_summary
 from photon_train.training.measures import Sums, means, sums_of
 from photon_train.training.plan import plan_epoch
-from photon_train.training.run import Run, TrainingStopped, check_read, reading, worker_count
+from photon_train.training.run import Run, TrainingStopped, check_read, read_ahead
 from photon_train.training.schedule import set_rates
 from photon_train.training.start import load_model
 from photon_train.training.validation import evaluate
@@ -62,8 +62,7 @@ def _steps_left(run: Run, clock: Clock) -> Iterator[list[Batch]]:
 def _steps_of(run: Run, epoch: int, done: int, clock: Clock) -> Iterator[list[Batch]]:
     """Yield this process's batches of each step of the epoch that is left."""
     steps = plan_epoch(run.rows, run.config.questions_per_volume, run.config.groups_per_step, run.config.seed, epoch)[done:]
-    dataset = GroupDataset(run.rows, run.turn.of(steps), run.processor, reading(run, training=True), epoch)
-    read = batches(dataset, worker_count(run.config), run.config.prefetch, pin=run.accelerator.device.type == "cuda")
+    read = read_ahead(run, run.turn.of(steps), training=True, epoch=epoch)
     per_step = run.config.groups_per_step // run.turn.world
     for _ in steps:
         with clock.waiting():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from photon_data.errors import UsageError
 from photon_train.training import zero
 from photon_train.training.augment import Augment
 from photon_train.training.config import TrainConfig
-from photon_train.training.dataset import Batch, Reading, Turn
+from photon_train.training.dataset import Batch, GroupDataset, Reading, Turn, batches
 from photon_train.training.engine import Engine
+from photon_train.training.plan import Group
 from photon_train.training.rows import TrainRow
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _configure_fsdp(accelerator: Accelerator) -> None:
         )
 
 
-def reading(run: Run, *, training: bool) -> Reading:
+def _reading(run: Run, *, training: bool) -> Reading:
     """Return how groups are read: without anything random in evaluation."""
     config = run.config
     if not training:
@@ -151,6 +152,14 @@ def reading(run: Run, *, training: bool) -> Reading:
     )
 
 
+def read_ahead(run: Run, groups: Sequence[Group], *, training: bool, epoch: int = 0) -> Iterator[Batch]:
+    """Yield the batches of groups in order, read by processes of their own while the device computes."""
+    rows = run.rows if training else run.eval_rows
+    dataset = GroupDataset(rows, groups, run.processor, _reading(run, training=training), epoch)
+    pin = run.accelerator.device.type == "cuda"
+    return batches(dataset, _worker_count(run.config), run.config.prefetch, pin)
+
+
 def check_read(run: Run, batch: Batch) -> None:
     """Stop, or say so, when a group could not be read."""
     if not batch.error:
@@ -161,7 +170,7 @@ def check_read(run: Run, batch: Batch) -> None:
     logger.warning("skipped: %s", named)
 
 
-def worker_count(config: TrainConfig) -> int:
+def _worker_count(config: TrainConfig) -> int:
     """Return how many processes read stores: as configured, or up to 8 of the CPUs that the compute leaves over."""
     if config.workers >= 0:
         return config.workers

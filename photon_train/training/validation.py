@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.training.dataset import GroupDataset, batches
 from photon_train.training.measures import Sums, sums_of
 from photon_train.training.plan import plan_epoch
-from photon_train.training.run import Run, check_read, reading
+from photon_train.training.run import Run, check_read, read_ahead
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -21,11 +20,10 @@ def evaluate(run: Run) -> dict[str, float]:
     groups = [
         group for step in plan_epoch(run.eval_rows, run.config.questions_per_volume, run.turn.world, 0, 0) for group in step
     ]
-    dataset = GroupDataset(run.eval_rows, run.turn.of([groups]), run.processor, reading(run, training=False))
     sums = Sums()
     run.model.eval()
     with torch.no_grad(), run.accelerator.autocast():
-        for batch in batches(dataset, 0, 1, pin=False):
+        for batch in read_ahead(run, run.turn.of([groups]), training=False):
             batch = batch.to(run.accelerator.device)
             check_read(run, batch)
             output = run.model(**batch.inputs, answers_only=True) if batch.weight or run.is_sharded else None
