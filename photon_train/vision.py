@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     ALL_ATTENTION_FUNCTIONS,
     Qwen2_5_VisionTransformerPretrainedModel,
@@ -20,6 +21,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     eager_attention_forward,
     is_flash_attention_requested,
 )
+
+_KNOWN = WeakTensorKeyDictionary()  # cu_seqlens, which all layers of a forward share -> windows
 
 
 class GroupedWindowAttention(Qwen2_5_VLVisionAttention):
@@ -73,8 +76,11 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
 
 
 def _by_length(cu_seqlens: Tensor) -> list[Tensor]:
-    """Return for each window length the patches of its windows, int64[W, N]."""
-    starts, lengths = cu_seqlens[:-1].cpu(), cu_seqlens.diff().cpu()
-    return [
-        (starts[lengths == n, None] + torch.arange(n)).long().to(cu_seqlens.device) for n in lengths.unique().tolist() if n > 0
-    ]
+    """Return for each window length the patches of its windows, int64[W, N]. Only the first layer that asks waits for them."""
+    if cu_seqlens not in _KNOWN:
+        ends = cu_seqlens.cpu()
+        starts, lengths = ends[:-1], ends.diff()
+        windows = [starts[lengths == n, None] + torch.arange(n) for n in lengths.unique().tolist() if n > 0]
+        _KNOWN[cu_seqlens] = [index_WN.long().to(cu_seqlens.device) for index_WN in windows]
+    found: list[Tensor] = _KNOWN[cu_seqlens]
+    return found

@@ -1,5 +1,6 @@
 """Options of the test run."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,12 @@ def golden(request: pytest.FixtureRequest) -> Any:
     from golden import Golden  # late: tests of the data part do without torch
 
     return Golden(request.config.getoption("--parity-dir"))
+
+
+@pytest.fixture(scope="session")
+def there() -> Iterator[Callable[..., Any]]:
+    """Call a function of a module in a process that may have `other_device`."""
+    from other_device import elsewhere  # late, as above
+
+    with elsewhere() as call:
+        yield call

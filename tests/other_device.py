@@ -31,6 +31,8 @@ MADE_FROM_NOTHING = (
     *("empty.memory_format", "empty_strided", "copy_", "_copy_from"),
     *("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m"),
 )
+SIZED_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::repeat_interleave")
+waits: list[str] = []  # operations for which a program would wait until a GPU has computed all that was asked before
 _registered: list[torch.library.Library] = []
 
 
@@ -97,6 +99,8 @@ def _computed(func: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = pytree.tree_map(lambda x: x.here if isinstance(x, There) else x, (args, kwargs))
     result = func(*args, **kwargs)
     assert all(x.shape == x.here.shape for x in there), f"{name} resized a tensor"
+    if there and (not is_there or not isinstance(result, Tensor | tuple | list) or name.startswith(SIZED_BY_VALUES)):
+        waits.append(name)
     known = {id(x.here): x for x in there}  # what works in place returns what it was given
     return pytree.tree_map(lambda x: _there(x, known) if is_there and isinstance(x, Tensor) else x, result)
 

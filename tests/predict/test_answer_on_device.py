@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from askable import QUESTIONS, SHORT, asker, row, store
-from other_device import device, elsewhere
+from other_device import device
 
 from photon_train.predict import predict_rows
 from photon_train.predictions import read_predictions
@@ -15,12 +14,6 @@ pytestmark = pytest.mark.slow
 SETTINGS = {"drawn": replace(SHORT, sample=True), "likeliest": SHORT, "choices": replace(SHORT, choices=True)}
 
 TRIED = [*((name, "its") for name in SETTINGS), *(("likeliest", scheduler) for scheduler in SCHEDULERS if scheduler != "its")]
-
-
-@pytest.fixture(scope="module")
-def there():
-    with elsewhere() as call:
-        yield call
 
 
 def answers(model_dir, rows, folder, place=None):
@@ -47,33 +40,3 @@ def test_answers_on_a_device_are_those_on_the_cpu(there, model_dir, tmp_path):
     for key, (response, scores, kept) in here.items():
         assert found[key][0] == response and found[key][2] == kept, key
         assert found[key][1] == pytest.approx(scores, abs=1e-4), key
-
-
-def refused():
-    """Return what of tensors on the CPU and there is refused."""
-    here, there = torch.arange(6.0), torch.arange(6.0).to(device())
-    order = torch.tensor([1, 0])
-    tried = {
-        "a sum": lambda: here + there,
-        "a scalar of there": lambda: here + there[0],
-        "joined": lambda: torch.cat([here, there]),
-        "gathered": lambda: there.gather(0, order),
-        "indices of there": lambda: here[order.to(device())],
-        "values of here": lambda: there.index_put((order.to(device()),), here[:2]),
-        "numpy": lambda: there.numpy(),
-    }
-    allowed = (there + 1.0, there + here[0], there[order], there.cpu() + here, here.copy_(there), there.clone().copy_(here))
-    assert [x.device.type for x in allowed] == ["other"] * 3 + ["cpu"] * 2 + ["other"]
-    return {name for name, call in tried.items() if _raises(call)} ^ tried.keys()
-
-
-def _raises(call):
-    try:
-        call()
-    except (RuntimeError, TypeError):
-        return True
-    return False
-
-
-def test_what_a_gpu_refuses_is_refused(there):
-    assert there(refused) == set()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from other_device import device, elsewhere
+from other_device import device
 from safetensors.torch import load_file
 
 from photon_train.training.checkpoint import checkpoints
@@ -19,12 +19,6 @@ from photon_train.training.start import start
 pytestmark = pytest.mark.slow
 CURRICULUM = {"soft_start": 1, "hard_start": 2, "flip_start": 3, "flip_probability": 0.5, "robustness_probability": 0.3}
 COMPARED = ("loss", "ce", "band", "robustness", "flip", "threshold", "keep_ratio", "eval_loss", "grad_norm/language_model")
-
-
-@pytest.fixture(scope="module")
-def there():
-    with elsewhere() as call:
-        yield call
 
 
 @pytest.fixture
