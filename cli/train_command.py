@@ -34,7 +34,8 @@ def train(stage: str, given: dict[str, Any], config: Path | None, settings: list
         run_config = replace(run_config, precision="fp32")
     try:
         if dry_run:
-            console.print(try_step(run_config), soft_wrap=True)
+            if said := try_step(run_config):
+                console.print(said, soft_wrap=True)
             return
         line = _Line("training")
         masks = _Masks("masks of volumes")

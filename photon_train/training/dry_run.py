@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import replace
+from typing import Any
 
 from photon_train.training.config import TrainConfig
 from photon_train.training.loop import run_steps
@@ -14,7 +15,7 @@ from photon_train.training.start import start
 
 
 def dry_run(config: TrainConfig) -> str:
-    """Return a description of the run, after one step of it on real rows in a temporary folder.
+    """Return a description of the run, after one step of it on real rows in a temporary folder; "" but in the main process.
 
     Every row is checked against its store, as at the start of a run. Raises what that raises.
     """
@@ -23,8 +24,10 @@ def dry_run(config: TrainConfig) -> str:
         whole = trial.total_steps
         trial.total_steps, trial.eval_rows = 1, []
         started = time.perf_counter()
-        last = run_steps(trial)["last"]
+        last = run_steps(trial).get("last")
         seconds = time.perf_counter() - started
+    if last is None:
+        return ""
     volumes = len({video for row in trial.rows for video in row.videos})
     lines = [
         f"stage {config.stage}: {len(trial.rows)} rows on {volumes} volumes, all stores are there",
@@ -44,8 +47,13 @@ def _modules(run: Run) -> list[str]:
     lines = []
     for module in (*MODULES, LANGUAGE_MODEL):
         own = [parameter for name, parameter in model.named_parameters() if module_of(name) == module]
-        trained = sum(p.numel() for p in own if p.requires_grad)
+        trained = sum(_size(p) for p in own if p.requires_grad)
         if own:
             rate = f"learning rate {run.config.rates[module]:g}" if trained else "frozen"
-            lines.append(f"  {module:16} {trained:,} of {sum(p.numel() for p in own):,} parameters, {rate}")
+            lines.append(f"  {module:16} {trained:,} of {sum(map(_size, own)):,} parameters, {rate}")
     return lines
+
+
+def _size(parameter: Any) -> int:
+    """Return how many numbers a weight has, of which this process may hold none."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -86,8 +86,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     UsageError for groups that the processes cannot share evenly, FSDP 1, and settings of DeepSpeed that would be another run's.
     """
-    # Early phases leave the threshold predictor, and text-only groups the vision tower, without gradient.
-    kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    # Early phases leave the threshold predictor, and text-only groups the vision tower, without gradient. Buffers are constants;
+    # DDP would send them before every forward, and wait for a process that has a group less to evaluate.
+    kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)]
     with_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, accelerate imports it, and it wonders
