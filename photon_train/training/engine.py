@@ -72,11 +72,15 @@ class Engine:
         return dict(found.get("state", {}))
 
     def load_moments(self, moments: Moments) -> None:
-        """Set the optimizer's state to what `moments` returned."""
+        """Set the optimizer's state to what `moments` returned: weights that had none have none, and have made no step."""
         optimizer = self.optimizer.optimizer
         groups: Any = get_optimizer_state_dict(self.model, optimizer, options=_whole())["param_groups"]
         state: Any = {"state": moments, "param_groups": groups}
         set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=_whole(strict=False))
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        for name, parameter in model.named_parameters():
+            if name not in moments:  # torch made some, and counted a step
+                optimizer.state.pop(parameter, None)
 
 
 def _whole(*, cpu_offload: bool = False, strict: bool = True) -> StateDictOptions:

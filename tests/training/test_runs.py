@@ -100,6 +100,14 @@ def test_a_run_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(config, t
             assert one.equal(other)
 
 
+def test_a_run_stopped_before_anything_is_scheduled_goes_on_as_if_it_had_not_been(config, tmp_path):
+    """The threshold has no moments yet: its first step, with its own correction of bias, is still to come."""
+    late = replace(config, save_every=1, max_steps=7, photon=config.photon | {"soft_start": 3, "hard_start": 5, "flip_start": 6})
+    whole = trained(replace(late, output=str(tmp_path / "whole")))
+    stop(late, 3)
+    assert trained(late, resume=True) == whole
+
+
 def test_going_on_with_a_run_that_ended_changes_nothing(config, tmp_path):
     ended = replace(config, max_steps=4)
     rows = trained(ended)
