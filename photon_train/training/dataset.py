@@ -104,7 +104,6 @@ class GroupDataset(Dataset[Batch]):
     def _read(self, group: Group, rows: list[TrainRow]) -> Batch:
         rng = random.Random(f"{self.reading.seed} {self.epoch} {group.number}")
         shares = bool(rows[0].videos) and (self.reading.same_calls or (len(rows) > 1 and self.reading.share_prefix))
-        assert not (shares and any(row.answers_before_head for row in rows)), "an answer before a volume would not be learned"
         read = {path: self.reading.augment(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
         asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
         inputs = self._inputs(asked, shares)

@@ -73,17 +73,12 @@ class Run:
     @property
     def is_sharded(self) -> bool:
         """Whether processes share the weights module by module, and so must call the same ones."""
-        return shares_weights(self.accelerator)
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @property
     def folder(self) -> Path:
         """Where the run's files go."""
         return Path(self.config.output)
-
-
-def shares_weights(accelerator: Accelerator) -> bool:
-    """Tell whether processes share the weights of a model, instead of having all of them each."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -121,17 +116,6 @@ def check_shares(config: TrainConfig, processes: int) -> None:
         raise UsageError(f"{launched} processes were launched, accelerate sees {processes}; launch DDP where there are no GPUs")
     if config.groups_per_step % processes:
         raise UsageError(f"groups_per_step: a multiple of the {processes} processes wanted, got {config.groups_per_step}")
-
-
-def check_answers(rows: Sequence[TrainRow], accelerator: Accelerator) -> None:
-    """UsageError for rows with an answer before a volume where volumes are encoded first: it would not be learned."""
-    early = [row.id for row in rows if row.answers_before_head]
-    if early and shares_weights(accelerator):
-        found = ", ".join(early[:10]) + (" ..." if len(early) > 10 else "")
-        raise UsageError(
-            "rows whose answers stand behind their last volume wanted with FSDP and DeepSpeed, "
-            f"got {len(early)} others: {found}; make a row of each answer, or launch DDP"
-        )
 
 
 def make_engine(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> Engine:

@@ -25,7 +25,7 @@ from photon_train.training.grounding import groundings
 from photon_train.training.parameters import choose_trained, parameter_groups, with_lora
 from photon_train.training.plan import steps_per_epoch
 from photon_train.training.rows import TrainRow, check_stores, read_train_rows
-from photon_train.training.run import Run, check_answers, make_accelerator, make_engine
+from photon_train.training.run import Run, make_accelerator, make_engine
 
 logger = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -66,7 +66,6 @@ def start(
     last = found[-1] if resume and found else None
     rows, eval_rows = _rows(config)
     accelerator = make_accelerator(config)
-    check_answers([*rows, *eval_rows], accelerator)
     model, processor = load_model(config, last)
     _check_resumed(config, last, rows, folder)
     known = groundings(rows, Path(config.grounding), processor.config.tokens_thw, watch_masks) if config.grounding else {}

@@ -395,17 +395,6 @@ def test_a_step_is_what_the_run_says_whatever_deepspeed_is_told(config):
     assert (told["bf16"]["enabled"], told["fp16"]["enabled"]) == (False, False)
 
 
-def test_an_answer_that_processes_with_shared_weights_would_not_learn_is_refused(config, rows, stores, tmp_path, monkeypatch):
-    turns = [("user", "<video>Is it well?"), ("assistant", "yes"), ("user", "<video>And now?"), ("assistant", "no")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    early = {"id": "early", "messages": messages, "videos": [stores["a"], stores["b"]]}
-    config = replace(config, data=(str(put(tmp_path / "early.jsonl", [*rows, early])),), max_steps=1)
-    assert trained(config)[0]["questions"]  # it is no hindrance to one process
-    monkeypatch.setattr("photon_train.training.run.shares_weights", lambda accelerator: True)
-    with pytest.raises(UsageError, match="got 1 others: early; make a row of each answer"):
-        start(replace(config, output=str(tmp_path / "other")), resume=False)
-
-
 def test_processes_that_cannot_share_the_steps_of_a_run_are_refused(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="3 processes were launched, accelerate sees 1"):
