@@ -148,7 +148,7 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
     return {
         "input_ids": behind(shared_P, own, processor.tokenizer.pad_token_id),
         "attention_mask": behind(torch.ones_like(shared_P), [torch.ones_like(ids) for ids in own], 0),
-        "labels": behind(torch.full_like(shared_P, IGNORED), [labels[length:] for _, labels in encoded], IGNORED),
+        "labels": behind(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
         "prefix_length": length,
         **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
     }

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from answers import put
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.training.dataset import GroupDataset, Reading
@@ -49,6 +50,30 @@ def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, mani
     for name, gradient in gradients.items():
         scale = its_gradients[name].norm().item()
         assert (gradient - its_gradients[name]).norm().item() <= 2e-4 * scale + 1e-7, name
+
+
+@pytest.mark.parametrize("step", [0, 25])
+def test_an_answer_before_the_last_volume_is_learned_shared_or_not(model, models, rows, tmp_path, step):
+    videos = [rows[0]["videos"][0], rows[5]["videos"][0]]
+    asked = [("user", "<video>Is it well?"), ("assistant", "yes, it is"), ("user", "<video>And now?")]
+    told = [{"role": role, "content": text} for role, text in asked]
+    early = [
+        {"id": answer, "messages": [*told, {"role": "assistant", "content": answer}], "videos": videos}
+        for answer in ("no", "worse")
+    ]
+    found = read_train_rows([put(tmp_path / "early.jsonl", early)])
+    kwargs = {} if model.config.stage == 1 else {"step": step, "total_steps": 40}
+    model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
+    for indices in ([0], [0, 1]):
+        one = batch_of(models, found, indices, model, share_prefix=False)
+        shared = batch_of(models, found, indices, model, same_calls=True)
+        assert "prefix_length" in shared.inputs
+        assert (one.inputs["labels"] >= 0).sum() == (shared.inputs["labels"] >= 0).sum()
+        alone, its_gradients = losses(model, one, **kwargs)
+        together, gradients = losses(model, shared, **kwargs)
+        torch.testing.assert_close(together.loss, alone.loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in its_gradients.items():
+            assert (gradients[name] - gradient).norm() <= 2e-4 * gradient.norm() + 1e-7, name
 
 
 def test_a_perturbed_volume_is_perturbed_alike_shared_or_not(models, manifest):
