@@ -182,7 +182,7 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [FSDP, ZERO_2, ZERO_3])
+@pytest.mark.parametrize("launcher", [FSDP, ZERO_2 | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, ZERO_3])
 def test_a_run_of_one_process_goes_on_with_two(config, tmp_path, launcher):
     config = _from_the_first_step(replace(config, epochs=2))
     whole = trained(config)
@@ -393,6 +393,7 @@ def test_a_step_is_what_the_run_says_whatever_deepspeed_is_told(config):
     assert told["train_micro_batch_size_per_gpu"] * told["gradient_accumulation_steps"] * 2 == told["train_batch_size"] == 4
     assert told["gradient_clipping"] == config.max_grad_norm
     assert (told["bf16"]["enabled"], told["fp16"]["enabled"]) == (False, False)
+    assert told["zero_force_ds_cpu_optimizer"] is False
 
 
 def test_processes_that_cannot_share_the_steps_of_a_run_are_refused(config, monkeypatch):
