@@ -46,7 +46,8 @@ def save_checkpoint(engine: Engine, processor: Any, run: Path, state: dict[str, 
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in run.glob(f"{PREFIX}*") if (path / STATE).is_file()]
+    named = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]  # a copy may be "-best"
+    found = [path for path in named if (path / STATE).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 

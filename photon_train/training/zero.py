@@ -49,7 +49,7 @@ def configure(accelerator: Accelerator, config: TrainConfig) -> None:
         "gradient_clipping": config.max_grad_norm,
         "fp16": {"enabled": False},
         "bf16": {"enabled": config.precision == "bf16"},
-        "zero_force_ds_cpu_optimizer": False,  # offloaded, accelerate would put another Adam in, without the run's betas
+        "zero_force_ds_cpu_optimizer": False,  # offloaded, accelerate would put an Adam in that is compiled at the first run
     }
 
 
