@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from photon_cli.eval_command import show
-from photon_data import manifest
-from photon_data.questions import with_made_ids
+from photon_data.datasets.rad3d import read_subtask
+from photon_data.questions import rows as manifest
+from photon_data.questions.question import with_made_ids
 from photon_data.records import PREPARED, VolumeRecord
-from photon_data.sources.rad3d import read_subtask
 from photon_train.evaluation.evaluate import evaluate
 
 

@@ -20,9 +20,9 @@ from model_flops import QWEN_3B
 from torch import Tensor
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.initial import byte_tokenizer, tiny_config
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
+from photon_train.tiny import byte_tokenizer, tiny_config
 
 QUESTION = "Is there a pulmonary nodule, and if so, in which lobe does it lie?"
 

@@ -14,7 +14,7 @@ from fresh import Case, Run, medians
 from scan import test_scan
 from tables import print_place, print_table
 
-from photon_pipelines.isolate import ENVIRONMENT
+from photon_pipelines.child import ENVIRONMENT
 
 FLOOR, OURS = "floor: decompress, one output pass, write 40 MB", "photon-data"
 CASES = {

@@ -25,7 +25,7 @@ from fresh import Case, run
 from scan import test_scans
 from tables import print_place, print_table
 
-from photon_pipelines.isolate import ENVIRONMENT
+from photon_pipelines.child import ENVIRONMENT
 
 BARE, ONE, TWO = "bare function, one process", "photon-data prepare --workers 1", "photon-data prepare --workers 2"
 WORKERS = {BARE: 1, ONE: 1, TWO: 2}

@@ -16,16 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from photon_data.counts import count
-from photon_data.declared import read_data_manifest
-from photon_data.location import Location
-from photon_data.manifest import build, write
+from photon_data.datasets.ct_rate_tree import COLUMNS
+from photon_data.datasets.declare import read_data_manifest
+from photon_data.datasets.rad3d import COLUMNS as QUESTION_COLUMNS
+from photon_data.files import Location
+from photon_data.questions.counts import count
+from photon_data.questions.rows import build, write
+from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.records import PREPARED, VolumeRecord
-from photon_data.sources.ct_rate_metadata import COLUMNS
-from photon_data.sources.rad3d import COLUMNS as QUESTION_COLUMNS
-from photon_data.splits import leaks, refuse_leaks
 from photon_data.store import store_name
-from photon_pipelines.gather import Order, gather, one_recipe
+from photon_pipelines.plan import Order, gather, one_recipe
 
 # split -> (prefix in CT-RATE, volumes, questions)
 SIZES = {"train": ("train", 13_526, 136_195), "test": ("valid", 2_696, 33_910)}

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from photon_cli.bar import Bar
 from photon_cli.options import console
-from photon_train.answering import Reply
-from photon_train.grouping import Group
-from photon_train.predict import WHOLE, Outcome, Shard
+from photon_train.answering.manifest import WHOLE, Outcome, Shard
+from photon_train.answering.predictor import Group, Reply
 
 SHOWN_FAILURES = 10
 

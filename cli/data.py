@@ -87,9 +87,9 @@ def prepare(
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
     from photon_cli import prepare_command
     from photon_cli.manifest_options import declared_order
-    from photon_data.location import Location
-    from photon_pipelines.execute import Workers
-    from photon_pipelines.gather import Order
+    from photon_data.files import Location
+    from photon_pipelines.cluster import Workers
+    from photon_pipelines.plan import Order
 
     with edges():
         run: dict[str, Any] = {"limit": limit, "overwrite": overwrite, "max_voxels": max_voxels, "pictures": pictures}
@@ -144,9 +144,9 @@ def inspect(
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
     from photon_cli import inspect_command, inspect_manifest_command
-    from photon_data.location import Location
-    from photon_pipelines.execute import Workers
-    from photon_pipelines.gather import Order
+    from photon_data.files import Location
+    from photon_pipelines.cluster import Workers
+    from photon_pipelines.plan import Order
 
     with edges():
         crew = Workers(workers, scheduler, timeout, memory)
@@ -172,7 +172,7 @@ def inspect(
 def verify(out: OutArgument) -> None:
     """Check every byte of every store against what was recorded."""
     from photon_cli import verify_command
-    from photon_data.location import Location
+    from photon_data.files import Location
 
     with edges():
         good = verify_command.verify(Location(out))
@@ -205,7 +205,7 @@ def export(
 ) -> None:
     """Write the prepared volumes in another format, with manifests that name those files."""
     from photon_cli import export_command
-    from photon_data.location import Location
+    from photon_data.files import Location
 
     with edges():
         export_command.export(Location(out), format_, to, overwrite)

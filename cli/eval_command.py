@@ -11,21 +11,16 @@ from rich.table import Table
 
 from photon_cli.bar import Bar
 from photon_cli.options import console
-from photon_data import manifest
 from photon_data.errors import UsageError
+from photon_data.questions import rows as manifest
+from photon_train.answering.prediction import read_predictions
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.case_overlays import pictured, write_pictures
 from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, check, evaluate
-from photon_train.evaluation.labels import read_labels
-from photon_train.evaluation.mask_sheets import sheets
-from photon_train.evaluation.scores import both_averages
-from photon_train.evaluation.trade_off import sheet, trade_offs
-from photon_train.evaluation.words import Sheet, told, told_interval, told_value
-from photon_train.evaluation.writing import write
-from photon_train.masks import CountedMask
-from photon_train.predictions import read_predictions
+from photon_train.evaluation.report import pictured, sheet, sheets, trade_offs, write, write_pictures
+from photon_train.evaluation.tables import Sheet, both_averages, told, told_interval, told_value
+from photon_train.evaluation.text_metrics import read_labels
+from photon_train.kept_tokens import CountedMask
 from photon_train.rows import read_rows
-from photon_train.volume_masks import counted_by_volume, volumes_with_masks
 
 if TYPE_CHECKING:
     from photon_train import PhotonConfig
@@ -77,6 +72,8 @@ def run(
     rows = _rows(data, with_volumes)
     learning = [row for path in train for row in manifest.read(path)]
     check(benchmark, rows, settings)
+    if masks:
+        from photon_train.answering.scan import volumes_with_masks
     places = volumes_with_masks(masks, rows) if masks else {}
     given = answers(rows)
     if given.config:
@@ -98,6 +95,8 @@ def _counted(folder: Path, places: Mapping[str, str], settings: Settings) -> dic
     """Return the masks of the volumes, counted under a bar; say which could not be read."""
     with Bar("masks of volumes") as bar:
         bar.update(total=len(places))
+        from photon_train.answering.scan import counted_by_volume
+
         found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.update(advance=1))
     console.print(f"masks of {len(found.masks)} of {len(places)} volumes")
     for id, reason in found.unread.items():

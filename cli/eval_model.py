@@ -12,9 +12,9 @@ from photon_cli.eval_command import Given
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
+from photon_train.answering.manifest import Watch, predict_rows
+from photon_train.answering.prediction import read_predictions
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.predict import Watch, predict_rows
-from photon_train.predictions import read_predictions
 from photon_train.rows import Row
 from photon_train.scheduling import SCHEDULERS
 

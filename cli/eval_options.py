@@ -97,7 +97,7 @@ def _model(
 ) -> Model:
     """Return the model, which answers with the likeliest tokens."""
     from photon_cli.predict_model import Model
-    from photon_train.answering import AnswerSettings
+    from photon_train.answering.predictor import AnswerSettings
 
     answers = AnswerSettings(max_new_tokens, choices=choices, questions_per_batch=questions_per_batch)
     return Model(place, answers, device, dtype, revision, scheduler=None, keep_ratio=None)

@@ -9,8 +9,8 @@ from rich.progress import Progress
 from photon_cli.options import console
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
-from photon_data.location import Location
-from photon_pipelines.exporting import export_all
+from photon_data.files import Location
+from photon_pipelines.export import export_all
 
 
 def export(out: Location, format_: str, to: Path | None, overwrite: bool) -> None:

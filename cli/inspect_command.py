@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.table import Table
 
 from photon_cli.options import console
-from photon_data.problems import duplicates, problems
 from photon_data.readers import left_alone
 from photon_data.records import READY, VolumeRecord, jsonl_bytes
-from photon_pipelines.execute import Workers
-from photon_pipelines.gather import Order
-from photon_pipelines.inspection import inspect_all
+from photon_data.remarks import duplicates, problems
+from photon_pipelines.cluster import Workers
+from photon_pipelines.plan import Order
+from photon_pipelines.prepare import inspect_all
 
 
 def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from photon_cli.options import console
 from photon_cli.prepare_command import cost, say_lines
-from photon_data.collect import Part, collect, combine, missing_paths
-from photon_data.declared import DataSet, read_data_manifest
+from photon_data.datasets.combine import Part, collect, combine, missing_paths
+from photon_data.datasets.declare import DataSet, read_data_manifest
 from photon_data.errors import UsageError, first_few
-from photon_data.splits import leaks, refuse_leaks
-from photon_pipelines.execute import Workers
-from photon_pipelines.gather import Order, as_row, jobs_of, one_recipe, out_of, recipe_of
+from photon_data.questions.splits import leaks, refuse_leaks
+from photon_pipelines.cluster import Workers
+from photon_pipelines.plan import Order, as_row, jobs_of, one_recipe, out_of, recipe_of
 from photon_pipelines.prepare import plan
-from photon_pipelines.unpacking import pending
+from photon_pipelines.unpack import pending
 
 
 def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: Workers) -> bool:

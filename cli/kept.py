@@ -13,13 +13,11 @@ import numpy as np
 from photon_cli.options import numbers, numbers_or_name
 from photon_data.picture import AUTO, resolve_window
 from photon_data.recipe import Recipe
-from photon_train.answering import Reply
-from photon_train.grouping import Group
-from photon_train.masks import CountedMask, counted_masks
+from photon_train.answering.predictor import Group, Reply
+from photon_train.answering.scan import ScanInput, open_input
+from photon_train.kept_tokens import CountedMask, counted_masks
 from photon_train.overlay import Canvas, View, folders_of, write_overlay
-from photon_train.processing_photon import TAG
-from photon_train.rows import Row
-from photon_train.scan_input import ScanInput, open_input
+from photon_train.rows import TAG, Row
 
 RECALL = "recall.json"
 

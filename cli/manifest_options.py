@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from photon_data.declared import read_data_manifest
-from photon_pipelines.gather import Order, one_recipe, out_of
+from photon_data.datasets.declare import read_data_manifest
+from photon_pipelines.plan import Order, one_recipe, out_of
 
 
 def declared_order(path: Path, only: Sequence[str], out: str | None, **more: Any) -> Order:

@@ -44,7 +44,7 @@ def fail(message: str, code: int) -> NoReturn:
 def edges() -> Iterator[None]:
     """Turn what can end a command early into a sentence and an exit code; SIGTERM ends it as Ctrl-C does."""
     from photon_data.errors import Refused, UsageError
-    from photon_data.job import NO_SPACE
+    from photon_data.prepare_file import NO_SPACE
 
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Dask leaves a time-out of its own behind, and asyncio says so
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -115,7 +115,7 @@ def numbers_or_name(text: str, option: str) -> str | tuple[float, float]:
 
 def make_recipe(name: str, settings: list[str], modality: str | None, nan: str | None) -> Recipe:
     """Return the named recipe with --set, --modality and --nan applied; UsageError for what it does not know."""
-    from photon_pipelines.recipes import named_recipe
+    from photon_data.recipe import named_recipe
 
     extra = [f"{key}={value}" for key, value in (("modality", modality), ("non_finite", nan)) if value is not None]
     return named_recipe(name, [*settings, *extra])

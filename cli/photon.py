@@ -32,7 +32,7 @@ def init(
     assert target is not None, "one of the two is given"
     if target.exists() and any(target.iterdir()):
         _fail(f"an empty or new directory wanted, {target} has files; choose another")
-    from photon_train import initial
+    from photon_train import tiny as initial
 
     try:
         if source is None:

@@ -65,7 +65,7 @@ def predict(
         from photon_cli import predict_model, predict_rows, predict_scan
         from photon_cli.kept import KeptOrder, view_of
         from photon_cli.options import make_recipe
-        from photon_train.answering import AnswerSettings
+        from photon_train.answering.predictor import AnswerSettings
 
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
         chosen = predict_model.Model(model, answers, device, dtype, revision, scheduler, keep_ratio)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from transformers.utils import logging
 
-from photon_train.answering import AnswerSettings, Asker
-from photon_train.asker import load_asker
+from photon_train.answering.predictor import AnswerSettings, Asker, load_asker
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from photon_cli.answering_show import Show, print_outcome
 from photon_cli.kept import KeptOrder, show_rows
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
-from photon_train import predict
-from photon_train.answering import Reply
-from photon_train.grouping import Group
-from photon_train.predict import Shard, Watch
+from photon_train.answering import manifest as predict
+from photon_train.answering.manifest import Shard, Watch
+from photon_train.answering.predictor import Group, Reply
 from photon_train.rows import read_rows
 
 

@@ -10,11 +10,9 @@ from photon_cli.kept import KeptOrder, Shown
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.recipe import Recipe
-from photon_train.answering import Asker, Reply
-from photon_train.asker import grid_read_by
-from photon_train.asking import Asked, ask_scan
+from photon_train.answering.predictor import Asker, Reply, grid_read_by
+from photon_train.answering.scan import Asked, ScanInput, ask_scan, open_input
 from photon_train.overlay import folders_of
-from photon_train.scan_input import ScanInput, open_input
 
 
 class Look(NamedTuple):

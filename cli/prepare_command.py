@@ -12,15 +12,14 @@ from rich.table import Table
 from photon_cli.exits import STOPPED
 from photon_cli.options import console, fail
 from photon_cli.progress import Show
-from photon_data.counts import Count
+from photon_data.questions.counts import Count
 from photon_data.readers import left_alone
 from photon_data.recipe import Recipe
-from photon_pipelines.dataset import Result
-from photon_pipelines.dataset import prepare as run_order
-from photon_pipelines.execute import Stopped, Workers
-from photon_pipelines.gather import Order, gather
-from photon_pipelines.prepare import Plan, plan
-from photon_pipelines.unpacking import pending
+from photon_pipelines.cluster import Stopped, Workers
+from photon_pipelines.plan import Order, gather
+from photon_pipelines.prepare import Plan, Result, plan
+from photon_pipelines.prepare import prepare as run_order
+from photon_pipelines.unpack import pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
 SECONDS_PER_VOLUME, SECONDS_PER_MB = 0.5, 0.006

@@ -10,8 +10,7 @@ from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_data.readers import left_alone
 from photon_data.records import VolumeRecord
-from photon_pipelines.dataset import Watcher
-from photon_pipelines.prepare import Plan
+from photon_pipelines.prepare import Plan, Watcher
 
 
 class Show(Bar):

@@ -18,12 +18,10 @@ def train(stage: str, given: dict[str, Any], config: Path | None, settings: list
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from photon_pipelines.runs import named_run
-    from photon_train.training.config import with_values
-    from photon_train.training.dry_run import dry_run as try_step
+    from photon_train.training.config import named_run, with_values
+    from photon_train.training.loop import dry_run as try_step
     from photon_train.training.loop import run_steps
-    from photon_train.training.run import TrainingStopped
-    from photon_train.training.start import read_config, start
+    from photon_train.training.setup import TrainingStopped, read_config, start
 
     disable_progress_bar()  # ours is enough
     run_config = named_run(stage)

@@ -6,8 +6,8 @@ from rich.progress import track
 
 from photon_cli.options import console
 from photon_data.errors import UsageError
-from photon_data.location import Location
-from photon_pipelines.prepare import VOLUMES, read_records
+from photon_data.files import Location
+from photon_data.records import VOLUMES, read_records
 from photon_pipelines.verify import verify_output
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from photon_data.errors import UsageError
-from photon_data.upright import BodyAxes, body_axes, direction_letters, position_text, tilt_degrees
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import BodyAxes, Geometry, Volume, body_axes, direction_letters, position_text, tilt_degrees
 
 Window = tuple[float, float]
 WINDOWS: dict[str, Window] = {

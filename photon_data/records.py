@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from photon_data.errors import UsageError
+from photon_data.files import Location
+
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -92,3 +95,20 @@ def from_jsonl(text: str) -> list[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"JSON wanted on line {number}, got {line[:80]!r} ({error.msg})") from None
     return rows
+
+
+VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
+
+
+def read_records(out: Location) -> list[VolumeRecord]:
+    """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
+    content = out.read(VOLUMES)
+    try:
+        return [VolumeRecord.from_json(row) for row in from_jsonl((content or b"").decode())]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it") from None
+
+
+def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
+    """Write volumes.jsonl, whole."""
+    out.write(VOLUMES, jsonl_bytes(record.to_json() for record in records))

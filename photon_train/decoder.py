@@ -29,8 +29,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.curriculum import Phase
-from photon_train.layout import Gather, gather_of
+from photon_train.losses import Phase
+from photon_train.packing import Gather, gather_of
 from photon_train.prefix import Prefix
 from photon_train.scheduling import (
     SCHEDULERS,

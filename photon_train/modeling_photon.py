@@ -24,21 +24,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.curriculum import Phase, phase_at
 from photon_train.decoder import PhotonTextModel
-from photon_train.layout import IGNORED, Gather, visual_mask
-from photon_train.layout import question_mask as question_mask_of
-from photon_train.loading import (
-    check_loaded,
-    checkpoint_keys,
-    config_for,
-    hub_options,
-    layout_of,
-    register_published_names,
-)
-from photon_train.positions import PADDING_POSITION, row_positions, volume_positions
+from photon_train.losses import Objective, Phase, answer_losses, band_losses, phase_at
+from photon_train.packing import IGNORED, Gather, visual_mask
+from photon_train.packing import question_mask as question_mask_of
 from photon_train.prefix import Prefix, answer, encode_prefix
-from photon_train.regularizers import Objective, answer_losses, band_losses
+from photon_train.pretrained import check_loaded, checkpoint_keys, config_for, hub_options, layout_of, register_published_names
+from photon_train.processing_photon import PADDING_POSITION, row_positions, volume_positions
 from photon_train.scheduling import Scheduled, SchedulingInputs
 from photon_train.vision import PhotonVisionTower
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image
 
-from photon_data.nifti_file import nifti_header, write_nifti
+from photon_data.export import nifti_header, write_nifti
 from photon_data.picture import Window, three_planes
 from photon_data.volume import Geometry, Volume
-from photon_train.token_grid import kept_voxels, token_cells, token_centres, token_map, value_planes
+from photon_train.kept_tokens import kept_voxels, token_cells, token_centres, token_map, value_planes
 
 LONGEST_NAME = 80
 PICTURE, KEPT, SALIENCY = "planes.png", "kept.nii.gz", "saliency.nii.gz"

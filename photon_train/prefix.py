@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from photon_train.layout import behind, prefix_length, visual_mask
+from photon_train.packing import behind, prefix_length, visual_mask
 
 if TYPE_CHECKING:
     from photon_train.modeling_photon import PhotonForConditionalGeneration

@@ -1,4 +1,11 @@
-"""A volume and a conversation -> what the model takes.
+"""A volume as the rows of patches that the vision tower reads.
+
+Multimodal rotary positions by the rule the published weights were trained with.
+
+After a volume, text resumes at (max over t, h, w) + 1. transformers v5 resumes at start + max(h, w),
+which for 10 slabs is 243 positions earlier.
+
+A volume and a conversation -> what the model takes.
 
 volume -> model grid -> [0, 1] -> last axis flipped -> patches; messages -> chat template -> ids, with one <|video_pad|> per
 visual token where the text says <video>.
@@ -6,8 +13,9 @@ visual token where the text says <video>.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,15 +27,63 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.layout import IGNORED, ROLE_LINE, prefix_length, question_mask, visual_mask
-from photon_train.loading import hub_options
-from photon_train.patches import patchify
+from photon_train.packing import IGNORED, ROLE_LINE, prefix_length, question_mask, visual_mask
+from photon_train.pretrained import hub_options
+from photon_train.rows import NIFTI, TAG
 
-TAG = "<video>"
+
+def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Return the patches float[P, slices * patch ** 2] and their grid int64[3] (t, h, w).
+
+    Rows go slab by slab, and within a slab by blocks of merge x merge patches, because each block becomes one token; a row
+    is (d, h, w) flattened. Raises ValueError when the volume is not a whole number of blocks.
+    """
+    block = (slices, patch * merge, patch * merge)
+    if volume_zyx.ndim != 3 or any(n == 0 or n % b for n, b in zip(volume_zyx.shape, block, strict=True)):
+        raise ValueError(
+            f"a volume of whole blocks wanted, a multiple of {block} voxels (z, y, x), got {tuple(volume_zyx.shape)}; "
+            "resample it, or crop it"
+        )
+    t, h, w = (n // size for n, size in zip(volume_zyx.shape, (slices, patch, patch), strict=True))
+    blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
+    rows = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
+
+
+PADDING_POSITION = 1
+
+
+def row_positions(kinds: list[int], next_volume: Callable[[int], Tensor]) -> Tensor:
+    """Return int64[3, L], the (t, h, w) positions of a row of L tokens of kind 0 (text), 1 (image) or 2 (volume).
+
+    `next_volume(kind)` is called once for each run that is not text, and returns its int64[3, n] counted from 0.
+    Raises ValueError for a run of another length than its volume's.
+    """
+    pieces, start = [], 0
+    for kind, run in itertools.groupby(kinds):
+        length = sum(1 for _ in run)
+        piece_3L = torch.arange(length).expand(3, -1) if kind == 0 else next_volume(kind)
+        if piece_3L.shape[1] != length:
+            raise ValueError(
+                f"{piece_3L.shape[1]} visual tokens wanted for a volume, got {length}: was the prompt cut off inside it? "
+                "Shorten the text, not the volume"
+            )
+        pieces.append(piece_3L + start)
+        start = int(pieces[-1].max()) + 1
+    return torch.cat(pieces, dim=1)
+
+
+def volume_positions(grid_thw: list[int], merge: int, positions_per_slab: float) -> Tensor:
+    """Return int64[3, n] from 0: t advances by positions_per_slab (truncated), h and w by merged patch."""
+    t, h, w = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
+    slabs = (torch.arange(t, dtype=torch.float32) * positions_per_slab).long()
+    axes = torch.meshgrid(slabs, torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack(axes).reshape(3, -1)
+
+
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>", "<image>")
-NIFTI = (".nii", ".nii.gz")
 LPS = ("L", "P", "S")
 FPS = 1.0
 
@@ -301,7 +357,7 @@ def _read(volume: Any) -> np.ndarray | Tensor:
     if isinstance(volume, str | Path):
         if str(volume).endswith(NIFTI):
             return _read_nifti(volume)
-        from photon_data import open_volume  # late: arrays need no zarr
+        from photon_data import open_volume
 
         volume = open_volume(volume, grid="model")
     voxels: np.ndarray = np.asarray(volume.array_zyx[...])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.curriculum import Phase
-from photon_train.layout import gather_of
+from photon_train.losses import Phase
+from photon_train.packing import gather_of
 
 logger = logging.getLogger(__name__)
 

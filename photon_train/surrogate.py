@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.layout import Gather
+from photon_train.packing import Gather
 
 
 class SurrogateRule(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.location import Location
+from photon_data.files import Location
 
 NAME = ".lock"
 # An object store cannot lock. There the holder refreshes its claim, and one that was not for this long is dead.

@@ -1,4 +1,9 @@
-"""A folder of raw scans -> stores, manifests and a report. Everything it leaves is whole; run it again and it goes on."""
+"""A folder of raw scans -> stores, manifests and a report. Everything it leaves is whole; run it again and it goes on.
+
+The whole of `photon-data prepare`: find, prepare, write manifests, report.
+
+Everything that preparing checks, without the writing.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,36 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
-from photon_data.job import Job, already_there
-from photon_data.location import Location
+from photon_data.files import Location
+from photon_data.prepare_file import Job, already_there
+from photon_data.questions.counts import Count, count
+from photon_data.questions.rows import Manifests, build, digests, write
+from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.recipe import Recipe
-from photon_data.records import STATES, UNCHANGED, VolumeRecord, from_jsonl, jsonl_bytes
-from photon_data.store import is_whole, read_metadata, store_name
-from photon_pipelines.execute import Workers, execute
-from photon_pipelines.lock import refresh
+from photon_data.records import (
+    DATASET,
+    STATES,
+    UNCHANGED,
+    VolumeRecord,
+    read_records,
+    write_records,
+)
+from photon_data.report import render_report
+from photon_data.store import is_whole, open_volume, read_metadata, store_name
+from photon_pipelines.cluster import Workers, execute
+from photon_pipelines.lock import exclusive, refresh
+from photon_pipelines.plan import Data, Order, gather
+from photon_pipelines.unpack import pending, unpack_all
 
-VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 # volumes.jsonl is written again at least this often; a run that is killed has to read refused files of this span again.
 SNAPSHOT_S = 30
 LIBRARIES = ("photon-ct", "numpy", "SimpleITK", "nibabel", "zarr", "numcodecs", "isal", "dask")
@@ -133,20 +150,6 @@ class _Snapshots:
         self.next = end + max(SNAPSHOT_S, 20 * (end - start))
 
 
-def read_records(out: Location) -> list[VolumeRecord]:
-    """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
-    content = out.read(VOLUMES)
-    try:
-        return [VolumeRecord.from_json(row) for row in from_jsonl((content or b"").decode())]
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it") from None
-
-
-def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
-    """Write volumes.jsonl, whole."""
-    out.write(VOLUMES, jsonl_bytes(record.to_json() for record in records))
-
-
 def write_dataset(
     out: Location, recipe: Recipe, outcome: Outcome, source: str, manifests: dict[str, str] | None = None
 ) -> dict[str, Any]:
@@ -190,3 +193,110 @@ def _digest(out: Location, record: VolumeRecord) -> str | None:
     if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
         return None
     return str(metadata["digest"])
+
+
+REPORT, COUNTS = "report.html", "questions.json"
+
+
+class Result(NamedTuple):
+    """What a run left: the outcome per file, the manifests, what is in them, and why there are none if splits leak.
+
+    `damaged` says which archives could not be unpacked as a whole, and why.
+    """
+
+    outcome: Outcome
+    manifests: Manifests
+    counts: list[Count]
+    leak: str | None = None
+    damaged: Sequence[str] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every input has its store and every question its row."""
+        return self.outcome.complete and not self.manifests.unmatched and self.leak is None and not self.damaged
+
+
+class Watcher(NamedTuple):
+    """Told of progress: files seen while searching, notes on them, the plan before work starts, each record as it ends.
+
+    Before that, of archives that are unpacked: the name, and of all archives the bytes that are read and that there are.
+    """
+
+    on_file: Callable[[int], None] = lambda count: None
+    on_note: Callable[[str], None] = lambda note: None
+    on_plan: Callable[[Plan, Mapping[str, int]], None] = lambda todo, ignored: None
+    on_record: Callable[[VolumeRecord], None] = lambda record: None
+    on_archive: Callable[[str, int, int], None] = lambda name, done, total: None
+
+
+def prepare(order: Order, workers: Workers, watch: Watcher) -> Result:
+    """Do what was ordered and return it. UsageError before any store is written; NoSpace and Stopped leave what is done.
+
+    What can be wrong with tables is found before the first scan is read, and only one run at a time may write into a folder.
+    """
+    damaged = unpack_all(pending(order.datasets, order.limit), order.out, watch.on_archive, watch.on_note)
+    data = gather(order, watch.on_file)
+    for note in data.notes:
+        watch.on_note(note)
+    with exclusive(order.out):
+        todo = plan(data.jobs, order.out, order.recipe)
+        watch.on_plan(todo, data.ignored)
+        write_dataset(order.out, order.recipe, Outcome(todo.done, todo.kept), str(order.source))
+        outcome = run_plan(todo, order.out, workers, watch.on_record)
+        return finish(order, outcome, data)._replace(damaged=damaged)
+
+
+def finish(order: Order, outcome: Outcome, data: Data) -> Result:
+    """Write manifests, counts, dataset.json and the report of a finished run.
+
+    Splits that leak in a way that only content shows get no manifests, and old ones go: nobody trains on them by mistake.
+    """
+    out, rows = order.out, outcome.rows
+    name = order.questions.stem if order.questions else None
+    manifests = build(data.questions, rows, out=out.at(""), instruction=order.recipe.instruction, dataset=name)
+    manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *data.unmatched]))
+    leak = None if order.allow_leaks else _leak(manifests, rows)
+    if leak is not None:
+        manifests = manifests._replace(rows={})
+    write(manifests, out.at(""))
+    dataset = write_dataset(out, order.recipe, outcome, str(order.source), digests(out))
+    _report(order, rows, dataset)
+    counts = count(row for split in manifests.rows.values() for row in split)
+    out.write(COUNTS, (json.dumps([found.to_json() for found in counts], indent=1, ensure_ascii=False) + "\n").encode())
+    return Result(outcome, manifests, counts, leak)
+
+
+def _leak(manifests: Manifests, rows: list[VolumeRecord]) -> str | None:
+    """Return what several splits have in common, as a text; None where they are apart."""
+    try:
+        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), rows))
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _report(order: Order, rows: list[VolumeRecord], dataset: dict[str, Any]) -> None:
+    page = render_report(
+        rows,
+        recipe=order.recipe,
+        open_volume=lambda record: open_volume(order.out.at(record.store or ""), "model"),
+        pictures=order.pictures,
+        title=order.out.at("").rstrip("/").rpartition("/")[2],
+        source=order.source.name,
+        tools=dataset["versions"],
+    )
+    order.out.write(REPORT, page)
+
+
+class Inspected(NamedTuple):
+    """The record of every scan, by id ("ready" for one that would be prepared, else refused or failed), and `Data.ignored`."""
+
+    records: list[VolumeRecord]
+    ignored: Mapping[str, int]
+
+
+def inspect_all(order: Order, workers: Workers) -> Inspected:
+    """Return what there is to say of the scans of an order; nothing is written."""
+    data = gather(order)
+    jobs = [replace(job, write=False) for job in data.jobs]
+    return Inspected(sorted(execute(jobs, workers), key=lambda record: record.id), data.ignored)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 
-from photon_data.location import Location
-from photon_data.manifest import manifest_names, validate
-from photon_data.records import VolumeRecord
+from photon_data.files import Location
+from photon_data.questions.rows import digests, validate
+from photon_data.records import DATASET, VolumeRecord, read_records
 from photon_data.store import store_name, verify_store
-from photon_pipelines.prepare import DATASET, read_records
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
 Watch = Callable[[list[VolumeRecord]], Iterable[VolumeRecord]]
@@ -26,11 +24,6 @@ def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
         if f"volumes/{name}" not in known:
             yield f"volumes/{name}: {NO_ROW}"
     yield from _verify_manifests(out)
-
-
-def digests(out: Location) -> dict[str, str]:
-    """Return {name: SHA-256} of the manifests that are there."""
-    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
 
 
 def _verify_manifests(out: Location) -> Iterator[str]:

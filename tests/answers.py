@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from photon_data import manifest, prompts
-from photon_data.questions import Question, with_made_ids
+from photon_data.datasets.rad3d import read_subtask
+from photon_data.questions import question as prompts
+from photon_data.questions import rows as manifest
+from photon_data.questions.question import Question, with_made_ids
 from photon_data.records import PREPARED, VolumeRecord, to_jsonl
-from photon_data.sources.rad3d import read_subtask
+from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, case_of
-from photon_train.predictions import Prediction
 
 RAD3D = Path(__file__).parent / "data" / "3d-rad" / "3DRAD"
 

@@ -11,8 +11,8 @@ from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.data import app
-from photon_data.collect import collect
-from photon_data.declared import read_data_manifest
+from photon_data.datasets.combine import collect
+from photon_data.datasets.declare import read_data_manifest
 
 SHAPE, SPACING = (16, 24, 28), (1.5, 0.75, 0.75)
 METADATA_HEADER = [

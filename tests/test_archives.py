@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from photon_data.sources.archives import Contents, find_archives, ids_known, unpack
+from photon_data.datasets.archives import Contents, find_archives, ids_known, unpack
 
 A, B, C = (f"BDMAP_0000000{n}" for n in (1, 2, 3))
 EVERYTHING = {A, B, C}

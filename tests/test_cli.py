@@ -158,8 +158,8 @@ def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
     ("code", "absent"),
     [
         ("import photon_cli.data", ("numpy", "zarr", "SimpleITK", "distributed", "torch")),
-        ("import photon_pipelines.dataset, photon_pipelines.child", ("torch", "transformers", "torchio", "photon_train")),
-        ("import photon_data.job", ("torch", "dask", "distributed")),
+        ("import photon_pipelines.prepare, photon_pipelines.child", ("torch", "transformers", "torchio", "photon_train")),
+        ("import photon_data.prepare_file", ("torch", "dask", "distributed")),
     ],
 )
 def test_heavy_libraries_are_not_imported_where_they_are_not_needed(code, absent):

@@ -14,13 +14,12 @@ from published import cli, collected, declare
 from raw import write_scan
 
 from photon_data import open_volume
-from photon_data.counts import count
-from photon_data.declared import read_data_manifest
+from photon_data.datasets.combine import mixed
+from photon_data.datasets.declare import Share, read_data_manifest
 from photon_data.errors import UsageError
-from photon_data.manifest import validate
-from photon_data.mix import Share, mixed
-from photon_data.prompts import put
-from photon_data.questions import Question
+from photon_data.questions.counts import count
+from photon_data.questions.question import Question, put
+from photon_data.questions.rows import validate
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +51,7 @@ def test_what_is_wrong_is_said_by_line_and_with_what_was_wanted(tmp_path, text, 
     path = tmp_path / "data_manifest.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=said):
-        from photon_data.collect import collect
+        from photon_data.datasets.combine import collect
 
         for entry in read_data_manifest(path).datasets:
             collect(entry, instruction="?", seed=0)
@@ -276,5 +275,5 @@ def test_the_manifest_in_the_repository_can_be_read_also_with_every_entry_uncomm
 
 
 def test_declaring_imports_neither_torch_nor_dask():
-    script = "import photon_data.collect, sys; print([n for n in ('torch', 'dask', 'pyarrow') if n in sys.modules])"
+    script = "import photon_data.datasets.combine, sys; print([n for n in ('torch', 'dask', 'pyarrow') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

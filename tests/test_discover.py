@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from reading import voxels
 
 from photon_data.errors import Refused, UsageError
-from photon_data.fingerprint import fingerprint
+from photon_data.prepare_file import fingerprint
 from photon_data.readers import dicom, find_scans, open_scan
-from photon_data.readers.ids import Named, assign_ids
+from photon_data.readers.find import Named, assign_ids
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed_folder)
     monkeypatch.setattr(os, "access", closed_file)
-    monkeypatch.setattr("photon_data.readers.discover.read_head", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    monkeypatch.setattr("photon_data.readers.find.read_head", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
     sources = {source.path: source for source in find_scans(tmp_path).sources}
     assert sorted(sources) == ["IM0001", "good.nii", "locked.nii", "sub"]
     assert {path for path, source in sources.items() if source.problem} == {"IM0001", "locked.nii", "sub"}

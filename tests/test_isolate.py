@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from photon_pipelines.isolate import Child, ChildError
+from photon_pipelines.child import Child, ChildError
 
 # Answers {"do": ...}: says its pid, or dies in the way it is told.
 SCRIPT = """

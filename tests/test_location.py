@@ -1,6 +1,6 @@
 import pytest
 
-from photon_data.location import Location, replace_folder
+from photon_data.files import Location, replace_folder
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
@@ -19,7 +19,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("photon_data.location.sync", full)
+    monkeypatch.setattr("photon_data.files.sync", full)
     with pytest.raises(OSError, match="No space"):
         place.write("name.txt", b"new")
     assert place.read("name.txt") == b"old"

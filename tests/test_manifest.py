@@ -9,11 +9,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from photon_data import manifest
 from photon_data.errors import UsageError
-from photon_data.questions import Question, with_made_ids
+from photon_data.questions import rows as manifest
+from photon_data.questions.question import Question, with_made_ids
+from photon_data.questions.splits import assign_splits
 from photon_data.records import VolumeRecord
-from photon_data.splits import assign_splits
 
 
 def record(volume, source=None, state="prepared", **fields):

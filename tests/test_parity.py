@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.layout import gather_of, question_mask
+from photon_train.losses import Objective, answer_losses, band_losses
 from photon_train.modeling_photon import PhotonForConditionalGeneration
-from photon_train.patches import patchify
-from photon_train.regularizers import Objective, answer_losses, band_losses
+from photon_train.packing import gather_of, question_mask
+from photon_train.processing_photon import patchify
 from photon_train.surrogate import SurrogateRule, prune
 
 LOSS = {"rtol": 0, "atol": 1e-5}

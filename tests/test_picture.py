@@ -7,8 +7,7 @@ from scans import AXIS_ORDERS, rotated
 
 from photon_data.errors import UsageError
 from photon_data.picture import PLANES, WINDOWS, Layout, plane_slice, resolve_window, slice_indices, three_planes, to_grey
-from photon_data.upright import body_axes, direction_letters, position_text, tilt_degrees
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Volume, body_axes, direction_letters, position_text, tilt_degrees
 
 IDENTITY = ((0, 0, 1), (0, 1, 0), (1, 0, 0))
 

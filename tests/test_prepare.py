@@ -19,17 +19,17 @@ from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.job import Job, NoSpace, run
-from photon_data.location import Location
+from photon_data.files import Location
 from photon_data.prepare import prepare_volume
+from photon_data.prepare_file import Job, NoSpace, run
 from photon_data.readers import find_scans
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import from_jsonl
 from photon_data.scan import Source
-from photon_pipelines.dataset import Watcher, prepare
-from photon_pipelines.execute import Workers
-from photon_pipelines.gather import Order
+from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
+from photon_pipelines.plan import Order
+from photon_pipelines.prepare import Watcher, prepare
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
@@ -289,7 +289,7 @@ def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("photon_data.job.write_store", full)
+    monkeypatch.setattr("photon_data.prepare_file.write_store", full)
     with pytest.raises(NoSpace, match="no space left"):
         run(Job(find_scans(source).sources[0], str(tmp_path / "out"), SMALL))
 

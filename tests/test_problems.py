@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from photon_data.problems import attention, duplicates, other_remarks, problems
 from photon_data.records import PREPARED, REFUSED, VolumeRecord
+from photon_data.remarks import attention, duplicates, other_remarks, problems
 from photon_data.volume import Geometry
 
 GRID = Geometry.axis_aligned((364, 364, 364), (1, 1, 1), (0, 0, 0))

@@ -1,8 +1,7 @@
 import pytest
 
 from photon_data.errors import UsageError
-from photon_data.recipe import Recipe, with_settings
-from photon_pipelines.recipes import RECIPES
+from photon_data.recipe import RECIPES, Recipe, with_settings
 
 
 def test_settings_become_the_types_of_their_fields():

@@ -8,13 +8,13 @@ from raw import write_scan
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.job import run
-from photon_data.location import Location
+from photon_data.files import Location
+from photon_data.prepare_file import run
 from photon_data.recipe import Recipe
-from photon_pipelines.dataset import Watcher, prepare
-from photon_pipelines.execute import Workers
-from photon_pipelines.gather import Order
+from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
+from photon_pipelines.plan import Order
+from photon_pipelines.prepare import Watcher, prepare
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))

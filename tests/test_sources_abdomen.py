@@ -3,11 +3,11 @@
 import pytest
 from published import collected, declare, write_csv, write_json, write_v2
 
-from photon_data.declared import read_data_manifest
+from photon_data.datasets.declare import read_data_manifest
+from photon_data.datasets.deeptumorvqa import parse_choices
 from photon_data.errors import UsageError
-from photon_data.location import Location
-from photon_data.sources.deeptumorvqa import parse_choices
-from photon_pipelines.gather import Order, gather, one_recipe
+from photon_data.files import Location
+from photon_pipelines.plan import Order, gather, one_recipe
 
 SPACED = [
     "Question ID",

@@ -8,12 +8,12 @@ from published import SPACING, collected, declare, place, write_csv, write_json,
 from scans import ct_like
 
 from photon_data import open_volume
-from photon_data.declared import read_data_manifest
+from photon_data.datasets.ct_rate import LABELS, REPORT_COLUMNS
+from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
-from photon_data.job import Job, run
-from photon_data.location import Location
-from photon_data.sources.ct_rate import LABELS, REPORT_COLUMNS
-from photon_pipelines.gather import Order, gather, one_recipe
+from photon_data.files import Location
+from photon_data.prepare_file import Job, run
+from photon_pipelines.plan import Order, gather, one_recipe
 
 REPORT = ("VolumeName", *REPORT_COLUMNS)
 

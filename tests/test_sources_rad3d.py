@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from published import collected, place, write_v2
 
+from photon_data.datasets.rad3d import read_subtask
 from photon_data.errors import UsageError
-from photon_data.sources.rad3d import read_subtask
 
 REAL = Path(__file__).parent / "data" / "3d-rad" / "3DRAD"
 FILES = sorted(REAL.rglob("*.csv"))

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from photon_data.errors import UsageError
-from photon_data.questions import Question
+from photon_data.questions.question import Question
+from photon_data.questions.splits import Leak, assign_splits, leaks, refuse_leaks
 from photon_data.records import VolumeRecord
-from photon_data.splits import Leak, assign_splits, leaks, refuse_leaks
 
 # Two volumes per patient, three questions per volume; the last ten volumes have no patient.
 QUESTIONS = [

@@ -6,8 +6,8 @@ import tarfile
 import pytest
 from published import cli, declare, write_csv, write_v2
 
-from photon_data.declared import read_data_manifest
-from photon_pipelines.unpacking import pending
+from photon_data.datasets.declare import read_data_manifest
+from photon_pipelines.unpack import pending
 
 A, B, C, D = (f"BDMAP_0000000{n}" for n in (1, 2, 3, 4))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from photon_data.nifti_file import nifti_header, write_nifti
+from photon_data.export import nifti_header, write_nifti
 from photon_data.phantom.anatomy import Layer, draw_body
 from photon_data.phantom.lesions import Lesion, draw_lesions, lesion_layers
 from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, Slot, occurrence, seeded, slot

@@ -31,7 +31,7 @@ from photon_data.errors import Refused
 from photon_data.readers import metaimage, nifti, nrrd
 from photon_data.readers.checks import unreadable
 from photon_data.readers.dicom import open_series
-from photon_data.readers.discover import Found, find_scans, left_alone
+from photon_data.readers.find import Found, find_scans, left_alone
 from photon_data.scan import MAX_VOXELS, Scan, Source
 
 __all__ = ["Found", "find_scans", "left_alone", "open_scan"]

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from photon_data.errors import Refused
-from photon_data.readers.content import HEAD_BYTES, describe
-from photon_data.readers.stream import Stored, check_length, read_head, stream_planes
+from photon_data.readers.stream import HEAD_BYTES, Stored, check_length, describe, read_head, stream_planes
 from photon_data.scan import Scan
 from photon_data.volume import Geometry
 

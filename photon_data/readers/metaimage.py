@@ -9,9 +9,7 @@ import numpy as np
 
 from photon_data.errors import Refused
 from photon_data.readers.checks import frame, grid_shape, not_a, scan_of
-from photon_data.readers.detached import beside
-from photon_data.readers.header_text import read_lines
-from photon_data.readers.stream import Encoding, Stored
+from photon_data.readers.stream import Encoding, Stored, beside, read_lines
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 

@@ -21,8 +21,7 @@ from nibabel.quaternions import quat2mat
 
 from photon_data.errors import Refused
 from photon_data.readers.checks import frame, grid_shape, not_a, scan_of
-from photon_data.readers.content import GZIP_MAGIC
-from photon_data.readers.stream import Encoding, Stored, read_head
+from photon_data.readers.stream import GZIP_MAGIC, Encoding, Stored, read_head
 from photon_data.scan import Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
 

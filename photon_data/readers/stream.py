@@ -1,4 +1,10 @@
-"""Stored values, from disk to planes, in the memory of one plane; length and checksums are verified on the way.
+"""The text at the start of a file that is a header by lines (NRRD, MetaImage), and where its data begin.
+
+The data file that a header in another file refers to: beside the header or below it, never anywhere else.
+
+What the first bytes of a file say it is, whatever its name says.
+
+Stored values, from disk to planes, in the memory of one plane; length and checksums are verified on the way.
 
 file:  |<- start ->|<---------- stream (plain, gzip or zlib) ---------->|
 decoded stream:    |<- skip ->| plane 0 | plane 1 | ... | plane nz - 1 |  and then nothing more
@@ -6,18 +12,107 @@ decoded stream:    |<- skip ->| plane 0 | plane 1 | ... | plane nz - 1 |  and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from isal import igzip_lib
 
 from photon_data.errors import Refused
-from photon_data.readers.content import GZIP_MAGIC
+
+MAX_HEADER_BYTES = 1 << 20
+
+
+class HeaderText(NamedTuple):
+    """Lines of a header (without line ends) and the number of bytes it takes with its last line end."""
+
+    lines: list[str]
+    length: int
+
+
+def read_lines(path: Path, is_last: Callable[[str], bool]) -> HeaderText:
+    """Return the header up to and with the first line that `is_last`, or the whole of a short file that has no such line.
+
+    Refused bad-header where it goes on beyond 1 MB. Bytes are read as Latin-1, which never fails.
+    """
+    head = BytesIO(read_head(path, MAX_HEADER_BYTES))
+    lines = []
+    for line in head:
+        lines.append(line.decode("latin-1").rstrip())
+        if is_last(lines[-1]):
+            return HeaderText(lines, head.tell())
+    if head.tell() == MAX_HEADER_BYTES:
+        raise Refused("bad-header", f"{path.name}: a header of at most 1 MB wanted, found no end of it; export the scan again")
+    return HeaderText(lines, head.tell())
+
+
+MAX_REFERENCE = 255
+
+
+def beside(header: Path, reference: str) -> Path:
+    """Return the data file that `reference`, a text of the header, means. It is trusted no further than the header's folder.
+
+    Refused data-file: several files or a pattern of names; a path that leads out, by dots, links or a root; no such file.
+    """
+    words = reference.split()
+    if not words or words[0].upper() == "LIST" or "%" in reference:
+        raise Refused("data-file", f"{header.name}: one data file wanted, its header lists several; save the scan as one file")
+    folder = header.parent.resolve()
+    data = folder / reference.strip()
+    if "\0" in reference or len(reference) > MAX_REFERENCE or not data.resolve().is_relative_to(folder):
+        raise Refused("data-file", f"{header.name}: a data file in its own folder wanted, it points elsewhere; move it there")
+    if not data.is_file():
+        raise Refused("data-file", f"{header.name}: its data file beside it wanted, there is none; copy both files")
+    return header.parent / reference.strip()
+
+
+HEAD_BYTES = 352
+GZIP_MAGIC = b"\x1f\x8b"
+DICOM_MAGIC = b"DICM"
+
+_MAGICS = (
+    (GZIP_MAGIC, "gzip data"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"NRRD", "an NRRD file"),
+    (b"BZh", "bzip2 data"),
+    (b"\x28\xb5\x2f\xfd", "zstandard data"),
+    (b"\xfd7zXZ", "xz data"),
+)
+
+
+def is_dicom(head: bytes) -> bool:
+    """Tell whether the first bytes of a file carry the DICOM magic after its 128 bytes of preamble."""
+    return head[128:132] == DICOM_MAGIC
+
+
+def is_nifti(head: bytes) -> bool:
+    """Tell whether the first bytes of a file are a NIfTI-1 or NIfTI-2 header."""
+    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0")
+
+
+def describe(head: bytes) -> str:
+    """Return in words what the first 352 bytes of a file look like; never a quotation of them."""
+    for magic, words in _MAGICS:
+        if head.startswith(magic):
+            return words
+    if is_dicom(head):
+        return "a DICOM file"
+    if is_nifti(head):
+        return "an uncompressed NIfTI file"
+    if head and not head.strip(b"\0"):
+        return "zeros"
+    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
+    return "text" if is_text else "data of an unknown kind"
+
 
 # Compressed bytes read at a time. 32 kB to 2 MB take the same 0.29 s for 183 MB of voxels; less memory is nicer to caches.
 CHUNK_BYTES = 1 << 17

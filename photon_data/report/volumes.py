@@ -1,4 +1,7 @@
-"""The report's volumes: cards with pictures for those that most need eyes, one line for each of the rest."""
+"""What the report needs of one prepared volume, worked out once.
+
+The report's volumes: cards with pictures for those that most need eyes, one line for each of the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,55 @@ import base64
 import io
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from photon_data.picture import AUTO, Window, three_planes
-from photon_data.problems import CUT_WORTH_SAYING_MM
 from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord
+from photon_data.remarks import CUT_WORTH_SAYING_MM, attention, cut_mm, cut_remarks, other_remarks
 from photon_data.report.charts import sparkline
 from photon_data.report.page import Html, element, joined, table, without_folders
-from photon_data.report.rows import Row
-from photon_data.volume import LETTERS, Volume
+from photon_data.volume import LETTERS, Geometry, Volume, body_axes
+
+
+class Row(NamedTuple):
+    """One volume: its record, remarks, and its measures along the world axes L, P, S (None where not measured)."""
+
+    record: VolumeRecord
+    cut_remarks: list[str]
+    other_remarks: list[str]
+    attention: float
+    spacing_lps_mm: tuple[float, ...] | None
+    extent_lps_mm: tuple[float, ...] | None
+    cut_mm: list[tuple[float, float]]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was measured, empty where nothing was."""
+        return self.record.facts or {}
+
+
+def rows_of(records: Sequence[VolumeRecord], *, modality: str) -> list[Row]:
+    """Return a row for each volume that is there, those that most need eyes first."""
+    rows = [_row(record, modality) for record in records if record.is_there]
+    return sorted(rows, key=lambda row: (-row.attention, row.record.id))
+
+
+def _row(record: VolumeRecord, modality: str) -> Row:
+    facts, other = record.facts or {}, other_remarks(record, modality=modality)
+    spacing, extent = _measures(facts["geometry"]) if facts.get("geometry") else (None, None)
+    return Row(record, cut_remarks(record), other, attention(record, other), spacing, extent, cut_mm(facts))
+
+
+def _measures(native: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return spacing and extent in mm along L, P, S; the extent of a tilted scan is that of the box around it."""
+    geometry = Geometry.from_json(native)
+    spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
+    corners = geometry.corners_lps()
+    return spacing, tuple(float(mm) for mm in np.ptp(corners, axis=0))
+
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple, TypeVar
 
-from photon_data.prompts import LETTERS
+from photon_data.questions.question import LETTERS
+from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, Form
 from photon_train.evaluation.metric import Metric
 from photon_train.evaluation.parsing import number
-from photon_train.predictions import Prediction
 
 K = TypeVar("K")
 V = TypeVar("V")

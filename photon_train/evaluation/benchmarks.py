@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from photon_train.evaluation import choice_metrics as closed
 from photon_train.evaluation.cases import Case, as_label, as_letter
+from photon_train.evaluation.choice_metrics import mra_linear, mra_thresholds, numeric_metrics, size_metrics
 from photon_train.evaluation.metric import Metric, mean_of
-from photon_train.evaluation.numeric import mra_linear, mra_thresholds, numeric_metrics, size_metrics
 from photon_train.evaluation.parsing import letter_v2, yes_no
 from photon_train.evaluation.text_metrics import bleu, meteor_exact_stem, rouge
 

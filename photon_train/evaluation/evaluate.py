@@ -8,22 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from photon_data.errors import UsageError
+from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.baselines import Baseline, Kind, Learned, learn
 from photon_train.evaluation.benchmarks import METRICS, anything
-from photon_train.evaluation.bootstrap import Patients, draw
-from photon_train.evaluation.cases import Case, case_of
+from photon_train.evaluation.cases import Case, Gaps, Joined, by_id, case_of, join
 from photon_train.evaluation.choice_metrics import meant
 from photon_train.evaluation.costs import Costs, costs
-from photon_train.evaluation.joining import Gaps, Joined, by_id, join
-from photon_train.evaluation.labels import LabelTable, constant_labels, label_metrics
-from photon_train.evaluation.mask_recall import MaskRecalls, mask_recalls
-from photon_train.evaluation.metric import Metric
+from photon_train.evaluation.kept import Kept, MaskRecalls, kept, mask_recalls
+from photon_train.evaluation.metric import Metric, Patients, draw
 from photon_train.evaluation.parsing import number
-from photon_train.evaluation.scheduling import Kept, kept
-from photon_train.evaluation.scores import POINTS, Score, Table, differences, scores_of, table_of, table_of_baseline
-from photon_train.evaluation.text_metrics import bertscore
-from photon_train.masks import CountedMask
-from photon_train.predictions import Prediction
+from photon_train.evaluation.tables import POINTS, Score, Table, differences, scores_of, table_of, table_of_baseline
+from photon_train.evaluation.text_metrics import LabelTable, bertscore, constant_labels, label_metrics
+from photon_train.kept_tokens import CountedMask
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig

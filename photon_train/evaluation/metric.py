@@ -1,4 +1,6 @@
-"""What a metric is: sums over questions and a formula of them, so that a resampled patient is a row of a matrix product.
+"""95 % intervals by resampling patients: questions about one person are right or wrong together.
+
+What a metric is: sums over questions and a formula of them, so that a resampled patient is a row of a matrix product.
 
 Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then resampled ones).
 """
@@ -11,6 +13,40 @@ from dataclasses import dataclass
 import numpy as np
 
 from photon_train.evaluation.cases import Case, as_text
+
+INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Patients:
+    """All patients of an evaluation, and how often each is drawn.
+
+    weights: float[1 + replicates, patients]; the first row is all ones (nothing resampled), every other adds up to their number.
+    """
+
+    index: dict[str, int]
+    weights: np.ndarray
+
+    def of(self, patients: Sequence[str]) -> np.ndarray:
+        """Return int[n], the column of each."""
+        return np.array([self.index[patient] for patient in patients], int)
+
+
+def draw(patients: Sequence[str], replicates: int, seed: int) -> Patients:
+    """Return the patients, each once, drawn `replicates` times with replacement; their order does not matter."""
+    names = sorted(set(patients))
+    chances = np.full(len(names), 1 / len(names))
+    drawn = np.random.default_rng(seed).multinomial(len(names), chances, size=replicates)
+    return Patients({name: i for i, name in enumerate(names)}, np.vstack([np.ones(len(names)), drawn]))
+
+
+def interval(replicates: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5th and 97.5th percentile of the resampled values (all but the first), NaN where there are none."""
+    resampled = replicates[1:][np.isfinite(replicates[1:])]
+    if not len(resampled):
+        return float("nan"), float("nan")
+    low, high = np.percentile(resampled, INTERVAL)
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

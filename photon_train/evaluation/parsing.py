@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from photon_data.prompts import LETTERS
+from photon_data.questions.question import LETTERS
 
 _THINKING = re.compile(r"(?s)<think>.*?</think>|^.*</think>")
 # A letter that is the answer, not the article of "A large cyst": alone, or followed by . ) : or ,

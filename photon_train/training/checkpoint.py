@@ -20,8 +20,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from photon_data.location import replace_folder, sync_tree
-from photon_train.training.engine import Engine, Moments
+from photon_data.files import replace_folder, sync_tree
+from photon_train.training.sharding import Engine, Moments
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"

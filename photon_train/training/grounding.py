@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from photon_data.errors import UsageError
-from photon_train.masks import CountedMask
-from photon_train.training.rows import TrainRow
-from photon_train.volume_masks import counted_by_volume
+from photon_train.answering.scan import counted_by_volume
+from photon_train.kept_tokens import CountedMask
+from photon_train.rows import TrainRow
 
 logger = logging.getLogger(__name__)
 

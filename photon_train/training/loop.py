@@ -1,30 +1,124 @@
-"""The training loop.
+"""How long a step took, and how much of it went by waiting for data.
+
+Learning rates as a function of the step: nothing to save, nothing to restore.
+
+How a model in training does on rows it is not trained on.
+
+The training loop.
 
 for every step: for every group of this device: loss, backward; then clip, move, log; now and then evaluate and save.
+
+One step of a run that leaves nothing behind: what would be trained, for how long, in how much memory.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from photon_train.curriculum import Phase, phase_at
-from photon_train.memory import peak_memory_mib
+from photon_train.answering.predictor import peak_memory_mib
+from photon_train.losses import Phase, phase_at
+from photon_train.modeling_photon import PhotonOutput
+from photon_train.training.batches import Batch, plan_epoch
 from photon_train.training.checkpoint import checkpoints, save_checkpoint, save_merged
-from photon_train.training.clock import Clock
-from photon_train.training.dataset import Batch
-from photon_train.training.log import Log, read_log, write_summary
-from photon_train.training.measures import Sums, means, sums_of
-from photon_train.training.plan import plan_epoch
-from photon_train.training.run import Run, TrainingStopped, check_read, read_ahead
-from photon_train.training.schedule import set_rates
-from photon_train.training.start import load_model
-from photon_train.training.validation import evaluate
+from photon_train.training.config import TrainConfig
+from photon_train.training.log import Log, Sums, means, read_log, sums_of, write_summary
+from photon_train.training.setup import Run, TrainingStopped, check_read, load_model, read_ahead, start
+from photon_train.training.sharding import LANGUAGE_MODEL, MODULES, module_of
+
+
+class Clock:
+    """Seconds since the last restart, and how many of them were waits."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a step."""
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what happens within as waiting."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - started
+
+    def row(self, questions: float, volumes: float) -> dict[str, float]:
+        """Return the timing of the step, with rates from the questions and volumes of all devices."""
+        seconds = time.perf_counter() - self._started
+        return {
+            "seconds": seconds,
+            "questions_per_second": questions / seconds,
+            "volumes_per_second": volumes / seconds,
+            "data_wait_share": self._waited / seconds,
+        }
+
+
+def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return what every peak rate is multiplied by in optimizer step `step`, counted from 0.
+
+    Rises in a line over the warm-up (the last step of which has 1), then falls to 0 along a cosine or a line, or stays.
+    """
+    rising = math.ceil(config.warmup * total_steps)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(total_steps - rising, 1)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+
+
+def set_rates(optimizer: Any, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Set the optimizer's rates for a step and return them by module."""
+    factor = rate_factor(config, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = config.rates[group["module"]] * factor
+    return {group["module"]: group["lr"] for group in optimizer.param_groups}
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Return the mean loss over groups, the share of rows whose answer would be decoded exactly, and the keep ratio.
+
+    An answer counts when every token of it, end marker included, is the likeliest after those before it.
+    """
+    groups = [
+        group for step in plan_epoch(run.eval_rows, run.config.questions_per_volume, run.turn.world, 0, 0) for group in step
+    ]
+    sums = Sums()
+    run.model.eval()
+    with torch.no_grad(), run.accelerator.autocast():
+        for batch in read_ahead(run, run.turn.of([groups]), training=False):
+            batch = batch.to(run.accelerator.device)
+            check_read(run, batch)
+            output = run.model(**batch.inputs, answers_only=True) if batch.weight or run.is_sharded else None
+            if output is None or batch.weight == 0:
+                sums.add({"skipped_groups": float(bool(batch.error))})
+                continue
+            sums.add(sums_of(output, replace(batch, weight=1.0), run.photon) | {"right": _right(output, len(batch.ids))})
+    run.model.train()
+    total = sums.over(run.accelerator)
+    found = {"eval_loss": total["loss"] / max(total["groups"], 1), "eval_exact": total["right"] / max(total["questions"], 1)}
+    if total["visual_tokens"]:
+        found["eval_keep_ratio"] = total["visual_tokens_kept"] / total["visual_tokens"]
+    return found | {"eval_questions": total["questions"], "eval_skipped_groups": total["skipped_groups"]}
+
+
+def _right(output: PhotonOutput, rows: int) -> torch.Tensor:
+    """Return how many rows have all their answer tokens right."""
+    logits_NV, labels_N, rows_N = output.logits, output.answer_labels_N, output.answer_rows_N
+    assert logits_NV is not None and labels_N is not None and rows_N is not None, "the batch has labels"
+    wrong_N = (logits_NV.argmax(-1) != labels_N).float()
+    return (torch.zeros(rows, device=rows_N.device).index_add_(0, rows_N, wrong_N) == 0).sum()
+
 
 logger = logging.getLogger(__name__)
 
@@ -152,3 +246,48 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     summary["groups_skipped"] = sum(row["skipped_groups"] for row in rows)
     write_summary(run.folder, summary)
     return summary
+
+
+def dry_run(config: TrainConfig) -> str:
+    """Return a description of the run, after one step of it on real rows in a temporary folder; "" but in the main process.
+
+    Every row is checked against its store, as at the start of a run. Raises what that raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="photon-") as folder:
+        trial = start(replace(config, output=folder, track=()), resume=False)
+        whole = trial.total_steps
+        trial.total_steps, trial.eval_rows = 1, []
+        started = time.perf_counter()
+        last = run_steps(trial).get("last")
+        seconds = time.perf_counter() - started
+    if last is None:
+        return ""
+    volumes = len({video for row in trial.rows for video in row.videos})
+    lines = [
+        f"stage {config.stage}: {len(trial.rows)} rows on {volumes} volumes, all stores are there",
+        *_modules(trial),
+        f"{whole} steps in {config.epochs} epochs, each of {config.groups_per_step} volumes with up to "
+        f"{config.questions_per_volume} questions",
+        f"first step: loss {last['loss']:.4f}, {last['seconds']:.2f} s with start-up ({seconds:.2f} s with saving), "
+        f"{last['data_wait_share']:.0%} waiting for data, {last['peak_memory_mib']:.0f} MiB",
+        f"at this pace {whole * last['seconds'] / 3600:.2f} h",
+    ]
+    return "\n".join(lines)
+
+
+def _modules(run: Run) -> list[str]:
+    """Return a line per module: how much of it is trained, at which peak rate."""
+    model = run.accelerator.unwrap_model(run.model)
+    lines = []
+    for module in (*MODULES, LANGUAGE_MODEL):
+        own = [parameter for name, parameter in model.named_parameters() if module_of(name) == module]
+        trained = sum(_size(p) for p in own if p.requires_grad)
+        if own:
+            rate = f"learning rate {run.config.rates[module]:g}" if trained else "frozen"
+            lines.append(f"  {module:16} {trained:,} of {sum(map(_size, own)):,} parameters, {rate}")
+    return lines
+
+
+def _size(parameter: Any) -> int:
+    """Return how many numbers a weight has, of which this process may hold none."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
+from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.evaluate import Settings, evaluate
-from photon_train.evaluation.writing import write
-from photon_train.predictions import Prediction, pack_mask
+from photon_train.evaluation.report import write
 
 YES_NO = ("Yes", "No")
 

@@ -10,15 +10,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon_data.errors import UsageError
+from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.baselines import best_constant
 from photon_train.evaluation.benchmarks import METRICS, anything
 from photon_train.evaluation.cases import case_of
-from photon_train.evaluation.choice_metrics import accuracies, accuracy_letter_v2, class_metrics, yes_no_metrics
-from photon_train.evaluation.labels import LabelTable, crg, label_metrics, read_labels
-from photon_train.evaluation.numeric import mra_linear, mra_thresholds, same_size, within
+from photon_train.evaluation.choice_metrics import (
+    accuracies,
+    accuracy_letter_v2,
+    class_metrics,
+    mra_linear,
+    mra_thresholds,
+    same_size,
+    within,
+    yes_no_metrics,
+)
 from photon_train.evaluation.parsing import size_mm
-from photon_train.evaluation.text_metrics import bertscore, bleu, meteor_exact_stem, meteor_f, rouge, rouge_f
-from photon_train.predictions import Prediction
+from photon_train.evaluation.text_metrics import (
+    LabelTable,
+    bertscore,
+    bleu,
+    crg,
+    label_metrics,
+    meteor_exact_stem,
+    meteor_f,
+    read_labels,
+    rouge,
+    rouge_f,
+)
 
 YES_NO = ("Yes", "No")
 

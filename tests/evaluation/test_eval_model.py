@@ -9,10 +9,10 @@ from askable import QUESTIONS, TOKENS, blocks, lively_model, store
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
-from photon_data.nifti_file import nifti_header, write_nifti
+from photon_data.export import nifti_header, write_nifti
 from photon_data.volume import Geometry
-from photon_train.initial import tiny
-from photon_train.predictions import read_predictions, unpack_mask
+from photon_train.answering.prediction import read_predictions, unpack_mask
+from photon_train.tiny import tiny
 
 YES_NO = ("Yes", "No")
 

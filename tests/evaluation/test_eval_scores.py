@@ -12,17 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon_data.errors import UsageError
-from photon_data.prompts import PROMPTS
-from photon_data.questions import Question
-from photon_train.evaluation.bootstrap import draw, interval
+from photon_data.questions.question import PROMPTS, Question
+from photon_train.answering.prediction import Prediction, pack_mask
+from photon_train.evaluation.cases import join
 from photon_train.evaluation.choice_metrics import accuracies, yes_no_metrics
 from photon_train.evaluation.costs import costs
 from photon_train.evaluation.evaluate import BLIND, Settings, evaluate
-from photon_train.evaluation.joining import join
-from photon_train.evaluation.labels import LabelTable
-from photon_train.evaluation.scheduling import kept, overlap_of
-from photon_train.evaluation.scores import table_of
-from photon_train.predictions import Prediction, pack_mask
+from photon_train.evaluation.kept import kept, overlap_of
+from photon_train.evaluation.metric import draw, interval
+from photon_train.evaluation.tables import table_of
+from photon_train.evaluation.text_metrics import LabelTable
 from photon_train.rows import asked_of
 
 YES_NO = ("Yes", "No")

@@ -159,7 +159,7 @@ def test_the_same_seed_makes_the_same_tiny_model(tmp_path: Path) -> None:
 
 
 def test_init_from_a_stock_checkpoint_writes_a_stage_1_start(tmp_path: Path) -> None:
-    from photon_train.initial import tiny
+    from photon_train.tiny import tiny
 
     tiny(tmp_path / "source")
     made = CliRunner().invoke(app, ["init", "--from", str(tmp_path / "source"), "--output", str(tmp_path / "start")])

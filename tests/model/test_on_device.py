@@ -9,7 +9,7 @@ from other_device import device
 
 from photon_data.volume import Geometry, Volume
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
-from photon_train.initial import byte_tokenizer, tiny_config
+from photon_train.tiny import byte_tokenizer, tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,10 @@ from golden import Golden
 from torch.testing import assert_close
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.curriculum import Phase, phase_at
-from photon_train.initial import byte_tokenizer, tiny_config
-from photon_train.layout import gather_of
-from photon_train.regularizers import Objective, Perturbation, answer_losses, draw_perturbation, perturb
+from photon_train.losses import Objective, Perturbation, Phase, answer_losses, draw_perturbation, perturb, phase_at
+from photon_train.packing import gather_of
 from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
+from photon_train.tiny import byte_tokenizer, tiny_config
 
 KEPT_CHANCES = ("perturb_shuffle_patches", "perturb_shuffle_voxels", "perturb_keep_patches", "perturb_keep_voxels")
 

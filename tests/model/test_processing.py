@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from photon_train.initial import byte_tokenizer, tiny_config
 from photon_train.processing_photon import PhotonProcessor
+from photon_train.tiny import byte_tokenizer, tiny_config
 
 SMALL = {"model_shape_zyx": (28, 56, 56), "stored_shape_zyx": (42, 84, 84)}
 TOKENS = 2 * 2 * 2
@@ -150,7 +150,7 @@ def test_a_nifti_of_the_stored_grid_reads_like_its_array_and_other_axes_are_refu
 
 
 def test_a_volume_object_and_a_store_read_like_their_array(processor: PhotonProcessor, tmp_path: Path) -> None:
-    from photon_data.location import Location
+    from photon_data.files import Location
     from photon_data.prepare import Prepared
     from photon_data.recipe import Recipe
     from photon_data.store import write_store

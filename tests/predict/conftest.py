@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from askable import asker, lively_model
 
-from photon_train.answering import Asker
+from photon_train.answering.predictor import Asker
 
 
 @pytest.fixture(scope="session")

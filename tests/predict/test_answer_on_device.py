@@ -6,8 +6,8 @@ import pytest
 from askable import QUESTIONS, SHORT, asker, row, store
 from other_device import device
 
-from photon_train.predict import predict_rows
-from photon_train.predictions import read_predictions
+from photon_train.answering.manifest import predict_rows
+from photon_train.answering.prediction import read_predictions
 from photon_train.scheduling import SCHEDULERS
 
 pytestmark = pytest.mark.slow

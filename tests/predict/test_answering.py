@@ -6,10 +6,8 @@ import pytest
 import torch
 from askable import QUESTIONS, TOKENS, asker, blocks, row
 
-from photon_train.answering import AnswerSettings
-from photon_train.choices import score_choices
-from photon_train.grouping import Prompt, answer_ids, group_rows
-from photon_train.predictions import unpack_mask
+from photon_train.answering.prediction import unpack_mask
+from photon_train.answering.predictor import AnswerSettings, Prompt, answer_ids, group_rows, score_choices
 
 
 def answered(model, rows):

@@ -19,7 +19,7 @@ from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
-from photon_train.predictions import read_predictions
+from photon_train.answering.prediction import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
 COARSE = ["--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"]  # the model says what grid it reads

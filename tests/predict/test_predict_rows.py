@@ -9,8 +9,8 @@ from answers import put
 from askable import QUESTIONS, SHORT, asker, row, store
 
 from photon_data.errors import UsageError
-from photon_train.predict import Shard, Watch, predict_rows
-from photon_train.predictions import read_predictions
+from photon_train.answering.manifest import Shard, Watch, predict_rows
+from photon_train.answering.prediction import read_predictions
 from photon_train.rows import asked_of, read_rows
 
 

@@ -10,10 +10,10 @@ from scans import ct_like
 
 from photon_data import open_volume
 from photon_data.errors import Refused, UsageError
-from photon_data.job import Job, run
+from photon_data.prepare_file import Job, run
 from photon_data.readers import find_scans
 from photon_data.recipe import Recipe
-from photon_train.scan_input import open_input
+from photon_train.answering.scan import open_input
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 OBLIQUE = nibabel.affines.from_matvec(

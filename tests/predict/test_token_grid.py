@@ -17,10 +17,8 @@ from scans import frame, rotated
 from photon_data.grid import model_grid, target_grid
 from photon_data.recipe import Recipe
 from photon_data.volume import Geometry, Volume
-from photon_train.overlay import Canvas, folders_of, salient_point, write_overlay
-from photon_train.patches import patchify
-from photon_train.scan_input import open_input
-from photon_train.token_grid import (
+from photon_train.answering.scan import open_input
+from photon_train.kept_tokens import (
     OUTSIDE,
     kept_voxels,
     mask_recall,
@@ -30,6 +28,8 @@ from photon_train.token_grid import (
     token_map,
     tokens_at,
 )
+from photon_train.overlay import Canvas, folders_of, salient_point, write_overlay
+from photon_train.processing_photon import patchify
 
 TOKENS = (10, 10, 10)
 # The published cube, at 4 mm: the same 364 mm a side, prepared in a tenth of the time.

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from photon_train.training.config import TrainConfig, with_values
 from photon_train.training.loop import run_steps
-from photon_train.training.start import start
+from photon_train.training.setup import start
 
 kind = DistributedType.MULTI_GPU
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

@@ -5,11 +5,11 @@ import pytest
 from answers import put
 from askable import row
 
-from photon_data.location import Location
+from photon_data.files import Location
 from photon_data.prepare import Prepared
 from photon_data.store import store_name, write_store
 from photon_data.volume import Geometry, Volume
-from photon_train.initial import tiny
+from photon_train.tiny import tiny
 
 SHAPES = {"stored_shape_zyx": (42, 84, 84), "model_shape_zyx": (28, 56, 56)}  # 8 visual tokens
 QUESTIONS = {"a": 5, "b": 1, "c": 2, "d": 4, "e": 1, "f": 3}  # per volume

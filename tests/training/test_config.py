@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from photon_data.errors import UsageError
-from photon_pipelines.runs import RUNS, named_run, s2
 from photon_train import PhotonForConditionalGeneration
-from photon_train.training.config import TrainConfig, with_values
-from photon_train.training.parameters import choose_trained, module_of, parameter_groups
-from photon_train.training.rows import read_train_rows
-from photon_train.training.schedule import rate_factor, set_rates
+from photon_train.rows import read_train_rows
+from photon_train.training.config import RUNS, TrainConfig, named_run, s2, with_values
+from photon_train.training.loop import rate_factor, set_rates
+from photon_train.training.setup import choose_trained, parameter_groups
+from photon_train.training.sharding import module_of
 
 
 @pytest.mark.parametrize(

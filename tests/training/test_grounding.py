@@ -10,13 +10,12 @@ import torch
 
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
+from photon_train.rows import TrainRow, read_train_rows
 from photon_train.scheduling import grounding_losses
+from photon_train.training.batches import Group, GroupDataset, Reading
 from photon_train.training.config import TrainConfig
-from photon_train.training.dataset import GroupDataset, Reading
 from photon_train.training.grounding import groundings
-from photon_train.training.plan import Group
-from photon_train.training.rows import TrainRow, read_train_rows
-from photon_train.training.start import start
+from photon_train.training.setup import start
 
 TOKENS_ZYX = (2, 2, 2)  # of the stores of conftest: 42 x 84 x 84 voxels of 1 mm
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from photon_train.training.plan import cost, group_indices, plan_epoch, steps_per_epoch
-from photon_train.training.rows import TrainRow
+from photon_train.rows import TrainRow
+from photon_train.training.batches import cost, group_indices, plan_epoch, steps_per_epoch
 
 
 def make_rows(counts):

@@ -20,14 +20,13 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
-from photon_train.training import zero
+from photon_train.training import sharding as zero
 from photon_train.training.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
-from photon_train.training.parameters import MODULES, module_of
-from photon_train.training.run import TrainingStopped, check_shares
-from photon_train.training.start import start
+from photon_train.training.setup import TrainingStopped, check_shares, start
+from photon_train.training.sharding import MODULES, module_of
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
 COMPUTED = ("step", *LOSSES, "keep_ratio", "questions", "phase")

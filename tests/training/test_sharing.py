@@ -9,9 +9,8 @@ import torch
 from answers import put
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
-from photon_train.training.dataset import GroupDataset, Reading
-from photon_train.training.plan import Group
-from photon_train.training.rows import read_train_rows
+from photon_train.rows import read_train_rows
+from photon_train.training.batches import Group, GroupDataset, Reading
 
 
 @pytest.fixture(params=["s1", "s2"])

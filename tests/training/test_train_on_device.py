@@ -14,7 +14,7 @@ from photon_train.training.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
-from photon_train.training.start import start
+from photon_train.training.setup import start
 
 pytestmark = pytest.mark.slow
 CURRICULUM = {"soft_start": 1, "hard_start": 2, "flip_start": 3, "flip_probability": 0.5, "robustness_probability": 0.3}

@@ -1,0 +1,74 @@
+"""Abdominal CTs by BDMAP id, as AbdomenAtlas and DeepTumorVQA publish them: <anywhere>/BDMAP_00000001/ct.nii.gz."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from photon_data.datasets.archives import SCAN, find_archives
+from photon_data.datasets.base import UNPACK, OnFile, each_row
+from photon_data.datasets.declare import DataSet
+from photon_data.errors import UsageError
+from photon_data.readers import find_scans
+from photon_data.scan import Source
+
+ID = re.compile(r"BDMAP_\d{8}")
+# AbdomenAtlas_ID_mapping.csv: which scan of which public data set became which id.
+ORIGINAL, RENAMED = "original id", "AbdomenAtlas_id"
+
+
+def find_cts(entry: DataSet, on_file: OnFile) -> tuple[list[Source], list[str]]:
+    """Return the CTs of an entry under their BDMAP ids, and notes; UsageError for an id that is there twice below its roots.
+
+    Masks beside them are left alone. A CT below the roots goes before one that was unpacked of archives (option `unpack`).
+    """
+    unpacked: Path | None = entry.options.get(UNPACK)
+    found: dict[str, Source] = {}
+    for root in entry.roots:
+        for source in _cts_below(root, on_file):
+            if unpacked and source.files[0].is_relative_to(unpacked.absolute()):
+                continue
+            other = found.setdefault(source.id, source)
+            if other.files != source.files:
+                raise entry.wrong(f"every CT once wanted, got {other.files[0]} and {source.files[0]}; narrow `root`")
+    if unpacked and unpacked.exists():
+        found = {source.id: source for source in _cts_below(unpacked, on_file)} | found
+    return [found[name] for name in sorted(found)], [] if unpacked else _about_archives(entry.roots)
+
+
+def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:
+    for source in find_scans(root, on_file=on_file).sources:
+        parts = (root.name, *Path(source.path).parts)
+        if parts[-1] == SCAN and ID.fullmatch(parts[-2]):
+            yield replace(source, id=parts[-2])
+
+
+def _about_archives(roots: Iterable[Path]) -> list[str]:
+    archives = find_archives(roots)
+    if not archives:
+        return []
+    return [
+        f"{len(archives)} archives are not read, {archives[0].path.name} first: name a folder to unpack what is needed of them, "
+        "as `options: {unpack: FOLDER}`, or extract them with tar -xf"
+    ]
+
+
+def ids_in(paths: Iterable[Path]) -> set[str]:
+    """Return every BDMAP id that stands anywhere in some text files; UsageError for a file that names none."""
+    found: set[str] = set()
+    for path in paths:
+        try:
+            ids = set(ID.findall(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: a readable text file wanted, got: {error}") from None
+        if not ids:
+            raise UsageError(f"{path}: BDMAP ids (BDMAP_00000001) wanted, found none")
+        found |= ids
+    return found
+
+
+def original_ids(paths: Iterable[Path]) -> dict[str, str]:
+    """Return {BDMAP id: id in the data set it was taken from}. Some scans were taken twice, under two BDMAP ids."""
+    return {row.values[RENAMED].strip(): row.values[ORIGINAL].strip() for _, row in each_row(paths, (ORIGINAL, RENAMED))}

@@ -1,0 +1,128 @@
+"""When pruning starts: the phase of a training run, from the optimizer step that the trainer restores on resume.
+
+What is added to cross entropy in stage 2 or stands instead of it; and how volumes are perturbed.
+
+Legend: B rows, L tokens, N answer tokens of the batch, V vocabulary, P patch rows, X voxels of a patch.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from photon_train.configuration_photon import PhotonConfig
+
+
+class Phase(Enum):
+    """What happens to visual tokens after layer its. Evaluation is always HARD."""
+
+    DENSE = "dense"  # nothing is weighted or dropped
+    SOFT = "soft"  # hidden states are multiplied by p, nothing is dropped
+    HARD = "hard"  # dropped for good, with surrogate gradients
+    FLIP = "flip"  # as HARD, and some rows keep the complement
+
+
+def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) -> Phase:
+    """Return the phase of optimizer step `step`, counted from 0.
+
+    Raises ValueError when a start is a fraction of the run and `total_steps` is not given.
+    """
+    starts = {
+        Phase.FLIP: config.flip_start,
+        Phase.HARD: config.hard_start,
+        Phase.SOFT: config.soft_start,
+    }
+    return next((phase for phase, start in starts.items() if step >= _in_steps(start, total_steps)), Phase.DENSE)
+
+
+def _in_steps(start: int | float, total_steps: int | None) -> float:
+    if isinstance(start, int):
+        return start
+    if total_steps is None:
+        raise ValueError(f"total_steps wanted, got None: the curriculum starts a phase at the fraction {start}; pass it")
+    return start * total_steps
+
+
+class Objective(NamedTuple):
+    """What each row is trained for. Both False: to answer."""
+
+    perturbed_B: Tensor  # bool: its volume was perturbed; be unsure
+    flipped_B: Tensor  # bool: the wrong tokens were kept; do not answer
+
+
+class AnswerLosses(NamedTuple):
+    """Mean over all answer tokens of the batch, split by what their row is trained for; the sum is the batch's loss."""
+
+    ce: Tensor
+    robustness: Tensor
+    flip: Tensor
+
+
+def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective, flip_epsilon: float) -> AnswerLosses:
+    """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
+
+    ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + flip_epsilon).
+    """
+    perturbed_N, flipped_N = objective.perturbed_B[rows_N], objective.flipped_B[rows_N]
+    count = max(len(labels_N), 1)
+    logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
+    logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)
+    answered_N = ~(perturbed_N | flipped_N)
+    ce = -(logp_N * answered_N).sum() / count
+    robustness = (logp_NV.exp() * logp_NV).sum(-1).mul(perturbed_N).sum() / count
+    not_y_N = torch.log(1 - logp_N.exp() + flip_epsilon)
+    flip = -torch.where(flipped_N & ~perturbed_N, not_y_N, 0.0).sum() / count
+    return AnswerLosses(ce, robustness, flip)
+
+
+def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Tensor:
+    """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
+    r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
+    return F.relu(r_B - high) + F.relu(low - r_B)
+
+
+class Perturbation(Enum):
+    """What is done to a volume's patch rows."""
+
+    SHUFFLE_PATCHES = "rows in another order"
+    SHUFFLE_VOXELS = "rows in another order, and the voxels in each row"
+    KEEP_PATCHES = "some of the rows stay, the others are 0"
+    KEEP_VOXELS = "some of the voxel positions stay, the others are 0"
+    NOISE = "uniform noise"
+    ZEROS = "zeros"
+
+
+def draw_perturbation(config: PhotonConfig, generator: torch.Generator) -> Perturbation:
+    """Return one perturbation, drawn by the configuration's chances."""
+    chances = config.perturbation_chances
+    index = torch.multinomial(torch.tensor(list(chances.values())), 1, generator=generator)
+    return Perturbation[list(chances)[int(index)].upper()]
+
+
+def perturb(patches_PX: Tensor, how: Perturbation, config: PhotonConfig, generator: torch.Generator) -> Tensor:
+    """Return a new float[P, X], the patch rows of one volume, perturbed. Draws from the (CPU) generator only."""
+
+    def permuted(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator).to(patches_PX.device)
+
+    rows, voxels = patches_PX.shape
+    match how:
+        case Perturbation.SHUFFLE_PATCHES:
+            return patches_PX[permuted(rows)]
+        case Perturbation.SHUFFLE_VOXELS:
+            order_PX = torch.rand(rows, voxels, generator=generator).argsort(1).to(patches_PX.device)
+            return patches_PX[permuted(rows)].gather(1, order_PX)
+        case Perturbation.KEEP_PATCHES:
+            kept = permuted(rows)[: round(config.perturb_kept_patches * rows)]
+            return torch.zeros_like(patches_PX).index_copy(0, kept, patches_PX[kept])
+        case Perturbation.KEEP_VOXELS:
+            kept = permuted(voxels)[: round(config.perturb_kept_voxels * voxels)]
+            return torch.zeros_like(patches_PX).index_copy(1, kept, patches_PX[:, kept])
+        case Perturbation.NOISE:
+            return torch.rand(rows, voxels, generator=generator).to(patches_PX)
+        case Perturbation.ZEROS:
+            return torch.zeros_like(patches_PX)
