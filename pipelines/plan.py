@@ -20,7 +20,7 @@ from photon_data.files import Location
 from photon_data.prepare import Rescale
 from photon_data.prepare_file import Job
 from photon_data.questions.join import AMBIGUOUS, by_source
-from photon_data.questions.question import PROMPTS, Question, put, read_questions
+from photon_data.questions.question import PROMPTS, Question, read_questions, with_prompt_style
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
@@ -164,7 +164,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
     if order.questions is not None:
         columns = {name: column for name, column in order.columns.items() if name not in ("slope", "intercept")}
         questions = read_questions(order.questions, columns)
-        questions = put(questions, order.prompt, "shown") if order.prompt else questions
+        questions = with_prompt_style(questions, order.prompt, "shown") if order.prompt else questions
     found = find_scans(order.source, id_from=order.id_from, on_file=on_file)
     if not found.sources:
         raise UsageError(

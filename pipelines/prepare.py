@@ -23,7 +23,8 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import Job, already_there
 from photon_data.questions.counts import Count, count
-from photon_data.questions.rows import Manifests, build, digests, write
+from photon_data.questions.manifest import digests
+from photon_data.questions.rows import Manifests, build, write
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.recipe import Recipe
 from photon_data.records import (

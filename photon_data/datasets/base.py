@@ -9,9 +9,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.datasets.declare import DataSet
+from photon_data.errors import nearest_name
 from photon_data.prepare import Rescale
 from photon_data.questions.question import Question
-from photon_data.questions.table import Problem, Row, Table, nearest, read_table, refuse
+from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
 from photon_data.scan import Source, Stated
 
 OnFile = Callable[[int], None]
@@ -77,12 +78,12 @@ def _text(value: Any) -> str:
 
 
 def _missing(column: str, columns: Sequence[str]) -> Problem:
-    near = nearest(column, columns)
+    near = nearest_name(column, columns)
     hint = f"is {near!r} meant? rename it" if near else f"the file has {', '.join(columns[:12])}"
     return Problem("line 1", "missing column", f"column {column!r} wanted, not found; {hint}")
 
 
-def each_row(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, Row]]:
+def each_row(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, TableRow]]:
     """Yield every row of several tables that have these columns, with its file."""
     columns = list(columns)
     for path in paths:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, m3d, rad3d, table
 from photon_data.datasets.base import Adapter, Collected
 from photon_data.datasets.declare import DataSet, Share
-from photon_data.errors import UsageError, first_few
+from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.prepare import Rescale
 from photon_data.questions.join import by_source
-from photon_data.questions.question import TAG, Question, put
+from photon_data.questions.question import Question, with_prompt_style
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits
-from photon_data.questions.table import nearest
+from photon_data.questions.table import TAG
 from photon_data.scan import Source, Stated
 
 
@@ -166,7 +166,7 @@ def combine(parts: Sequence[Part], seed: int, prompt: str | None = None) -> Comb
     worded = [
         question
         for name, policy in policies.items()
-        for question in put([q for q in kept if q.dataset == name], prompt or policy.prompt, policy.choices)
+        for question in with_prompt_style([q for q in kept if q.dataset == name], prompt or policy.prompt, policy.choices)
     ]
     unmatched = [missing for part in parts for missing in part.unmatched]
     return Combined([sources[name] for name in sorted(sources)], rescale, stated, worded, unmatched, notes)
@@ -175,7 +175,7 @@ def combine(parts: Sequence[Part], seed: int, prompt: str | None = None) -> Comb
 def adapter_of(entry: DataSet) -> Adapter:
     """Return the adapter of an entry; UsageError for one that is not known, and for annotations or options it does not have."""
     if entry.adapter not in ADAPTERS:
-        near = nearest(entry.adapter, ADAPTERS)
+        near = nearest_name(entry.adapter, ADAPTERS)
         hint = f"; did you mean {near!r}?" if near else ""
         raise entry.wrong(f"an adapter of {', '.join(ADAPTERS)} wanted, got {entry.adapter!r}{hint}")
     adapter = ADAPTERS[entry.adapter]

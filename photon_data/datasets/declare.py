@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import NAMES, PROMPTS
-from photon_data.questions.splits import check_names
-from photon_data.questions.table import nearest, read_text
+from photon_data.questions.splits import check_split_names
+from photon_data.questions.table import read_text
 
 
 class Placed(NamedTuple):
@@ -40,7 +40,7 @@ class Placed(NamedTuple):
         found = self.mapping(f"a mapping with {', '.join(names)}")
         for name, item in found.items():
             if name not in names:
-                near = nearest(name, names)
+                near = nearest_name(name, names)
                 hint = f"did you mean {near!r}?" if near else "nothing of that name is known"
                 raise UsageError(f"{item.place}: one of {', '.join(names)} wanted, got {name!r}; {hint}")
         return found
@@ -201,7 +201,7 @@ def read_data_manifest(path: Path) -> DataManifest:
         raise top["datasets"].wrong("at least one data set")
     base, recipe = path.absolute().parent, _recipe(top.get("recipe"), RecipeChoice())
     datasets = tuple(_entry(name, item, base, recipe) for name, item in entries.items())
-    check_names(entries)
+    check_split_names(entries)
     out = top["out"].text() if "out" in top else None
     seed = top["seed"].whole(-1) if "seed" in top else 0
     return DataManifest(path, datasets, out if out is None or "://" in out else str(base / out), seed)
@@ -251,7 +251,7 @@ def _splits(item: Placed | None) -> tuple[dict[str, str], dict[str, float]]:
         return {}, {name: float(share.number(0)) for name, share in item.value.items()}
     else:
         named = {theirs: ours.text() for theirs, ours in item.value.items()}
-    check_names(set(named.values()))
+    check_split_names(set(named.values()))
     return named, {}
 
 

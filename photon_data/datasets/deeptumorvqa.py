@@ -18,9 +18,9 @@ from typing import Any
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, original_ids
 from photon_data.datasets.base import UNPACK, Adapter, Collected, OnFile, sound
 from photon_data.datasets.declare import DataSet
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import Question
-from photon_data.questions.table import Problem, Row, Table, nearest, read_table, read_text, refuse
+from photon_data.questions.table import Problem, Table, TableRow, read_table, read_text, refuse
 
 NUMBER = (
     "organ volume measurement",
@@ -131,14 +131,14 @@ def _read(path: Path) -> Table:
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: a list of questions, or {{"questions": [...]}}, wanted, got something else')
     columns = dict.fromkeys(name for item in items for name in item)
-    return Table(list(columns), [Row(f"item {number}", item) for number, item in enumerate(items, 1)], [])
+    return Table(list(columns), [TableRow(f"item {number}", item) for number, item in enumerate(items, 1)], [])
 
 
 def _in_our_words(table: Table) -> Table:
     """Return the table with snake-case columns ("multiple-choice question" -> mc_question), its texts without outer spaces."""
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns}
     ours = {name: ALIASES.get(words, words) for name, words in plain.items()}
-    rows = [Row(row.place, {ours[name]: _stripped(value) for name, value in row.values.items()}) for row in table.rows]
+    rows = [TableRow(row.place, {ours[name]: _stripped(value) for name, value in row.values.items()}) for row in table.rows]
     return Table(list(ours.values()), rows, table.problems)
 
 
@@ -185,7 +185,7 @@ def _subtype(text: str) -> str:
 def _strange_subtypes(questions: list[Question]) -> Iterator[str]:
     strange = Counter(q.extra["subtask"] for q in questions if q.extra["subtask"] not in SUBTYPES)
     for subtype, count in sorted(strange.items()):
-        near = nearest(subtype, SUBTYPES)
+        near = nearest_name(subtype, SUBTYPES)
         yield f"{count} questions of a subtype that is not published, {subtype!r}" + (f" ({near!r}?)" if near else "")
 
 

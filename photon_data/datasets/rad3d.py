@@ -18,7 +18,7 @@ from photon_data.datasets.base import Adapter, Collected, OnFile, table_with
 from photon_data.datasets.ct_rate_tree import SUFFIX, find_volumes, parse_name
 from photon_data.datasets.declare import DataSet
 from photon_data.questions.question import Question, with_made_ids
-from photon_data.questions.table import Problem, Row, refuse
+from photon_data.questions.table import Problem, TableRow, refuse
 
 CHOICES = ("Choice A", "Choice B", "Choice C", "Choice D")
 COLUMNS = ("Task", "Subtask", "VolumeName", "Question", "Answer", "QuestionType", "AnswerChoice", *CHOICES)
@@ -90,7 +90,7 @@ def _volume(name: str, split: str) -> str | None:
     return volume if prefix == split and parse_name(volume) else None
 
 
-def _question(row: Row, volume: str, split: str, number: str, task: str, subtask: str) -> Question:
+def _question(row: TableRow, volume: str, split: str, number: str, task: str, subtask: str) -> Question:
     values = row.values
     parts = parse_name(volume)
     assert parts

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,16 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from photon_data.errors import UsageError
-from photon_data.questions.table import Problem, Row, Table, nearest, read_table, refuse
+from photon_data.errors import UsageError, nearest_name
+from photon_data.questions.table import TAG, Problem, Table, TableRow, read_table, refuse
 
 # Columns with a meaning of their own; "kind", "organ" and "choices" live in Question.extra.
 REQUIRED = ("volume", "question")
 FIELDS = ("id", "volume", "question", "answer", "split", "patient", "task")
 NAMES = (*FIELDS, "kind", "organ", "choices")
-
-# ms-swift replaces its tags (by a volume, say), and the model obeys its special tokens: neither may come from a table.
-TAG = re.compile(r"<(?:video|image|audio|bbox|ref-object|cot-process|start-image)>|<\|\w+\|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +107,23 @@ def _content(question: Question) -> str:
 
 def _lay_out(path: Path, table: Table, columns: Mapping[str, str]) -> _Layout:
     """Return which column is what; UsageError with the nearest name for each that is not there."""
-    named = {name: columns.get(name, name) for name in NAMES if name in columns or name in table.columns or name in REQUIRED}
+    named = {
+        name: columns.get(name, name) for name in NAMES if name in columns or name in table.columns or name in REQUIRED
+    }
     wrong = [_unknown_name(name) for name in columns if name not in NAMES]
     if table.rows:
-        wrong += [_missing(name, column, table.columns) for name, column in named.items() if column not in table.columns]
+        wrong += [
+            _missing(name, column, table.columns) for name, column in named.items() if column not in table.columns
+        ]
     used = set(named.values())
     rest = {column: column for column in table.columns if column not in used}
     fields = {name: column for name, column in named.items() if name in FIELDS}
     special = {name: column for name, column in named.items() if name not in FIELDS}
-    wrong += [f"{name!r} is a column and {special[name]!r} is mapped to it too; rename one" for name in special if name in rest]
+    wrong += [
+        f"{name!r} is a column and {special[name]!r} is mapped to it too; rename one"
+        for name in special
+        if name in rest
+    ]
     if wrong:
         found = f"{path}: columns not as wanted; the table has {', '.join(table.columns)}"
         raise UsageError("\n  ".join([found, *wrong]))
@@ -127,18 +131,18 @@ def _lay_out(path: Path, table: Table, columns: Mapping[str, str]) -> _Layout:
 
 
 def _unknown_name(name: str) -> str:
-    near = nearest(name, NAMES)
+    near = nearest_name(name, NAMES)
     hint = f"did you mean {near!r}?" if near else "other columns are kept as they are"
     return f"one of {', '.join(NAMES)} wanted before '=', got {name!r}; {hint}"
 
 
 def _missing(name: str, column: str, columns: Collection[str]) -> str:
-    near = nearest(column, columns)
+    near = nearest_name(column, columns)
     hint = f"say {name}={near}" if near else f"say which column it is, as {name}=COLUMN"
     return f"column {column!r} wanted for {name}, not found; {hint}"
 
 
-def _to_question(row: Row, layout: _Layout, problems: list[Problem]) -> Question:
+def _to_question(row: TableRow, layout: _Layout, problems: list[Problem]) -> Question:
     """Return the question of a row, without an id where the table has none; what is of a wrong type goes to `problems`."""
 
     def read(name: str, column: str, convert: Callable[[Any], Any], fallback: Any) -> Any:
@@ -173,7 +177,9 @@ def _to_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f'text or a number wanted, got {json.dumps(value)[:60]}; write it as a text, "Yes" for example')
+        raise ValueError(
+            f'text or a number wanted, got {json.dumps(value)[:60]}; write it as a text, "Yes" for example'
+        )
     return json.dumps(value)
 
 
@@ -181,7 +187,9 @@ def _to_choices(value: Any) -> list[str]:
     """Return choices as texts: from a list, the text of a JSON list, or texts with "|" between; ValueError for one alone."""
     if isinstance(value, str):
         value = (
-            json.loads(value) if value.lstrip().startswith("[") else [part.strip() for part in value.split("|") if part.strip()]
+            json.loads(value)
+            if value.lstrip().startswith("[")
+            else [part.strip() for part in value.split("|") if part.strip()]
         )
     choices = [_to_text(choice) for choice in value or []]
     if len(choices) == 1 or not all(choice.strip() for choice in choices):
@@ -200,12 +208,14 @@ def _check(place: str, question: Question, who: str) -> Iterator[Problem]:
             yield Problem(place, "tag in a text", f"{who}text without tags wanted, got a literal {found[0]}; remove it")
 
 
-def _check_ids(rows: list[Row], questions: list[Question]) -> Iterator[Problem]:
+def _check_ids(rows: list[TableRow], questions: list[Question]) -> Iterator[Problem]:
     """Yield a problem for every question without an id or with the id of an earlier one."""
     first: dict[str, str] = {}
     for row, question in zip(rows, questions, strict=True):
         if not question.id:
-            yield Problem(row.place, "empty id", "an id wanted, got none; fill it in, or drop the column to have ids made")
+            yield Problem(
+                row.place, "empty id", "an id wanted, got none; fill it in, or drop the column to have ids made"
+            )
         elif question.id in first:
             said = f"ids that occur once wanted, got {question.id!r} again, first used at {first[question.id]}"
             yield Problem(row.place, "duplicate id", said)
@@ -223,7 +233,7 @@ class Put(NamedTuple):
     answer: str | None
 
 
-def put(questions: Iterable[Question], style: str, choices: str) -> list[Question]:
+def with_prompt_style(questions: Iterable[Question], style: str, choices: str) -> list[Question]:
     """Return the questions as the style (a key of PROMPTS) puts them, with choices "shown" or "hidden".
 
     What a style changed stays in `extra`, under "plain_question" and "plain_answer".

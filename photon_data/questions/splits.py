@@ -40,7 +40,9 @@ class Leak(NamedTuple):
     volumes: tuple[str, ...]
 
 
-def assign_splits(questions: Sequence[Question], *, fractions: Mapping[str, float] = FRACTIONS, seed: int = 0) -> list[Question]:
+def assign_splits(
+    questions: Sequence[Question], *, fractions: Mapping[str, float] = FRACTIONS, seed: int = 0
+) -> list[Question]:
     """Return the questions, each with a split: the table's own, or, where it has none, one drawn by patient.
 
     All questions of a patient (of a volume, where no row of it names a patient) go the same way, and that way depends on
@@ -55,22 +57,26 @@ def assign_splits(questions: Sequence[Question], *, fractions: Mapping[str, floa
             f"a split for every question or for none wanted, got {len(without)} of {len(questions)} without ({few}); fill them in"
         )
     if not without:
-        check_names({question.split for question in questions if question.split})
+        check_split_names({question.split for question in questions if question.split})
         return list(questions)
     ranges = _ranges(fractions)
     patients = _patients(questions)
     return [replace(q, split=_draw(patients.get(q.volume, q.volume), seed, ranges)) for q in questions]
 
 
-def check_names(splits: Iterable[str]) -> None:
+def check_split_names(splits: Iterable[str]) -> None:
     """UsageError where a split cannot name a file, or two splits are told apart by upper and lower case only."""
     seen: dict[str, str] = {}
     for split in sorted(splits):
         if not _NAME.fullmatch(split):
-            raise UsageError(f"split names of letters, digits, '.', '_' and '-' wanted, got {split!r}; rename it in the table")
+            raise UsageError(
+                f"split names of letters, digits, '.', '_' and '-' wanted, got {split!r}; rename it in the table"
+            )
         other = seen.setdefault(split.casefold(), split)
         if other != split:
-            raise UsageError(f"one spelling per split wanted, got {other!r} and {split!r}; make them equal in the table")
+            raise UsageError(
+                f"one spelling per split wanted, got {other!r} and {split!r}; make them equal in the table"
+            )
 
 
 def leaks(rows: Iterable[Mapping[str, Any]], records: Iterable[VolumeRecord]) -> list[Leak]:
@@ -101,7 +107,9 @@ def refuse_leaks(found: Sequence[Leak]) -> None:
     """UsageError that tells the first leaks, if there are any."""
     if not found:
         return
-    lines = [f"{len(found)} x the same patient, source, volume or content in several splits; splits without overlap wanted"]
+    lines = [
+        f"{len(found)} x the same patient, source, volume or content in several splits; splits without overlap wanted"
+    ]
     for leak in found[:_SHOWN]:
         lines.append(f"  {leak.kind} {leak.key} in {' and '.join(leak.splits)} (volumes {first_few(leak.volumes)})")
     if len(found) > _SHOWN:
@@ -115,10 +123,14 @@ def refuse_leaks(found: Sequence[Leak]) -> None:
 
 def _ranges(fractions: Mapping[str, float]) -> list[tuple[float, str]]:
     """Return (upper end, split) by name: whoever lists the same fractions in another order gets the same splits."""
-    check_names(fractions)
-    if any(fraction < 0 for fraction in fractions.values()) or not math.isclose(sum(fractions.values()), 1.0, abs_tol=1e-6):
+    check_split_names(fractions)
+    if any(fraction < 0 for fraction in fractions.values()) or not math.isclose(
+        sum(fractions.values()), 1.0, abs_tol=1e-6
+    ):
         got = ", ".join(f"{name}={fraction:g}" for name, fraction in fractions.items())
-        raise UsageError(f"fractions that add up to 1 wanted, got {got or 'none'}; for example train=0.8,val=0.1,test=0.1")
+        raise UsageError(
+            f"fractions that add up to 1 wanted, got {got or 'none'}; for example train=0.8,val=0.1,test=0.1"
+        )
     ends, end = [], 0.0
     for name, fraction in sorted(fractions.items()):
         if fraction:

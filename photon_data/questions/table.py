@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import re
 from collections import Counter
@@ -16,10 +15,13 @@ from photon_data.errors import UsageError
 SHOWN_PROBLEMS = 10
 PARQUET = ".parquet"
 
+# ms-swift replaces its tags (by a volume, say), and a model obeys its special tokens: no text may hold either.
+TAG = re.compile(r"<(?:video|image|audio|bbox|ref-object|cot-process|start-image)>|<\|\w+\|>")
+
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One row: `place` is "line 4" (where it starts) or, in a json list, "item 3"."""
 
     place: str
@@ -43,7 +45,7 @@ class Table(NamedTuple):
     """Columns in order of first appearance, the rows that could be read, and a problem for each that could not."""
 
     columns: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
     problems: list[Problem]
 
 
@@ -61,7 +63,9 @@ def read_table(path: Path) -> Table:
         table = _READERS[path.suffix.lower()](text)
     twice = [name for name, count in Counter(table.columns).items() if count > 1]
     if twice:
-        raise UsageError(f"{path}: every column name once wanted, got {', '.join(map(repr, twice))} more than once; rename them")
+        raise UsageError(
+            f"{path}: every column name once wanted, got {', '.join(map(repr, twice))} more than once; rename them"
+        )
     if not table.rows and not table.problems:
         raise UsageError(f"{path}: rows wanted, found none; is this the right file?")
     return table
@@ -94,13 +98,6 @@ def refuse(source: Path | str, problems: list[Problem]) -> NoReturn:
     raise UsageError("\n".join([f"{source}: {number} ({kinds})", *shown]))
 
 
-def nearest(name: str, names: Collection[str]) -> str | None:
-    """Return the one of `names` that is most like `name`, upper and lower case alike; None where none is."""
-    by_lower = {other.casefold(): other for other in names}
-    near = difflib.get_close_matches(name.casefold(), by_lower, n=1, cutoff=0.5)
-    return by_lower[near[0]] if near else None
-
-
 def _read_delimited(text: str, delimiter: str) -> Table:
     problems: list[Problem] = []
     lines = _delimited_lines(text, delimiter, problems)
@@ -109,11 +106,9 @@ def _read_delimited(text: str, delimiter: str) -> Table:
     rows = []
     for number, cells in lines:
         if len(cells) == len(columns):
-            rows.append(Row(f"line {number}", dict(zip(columns, cells, strict=True))))
+            rows.append(TableRow(f"line {number}", dict(zip(columns, cells, strict=True))))
         else:
-            text = (
-                f"{len(columns)} cells wanted, got {len(cells)}: {delimiter.join(cells)[:60]!r}; the row is cut off or not quoted"
-            )
+            text = f"{len(columns)} cells wanted, got {len(cells)}: {delimiter.join(cells)[:60]!r}; the row is cut off or not quoted"
             problems.append(Problem(f"line {number}", "ragged row", text))
     return Table(columns, rows, problems)
 
@@ -144,7 +139,9 @@ def _read_json_lines(text: str) -> Table:
         try:
             values.append((f"line {number}", _parse_json(line)))
         except ValueError as error:
-            problems.append(Problem(f"line {number}", "not JSON", f"one JSON object wanted, got {line[:60]!r} ({error})"))
+            problems.append(
+                Problem(f"line {number}", "not JSON", f"one JSON object wanted, got {line[:60]!r} ({error})")
+            )
     return _json_table(values, problems)
 
 
@@ -162,7 +159,7 @@ def _json_table(values: list[tuple[str, Any]], problems: list[Problem]) -> Table
     rows = []
     for place, value in values:
         if isinstance(value, dict):
-            rows.append(Row(place, value))
+            rows.append(TableRow(place, value))
         else:
             problems.append(Problem(place, "not an object", f"one JSON object wanted, got {_kind(value)}"))
     columns = dict.fromkeys(name for row in rows for name in row.values)
@@ -175,12 +172,14 @@ def _read_parquet(path: Path) -> Table:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UsageError(f"{path}: pyarrow wanted to read parquet, not found; pip install 'photon-ct[parquet]'") from None
+        raise UsageError(
+            f"{path}: pyarrow wanted to read parquet, not found; pip install 'photon-ct[parquet]'"
+        ) from None
     try:
         table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"{path}: a readable parquet file wanted, got: {str(error)[:200]}") from None
-    rows = [Row(f"row {number}", values) for number, values in enumerate(table.to_pylist(), 1)]
+    rows = [TableRow(f"row {number}", values) for number, values in enumerate(table.to_pylist(), 1)]
     return Table(table.column_names, rows, [])
 
 
@@ -202,7 +201,9 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number or a boolean")
+    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(
+        type(value), "a number or a boolean"
+    )
 
 
 _READERS = {
