@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.join import by_name
 from photon_data.questions.manifest import FOLDER, SUFFIX, VIDEO_TAG, check_rows, is_manifest, manifest_names
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
 from photon_data.questions.table import TableRow, refuse
-from photon_data.records import VolumeRecord, jsonl_bytes
+from photon_data.records import VolumeRecord
 
 # Keys of Question.extra that are columns of a row; the other keys share the column "extra".
 EXTRA_COLUMNS = ("kind", "organ", "choices")
