@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 from photon_data.collector import paused
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.join import by_name
 from photon_data.questions.question import TAG, Question
 from photon_data.questions.splits import ALL, check_names
 from photon_data.questions.table import Problem, Row, read_table, refuse
-from photon_data.records import VolumeRecord, jsonl_bytes
+from photon_data.records import VolumeRecord
 
 # Columns of ours that hold one text each; ms-swift drops all of them but "channel".
 OWN_TEXTS = ("id", "channel", "volume_id", "patient", "split", "task", "kind", "organ", "answer")
