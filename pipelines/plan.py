@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.collector import paused
-from photon_data.datasets.combine import Combined, collect, combine
-from photon_data.datasets.declare import DataManifest, DataSet
+from photon_data.datasets.base import DataSet
+from photon_data.datasets.combine import Collection, combine, read_dataset
+from photon_data.datasets.declare import DataManifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare import Rescale
@@ -155,7 +156,7 @@ def recipe_of(entry: DataSet) -> Recipe:
     try:
         return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
-        raise entry.wrong(str(error)) from None
+        raise entry.error(str(error)) from None
 
 
 def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
@@ -188,7 +189,7 @@ def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Que
 def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     """Return the volumes that the questions of declared data sets need, and those questions."""
     parts = [
-        collect(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
+        read_dataset(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
     ]
     both = combine(parts, order.seed, order.prompt)
     jobs = jobs_of(order, both)
@@ -197,12 +198,12 @@ def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     return Data(jobs, both.questions, both.unmatched, notes=both.notes)
 
 
-def jobs_of(order: Order, both: Combined) -> list[Job]:
+def jobs_of(order: Order, both: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
     return [
-        _job(order, source, recipes[entry.name], both.rescale.get(source.id), both.stated.get(source.id))
-        for source, entry in both.sources[: order.limit]
+        _job(order, volume.source, recipes[volume.dataset.name], volume.rescale, volume.stated)
+        for volume in both.volumes[: order.limit]
     ]
 
 
