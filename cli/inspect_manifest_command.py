@@ -40,7 +40,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     both = combine(parts, manifest.seed)
     todo = plan(jobs_of(order, both), where, order.recipe)
     say_lines("for the volumes that are there", cost(order.recipe, todo, workers))
-    refuse_leaks(leaks(map(as_row, both.questions), []))
+    refuse_leaks(leaks(map(as_row, both.questions)))
     return len(parts) == len(datasets) and not both.unmatched
 
 

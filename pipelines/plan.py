@@ -20,8 +20,9 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare import Rescale
 from photon_data.prepare_file import Job
-from photon_data.questions.join import AMBIGUOUS, by_source
-from photon_data.questions.question import PROMPTS, Question, read_questions, with_prompt_style
+from photon_data.questions.join import by_name
+from photon_data.questions.question import PROMPTS, Question, with_prompt_style
+from photon_data.questions.question_table import read_questions
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
@@ -52,24 +53,23 @@ def rescaling(said: str, sources: Iterable[Source], columns: Mapping[str, str]) 
 
 
 def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> dict[str, Rescale]:
-    sources = list(sources)
-    find, ids = by_source(sources), {source.id for source in sources}
+    find = by_name((source.id, source.path) for source in sources)
     volume, slope, intercept = (columns.get(name, name) for name in COLUMNS)
     named: dict[str, Rescale] = {}
     for place, values in read_table(path).rows:
         try:
             numbers = float(values[slope]), float(values[intercept])
-            found = find(str(values[volume]))
+            match = find(str(values[volume]))
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f"{path.name}, {place}: {volume} (text), {slope}, {intercept} (numbers) wanted, got {values}"
             ) from None
-        if found in ids:
-            if found in named:
-                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {found}")
-            named[found] = Rescale(*numbers, "table")
-        elif found.startswith(AMBIGUOUS):
-            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {found}")
+        if match.id:
+            if match.id in named:
+                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {match.id}")
+            named[match.id] = Rescale(*numbers, "table")
+        elif match.is_ambiguous:
+            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {match.reason}")
     return named
 
 
@@ -129,7 +129,7 @@ def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) ->
         raise UsageError(f"--prompt-style: one of {', '.join(PROMPTS)} wanted, got {order.prompt!r}")
     data = _declared(order, on_file) if order.datasets else _folder(order, on_file)
     if not order.allow_leaks:
-        refuse_leaks(leaks(map(as_row, data.questions or ()), []))
+        refuse_leaks(leaks(map(as_row, data.questions or ())))
     return data
 
 
@@ -181,9 +181,8 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
 
 def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
     """Return the questions with ids for the volumes' names where those name one scan: two names must not be two patients."""
-    find, ids = by_source(sources), {source.id for source in sources}
-    named = {name: found for name in {q.volume for q in questions} if (found := find(name)) in ids}
-    return [replace(question, volume=named.get(question.volume, question.volume)) for question in questions]
+    find = by_name((source.id, source.path) for source in sources)
+    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
 
 
 def _declared(order: Order, on_file: Callable[[int], None]) -> Data:

@@ -270,7 +270,8 @@ def finish(order: Order, outcome: Outcome, data: Data) -> Result:
 def _leak(manifests: Manifests, rows: list[VolumeRecord]) -> str | None:
     """Return what several splits have in common, as a text; None where they are apart."""
     try:
-        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), rows))
+        fingerprints = {record.id: record.fingerprint for record in rows}
+        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), fingerprints))
     except UsageError as error:
         return str(error)
     return None

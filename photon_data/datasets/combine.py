@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
 from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, Share, SourceVolume
 from photon_data.errors import UsageError, first_few, nearest_name
-from photon_data.questions.join import by_source
+from photon_data.questions.join import by_name
 from photon_data.questions.question import Question, with_prompt_style
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_split_names
@@ -290,18 +290,18 @@ def _match(
     Their ids and patients begin with the data set and the cohort: patients of different cohorts are different people.
     """
     ids = {volume.source.id for volume in found.volumes}
-    find = by_source(volume.source for volume in found.volumes)
+    find = by_name((volume.source.id, volume.source.path) for volume in found.volumes)
     matched, unmatched, left_out = [], [], Counter[str]()
     for q in questions:
         if q.volume in found.left_out:
             left_out[found.left_out[q.volume]] += 1
             continue
         id_, patient = f"{entry.name}/{q.id}", f"{cohort}:{q.patient}" if q.patient else None
-        volume = q.volume if q.volume in ids else find(q.volume)
-        if volume in ids:
-            matched.append(Question(id_, volume, q.question, q.answer, q.split, patient, q.task, q.extra, entry.name))
+        match = find(q.volume)
+        if match.id:
+            matched.append(Question(id_, match.id, q.question, q.answer, q.split, patient, q.task, q.extra, entry.name))
         else:
-            unmatched.append(Unmatched(id_, q.volume, volume))
+            unmatched.append(Unmatched(id_, q.volume, match.reason))
     if not matched:
         requested = unmatched[0].volume if unmatched else next(iter(found.left_out))
         raise entry.error(

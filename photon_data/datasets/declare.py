@@ -15,7 +15,8 @@ import yaml
 
 from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
 from photon_data.errors import UsageError, nearest_name
-from photon_data.questions.question import NAMES, PROMPTS
+from photon_data.questions.question import PROMPTS
+from photon_data.questions.question_table import NAMES
 from photon_data.questions.table import read_text
 
 TOP = ("out", "recipe", "seed", "datasets")

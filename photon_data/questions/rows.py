@@ -56,10 +56,11 @@ def build(
     """Return the rows of every split, and the questions that have none.
 
     Every question has a row or is unmatched. Without questions every prepared volume gets one row of split "all": the
-    instruction, no answer. `out` is the folder or URL that holds the stores of `records`. `dataset` is the first half of
-    "channel" for questions that do not name their data set (default: the name of `out`). Rows do not depend on the order
-    of questions or records. UsageError for questions without a split (`splits.assign_splits` gives them one) or with a
-    split that cannot name a file.
+    instruction, no answer. Rows do not depend on the order of questions or records.
+
+    `out` is the folder or URL that holds the stores of `records`. `dataset` is the first half of "channel" for
+    questions that do not name their data set (default: the name of `out`). UsageError for questions without a split
+    (`splits.assign_splits` gives them one) or with a split that cannot name a file.
     """
     records = sorted(records, key=lambda record: record.id)
     prepared = [record for record in records if record.is_there]
@@ -88,17 +89,17 @@ def build(
 def _match(
     questions: Sequence[Question], records: Sequence[VolumeRecord]
 ) -> tuple[list[tuple[Question, str]], list[Unmatched]]:
-    """Return (question, volume id) by volume id, then question id; and the questions without a prepared volume, by id."""
-    find = by_name(records)
+    """Return (question, volume id) by volume id, then question id; and the questions without a prepared volume."""
+    find = by_name((record.id, record.source) for record in records)
+    not_prepared = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
     matched, unmatched = [], []
     for question in questions:
-        found = find(question.volume)
-        if isinstance(found, str):
-            unmatched.append(Unmatched(question.id, question.volume, found))
-        elif found.is_there:
-            matched.append((question, found.id))
+        match = find(question.volume)
+        if match.id and match.id not in not_prepared:
+            matched.append((question, match.id))
         else:
-            unmatched.append(Unmatched(question.id, question.volume, f"{found.state}: {found.reason}"))
+            reason = match.reason or not_prepared[str(match.id)]
+            unmatched.append(Unmatched(question.id, question.volume, reason))
     return sorted(matched, key=lambda pair: (pair[1], pair[0].id)), sorted(unmatched)
 
 
