@@ -125,5 +125,5 @@ def test_several_scans_or_none_are_not_prepared_as_one(tmp_path, scans):
 
 
 def test_what_must_not_become_a_store_is_refused_in_memory_too(tmp_path):
-    with pytest.raises(Refused, match="expected Hounsfield units|Hounsfield units wanted"):
+    with pytest.raises(Refused, match="Hounsfield units"):
         prepare(bright(tmp_path / "a.nii.gz"), SMALL)
