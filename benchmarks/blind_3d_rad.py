@@ -21,7 +21,9 @@ from photon_train.evaluation.evaluate import evaluate
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Return the manifest's rows of all csv files of one split, volumes or not."""
-    questions = with_made_ids([question for file in sorted(folder.glob("Task*/*.csv")) for question in read_subtask(file)])
+    questions = with_made_ids(
+        [question for file in sorted(folder.glob("Task*/*.csv")) for question in read_subtask(file)]
+    )
     names = sorted({question.volume for question in questions})
     records = [VolumeRecord(name, name, PREPARED, 0, 0, store=name) for name in names]
     built = build(questions, records, out="/", instruction=".", dataset="3d-rad")
