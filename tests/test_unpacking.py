@@ -101,7 +101,7 @@ def test_a_damaged_archive_costs_its_rest_and_the_run_says_so(tmp_path):
     declare(tmp_path, atlas=reports(tmp_path, A, B))
     code, said, ids = prepared(tmp_path)
     assert (code, ids) == (1, [A]), said
-    assert f"part1.tar.gz: a whole tar archive wanted, got damage in or behind {B}:" in said
+    assert f"part1.tar.gz: expected a whole tar archive, found damage in or after {B}:" in said
     assert f"atlas/report/{B} (volume {B}): no such volume" in said
     archive(tmp_path / "in", 1, **{A: 1, B: 2})
     assert prepared(tmp_path)[0::2] == (0, [A, B])
@@ -151,7 +151,7 @@ def test_data_sets_that_share_a_folder_share_one_reading(tmp_path):
     assert (len(one.archives), one.missing, one.folder) == (1, {A, B}, tmp_path / "cts")
 
 
-def test_only_ids_of_wanted_splits_outside_of_the_benchmark_and_within_the_limit_are_unpacked(tmp_path):
+def test_only_ids_of_declared_splits_outside_of_the_benchmark_and_within_the_limit_are_unpacked(tmp_path):
     archive(tmp_path / "in", 1, **{A: 1})
     for name, cts in {"IID_train": [A, B, C], "IID_test": [D]}.items():
         write_csv(tmp_path / f"{name}.csv", ("BDMAP ID",), [{"BDMAP ID": ct} for ct in cts])
@@ -167,4 +167,4 @@ def test_unpacking_into_the_output_folder_is_refused(tmp_path):
     archive(tmp_path / "in", 1, **{A: 1})
     declare(tmp_path, atlas=reports(tmp_path, A, options={"unpack": "out"}))
     code, said, _ = prepared(tmp_path)
-    assert (code, "a folder of its own to unpack into wanted" in said) == (2, True)
+    assert (code, "expected a folder of its own to unpack into" in said) == (2, True)

@@ -43,7 +43,9 @@ def _questions(entry: DataSet, splits: dict[str, str], notes: list[str]) -> list
     columns = entry.wording.report
     if not columns or any(column not in REPORTS for column in columns):
         found = ", ".join(columns) or "none"
-        raise entry.error(f"expected `questions: {{report: ...}}` with one or more of {', '.join(REPORTS)}, found {found}")
+        raise entry.error(
+            f"expected `questions: {{report: ...}}` with one or more of {', '.join(REPORTS)}, found {found}"
+        )
     originals = original_ids(entry.annotations.get("ids", ()))
     questions, empty, unsplit = [], [], []
     for path, row in read_rows(entry.annotations.get("reports", ()), (KEY, *columns)):

@@ -31,13 +31,15 @@ def find_cts(entry: DataSet, on_file: OnFile) -> Found:
                 continue
             other = found.setdefault(source.id, source)
             if other.files != source.files:
-                raise entry.error(f"expected every CT once, found {other.files[0]} and {source.files[0]}; narrow `root`")
+                raise entry.error(
+                    f"expected every CT once, found {other.files[0]} and {source.files[0]}; narrow `root`"
+                )
     if unpacked and unpacked.exists():
         found = {source.id: source for source in _cts_below(unpacked, on_file)} | found
     notes = []
     if not unpacked and (archives := find_archives(entry.roots)):
         notes.append(
-            f"{len(archives)} archives are not read, {archives[0].path.name} first: name a folder to unpack what is needed of "
+            f"{len(archives)} archives are not read, {archives[0].name} first: name a folder to unpack what is needed of "
             "them, as `options: {unpack: FOLDER}`, or extract them with tar -xf"
         )
     return Found([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
@@ -66,4 +68,6 @@ def ids_in(paths: Iterable[Path]) -> set[str]:
 
 def original_ids(paths: Iterable[Path]) -> dict[str, str]:
     """Return {BDMAP id: id in the data set it was taken from}. Some scans were taken twice, under two BDMAP ids."""
-    return {row.values[RENAMED].strip(): row.values[ORIGINAL].strip() for _, row in read_rows(paths, (ORIGINAL, RENAMED))}
+    return {
+        row.values[RENAMED].strip(): row.values[ORIGINAL].strip() for _, row in read_rows(paths, (ORIGINAL, RENAMED))
+    }

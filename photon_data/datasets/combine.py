@@ -77,9 +77,7 @@ class Collection(NamedTuple):
     notes: list[str]
 
 
-def read_dataset(
-    entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None
-) -> Collection:
+def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None) -> Collection:
     """Return one data set, its questions with splits and matched to its volumes; UsageError if it is not as declared.
 
     `instruction` is the question if there is none (reports, volumes without questions), unless the entry has its own.
@@ -161,7 +159,9 @@ def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share
     kept: list[int] = []
     for split, group in groups.items():
         counts = {name: len(indices) for name, indices in group.items()}
-        for name, count in _mixed_counts(split, counts, {name: shares.get(name, {}).get(split, Share()) for name in group}).items():
+        for name, count in _mixed_counts(
+            split, counts, {name: shares.get(name, {}).get(split, Share()) for name in group}
+        ).items():
             indices = group[name]
             kept += sorted(indices, key=order)[:count] if count < len(indices) else indices
     return [questions[index] for index in sorted(kept)]
@@ -197,7 +197,9 @@ def _refuse_conflicts(volumes: Mapping[str, SourceVolume], ours: Mapping[str, So
     both = [(volumes[name], ours[name]) for name in ours if name in volumes]
     conflicts = {
         "one file per volume id": [(a, b) for a, b in both if a.source.files != b.source.files],
-        "the same metadata for the same file": [(a, b) for a, b in both if (a.rescale, a.stated) != (b.rescale, b.stated)],
+        "the same metadata for the same file": [
+            (a, b) for a, b in both if (a.rescale, a.stated) != (b.rescale, b.stated)
+        ],
     }
     for expected, pairs in conflicts.items():
         if pairs:
@@ -224,7 +226,9 @@ def adapter_of(entry: DataSet) -> Adapter:
     ):
         for name in names:
             if name not in known:
-                raise entry.error(f"expected {kind} of {entry.adapter} ({', '.join(known) or 'it has none'}), found {name!r}")
+                raise entry.error(
+                    f"expected {kind} of {entry.adapter} ({', '.join(known) or 'it has none'}), found {name!r}"
+                )
     check_names({*entry.splits.values(), *entry.fractions})
     missing = missing_paths(entry)
     if missing:
@@ -266,11 +270,15 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
     theirs = Counter(question.split for question in questions)
     if set(theirs) == {None}:
         if entry.splits:
-            raise entry.error("expected shares like {train: 0.8, test: 0.2} in `splits`, since the data set has no splits to name")
+            raise entry.error(
+                "expected shares like {train: 0.8, test: 0.2} in `splits`, since the data set has no splits to name"
+            )
         return assign_splits(questions, fractions=entry.fractions or FRACTIONS, seed=seed)
     there = ", ".join(sorted(map(str, theirs)))
     if entry.fractions:
-        raise entry.error(f"expected names like {{train: train}} in `splits`, since the data set has its own splits ({there})")
+        raise entry.error(
+            f"expected names like {{train: train}} in `splits`, since the data set has its own splits ({there})"
+        )
     if not entry.splits:
         return assign_splits(questions)
     unknown = [name for name in entry.splits if name not in theirs]

@@ -62,7 +62,9 @@ def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterato
     columns = entry.wording.report or ("Findings_EN",)
     unknown = [column for column in columns if column not in REPORT_COLUMNS]
     if unknown:
-        raise entry.error(f"expected columns of a report ({', '.join(REPORT_COLUMNS)}) in `report`, found {unknown[0]!r}")
+        raise entry.error(
+            f"expected columns of a report ({', '.join(REPORT_COLUMNS)}) in `report`, found {unknown[0]!r}"
+        )
     empty: list[str] = []
     for path, row in read_rows(paths, ("VolumeName", *columns)):
         volume = _volume(path, row.place, row.values["VolumeName"])
@@ -112,7 +114,11 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
                 refuse(path, [Problem(f"item {number}", "no conversation", text)])
             for turn, (human, reply) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
                 question, answer = (VQA_TAGS.sub("", said["value"]).strip() for said in (human, reply))
-                extra = {"subtask": str(human.get("type") or ""), "publisher_id": str(item.get("id", "")), "turn": str(turn)}
+                extra = {
+                    "subtask": str(human.get("type") or ""),
+                    "publisher_id": str(item.get("id", "")),
+                    "turn": str(turn),
+                }
                 yield _question(volume, "", question, answer, "vqa", extra)
     if without:
         notes.append(f"{without} conversations are about no volume and make no question")

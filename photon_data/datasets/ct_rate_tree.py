@@ -155,7 +155,9 @@ def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
             if name:
                 listed[name] = "no chest CT (no_chest list)"
             elif line.strip():
-                raise UsageError(f"{path}, line {number}: expected the name of a volume (train_1_a_1), found {line.strip()!r}")
+                raise UsageError(
+                    f"{path}, line {number}: expected the name of a volume (train_1_a_1), found {line.strip()!r}"
+                )
     return listed
 
 
@@ -187,7 +189,9 @@ def _ranking(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Meta
     strange = Counter(metadata[volume].kernel for volume, value in sharp.items() if value is None)
     if strange:
         kernels = ", ".join(f"{kernel!r} ({count})" for kernel, count in strange.most_common(10))
-        raise entry.error(f"expected kernels of known sharpness, found {kernels}; use `volumes: first`, `thinnest` or `all`")
+        raise entry.error(
+            f"expected kernels of known sharpness, found {kernels}; use `volumes: first`, `thinnest` or `all`"
+        )
     return lambda volume: -(sharp[volume] or 0)
 
 
@@ -245,7 +249,9 @@ def _metadata(values: Mapping[str, str]) -> Metadata:
     steps = ((0, 0, slice_mm), (0, row_mm, 0), (column_mm, 0, 0))
     geometry = Geometry.from_arrays((slices, rows, columns), (x, y, 0), steps)
     axial = _numbers(values["ImageOrientationPatient"], 6) == [1, 0, 0, 0, 1, 0]
-    return Metadata(geometry, axial and values["PatientPosition"] == "HFS", slope, intercept, values["ConvolutionKernel"])
+    return Metadata(
+        geometry, axial and values["PatientPosition"] == "HFS", slope, intercept, values["ConvolutionKernel"]
+    )
 
 
 def _numbers(text: str, count: int) -> list[float]:

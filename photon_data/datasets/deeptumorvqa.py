@@ -76,7 +76,16 @@ SUBTYPES: dict[str, str] = {
 BY_LOWER_CASE = {subtype.casefold(): subtype for subtype in SUBTYPES}
 # Column in snake case -> our name, where they differ.
 ALIASES = {"question_id": "qid", "multiple_choice_question": "mc_question"}
-REQUIRED = ("qid", "image_id", "question", "answer", "mc_question", "correct_option", "question_type", "question_subtype")
+REQUIRED = (
+    "qid",
+    "image_id",
+    "question",
+    "answer",
+    "mc_question",
+    "correct_option",
+    "question_type",
+    "question_subtype",
+)
 KEPT = ("spacing", "shape", "sex", "age", "scanner", "contrast", "lesion")
 # Files without a column `split` are one split, by their name.
 BY_NAME = {"test": "test", "train": "train", "val": "validation"}
@@ -124,7 +133,9 @@ def _read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"{path}: expected JSON, found: {error}; the file is cut off or damaged, download it again") from None
+        raise UsageError(
+            f"{path}: expected JSON, found: {error}; the file is cut off or damaged, download it again"
+        ) from None
     items = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: expected a list of questions, or {{"questions": [...]}}, found something else')

@@ -122,10 +122,10 @@ def test_choices_are_taken_out_of_the_text(text, choices):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"correct option": "D"}, "an option of A to B wanted, got 'D'"),
-        ({"Image ID": "train_1_a_2"}, "an image id like BDMAP_00000001 wanted"),
+        ({"correct option": "D"}, "expected an option of A to B, found 'D'"),
+        ({"Image ID": "train_1_a_2"}, "expected an image id like BDMAP_00000001"),
         ({"multiple-choice question": "A - yes, B - no"}, "choices 'A: .. B: ..'"),
-        ({"answer": ""}, "a question and an answer wanted"),
+        ({"answer": ""}, "expected a question and an answer, found none"),
     ],
 )
 def test_a_row_that_is_not_as_published_is_refused_by_id_and_line(tumors, more, said):
@@ -167,7 +167,7 @@ def atlas(tmp_path, **more):
 
 
 def test_a_report_column_has_to_be_chosen(tumors):
-    with pytest.raises(UsageError, match=r"radiologist note, structured report, .* wanted, got none"):
+    with pytest.raises(UsageError, match=r"expected .* radiologist note, structured report, .*, found none"):
         collected(tumors, **atlas(tumors, questions={}))
     part = collected(tumors, **atlas(tumors))
     assert [(q.volume, q.answer) for q in part.questions] == [(A, "Liver volume: 1 cc."), (B, "Liver volume: 2 cc.")]
@@ -204,7 +204,7 @@ def test_the_publishers_split_lists_are_followed_and_may_not_contradict(tumors):
     lists = {"splits": ["IID_train.csv", "IID_test.csv"]}
     part = collected(tumors, **atlas(tumors, annotations=lists, splits=["train", "test"]))
     assert {question.volume: question.split for question in part.questions} == {A: "train", B: "test"}
-    with pytest.raises(UsageError, match=f"one split per CT wanted, got 1 in several, {A} first"):
+    with pytest.raises(UsageError, match=f"expected one split per CT, found 1 in several, {A} first"):
         collected(tumors, **atlas(tumors, annotations={"splits": [*lists["splits"], "OOD_test.csv"]}))
 
 

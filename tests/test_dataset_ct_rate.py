@@ -91,7 +91,7 @@ def test_v1_without_a_row_lying_feet_first_or_with_nan_is_refused_by_itself(tmp_
         "valid_4_a_1": "non-finite",
     }
     assert "head first" in records["valid_2_a_1"].reason
-    assert "metadata wanted" in records["valid_3_a_1"].reason
+    assert "expected a row in CT-RATE's metadata" in records["valid_3_a_1"].reason
 
 
 def test_a_path_that_names_no_version_is_refused_until_a_person_says_it(tmp_path):
@@ -131,7 +131,7 @@ def reconstructions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policy", "wanted"),
+    ("reconstruction", "expected"),
     [
         ("all", ["train_1_a_1", "train_1_a_10", "train_1_a_2", "train_2_a_1"]),
         ("first", ["train_1_a_1", "train_2_a_1"]),
@@ -139,20 +139,20 @@ def reconstructions(tmp_path):
         ("sharpest", ["train_1_a_2", "train_2_a_1"]),
     ],
 )
-def test_of_a_scan_the_reconstruction_that_is_asked_for_makes_the_questions(reconstructions, policy, wanted):
+def test_of_a_scan_the_reconstruction_that_is_asked_for_makes_the_questions(reconstructions, reconstruction, expected):
     part = collected(
         reconstructions,
         adapter="ct-rate",
         root="dataset",
-        volumes=policy,
+        volumes=reconstruction,
         annotations={"metadata": "metadata.csv", "no_chest": "no_chest.txt", "reports": "reports.csv"},
         questions={"report": ["Findings_EN", "Impressions_EN"], "instruction": "Write the report."},
     )
-    assert sorted(question.volume for question in part.questions) == wanted
+    assert sorted(question.volume for question in part.questions) == expected
     assert [missing.volume for missing in part.unmatched] == ["train_4_a_1"]
     answers = {question.volume: question.answer for question in part.questions}
     assert answers["train_2_a_1"] == "Normal."
-    assert answers[wanted[0]] == "Trachea “open”, no nodule."
+    assert answers[expected[0]] == "Trachea “open”, no nodule."
     assert {question.patient for question in part.questions} == {"ct-rate:train_1", "ct-rate:train_2"}
     assert {question.question for question in part.questions} == {"Write the report."}
     assert "1 volumes are there as v1 and as v2, train_1_a_2 first; v2 is taken" in part.notes
@@ -184,7 +184,7 @@ def test_a_kernel_nobody_knows_is_not_ranked(reconstructions):
         reconstructions / "metadata.csv",
         **{name: {"ConvolutionKernel": "Q!"} for name in ("train_1_a_1", "train_1_a_10", "train_1_a_2")},
     )
-    with pytest.raises(UsageError, match=r"kernels of known sharpness wanted, got 'Q!' \(3\)"):
+    with pytest.raises(UsageError, match=r"expected kernels of known sharpness, found 'Q!' \(3\)"):
         collected(
             reconstructions,
             adapter="ct-rate",
@@ -226,5 +226,5 @@ def test_a_conversation_file_that_is_cut_off_is_refused_and_not_read_half(tmp_pa
 def test_a_renamed_column_is_named_with_the_one_that_may_be_meant(tmp_path):
     write_v2(place(tmp_path / "dataset", "valid_1_a_1", "v2"))
     write_csv(tmp_path / "r.csv", ("VolumeName", "Finding_EN"), [{"VolumeName": "valid_1_a_1.nii.gz", "Finding_EN": "x"}])
-    with pytest.raises(UsageError, match="column 'Findings_EN' wanted, not found; is 'Finding_EN' meant"):
+    with pytest.raises(UsageError, match="expected a column 'Findings_EN', found 'Finding_EN'; rename it if it is meant"):
         collected(tmp_path, adapter="ct-rate", root="dataset", annotations={"reports": "r.csv"})

@@ -85,10 +85,10 @@ def edit(file, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("VolumeName", "volume", "column 'VolumeName' wanted, not found; is 'volume' meant"),
+        ("VolumeName", "volume", "expected a column 'VolumeName', found 'volume'; rename it if it is meant"),
         (",Close,A,Yes", ",Close,B,Yes", "answer is not its choice"),
-        ("test_1000_a_1", "train_1000_a_1", "a volume like test_1_a_1.nii.gz wanted, got 'train_1000_a_1.nii.gz'"),
-        ("\n4,10,", "\n5,10,", "task 4, as its folder is called, wanted, got '5'"),
+        ("test_1000_a_1", "train_1000_a_1", "expected a volume like test_1_a_1.nii.gz, found 'train_1000_a_1.nii.gz'"),
+        ("\n4,10,", "\n5,10,", "expected task 4, as its folder is called, found '5'"),
         (",Yes,No,-,-\n", ",Yes,No\n", "11 cells wanted, got 9"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d,
 
 def test_annotations_of_another_data_set_are_refused(rad3d):
     folder, _ = rad3d
-    with pytest.raises(UsageError, match=r"line \d+, data set data: the folder 3DRAD"):
+    with pytest.raises(UsageError, match=r"line \d+, data set data: expected the folder 3DRAD"):
         collected(folder, **entry(annotations={"questions": "CT-RATE"}))
 
 
@@ -110,5 +110,5 @@ def test_a_root_without_any_of_the_volumes_is_refused_with_what_was_asked_for(ra
     folder, _ = rad3d
     shutil.rmtree(folder / "CT-RATE")
     write_v2(place(folder / "CT-RATE", "valid_1304_c_2", "v2"))
-    with pytest.raises(UsageError, match=r"found none for any of \d+; .* is asked for first"):
+    with pytest.raises(UsageError, match=r"found none for any of \d+; the first question is about "):
         collected(folder, **entry())
