@@ -108,5 +108,7 @@ def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: Callable[
     several = sorted(name for name, archives in holders.items() if len(archives) > 1)
     if several:
         where = ", ".join(holders[several[0]])
-        on_note(f"{len(several)} CTs are archived more than once, {several[0]} in {where}: the first that can be read is taken")
+        on_note(
+            f"{len(several)} CTs are archived more than once, {several[0]} in {where}: the first that can be read is taken"
+        )
     return problems

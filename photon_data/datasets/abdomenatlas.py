@@ -1,6 +1,6 @@
 """AbdomenAtlas 3.0 Mini: 9,262 abdominal CTs by BDMAP id, each with up to five machine-made reports in one table.
 
-DeepTumorVQA's questions are made from these very reports: its benchmark ids belong under `benchmark`, which keeps them out.
+DeepTumorVQA's questions are made from these very reports: the annotation `benchmark` keeps its CTs out.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, ids_in, original_ids
 from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.errors import UsageError
 from photon_data.questions.question import Question
-from photon_data.questions.table import Problem, refuse
 
 KEY = "BDMAP ID"
 REPORTS = (
@@ -51,8 +51,7 @@ def _questions(entry: DataSet, splits: dict[str, str], notes: list[str]) -> list
     for path, row in read_rows(entry.annotations.get("reports", ()), (KEY, *columns)):
         ct = row.values[KEY].strip()
         if not ID.fullmatch(ct):
-            text = f"expected an id like BDMAP_00000001 in {KEY!r}, found {ct!r}"
-            refuse(path, [Problem(row.place, "no CT", text)])
+            raise UsageError(f"{path}, {row.place}: expected an id like BDMAP_00000001 in {KEY!r}, found {ct!r}")
         texts = [row.values[column].strip() for column in columns]
         answer = "\n".join(text for text in texts if text.lower() not in NO_TEXT)
         if not answer:

@@ -10,6 +10,7 @@ from pathlib import Path
 from photon_data.datasets.archives import SCAN, find_archives
 from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError
+from photon_data.questions.table import read_text
 from photon_data.readers.find import find_scans
 from photon_data.scan import Source
 
@@ -56,10 +57,7 @@ def ids_in(paths: Iterable[Path]) -> set[str]:
     """Return every BDMAP id anywhere in some text files; UsageError for a file without any."""
     found: set[str] = set()
     for path in paths:
-        try:
-            ids = set(ID.findall(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: expected a readable text file, found: {error}") from None
+        ids = set(ID.findall(read_text(path, (path.suffix.lower(),))))
         if not ids:
             raise UsageError(f"{path}: expected BDMAP ids (BDMAP_00000001), found none")
         found |= ids

@@ -21,8 +21,7 @@ OnFile = Callable[[int], None]
 UNPACK = "unpack"
 
 
-@dataclass(frozen=True)
-class Wording:
+class Wording(NamedTuple):
     """The words of a data set's questions and answers.
 
     prompt       a style of `photon_data.questions.question.PROMPTS`; choices "shown" or "hidden"
@@ -73,9 +72,9 @@ class DataSet:
     annotations: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     fractions: Mapping[str, float] = field(default_factory=dict)
-    wording: Wording = Wording()
+    wording: Wording = field(default_factory=Wording)
     volumes: str = "all"
-    recipe: RecipeChoice = RecipeChoice()
+    recipe: RecipeChoice = field(default_factory=RecipeChoice)
     mix: Mapping[str, Share] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,7 +84,7 @@ class DataSet:
 
 
 class SourceVolume(NamedTuple):
-    """One scan of a data set, and what the data set's tables give for it instead of its header or to check its header."""
+    """One scan of a data set, and what the tables of the data set tell instead of its header, or to check its header."""
 
     dataset: DataSet
     source: Source
@@ -94,10 +93,9 @@ class SourceVolume(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The scans of a data set, each under its id.
+    """The scans of a data set, each under its id, and sentences for the user.
 
-    left_out  {volume id: reason} of volumes that the data set or its entry excludes
-    notes     sentences for the user
+    `left_out` is {volume id: reason}, of volumes that the data set or its entry excludes.
     """
 
     volumes: list[SourceVolume]
@@ -114,9 +112,9 @@ def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[P
 
 
 def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[Row]:
-    """Return the rows of a table with a text in every cell; UsageError if a column is missing or a row could not be read.
+    """Return the rows of a table, a text in every cell; UsageError if a column is missing or a row could not be read.
 
-    Null and missing values of JSON and parquet become "", other values become their JSON text. The rows of `table` are changed.
+    Null and missing values of JSON and parquet become "", other values their JSON text. The rows of `table` are changed.
     """
     missing = [column for column in columns if table.rows and column not in table.columns]
     problems = [*(_missing_column(column, table.columns) for column in missing), *table.problems]

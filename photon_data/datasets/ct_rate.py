@@ -1,4 +1,4 @@
-"""CT-RATE: reports, labels of 18 abnormalities and conversations (VQA) on 50,188 chest volumes. ct_rate_tree.py has the volumes."""
+"""CT-RATE: reports, labels of 18 abnormalities and conversations (VQA) on the chest volumes that ct_rate_tree.py finds."""
 
 from __future__ import annotations
 
@@ -12,28 +12,15 @@ from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
 from photon_data.datasets.ct_rate_tree import find_volumes, split_and_patient, volume_id
 from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
-from photon_data.questions.table import Problem, refuse
 
 REPORT_COLUMNS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-LABELS = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
+LABELS = tuple(
+    (
+        "Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, "
+        "Coronary artery wall calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, "
+        "Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, "
+        "Peribronchial thickening, Consolidation, Bronchiectasis, Interlobular septal thickening"
+    ).split(", ")
 )
 YES_NO = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}
 # Stands in a report where a section is missing.
@@ -58,7 +45,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question] | None]
 
 
 def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
-    """Yield a question per volume whose answer is made of the report's columns; what is "Not given." or empty is no answer."""
+    """Yield a question per volume with the report's columns as its answer; empty and "Not given." ones are no answer."""
     columns = entry.wording.report or ("Findings_EN",)
     unknown = [column for column in columns if column not in REPORT_COLUMNS]
     if unknown:
@@ -85,8 +72,8 @@ def _labels(paths: Sequence[Path]) -> Iterator[Question]:
         for label in LABELS:
             answer = YES_NO.get(row.values[label].strip())
             if answer is None:
-                text = f"{volume}: expected 0 or 1 in {label!r}, found {row.values[label]!r}"
-                refuse(path, [Problem(row.place, "no label", text)])
+                found = f"expected 0 or 1 in {label!r}, found {row.values[label]!r}"
+                raise UsageError(f"{path}, {row.place}: {volume}: {found}")
             extra = {
                 "subtask": label,
                 "answer_type": "yes-no",
@@ -110,8 +97,9 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
             turns = item.get("conversations") or []
             speakers = [turn.get("from") for turn in turns]
             if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
-                text = f"expected human and gpt in turns, found {json.dumps(speakers)}"
-                refuse(path, [Problem(f"item {number}", "no conversation", text)])
+                raise UsageError(
+                    f"{path}, item {number}: expected human and gpt in turns, found {json.dumps(speakers)}"
+                )
             for turn, (human, reply) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
                 question, answer = (VQA_TAGS.sub("", said["value"]).strip() for said in (human, reply))
                 extra = {
@@ -125,10 +113,10 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
 
 
 def _volume(path: Path, place: str, name: str) -> str:
-    """Return the id of a volume from its name or path; refuse a text that is no name of CT-RATE."""
+    """Return the id of a volume from its name or path; UsageError for a text that is no name of CT-RATE."""
     volume = volume_id(name)
     if not volume:
-        refuse(path, [Problem(place, "no volume", f"expected a volume like train_1_a_1.nii.gz, found {name!r}")])
+        raise UsageError(f"{path}, {place}: expected a volume like train_1_a_1.nii.gz, found {name!r}")
     return volume
 
 
@@ -142,38 +130,34 @@ def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
 
     UsageError for another content, or a file that ends early.
     """
+    decode, count = json.JSONDecoder().raw_decode, 1
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from _objects(file, path)
+            text, at = file.read(PIECE).lstrip(), 1
+            if not text.startswith("["):
+                raise UsageError(f"{path}: expected one JSON list, found {text[:40]!r}")
+            while True:
+                between = BETWEEN.match(text, at)
+                assert between
+                at = between.end()
+                if text.startswith("]", at):
+                    return
+                try:
+                    item, at = decode(text, at)
+                except json.JSONDecodeError as error:
+                    more = file.read(max(PIECE, len(text) - at))
+                    if not more:
+                        raise UsageError(
+                            f"{path}, item {count}: expected JSON, found: {error.msg}; the file is cut off or damaged, "
+                            "download it again"
+                        ) from None
+                    text, at = text[at:] + more, 0
+                    continue
+                if not isinstance(item, dict):
+                    raise UsageError(f"{path}, item {count}: expected one JSON object, found {str(item)[:60]!r}")
+                yield item
+                count += 1
     except OSError as error:
         raise UsageError(f"{path}: expected a readable file, found: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: expected UTF-8, found another encoding; download the file again") from None
-
-
-def _objects(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
-    decode = json.JSONDecoder().raw_decode
-    text = file.read(PIECE).lstrip()
-    if not text.startswith("["):
-        raise UsageError(f"{path}: expected one JSON list, found {text[:40]!r}")
-    at, count = 1, 1
-    while True:
-        between = BETWEEN.match(text, at)
-        assert between
-        at = between.end()
-        if text.startswith("]", at):
-            return
-        try:
-            item, at = decode(text, at)
-        except json.JSONDecodeError as error:
-            more = file.read(max(PIECE, len(text) - at))
-            if not more:
-                raise UsageError(
-                    f"{path}, item {count}: expected JSON, found: {error.msg}; the file is cut off or damaged, download it again"
-                ) from None
-            text, at = text[at:] + more, 0
-            continue
-        if not isinstance(item, dict):
-            raise UsageError(f"{path}, item {count}: expected one JSON object, found {str(item)[:60]!r}")
-        yield item
-        count += 1

@@ -10,7 +10,6 @@ lies as that of v2 does (x to the left, y to the back, z up). Nothing in the fil
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -31,19 +30,11 @@ VOLUME = re.compile(r"(?:train|valid)_[1-9]\d*_[a-z]+_[1-9]\d*")
 SUFFIX = ".nii.gz"
 V1, V2 = "v1", "v2"
 # Of the metadata tables.
-COLUMNS = (
-    "VolumeName",
-    "ConvolutionKernel",
-    "PatientPosition",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "Rows",
-    "Columns",
-    "XYSpacing",
-    "ZSpacing",
-    "NumberofSlices",
-    "RescaleSlope",
-    "RescaleIntercept",
+COLUMNS = tuple(
+    (
+        "VolumeName ConvolutionKernel PatientPosition ImagePositionPatient ImageOrientationPatient Rows "
+        "Columns XYSpacing ZSpacing NumberofSlices RescaleSlope RescaleIntercept"
+    ).split()
 )
 # Philips' reconstruction kernels have no number: these are for soft tissue, and for edges (lung, bone, Y = enhanced).
 SOFT = ("A", "B", "SA", "SB", "UA", "UB")
@@ -225,13 +216,11 @@ def read_metadata(paths: Iterable[Path], volumes: Container[str]) -> dict[str, M
                 continue
             try:
                 metadata = _metadata(row.values)
-            except (ValueError, TypeError) as error:
-                text = f"{name}: expected numbers for spacing, size, slope and intercept, found {error}"
-                problems.append(Problem(row.place, "unreadable number", text))
-                continue
-            if found.setdefault(name, metadata) != metadata:
-                text = f"{name}: expected one row, found another one that differs"
-                problems.append(Problem(row.place, "volume named twice", text))
+                if found.setdefault(name, metadata) != metadata:
+                    raise ValueError("another row that differs")
+            except (ValueError, OverflowError) as error:
+                text = f"{name}: expected one row with numbers for spacing, size, slope and intercept, found {error}"
+                problems.append(Problem(row.place, "unusable row", text))
         if problems:
             refuse(path, problems)
     return found
@@ -256,10 +245,7 @@ def _metadata(values: Mapping[str, str]) -> Metadata:
 
 def _numbers(text: str, count: int) -> list[float]:
     """Return the numbers of a list that is written as text, "[0.34, 0.34]"."""
-    try:
-        numbers = [float(number) for number in json.loads(text)]
-    except (json.JSONDecodeError, TypeError):
-        numbers = []
+    numbers = [float(number) for number in text.strip("[]").split(",")]
     if len(numbers) != count:
         raise ValueError(f"{text!r} where a list of {count} numbers belongs")
     return numbers

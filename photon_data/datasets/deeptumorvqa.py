@@ -1,7 +1,7 @@
 """DeepTumorVQA v1 and v2: questions on abdominal CTs by BDMAP id, from csv (headers with spaces) or json (snake case).
 
-Three traps: subtypes are spelled with "_" in some rows and with spaces in others; choices are inside the text of the
-multiple-choice question; benchmark/test_qa.json wraps its list in an object and has no column for the split.
+Three traps. Subtypes are spelled with "_" in some rows and with spaces in others. Choices are inside the text of the
+multiple-choice question. benchmark/test_qa.json wraps its list in an object and has no column for the split.
 """
 
 from __future__ import annotations
@@ -20,59 +20,27 @@ from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, Row, Table, nearest, read_table, read_text, refuse
 
 # The 42 subtypes of v2, with those of v1, in their published spelling, by the type of their answers.
-NUMBER = (
-    "organ volume measurement",
-    "organ HU measurement",
-    "lesion volume measurement",
-    "organ HU ratio",
-    "tumor burden percentage",
-    "largest lesion diameter",
-    "largest lesion slice",
-    "lesion counting",
-    "lesion count by location",
-    "organ aggregation",
-    "tumor organ HU difference",
-)
-YES_NO = (
-    "pancreatic lesion existence",
-    "liver lesion existence",
-    "kidney lesion existence",
-    "kidney tumor existence",
-    "kidney cyst existence",
-    "colon lesion existence",
-    "PDAC existence",
-    "PNET existence",
-    "lesion outlier",
-    "organ enlargement",
-    "pancreatic steatosis",
-    "pancreatic cyst resectability",
-    "pseudocyst determination",
-    "splenomegaly detection",
-    "portal hypertension assessment",
-)
-TEXT = (
-    "liver lesion clustering",
-    "kidney volume comparison",
-    "largest lesion attenuation",
-    "largest lesion location",
-    "inter-segment comparison",
-    "adjacent organ",
-    "bilateral kidney asymmetry",
-    "multi-organ lesion burden comparison",
-    "fatty liver",
-    "hepatic steatosis grading",
-    "pancreatic tumor staging",
-    "pancreatic lesion resectability",
-    "PDAC vs PNET classification",
-    "lesion type classification",
-    "splenomegaly grading",
-    "renal mass characterization",
-)
-SUBTYPES: dict[str, str] = {
-    **dict.fromkeys(NUMBER, "number"),
-    **dict.fromkeys(YES_NO, "yes-no"),
-    **dict.fromkeys(TEXT, "text"),
+_BY_TYPE = {
+    "number": (
+        "organ volume measurement, organ HU measurement, lesion volume measurement, organ HU ratio, "
+        "tumor burden percentage, largest lesion diameter, largest lesion slice, lesion counting, "
+        "lesion count by location, organ aggregation, tumor organ HU difference"
+    ),
+    "yes-no": (
+        "pancreatic lesion existence, liver lesion existence, kidney lesion existence, kidney tumor existence, "
+        "kidney cyst existence, colon lesion existence, PDAC existence, PNET existence, lesion outlier, "
+        "organ enlargement, pancreatic steatosis, pancreatic cyst resectability, pseudocyst determination, "
+        "splenomegaly detection, portal hypertension assessment"
+    ),
+    "text": (
+        "liver lesion clustering, kidney volume comparison, largest lesion attenuation, largest lesion location, "
+        "inter-segment comparison, adjacent organ, bilateral kidney asymmetry, "
+        "multi-organ lesion burden comparison, fatty liver, hepatic steatosis grading, pancreatic tumor staging, "
+        "pancreatic lesion resectability, PDAC vs PNET classification, lesion type classification, "
+        "splenomegaly grading, renal mass characterization"
+    ),
 }
+SUBTYPES = {subtype: kind for kind, subtypes in _BY_TYPE.items() for subtype in subtypes.split(", ")}
 BY_LOWER_CASE = {subtype.casefold(): subtype for subtype in SUBTYPES}
 # Column in snake case -> our name, where they differ.
 ALIASES = {"question_id": "qid", "multiple_choice_question": "mc_question"}
