@@ -20,7 +20,7 @@ CASE_GB = 0.062
 
 
 class Pending(NamedTuple):
-    """The work for one folder: the archives to read, the ids of CTs that are requested, and of those that are not there."""
+    """The work for one folder: the archives to read, the ids of the requested CTs, and of those that are not there."""
 
     folder: Path
     archives: list[Path]
@@ -37,8 +37,8 @@ class Pending(NamedTuple):
         gigabytes = sum(path.stat().st_size for path in self.archives) / 1e9
         names = first_few([path.name for path in self.archives])
         return (
-            f"{len(self.archives)} archives ({names}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: prepare "
-            f"unpacks the {len(self.missing):,} that are asked for and not there into {self.folder}, "
+            f"{len(self.archives)} archives ({names}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: "
+            f"prepare unpacks the {len(self.missing):,} that are asked for and not there into {self.folder}, "
             f"up to about {len(self.missing) * CASE_GB:,.1f} GB"
         )
 
@@ -65,7 +65,7 @@ def pending(datasets: Iterable[DataSet], limit: int | None = None) -> list[Pendi
     return found
 
 
-# A callback; it gets the name of the archive being read, and of all archives to read the bytes that are done and the total.
+# A callback; it gets the name of the archive being read, and of all archives together the bytes done and the total.
 OnArchive = Callable[[str, int, int], None]
 
 
@@ -107,8 +107,6 @@ def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: Callable[
             holders[name].append(path.name)
     several = sorted(name for name, archives in holders.items() if len(archives) > 1)
     if several:
-        where = ", ".join(holders[several[0]])
-        on_note(
-            f"{len(several)} CTs are archived more than once, {several[0]} in {where}: the first that can be read is taken"
-        )
+        where = f"{several[0]} in {', '.join(holders[several[0]])}"
+        on_note(f"{len(several)} CTs are archived more than once, {where}: the first that can be read is taken")
     return problems

@@ -49,7 +49,8 @@ def files(folder):
 def test_only_requested_cts_are_taken_wherever_they_lie_in_an_archive(tmp_path, suffix, mode, leading):
     mask = member(f"{leading}{A}/segmentations/liver.nii.gz", content=b"mask")
     odd = [
-        member(f"{leading}{name}/ct.nii.gz", content=b"x") for name in ("BDMAP_1", f"{A}1", "bdmap_00000001", "BDMAP_١٢٣٤٥٦٧٨")
+        member(f"{leading}{name}/ct.nii.gz", content=b"x")
+        for name in ("BDMAP_1", f"{A}1", "bdmap_00000001", "BDMAP_١٢٣٤٥٦٧٨")
     ]
     cts = [member(f"{leading}{name}/ct.nii.gz", content=name.encode() * 99) for name in (A, B)]
     write_tar(tmp_path / f"in/part.{suffix}", member(f"{leading}{A}", tarfile.DIRTYPE), mask, *odd, *cts, mode=mode)

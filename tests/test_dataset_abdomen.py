@@ -73,14 +73,21 @@ def tumors(tmp_path):
         write_v2(tmp_path / "cts" / ct / "ct.nii.gz", n)
         (tmp_path / "cts" / ct / "segmentations").mkdir()
         write_v2(tmp_path / "cts" / ct / "segmentations" / "liver.nii.gz", n)
-    numeric = v1_row(2, A, **{"question subtype": "organ hu  measurement", "answer": "1e3", "multiple-choice question": ""})
+    numeric = v1_row(
+        2, A, **{"question subtype": "organ hu  measurement", "answer": "1e3", "multiple-choice question": ""}
+    )
     write_csv(tmp_path / "train_qa.csv", SPACED, [v1_row(1, A), numeric])
     write_json(tmp_path / "test_qa.json", {"version": "2", "num_questions": 1, "questions": [BENCH]})
     return tmp_path
 
 
 def deeptumorvqa(**more):
-    return {"adapter": "deeptumorvqa", "root": "cts", "annotations": {"questions": ["train_qa.csv", "test_qa.json"]}, **more}
+    return {
+        "adapter": "deeptumorvqa",
+        "root": "cts",
+        "annotations": {"questions": ["train_qa.csv", "test_qa.json"]},
+        **more,
+    }
 
 
 def test_spaced_and_snake_case_headers_give_the_same_fields(tumors):
@@ -89,7 +96,11 @@ def test_spaced_and_snake_case_headers_give_the_same_fields(tumors):
     assert first.extra["subtask"] == "liver lesion existence"
     assert (first.extra["choices"], first.extra["letter"]) == (["No", "Yes"], "B")
     assert (first.extra["sex"], first.extra["age"]) == ("F", "61")
-    assert (numeric.answer, numeric.extra["answer_type"], numeric.extra["subtask"]) == ("1e3", "number", "organ HU measurement")
+    assert (numeric.answer, numeric.extra["answer_type"], numeric.extra["subtask"]) == (
+        "1e3",
+        "number",
+        "organ HU measurement",
+    )
     assert "choices" not in numeric.extra
     assert (bench.split, bench.answer, bench.extra["publisher_id"]) == ("test", "204.5", "bench_00017")
     assert bench.extra["choices"] == ["204.5 cm³", "98", "310", "12"]
@@ -153,7 +164,9 @@ ATLAS = ("BDMAP ID", "sex", "age", "radiologist note", "structured report", "nar
 
 
 def atlas(tmp_path, **more):
-    rows = [{"BDMAP ID": ct, "sex": "M", "structured report": f"Liver volume: {n} cc."} for n, ct in enumerate((A, B), 1)]
+    rows = [
+        {"BDMAP ID": ct, "sex": "M", "structured report": f"Liver volume: {n} cc."} for n, ct in enumerate((A, B), 1)
+    ]
     write_csv(tmp_path / "meta.csv", ATLAS, [*rows, {"BDMAP ID": C, "structured report": "nan"}])
     annotations = {"reports": "meta.csv", **more.pop("annotations", {})}
     return {
@@ -211,5 +224,7 @@ def test_the_publishers_split_lists_are_followed_and_may_not_contradict(tumors):
 def test_archives_that_nobody_asked_to_unpack_are_spoken_of(tumors):
     (tumors / "empty").mkdir()
     (tumors / "empty" / "AbdomenAtlas_part1.tar.gz").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"found none in .*1 archives are not read, AbdomenAtlas_part1.tar.gz first: .*unpack"):
+    with pytest.raises(
+        UsageError, match=r"found none in .*1 archives are not read, AbdomenAtlas_part1.tar.gz first: .*unpack"
+    ):
         collected(tumors, **atlas(tumors, root="empty"))

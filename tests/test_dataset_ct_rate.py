@@ -1,4 +1,4 @@
-"""CT-RATE: two versions of a file under one name, several reconstructions of a scan, reports, labels and conversations."""
+"""CT-RATE: two versions of a file under one name, reconstructions of a scan, reports, labels and conversations."""
 
 import json
 
@@ -43,7 +43,11 @@ def test_v1_and_v2_of_one_tree_give_the_same_hounsfield_units_and_the_same_grid(
     records = prepared(tmp_path, annotations={"metadata": str(table)})
     assert states(records) == dict.fromkeys(("train_1_a_1", "train_3_a_1", "valid_2_b_1"), "prepared")
     facts = {name: record.facts for name, record in records.items()}
-    assert [facts[n]["rescale"] for n in ("train_1_a_1", "valid_2_b_1", "train_3_a_1")] == ["metadata", "metadata", "header"]
+    assert [facts[n]["rescale"] for n in ("train_1_a_1", "valid_2_b_1", "train_3_a_1")] == [
+        "metadata",
+        "metadata",
+        "header",
+    ]
     assert all(f["geometry"]["spacing_zyx_mm"] == list(SPACING) for f in facts.values())
     assert all(f["geometry"]["orientation_zyx"] == "SPL" for f in facts.values())
     arrays = [open_volume(tmp_path / "out" / record.store).numpy() for record in records.values()]
@@ -82,7 +86,9 @@ def test_v1_without_a_row_lying_feet_first_or_with_nan_is_refused_by_itself(tmp_
     array = np.asarray(image.dataobj).copy()
     array[3, 3, 3] = np.nan
     nibabel.save(nibabel.Nifti1Image(array, None, image.header), path)
-    table = write_metadata(tmp_path / "metadata.csv", valid_1_a_1={}, valid_2_a_1={"PatientPosition": "FFS"}, valid_4_a_1={})
+    table = write_metadata(
+        tmp_path / "metadata.csv", valid_1_a_1={}, valid_2_a_1={"PatientPosition": "FFS"}, valid_4_a_1={}
+    )
     records = prepared(tmp_path, annotations={"metadata": str(table)})
     assert states(records) == {
         "valid_1_a_1": "prepared",
@@ -108,7 +114,7 @@ def reports(path, **texts):
 
 @pytest.fixture
 def reconstructions(tmp_path):
-    """Three reconstructions of train_1_a, one of train_2_a, a brain and a report without volume; v1 and v2 of train_1_a_2."""
+    """Three reconstructions of train_1_a (2 as v1 and v2), one of train_2_a, a brain and a report without volume."""
     for name in ("train_1_a_1", "train_1_a_2", "train_1_a_10", "train_2_a_1", "train_3_a_1"):
         write_v2(place(tmp_path / "dataset", name, "v2"))
     write_v1(place(tmp_path / "dataset", "train_1_a_2", "v1"))
@@ -206,7 +212,9 @@ def test_labels_make_eighteen_questions_and_conversations_one_per_turn(tmp_path)
     ]
     text_only = {"id": 2, "conversations": turns[:2]}
     write_json(tmp_path / "vqa.json", [{"id": 1, "image": "valid_1_a_1.nii.gz", "conversations": turns}, text_only])
-    part = collected(tmp_path, adapter="ct-rate", root="dataset", annotations={"labels": "labels.csv", "vqa": "vqa.json"})
+    part = collected(
+        tmp_path, adapter="ct-rate", root="dataset", annotations={"labels": "labels.csv", "vqa": "vqa.json"}
+    )
     labels = [question for question in part.questions if question.task == "abnormality"]
     assert len(labels) == 18
     assert [question.extra["subtask"] for question in labels if question.answer == "Yes"] == ["Lung nodule"]
@@ -225,6 +233,10 @@ def test_a_conversation_file_that_is_cut_off_is_refused_and_not_read_half(tmp_pa
 
 def test_a_renamed_column_is_named_with_the_one_that_may_be_meant(tmp_path):
     write_v2(place(tmp_path / "dataset", "valid_1_a_1", "v2"))
-    write_csv(tmp_path / "r.csv", ("VolumeName", "Finding_EN"), [{"VolumeName": "valid_1_a_1.nii.gz", "Finding_EN": "x"}])
-    with pytest.raises(UsageError, match="expected a column 'Findings_EN', found 'Finding_EN'; rename it if it is meant"):
+    write_csv(
+        tmp_path / "r.csv", ("VolumeName", "Finding_EN"), [{"VolumeName": "valid_1_a_1.nii.gz", "Finding_EN": "x"}]
+    )
+    with pytest.raises(
+        UsageError, match="expected a column 'Findings_EN', found 'Finding_EN'; rename it if it is meant"
+    ):
         collected(tmp_path, adapter="ct-rate", root="dataset", annotations={"reports": "r.csv"})

@@ -63,8 +63,12 @@ def test_splits_tasks_subtasks_and_patients_are_those_of_the_folders_and_names(r
     assert {q.extra["publisher_subtask"] for q in static.values()} == {"1"}
     assert all(q.patient == "ct-rate:" + q.volume.rsplit("_", 2)[0] for q in part.questions)
     assert len({question.id for question in part.questions}) == len(part.questions)
-    assert any("1 of" in note and "have no question and are not prepared, valid_1304_c_2 first" in note for note in part.notes)
-    assert any("train, task 5 (Static_Temporal_Diagnosis): 13158 questions were published, 4 are here" in n for n in part.notes)
+    assert any(
+        "1 of" in note and "have no question and are not prepared, valid_1304_c_2 first" in note for note in part.notes
+    )
+    assert any(
+        "train, task 5 (Static_Temporal_Diagnosis): 13158 questions were published, 4 are here" in n for n in part.notes
+    )
 
 
 def test_rows_that_repeat_are_kept_with_ids_of_their_own_unless_they_are_to_be_dropped(rad3d):

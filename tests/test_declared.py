@@ -28,20 +28,38 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("datasets:\n  a:\n    adaptor: table\n", "data_manifest.yaml, line 3: expected one of adapter, .* did you mean 'adapter'"),
-        ("datasets:\n  a: {adapter: tabel, root: .}\n", "line 2, data set a: expected an adapter of ct-rate, .* did you mean 'table'"),
-        ("datasets:\n  a:\n    adapter: table\n    volumes: best\n", "line 4: expected one of all, first, thinnest, sharpest, found 'best'"),
+        (
+            "datasets:\n  a:\n    adaptor: table\n",
+            "data_manifest.yaml, line 3: expected one of adapter, .* did you mean 'adapter'",
+        ),
+        (
+            "datasets:\n  a: {adapter: tabel, root: .}\n",
+            "line 2, data set a: expected an adapter of ct-rate, .* did you mean 'table'",
+        ),
+        (
+            "datasets:\n  a:\n    adapter: table\n    volumes: best\n",
+            "line 4: expected one of all, first, thinnest, sharpest, found 'best'",
+        ),
         ("datasets:\n  a: 1\n  a: 2\n", "line 3: expected every key once, found 'a' again"),
         ("datasets:\n  a: [\n", "line 3: expected YAML"),
-        ("dataset: {}\n", "line 1: expected one of out, recipe, seed, datasets, found 'dataset'; did you mean 'datasets'"),
-        ("datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n", "line 4: expected a number above 0, found True"),
-        ("datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n", "line 5: expected a number above 0, found -1"),
+        (
+            "dataset: {}\n",
+            "line 1: expected one of out, recipe, seed, datasets, found 'dataset'; did you mean 'datasets'",
+        ),
+        (
+            "datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n",
+            "line 4: expected a number above 0, found True",
+        ),
+        (
+            "datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n",
+            "line 5: expected a number above 0, found -1",
+        ),
         (
             "datasets:\n  a:\n    adapter: folder\n    mix: {train: {cap: 0.5}}\n",
             "line 4: expected a whole number above 0, found 0.5",
         ),
         ("datasets:\n  a:\n    adapter: m3d\n    root: .\n", "8-bit slices .* without spacing"),
-        ("datasets:\n  a:\n    adapter: folder\n    root: nowhere\n", "found 1 of them missing: .*nowhere"),
+        ("datasets:\n  a:\n    adapter: folder\n    root: nowhere\n", "found 1 missing .*nowhere"),
         (
             "datasets:\n  a:\n    adapter: 3d-rad\n    root: .\n    annotations: {reports: .}\n",
             "annotations of 3d-rad .*'reports'",
@@ -90,7 +108,7 @@ def test_who_stays_under_a_cap_is_only_displaced_by_rows_added_later():
 
 
 def test_a_weight_for_some_data_sets_of_a_split_only_is_refused():
-    with pytest.raises(UsageError, match="got none for b"):
+    with pytest.raises(UsageError, match="found none for b"):
         mixed([*train_questions("a", 3), *train_questions("b", 3)], {"a": {"train": Share(weight=1)}}, seed=0)
 
 
@@ -105,7 +123,12 @@ def test_published_prompts_are_met_to_the_letter():
     (shown, _) = put([closed, opened], "plain", "shown")
     assert (shown.question, shown.answer) == ("Does it?\nA. Yes\nB. No", "No")
     assert [q.answer for q in put([closed, opened], "letters", "shown")] == ["B", "Upper lobes."]
-    for kind in ("measurement", "choice", "text", None):  # types that DeepTumorVQA's own tables do not have, and its own
+    for kind in (
+        "measurement",
+        "choice",
+        "text",
+        None,
+    ):  # types that DeepTumorVQA's own tables do not have, and its own
         (put_,) = put([replace(opened, extra={"answer_type": kind} if kind else {})], "deeptumorvqa", "hidden")
         assert put_.question.endswith("Where?\nAnswer with the most appropriate short phrase.")
 
@@ -132,7 +155,9 @@ def two(tmp_path):
         write_scan(tmp_path / name / "one scan.nii.gz", seed=ord(name))
         write_scan(tmp_path / name / "idle.nii", seed=1 + ord(name))
     header = "volume,question,answer,split,patient\n"
-    (tmp_path / "a.csv").write_text(header + "one scan,Größe?,3 mm.,train,p1\none scan,Where?,left,train,p1\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text(
+        header + "one scan,Größe?,3 mm.,train,p1\none scan,Where?,left,train,p1\n", encoding="utf-8"
+    )
     (tmp_path / "b.csv").write_text(header + "one scan,Is it?,Yes,test,p1\nnowhere,Is it?,Yes,test,p2\n")
     entries = {
         name: {"adapter": "table", "root": name, "annotations": f"{name}.csv", "options": {"id_prefix": f"{name}-"}}
@@ -194,7 +219,9 @@ def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(tw
     assert "missing: nowhere" in text
     assert "to prepare │ 2 scans" in text
     assert not (folder / "out").exists()
-    assert cli("prepare", "--manifest", path, folder / "other", "--only", "a", "--workers", "1", "--pictures", "0")[0] == 0
+    assert (
+        cli("prepare", "--manifest", path, folder / "other", "--only", "a", "--workers", "1", "--pictures", "0")[0] == 0
+    )
     assert [path.name for path in (folder / "other" / "manifests").iterdir()] == ["train.jsonl"]
     assert "expected one of a, b, c, found 'd'" in cli("prepare", "--manifest", path, "--only", "d")[1]
     assert "say it in the manifest" in cli("prepare", "--manifest", path, "--recipe", "wide_ct")[1]
@@ -202,7 +229,8 @@ def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(tw
 
 
 @pytest.mark.parametrize(
-    ("splits", "said"), [({"train": 0.5, "test": 0.5}, "names like"), ({"dev": "test"}, r"splits of the data set \(train\)")]
+    ("splits", "said"),
+    [({"train": 0.5, "test": 0.5}, "names like"), ({"dev": "test"}, r"splits of the data set \(train\)")],
 )
 def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, said):
     folder, entries = two
@@ -274,5 +302,10 @@ def test_the_manifest_in_the_repository_can_be_read_also_with_every_entry_uncomm
 
 
 def test_declaring_imports_neither_torch_nor_dask():
-    script = "import photon_data.datasets.combine, sys; print([n for n in ('torch', 'dask', 'pyarrow') if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    script = (
+        "import photon_data.datasets.combine, sys; print([n for n in ('torch', 'dask', 'pyarrow') if n in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )

@@ -37,7 +37,9 @@ def reports(folder, *cts, name="atlas", **more):
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def prepared(folder):

@@ -78,6 +78,6 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
         twice += [name for name in sorted(ids_in([path])) if splits.setdefault(name, split) != split]
     if twice:
         raise entry.error(
-            f"expected one split per CT, found {len(twice)} in several, {twice[0]} first; name the lists of IID or of OOD"
+            f"expected one split per CT, found {len(twice)} in several, {twice[0]} first; name the lists of IID or OOD"
         )
     return splits

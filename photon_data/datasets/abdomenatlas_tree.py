@@ -40,8 +40,8 @@ def find_cts(entry: DataSet, on_file: OnFile) -> Found:
     notes = []
     if not unpacked and (archives := find_archives(entry.roots)):
         notes.append(
-            f"{len(archives)} archives are not read, {archives[0].name} first: name a folder to unpack what is needed of "
-            "them, as `options: {unpack: FOLDER}`, or extract them with tar -xf"
+            f"{len(archives)} archives are not read, {archives[0].name} first: name a folder to unpack what is needed, "
+            "as `options: {unpack: FOLDER}`, or extract them with tar -xf"
         )
     return Found([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
 

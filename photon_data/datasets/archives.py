@@ -1,7 +1,7 @@
-"""CTs out of tar archives, as AbdomenAtlas comes: <anything>/BDMAP_00000001/ct.nii.gz -> FOLDER/BDMAP_00000001/ct.nii.gz
+"""CTs out of AbdomenAtlas' tar archives: <anything>/BDMAP_00000001/ct.nii.gz -> FOLDER/BDMAP_00000001/ct.nii.gz.
 
-Archives come from strangers. Only regular files of that name are taken, and the path to write is made from the id alone: no
-name, link or device in an archive leads anywhere. A CT is there whole or not at all.
+Archives come from strangers. Only regular files of that name are taken, and the path to write is made from the id
+alone: no name, link or device in an archive leads anywhere. A CT is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _identity(archive: Path) -> dict[str, Any]:
 def unpack(archive: Path, folder: Path, ids: Collection[str], on_bytes: Callable[[int], None]) -> Contents:
     """Unpack the CTs with these ids from an archive to `folder`, each once, and return what was found.
 
-    `on_bytes` gets the number of bytes of the archive that have been read so far. An archive that was read to its end leaves
-    a marker; of a damaged one everything before the damage is taken. OSError if nothing can be written.
+    `on_bytes` gets the number of bytes of the archive that have been read so far. An archive that was read to its end
+    leaves a marker; of a damaged one everything before the damage is taken. OSError if nothing can be written.
     """
     found, identity = Contents([], [], []), _identity(archive)
     try:
@@ -112,7 +112,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, name: st
 
 
 class _Stream(io.RawIOBase):
-    """The bytes of a tar, decompressed if need be. A failure to read is a ReadError, so that an OSError is one of writing."""
+    """The bytes of a tar, decompressed if need be. It raises ReadError, so that an OSError is one of writing."""
 
     def __init__(self, path: Path, on_bytes: Callable[[int], None]) -> None:
         self.on_bytes, self.next = on_bytes, 0
@@ -140,8 +140,8 @@ def _as_read_error() -> Iterator[None]:
 class _StrictMember(tarfile.TarInfo):
     """A member whose header can be read.
 
-    tarfile takes an unreadable header, and the end of a file that was cut off between two members, for the end of a tar.
-    Here only an empty block is the end.
+    tarfile takes an unreadable header, and the end of a file that was cut off between two members, for the end of a
+    tar. Here only an empty block is the end.
     """
 
     @classmethod
@@ -155,7 +155,7 @@ class _StrictMember(tarfile.TarInfo):
 
 
 def _refuse_content_after_end(tar: tarfile.TarFile) -> None:
-    """Read the rest, which has to be one empty block at least; of a compressed file this checks the end too. ReadError."""
+    """Read the rest, which is at least one empty block; this also checks the end of a compressed file. ReadError."""
     assert tar.fileobj
     rest = 0
     while data := tar.fileobj.read(CHUNK):

@@ -84,7 +84,7 @@ class DataSet:
 
 
 class SourceVolume(NamedTuple):
-    """One scan of a data set, and what the tables of the data set tell instead of its header, or to check its header."""
+    """One scan of a data set, and what the data set's tables tell instead of its header, or to check its header."""
 
     dataset: DataSet
     source: Source
@@ -114,7 +114,7 @@ def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[P
 def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[Row]:
     """Return the rows of a table, a text in every cell; UsageError if a column is missing or a row could not be read.
 
-    Null and missing values of JSON and parquet become "", other values their JSON text. The rows of `table` are changed.
+    Null and missing values of JSON and parquet become "", other values their JSON text. The rows of `table` change.
     """
     missing = [column for column in columns if table.rows and column not in table.columns]
     problems = [*(_missing_column(column, table.columns) for column in missing), *table.problems]

@@ -1,4 +1,4 @@
-"""CT-RATE: reports, labels of 18 abnormalities and conversations (VQA) on the chest volumes that ct_rate_tree.py finds."""
+"""CT-RATE: reports, labels of 18 abnormalities and conversations (VQA) on the volumes that ct_rate_tree.py finds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
 from photon_data.datasets.ct_rate_tree import find_volumes, split_and_patient, volume_id
@@ -14,14 +14,13 @@ from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
 
 REPORT_COLUMNS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-LABELS = tuple(
-    (
-        "Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, "
-        "Coronary artery wall calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, "
-        "Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, "
-        "Peribronchial thickening, Consolidation, Bronchiectasis, Interlobular septal thickening"
-    ).split(", ")
+_LABELS = (
+    "Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, "
+    "Coronary artery wall calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, "
+    "Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, "
+    "Peribronchial thickening, Consolidation, Bronchiectasis, Interlobular septal thickening"
 )
+LABELS = tuple(_LABELS.split(", "))
 YES_NO = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}
 # Stands in a report where a section is missing.
 NOT_GIVEN = "not given."
@@ -45,7 +44,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question] | None]
 
 
 def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
-    """Yield a question per volume with the report's columns as its answer; empty and "Not given." ones are no answer."""
+    """Yield a question per volume with the report's columns as its answer; empty and "Not given." are no answer."""
     columns = entry.wording.report or ("Findings_EN",)
     unknown = [column for column in columns if column not in REPORT_COLUMNS]
     if unknown:
@@ -126,7 +125,7 @@ def _question(volume: str, id_: str, text: str, answer: str, task: str, extra: d
 
 
 def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that is one JSON list, read in pieces: the questions of CT-RATE are one list of 1.2 GB.
+    """Yield the objects of a file that is one JSON list, read in pieces: CT-RATE's questions are one list of 1.2 GB.
 
     UsageError for another content, or a file that ends early.
     """

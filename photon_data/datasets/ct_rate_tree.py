@@ -1,11 +1,12 @@
 """CT-RATE's tree of volumes: which there are, in which of the two incompatible versions, and which of a scan are used.
 
-v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept are in the metadata tables
-    (train_metadata.csv, validation_metadata.csv)
+v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept are in the tables
+    train_metadata.csv and validation_metadata.csv
 v2  dataset/train_fixed, dataset/valid_fixed: headers are right and values are HU; the tables must not be applied again
 
-The path tells which one a file is, and preparing refuses the file if its header or intensities contradict that. The array of v1
-lies as that of v2 does (x to the left, y to the back, z up). Nothing in the file could confirm this, so v2 is used if both exist.
+The path tells which one a file is, and preparing refuses the file if its header or intensities contradict that. The
+array of v1 is taken to lie as that of v2 does (x to the left, y to the back, z up). Nothing in the file could confirm
+this, so v2 is used if both exist.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ VOLUME = re.compile(r"(?:train|valid)_[1-9]\d*_[a-z]+_[1-9]\d*")
 SUFFIX = ".nii.gz"
 V1, V2 = "v1", "v2"
 # Of the metadata tables.
-COLUMNS = tuple(
-    (
-        "VolumeName ConvolutionKernel PatientPosition ImagePositionPatient ImageOrientationPatient Rows "
-        "Columns XYSpacing ZSpacing NumberofSlices RescaleSlope RescaleIntercept"
-    ).split()
+_COLUMNS = (
+    "VolumeName ConvolutionKernel PatientPosition ImagePositionPatient ImageOrientationPatient Rows "
+    "Columns XYSpacing ZSpacing NumberofSlices RescaleSlope RescaleIntercept"
 )
+COLUMNS = tuple(_COLUMNS.split())
 # Philips' reconstruction kernels have no number: these are for soft tissue, and for edges (lung, bone, Y = enhanced).
 SOFT = ("A", "B", "SA", "SB", "UA", "UB")
 SHARP = ("C", "D", "E", "EA", "EB", "L", "LungB", "YA", "YB", "YC", "YD")
@@ -44,8 +44,8 @@ SHARP = ("C", "D", "E", "EA", "EB", "L", "LungB", "YA", "YB", "YC", "YD")
 class Metadata(NamedTuple):
     """A row of a metadata table. `upright`: the slices are axial and the patient lies head first.
 
-    Then rows run to the back, columns to the left, slices up. The z of slice 0 is set to 0: the table gives the position of one
-    slice and does not tell which one.
+    Then rows run to the back, columns to the left, slices up. The z of slice 0 is set to 0: the table gives the
+    position of one slice and does not tell which one.
     """
 
     geometry: Geometry
@@ -98,13 +98,13 @@ NO_METADATA = (
     "`annotations: {metadata: [...]}`, or use v2 (train_fixed, valid_fixed)"
 )
 NOT_UPRIGHT = (
-    "expected axial slices of a patient who lies head first, found another position or orientation in the metadata, which do "
-    "not tell the order of the slices; use this volume's v2 (train_fixed, valid_fixed)"
+    "expected axial slices of a patient who lies head first, found another position or orientation in the metadata, "
+    "which do not tell the order of the slices; use this volume's v2 (train_fixed, valid_fixed)"
 )
 
 
 def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, dict[str, Source]]:
-    """Return {version: {id: source}}; UsageError for a volume that is there twice, and if a path does not tell the version."""
+    """Return {version: {id: source}}; UsageError for a volume that is there twice, or a path without a version."""
     found: dict[str, dict[str, Source]] = {V1: {}, V2: {}}
     unnamed, unclear = [], []
     for root in entry.roots:
@@ -119,12 +119,13 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
                 other = found[version].setdefault(volume, replace(source, id=volume))
                 if other.files != source.files:
                     raise entry.error(
-                        f"expected every volume once, found {other.files[0]} and {source.files[0]}; narrow `root` to one"
+                        f"expected every volume once, found {other.files[0]} and {source.files[0]}; narrow `root`"
                     )
     if unclear:
         raise entry.error(
-            "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in that of "
-            f"{len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set `version: v1` or `v2` in `options`"
+            "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in "
+            f"that of {len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set `version: v1` or `v2` in "
+            "`options`"
         )
     if unnamed:
         notes.append(f"{len(unnamed)} scans without a name of CT-RATE are left alone, {unnamed[0]} first")
@@ -153,7 +154,7 @@ def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def _other_reconstructions(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Metadata]) -> dict[str, str]:
-    """Return the reconstructions of each scan but the one that the entry asks for, with the reason to leave them out."""
+    """Return the reconstructions of each scan but the one that the entry asks for, with the reason to omit them."""
     scans: dict[str, list[str]] = defaultdict(list)
     for volume in sorted(volumes, key=_number):
         scans[volume.rpartition("_")[0]].append(volume)

@@ -46,7 +46,7 @@ class DataManifest:
 
 
 def read_data_manifest(path: Path) -> DataManifest:
-    """Return the checked content of a data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
+    """Return the checked data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
     top = _read_yaml(path).mapping(TOP)
     if "datasets" not in top:
         raise UsageError(f"{path.name}: expected a mapping `datasets`, found {', '.join(top) or 'nothing'}")
@@ -78,7 +78,7 @@ def _entry(name: str, item: Node, recipe: RecipeChoice) -> DataSet:
     def read(key: str, convert: Callable[[Node], T], default: T) -> T:
         return convert(found[key]) if key in found else default
 
-    splits, fractions = read("splits", _splits, ({}, {}))
+    splits, fractions = _splits(found["splits"]) if "splits" in found else ({}, {})
     return DataSet(
         name=name,
         place=item.place,

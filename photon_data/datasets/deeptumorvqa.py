@@ -84,7 +84,7 @@ def read_questions(path: Path, originals: Mapping[str, str]) -> Iterator[Questio
 
 
 def _read_table(path: Path) -> Table:
-    """Return the table of a file with our names for its columns ("multiple-choice question" -> mc_question), texts stripped."""
+    """Return a file's table, texts stripped, under our names: "multiple-choice question" -> mc_question."""
     table = _read_json(path) if path.suffix.lower() == ".json" else read_table(path)
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns}
     ours = {name: ALIASES.get(words, words) for name, words in plain.items()}

@@ -2,9 +2,9 @@
 
 3DRAD/{train,test}/Task<n>_<name>/<subtask>.csv
 
-Three traps. Volumes called test_* are CT-RATE's valid_*. The column `Subtask` counts the files of a split (Task 5's 1 is "c"
-in train and "b" in test), so a subtask gets the name of its file. The README swaps the names of tasks 1 and 2, the folders
-are right.
+Three traps. Volumes called test_* are CT-RATE's valid_*. The column `Subtask` counts the files of a split (Task 5's 1
+is "c" in train and "b" in test), so a subtask gets the name of its file. The README swaps the names of tasks 1 and 2,
+the folders are right.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
 
 
 def read_subtask(file: Path) -> Iterator[Question]:
-    """Yield the questions of one csv, without ids, texts unchanged; UsageError with every row that is not as published."""
+    """Yield the questions of one csv, without ids, texts unchanged; UsageError with all rows that differ from the published."""
     split, folder = file.parts[-3], TASK.fullmatch(file.parts[-2])
     if not folder:
         raise UsageError(f"{file}: expected a folder like Task4_Existence_Detection, found {file.parts[-2]!r}")

@@ -32,7 +32,7 @@ def read_phantoms(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question
 
 
 def _scans(entry: DataSet, on_file: OnFile) -> Found:
-    """Return the scans below the roots whose path matches the option `pattern`, with ids that begin with `id_prefix`."""
+    """Return the scans below the roots whose path matches the option `pattern`; `id_prefix` begins their ids."""
     pattern, id_from = entry.options.get("pattern", "*"), entry.options.get("id_from", "path")
     prefix = entry.options.get("id_prefix", "")
     volumes, notes = [], []
@@ -44,6 +44,6 @@ def _scans(entry: DataSet, on_file: OnFile) -> Found:
     ids = {volume.source.id for volume in volumes}
     if len(ids) < len(volumes):
         raise entry.error(
-            f"expected an id of its own for each of {len(volumes)} scans, found {len(ids)} ids; declare one data set per root"
+            f"expected an id for each of {len(volumes)} scans, found {len(ids)} ids; declare one data set per root"
         )
     return Found(volumes, notes=notes)
