@@ -22,8 +22,8 @@ from photon_data.questions.table import nearest
 class Adapter(NamedTuple):
     """One layout of data sets.
 
-    read         returns the volumes, and the questions with the publisher's splits (None: no split known), whose `volume`
-                 is an id or a name that means one volume. Without a list of questions, each volume gets the instruction
+    read         returns the volumes, and the questions with the publisher's splits (None: not known), whose `volume` is
+                 an id or a name that means one volume. None instead of questions: each volume gets the instruction
     annotations  the kinds that an entry may name
     options      the options that an entry may set
     cohort       a name shared by data sets with the same patients; None for a data set with patients of its own
@@ -205,8 +205,8 @@ def _refuse_conflicts(volumes: Mapping[str, SourceVolume], ours: Mapping[str, So
             a, b = volumes[ids[0]], ours[ids[0]]
             raise UsageError(
                 f"{b.dataset.place}: expected {expected}, but data sets {a.dataset.name} and {b.dataset.name} differ "
-                f"in {len(ids)}, first {ids[0]}: {a.source.files[0]} and {b.source.files[0]}; give both the same `root` "
-                "and metadata, or, if these are different volumes, one of them an `id_prefix`"
+                f"in {len(ids)}, first {ids[0]}: {a.source.files[0]} and {b.source.files[0]}; give both the same "
+                "`root` and metadata, or, if these are different volumes, one of them an `id_prefix`"
             )
 
 

@@ -124,8 +124,8 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
     if unclear:
         raise entry.error(
             "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in "
-            f"that of {len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set `version: v1` or `v2` in "
-            "`options`"
+            f"that of {len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set the option `version: v1` "
+            "or `v2`"
         )
     if unnamed:
         notes.append(f"{len(unnamed)} scans without a name of CT-RATE are left alone, {unnamed[0]} first")
