@@ -40,7 +40,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     both = combine(parts, manifest.seed)
     todo = plan(jobs_of(order, both), where, order.recipe)
     say_lines("for the volumes that are there", cost(order.recipe, todo, workers))
-    refuse_leaks(leaks(map(as_row, both.questions), []))
+    refuse_leaks(leaks(map(as_row, both.questions)))
     return len(parts) == len(datasets) and not both.unmatched
 
 
@@ -54,7 +54,7 @@ def _look(entry: DataSet, seed: int) -> tuple[Collection | None, list[str]]:
         for one in archives:
             if one.is_all:
                 return None, [entry.name, "?", f"{len(one.requested):,}", "0", f"{len(one.missing):,}", str(one)]
-        part = read_dataset(entry, instruction=recipe_of(entry).instruction, seed=seed)
+        part = read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     there, gone = {q.volume for q in part.questions}, sorted({missing.volume for missing in part.unmatched})

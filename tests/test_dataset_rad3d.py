@@ -93,7 +93,7 @@ def edit(file, old, new):
         (",Close,A,Yes", ",Close,B,Yes", "answer is not its choice"),
         ("test_1000_a_1", "train_1000_a_1", "expected a volume like test_1_a_1.nii.gz, found 'train_1000_a_1.nii.gz'"),
         ("\n4,10,", "\n5,10,", "expected task 4, as its folder is called, found '5'"),
-        (",Yes,No,-,-\n", ",Yes,No\n", "11 cells wanted, got 9"),
+        (",Yes,No,-,-\n", ",Yes,No\n", "expected 11 cells, found 9"),
     ],
 )
 def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d, old, new, said):

@@ -19,8 +19,8 @@ from photon_data.datasets.combine import mixed, read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.questions.counts import count
-from photon_data.questions.question import Question, put
-from photon_data.questions.rows import validate
+from photon_data.questions.manifest import validate
+from photon_data.questions.question import Question, with_prompt_style
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,21 +115,23 @@ def test_a_weight_for_some_data_sets_of_a_split_only_is_refused():
 def test_published_prompts_are_met_to_the_letter():
     closed = Question("1", "v", "Does it?", "No", extra={"choices": ["Yes", "No"], "letter": "B"})
     opened = Question("2", "v", "Where?", "Upper lobes.")
-    assert [(q.question, q.answer) for q in put([closed, opened], "3d-rad", "hidden")] == [
+    assert [(q.question, q.answer) for q in with_prompt_style([closed, opened], "3d-rad", "hidden")] == [
         ("Does it?\nChoices: A. Yes B. No C. - D. -\nAnswer:", "B. No"),
         ("Where?\nChoices: A. - B. - C. - D. -\nAnswer:", "-. Upper lobes."),
     ]
-    assert put([closed, opened], "plain", "hidden") == [closed, opened]
-    (shown, _) = put([closed, opened], "plain", "shown")
+    assert with_prompt_style([closed, opened], "plain", "hidden") == [closed, opened]
+    (shown, _) = with_prompt_style([closed, opened], "plain", "shown")
     assert (shown.question, shown.answer) == ("Does it?\nA. Yes\nB. No", "No")
-    assert [q.answer for q in put([closed, opened], "letters", "shown")] == ["B", "Upper lobes."]
+    assert [q.answer for q in with_prompt_style([closed, opened], "letters", "shown")] == ["B", "Upper lobes."]
     for kind in (
         "measurement",
         "choice",
         "text",
         None,
     ):  # types that DeepTumorVQA's own tables do not have, and its own
-        (put_,) = put([replace(opened, extra={"answer_type": kind} if kind else {})], "deeptumorvqa", "hidden")
+        (put_,) = with_prompt_style(
+            [replace(opened, extra={"answer_type": kind} if kind else {})], "deeptumorvqa", "hidden"
+        )
         assert put_.question.endswith("Where?\nAnswer with the most appropriate short phrase.")
 
 

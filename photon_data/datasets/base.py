@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from photon_data.errors import UsageError
-from photon_data.prepare import Rescale
-from photon_data.questions.table import Problem, Row, Table, nearest, read_table, refuse
+from photon_data.errors import UsageError, nearest_name
+from photon_data.hounsfield import Rescale
+from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
 from photon_data.scan import Source, Stated
 
 # A callback; it gets the number of files seen so far.
@@ -103,7 +103,7 @@ class Found(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, Row]]:
+def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, TableRow]]:
     """Yield every row of several tables, with its file, as `text_rows` returns it."""
     columns = list(columns)
     for path in paths:
@@ -111,7 +111,7 @@ def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[P
             yield path, row
 
 
-def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[Row]:
+def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[TableRow]:
     """Return the rows of a table, a text in every cell; UsageError if a column is missing or a row could not be read.
 
     Null and missing values of JSON and parquet become "", other values their JSON text. The rows of `table` change.
@@ -126,7 +126,7 @@ def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[Row]:
 
 
 def _missing_column(column: str, columns: Sequence[str]) -> Problem:
-    near = nearest(column, columns)
+    near = nearest_name(column, columns)
     hint = f"{near!r}; rename it if it is meant" if near else ", ".join(columns[:12])
     return Problem("line 1", "missing column", f"expected a column {column!r}, found {hint}")
 

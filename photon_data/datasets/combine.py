@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
 from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, Share, SourceVolume
-from photon_data.errors import UsageError, first_few
-from photon_data.questions.join import by_source
-from photon_data.questions.question import TAG, Question, put
+from photon_data.errors import UsageError, first_few, nearest_name
+from photon_data.questions.join import by_name
+from photon_data.questions.question import Question, with_prompt_style
 from photon_data.questions.rows import Unmatched
-from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_names
-from photon_data.questions.table import nearest
+from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_split_names
+from photon_data.questions.table import TAG
 
 
 class Adapter(NamedTuple):
@@ -136,7 +136,7 @@ def combine(collections: Sequence[Collection], seed: int, prompt: str | None = N
     worded = [
         question
         for entry in datasets
-        for question in put(
+        for question in with_prompt_style(
             [q for q in kept if q.dataset == entry.name], prompt or entry.wording.prompt, entry.wording.choices
         )
     ]
@@ -215,7 +215,7 @@ def adapter_of(entry: DataSet) -> Adapter:
     if entry.adapter in REFUSED:
         raise entry.error(REFUSED[entry.adapter])
     if entry.adapter not in ADAPTERS:
-        near = nearest(entry.adapter, ADAPTERS)
+        near = nearest_name(entry.adapter, ADAPTERS)
         hint = f"; did you mean {near!r}?" if near else ""
         raise entry.error(f"expected an adapter of {', '.join(ADAPTERS)}, found {entry.adapter!r}{hint}")
     adapter = ADAPTERS[entry.adapter]
@@ -225,7 +225,7 @@ def adapter_of(entry: DataSet) -> Adapter:
         if unknown:
             names = ", ".join(known) or "it has none"
             raise entry.error(f"expected {kind} of {entry.adapter} ({names}), found {unknown[0]!r}")
-    check_names({*entry.splits.values(), *entry.fractions})
+    check_split_names({*entry.splits.values(), *entry.fractions})
     missing = missing_paths(entry)
     if missing:
         few = first_few(missing)
@@ -285,18 +285,18 @@ def _match(
     Their ids begin with the data set, their patients with the cohort: patients of two cohorts are different people.
     """
     ids = {volume.source.id for volume in found.volumes}
-    find = by_source(volume.source for volume in found.volumes)
+    find = by_name((volume.source.id, volume.source.path) for volume in found.volumes)
     matched, unmatched, left_out = [], [], Counter[str]()
     for q in questions:
         if q.volume in found.left_out:
             left_out[found.left_out[q.volume]] += 1
             continue
         id_, patient = f"{entry.name}/{q.id}", f"{cohort}:{q.patient}" if q.patient else None
-        volume = q.volume if q.volume in ids else find(q.volume)
-        if volume in ids:
-            matched.append(Question(id_, volume, q.question, q.answer, q.split, patient, q.task, q.extra, entry.name))
+        match = find(q.volume)
+        if match.id:
+            matched.append(Question(id_, match.id, q.question, q.answer, q.split, patient, q.task, q.extra, entry.name))
         else:
-            unmatched.append(Unmatched(id_, q.volume, volume))
+            unmatched.append(Unmatched(id_, q.volume, match.reason))
     if not matched:
         requested = unmatched[0].volume if unmatched else next(iter(found.left_out))
         raise entry.error(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
 from photon_data.readers.find import find_scans
 from photon_data.scan import Source, Stated
@@ -123,9 +123,8 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
                     )
     if unclear:
         raise entry.error(
-            "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in "
-            f"that of {len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set the option `version: v1` "
-            "or `v2`"
+            "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in that"
+            f" of {len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set the option `version: v1` or v2"
         )
     if unnamed:
         notes.append(f"{len(unnamed)} scans without a name of CT-RATE are left alone, {unnamed[0]} first")

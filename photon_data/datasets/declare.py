@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
-from photon_data.errors import UsageError
-from photon_data.questions.question import NAMES, PROMPTS
-from photon_data.questions.table import nearest, read_text
+from photon_data.errors import UsageError, nearest_name
+from photon_data.questions.question import PROMPTS
+from photon_data.questions.question_table import NAMES
+from photon_data.questions.table import read_text
 
 T = TypeVar("T")
 
@@ -178,7 +179,7 @@ class Node(NamedTuple):
             raise self.error(f"a mapping with {', '.join(names)}" if names else "a mapping")
         for name, item in self.value.items():
             if names is not None and name not in names:
-                near = nearest(name, names)
+                near = nearest_name(name, names)
                 hint = f"; did you mean {near!r}?" if near else ""
                 raise UsageError(f"{item.place}: expected one of {', '.join(names)}, found {name!r}{hint}")
         return self.value

@@ -15,9 +15,9 @@ from typing import Any
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, original_ids
 from photon_data.datasets.base import DataSet, Found, OnFile, text_rows
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import Question
-from photon_data.questions.table import Problem, Row, Table, nearest, read_table, read_text, refuse
+from photon_data.questions.table import Problem, Table, TableRow, read_table, read_text, refuse
 
 # The 42 subtypes of v2, with those of v1, in their published spelling, by the type of their answers.
 _BY_TYPE = {
@@ -91,7 +91,7 @@ def _read_table(path: Path) -> Table:
     rows = []
     for row in table.rows:
         values = {name: value.strip() if isinstance(value, str) else value for name, value in row.values.items()}
-        rows.append(Row(row.place, {ours[name]: value for name, value in values.items()}))
+        rows.append(TableRow(row.place, {ours[name]: value for name, value in values.items()}))
     return Table(list(ours.values()), rows, table.problems)
 
 
@@ -108,7 +108,7 @@ def _read_json(path: Path) -> Table:
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: expected a list of questions, or {{"questions": [...]}}, found something else')
     columns = dict.fromkeys(name for item in items for name in item)
-    return Table(list(columns), [Row(f"item {number}", item) for number, item in enumerate(items, 1)], [])
+    return Table(list(columns), [TableRow(f"item {number}", item) for number, item in enumerate(items, 1)], [])
 
 
 def _check(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -156,5 +156,5 @@ def _question(values: Mapping[str, str], originals: Mapping[str, str]) -> Questi
 def _unpublished_subtypes(questions: list[Question]) -> Iterator[str]:
     unpublished = Counter(q.extra["subtask"] for q in questions if q.extra["subtask"] not in SUBTYPES)
     for subtype, count in sorted(unpublished.items()):
-        near = nearest(subtype, SUBTYPES)
+        near = nearest_name(subtype, SUBTYPES)
         yield f"{count} questions of a subtype that is not published, {subtype!r}" + (f" ({near!r}?)" if near else "")

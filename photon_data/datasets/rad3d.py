@@ -52,7 +52,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
 
 
 def read_subtask(file: Path) -> Iterator[Question]:
-    """Yield the questions of one csv, without ids, texts unchanged; UsageError with all rows that are not as published."""
+    """Yield the questions of one csv, without ids; UsageError with all rows that are not as published."""
     split, folder = file.parts[-3], TASK.fullmatch(file.parts[-2])
     if not folder:
         raise UsageError(f"{file}: expected a folder like Task4_Existence_Detection, found {file.parts[-2]!r}")

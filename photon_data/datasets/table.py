@@ -6,7 +6,8 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume
-from photon_data.questions.question import Question, read_questions
+from photon_data.questions.question import Question
+from photon_data.questions.question_table import read_questions
 from photon_data.readers.find import find_scans, left_alone
 
 SCANS, QUESTIONS = "scans", "questions.jsonl"
