@@ -180,7 +180,7 @@ def atlas(tmp_path, **more):
 
 
 def test_a_report_column_has_to_be_chosen(tumors):
-    with pytest.raises(UsageError, match=r"expected .* radiologist note, structured report, .*, found none"):
+    with pytest.raises(UsageError, match=r"expected some of radiologist note, structured report, .*, found none"):
         collected(tumors, **atlas(tumors, questions={}))
     part = collected(tumors, **atlas(tumors))
     assert [(q.volume, q.answer) for q in part.questions] == [(A, "Liver volume: 1 cc."), (B, "Liver volume: 2 cc.")]
@@ -217,7 +217,7 @@ def test_the_publishers_split_lists_are_followed_and_may_not_contradict(tumors):
     lists = {"splits": ["IID_train.csv", "IID_test.csv"]}
     part = collected(tumors, **atlas(tumors, annotations=lists, splits=["train", "test"]))
     assert {question.volume: question.split for question in part.questions} == {A: "train", B: "test"}
-    with pytest.raises(UsageError, match=f"expected one split per CT, found 1 in several, {A} first"):
+    with pytest.raises(UsageError, match=f"expected one split per CT, found 1 in several \\({A}\\)"):
         collected(tumors, **atlas(tumors, annotations={"splits": [*lists["splits"], "OOD_test.csv"]}))
 
 

@@ -102,7 +102,7 @@ def test_v1_without_a_row_lying_feet_first_or_with_nan_is_refused_by_itself(tmp_
 
 def test_a_path_that_names_no_version_is_refused_until_a_person_says_it(tmp_path):
     write_v2(tmp_path / "dataset" / "flat" / "train_1_a_1.nii.gz")
-    with pytest.raises(UsageError, match=r"that of 1, flat/train_1_a_1.nii.gz first; .* `version: v1`"):
+    with pytest.raises(UsageError, match=r"in 1, flat/train_1_a_1.nii.gz first; .* `version: v1`"):
         prepared(tmp_path)
     assert states(prepared(tmp_path, options={"version": "v2"})) == {"train_1_a_1": "prepared"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, ids_in, original_ids
 from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.questions.question import Question
 
 KEY = "BDMAP ID"
@@ -43,9 +43,7 @@ def _questions(entry: DataSet, splits: dict[str, str], notes: list[str]) -> list
     columns = entry.wording.report
     if not columns or any(column not in REPORTS for column in columns):
         found = ", ".join(columns) or "none"
-        raise entry.error(
-            f"expected `questions: {{report: ...}}` with one or more of {', '.join(REPORTS)}, found {found}"
-        )
+        raise entry.error(f"expected some of {', '.join(REPORTS)} in `questions: {{report: ...}}`, found {found}")
     originals = original_ids(entry.annotations.get("ids", ()))
     questions, empty, unsplit = [], [], []
     for path, row in read_rows(entry.annotations.get("reports", ()), (KEY, *columns)):
@@ -77,7 +75,8 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
         split = path.stem.rpartition("_")[2]
         twice += [name for name in sorted(ids_in([path])) if splits.setdefault(name, split) != split]
     if twice:
+        few = first_few(twice)
         raise entry.error(
-            f"expected one split per CT, found {len(twice)} in several, {twice[0]} first; name the lists of IID or OOD"
+            f"expected one split per CT, found {len(twice)} in several ({few}); give IID or OOD lists only"
         )
     return splits

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
@@ -36,29 +35,21 @@ class Adapter(NamedTuple):
 
 
 _TABLE_OPTIONS = ("pattern", "id_from", "id_prefix", "cohort")
-ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {
-        "ct-rate": Adapter(
-            ct_rate.read, ("metadata", "no_chest", "reports", "labels", "vqa"), ("version",), cohort="ct-rate"
-        ),
-        "3d-rad": Adapter(rad3d.read, ("questions", "metadata", "no_chest"), ("version",), cohort="ct-rate"),
-        "deeptumorvqa": Adapter(deeptumorvqa.read, ("questions", "ids"), (UNPACK,), cohort="abdomenatlas"),
-        "abdomenatlas3": Adapter(
-            abdomenatlas.read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), cohort="abdomenatlas"
-        ),
-        "table": Adapter(table.read_tables, ("questions",), (*_TABLE_OPTIONS, "columns")),
-        "folder": Adapter(table.read_folder, (), _TABLE_OPTIONS),
-        "phantom": Adapter(table.read_phantoms, (), _TABLE_OPTIONS),
-    }
-)
+ADAPTERS = {
+    "ct-rate": Adapter(ct_rate.read, ("metadata", "no_chest", "reports", "labels", "vqa"), ("version",), "ct-rate"),
+    "3d-rad": Adapter(rad3d.read, ("questions", "metadata", "no_chest"), ("version",), "ct-rate"),
+    "deeptumorvqa": Adapter(deeptumorvqa.read, ("questions", "ids"), (UNPACK,), "abdomenatlas"),
+    "abdomenatlas3": Adapter(abdomenatlas.read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), "abdomenatlas"),
+    "table": Adapter(table.read_tables, ("questions",), (*_TABLE_OPTIONS, "columns")),
+    "folder": Adapter(table.read_folder, (), _TABLE_OPTIONS),
+    "phantom": Adapter(table.read_phantoms, (), _TABLE_OPTIONS),
+}
 # Data sets that cannot become right stores, and why.
-REFUSED = MappingProxyType(
-    {
-        "m3d": "expected scans in Hounsfield units with spacing, found M3D-Cap and M3D-VQA: 8-bit slices (jpeg, png) "
-        "or arrays resized to 32 x 256 x 256, windowed, without spacing and orientation, so that no store of them "
-        "would be right; declare questions on your own CTs with `adapter: table`"
-    }
-)
+REFUSED = {
+    "m3d": "expected scans in Hounsfield units with spacing, found M3D-Cap and M3D-VQA: 8-bit slices (jpeg, png) or "
+    "arrays resized to 32 x 256 x 256, windowed, without spacing and orientation, of which no store would be right; "
+    "declare questions on your own CTs with `adapter: table`"
+}
 
 
 class Collection(NamedTuple):
@@ -100,7 +91,7 @@ def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile
     if tags:
         first = ": ".join(tags[0])
         raise entry.error(
-            f"expected texts without tags or special tokens, found {len(tags)} with one, first {first}; remove them"
+            f"expected texts without tags and special tokens, found {len(tags)}, first {first}; remove them"
         )
     questions = _without_duplicates(entry, questions, notes)
     questions = _with_splits(entry, questions, seed, notes)
@@ -229,9 +220,7 @@ def adapter_of(entry: DataSet) -> Adapter:
     missing = missing_paths(entry)
     if missing:
         few = first_few(missing)
-        raise entry.error(
-            f"expected existing files and folders, found {len(missing)} missing ({few}); download or correct them"
-        )
+        raise entry.error(f"expected files and folders, found {len(missing)} missing ({few}); download or correct them")
     return adapter
 
 

@@ -48,9 +48,7 @@ def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterato
     columns = entry.wording.report or ("Findings_EN",)
     unknown = [column for column in columns if column not in REPORT_COLUMNS]
     if unknown:
-        raise entry.error(
-            f"expected columns of a report ({', '.join(REPORT_COLUMNS)}) in `report`, found {unknown[0]!r}"
-        )
+        raise entry.error(f"expected some of {', '.join(REPORT_COLUMNS)} in `report`, found {unknown[0]!r}")
     empty: list[str] = []
     for path, row in read_rows(paths, ("VolumeName", *columns)):
         volume = _volume(path, row.place, row.values["VolumeName"])
@@ -96,16 +94,11 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
             turns = item.get("conversations") or []
             speakers = [turn.get("from") for turn in turns]
             if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
-                raise UsageError(
-                    f"{path}, item {number}: expected human and gpt in turns, found {json.dumps(speakers)}"
-                )
+                raise UsageError(f"{path}, item {number}: expected human and gpt in turns, found {speakers}")
             for turn, (human, reply) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
                 question, answer = (VQA_TAGS.sub("", said["value"]).strip() for said in (human, reply))
-                extra = {
-                    "subtask": str(human.get("type") or ""),
-                    "publisher_id": str(item.get("id", "")),
-                    "turn": str(turn),
-                }
+                extra = {"subtask": human.get("type") or "", "publisher_id": item.get("id", ""), "turn": turn}
+                extra = {name: str(value) for name, value in extra.items()}
                 yield _question(volume, "", question, answer, "vqa", extra)
     if without:
         notes.append(f"{without} conversations are about no volume and make no question")
@@ -146,10 +139,8 @@ def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     more = file.read(max(PIECE, len(text) - at))
                     if not more:
-                        raise UsageError(
-                            f"{path}, item {count}: expected JSON, found: {error.msg}; the file is cut off or damaged, "
-                            "download it again"
-                        ) from None
+                        problem = f"{error.msg}; the file is cut off or damaged, download it again"
+                        raise UsageError(f"{path}, item {count}: expected JSON, found: {problem}") from None
                     text, at = text[at:] + more, 0
                     continue
                 if not isinstance(item, dict):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume, read_rows
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
 from photon_data.readers.find import find_scans
@@ -118,13 +118,12 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
             else:
                 other = found[version].setdefault(volume, replace(source, id=volume))
                 if other.files != source.files:
-                    raise entry.error(
-                        f"expected every volume once, found {other.files[0]} and {source.files[0]}; narrow `root`"
-                    )
+                    both = f"{other.files[0]} and {source.files[0]}"
+                    raise entry.error(f"expected every volume once, found {both}; narrow `root`")
     if unclear:
         raise entry.error(
-            "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in that"
-            f" of {len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set the option `version: v1` or v2"
+            "expected either train or valid (v1) or train_fixed or valid_fixed (v2) in every path, found none or both in "
+            f"{len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set the option `version: v1` or `v2`"
         )
     if unnamed:
         notes.append(f"{len(unnamed)} scans without a name of CT-RATE are left alone, {unnamed[0]} first")
@@ -146,9 +145,7 @@ def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
             if name:
                 listed[name] = "no chest CT (no_chest list)"
             elif line.strip():
-                raise UsageError(
-                    f"{path}, line {number}: expected the name of a volume (train_1_a_1), found {line.strip()!r}"
-                )
+                raise UsageError(f"{path}, line {number}: expected a name like train_1_a_1, found {line.strip()!r}")
     return listed
 
 
@@ -170,19 +167,15 @@ def _ranking(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Meta
         return _number
     unknown = [volume for volume in volumes if volume not in metadata]
     if unknown:
-        raise entry.error(
-            f"expected metadata of every reconstruction for `volumes: {entry.volumes}`, found none for {len(unknown)}, "
-            f"{unknown[0]} first"
-        )
+        few = first_few(unknown)
+        raise entry.error(f"expected metadata for `volumes: {entry.volumes}`, found none for {len(unknown)} ({few})")
     if entry.volumes == "thinnest":
         return lambda volume: metadata[volume].geometry.spacing_zyx_mm[0]
     sharp = {volume: sharpness(metadata[volume].kernel) for volume in volumes}
     strange = Counter(metadata[volume].kernel for volume, value in sharp.items() if value is None)
     if strange:
         kernels = ", ".join(f"{kernel!r} ({count})" for kernel, count in strange.most_common(10))
-        raise entry.error(
-            f"expected kernels of known sharpness, found {kernels}; use `volumes: first`, `thinnest` or `all`"
-        )
+        raise entry.error(f"expected kernels of known sharpness, found {kernels}; use `first`, `thinnest` or `all`")
     return lambda volume: -(sharp[volume] or 0)
 
 
@@ -238,9 +231,8 @@ def _metadata(values: Mapping[str, str]) -> Metadata:
     steps = ((0, 0, slice_mm), (0, row_mm, 0), (column_mm, 0, 0))
     geometry = Geometry.from_arrays((slices, rows, columns), (x, y, 0), steps)
     axial = _numbers(values["ImageOrientationPatient"], 6) == [1, 0, 0, 0, 1, 0]
-    return Metadata(
-        geometry, axial and values["PatientPosition"] == "HFS", slope, intercept, values["ConvolutionKernel"]
-    )
+    upright = axial and values["PatientPosition"] == "HFS"
+    return Metadata(geometry, upright, slope, intercept, values["ConvolutionKernel"])
 
 
 def _numbers(text: str, count: int) -> list[float]:

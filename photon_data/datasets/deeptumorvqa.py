@@ -101,9 +101,8 @@ def _read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UsageError(
-            f"{path}: expected JSON, found: {error}; the file is cut off or damaged, download it again"
-        ) from None
+        problem = f"{error}; the file is cut off or damaged, download it again"
+        raise UsageError(f"{path}: expected JSON, found: {problem}") from None
     items = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: expected a list of questions, or {{"questions": [...]}}, found something else')

@@ -42,9 +42,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
         paths = [path for split in PREFIXES for path in (folder / split).glob("Task*/*.csv")]
         ours = sorted(path for path in paths if not path.name.startswith("."))
         if not ours:
-            raise entry.error(
-                f"expected the folder 3DRAD, with train/Task.../*.csv and test/Task.../*.csv, found none in {folder}"
-            )
+            raise entry.error(f"expected the folder 3DRAD, with train/Task*/*.csv or test/Task*/*.csv, found {folder}")
         files += ours
     found = find_volumes(entry, on_file)  # before the questions: its tables are freed before those fill the memory
     questions = with_made_ids([question for file in files for question in read_subtask(file)])
