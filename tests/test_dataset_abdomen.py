@@ -131,7 +131,7 @@ def test_choices_are_taken_out_of_the_text(text, choices):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"correct option": "D"}, "expected an option of A to B, found 'D'"),
         ({"Image ID": "train_1_a_2"}, "expected an image id like BDMAP_00000001"),
@@ -139,11 +139,11 @@ def test_choices_are_taken_out_of_the_text(text, choices):
         ({"answer": ""}, "expected a question and an answer, found none"),
     ],
 )
-def test_a_row_that_is_not_as_published_is_refused_by_id_and_line(tumors, more, said):
+def test_a_row_that_is_not_as_published_is_refused_by_id_and_line(tumors, more, message):
     write_csv(tumors / "train_qa.csv", SPACED, [v1_row(1, A), v1_row(7, A, **more)])
     with pytest.raises(UsageError, match=r"train_qa.csv: 1 problem .*\n  line 3: 7: ") as error:
         collected(tumors, **deeptumorvqa())
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_the_multiple_choice_form_has_the_letter_as_its_answer(tumors):

@@ -87,7 +87,7 @@ def edit(file, old, new):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("VolumeName", "volume", "expected a column 'VolumeName', found 'volume'; rename it if it is meant"),
         (",Close,A,Yes", ",Close,B,Yes", "answer is not its choice"),
@@ -96,12 +96,12 @@ def edit(file, old, new):
         (",Yes,No,-,-\n", ",Yes,No\n", "expected 11 cells, found 9"),
     ],
 )
-def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d, old, new, said):
+def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d, old, new, message):
     folder, _ = rad3d
     edit(folder / "3DRAD" / "test" / "Task4_Existence_Detection" / "Lung nodule.csv", old, new)
     with pytest.raises(UsageError, match=r"Lung nodule.csv: \d+ problem") as error:
         collected(folder, **entry())
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_annotations_of_another_data_set_are_refused(rad3d):

@@ -231,12 +231,12 @@ def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(tw
 
 
 @pytest.mark.parametrize(
-    ("splits", "said"),
+    ("splits", "message"),
     [({"train": 0.5, "test": 0.5}, "names like"), ({"dev": "test"}, r"splits of the data set \(train\)")],
 )
-def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, said):
+def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, message):
     folder, entries = two
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         collected(folder, **{**entries["a"], "splits": splits})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, ids_in, original_ids
-from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
 from photon_data.errors import UsageError, first_few
 from photon_data.questions.question import Question
 
@@ -26,7 +26,7 @@ NO_TEXT = ("", "nan", "none", "n/a")
 TEST = "test"
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the CTs below the entry's roots and one question per report; UsageError."""
     files = entry.annotations
     found = find_cts(entry, on_file)

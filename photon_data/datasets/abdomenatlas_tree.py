@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon_data.datasets.archives import SCAN, find_archives
-from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, SourceVolume, read_rows
+from photon_data.datasets.base import UNPACK, DataSet, FoundVolumes, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError
 from photon_data.questions.table import read_text
 from photon_data.readers.find import find_scans
@@ -19,7 +19,7 @@ ID = re.compile(r"BDMAP_\d{8}")
 ORIGINAL, RENAMED = "original id", "AbdomenAtlas_id"
 
 
-def find_cts(entry: DataSet, on_file: OnFile) -> Found:
+def find_cts(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the CTs of an entry, by BDMAP id; UsageError for an id that is there twice below the roots.
 
     Masks beside the CTs are left alone. A CT below the roots goes before one that was unpacked (option `unpack`).
@@ -43,7 +43,7 @@ def find_cts(entry: DataSet, on_file: OnFile) -> Found:
             f"{len(archives)} archives are not read, {archives[0].name} first: name a folder to unpack what is needed, "
             "as `options: {unpack: FOLDER}`, or extract them with tar -xf"
         )
-    return Found([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
+    return FoundVolumes([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
 
 
 def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:

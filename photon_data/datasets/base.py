@@ -89,10 +89,10 @@ class SourceVolume(NamedTuple):
     dataset: DataSet
     source: Source
     rescale: Rescale | None = None
-    stated: Stated | None = None
+    table_grid: Stated | None = None
 
 
-class Found(NamedTuple):
+class FoundVolumes(NamedTuple):
     """The scans of a data set, each under its id, and sentences for the user.
 
     `left_out` is {volume id: reason}, of volumes that the data set or its entry excludes.

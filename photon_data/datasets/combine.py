@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
-from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, Share, SourceVolume
+from photon_data.datasets.base import UNPACK, DataSet, FoundVolumes, OnFile, Share, SourceVolume
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.questions.join import by_name
 from photon_data.questions.question import Question, with_prompt_style
@@ -28,7 +28,7 @@ class Adapter(NamedTuple):
     cohort       a name shared by data sets with the same patients; None for a data set with patients of its own
     """
 
-    read: Callable[[DataSet, OnFile], tuple[Found, list[Question] | None]]
+    read: Callable[[DataSet, OnFile], tuple[FoundVolumes, list[Question] | None]]
     annotations: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     cohort: str | None = None
@@ -188,7 +188,7 @@ def _refuse_conflicts(volumes: Mapping[str, SourceVolume], ours: Mapping[str, So
     """UsageError if an id of ours is also one of an earlier data set, with another file or other metadata."""
     compared: dict[str, Callable[[SourceVolume], object]] = {
         "one file per volume id": lambda volume: volume.source.files,
-        "the same metadata for the same file": lambda volume: (volume.rescale, volume.stated),
+        "the same metadata for the same file": lambda volume: (volume.rescale, volume.table_grid),
     }
     for expected, key in compared.items():
         ids = [id_ for id_ in ours if id_ in volumes and key(volumes[id_]) != key(ours[id_])]
@@ -267,7 +267,7 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
 
 
 def _match(
-    entry: DataSet, found: Found, questions: Sequence[Question], cohort: str, notes: list[str]
+    entry: DataSet, found: FoundVolumes, questions: Sequence[Question], cohort: str, notes: list[str]
 ) -> tuple[list[Question], list[Unmatched]]:
     """Return the questions with the id of their volume, and those whose volume is not there; the left-out become notes.
 

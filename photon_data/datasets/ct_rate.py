@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
 from photon_data.datasets.ct_rate_tree import find_volumes, split_and_patient, volume_id
 from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
@@ -31,7 +31,7 @@ PIECE = 1 << 20
 BETWEEN = re.compile(r"[\s,]*")
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question] | None]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question] | None]:
     """Return CT-RATE's volumes and the questions of those annotations that the entry names: reports, labels, vqa."""
     found = find_volumes(entry, on_file)
     files = entry.annotations

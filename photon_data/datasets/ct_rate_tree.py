@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError, first_few
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
@@ -67,7 +67,7 @@ def split_and_patient(volume: str) -> tuple[str, str]:
     return split, f"{split}_{number}"
 
 
-def find_volumes(entry: DataSet, on_file: OnFile) -> Found:
+def find_volumes(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the volumes below the roots of an entry, each once, with their metadata; UsageError."""
     notes: list[str] = []
     by_version = _by_version(entry, on_file, notes)
@@ -80,7 +80,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Found:
     for name, source in sorted(sources.items()):
         row = metadata.get(name)
         if name in by_version[V2]:
-            volumes.append(SourceVolume(entry, source, stated=Stated(row.geometry, instead=False) if row else None))
+            volumes.append(SourceVolume(entry, source, table_grid=Stated(row.geometry, instead=False) if row else None))
         elif row and row.upright:
             rescale = Rescale(row.slope, row.intercept, "metadata")
             volumes.append(SourceVolume(entry, source, rescale, Stated(row.geometry, instead=True)))
@@ -89,7 +89,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Found:
             volumes.append(SourceVolume(entry, source if source.problem else refused))
     left_out = _no_chest(entry.annotations.get("no_chest", ()))
     left_out |= _other_reconstructions(entry, [name for name in sorted(sources) if name not in left_out], metadata)
-    return Found(volumes, left_out, notes)
+    return FoundVolumes(volumes, left_out, notes)
 
 
 # Why volumes of v1 cannot become stores.
@@ -122,8 +122,8 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
                     raise entry.error(f"expected every volume once, found {both}; narrow `root`")
     if unclear:
         raise entry.error(
-            "expected either train or valid (v1) or train_fixed or valid_fixed (v2) in every path, found none or both in "
-            f"{len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set the option `version: v1` or `v2`"
+            "expected train or valid (v1), or train_fixed or valid_fixed (v2), in every path, found none or both in "
+            f"{len(unclear)}, {unclear[0]} first; keep the published folders, or set the option `version: v1` or `v2`"
         )
     if unnamed:
         notes.append(f"{len(unnamed)} scans without a name of CT-RATE are left alone, {unnamed[0]} first")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, original_ids
-from photon_data.datasets.base import DataSet, Found, OnFile, text_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, text_rows
 from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, Table, TableRow, read_table, read_text, refuse
@@ -61,7 +61,7 @@ LETTERS = "ABCD"
 CHOICES = re.compile(r"(?s)(?:^|.*\s)A:\s(?P<A>.*?)\s+B:\s(?P<B>.*?)(?:\s+C:\s(?P<C>.*?))?(?:\s+D:\s(?P<D>.*?))?\s*")
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the CTs below the entry's roots and the questions of its files; UsageError."""
     originals = original_ids(entry.annotations.get("ids", ()))
     questions = [q for path in entry.annotations.get("questions", ()) for q in read_questions(path, originals)]

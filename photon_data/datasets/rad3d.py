@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
 from photon_data.datasets.ct_rate_tree import SUFFIX, VOLUME, find_volumes, split_and_patient
 from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
@@ -35,7 +35,7 @@ PUBLISHED = {
 MEASUREMENT = "3"
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the volumes of CT-RATE below the entry's roots and all questions; UsageError."""
     files: list[Path] = []
     for folder in entry.annotations.get("questions", ()):
