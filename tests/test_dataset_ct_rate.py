@@ -236,7 +236,5 @@ def test_a_renamed_column_is_named_with_the_one_that_may_be_meant(tmp_path):
     write_csv(
         tmp_path / "r.csv", ("VolumeName", "Finding_EN"), [{"VolumeName": "valid_1_a_1.nii.gz", "Finding_EN": "x"}]
     )
-    with pytest.raises(
-        UsageError, match="expected a column 'Findings_EN', found 'Finding_EN'; rename it if it is meant"
-    ):
+    with pytest.raises(UsageError, match="expected a column 'Findings_EN', found none; did you mean 'Finding_EN'"):
         collected(tmp_path, adapter="ct-rate", root="dataset", annotations={"reports": "r.csv"})

@@ -89,7 +89,7 @@ def edit(file, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("VolumeName", "volume", "expected a column 'VolumeName', found 'volume'; rename it if it is meant"),
+        ("VolumeName", "volume", "expected a column 'VolumeName', found none; did you mean 'volume'"),
         (",Close,A,Yes", ",Close,B,Yes", "answer is not its choice"),
         ("test_1000_a_1", "train_1000_a_1", "expected a volume like test_1_a_1.nii.gz, found 'train_1000_a_1.nii.gz'"),
         ("\n4,10,", "\n5,10,", "expected task 4, as its folder is called, found '5'"),

@@ -58,7 +58,7 @@ def known_ids(archive: Path, folder: Path) -> list[str] | None:
         marker = json.loads(Location(str(folder)).read(_marker(archive)) or b"null")
     except ValueError:
         return None
-    return marker["ids"] if isinstance(marker, dict) and marker | _identity(archive) == marker else None
+    return marker.get("ids") if isinstance(marker, dict) and marker | _identity(archive) == marker else None
 
 
 def _marker(archive: Path) -> str:

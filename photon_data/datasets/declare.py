@@ -58,7 +58,7 @@ def read_data_manifest(path: Path) -> DataManifest:
             raise UsageError(f"{item.place}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
         if name.casefold() in datasets:
             raise UsageError(
-                f"{item.place}: expected names that differ in more than case, found {name!r} as a second one"
+                f"{item.place}: expected names that differ in more than case, found {name!r} after another"
             )
         datasets[name.casefold()] = _entry(name, item, recipe)
     if not datasets:
@@ -66,9 +66,8 @@ def read_data_manifest(path: Path) -> DataManifest:
     out = top["out"].text() if "out" in top else None
     if out is not None and "://" not in out:
         out = str(path.absolute().parent / out)
-    return DataManifest(
-        path, tuple(datasets.values()), out, int(top["seed"].number(-1, whole=True)) if "seed" in top else 0
-    )
+    seed = int(top["seed"].number(-1, whole=True)) if "seed" in top else 0
+    return DataManifest(path, tuple(datasets.values()), out, seed)
 
 
 def _entry(name: str, item: Node, recipe: RecipeChoice) -> DataSet:
@@ -92,9 +91,7 @@ def _entry(name: str, item: Node, recipe: RecipeChoice) -> DataSet:
         volumes=read("volumes", lambda volumes: volumes.one_of(RECONSTRUCTIONS), "all"),
         recipe=read("recipe", lambda choice: _recipe(choice, recipe), recipe),
         mix=read("mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
-        options=read(
-            "options", lambda options: {key: _option(key, value) for key, value in options.mapping().items()}, {}
-        ),
+        options=read("options", _options, {}),
     )
 
 
@@ -110,7 +107,7 @@ def _splits(item: Node) -> tuple[dict[str, str], dict[str, float]]:
     if not isinstance(item.value, dict):
         return {text: text for text in item.texts()}, {}
     if item.value and all(isinstance(share.value, int | float) for share in item.value.values()):
-        return {}, {name: share.number(0) for name, share in item.value.items()}
+        return {}, {name: float(share.number(0)) for name, share in item.value.items()}
     return {theirs: ours.text() for theirs, ours in item.value.items()}, {}
 
 
@@ -144,13 +141,16 @@ def _share(item: Node) -> Share:
     return Share(found["weight"].number(0) if "weight" in found else None, cap)
 
 
-def _option(name: str, item: Node) -> Any:
-    if name == UNPACK:
-        item.text()  # no list
-        return item.paths()[0]
-    if not isinstance(item.value, dict):
-        return item.text()
-    return {key: value.text() for key, value in item.mapping(NAMES if name == "columns" else None).items()}
+def _options(item: Node) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, value in item.mapping().items():
+        if isinstance(value.value, dict):
+            texts = value.mapping(NAMES if name == "columns" else None)
+            options[name] = {key: item.text() for key, item in texts.items()}
+        else:
+            text = value.text()  # refuses a list
+            options[name] = value.paths()[0] if name == UNPACK else text
+    return options
 
 
 class Node(NamedTuple):
