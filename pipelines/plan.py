@@ -200,7 +200,7 @@ def jobs_of(order: Order, both: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
     return [
-        _job(order, volume.source, recipes[volume.dataset.name], volume.rescale, volume.stated)
+        _job(order, volume.source, recipes[volume.dataset.name], volume.rescale, volume.table_grid)
         for volume in both.volumes[: order.limit]
     ]
 
