@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +43,12 @@ from photon_cli.terminal import (
     fail,
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+if TYPE_CHECKING:
+    from photon_data.volume import Volume
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
+)
 
 Out = Annotated[str, typer.Argument(help="Folder or URL (s3://...) that photon-data prepare wrote.")]
 # A data_manifest.yaml says these for itself.
@@ -58,13 +63,19 @@ def prepare(
     only: Only = [],  # noqa: B006 - typer copies it
     prompt_style: Annotated[
         str | None,
-        typer.Option(help="Style of the questions: plain, letters, 3d-rad, deeptumorvqa; as the manifest says if not given."),
+        typer.Option(
+            help="Style of the questions: plain, letters, 3d-rad, deeptumorvqa; as the manifest says if not given."
+        ),
     ] = None,
     recipe: RecipeName = "chest_ct",
     settings: Settings = [],  # noqa: B006
-    questions: Annotated[Path | None, typer.Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")
+    ] = None,
     columns: Columns = [],  # noqa: B006
-    split: Annotated[str, typer.Option(help="Shares per split where the table has none.")] = "train=0.8,val=0.1,test=0.1",
+    split: Annotated[
+        str, typer.Option(help="Shares per split where the table has none.")
+    ] = "train=0.8,val=0.1,test=0.1",
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     allow_leaks: Annotated[bool, typer.Option(help="Write manifests even if a patient is in two splits.")] = False,
     modality: Modality = None,
@@ -99,9 +110,14 @@ def prepare(
         else:
             made_by, policy = make_recipe(recipe, settings, modality, nan, max_voxels)
             run |= {"columns": pairs(columns, "--columns"), "fractions": fractions(split), "questions": questions}
-            request = FolderRequest(source, Location(out), made_by, policy=policy, hu_source=hu_source, id_from=id_from, **run)
+            request = FolderRequest(
+                source, Location(out), made_by, policy=policy, hu_source=hu_source, id_from=id_from, **run
+            )
         if not request.out.is_shared:
-            fail(f"expected a folder or an object store, found {request.out.url}: worker processes do not share it", MISUSE)
+            fail(
+                f"expected a folder or an object store, found {request.out.url}: worker processes do not share it",
+                MISUSE,
+            )
         where = Workers(workers, scheduler, timeout, memory)
         if dry_run:
             print_estimate(request, where)
@@ -148,7 +164,11 @@ def inspect(
             is_fine = inspect_manifest(manifest, only, out, where)
         else:
             made_by, policy = make_recipe(recipe, settings, modality, nan, max_voxels)
-            tables: dict[str, Any] = {"hu_source": hu_source, "columns": pairs(columns, "--columns"), "id_from": id_from}
+            tables: dict[str, Any] = {
+                "hu_source": hu_source,
+                "columns": pairs(columns, "--columns"),
+                "id_from": id_from,
+            }
             request = FolderRequest(source, Location("."), made_by, policy=policy, limit=limit, **tables)
             with stopped_as_exit_code(), console.status("reading scans"):
                 records, ignored = run_request(request, where)
@@ -179,7 +199,9 @@ def verify(out: Out) -> None:
         stores = sum(record.is_there for record in read_records(location))
         problems = 0
         is_silent = not console.is_terminal
-        for problem in verify_output(location, lambda items: track(items, "verifying", console=console, disable=is_silent)):
+        for problem in verify_output(
+            location, lambda items: track(items, "verifying", console=console, disable=is_silent)
+        ):
             problems += 1
             console.print(problem, soft_wrap=True, style="red")
         console.print(f"{stores} stores checked, {problems} problems")
@@ -215,7 +237,9 @@ def show(
 @app.command()
 def export(
     out: Out,
-    format_: Annotated[str, typer.Option("--format", help="nifti (364^3 .nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")],
+    format_: Annotated[
+        str, typer.Option("--format", help="nifti (364^3 .nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")
+    ],
     to: Annotated[Path | None, typer.Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Write again what is there.")] = False,
 ) -> None:
@@ -244,7 +268,9 @@ def phantom(
     n: Annotated[int, typer.Option("--n", min=1, help="Number of scans.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     size: Annotated[int, typer.Option(min=64, help="Voxels across a slice: smaller is faster and coarser.")] = 384,
-    easy: Annotated[bool, typer.Option("--easy", help="Whole organs affected, short questions: for tiny models.")] = False,
+    easy: Annotated[
+        bool, typer.Option("--easy", help="Whole organs affected, short questions: for tiny models.")
+    ] = False,
 ) -> None:
     """Make raw synthetic CTs with masks and questions whose answers are known."""
     with errors_as_exit_codes():
@@ -257,7 +283,28 @@ def phantom(
             except FileExistsError as error:
                 fail(str(error), MISUSE)
         questions = sum(len(phantom.questions) for phantom in made)
-        console.print(f"{n} scans in {directory}/scans, masks in {directory}/masks, {questions} questions", soft_wrap=True)
+        console.print(
+            f"{n} scans in {directory}/scans, masks in {directory}/masks, {questions} questions", soft_wrap=True
+        )
+
+
+def _read_scan(path: Path) -> tuple[str, Volume]:
+    """Return the id and the Hounsfield units of a raw scan, by its header's slope and intercept."""
+    import numpy as np
+
+    from photon_data.errors import UsageError
+    from photon_data.readers import find_scans, left_alone, open_scan
+    from photon_data.volume import Volume
+
+    if not path.exists():
+        raise UsageError(f"expected a store or a scan, but {path} does not exist")
+    sources, ignored = find_scans(path)
+    if len(sources) != 1:
+        others = f"; files left alone: {left_alone(ignored)}" if ignored else ""
+        raise UsageError(f"expected one scan, found {len(sources)} in {path}; name one{others}")
+    scan = open_scan(sources[0])
+    planes = np.stack([plane.astype(np.float32) for plane in scan.planes()])
+    return sources[0].id, Volume(planes * scan.slope + scan.intercept, scan.geometry)
 
 
 def main() -> None:

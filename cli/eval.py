@@ -74,12 +74,16 @@ def score(
         settings = replace(settings, grid_zyx=config.tokens_thw)
     predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
     counted = _counted(masks, volumes, settings) if masks else {}
-    evaluation = evaluate(benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted)
+    evaluation = evaluate(
+        benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
+    )
     paths = write(evaluation, output, overlays=_pictures(evaluation, rows, overlays, output / "overlays"))
     print_evaluation(evaluation)
     if masks and not any(answers.mask_recalls for answers in evaluation.answers):
         grid = " x ".join(map(str, settings.grid_zyx))
-        console.print(f"no recall of masks: no prediction says which of {grid} tokens it kept; --config MODEL says the grid")
+        console.print(
+            f"no recall of masks: no prediction says which of {grid} tokens it kept; --config MODEL says the grid"
+        )
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return evaluation
 
@@ -105,7 +109,9 @@ def _counted(folder: Path, volumes: Mapping[str, str], settings: Settings) -> di
     return found.masks
 
 
-def _pictures(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: int, folder: Path) -> dict[str, dict[str, Path]]:
+def _pictures(
+    evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: int, folder: Path
+) -> dict[str, dict[str, Path]]:
     """Write pictures of cases of the first file of predictions; return {name of the file: {question id: picture}}."""
     if not most:
         return {}
@@ -120,7 +126,9 @@ def _pictures(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: i
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the averages of every file of predictions, and the differences between them."""
     console.print(f"{evaluation.benchmark}: {evaluation.questions:,} questions, {evaluation.patients:,} patients")
-    console.print(f"constant answers were chosen on {evaluation.learned_on}; scores in points, 95 % intervals by patient")
+    console.print(
+        f"constant answers were chosen on {evaluation.learned_on}; scores in points, 95 % intervals by patient"
+    )
     for answers in evaluation.answers:
         console.print(_scores(answers))
         if answers.unparsed:
@@ -180,7 +188,9 @@ def _print_costs(answers: Answers) -> None:
         stages = ", ".join(f"{stage} {seconds.mean:.3f}" for stage, seconds in costs.seconds.items())
         console.print(f"seconds per question: {stages}; {costs.questions_per_second:.2f} questions per second")
     if costs and costs.prefill_tflop is not None:
-        console.print(f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} unpruned")
+        console.print(
+            f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} unpruned"
+        )
     if costs and costs.peak_memory_mib:
         console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
     if answers.kept:

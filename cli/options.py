@@ -20,15 +20,21 @@ SourceAndOut = Annotated[
         "report. With --manifest: OUT alone, or nothing.",
     ),
 ]
-Manifest = Annotated[Path | None, typer.Option(help="Data sets as this data_manifest.yaml declares them, instead of SOURCE.")]
+Manifest = Annotated[
+    Path | None, typer.Option(help="Data sets as this data_manifest.yaml declares them, instead of SOURCE.")
+]
 Only = Annotated[list[str], typer.Option("--only", help="This data set of the manifest only. Repeatable.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="chest_ct, abdomen_ct or wide_ct.")]
-Settings = Annotated[list[str], typer.Option("--set", help="Change the recipe: spacing_mm=1.5,1.5,1.5 (z, y, x). Repeatable.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", help="Change the recipe: spacing_mm=1.5,1.5,1.5 (z, y, x). Repeatable.")
+]
 Modality = Annotated[str | None, typer.Option(help="ct refuses intensities that are no HU; other does not look.")]
 Nan = Annotated[str | None, typer.Option(help="refuse scans with NaN or infinite voxels, or fill those voxels.")]
 HuSource = Annotated[str, typer.Option(help="header, stored (no scaling) or a table: volume, slope, intercept.")]
 Columns = Annotated[list[str], typer.Option(help="Column names of your tables: volume=VolumeName,question=Question.")]
-IdFrom = Annotated[str, typer.Option(help="Volume ids from the relative path, the file name, or a hash: path, name, hash.")]
+IdFrom = Annotated[
+    str, typer.Option(help="Volume ids from the relative path, the file name, or a hash: path, name, hash.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N scans.")]
 WorkerCount = Annotated[int | None, typer.Option(min=1, help="Local workers; from cores and memory if not given.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or scheduler file of a Dask cluster to use.")]
@@ -102,7 +108,11 @@ def window_of(text: str) -> str | tuple[float, float]:
 
 
 def make_recipe(
-    name: str, settings: Sequence[str], modality: str | None = None, nan: str | None = None, max_voxels: int | None = None
+    name: str,
+    settings: Sequence[str],
+    modality: str | None = None,
+    nan: str | None = None,
+    max_voxels: int | None = None,
 ) -> tuple[Recipe, Policy]:
     """Return the named recipe and the policy, with --set and the options applied; UsageError for what neither knows."""
     from photon_data.recipe import named_recipe

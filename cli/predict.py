@@ -23,7 +23,7 @@ from photon_cli.options import numbers, window_of
 from photon_cli.terminal import ProgressBar, console
 from photon_data.errors import UsageError
 from photon_data.picture import AUTO, resolve_window
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 from photon_train.answering import manifest
 from photon_train.answering.manifest import WHOLE, Outcome, Shard, Watch
 from photon_train.answering.prediction import read_predictions
@@ -87,13 +87,21 @@ def overlays_of(folder: Path | None, window: str, at: str | None, masks: Path | 
 
 
 def predict_scan(
-    model: Model, scan_path: str, questions: list[str], recipe: Recipe, overlays: Overlays, *, as_json: bool, stream: bool
+    model: Model,
+    scan_path: str,
+    questions: list[str],
+    made_by: tuple[Recipe, Policy],
+    overlays: Overlays,
+    *,
+    as_json: bool,
+    stream: bool,
 ) -> None:
     """Answer questions about a scan, on the grid that the model reads, and print what was kept and what it took.
 
     The scan is read before the model: most of what can be wrong is wrong with the scan.
     """
-    scan = open_input(scan_path, replace(recipe, model_shape_zyx=grid_read_by(model.name, model.revision)))
+    recipe, policy = made_by
+    scan = open_input(scan_path, replace(recipe, model_shape_zyx=grid_read_by(model.name, model.revision)), policy)
     asker = model.load()
     shown = _ShownScan(overlays, scan, asker.processor.config.tokens_thw, overlays.masks)
     streamer = _streamer(asker, questions) if stream and not as_json else None
@@ -107,7 +115,9 @@ def predict_scan(
             {"question": question, **asdict(reply.prediction), "recall": recall}
             for question, reply, recall in zip(questions, replies, recalls, strict=True)
         ]
-        print(json.dumps({"model": model.name, "volume_id": scan.id, "seconds": seconds, "predictions": rows}, indent=1))
+        print(
+            json.dumps({"model": model.name, "volume_id": scan.id, "seconds": seconds, "predictions": rows}, indent=1)
+        )
         return
     for question, reply, recall in zip(questions, replies, recalls, strict=True):
         _print_reply(question, reply, recall, with_answer=not stream)
@@ -140,13 +150,17 @@ def _print_reply(question: str, reply: Reply, recalls: dict[str, Any], *, with_a
     kept = f"{prediction.kept_tokens} of {prediction.visual_tokens} tokens kept"
     console.print(f"{prediction.id}: {kept} ({prediction.scheduler})", style="dim")
     for name, recall in recalls.items():
-        console.print(f"  {name}: {recall['recall']:.1%} of {recall['voxels']} voxels kept, chance {recall['chance']:.1%}")
+        console.print(
+            f"  {name}: {recall['recall']:.1%} of {recall['voxels']} voxels kept, chance {recall['chance']:.1%}"
+        )
 
 
 class _ShownScan:
     """A scan on which the kept tokens of several questions are drawn and measured."""
 
-    def __init__(self, overlays: Overlays, scan: ScanInput, tokens_zyx: tuple[int, int, int], masks: Path | None) -> None:
+    def __init__(
+        self, overlays: Overlays, scan: ScanInput, tokens_zyx: tuple[int, int, int], masks: Path | None
+    ) -> None:
         self.view = overlays.view
         self.canvas = Canvas(scan.volume, scan.native, tokens_zyx)
         self.masks = counted_masks(masks, self.canvas.cells) if masks else []
@@ -178,12 +192,20 @@ def predict_rows(model: Model, data: Sequence[Path], output: Path, shard: str | 
         if overlays.folder:
             try:
                 _write_overlays(overlays, group, replies, asker.processor.config.tokens_thw)
-            except (ValueError, OSError) as error:  # a volume that cannot be shown is no reason not to answer the others
+            except (
+                ValueError,
+                OSError,
+            ) as error:  # a volume that cannot be shown is no reason not to answer the others
                 unshown[group.name] = str(error)
 
     with _AnsweringBar() as bar:
         outcome = manifest.predict_rows(asker, rows, output, part, Watch(bar.on_start, on_replies))
-    _print_outcome(outcome, bar, output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}", unshown)
+    _print_outcome(
+        outcome,
+        bar,
+        output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}",
+        unshown,
+    )
     return not (outcome.failed or unshown)
 
 
@@ -286,7 +308,9 @@ def answer_benchmark(
     is_budgeted = bool(set(names) & set(BUDGETED))
     given_share = None if keep == MATCH_ITS else _share_of(keep)
     if given_share is not None and not is_budgeted:
-        raise UsageError(f"--keep: expected one of {', '.join(BUDGETED)} among --schedulers, found {schedulers or 'none'}")
+        raise UsageError(
+            f"--keep: expected one of {', '.join(BUDGETED)} among --schedulers, found {schedulers or 'none'}"
+        )
     if given_share is None and is_budgeted and ITS not in names:
         raise UsageError(
             f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; add it, or say --keep 0.4"
@@ -294,7 +318,8 @@ def answer_benchmark(
 
     def answer(rows: Sequence[Row]) -> tuple[list[Path], PhotonConfig]:
         share, files, configs = given_share, [], []
-        for name in sorted(names, key=lambda name: name != ITS) or [None]:
+        in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
+        for name in in_order or [None]:  # None: the model's own
             chosen = replace(model, scheduler=name, keep_ratio=share if name in BUDGETED else None)
             path, config = _answer_rows(chosen, rows, folder)
             files.append(path)
@@ -321,7 +346,9 @@ def _answer_rows(model: Model, rows: Sequence[Row], folder: Path) -> tuple[Path,
     asker = model.load()
     config = asker.model.config
     path = folder / f"{config.scheduler}.jsonl"
-    console.print(f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else ""))
+    console.print(
+        f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else "")
+    )
     with _AnsweringBar() as bar:
         outcome = manifest.predict_rows(asker, rows, path, watch=Watch(bar.on_start, bar.on_replies))
     _print_outcome(outcome, bar, path, {})

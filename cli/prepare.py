@@ -114,7 +114,9 @@ def print_result(request: Request, result: Result) -> None:
     for code, count in Counter(record.code for record in result.records if not record.is_there).most_common():
         console.print(f"  {count} x {code}")
     if result.kept:
-        console.print(f"{len(result.kept)} volumes of earlier runs were kept, {min(record.id for record in result.kept)} first")
+        console.print(
+            f"{len(result.kept)} volumes of earlier runs were kept, {min(record.id for record in result.kept)} first"
+        )
     for split, rows in result.manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
     if result.leak is not None:
@@ -137,7 +139,17 @@ def _print_counts(counts: Sequence[Count]) -> None:
     if not any(found.constant_answer for found in counts):
         return
     table = Table(title="questions (all of it in questions.json)")
-    for name in ("data set", "task", "split", "questions", "volumes", "per volume", "best constant answer", "right", "macro"):
+    for name in (
+        "data set",
+        "task",
+        "split",
+        "questions",
+        "volumes",
+        "per volume",
+        "best constant answer",
+        "right",
+        "macro",
+    ):
         table.add_column(name, overflow="fold")
     for found in counts:
         low, middle, high = found.per_volume
@@ -154,7 +166,9 @@ def print_estimate(request: Request, workers: Workers) -> None:
     if isinstance(request, ManifestRequest):
         for archives in pending(request.datasets, request.limit):
             console.print(str(archives), soft_wrap=True)
-        readable = tuple(entry for entry in request.datasets if not any(archives.is_all for archives in pending([entry])))
+        readable = tuple(
+            entry for entry in request.datasets if not any(archives.is_all for archives in pending([entry]))
+        )
         if not readable:
             return
         request = replace(request, datasets=readable)
@@ -171,14 +185,21 @@ def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> dict[str, str]:
     megabytes = sum(job.source.bytes for job in todo.jobs) / 1e6
     count, scans = workers.local_count(), len(todo.jobs)
     seconds = (SECONDS_PER_VOLUME * scans + SECONDS_PER_MB * megabytes) / count
-    duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    duration = (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
     voxels = math.prod(recipe.shape_zyx) + math.prod(recipe.model_shape_zyx)
     return {
         "to prepare": f"{scans} scans, {megabytes:,.0f} MB",
         "done before": f"{len(todo.done)} scans",
         "known to be refused": f"{sum(job.source.problem is not None for job in todo.jobs)} scans",
         "time": f"about {duration} with {count} local workers" if not workers.scheduler else "depends on the cluster",
-        "memory": f"about {WORKER_GB * count:.1f} GB for axis-aligned scans, up to {OBLIQUE_WORKER_GB * count:.1f} GB for oblique ones",
+        "memory": f"about {WORKER_GB * count:.1f} GB for axis-aligned scans, "
+        f"up to {OBLIQUE_WORKER_GB * count:.1f} GB for oblique ones",
         "disk": f"about {2 * voxels * COMPRESSED * scans / 1e9:,.1f} GB in {FILES_PER_STORE * scans} files",
     }
 
@@ -190,7 +211,9 @@ def _print_lines(title: str, lines: Mapping[str, str]) -> None:
     console.print(table)
 
 
-def print_findings(source: Path, records: Sequence[VolumeRecord], ignored: Mapping[str, int], json_file: Path | None) -> bool:
+def print_findings(
+    source: Path, records: Sequence[VolumeRecord], ignored: Mapping[str, int], json_file: Path | None
+) -> bool:
     """Print a row per scan, write them to `json_file` if given, and return whether all could be prepared."""
     table = Table(title=f"{len(records)} scans in {source}")
     for name in ("id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"):

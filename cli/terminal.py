@@ -51,7 +51,9 @@ def errors_as_exit_codes() -> Iterator[None]:
     from photon_data.errors import Refused, UsageError
     from photon_data.prepare_file import NO_SPACE
 
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Dask leaves a time-out behind when it closes; asyncio reports it
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # Dask leaves a time-out behind when it closes; asyncio reports it
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -77,9 +79,21 @@ class ProgressBar:
     """A context manager: a live bar on a terminal, elsewhere a plain line now and then."""
 
     def __init__(self, description: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._progress = Progress(*columns, *times, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task(description, total=None, detail="")

@@ -20,7 +20,9 @@ from photon_train.training.setup import TrainingStopped, read_config, start
 PLAIN_LINES = 20  # without a terminal a run prints about this many lines, however long it takes
 
 
-def train(stage: str, given: dict[str, Any], config: Path | None, settings: Sequence[str], resume: bool, dry: bool) -> None:
+def train(
+    stage: str, given: dict[str, Any], config: Path | None, settings: Sequence[str], resume: bool, dry: bool
+) -> None:
     """Train, or with `dry` make one step and describe the run. The exit code is 3 when the run had to stop."""
     disable_progress_bar()  # transformers' own bar
     run_config = _config_of(stage, given, config, settings)
@@ -68,7 +70,9 @@ def _run(config: TrainConfig, resume: bool) -> None:
     with bar:
         summary = run_steps(run)
     if summary:
-        console.print(f"{run.folder}: checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl", soft_wrap=True)
+        console.print(
+            f"{run.folder}: checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl", soft_wrap=True
+        )
 
 
 class _TrainingBar(ProgressBar):
@@ -86,7 +90,9 @@ class _TrainingBar(ProgressBar):
 def _sentence(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if row.get("keep_ratio") is not None:
-        parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {row.get('threshold') or float('nan'):.3f}")
+        parts.append(
+            f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {row.get('threshold') or float('nan'):.3f}"
+        )
     parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
     if row.get("eval_loss") is not None:
         parts.append(f"eval loss {row['eval_loss']:.3f}, exact {row['eval_exact']:.1%}")

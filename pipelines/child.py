@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from photon_data.prepare_file import Job, NoSpace, run
+from photon_data.prepare_file import Job, NoSpace, prepare_file
 from photon_data.records import FAILED
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
@@ -102,9 +102,13 @@ def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
 def _cause_of_death(process: subprocess.Popen[bytes]) -> ChildError:
     code = process.wait()
     if code == -signal.SIGKILL:
-        return ChildError("killed", "its process was killed, most likely for lack of memory; fewer --workers leave more for each")
+        return ChildError(
+            "killed", "its process was killed, most likely for lack of memory; fewer --workers leave more for each"
+        )
     if code < 0:
-        return ChildError("crashed", f"its process crashed with {signal.Signals(-code).name} while reading or resampling it")
+        return ChildError(
+            "crashed", f"its process crashed with {signal.Signals(-code).name} while reading or resampling it"
+        )
     return ChildError("crashed", f"its process ended with exit code {code}")
 
 
@@ -155,7 +159,7 @@ def main(address_space_bytes: int) -> None:
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = run(Job.from_json(json.loads(line))).to_json()
+            reply = prepare_file(Job.from_json(json.loads(line))).to_json()
         except NoSpace as error:
             reply = {NO_SPACE: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")

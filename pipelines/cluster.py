@@ -54,7 +54,9 @@ class Workers:
     def __post_init__(self) -> None:
         """UsageError for a memory limit under which no worker could start."""
         if self.memory_gb is not None and 0 < self.memory_gb < MIN_MEMORY_GB:
-            raise UsageError(f"--memory: expected at least {MIN_MEMORY_GB} GB (or 0 for no limit), found {self.memory_gb}")
+            raise UsageError(
+                f"--memory: expected at least {MIN_MEMORY_GB} GB (or 0 for no limit), found {self.memory_gb}"
+            )
 
     def local_count(self) -> int:
         """Return how many local workers there are."""

@@ -187,7 +187,9 @@ def out_of(manifest: DataManifest, out: str | None) -> Location:
     """Return where to write: what the command says, else what the manifest says; UsageError where neither does."""
     where = out or manifest.out
     if where is None:
-        raise UsageError(f"expected an output folder as `out:` in {manifest.path.name} or after --manifest, found neither")
+        raise UsageError(
+            f"expected an output folder as `out:` in {manifest.path.name} or after --manifest, found neither"
+        )
     return Location(where)
 
 
@@ -196,7 +198,9 @@ def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
     recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
     if len({recipe.digest for recipe in recipes.values()}) > 1:
         found = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
-        raise UsageError(f"expected one recipe per output folder, found {found}; prepare them one by one, with --only NAME OUT")
+        raise UsageError(
+            f"expected one recipe per output folder, found {found}; prepare them one by one, with --only NAME OUT"
+        )
     return next(iter(recipes.values()))
 
 
@@ -271,7 +275,9 @@ def _with_ids(questions: Sequence[Question], sources: Sequence[Source]) -> list[
     return [replace(question, volume=named.get(question.volume, question.volume)) for question in questions]
 
 
-def rescaling(hu_source: str, sources: Sequence[Source], columns: Mapping[str, str]) -> Callable[[Source], Rescale | None]:
+def rescaling(
+    hu_source: str, sources: Sequence[Source], columns: Mapping[str, str]
+) -> Callable[[Source], Rescale | None]:
     """Return the function that gives each source its slope and intercept: None for the header's.
 
     `hu_source` is "header", "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume, slope,
@@ -332,7 +338,9 @@ def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
     """Return which of the jobs have to be done; UsageError if the result would mix recipes."""
     before = {record.id: record for record in read_records(out)}
     ids = {job.source.id for job in jobs}
-    others = [replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids]
+    others = [
+        replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids
+    ]
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))
         digests = list(threads.map(lambda record: _digest_of_store(out, record), others))

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.datasets.declare import DataSet
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, Row, Table, nearest, read_table, refuse
 from photon_data.scan import Source, Stated

@@ -18,7 +18,7 @@ from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, m3d, rad3d
 from photon_data.datasets.base import Adapter, Collected
 from photon_data.datasets.declare import DataSet, Share
 from photon_data.errors import UsageError, first_few
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.questions.join import by_source
 from photon_data.questions.question import TAG, Question, put
 from photon_data.questions.rows import Unmatched
