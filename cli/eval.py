@@ -11,7 +11,7 @@ from rich.table import Table
 
 from photon_cli.terminal import ProgressBar, console
 from photon_data.errors import UsageError
-from photon_data.questions.rows import read
+from photon_data.questions.manifest import read
 from photon_train.answering.prediction import read_predictions
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, check, evaluate

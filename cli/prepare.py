@@ -13,14 +13,16 @@ from pathlib import Path
 from rich.table import Table
 
 from photon_cli.terminal import STOPPED, ProgressBar, console, fail
-from photon_data.datasets.combine import Part, collect, combine, missing_paths
-from photon_data.datasets.declare import DataSet, read_data_manifest
+from photon_data.datasets.base import DataSet
+from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
+from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
+from photon_data.files import jsonl_bytes
 from photon_data.questions.counts import Count
 from photon_data.questions.splits import leaks, refuse_leaks
-from photon_data.readers import left_alone
+from photon_data.readers.find import left_alone
 from photon_data.recipe import Recipe
-from photon_data.records import READY, VolumeRecord, jsonl_bytes
+from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import duplicates, problems
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import (
@@ -128,7 +130,7 @@ def print_result(request: Request, result: Result) -> None:
     if unmatched:
         console.print(f"{len(unmatched)} questions have no row:", style="red")
     for question in unmatched[:SHOWN_QUESTIONS]:
-        console.print(f"  {question.id} (volume {question.volume}): {question.why}", soft_wrap=True)
+        console.print(f"  {question.id} (volume {question.volume}): {question.reason}", soft_wrap=True)
     if len(unmatched) > SHOWN_QUESTIONS:
         console.print(f"  and {len(unmatched) - SHOWN_QUESTIONS} more")
     console.print(f"{request.out.url}: see report.html, volumes.jsonl", soft_wrap=True)
@@ -261,16 +263,16 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     console.print(table)
     if not parts:
         return False
-    readable = tuple(part.entry for part in parts)
+    readable = tuple(entry for part in parts for entry in part.datasets)
     request = ManifestRequest(path, location, one_recipe(readable), seed=manifest.seed, datasets=readable)
     combined = combine(parts, manifest.seed)
     todo = plan(jobs_of(request, combined), location, request.recipe)
     _print_lines("for the volumes that are there", _costs(request.recipe, todo, workers))
-    refuse_leaks(leaks(map(as_row, combined.questions), []))
+    refuse_leaks(leaks(map(as_row, combined.questions)))
     return len(parts) == len(datasets) and not combined.unmatched
 
 
-def _inspect_dataset(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]:
+def _inspect_dataset(entry: DataSet, seed: int) -> tuple[Collection | None, list[str]]:
     """Return a data set, if it can be read, and its line of the table."""
     missing = missing_paths(entry)
     if missing:
@@ -279,8 +281,8 @@ def _inspect_dataset(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]
         archives = pending([entry])
         for one in archives:
             if one.is_all:
-                return None, [entry.name, "?", f"{len(one.asked):,}", "0", f"{len(one.missing):,}", str(one)]
-        part = collect(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
+                return None, [entry.name, "?", f"{len(one.requested):,}", "0", f"{len(one.missing):,}", str(one)]
+        part = read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     found, lacking = {q.volume for q in part.questions}, sorted({question.volume for question in part.unmatched})

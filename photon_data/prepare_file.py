@@ -88,21 +88,23 @@ class Job:
 
 
 def prepare(
-    scan: str | Path | Volume, recipe: Recipe | None = None, policy: Policy | None = None, rescale: Rescale | None = None
+    scan: str | Path | Volume,
+    recipe: Recipe | None = None,
+    policy: Policy | None = None,
+    rescale: Rescale | None = None,
 ) -> Prepared:
     """Return a scan as `prepare_volume` makes it for a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is written.
 
     `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a store,
     UsageError where the path holds no scan or several.
 
-    >>> import numpy as np
-    >>> from photon_data import Geometry, Recipe, Volume, prepare
-    >>> hu = np.full((40, 40, 40), -1000, np.int16)
-    >>> hu[10:30, 10:30, 10:30] = 40
-    >>> scan = Volume(hu, Geometry.axis_aligned(hu.shape, (2, 1, 1), (0, 0, 0)))
-    >>> prepared = prepare(scan, Recipe(shape_zyx=(80, 40, 40), model_shape_zyx=(40, 20, 20)))
+    >>> recipe = photon_data.Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+    >>> prepared = photon_data.prepare("a.nii.gz", recipe)
     >>> prepared.volume.geometry.spacing_zyx_mm, prepared.model.array_zyx.shape
-    ((1.0, 1.0, 1.0), (40, 20, 20))
+    ((1.0, 1.0, 1.0), (14, 28, 28))
+    >>> volume = photon_data.read("a.nii.gz")  # the same from memory
+    >>> bool((photon_data.prepare(volume, recipe).volume.numpy() == prepared.volume.numpy()).all())
+    True
     """
     policy = policy or Policy()
     if isinstance(scan, Volume):
@@ -111,7 +113,9 @@ def prepare(
     else:
         found = find_scans(Path(scan)).sources
         if len(found) != 1:
-            raise UsageError(f"expected one scan, found {len(found)} in {scan}; name one file or one folder of a series")
+            raise UsageError(
+                f"expected one scan, found {len(found)} in {scan}; name one file or one folder of a series"
+            )
         opened = open_scan(found[0], nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
     return prepare_volume(opened, recipe or Recipe(), policy, rescale)
 
@@ -130,7 +134,9 @@ def prepare_file(job: Job) -> VolumeRecord:
         record = job.record(REFUSED, code=refusal.code, reason=refusal.message.removeprefix(name))
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise NoSpace(error.errno, f"no space left for {job.out}; free some and run the same command again") from None
+            raise NoSpace(
+                error.errno, f"no space left for {job.out}; free some and run the same command again"
+            ) from None
         record = job.record(FAILED, code=type(error).__name__, reason=f"{error.strerror or 'input/output error'}")
     except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
         record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))

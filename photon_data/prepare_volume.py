@@ -15,7 +15,9 @@ from photon_data.scan import Scan
 from photon_data.volume import Geometry, Prepared, Volume
 
 
-def prepare_volume(scan: Scan, recipe: Recipe, policy: Policy | None = None, rescale: Rescale | None = None) -> Prepared:
+def prepare_volume(
+    scan: Scan, recipe: Recipe, policy: Policy | None = None, rescale: Rescale | None = None
+) -> Prepared:
     """Return the scan as `recipe` wants it; Refused if it must not become a store.
 
     `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where one of its choices mattered.
@@ -37,7 +39,9 @@ def _refuse_smaller_than_a_voxel(native: Geometry, grid: Geometry) -> None:
     extent_mm, voxel_mm = corners.max(0) - corners.min(0), np.asarray(grid.spacing_zyx_mm[::-1])
     if (extent_mm < voxel_mm).any():
         found = " x ".join(f"{mm:.3g}" for mm in extent_mm)
-        raise Refused("too-small", f"expected at least one voxel of the grid a side, found {found} mm; check the spacing")
+        raise Refused(
+            "too-small", f"expected at least one voxel of the grid a side, found {found} mm; check the spacing"
+        )
 
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:

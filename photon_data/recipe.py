@@ -5,14 +5,13 @@ Both are frozen values; `--set key=value` changes either. Variants derive from o
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, name_hint
 
 # Part of every resume key: raise it when the same recipe would give other bytes.
 ALGORITHM = 2
@@ -35,9 +34,12 @@ class Recipe:
     model_shape_zyx  voxels of the model grid, resized trilinearly from the target grid (align_corners=False)
     instruction      the question of a volume that has none in a table
 
-    >>> wide = replace(chest_ct(), spacing_mm=(1.4, 1.4, 1.4), shape_zyx=(360, 360, 360))
-    >>> wide.digest == chest_ct().digest, replace(wide, name="wide").digest == wide.digest
-    (False, True)
+    >>> from dataclasses import replace
+    >>> usual = photon_data.Recipe()
+    >>> usual.digest == replace(usual, spacing_mm=(1.5, 1.5, 1.5)).digest
+    False
+    >>> usual.digest == replace(usual, name="mine").digest
+    True
     """
 
     name: str = "chest_ct"
@@ -87,6 +89,10 @@ class Policy:
     non_finite    "refuse" scans with NaN or infinite voxels, or "fill" those voxels with the recipe's pad_hu
     nifti_affine  "auto": sform if coded, else qform, and refuse where both are coded and differ; "sform"; "qform"
     max_voxels    larger scans are refused (the largest of CT-RATE's validation split has 424 million)
+
+    >>> photon_data.Policy(modality="mr")
+    Traceback (most recent call last):
+    photon_data.errors.UsageError: modality: expected ct or other, found mr
     """
 
     modality: str = "ct"
@@ -98,7 +104,9 @@ class Policy:
         """UsageError for a choice that does not exist."""
         _check(self.modality in ("ct", "other"), "modality", "ct or other", self.modality)
         _check(self.non_finite in ("refuse", "fill"), "non_finite", "refuse or fill", self.non_finite)
-        _check(self.nifti_affine in ("auto", "sform", "qform"), "nifti_affine", "auto, sform or qform", self.nifti_affine)
+        _check(
+            self.nifti_affine in ("auto", "sform", "qform"), "nifti_affine", "auto, sform or qform", self.nifti_affine
+        )
         _check(self.max_voxels >= 1, "max_voxels", "a number above 0", self.max_voxels)
 
 
@@ -123,9 +131,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"chest_ct": chest_ct, "abdomen_ct": 
 def named_recipe(name: str, settings: Sequence[str] = ()) -> tuple[Recipe, Policy]:
     """Return the recipe of that name and a policy, changed by "key=value" settings; UsageError for what neither knows.
 
-    >>> recipe, policy = named_recipe("chest_ct", ["spacing_mm=1.5,1.5,1.5", "modality=other"])
-    >>> recipe.spacing_mm, policy.modality
-    ((1.5, 1.5, 1.5), 'other')
+    ["spacing_mm=1.5,1.5,1.5", "modality=other"] -> Recipe(spacing_mm=(1.5, 1.5, 1.5)), Policy(modality="other")
     """
     if name not in RECIPES:
         raise UsageError(f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
@@ -141,26 +147,21 @@ def named_recipe(name: str, settings: Sequence[str] = ()) -> tuple[Recipe, Polic
 
 def _convert(owner: type, key: str, value: Any) -> Any:
     """Return `value` (text, or plain JSON) as the type of the field `key` of Recipe or Policy."""
-    hints = get_type_hints(owner)
-    if key not in hints:
-        names = [field.name for kind in (Recipe, Policy) for field in fields(kind)]
-        near = difflib.get_close_matches(key, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        raise UsageError(f"expected a field of the recipe or policy, found {key!r}; {hint}")
-    kind = hints[key]
-    names = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}
+    kind = get_type_hints(owner).get(key)
+    if kind is None:
+        known = [field.name for kind in (Recipe, Policy) for field in fields(kind)]
+        raise UsageError(f"expected a field of the recipe or policy, found {key!r}; {name_hint(key, known)}")
+    items = getattr(kind, "__args__", ())
+    expected = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}.get(kind)
+    expected = expected or f"{len(items)} {'whole ' if items[0] is int else ''}numbers with commas between"
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
-        if kind in names:
+        if not items:
             return kind(value)
         parts = value.split(",") if isinstance(value, str) else list(value)
-        item = kind.__args__[0]
-        if len(parts) != len(kind.__args__):
-            raise ValueError
-        return tuple(item(part) for part in parts)
+        return tuple(item(part) for item, part in zip(items, parts, strict=True))
     except (KeyError, ValueError, TypeError):
-        expected = names.get(kind) or f"{len(kind.__args__)} {'whole ' if item is int else ''}numbers with commas between"
         raise UsageError(f"{key}: expected {expected}, found {value!r}") from None
 
 

@@ -36,13 +36,21 @@ def problems(record: VolumeRecord) -> list[str]:
 
 def cut_remarks(record: VolumeRecord) -> list[str]:
     """Return a sentence for each axis of the body along which something is lost."""
-    return [remark for ends, names in zip(cut_mm(record.facts or {}), ENDS, strict=True) for remark in _about_cut(ends, names)]
+    return [
+        remark
+        for ends, names in zip(cut_mm(record.facts or {}), ENDS, strict=True)
+        for remark in _about_cut(ends, names)
+    ]
 
 
 def other_remarks(record: VolumeRecord) -> list[str]:
     """Return the remarks on everything but what is cut off: intensities, geometry, how much of the grid is filled."""
     facts = record.facts or {}
-    return _about_values(facts, is_ct="modality" not in facts.get("policy", {})) + _about_geometry(facts) + _about_room(facts)
+    return (
+        _about_values(facts, is_ct="modality" not in facts.get("policy", {}))
+        + _about_geometry(facts)
+        + _about_room(facts)
+    )
 
 
 def attention(record: VolumeRecord, other: list[str]) -> float:

@@ -13,19 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from photon_data.datasets.combine import Combined, collect, combine
-from photon_data.datasets.declare import DataManifest, DataSet, read_data_manifest
+from photon_data.datasets.base import DataSet
+from photon_data.datasets.combine import Collection, combine, read_dataset
+from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.questions.counts import Count
-from photon_data.questions.join import AMBIGUOUS, by_source
-from photon_data.questions.question import PROMPTS, Question, put, read_questions
+from photon_data.questions.join import by_name
+from photon_data.questions.question import PROMPTS, Question, with_prompt_style
+from photon_data.questions.question_table import read_questions
 from photon_data.questions.rows import Manifests, Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
-from photon_data.readers import find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
@@ -209,7 +211,7 @@ def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
     try:
         return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
-        raise entry.wrong(str(error)) from None
+        raise entry.error(str(error)) from None
 
 
 def gather(request: Request, callback: Callback | None = None) -> Gathered:
@@ -230,7 +232,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
         assert isinstance(request, ManifestRequest)
         gathered = _gather_datasets(request, callback)
     if gathered.questions and not request.allow_leaks:
-        refuse_leaks(leaks(map(as_row, gathered.questions), []))
+        refuse_leaks(leaks(map(as_row, gathered.questions)))
     return gathered
 
 
@@ -250,7 +252,7 @@ def _gather_folder(request: FolderRequest, callback: Callback) -> Gathered:
     if request.questions is not None:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         questions = read_questions(request.questions, columns)
-        questions = put(questions, request.prompt, "shown") if request.prompt else questions
+        questions = with_prompt_style(questions, request.prompt, "shown") if request.prompt else questions
     sources, ignored = find_scans(request.source, id_from=request.id_from, on_file=callback.on_file)
     if not sources:
         raise UsageError(
@@ -270,9 +272,8 @@ def _gather_folder(request: FolderRequest, callback: Callback) -> Gathered:
 
 def _with_ids(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
     """Return the questions with ids in place of names that mean one scan: two names of a scan must not be two patients."""
-    find, ids = by_source(sources), {source.id for source in sources}
-    named = {name: found for name in {q.volume for q in questions} if (found := find(name)) in ids}
-    return [replace(question, volume=named.get(question.volume, question.volume)) for question in questions]
+    find = by_name((source.id, source.path) for source in sources)
+    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
 
 
 def rescaling(
@@ -290,30 +291,32 @@ def rescaling(
     path = Path(hu_source)
     if not path.is_file():
         raise UsageError(f"--hu-source: expected header, stored or a table, found {hu_source!r}, which is no file")
-    find, ids = by_source(sources), {source.id for source in sources}
+    find = by_name((source.id, source.path) for source in sources)
     volume, slope, intercept = (columns.get(name, name) for name in ("volume", "slope", "intercept"))
     by_id: dict[str, Rescale] = {}
     for line, values in read_table(path).rows:
         try:
             numbers = float(values[slope]), float(values[intercept])
-            found = find(str(values[volume]))
+            match = find(str(values[volume]))
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f"{path.name}, {line}: expected {volume} (text), {slope}, {intercept} (numbers), found {values}"
             ) from None
-        if found in by_id:
-            raise UsageError(f"{path.name}, {line}: expected one row per volume, found a second one for {found}")
-        if found in ids:
-            by_id[found] = Rescale(*numbers, "table")
-        elif found.startswith(AMBIGUOUS):
-            raise UsageError(f"{path.name}, {line}: expected the name of one scan, found {values[volume]!r}, {found}")
+        if match.id in by_id:
+            raise UsageError(f"{path.name}, {line}: expected one row per volume, found a second one for {match.id}")
+        if match.is_ambiguous:
+            raise UsageError(
+                f"{path.name}, {line}: expected the name of one scan, found {values[volume]!r}, {match.reason}"
+            )
+        if match.id:
+            by_id[match.id] = Rescale(*numbers, "table")
     return lambda source: by_id.get(source.id, NOT_IN_TABLE)
 
 
 def _gather_datasets(request: ManifestRequest, callback: Callback) -> Gathered:
     """Return the volumes that the questions of declared data sets need, and those questions."""
     parts = [
-        collect(entry, instruction=recipe_of(entry)[0].instruction, seed=request.seed, on_file=callback.on_file)
+        read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=request.seed, on_file=callback.on_file)
         for entry in request.datasets
     ]
     combined = combine(parts, request.seed, request.prompt)
@@ -323,14 +326,14 @@ def _gather_datasets(request: ManifestRequest, callback: Callback) -> Gathered:
     return Gathered(jobs, combined.questions, combined.unmatched, notes=combined.notes)
 
 
-def jobs_of(request: ManifestRequest, combined: Combined) -> list[Job]:
+def jobs_of(request: ManifestRequest, combined: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     jobs, recipes = [], {entry.name: recipe_of(entry) for entry in request.datasets}
-    for source, entry in combined.sources[: request.limit]:
-        recipe, policy = recipes[entry.name]
+    for volume in combined.volumes[: request.limit]:
+        recipe, policy = recipes[volume.dataset.name]
         policy = replace(policy, max_voxels=request.max_voxels)
-        rescale, stated = combined.rescale.get(source.id), combined.stated.get(source.id)
-        jobs.append(Job(source, request.out.at(""), recipe, policy, rescale, stated, overwrite=request.overwrite))
+        job = Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.stated, request.overwrite)
+        jobs.append(job)
     return jobs
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.questions.counts import Count, count
-from photon_data.questions.rows import Manifests, build, digests, write
+from photon_data.questions.manifest import digests
+from photon_data.questions.rows import Manifests, build, write
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.records import DATASET, VolumeRecord, write_records
 from photon_data.report import render_report
@@ -159,7 +160,8 @@ def _write_manifests(request: Request, gathered: Gathered, rows: list[VolumeReco
     leak = None
     if not request.allow_leaks:
         try:
-            refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), rows))
+            fingerprints = {record.id: record.fingerprint for record in rows}
+            refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), fingerprints))
         except UsageError as error:
             leak = str(error)
             manifests = manifests._replace(rows={})

@@ -5,7 +5,9 @@ from photon_data.recipe import RECIPES, Policy, Recipe, named_recipe
 
 
 def test_settings_become_the_types_of_their_fields():
-    recipe, _ = named_recipe("chest_ct", ["spacing_mm=1.5,1.5,3", "shape_zyx=100, 200,200", "antialias=true", "pad_hu=-900"])
+    recipe, _ = named_recipe(
+        "chest_ct", ["spacing_mm=1.5,1.5,3", "shape_zyx=100, 200,200", "antialias=true", "pad_hu=-900"]
+    )
     assert recipe.spacing_mm == (1.5, 1.5, 3.0)
     assert recipe.shape_zyx == (100, 200, 200)
     assert recipe.antialias is True
@@ -15,7 +17,7 @@ def test_settings_become_the_types_of_their_fields():
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("spacing=1,1,1", "did you mean spacing_mm"),
+        ("spacing=1,1,1", "did you mean .spacing_mm"),
         ("spacing_mm=1,1", "3 numbers"),
         ("spacing_mm=1,1,0", "0.05 to 50"),
         ("shape_zyx=1.5,2,2", "3 whole numbers"),
