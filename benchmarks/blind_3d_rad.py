@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from photon_cli.eval_command import show
+from photon_cli.eval import print_evaluation
 from photon_data.datasets.rad3d import read_subtask
 from photon_data.questions.question import with_made_ids
 from photon_data.questions.rows import build
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
     learning = rows_of(args.folder / "train") if args.train else []
-    show(evaluate("3d-rad", rows_of(args.folder / args.split), {}, train=learning))
+    print_evaluation(evaluate("3d-rad", rows_of(args.folder / args.split), {}, train=learning))
 
 
 if __name__ == "__main__":
