@@ -13,7 +13,7 @@ from photon_cli.exits import STOPPED
 from photon_cli.options import console, fail
 from photon_cli.progress import Show
 from photon_data.questions.counts import Count
-from photon_data.readers import left_alone
+from photon_data.readers.find import left_alone
 from photon_data.recipe import Recipe
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import Order, gather

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from photon_cli.bar import Bar
 from photon_cli.options import console
-from photon_data.readers import left_alone
+from photon_data.readers.find import left_alone
 from photon_data.records import VolumeRecord
 from photon_pipelines.prepare import Plan, Watcher
 

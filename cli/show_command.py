@@ -9,7 +9,8 @@ import numpy as np
 from photon_cli.options import numbers, numbers_or_name
 from photon_data.errors import UsageError
 from photon_data.picture import three_planes
-from photon_data.readers import find_scans, left_alone, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans, left_alone
 from photon_data.store import SUFFIX, open_volume
 from photon_data.volume import Volume
 

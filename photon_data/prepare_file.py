@@ -21,7 +21,7 @@ from photon_data.readers import open_scan
 from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.scan import MAX_VOXELS, Scan, Source, Stated, agreed
+from photon_data.scan import MAX_VOXELS, Scan, Source, TableGrid
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 
 
@@ -63,7 +63,7 @@ class Job:
     out: str
     recipe: Recipe
     rescale: Rescale | None = None
-    stated: Stated | None = None
+    stated: TableGrid | None = None
     max_voxels: int = MAX_VOXELS
     overwrite: bool = False
     write: bool = True
@@ -80,7 +80,7 @@ class Job:
         """Return the Job that `to_json` wrote."""
         source = Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])})
         rescale = Rescale(*data["rescale"]) if data["rescale"] else None
-        stated = Stated.from_json(data["stated"]) if data["stated"] else None
+        stated = TableGrid.from_json(data["stated"]) if data["stated"] else None
         recipe = Recipe.from_json(data["recipe"])
         return cls(**{**data, "source": source, "recipe": recipe, "rescale": rescale, "stated": stated})
 
@@ -148,9 +148,9 @@ def _prepare(job: Job) -> VolumeRecord:
 
 def opened(job: Job) -> Scan:
     """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has none."""
-    affine = BLANK if job.stated and job.stated.instead else job.recipe.nifti_affine
+    affine = BLANK if job.stated and job.stated.replaces_header else job.recipe.nifti_affine
     scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.max_voxels)
-    return replace(scan, geometry=agreed(scan.geometry, job.stated)) if job.stated else scan
+    return replace(scan, geometry=job.stated.reconcile(scan.geometry)) if job.stated else scan
 
 
 def already_there(job: Job, content: str) -> VolumeRecord | None:

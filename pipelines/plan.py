@@ -24,9 +24,9 @@ from photon_data.questions.question import PROMPTS, Question, put, read_question
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
-from photon_data.readers import find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Recipe, named_recipe
-from photon_data.scan import MAX_VOXELS, Source, Stated
+from photon_data.scan import MAX_VOXELS, Source, TableGrid
 
 HEADER, STORED = "header", "stored"
 COLUMNS = ("volume", "slope", "intercept")
@@ -206,7 +206,7 @@ def jobs_of(order: Order, both: Combined) -> list[Job]:
     ]
 
 
-def _job(order: Order, source: Source, recipe: Recipe, rescale: Rescale | None, stated: Stated | None = None) -> Job:
+def _job(order: Order, source: Source, recipe: Recipe, rescale: Rescale | None, stated: TableGrid | None = None) -> Job:
     return Job(source, order.out.at(""), recipe, rescale, stated, max_voxels=order.max_voxels, overwrite=order.overwrite)
 
 

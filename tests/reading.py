@@ -8,7 +8,8 @@ import pytest
 import SimpleITK as sitk
 
 from photon_data.errors import Refused
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 from photon_data.scan import Scan
 
 # Every way to lay three array axes along three world axes: signed permutation matrices, the left-handed ones too.

@@ -15,8 +15,8 @@ from reading import voxels
 
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import fingerprint
-from photon_data.readers import dicom, find_scans, open_scan
-from photon_data.readers.find import Named, assign_ids
+from photon_data.readers import find, open_scan
+from photon_data.readers.find import Grouped, Named, assign_ids, find_scans
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
@@ -49,9 +49,9 @@ def series(monkeypatch):
         bad = [path for path in files if path.name.startswith("bad")]
         keys = sorted({path.name[0] for path in files if path not in bad})
         stacks = [(f"{key}123", [path for path in files if path.name[0] == key and path not in bad]) for key in keys]
-        return dicom.Grouped(stacks, [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad], 1, 2)
+        return Grouped(stacks, [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad], 1, 2)
 
-    monkeypatch.setattr(dicom, "group_series", group)
+    monkeypatch.setattr(find, "group_series", group)
 
 
 def test_every_format_is_found_in_any_case_sorted_and_the_rest_is_counted(tmp_path):
@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed_folder)
     monkeypatch.setattr(os, "access", closed_file)
-    monkeypatch.setattr("photon_data.readers.find.read_head", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    monkeypatch.setattr("photon_data.readers.find.is_dicom", lambda _: (_ for _ in ()).throw(PermissionError(13, "no")))
     sources = {source.path: source for source in find_scans(tmp_path).sources}
     assert sorted(sources) == ["IM0001", "good.nii", "locked.nii", "sub"]
     assert {path for path, source in sources.items() if source.problem} == {"IM0001", "locked.nii", "sub"}
@@ -299,9 +299,9 @@ def test_two_series_in_one_folder_are_found_and_opened(tmp_path):
 
 def test_without_pydicom_a_folder_of_slices_is_one_source_that_says_what_to_install(tmp_path, monkeypatch):
     def missing(files):
-        raise Refused("dicom-extra-missing", "pydicom wanted: pip install 'photon-ct[dicom]'")
+        raise Refused("dicom-extra-missing", "expected pydicom, found none; pip install 'photon-ct[dicom]'")
 
-    monkeypatch.setattr(dicom, "group_series", missing)
+    monkeypatch.setattr(find, "group_series", missing)
     fill(tmp_path, *(f"p/{n}.dcm" for n in range(3)), data=DICOM)
     (source,) = find_scans(tmp_path).sources
     assert source.path == "p#" and len(source.files) == 3 and "photon-ct[dicom]" in source.problem

@@ -30,7 +30,8 @@ from pydicom.uid import RTStructureSetStorage, SegmentationStorage, generate_uid
 from reading import voxels as stored
 
 from photon_data.errors import Refused
-from photon_data.readers.dicom import group_series, open_series
+from photon_data.readers.dicom import open_series
+from photon_data.readers.find import group_series
 from photon_data.scan import Source
 
 SHUFFLED = ["q.dcm", "b.dcm", "z.dcm", "a.dcm", "m.dcm", "c.dcm", "k.dcm"]

@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 from reading import AXIS_ORDERS, assert_equals_simpleitk, open_file, refusal, voxels
 
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 
 DTYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
 IDENTITY = np.eye(3)

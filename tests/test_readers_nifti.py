@@ -14,7 +14,8 @@ from isal import igzip
 from nibabel.eulerangles import euler2mat
 from reading import AXIS_ORDERS, assert_equals_simpleitk, open_file, refusal, voxels
 
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 
 SHAPE_XYZ = (5, 6, 7)
 DTYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")

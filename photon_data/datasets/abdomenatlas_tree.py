@@ -11,7 +11,7 @@ from photon_data.datasets.archives import SCAN, find_archives
 from photon_data.datasets.base import UNPACK, OnFile, each_row
 from photon_data.datasets.declare import DataSet
 from photon_data.errors import UsageError
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 from photon_data.scan import Source
 
 ID = re.compile(r"BDMAP_\d{8}")

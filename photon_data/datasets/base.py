@@ -12,7 +12,7 @@ from photon_data.datasets.declare import DataSet
 from photon_data.prepare import Rescale
 from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, Row, Table, nearest, read_table, refuse
-from photon_data.scan import Source, Stated
+from photon_data.scan import Source, TableGrid
 
 OnFile = Callable[[int], None]
 
@@ -34,7 +34,7 @@ class Collected(NamedTuple):
     sources: list[Source]
     questions: list[Question] | None
     rescale: Mapping[str, Rescale] = MappingProxyType({})
-    stated: Mapping[str, Stated] = MappingProxyType({})
+    stated: Mapping[str, TableGrid] = MappingProxyType({})
     left_out: Mapping[str, str] = MappingProxyType({})
     notes: Sequence[str] = ()
 

@@ -24,7 +24,7 @@ from photon_data.questions.question import TAG, Question, put
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits
 from photon_data.questions.table import nearest
-from photon_data.scan import Source, Stated
+from photon_data.scan import Source, TableGrid
 
 
 def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share]], seed: int) -> list[Question]:
@@ -111,7 +111,7 @@ class Combined(NamedTuple):
 
     sources: list[tuple[Source, DataSet]]
     rescale: dict[str, Rescale]
-    stated: dict[str, Stated]
+    stated: dict[str, TableGrid]
     questions: list[Question]
     unmatched: list[Unmatched]
     notes: list[str]
@@ -155,7 +155,7 @@ def combine(parts: Sequence[Part], seed: int, prompt: str | None = None) -> Comb
     needed = {question.volume for question in kept}
     sources: dict[str, tuple[Source, DataSet]] = {}
     rescale: dict[str, Rescale] = {}
-    stated: dict[str, Stated] = {}
+    stated: dict[str, TableGrid] = {}
     for part in parts:
         ours = [source for source in part.found.sources if source.id in needed]
         _refuse_clash(part, ours, sources, rescale, stated)
@@ -305,7 +305,7 @@ def _refuse_clash(
     ours: Sequence[Source],
     sources: Mapping[str, tuple[Source, DataSet]],
     rescale: Mapping[str, Rescale],
-    stated: Mapping[str, Stated],
+    stated: Mapping[str, TableGrid],
 ) -> None:
     """UsageError where this part's volumes have ids of other files, or other tables speak of the same file."""
     entry, found = part.entry, part.found

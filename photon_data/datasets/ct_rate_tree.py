@@ -26,8 +26,8 @@ from photon_data.datasets.declare import DataSet
 from photon_data.errors import UsageError
 from photon_data.prepare import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
-from photon_data.readers import find_scans
-from photon_data.scan import Source, Stated
+from photon_data.readers.find import find_scans
+from photon_data.scan import Source, TableGrid
 from photon_data.volume import Geometry
 
 COLUMNS = (
@@ -169,7 +169,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Collected:
         problem = _problem(said) if is_v1 else None
         sources.append(replace(source, problem=problem, code="ct-rate-v1") if problem and not source.problem else source)
         if said and not problem:
-            stated[volume] = Stated(said.geometry, instead=is_v1)
+            stated[volume] = TableGrid(said.geometry, replaces_header=is_v1)
             if is_v1:
                 rescale[volume] = Rescale(said.slope, said.intercept, "metadata")
     left_out = _no_chest(entry.annotations.get("no_chest", ()))

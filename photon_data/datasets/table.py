@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from photon_data.datasets.base import Adapter, Collected, OnFile
 from photon_data.datasets.declare import DataSet
 from photon_data.questions.question import Question, read_questions
-from photon_data.readers import find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
 from photon_data.scan import Source
 
 SCANS, QUESTIONS = "scans", "questions.jsonl"

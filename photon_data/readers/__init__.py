@@ -1,6 +1,7 @@
 """Raw files on disk -> scans that can be streamed, or a clear refusal.
 
-`find_scans` says what is there, `open_scan` reads one header, `Scan.planes()` streams the voxels. Codes of refusal:
+`readers.find.find_scans` says what is in a folder, `open_scan` reads one header, `Scan.planes()` streams the voxels; `read`
+does it all for one scan. Codes of refusal:
 
     unreadable       it cannot be opened: permissions, or it went away
     empty            a file without bytes
@@ -25,27 +26,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
-from photon_data.errors import Refused
-from photon_data.readers import metaimage, nifti, nrrd
-from photon_data.readers.checks import unreadable
+from photon_data.errors import Refused, UsageError, unreadable
 from photon_data.readers.dicom import open_series
-from photon_data.readers.find import Found, find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
+from photon_data.readers.metaimage import open_metaimage
+from photon_data.readers.nifti import open_nifti
+from photon_data.readers.nrrd import open_nrrd
 from photon_data.scan import MAX_VOXELS, Scan, Source
+from photon_data.volume import Volume
 
-__all__ = ["Found", "find_scans", "left_alone", "open_scan"]
+__all__ = ["open_scan", "read"]
 
-OPENERS: dict[str, Callable[[Source, str, int], Scan]] = {
-    nifti.NAME: nifti.open_nifti,
-    nrrd.NAME: lambda source, _, max_voxels: nrrd.open_nrrd(source, max_voxels),
-    metaimage.NAME: lambda source, _, max_voxels: metaimage.open_metaimage(source, max_voxels),
-    "dicom": lambda source, _, max_voxels: open_series(source, max_voxels=max_voxels),
-}
+OPENERS = {"nrrd": open_nrrd, "metaimage": open_metaimage, "dicom": open_series}
 
 
 def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = MAX_VOXELS) -> Scan:
-    """Return the Scan of a source, whose header is read and found sound and whose voxels are not touched yet.
+    """Return the Scan of a source: its header is read and found sound, its voxels are not touched yet.
 
     `nifti_affine` is "auto" (sform if coded, else qform, refused where they differ), "sform" or "qform". Refused with one of the
     codes above, here or while the planes are streamed; OSError where the disk fails.
@@ -53,6 +51,23 @@ def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = M
     if source.problem:
         raise Refused(source.code, source.problem)
     try:
-        return OPENERS[source.format](source, nifti_affine, max_voxels)
+        if source.format == "nifti":
+            return open_nifti(source, max_voxels, nifti_affine)
+        return OPENERS[source.format](source, max_voxels)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise unreadable(source.files[0], error) from None
+
+
+def read(path: str | Path, *, nifti_affine: str = "auto", max_voxels: int = MAX_VOXELS) -> Volume:
+    """Return the one scan at `path` as a Volume in HU on its native grid, axes [z, y, x] as they lie in the file.
+
+    `path` is a file, a header with its data file, or a folder that holds exactly one scan, such as a DICOM series. The slope and
+    intercept of the header are applied: float32, or the stored integers where they are HU already. For the options see
+    `open_scan`. UsageError where there is not exactly one scan; Refused, with a code, for one that cannot be read as it should.
+    """
+    sources, ignored = find_scans(Path(path))
+    if len(sources) != 1:
+        raise UsageError(
+            f"expected one scan, found {len(sources)} in {path} (files left alone: {left_alone(ignored)}); give the path of one"
+        )
+    return open_scan(sources[0], nifti_affine=nifti_affine, max_voxels=max_voxels).volume()

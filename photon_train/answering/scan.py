@@ -20,7 +20,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare import prepare_volume
 from photon_data.prepare_file import Job, opened
-from photon_data.readers import find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Recipe
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume

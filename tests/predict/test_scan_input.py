@@ -11,7 +11,7 @@ from scans import ct_like
 from photon_data import open_volume
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import Job, run
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_train.answering.scan import open_input
 
