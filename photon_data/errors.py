@@ -1,4 +1,4 @@
-"""What can be wrong with a person's data: exceptions with a sentence to read, and the refusals that all readers share."""
+"""What can be wrong with a person's data: exceptions with a sentence to read, and refusals that all readers share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 # As many bytes as it takes to tell a NIfTI header from anything else.
 HEAD_BYTES = 352
+# Remedies that many refusals share.
+COPY_AGAIN, EXPORT_AGAIN = "copy or download it again", "export it again"
 _MAGICS = (
     (b"\x1f\x8b", "gzip data"),
     (b"\xff\xd8\xff", "a JPEG picture"),
@@ -25,8 +27,8 @@ _MAGICS = (
 class Refused(ValueError):
     """A scan that must not become a store, and why.
 
-    `code` is a short stable slug to group by ("truncated", "hu-implausible"); `message` says what was expected, what was
-    found and what to do. Neither may quote free text of a header: that is where patients' names are.
+    `code` is a short stable slug to group by ("truncated", "hu-implausible"). `message` says what was expected, what
+    was found and what to do. Neither may quote free text of a header: that is where patients' names are.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -36,7 +38,7 @@ class Refused(ValueError):
 
 
 class UsageError(ValueError):
-    """A command, option or table that cannot be followed: what was expected, found, and what to do. Nothing was written."""
+    """A command, option or table that cannot be followed: expected, found, what to do. Nothing was written."""
 
 
 def refusal(code: str, name: str, expected: str, found: object, remedy: str) -> Refused:
@@ -45,11 +47,11 @@ def refusal(code: str, name: str, expected: str, found: object, remedy: str) -> 
 
 
 def not_a(kind: str, path: Path, remedy: str) -> Refused:
-    """Return the refusal of a file that is not the `kind` its name says: "empty", or "not-a-scan" with what it looks like."""
+    """Return the refusal of a file that is not the `kind` its name says: "empty" or "not-a-scan"."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:
-        return refusal("empty", path.name, kind, "a file without bytes", "copy or download it again")
+        return refusal("empty", path.name, kind, "a file without bytes", COPY_AGAIN)
     return refusal("not-a-scan", path.name, kind, _looks_like(head), remedy)
 
 

@@ -25,10 +25,11 @@ SPACING_SHARE = 0.005
 class Source:
     """One scan found in a folder, before anything but names (and, for DICOM, headers) was read.
 
-    `id` names the volume everywhere, `path` is relative to the source folder (posix, for people and tables), `files` are
-    absolute and hold the whole scan: one NIfTI, a header and its data file, or the slices of one DICOM series, sorted by name.
-    `problem` is set where it is known before it is opened that it cannot become a volume (an unreadable file, say); `code` is
-    then the code of the refusal.
+    id       names the volume everywhere
+    path     relative to the source folder, with "/", for people and tables
+    files    absolute, the whole scan: one NIfTI, a header and its data file, or the slices of a DICOM series by name
+    problem  set where the search found that it cannot become a volume (an unreadable file, say)
+    code     of the refusal then
     """
 
     id: str
@@ -48,8 +49,8 @@ class Scan:
     geometry   native grid; axis 0 is the slowest of the file, so planes arrive in its order
     dtype      of the stored values
     slope, intercept   from the header: HU = slope * stored + intercept
-    planes     call it to stream the stored values: one array [y, x] per index of axis 0. The array may be reused for the next
-               plane. Exhausting it verifies length and checksums; Refused is raised on damage.
+    planes     call it to stream the stored values: one array [y, x] per index of axis 0. The next plane may reuse it.
+               Exhausting it verifies length and checksums; Refused is raised on damage.
     choices    of the policy, without which the header would be refused or give another geometry
     """
 
@@ -87,7 +88,7 @@ class TableGrid(NamedTuple):
     def reconcile(self, native: Geometry) -> Geometry:
         """Return the grid to use for a file whose header says `native`; Refused ("table-conflict") where they differ.
 
-        The shape is always compared. Of a header that counts, spacing is compared too, axis by axis as they lie in the file.
+        The shape is always compared. Of a header that counts, spacing is compared too, axis by axis as in the file.
         """
         table = self.geometry
         if native.shape_zyx != table.shape_zyx:

@@ -1,7 +1,7 @@
 """A volume carries its frame: voxels (z, y, x) and where each of them lies in the world, LPS millimetres.
 
-Which array axis runs along which axis of the body is decided once, by `body_axes`: for letters of orientation, for pictures and
-for sentences such as "at its head end".
+Which array axis runs along which axis of the body is decided once, by `body_axes`: for letters of orientation, for
+pictures and for sentences such as "at its head end".
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Geometry:
 
     world = origin_lps + z * steps_lps[0] + y * steps_lps[1] + x * steps_lps[2].
 
-    `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a: a column of the
-    affine. Steps need not be orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
+    `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a: a column
+    of the affine. Steps need not be orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
     """
 
     shape_zyx: tuple[int, int, int]
@@ -94,7 +94,7 @@ class Geometry:
 
     @property
     def orientation(self) -> str:
-        """The direction of the body that each array axis (z, y, x) runs to by `body_axes`, e.g. "SPL" for our stores."""
+        """The direction that each array axis (z, y, x) increases towards by `body_axes`, e.g. "SPL" for our stores."""
         axes = body_axes(self)
         letters = {axis: LETTERS[w][int(axes.sign[w] > 0)] for w, axis in enumerate(axes.array_axis)}
         return letters[0] + letters[1] + letters[2]
@@ -139,7 +139,7 @@ def _triple(values: Any) -> Triple:
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels with their frame. `array_zyx` is a numpy array or anything that slices like one (a zarr array reads lazily)."""
+    """Voxels with their frame. `array_zyx` is a numpy array or slices like one (a zarr array reads lazily)."""
 
     array_zyx: Any
     geometry: Geometry
@@ -188,7 +188,7 @@ class Volume:
 
 
 class Prepared(NamedTuple):
-    """A scan on the target grid: int16 HU, once at full size and once on the model grid, and its facts (see VolumeRecord)."""
+    """A scan on the target grid: int16 HU, at full size and on the model grid, and its facts (see VolumeRecord)."""
 
     volume: Volume
     model: Volume
@@ -208,7 +208,7 @@ class BodyAxes(NamedTuple):
 
 @lru_cache(maxsize=64)
 def body_axes(geometry: Geometry) -> BodyAxes:
-    """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three together."""
+    """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three."""
     cosines, world = _cosines(geometry), [0, 1, 2]
     a, b, c = max(permutations(world), key=lambda axes: round(float(np.abs(cosines[list(axes), world]).sum()), 6))
     left, back, up = (1 if cosine >= 0 else -1 for cosine in cosines[[a, b, c], world])
@@ -216,13 +216,13 @@ def body_axes(geometry: Geometry) -> BodyAxes:
 
 
 def tilt_degrees(geometry: Geometry) -> float:
-    """Return the largest angle between an array axis and the world axis it is assigned to; 0 for an axis-aligned grid."""
+    """Return the largest angle between an array axis and its world axis by `body_axes`; 0 for an axis-aligned grid."""
     cosines = np.abs(_cosines(geometry)[list(body_axes(geometry).array_axis), [0, 1, 2]])
     return float(np.degrees(np.arccos(min(1.0, cosines.min()))))
 
 
 def direction_letters(direction_lps: np.ndarray) -> str:
-    """Return the letters of a world direction, the largest part first: "L", or "LA" for one that leans 15 degrees or more."""
+    """Return the letters of a world direction, the largest part first: "L", or "LA" if it leans 15 degrees or more."""
     unit = np.asarray(direction_lps, float) / np.linalg.norm(direction_lps)
     largest_first = sorted(range(3), key=lambda w: -round(abs(unit[w]), 6))
     return "".join(LETTERS[w][int(unit[w] > 0)] for w in largest_first if abs(unit[w]) >= _SECOND_LETTER)

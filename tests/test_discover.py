@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forbidding(tmp_path):
-    """A folder whose permissions count: nothing is forbidden to root, so a test that runs as root runs as nobody for a while."""
+    """A folder whose permissions count: nothing is forbidden to root, so a test as root runs as nobody for a while."""
     if os.getuid() != 0:
         yield tmp_path
         return
@@ -264,7 +264,17 @@ def test_an_id_made_to_look_like_another_ones_hash_is_told_apart():
 
 
 def test_a_series_is_a_source_with_the_key_in_its_id_and_path(tmp_path, series):
-    fill(tmp_path, "p/s/a1.dcm", "p/s/a2.IMA", "p/s/b1.dicom", "p/s/a3", "p/s/bad.dcm", "p/s/a4.1.2.840", "c1.dcm", data=DICOM)
+    fill(
+        tmp_path,
+        "p/s/a1.dcm",
+        "p/s/a2.IMA",
+        "p/s/b1.dicom",
+        "p/s/a3",
+        "p/s/bad.dcm",
+        "p/s/a4.1.2.840",
+        "c1.dcm",
+        data=DICOM,
+    )
     fill(tmp_path, "p/s/readme", "p/s/DICOMDIR", "p/s/scan.nii")
     found = find_scans(tmp_path)
     named = {source.path: (source.id, [file.name for file in source.files]) for source in found.sources}

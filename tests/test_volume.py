@@ -65,3 +65,16 @@ def test_an_array_of_another_shape_is_refused():
 def test_geometry_survives_json():
     for geometry in GRIDS:
         assert Geometry.from_json(geometry.to_json()) == geometry
+
+
+@pytest.mark.parametrize("degrees", [(40, 0, 40), (45, 0, 0), (44, 46, 30), (-40, 35, 130)])
+def test_letters_of_an_oblique_orientation_never_repeat(degrees):
+    for order in AXIS_ORDERS[::5]:
+        letters = rotated(frame((3, 3, 3), order), degrees).orientation
+        assert sorted("RAI".find(a) if a in "RAI" else "LPS".find(a) for a in letters) == [0, 1, 2]
+
+
+def test_letters_of_orientation_are_nibabels_where_the_axes_are_clear():
+    for order in AXIS_ORDERS:
+        geometry = rotated(frame((3, 3, 3), order), (10, -15, 20))
+        assert geometry.orientation == "".join(nibabel.aff2axcodes(geometry.affine_ras))[::-1]

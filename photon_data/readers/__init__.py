@@ -1,7 +1,7 @@
 """Raw files on disk -> scans that can be streamed, or a clear refusal.
 
-`readers.find.find_scans` says what is in a folder, `open_scan` reads one header, `Scan.planes()` streams the voxels; `read`
-does it all for one scan. Codes of refusal:
+`find.find_scans` says what is in a folder, `open_scan` reads one header, `Scan.planes()` streams the voxels.
+`read` does all of it for one scan. Codes of refusal:
 
     unreadable       it cannot be opened: permissions, or it went away
     empty            a file without bytes
@@ -45,8 +45,8 @@ OPENERS = {"nrrd": open_nrrd, "metaimage": open_metaimage, "dicom": open_series}
 def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = MAX_VOXELS) -> Scan:
     """Return the Scan of a source: its header is read and found sound, its voxels are not touched yet.
 
-    `nifti_affine` is "auto" (sform if coded, else qform, refused where they differ), "sform" or "qform". Refused with one of the
-    codes above, here or while the planes are streamed; OSError where the disk fails.
+    `nifti_affine` is "auto" (sform if coded, else qform, refused where they differ), "sform" or "qform".
+    Refused with one of the codes above, here or while the planes are streamed; OSError where the disk fails.
     """
     if source.problem:
         raise Refused(source.code, source.problem)
@@ -61,13 +61,12 @@ def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = M
 def read(path: str | Path, *, nifti_affine: str = "auto", max_voxels: int = MAX_VOXELS) -> Volume:
     """Return the one scan at `path` as a Volume in HU on its native grid, axes [z, y, x] as they lie in the file.
 
-    `path` is a file, a header with its data file, or a folder that holds exactly one scan, such as a DICOM series. The slope and
-    intercept of the header are applied: float32, or the stored integers where they are HU already. For the options see
-    `open_scan`. UsageError where there is not exactly one scan; Refused, with a code, for one that cannot be read as it should.
+    `path` is a file, a header with its data file, or a folder that holds exactly one scan, such as a DICOM series. The
+    header's slope and intercept are applied: float32, or the stored integers where they are HU already. The options
+    are those of `open_scan`. UsageError where there is not exactly one scan; Refused for a scan that is not sound.
     """
     sources, ignored = find_scans(Path(path))
     if len(sources) != 1:
-        raise UsageError(
-            f"expected one scan, found {len(sources)} in {path} (files left alone: {left_alone(ignored)}); give the path of one"
-        )
+        found = f"{len(sources)} in {path} (files left alone: {left_alone(ignored)})"
+        raise UsageError(f"expected one scan, found {found}; give the path of one")
     return open_scan(sources[0], nifti_affine=nifti_affine, max_voxels=max_voxels).volume()

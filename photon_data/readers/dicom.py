@@ -6,7 +6,7 @@ Codes of refusal beside those that all formats share:
     dicom-unreadable        a header that cannot be read
     dicom-no-geometry       an image without position, orientation or pixel spacing, or no image at all
     dicom-multiframe        frames without positions
-    dicom-mixed             images that differ in size, orientation, spacing or series, or lie beside the line of the others
+    dicom-mixed             images that differ in size, orientation, spacing or series, or lie beside the others' line
     dicom-missing-slices    slice distances differ
     dicom-duplicate-slices  some positions are taken twice (all of them: several-volumes)
     dicom-bad-rescale       a slope of zero, not finite, or a table in its place
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from photon_data.errors import first_few, refusal
+from photon_data.errors import EXPORT_AGAIN, first_few, refusal
 from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, along_normal, read_planes, require_pydicom
 from photon_data.readers.dicom_pixels import require_decodable, stored_planes
 from photon_data.readers.stream import frame, grid_shape, wrong_values
@@ -31,8 +31,9 @@ from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
 SAME_SPACING = 1e-3  # largest relative difference of pixel spacings within one stack
-# How far a slice may lie from its place on the regular grid, as a part of the slice distance: a tenth; up to a quarter where
-# this is what positions rounded to 0.1 mm make of thin slices. A missing slice puts others off by half a distance or more.
+# How far a slice may lie from its place on the regular grid, as a part of the slice distance: a tenth.
+# Up to a quarter where this is what positions rounded to 0.1 mm make of thin slices.
+# A missing slice puts others off by half a distance or more.
 OFF_GRID, OFF_GRID_ROUNDED, ROUNDING_MM = 0.1, 0.25, 0.1
 ONE_FOLDER_EACH = "put each stack into a folder of its own"
 
@@ -40,10 +41,8 @@ ONE_FOLDER_EACH = "put each stack into a folder of its own"
 def open_series(source: Source, max_voxels: int) -> Scan:
     """Return the Scan of one series: planes in order of position along the slice normal, geometry as its headers say.
 
-    Stored values with one slope and intercept, if all slices agree on these and on the stored type; otherwise planes come
-    rescaled as float32, with slope 1 and intercept 0. MONOCHROME1 changes how a picture is shown, not its HU: taken as it is.
-    Refused: what `read_planes`, `stack` and `require_decodable` refuse, and rgb, dicom-multiframe, dicom-bad-rescale,
-    dicom-extra-missing.
+    Planes hold stored values if all slices agree on slope, intercept and stored type. Otherwise they come rescaled as
+    float32, with slope 1 and intercept 0. MONOCHROME1 changes how a picture is shown, not its HU: it is taken as it is.
     """
     require_pydicom()
     planes = [plane for path in source.files for plane in _image_planes(path)]
@@ -73,7 +72,7 @@ def _require_slices(planes: Sequence[PlaneHeader]) -> None:
         raise refusal("dicom-multiframe", name, "one position per frame", "a multi-frame file without", remedy)
     if not all(np.isfinite([plane.slope, plane.intercept]).all() and plane.slope != 0 for plane in planes):
         expected = "a finite slope other than 0 and an intercept"
-        raise refusal("dicom-bad-rescale", name, expected, "none in some slices", "export the series again")
+        raise refusal("dicom-bad-rescale", name, expected, "none in some slices", EXPORT_AGAIN)
 
 
 def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
@@ -82,12 +81,11 @@ def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
 
 
 def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHeader], Geometry]:
-    """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column] they form.
+    """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column].
 
-    The slice step is the vector from the first to the last position / (n - 1): with a tilted gantry it is not parallel to the
-    normal, and the grid is sheared; less than the rounding of positions is no tilt. Every plane lies within a tenth of the slice
-    distance of its place on that line. Refused: dicom-no-geometry, dicom-mixed, two-d, several-volumes, dicom-duplicate-slices,
-    dicom-missing-slices, too-large, bad-geometry.
+    The slice step is the vector from the first to the last position / (n - 1). With a tilted gantry it is not parallel
+    to the normal, and the grid is sheared; less than the rounding of positions is no tilt. Every plane lies within a
+    tenth of the slice distance of its place on that line.
     """
     _require_geometry(planes)
     _require_one_kind(planes)
@@ -149,7 +147,7 @@ def _slice_step(positions: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
 
 def _require_regular(along: np.ndarray, positions: np.ndarray, step: np.ndarray) -> None:
-    """Refuse sorted slices that leave the regular line: in depth (something is missing) or sideways (they do not fit)."""
+    """Refuse sorted slices that leave the regular line: in depth (some are missing) or sideways (they do not fit)."""
     count, gaps = len(along), np.diff(along)
     usual = float(np.median(gaps))
     tolerance = max(OFF_GRID * usual, min(ROUNDING_MM, OFF_GRID_ROUNDED * usual))
@@ -173,4 +171,4 @@ def _geometry(first: PlaneHeader, slices: int, step: np.ndarray, max_voxels: int
     (along_row, down_column), (row_mm, column_mm) = first.orientation, first.spacing_mm
     steps = (step, down_column * row_mm, along_row * column_mm)
     shape_zyx = grid_shape((first.columns, first.rows, slices), first.path.name, max_voxels)
-    return frame(shape_zyx, first.position_lps, steps, first.path.name, "export the series again")
+    return frame(shape_zyx, first.position_lps, steps, first.path.name, EXPORT_AGAIN)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import Refused, not_a, refusal
+from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
@@ -51,7 +51,7 @@ KEYWORDS = (
 class PixelLayout(NamedTuple):
     """How the stored values of one file are written.
 
-    at       byte of the file where the pixel data begin; None where there are none (or they are deflated with the header)
+    at       byte of the file where the pixel data begin; None where there are none, or deflated with the header
     length   bytes the header says there are (UNDEFINED_LENGTH: compressed)
     present  bytes from `at` to the end of the file
     """
@@ -111,7 +111,7 @@ class PlaneHeader(NamedTuple):
 
 
 def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
-    """Return the position of each plane along the slice normal of the first, mm [n]; for axial scans the patient's z."""
+    """Return the position of each plane along the slice normal of the first, mm [n]; of axial scans the patient's z."""
     return np.array([plane.position_lps for plane in planes]) @ planes[0].normal
 
 
@@ -123,11 +123,11 @@ def require_pydicom() -> None:
 
 
 def read_planes(path: Path) -> list[PlaneHeader]:
-    """Return the image planes of one file in its order; [] for DICOM objects that are no images (RTSTRUCT, SR, SEG, RTDOSE, ...).
+    """Return the image planes of one file in its order; [] for DICOM objects without images (RTSTRUCT, SR, SEG, ...).
 
-    Reads the header only. An enhanced multi-frame file gives one plane per frame; an old multi-frame file, which does not say
-    where its frames lie, gives one plane without position. Refused: dicom-unreadable, dicom-multiframe, empty, not-a-scan,
-    truncated.
+    Only the header is read. An enhanced multi-frame file gives one plane per frame. An old multi-frame file does not
+    say where its frames lie: it gives one plane without position. Refused: dicom-unreadable, dicom-multiframe, empty,
+    not-a-scan, truncated.
     """
     with refusing(
         "dicom-unreadable", path, "expected a DICOM header, found one that cannot be read; copy the file again"
@@ -138,7 +138,7 @@ def read_planes(path: Path) -> list[PlaneHeader]:
         frames = int(dataset.get("NumberOfFrames") or 1)
         placed = len(dataset.get(PER_FRAME) or [])
         if placed and placed != frames:
-            raise refusal("dicom-multiframe", path.name, f"positions of {frames} frames", placed, "export it again")
+            raise refusal("dicom-multiframe", path.name, f"positions of {frames} frames", placed, EXPORT_AGAIN)
         return [_plane(path, dataset, pixels, frame, frames) for frame in range(placed or 1)]
 
 
@@ -146,8 +146,8 @@ def read_planes(path: Path) -> list[PlaneHeader]:
 def refusing(code: str, path: Path, sentence: str) -> Iterator[None]:
     """Turn whatever a library raises about a damaged file into Refused(code), naming the file and the kind of error.
 
-    pydicom raises nearly anything on damaged files, and quotes header values in errors, warnings and log lines: none of that
-    text gets out. A disk that fails or is full is no fault of the file: those OSErrors pass.
+    pydicom raises nearly anything on damaged files, and quotes header values in errors, warnings and log lines: none of
+    that text gets out. A disk that fails or is full is no fault of the file: those OSErrors pass.
     """
     log = logging.getLogger("pydicom")
     was_disabled, log.disabled = log.disabled, True
@@ -192,7 +192,7 @@ def _read(path: Path) -> tuple[FileDataset, PixelLayout]:
 
 
 def _read_without_preamble(path: Path, file: BinaryIO) -> FileDataset:
-    """Return the tags of a bare data set (old exports), if the name says DICOM and the tags an image must have are there."""
+    """Return the tags of a bare data set (old exports) if its name says DICOM and it has the tags of an image."""
     from pydicom import dcmread
 
     refusal = not_a("a DICOM file", path, "export the series again, or leave the file out")
@@ -214,7 +214,7 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
 
     A file that does not say its transfer syntax has the plain one that pydicom found it to be in.
     """
-    implicit, little = dataset.original_encoding
+    implicit, little = map(bool, dataset.original_encoding)
     syntax = IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE if little else EXPLICIT_BIG
     at, length = _pixel_element(file, implicit, "<" if little else ">")
     allocated = int(dataset.get("BitsAllocated") or 0)
@@ -233,7 +233,7 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
 
 
 def _pixel_element(file: BinaryIO, implicit: bool, order: str) -> tuple[int | None, int]:
-    """Return (byte where the pixel data begin, their length as written), or (None, 0) where no PixelData element follows."""
+    """Return (byte where the pixel data begin, their length as written); (None, 0) where none follow."""
     start, head = file.tell(), file.read(12)
     if head[:4] != struct.pack(order + "HH", 0x7FE0, 0x0010) or len(head) < 12:
         return None, 0
@@ -250,10 +250,10 @@ def _is_image(path: Path, dataset: FileDataset) -> bool:
     has_size = bool(dataset.get("Rows") and dataset.get("Columns"))
     if sop_class.name == sop_class:  # not in the standard: a vendor's own kind of object, or cut off
         if not dataset.get("SeriesInstanceUID"):
-            raise refusal("dicom-unreadable", path.name, "a kind of object and its series", CUT_HEADER, "copy it again")
+            raise refusal("dicom-unreadable", path.name, "a kind of object and its series", CUT_HEADER, COPY_AGAIN)
         return has_size
     if "Image Storage" in sop_class.name and not has_size:
-        raise refusal("truncated", path.name, "rows and columns of an image", CUT_HEADER, "copy it again")
+        raise refusal("truncated", path.name, "rows and columns of an image", CUT_HEADER, COPY_AGAIN)
     return "Image Storage" in sop_class.name
 
 
@@ -261,10 +261,7 @@ def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, fr
     # A tag is looked for in the frame's own functional groups, in the shared ones, and at the top level.
     groups = [*(dataset.get(PER_FRAME) or [])[frame : frame + 1], *(dataset.get(SHARED) or [])[:1]]
     places = [item for group in groups for name in FRAME_GROUPS for item in (group.get(name) or [])[:1]] + [dataset]
-    samples, photometric = (
-        dataset.get("SamplesPerPixel") or 1,
-        dataset.get("PhotometricInterpretation") or "MONOCHROME2",
-    )
+    photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     spacing, concatenation = _numbers(places, "PixelSpacing", 2), dataset.get("ConcatenationUID")
     slope, intercept = _rescale(places)
     return PlaneHeader(
@@ -274,7 +271,7 @@ def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, fr
         series=_digest(dataset.get("SeriesInstanceUID")),
         container="" if frames == 1 else _digest(concatenation) if concatenation else path.name,
         localizer="LOCALIZER" in (dataset.get("ImageType") or []),
-        color=int(samples) != 1 or not str(photometric).startswith("MONOCHROME"),
+        color=int(dataset.get("SamplesPerPixel") or 1) != 1 or not photometric.startswith("MONOCHROME"),
         acquisition=str(dataset.get("AcquisitionNumber") or ""),
         rows=int(dataset.Rows),
         columns=int(dataset.Columns),
@@ -301,10 +298,10 @@ def _numbers(places: list[Dataset], keyword: str, count: int) -> np.ndarray | No
 
 
 def _perpendicular_pair(cosines: np.ndarray | None) -> np.ndarray | None:
-    """Return the directions [2, 3] along a row and down a column, or None where the header's are not nearly perpendicular units.
+    """Return the directions [2, 3] along a row and down a column; None where they are not nearly perpendicular units.
 
-    Headers round them to few digits: the column direction is brought to unit length, the row direction is turned in their plane
-    to be perpendicular to it, as ITK does.
+    Headers round them to few digits: the column direction is brought to unit length, the row direction is turned in
+    their plane to be perpendicular to it, as ITK does.
     """
     if cosines is None:
         return None

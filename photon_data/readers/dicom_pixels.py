@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from photon_data.errors import Refused, refusal
+from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, refusal
 from photon_data.readers.dicom_header import (
     EXPLICIT_BIG,
     EXPLICIT_LITTLE,
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 PLAIN = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG)
 JPEG = "1.2.840.10008.1.2.4."
 DEFLATED = "1.2.840.10008.1.2.1.99"
-# What SimpleITK's GDCM decodes here: JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000. pydicom itself decodes RLE,
-# several times as fast, and with its plugins some rarer syntaxes.
+# What SimpleITK's GDCM decodes here: JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000.
+# pydicom itself decodes RLE, several times as fast, and with its plugins some rarer syntaxes.
 GDCM = tuple(JPEG + n for n in ("50", "51", "57", "70", "80", "81", "90", "91"))
-MAX_PADDING = (
-    4096  # bytes behind the pixels that pass as padding; more means that rows or columns are not what the header says
-)
+# Bytes behind the pixels that pass as padding; more means that rows or columns are not what the header says.
+MAX_PADDING = 4096
 ITEM = 0xE000FFFE  # tag of each piece of compressed pixel data, read as a little-endian word
 
 
@@ -71,11 +70,11 @@ def _require_plain_bytes(plane: PlaneHeader) -> None:
 
 
 def _undecodable(plane: PlaneHeader, expected: str, found: str) -> Refused:
-    return refusal("dicom-undecodable", plane.path.name, expected, found, "export the slices again")
+    return refusal("dicom-undecodable", plane.path.name, expected, found, EXPORT_AGAIN)
 
 
 def _cut_short(plane: PlaneHeader, expected: int, found: int) -> Refused:
-    return refusal("truncated", plane.path.name, f"{expected} bytes of pixels", found, "copy the file again")
+    return refusal("truncated", plane.path.name, f"{expected} bytes of pixels", found, COPY_AGAIN)
 
 
 def _pydicom_decodes(syntax: str) -> bool:
@@ -96,11 +95,9 @@ def _name_of(syntax: str) -> str | None:
 
 
 def _cannot_decode(syntax: str) -> str:
-    """Return what a person can do about pixels that nothing here decodes."""
-    return (
-        f"expected pixels that can be decoded, found {_name_of(syntax) or 'an unknown transfer syntax'} that cannot; convert the "
-        "series to uncompressed (gdcmconv --raw, dcmdjpeg), install pylibjpeg and its plugins, or copy the files again"
-    )
+    found = _name_of(syntax) or "an unknown transfer syntax"
+    remedy = "convert the series to uncompressed (gdcmconv --raw, dcmdjpeg), install pylibjpeg and its plugins"
+    return f"expected pixels that can be decoded, found {found} that cannot; {remedy}, or copy the files again"
 
 
 def stored_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
@@ -178,7 +175,7 @@ def _compressed_frames(plane: PlaneHeader) -> list[bytes]:
 
 
 def _require_end(frame: bytes) -> None:
-    """ValueError for a JPEG of any kind without its end marker (padding may follow): libjpeg would fill in what is missing."""
+    """ValueError for a JPEG of any kind without its end marker (padding may follow): libjpeg would fill in the rest."""
     if not frame.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
         raise ValueError("expected the end of an image")
 
@@ -205,8 +202,8 @@ def _bare(plane: PlaneHeader, frame: bytes) -> Dataset:
 def _decode_with_gdcm(bare: Dataset, scratch: Path) -> np.ndarray:
     """Return the stored values [row, column] of a bare data set.
 
-    Bare, because ITK applies the rescaling of some kinds of images and not of others: so what comes back are stored values, and
-    no header text reaches the scratch file.
+    Bare, because ITK applies the rescaling of some kinds of images and not of others. And so no header text reaches the
+    scratch file.
     """
     import SimpleITK as sitk
 

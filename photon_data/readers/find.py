@@ -1,4 +1,4 @@
-"""A folder -> the scans in it, from names and a glance at headers; no voxel is read and nothing in it can stop the search.
+"""A folder -> the scans in it, from names and a glance at headers. No voxel is read, and nothing can stop the search.
 
 Each scan gets an id, made from where its files lie: safe in file systems and URLs, one per scan, the same in every run.
 """
@@ -23,7 +23,7 @@ from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, alon
 from photon_data.readers.header import metaimage_data_file, nifti_data_file, nrrd_data_file
 from photon_data.scan import Source
 
-# Suffix -> format, and what finds the voxels of a header that may lie in another file. Longest first: x.nii.gz loses .nii.gz.
+# Suffix -> format, and what finds the voxels of a header that may lie in another file. Longest first.
 SUFFIXES: dict[str, tuple[str, Callable[[Path], Path] | None]] = {
     ".nii.gz": ("nifti", None),
     ".hdr.gz": ("nifti", nifti_data_file),
@@ -45,6 +45,9 @@ MAX_ID = 150
 DIGITS = (0, 6, 16, 64)
 
 
+Words = tuple[str, ...]
+
+
 class Found(NamedTuple):
     """The scans of a folder, sorted by path, and how many other files it has of each suffix (or of each "(kind)")."""
 
@@ -60,10 +63,11 @@ def left_alone(ignored: Mapping[str, int]) -> str:
 def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], None] | None = None) -> Found:
     """Return the scans below `root` (or the one file it is) and what was left alone.
 
-    Recursive and sorted. Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed: one
-    into the root leads to a file that is found anyway (or hidden, as DataLad keeps them: that one is taken), others are counted
-    as ignored. A file with a scan's suffix is always a source, whatever it holds; opening it says what is wrong. What cannot be
-    read is a source with its `problem` set. `on_file` is called with the number of files seen so far.
+    Recursive and sorted. Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not
+    followed: one into the root leads to a file that is found anyway (or hidden, as DataLad keeps them: that one is
+    taken), others are counted as ignored. A file with a scan's suffix is always a source, whatever it holds; opening
+    it says what is wrong. What cannot be read is a source with its `problem` set. `on_file` gets the number of files
+    seen so far.
 
     UsageError where there is no `root`, or `id_from` is not path, name or hash (see `assign_ids`).
     """
@@ -97,7 +101,7 @@ class _Search:
         self.ignored: Counter[str] = Counter()
 
     def folders(self) -> Iterator[list[Path]]:
-        """Yield the visible entries that are no folders, folder by folder; a folder that cannot be listed becomes a source."""
+        """Yield the visible files, folder by folder. A folder that cannot be listed becomes a source."""
         if self.root != self.start:
             yield [self.start]
             return
@@ -148,19 +152,19 @@ class _Search:
 
     def counts(self) -> dict[str, int]:
         """Return how many files were left alone, by suffix; data files of headers belong to their scans."""
-        rest = Counter(_suffix(path) for path in self.leftover if path not in self.data_files)
+        suffixes = [path.suffix.lower() or "(no suffix)" for path in self.leftover if path not in self.data_files]
+        rest = Counter("(other)" if s[0] == "." and len(s) > MAX_SUFFIX else s for s in suffixes)
         return dict(sorted((self.ignored + rest).items()))
 
-    def _parts(self, path: Path) -> tuple[str, ...]:
+    def _parts(self, path: Path) -> Words:
         return path.relative_to(self.root).parts
 
     def _add(
-        self, words: tuple[str, ...], path: str, files: tuple[Path, ...], file_format: str, why: Refused | None = None
+        self, words: Words, path: str, files: Sequence[Path], file_format: str, why: Refused | None = None
     ) -> None:
-        """Add one source; `words` name it, `path` is relative to the root, `why` says that it cannot become a volume."""
         size, mtime_ns, unread = _measure(files)
         why = why or unread
-        source = Source("", path, files, file_format, size, mtime_ns)
+        source = Source("", path, tuple(files), file_format, size, mtime_ns)
         self.sources.append(
             (Named(path, words), replace(source, problem=why.message, code=why.code) if why else source)
         )
@@ -182,11 +186,11 @@ class _Search:
         try:
             grouped = group_series(files)
         except Refused as refused:
-            self._add((*parts, "s"), "/".join(parts) + "#", tuple(files), "dicom", refused)
+            self._add((*parts, "s"), "/".join(parts) + "#", files, "dicom", refused)
             return
         for key, members in grouped.series:
             words = (*parts[:-1], f"{parts[-1]}__s{key}") if parts else (f"s{key}",)
-            self._add(words, "/".join(parts) + f"#{key}", tuple(members), "dicom")
+            self._add(words, "/".join(parts) + f"#{key}", members, "dicom")
         for path, why in grouped.unreadable:
             self._add((*parts, path.name), "/".join((*parts, path.name)), (path,), "dicom", why)
         self.ignored.update({"(DICOM without image)": grouped.ignored, "(DICOM scout, no CT volume)": grouped.scouts})
@@ -197,7 +201,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _may_be_dicom(path: Path) -> bool:
-    """Tell whether a name says so, or a name without a suffix (UIDs end in numbers) whose file has the magic or is unreadable."""
+    """Tell whether the name says so; without a suffix (UIDs end in numbers), whether the file has the magic."""
     name = path.name.lower()
     if name.endswith(DICOM_SUFFIXES):
         return True
@@ -224,11 +228,6 @@ def _measure(files: Sequence[Path]) -> tuple[int, int, Refused | None]:
     return size, mtime_ns, why
 
 
-def _suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return "(no suffix)" if not suffix else suffix if len(suffix) <= MAX_SUFFIX else "(other)"
-
-
 class Grouped(NamedTuple):
     """What the DICOM files of one folder are.
 
@@ -247,11 +246,11 @@ class Grouped(NamedTuple):
 def group_series(files: list[Path]) -> Grouped:
     """Return the image stacks among the files of one folder, from their headers alone.
 
-    The key is the start of a hash of the SeriesInstanceUID. One series may hold several stacks: images that differ in size or
-    orientation (a scout beside the slices, which is counted and left out), multi-frame files, and acquisitions, where splitting
-    by AcquisitionNumber leaves no position taken twice. Its largest stack has the bare key, whatever lies beside it (among
-    equals the one with the first file name); the others follow as key-2, key-3, ...
-    Refused("dicom-extra-missing") without pydicom.
+    The key is the start of a hash of the SeriesInstanceUID. One series may hold several stacks: images that differ in
+    size or orientation (a scout beside the slices is counted and left out), multi-frame files, and acquisitions, where
+    splitting by AcquisitionNumber leaves no position taken twice. Its largest stack (among equals the one with the
+    first file name) has the bare key; the others follow as key-2, key-3, ... Refused("dicom-extra-missing") without
+    pydicom.
     """
     require_pydicom()
     by_series: dict[str, list[PlaneHeader]] = {}
@@ -296,7 +295,7 @@ def _belong_together(plane: PlaneHeader, other: PlaneHeader) -> bool:
 
 
 def _acquisitions(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
-    """Split a stack by AcquisitionNumber if positions are taken twice in it and in none of its acquisitions of several slices."""
+    """Split a stack by AcquisitionNumber if positions are taken twice in it, and in none of its acquisitions."""
     parts: dict[str, list[PlaneHeader]] = {}
     for plane in planes:
         parts.setdefault(plane.acquisition, []).append(plane)
@@ -313,19 +312,19 @@ def _has_duplicates(planes: Sequence[PlaneHeader]) -> bool:
 
 
 class Named(NamedTuple):
-    """What a scan's id is made from: its path relative to the source, and the words of that path without the scan's suffix."""
+    """What an id is made from: the path relative to the source, and its words without the scan's suffix."""
 
     path: str
-    words: tuple[str, ...]
+    words: Words
 
 
 def assign_ids(scans: Sequence[Named], id_from: str) -> list[str]:
     """Return an id for each scan, no two alike even where case does not count; UsageError for an unknown `id_from`.
 
-    path: a/b/x.nii.gz -> "a__b__x"      name: -> "x"      hash: -> "v" + 12 digits of the path's sha256, which names nobody
+    path: a/b/x.nii.gz -> "a__b__x"     name: -> "x"     hash: -> "v" + 12 digits of the path's sha256
 
-    What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150 characters, or where two scans would
-    share it, 6 digits of the hash of its path (with suffix) are appended.
+    What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150 characters, or where two scans
+    would share it, 6 digits of the hash of its path (with suffix) are appended.
     """
     if id_from not in ID_FROM:
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")

@@ -1,7 +1,6 @@
 """Headers that are lines of text, and headers whose voxels lie in another file.
 
-That file is trusted no further than the header's folder: the refusal is "data-file" where it is missing, one of several, or
-outside.
+That file lies in the header's folder. Refused "data-file" where it is missing, outside of it, or one of several.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from photon_data.errors import refusal
+from photon_data.errors import EXPORT_AGAIN, refusal
 
 # The field of a MetaImage header that is its last line.
 METAIMAGE_LAST = "ElementDataFile"
@@ -50,7 +49,7 @@ def _text(path: Path, is_last: Callable[[str], bool]) -> HeaderText:
         if is_last(lines[-1]):
             return HeaderText(lines, head.tell())
     if head.tell() == MAX_HEADER_BYTES:
-        raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", "export the scan again")
+        raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", EXPORT_AGAIN)
     return HeaderText(lines, head.tell())
 
 
@@ -60,9 +59,7 @@ def nifti_data_file(path: Path) -> Path:
     ends = ("IMG", "IMG.GZ") if "HDR" in path.name[len(stem) :] else ("img", "img.gz")
     found = [data for data in (path.with_name(stem + end) for end in ends) if data.is_file() and not data.is_symlink()]
     if len(found) != 1:
-        raise refusal(
-            "data-file", path.name, "one .img or .img.gz beside it", len(found), "copy both files of the pair"
-        )
+        raise refusal("data-file", path.name, "one .img or .img.gz beside it", len(found), "copy the pair")
     return found[0]
 
 
@@ -81,16 +78,13 @@ def metaimage_data_file(path: Path) -> Path:
 
 
 def _beside(header: Path, reference: str) -> Path:
-    """Return the data file that a text in a header means: not a list or pattern of names, inside of its folder, and there."""
     words = reference.split()
     if not words or words[0].upper() == "LIST" or "%" in reference:
         raise refusal("data-file", header.name, "one data file", "a list in its header", "save it as one file")
     folder = header.parent.resolve()
     data = folder / reference
     if "\0" in reference or len(reference) > MAX_REFERENCE or not data.resolve().is_relative_to(folder):
-        raise refusal(
-            "data-file", header.name, "a data file in its own folder", "a path that leads out", "move the file there"
-        )
+        raise refusal("data-file", header.name, "a data file in its folder", "a path that leads out", "move it there")
     if not data.is_file():
         raise refusal("data-file", header.name, "its data file beside it", "none", "copy both files")
     return header.parent / reference

@@ -1,4 +1,4 @@
-"""MetaImage (.mha, or .mhd with a data file), plain or zlib; what ITK would fill in by default is refused, not guessed."""
+"""MetaImage (.mha, or .mhd with a data file), plain or zlib. What ITK fills in by default is refused, not guessed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from photon_data.errors import Refused, not_a, refusal
+from photon_data.errors import COPY_AGAIN, Refused, not_a, refusal
 from photon_data.readers.header import METAIMAGE_LAST, metaimage_data_file, metaimage_text
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, scan_of, wrong_values
 from photon_data.scan import Scan, Source
@@ -131,7 +131,7 @@ def _dtype(header: _Header) -> np.dtype:
 def _check_compressed_size(header: _Header, stored: Stored) -> None:
     expected, found = header.whole("CompressedDataSize", 0), stored.path.stat().st_size - stored.start
     if expected and expected != found:
-        code, remedy = ("truncated", "copy or download it again") if found < expected else ("surplus", REMEDY)
+        code, remedy = ("truncated", COPY_AGAIN) if found < expected else ("surplus", REMEDY)
         raise header.refused(code, f"{expected:,} compressed bytes by its header", f"{found:,}", remedy)
 
 

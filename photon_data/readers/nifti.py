@@ -1,12 +1,13 @@
 """NIfTI-1 and NIfTI-2, one file or a pair, as the standard reads; what two libraries read differently is refused.
 
-Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and place the corners of
-the scan more than 0.1 mm and 1/1000 of its diagonal apart, it is refused too, until a person picks one.
-That share is what a quaternion in float32 can lose near half a turn, the usual one for CT (its w is the root of a difference).
-Lengths are millimetres where the header names no unit; metres and microns are converted, in sform and qform alike.
+Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and place the
+corners of the scan more than 0.1 mm and 1/1000 of its diagonal apart, it is refused too, until a person picks one.
+That share is what a quaternion in float32 can lose near half a turn, the usual one for CT (its w is the root of a
+difference). Lengths are millimetres where the header names no unit; metres and microns are converted, in sform and
+qform alike.
 
-Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept included (as
-the standard and nibabel have it); a good slope with an intercept that is not finite is refused.
+Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept
+included (as the standard and nibabel have it); a good slope with an intercept that is not finite is refused.
 """
 
 from __future__ import annotations
@@ -19,18 +20,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.quaternions import quat2mat
 
-from photon_data.errors import Refused, not_a, refusal
+from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
 from photon_data.readers.header import nifti_data_file
-from photon_data.readers.stream import (
-    GZIP_MAGIC,
-    Compression,
-    Stored,
-    frame,
-    grid_shape,
-    read_head,
-    scan_of,
-    wrong_values,
-)
+from photon_data.readers.stream import Compression, Stored, frame, grid_shape, is_gzip, read_head, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
 
@@ -47,7 +39,6 @@ MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 MAX_VOX_OFFSET = 1 << 26
 AGREE_MM, AGREE_SHARE = 0.1, 1e-3
 
-AGAIN = "export the scan again"
 DIRECTIONS = "set a right sform (nibabel, ITK-SNAP or dcm2niix write one)"
 
 
@@ -67,7 +58,7 @@ NIFTI_2 = _Version(nib.Nifti2Header, 540, b"n+2", b"ni2")
 def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
     """Return the Scan of a NIfTI file or pair; Refused as the package lists.
 
-    `affine` is "auto", "sform", "qform" or "blank". A pick of one that changes the geometry is among the scan's `choices`.
+    `affine` is "auto", "sform", "qform" or "blank". A choice that changes the geometry is recorded in `Scan.choices`.
     """
     path = source.files[0]
     version, header = _read_header(path)
@@ -96,7 +87,7 @@ def _compression(path: Path) -> Compression:
     """Return what the name says; Refused where the content is not that."""
     if not path.name.lower().endswith(".gz"):
         return Compression.NONE
-    if read_head(path, len(GZIP_MAGIC), Compression.NONE) != GZIP_MAGIC:
+    if not is_gzip(path):
         raise not_a("gzip data", path, "if it was uncompressed on the way, take .gz off its name")
     return Compression.GZIP
 
@@ -113,9 +104,7 @@ def _read_header(path: Path) -> tuple[_Version, nib.Nifti1Header]:
 
 def _parse(path: Path, head: bytes, version: _Version, endian: str) -> nib.Nifti1Header:
     if len(head) < version.length:
-        raise refusal(
-            "truncated", path.name, f"a header of {version.length} bytes", len(head), "copy or download it again"
-        )
+        raise refusal("truncated", path.name, f"a header of {version.length} bytes", len(head), COPY_AGAIN)
     header = version.header(head[: version.length], endianness=endian, check=False)
     magic, expected = bytes(header["magic"])[:3], version.pair if _is_pair(path) else version.single
     if magic == expected:
@@ -123,17 +112,15 @@ def _parse(path: Path, head: bytes, version: _Version, endian: str) -> nib.Nifti
     if magic in (version.pair, version.single):
         expected_magic = "the magic of a single file in .nii and of a pair in .hdr"
         raise refusal("bad-header", path.name, expected_magic, "the other one", "rename the files")
-    found, remedy = (
-        "a header without its magic (Analyze 7.5?), which has none",
-        "convert it where the orientation is known",
-    )
+    found = "a header without its magic (Analyze 7.5?), which has none"
+    remedy = "convert it where the orientation is known"
     raise refusal("no-geometry", path.name, "NIfTI with an orientation", found, remedy)
 
 
 def _sizes(header: nib.Nifti1Header, name: str) -> list[int]:
     count = int(header["dim"][0])
     if not 1 <= count <= 7:
-        raise refusal("bad-header", name, "1 to 7 dimensions", count, AGAIN)
+        raise refusal("bad-header", name, "1 to 7 dimensions", count, EXPORT_AGAIN)
     return [int(n) for n in header["dim"][1 : count + 1]]
 
 
@@ -154,7 +141,8 @@ def _vox_offset(header: nib.Nifti1Header, first: int, name: str) -> int:
     if offset == 0:
         return first
     if not first <= offset <= MAX_VOX_OFFSET or offset != int(offset):
-        raise refusal("bad-header", name, f"voxels that begin at byte {first} to {MAX_VOX_OFFSET}", offset, AGAIN)
+        expected = f"voxels that begin at byte {first} to {MAX_VOX_OFFSET}"
+        raise refusal("bad-header", name, expected, f"{offset:g}", EXPORT_AGAIN)
     return int(offset)
 
 
@@ -195,7 +183,7 @@ def _automatic_geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int
 
 
 def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int, int], name: str) -> Geometry:
-    """Return the grid of indices for a header without an affine, or with no more than the identity; Refused for any other."""
+    """Return the grid of indices for a header with no affine, or none but the identity; Refused for any other."""
     for form in coded:
         own = _frame(header, form, shape_zyx, name)
         if not np.allclose(own.affine_ras, np.eye(4), atol=1e-4):
@@ -224,20 +212,18 @@ def _words(geometry: Geometry) -> str:
 def _frame(header: nib.Nifti1Header, form: str, shape_zyx: tuple[int, int, int], name: str) -> Geometry:
     units = int(header["xyzt_units"]) & 7
     if units not in MM_PER_UNIT:
-        raise refusal("bad-header", name, "lengths in metres, millimetres or microns", f"units code {units}", AGAIN)
+        raise refusal("bad-header", name, "lengths in m, mm or microns", f"units code {units}", EXPORT_AGAIN)
     affine = (_sform(header) if form == "sform" else _qform(header)) * MM_PER_UNIT[units]
     others = [other for other in AFFINES if other != form and header[f"{other}_code"] > 0]
-    remedy = (
-        f"its {form} is broken, try --set nifti_affine={others[0]}" if others else f"its {form} is broken, {DIRECTIONS}"
-    )
+    remedy = f"its {form} is broken, {f'try --set nifti_affine={others[0]}' if others else DIRECTIONS}"
     return frame(shape_zyx, RAS_LPS @ affine[:, 3], (RAS_LPS @ affine[:, :3]).T[::-1], name, remedy)
 
 
 def _sform(header: nib.Nifti1Header) -> np.ndarray:
     """Return the sform [3, 4]: voxel (x, y, z, 1) -> RAS in the header's unit.
 
-    Where the lengths of its axes are pixdim but for float32 rounding they are made pixdim, as ITK has it: 2e-8 of a voxel is
-    1e-5 at the far end of 512, enough to differ by more than rounding on noise.
+    Where the lengths of its axes are pixdim but for float32 rounding they are made pixdim, as ITK has it: 2e-8 of a
+    voxel is 1e-5 at the far end of 512, enough to differ by more than rounding on noise.
     """
     sform = np.stack([header[f"srow_{axis}"] for axis in "xyz"]).astype(float)
     sides, lengths = np.array(header["pixdim"][1:4], float), np.linalg.norm(sform[:, :3], axis=0)
@@ -249,9 +235,9 @@ def _sform(header: nib.Nifti1Header) -> np.ndarray:
 def _qform(header: nib.Nifti1Header) -> np.ndarray:
     """Return the qform [3, 4]; not finite where its quaternion is longer than one or a voxel side is not positive.
 
-    Its w is the root of what its three stored numbers leave of one. Where that is no more than their rounding in float32, w is
-    zero: half a turn, as of most CT, stays one. (nibabel's get_qform does so up to three times that, and turns some scans by
-    0.07 degrees.)
+    Its w is the root of what its three stored numbers leave of one. Where that is no more than their rounding in
+    float32, w is zero: half a turn, as of most CT, stays one. (nibabel's get_qform does so up to three times that, and
+    turns some scans by 0.07 degrees.)
     """
     vector = np.array([header[f"quatern_{letter}"] for letter in "bcd"], float)
     sides = np.array(header["pixdim"][1:4], float)

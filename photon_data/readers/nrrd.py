@@ -1,4 +1,4 @@
-"""NRRD, with its data attached or in a file of their own, plain or gzip; only where its space says what left and right are."""
+"""NRRD, its data attached or in a file, plain or gzip. Refused unless its space says what left and right are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import nrrd as pynrrd
 import numpy as np
 
-from photon_data.errors import not_a, refusal
+from photon_data.errors import EXPORT_AGAIN, not_a, refusal
 from photon_data.readers.header import HeaderText, nrrd_data_file, nrrd_text
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, scan_of, wrong_values
 from photon_data.scan import Scan, Source
@@ -68,12 +68,10 @@ def _parse(text: HeaderText, name: str) -> Mapping[str, Any]:
     try:
         header = pynrrd.read_header([line + "\n" for line in text.lines])
     except Exception:  # pynrrd lets through whatever its parsers meet: ValueError, KeyError, TypeError, its own
-        raise refusal(
-            "bad-header", name, "an NRRD header of version 1 to 5", "errors in it", "export it again"
-        ) from None
+        raise refusal("bad-header", name, "an NRRD header of version 1 to 5", "errors in it", EXPORT_AGAIN) from None
     missing = [field for field in ("dimension", "sizes", "type", "encoding") if field not in header]
     if missing:
-        raise refusal("bad-header", name, "a whole NRRD header", f"no {', '.join(missing)}", "export it again")
+        raise refusal("bad-header", name, "a whole NRRD header", f"no {', '.join(missing)}", EXPORT_AGAIN)
     return header
 
 
@@ -92,7 +90,7 @@ def _spatial_axes(header: Mapping[str, Any], name: str) -> tuple[list[int], np.n
         grid_shape(sizes, name, 2**63)  # what is no volume is called so; all else lacks its geometry
         raise refusal("no-geometry", name, "space directions", "none: left and right are unknown", SPACE_REMEDY)
     if len(directions) != len(sizes) or len(sizes) != header["dimension"] or np.ndim(directions) != 2:
-        raise refusal("bad-header", name, "a size and a direction for each axis", "other numbers", "export it again")
+        raise refusal("bad-header", name, "a size and a direction for each axis", "other numbers", EXPORT_AGAIN)
     is_spatial = ~np.isnan(directions).all(axis=1)
     if any(n != 1 for n, spatial in zip(sizes, is_spatial, strict=True) if not spatial):
         found = " x ".join(str(n) for n in sizes)
@@ -107,7 +105,7 @@ def _dtype(header: Mapping[str, Any], name: str) -> np.dtype:
         raise wrong_values("dtype", name, "another type")
     order = BYTE_ORDERS.get(str(header.get("endian", "")).lower(), "<" if letter.endswith("1") else None)
     if order is None:
-        raise refusal("bad-header", name, "an endian of little or big", "none", "export it again")
+        raise refusal("bad-header", name, "an endian of little or big", "none", EXPORT_AGAIN)
     return np.dtype(letter).newbyteorder(order)
 
 
@@ -139,5 +137,5 @@ def _stored(
     if skip == -1 and compression is Compression.NONE:  # the voxels are the end of the file
         start, skip = max(start, data.stat().st_size - stored.expected_bytes), 0
     if not 0 <= skip <= MAX_SKIP:
-        raise refusal("bad-header", name, f"a byte skip of 0 to {MAX_SKIP}", skip, "export it again")
+        raise refusal("bad-header", name, f"a byte skip of 0 to {MAX_SKIP}", skip, EXPORT_AGAIN)
     return Stored(data, compression, start, skip, shape_zyx, dtype)

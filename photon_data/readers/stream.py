@@ -1,4 +1,4 @@
-"""Stored voxels -> a Scan whose planes are streamed in the memory of one plane; length and checksums are verified on the way.
+"""Stored voxels -> a Scan whose planes are streamed in the memory of one plane; length and checksums are verified.
 
 file:  |<- start ->|<---------- stream (plain, gzip or zlib) ---------->|
 decoded stream:    |<- skip ->| plane 0 | plane 1 | ... | plane nz - 1 |  and then nothing more
@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from isal import igzip_lib
 
-from photon_data.errors import Refused, refusal
+from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, refusal
 from photon_data.scan import Scan
 from photon_data.volume import Geometry
 
 GZIP_MAGIC = b"\x1f\x8b"
-# Compressed bytes read at a time. 32 kB to 2 MB take the same 0.29 s for 183 MB of voxels; less memory is nicer to caches.
+# Compressed bytes read at a time. 32 kB to 2 MB take the same time; less memory is nicer to caches.
 CHUNK_BYTES = 1 << 17
 # Deflate packs at most 258 bytes into 2 bits; a smaller file cannot hold what its header promises.
 MAX_DEFLATE_RATIO = 1032
@@ -43,7 +43,7 @@ class Compression(StrEnum):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where the voxels of a scan lie: `shape_zyx` values of `dtype` (as stored, so with its byte order), last axis fastest."""
+    """Where the voxels of a scan lie: `shape_zyx` values of `dtype` (in its stored byte order), last axis fastest."""
 
     path: Path
     compression: Compression
@@ -72,7 +72,7 @@ def scan_of(stored: Stored, geometry: Geometry, file_format: str, slope: float =
 
 
 def stream_planes(stored: Stored) -> Iterator[np.ndarray]:
-    """Yield the planes [y, x] of stored values in native byte order, each in the same buffer, which the next one overwrites.
+    """Yield the planes [y, x] of stored values in native byte order, all in one buffer: the next overwrites the last.
 
     The end of the data is verified before the last plane is handed out. Refused: truncated, damaged, surplus.
     """
@@ -95,8 +95,14 @@ def stream_planes(stored: Stored) -> Iterator[np.ndarray]:
             yield native
 
 
+def is_gzip(path: Path) -> bool:
+    """Tell whether a file begins as gzip."""
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
 def read_head(path: Path, count: int, compression: Compression) -> bytes:
-    """Return the first `count` decoded bytes of a file, fewer where it ends before; Refused where it is cut or damaged there."""
+    """Return the first `count` decoded bytes of a file, fewer where it ends before; Refused if damaged."""
     head = bytearray(count)
     with path.open("rb", buffering=0) as file:
         filled = _fill(_decoded(file, compression, path.name), memoryview(head))
@@ -132,7 +138,7 @@ def _skip(source: _Readable, stored: Stored) -> None:
 
 
 class _Inflated:
-    """The decoded bytes of a gzip file (one member or several) or of a zlib stream; its checksums are verified at its end."""
+    """The decoded bytes of a gzip file (one member or several) or a zlib stream; checksums are verified at its end."""
 
     def __init__(self, file: BinaryIO, compression: Compression, name: str) -> None:
         self._file = file
@@ -154,15 +160,13 @@ class _Inflated:
     def _decode(self, most: int) -> bytes:
         chunk = self._pending or (self._file.read(CHUNK_BYTES) if self._member.needs_input else b"")
         if self._member.needs_input and not chunk:
-            raise refusal(
-                "truncated", self._name, "a whole compressed file", "its end before", "copy or download it again"
-            )
+            raise refusal("truncated", self._name, "a whole compressed file", "its end before", COPY_AGAIN)
         self._pending = b""
         try:
             return self._member.decompress(chunk, most)
         except igzip_lib.IsalError:  # type: ignore[misc]  # its stub calls the class an instance
             expected = "compressed data that match their checksum"
-            raise refusal("damaged", self._name, expected, "others", "copy or download the file again") from None
+            raise refusal("damaged", self._name, expected, "others", COPY_AGAIN) from None
 
     def _is_last_member(self) -> bool:
         """Tell whether nothing follows this member but padding with zeros; else go on with the next one."""
@@ -183,7 +187,7 @@ class _Inflated:
 
 def _truncated(stored: Stored, found: str) -> Refused:
     expected = f"{stored.expected_bytes:,} bytes by its header"
-    return refusal("truncated", stored.path.name, expected, found, "copy or download it again")
+    return refusal("truncated", stored.path.name, expected, found, COPY_AGAIN)
 
 
 def _surplus(name: str, expected: str, found: str) -> Refused:
@@ -198,7 +202,7 @@ def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, i
     """
     found = " x ".join(str(n) for n in sizes) or "none"
     if not sizes or min(sizes) < 1:
-        raise refusal("bad-header", name, "sides of at least 1 voxel", found, "export the scan again")
+        raise refusal("bad-header", name, "sides of at least 1 voxel", found, EXPORT_AGAIN)
     if prod(sizes[3:]) > 1:
         raise refusal("several-volumes", name, "one volume", found, "split it into one file per volume")
     if len(sizes) < 3 or min(sizes[:3]) < 2:
@@ -211,7 +215,7 @@ def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, i
 
 
 def frame(shape_zyx: tuple[int, int, int], origin_lps: Any, steps_lps: Any, name: str, remedy: str) -> Geometry:
-    """Return the Geometry of a header's frame in LPS mm; Refused bad-geometry where it is not finite, singular or absurd."""
+    """Return the Geometry of a header's frame in LPS mm; Refused bad-geometry if not finite, singular or absurd."""
     try:
         with np.errstate(all="ignore"):
             geometry = Geometry.from_arrays(shape_zyx, origin_lps, steps_lps)
