@@ -332,7 +332,7 @@ def jobs_of(request: ManifestRequest, combined: Collection) -> list[Job]:
     for volume in combined.volumes[: request.limit]:
         recipe, policy = recipes[volume.dataset.name]
         policy = replace(policy, max_voxels=request.max_voxels)
-        job = Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.stated, request.overwrite)
+        job = Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.table_grid, request.overwrite)
         jobs.append(job)
     return jobs
 
