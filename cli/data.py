@@ -200,13 +200,15 @@ def show(
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
     with errors_as_exit_codes():
+        from photon_data import open_volume, read
         from photon_data.picture import three_planes
-        from photon_data.store import SUFFIX, open_volume
+        from photon_data.readers.find import find_one_scan
+        from photon_data.store import SUFFIX
 
         if "://" in volume or (Path(volume) / "zarr.json").exists():
             name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
         else:
-            name, content = _read_scan(Path(volume))
+            name, content = find_one_scan(Path(volume)).id, read(volume)
         point = options.numbers(at, 3, "--at") if at else None
         picture = three_planes(content, window_hu=options.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")
@@ -266,25 +268,6 @@ def phantom(
         console.print(
             f"{n} scans in {directory}/scans, masks in {directory}/masks, {questions} questions", soft_wrap=True
         )
-
-
-def _read_scan(path: Path) -> tuple[str, Volume]:
-    """Return the id and the Hounsfield units of a raw scan, by its header's slope and intercept."""
-    import numpy as np
-
-    from photon_data.errors import UsageError
-    from photon_data.readers import find_scans, left_alone, open_scan
-    from photon_data.volume import Volume
-
-    if not path.exists():
-        raise UsageError(f"expected a store or a scan, but {path} does not exist")
-    sources, ignored = find_scans(path)
-    if len(sources) != 1:
-        others = f"; files left alone: {left_alone(ignored)}" if ignored else ""
-        raise UsageError(f"expected one scan, found {len(sources)} in {path}; name one{others}")
-    scan = open_scan(sources[0])
-    planes = np.stack([plane.astype(np.float32) for plane in scan.planes()])
-    return sources[0].id, Volume(planes * scan.slope + scan.intercept, scan.geometry)
 
 
 def main() -> None:

@@ -1,9 +1,4 @@
-"""A scan on disk -> a volume -> a store -> rows of questions.
-
->>> import photon_data
->>> photon_data.__all__
-['Geometry', 'Policy', 'Recipe', 'Volume', 'open_volume', 'prepare', 'read']
-"""
+"""A scan on disk -> a volume -> a store -> rows of questions."""
 
 from __future__ import annotations
 

@@ -34,8 +34,9 @@ class Location:
         try:
             return fsspec.url_to_fs(self.url)[0]
         except (ImportError, ValueError) as error:
+            found = f"{self.url} ({error})"
             raise UsageError(
-                f"expected a folder or the URL of an object store, found {self.url} ({error}); s3 and gs need the extra cloud"
+                f"expected a folder or the URL of an object store, found {found}; s3 and gs need the extra cloud"
             ) from None
 
     @property
@@ -102,9 +103,9 @@ def write_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         with write_whole(folder / "rows.jsonl") as temporary:
             temporary.write_bytes(jsonl_bytes(rows))
 
-    So `path` is always complete: what was there before stays if the block raises or the disk is full, and the temporary one
-    is removed. It lies beside `path` under a new name, `.NAME.xxxxxxxx.partial`. `temporary` gives it another one on the same
-    disk: what a killed run left there is removed first.
+    So `path` is always complete: what was there before stays if the block raises or the disk is full, and the
+    temporary one is removed. It lies beside `path` under a new name, `.NAME.xxxxxxxx.partial`. `temporary` gives it
+    another one on the same disk: what a killed run left there is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if temporary is None:
@@ -162,7 +163,7 @@ def _remove(path: Path) -> None:
 
 
 def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
-    """Return rows as JSON lines, with their keys in the given order. What UTF-8 cannot hold (odd file names) is escaped."""
+    """Return rows as JSON lines, keys in their given order. What UTF-8 cannot hold (odd file names) is escaped."""
     encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
     buffer = io.BytesIO()  # b"".join would hold all lines twice
     buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)

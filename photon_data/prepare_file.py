@@ -16,11 +16,11 @@ from photon_data.files import Location
 from photon_data.hounsfield import Rescale
 from photon_data.prepare_volume import prepare_volume
 from photon_data.readers import open_scan
-from photon_data.readers.find import find_scans
+from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.scan import Scan, Source, Stated, agreed
+from photon_data.scan import Scan, Source, TableGrid
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Prepared, Volume
 
@@ -44,7 +44,7 @@ class Job:
     recipe: Recipe
     policy: Policy = field(default_factory=Policy)
     rescale: Rescale | None = None
-    stated: Stated | None = None
+    stated: TableGrid | None = None
     overwrite: bool = False
     write: bool = True
 
@@ -65,7 +65,7 @@ class Job:
                 "recipe": Recipe.from_json(data["recipe"]),
                 "policy": Policy(**data["policy"]),
                 "rescale": Rescale(*data["rescale"]) if data["rescale"] else None,
-                "stated": Stated.from_json(data["stated"]) if data["stated"] else None,
+                "stated": TableGrid.from_json(data["stated"]) if data["stated"] else None,
             }
         )
 
@@ -111,12 +111,8 @@ def prepare(
         array = scan.numpy()
         opened = Scan(scan.geometry, array.dtype, 1.0, 0.0, lambda: iter(array), "array")
     else:
-        found = find_scans(Path(scan)).sources
-        if len(found) != 1:
-            raise UsageError(
-                f"expected one scan, found {len(found)} in {scan}; name one file or one folder of a series"
-            )
-        opened = open_scan(found[0], nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
+        source = find_one_scan(Path(scan))
+        opened = open_scan(source, nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
     return prepare_volume(opened, recipe or Recipe(), policy, rescale)
 
 
@@ -171,9 +167,9 @@ def _prepare(job: Job) -> VolumeRecord:
 
 def opened(job: Job) -> Scan:
     """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has none."""
-    affine = BLANK if job.stated and job.stated.instead else job.policy.nifti_affine
+    affine = BLANK if job.stated and job.stated.replaces_header else job.policy.nifti_affine
     scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.policy.max_voxels)
-    return replace(scan, geometry=agreed(scan.geometry, job.stated)) if job.stated else scan
+    return replace(scan, geometry=job.stated.reconcile(scan.geometry)) if job.stated else scan
 
 
 def already_there(job: Job, content: str) -> VolumeRecord | None:

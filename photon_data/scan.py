@@ -1,6 +1,6 @@
-"""A raw scan between disk and volume: found (`Source`), opened but not yet read (`Scan`).
+"""A raw scan between disk and volume: found (`Source`), then opened but not yet read (`Scan`).
 
-What a data set's own table says of the grid of one of its files, and how that agrees with the file's header.
+Some data sets have a table that says which grid a file has (`TableGrid`).
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import Refused
-from photon_data.volume import Geometry
+from photon_data.errors import Refused, refusal
+from photon_data.volume import Geometry, Volume
 
 # The largest scan of CT-RATE's validation split has 424 million voxels.
 MAX_VOXELS = 1_000_000_000
+# Published tables round spacing to four digits or more.
+SPACING_SHARE = 0.005
 
 
 @dataclass(frozen=True)
 class Source:
     """One scan found in a folder, before anything but names (and, for DICOM, headers) was read.
 
-    `id` names the volume everywhere, `path` is relative to the source folder (posix, for people and tables), `files` are
-    absolute and hold the whole scan: one NIfTI, a header and its data file, or the slices of one DICOM series, sorted by name.
-    `problem` is set where it is known before it is opened that it cannot become a volume (an unreadable file, say); `code` is
-    then the code of the refusal.
+    id       names the volume everywhere
+    path     relative to the source folder, with "/", for people and tables
+    files    absolute, the whole scan: one NIfTI, a header and its data file, or the slices of a DICOM series by name
+    problem  set where the search found that it cannot become a volume (an unreadable file, say)
+    code     of the refusal then
     """
 
     id: str
@@ -46,9 +49,9 @@ class Scan:
     geometry   native grid; axis 0 is the slowest of the file, so planes arrive in its order
     dtype      of the stored values
     slope, intercept   from the header: HU = slope * stored + intercept
+    planes     call it to stream the stored values: one array [y, x] per index of axis 0. The next plane may reuse it.
+               Exhausting it verifies length and checksums; Refused is raised on damage.
     choices    of the policy, without which the header would be refused or give another geometry
-    planes     call it to stream the stored values: one array [y, x] per index of axis 0. The array may be reused for the next
-               plane. Exhausting it verifies length and checksums; Refused is raised on damage.
     """
 
     geometry: Geometry
@@ -59,48 +62,56 @@ class Scan:
     format: str
     choices: Mapping[str, str] = field(default_factory=dict)
 
+    def volume(self) -> Volume:
+        """Return the whole scan in memory, HU on its native grid: float32, or the stored integers where they are HU.
 
-# Published tables round spacing to four digits or more.
-SPACING_SHARE = 0.005
+        Refused on damage, as while the planes are streamed.
+        """
+        is_hu = self.slope == 1 and self.intercept == 0
+        array = np.empty(self.geometry.shape_zyx, self.dtype if is_hu and self.dtype.kind in "iu" else np.float32)
+        for z, plane in enumerate(self.planes()):
+            array[z] = plane if is_hu else plane * self.slope + self.intercept
+        return Volume(array, self.geometry)
 
 
-class Stated(NamedTuple):
-    """A grid that a table states for one file.
+class TableGrid(NamedTuple):
+    """A grid that a data set's table gives for one of its files.
 
-    geometry  shape, spacing and directions
-    instead   True: the header is blank and this grid takes its place; False: the header counts, and has to agree with this
+    geometry         shape, spacing and directions
+    replaces_header  True: the header is blank and this grid takes its place
+                     False: the header counts, and has to agree with this grid
     """
 
     geometry: Geometry
-    instead: bool
+    replaces_header: bool
+
+    def reconcile(self, native: Geometry) -> Geometry:
+        """Return the grid to use for a file whose header says `native`; Refused ("table-conflict") where they differ.
+
+        The shape is always compared. Of a header that counts, spacing is compared too, axis by axis as in the file.
+        """
+        table = self.geometry
+        if native.shape_zyx != table.shape_zyx:
+            raise _conflict("voxels", native.shape_zyx, table.shape_zyx)
+        if self.replaces_header:
+            return table
+        if not np.allclose(native.spacing_zyx_mm, table.spacing_zyx_mm, rtol=SPACING_SHARE):
+            raise _conflict("mm", native.spacing_zyx_mm, table.spacing_zyx_mm)
+        return native
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain dict that `from_json` reads back."""
-        return {"geometry": self.geometry.to_json(), "instead": self.instead}
+        """Return the plain dict that `from_json` reads back. Resume keys depend on it: its keys stay as they are."""
+        return {"geometry": self.geometry.to_json(), "instead": self.replaces_header}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Stated:
-        """Return the Stated that `to_json` wrote."""
+    def from_json(cls, data: dict[str, Any]) -> TableGrid:
+        """Return the TableGrid that `to_json` wrote."""
         return cls(Geometry.from_json(data["geometry"]), data["instead"])
 
 
-def agreed(native: Geometry, stated: Stated) -> Geometry:
-    """Return the grid to go by; Refused ("table-conflict") where shape, or the header that counts, differs from the table.
-
-    Of a header that counts, shape and spacing are compared, axis by axis as they lie in the file.
-    """
-    table = stated.geometry
-    if native.shape_zyx != table.shape_zyx:
-        raise _conflict("voxels", native.shape_zyx, table.shape_zyx)
-    if not stated.instead and not np.allclose(native.spacing_zyx_mm, table.spacing_zyx_mm, rtol=SPACING_SHARE):
-        raise _conflict("mm", native.spacing_zyx_mm, table.spacing_zyx_mm)
-    return table if stated.instead else native
-
-
-def _conflict(unit: str, found: tuple[float, ...], said: tuple[float, ...]) -> Refused:
-    in_file, in_table = (" x ".join(f"{value:.4g}" for value in values) for values in (found, said))
-    return Refused(
-        "table-conflict",
-        f"a header that agrees with the data set's table wanted, found {in_file} {unit} (z, y, x) in the file and {in_table} in "
-        "the table; one of the two belongs to another version or file",
+def _conflict(unit: str, in_header: tuple[float, ...], in_table: tuple[float, ...]) -> Refused:
+    header, table = (" x ".join(f"{value:.4g}" for value in values) for values in (in_header, in_table))
+    expected = f"a header that agrees with the data set's table, {table} {unit} (z, y, x)"
+    return refusal(
+        "table-conflict", "", expected, f"{header} {unit}", "one of the two belongs to another version or file"
     )

@@ -195,8 +195,8 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     UsageError when it is not one of our stores, or one of another version.
 
     >>> volume = photon_data.open_volume("a.ome.zarr")
-    >>> volume.array_zyx.shape, volume.array_zyx[20].dtype, volume.geometry.orientation
-    ((40, 32, 32), dtype('int16'), 'SPL')
+    >>> volume.array_zyx.shape, volume.array_zyx[20].shape, volume.geometry.orientation
+    ((40, 32, 32), (32, 32), 'SPL')
     >>> photon_data.open_volume("a.ome.zarr", "model").geometry.shape_zyx
     (14, 28, 28)
     """

@@ -1,6 +1,7 @@
 """A volume carries its frame: voxels (z, y, x) and where each of them lies in the world, LPS millimetres.
 
-Which array axis runs along which axis of the body: what it takes to show any scan upright, and to speak of its "head end".
+Which array axis runs along which axis of the body is decided once, by `body_axes`: for letters of orientation, for
+pictures and for sentences such as "at its head end".
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
 
 # World axes are L, P, S. A letter says which way an array axis points: `LETTERS[world_axis][increasing]`.
 LETTERS = (("R", "L"), ("A", "P"), ("I", "S"))
-Triple = tuple[float, float, float]
+# What people call the low and the high end of the world axes L, P, S, and the way from one to the other.
+ENDS = (("right", "left"), ("front", "back"), ("foot", "head"))
+WAYS = ("right to left", "front to back", "foot to head")
 # RAS (NIfTI) and LPS (DICOM, ITK) differ in the sign of the first two world axes.
 RAS_LPS = np.diag([-1.0, -1.0, 1.0])
+# A direction gets a second letter from 15 degrees on: "AR" leans from anterior to the right.
+_SECOND_LETTER = np.sin(np.radians(15))
+
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,12 @@ class Geometry:
 
     world = origin_lps + z * steps_lps[0] + y * steps_lps[1] + x * steps_lps[2].
 
-    `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a. Steps need not be
-    orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
+    `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a: a column
+    of the affine. Steps need not be orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
+
+    >>> grid = photon_data.Geometry.axis_aligned((40, 32, 32), spacing_zyx_mm=(2, 1, 1), centre_lps=(0, 0, 0))
+    >>> grid.world((0, 0, 0)).tolist(), grid.index((0, 0, 0)).tolist()
+    ([-15.5, -15.5, -39.0], [19.5, 15.5, 15.5])
     """
 
     shape_zyx: tuple[int, int, int]
@@ -44,9 +55,8 @@ class Geometry:
         steps = np.asarray(steps_lps, float).reshape(3, 3)
         origin = np.asarray(origin_lps, float).reshape(3)
         if not (np.isfinite(steps).all() and np.isfinite(origin).all()) or abs(np.linalg.det(steps)) < 1e-9:
-            raise ValueError(
-                f"finite, independent axis steps wanted, got steps {steps.tolist()}, origin {origin.tolist()}"
-            )
+            found = f"steps {steps.tolist()}, origin {origin.tolist()}"
+            raise ValueError(f"expected finite, independent axis steps, found {found}")
         nz, ny, nx = (int(n) for n in shape_zyx)
         return cls((nz, ny, nx), _triple(origin), (_triple(steps[0]), _triple(steps[1]), _triple(steps[2])))
 
@@ -76,7 +86,7 @@ class Geometry:
     @property
     def direction_xyz(self) -> np.ndarray:
         """ITK's direction matrix [3, 3]: column a is the unit world direction of index axis a in (x, y, z) order."""
-        return (np.asarray(self.steps_lps) / np.asarray(self.spacing_zyx_mm)[:, None])[::-1].T
+        return _cosines(self)[::-1].T
 
     @property
     def affine_ras(self) -> np.ndarray:
@@ -88,9 +98,10 @@ class Geometry:
 
     @property
     def orientation(self) -> str:
-        """The world direction each array axis (z, y, x) most nearly increases towards, e.g. "SPL" for our stores."""
-        best = np.abs(self.direction_xyz.T[::-1]).argmax(axis=1)
-        return "".join(LETTERS[w][int(step[w] > 0)] for w, step in zip(best, self.steps_lps, strict=True))
+        """The direction that each array axis (z, y, x) increases towards by `body_axes`, e.g. "SPL" for our stores."""
+        axes = body_axes(self)
+        letters = {axis: LETTERS[w][int(axes.sign[w] > 0)] for w, axis in enumerate(axes.array_axis)}
+        return letters[0] + letters[1] + letters[2]
 
     def world(self, index_zyx: Any) -> np.ndarray:
         """Return the LPS position [..., 3] of (fractional) voxel indices [..., 3] in z, y, x order."""
@@ -125,9 +136,19 @@ class Geometry:
         return cls.from_arrays(data["shape_zyx"], data["origin_lps"], data["steps_lps"])
 
 
+def _triple(values: Any) -> Triple:
+    a, b, c = (float(v) for v in values)
+    return a, b, c
+
+
 @dataclass(frozen=True)
 class Volume:
-    """Voxels with their frame. `array_zyx` is a numpy array or anything that slices like one (a zarr array reads lazily)."""
+    """Voxels with their frame. `array_zyx` is a numpy array or slices like one (a zarr array reads lazily).
+
+    >>> grid = photon_data.Geometry.axis_aligned((40, 32, 32), spacing_zyx_mm=(2, 1, 1), centre_lps=(0, 0, 0))
+    >>> photon_data.Volume(np.zeros((40, 32, 32), np.int16), grid).to_sitk().GetSpacing()
+    (1.0, 1.0, 2.0)
+    """
 
     array_zyx: Any
     geometry: Geometry
@@ -135,7 +156,9 @@ class Volume:
     def __post_init__(self) -> None:
         """ValueError when array and geometry disagree on the shape."""
         if tuple(self.array_zyx.shape) != self.geometry.shape_zyx:
-            raise ValueError(f"array of shape {self.geometry.shape_zyx} wanted, got {tuple(self.array_zyx.shape)}")
+            raise ValueError(
+                f"expected an array of shape {self.geometry.shape_zyx}, found {tuple(self.array_zyx.shape)}"
+            )
 
     def numpy(self) -> np.ndarray:
         """Return all voxels [z, y, x] in memory."""
@@ -146,7 +169,9 @@ class Volume:
         import SimpleITK as sitk
 
         if not self.geometry.is_orthogonal():
-            raise ValueError("perpendicular axes wanted by SimpleITK, got a sheared grid; resample it first")
+            raise ValueError(
+                "expected perpendicular axes, as SimpleITK has them, found a sheared grid; resample it first"
+            )
         image = sitk.GetImageFromArray(self.numpy())
         image.SetOrigin(self.geometry.origin_lps)
         image.SetSpacing(self.geometry.spacing_zyx_mm[::-1])
@@ -171,17 +196,12 @@ class Volume:
         return torchio.ScalarImage(tensor=self.numpy().transpose(2, 1, 0)[None].copy(), affine=self.geometry.affine_ras)
 
 
-def _triple(values: Any) -> Triple:
-    a, b, c = (float(v) for v in values)
-    return a, b, c
+class Prepared(NamedTuple):
+    """A scan on the target grid: int16 HU, at full size and on the model grid, and its facts (see VolumeRecord)."""
 
-
-# What people call the low and the high end of the world axes L, P, S, and the way from one to the other.
-ENDS = (("right", "left"), ("front", "back"), ("foot", "head"))
-WAYS = ("right to left", "front to back", "foot to head")
-
-# A direction's second letter is said from 15 degrees on: "AR" is a little to the right of anterior.
-_SECOND_LETTER = np.sin(np.radians(15))
+    volume: Volume
+    model: Volume
+    facts: dict[str, Any]
 
 
 class BodyAxes(NamedTuple):
@@ -197,27 +217,24 @@ class BodyAxes(NamedTuple):
 
 @lru_cache(maxsize=64)
 def body_axes(geometry: Geometry) -> BodyAxes:
-    """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three together."""
-    cosines = _cosines(geometry)
-    a, b, c = max(
-        permutations(range(3)),
-        key=lambda p: round(abs(cosines[p[0], 0]) + abs(cosines[p[1], 1]) + abs(cosines[p[2], 2]), 6),
-    )
-    return BodyAxes((a, b, c), (_sign(cosines[a, 0]), _sign(cosines[b, 1]), _sign(cosines[c, 2])))
+    """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three."""
+    cosines, world = _cosines(geometry), [0, 1, 2]
+    a, b, c = max(permutations(world), key=lambda axes: round(float(np.abs(cosines[list(axes), world]).sum()), 6))
+    left, back, up = (1 if cosine >= 0 else -1 for cosine in cosines[[a, b, c], world])
+    return BodyAxes((a, b, c), (left, back, up))
 
 
 def tilt_degrees(geometry: Geometry) -> float:
-    """Return the largest angle between an array axis and the world axis it is assigned to; 0 for an axis-aligned grid."""
-    axes, cosines = body_axes(geometry), _cosines(geometry)
-    return float(np.degrees(np.arccos(min(1.0, min(abs(cosines[a, w]) for w, a in enumerate(axes.array_axis))))))
+    """Return the largest angle between an array axis and its world axis by `body_axes`; 0 for an axis-aligned grid."""
+    cosines = np.abs(_cosines(geometry)[list(body_axes(geometry).array_axis), [0, 1, 2]])
+    return float(np.degrees(np.arccos(min(1.0, cosines.min()))))
 
 
 def direction_letters(direction_lps: np.ndarray) -> str:
-    """Return the letters of a world direction, the largest part first: "L", or "LA" for one that leans 15 degrees or more."""
+    """Return the letters of a world direction, the largest part first: "L", or "LA" if it leans 15 degrees or more."""
     unit = np.asarray(direction_lps, float) / np.linalg.norm(direction_lps)
     largest_first = sorted(range(3), key=lambda w: -round(abs(unit[w]), 6))
-    told = [w for w in largest_first if abs(unit[w]) >= _SECOND_LETTER]
-    return "".join(LETTERS[w][int(unit[w] > 0)] for w in told)
+    return "".join(LETTERS[w][int(unit[w] > 0)] for w in largest_first if abs(unit[w]) >= _SECOND_LETTER)
 
 
 def position_text(world_axis: int, mm: float) -> str:
@@ -227,17 +244,5 @@ def position_text(world_axis: int, mm: float) -> str:
 
 
 def _cosines(geometry: Geometry) -> np.ndarray:
-    """Return [array axis, world axis]: cosine of the angle between the two."""
+    """Return [array axis, world axis]: the cosine of the angle between the two."""
     return np.asarray(geometry.steps_lps) / np.asarray(geometry.spacing_zyx_mm)[:, None]
-
-
-def _sign(value: float) -> int:
-    return 1 if value >= 0 else -1
-
-
-class Prepared(NamedTuple):
-    """A scan on the target grid: int16 HU, once at full size and once on the model grid, and its facts (see VolumeRecord)."""
-
-    volume: Volume
-    model: Volume
-    facts: dict[str, Any]

@@ -19,7 +19,8 @@ import numpy as np
 
 from photon_data.errors import UsageError
 from photon_data.grid import model_grid
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 from photon_data.scan import Scan
 from photon_data.volume import Geometry, Volume
 

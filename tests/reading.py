@@ -8,11 +8,14 @@ import pytest
 import SimpleITK as sitk
 
 from photon_data.errors import Refused
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 from photon_data.scan import Scan
 
 # Every way to lay three array axes along three world axes: signed permutation matrices, the left-handed ones too.
-AXIS_ORDERS = [np.diag(signs)[list(order)] for order in permutations(range(3)) for signs in product((1.0, -1.0), repeat=3)]
+AXIS_ORDERS = [
+    np.diag(signs)[list(order)] for order in permutations(range(3)) for signs in product((1.0, -1.0), repeat=3)
+]
 
 
 def open_file(path: Path, **options) -> Scan:

@@ -34,7 +34,7 @@ def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path)
     (raw / "two.nii.gz").write_bytes(b"nothing")
     code, text = cli("prepare", raw, out, *SMALL)
     assert code == 1
-    assert "refused two.nii.gz: gzip data wanted" in text
+    assert "refused two.nii.gz: expected gzip data" in text
     (out / "volumes" / "one.ome.zarr" / "model" / "zarr.json").unlink()
     code, text = cli("verify", out)
     assert code == 1

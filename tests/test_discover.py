@@ -15,8 +15,8 @@ from reading import voxels
 
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import fingerprint
-from photon_data.readers import dicom, find_scans, open_scan
-from photon_data.readers.find import Named, assign_ids
+from photon_data.readers import find, open_scan
+from photon_data.readers.find import Grouped, Named, assign_ids, find_scans
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
@@ -49,9 +49,9 @@ def series(monkeypatch):
         bad = [path for path in files if path.name.startswith("bad")]
         keys = sorted({path.name[0] for path in files if path not in bad})
         stacks = [(f"{key}123", [path for path in files if path.name[0] == key and path not in bad]) for key in keys]
-        return dicom.Grouped(stacks, [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad], 1, 2)
+        return Grouped(stacks, [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad], 1, 2)
 
-    monkeypatch.setattr(dicom, "group_series", group)
+    monkeypatch.setattr(find, "group_series", group)
 
 
 def test_every_format_is_found_in_any_case_sorted_and_the_rest_is_counted(tmp_path):
@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed_folder)
     monkeypatch.setattr(os, "access", closed_file)
-    monkeypatch.setattr("photon_data.readers.find.read_head", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    monkeypatch.setattr("photon_data.readers.find.is_dicom", lambda _: (_ for _ in ()).throw(PermissionError(13, "no")))
     sources = {source.path: source for source in find_scans(tmp_path).sources}
     assert sorted(sources) == ["IM0001", "good.nii", "locked.nii", "sub"]
     assert {path for path, source in sources.items() if source.problem} == {"IM0001", "locked.nii", "sub"}
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forbidding(tmp_path):
-    """A folder whose permissions count: nothing is forbidden to root, so a test that runs as root runs as nobody for a while."""
+    """A folder whose permissions count: nothing is forbidden to root, so a test as root runs as nobody for a while."""
     if os.getuid() != 0:
         yield tmp_path
         return
@@ -264,7 +264,17 @@ def test_an_id_made_to_look_like_another_ones_hash_is_told_apart():
 
 
 def test_a_series_is_a_source_with_the_key_in_its_id_and_path(tmp_path, series):
-    fill(tmp_path, "p/s/a1.dcm", "p/s/a2.IMA", "p/s/b1.dicom", "p/s/a3", "p/s/bad.dcm", "p/s/a4.1.2.840", "c1.dcm", data=DICOM)
+    fill(
+        tmp_path,
+        "p/s/a1.dcm",
+        "p/s/a2.IMA",
+        "p/s/b1.dicom",
+        "p/s/a3",
+        "p/s/bad.dcm",
+        "p/s/a4.1.2.840",
+        "c1.dcm",
+        data=DICOM,
+    )
     fill(tmp_path, "p/s/readme", "p/s/DICOMDIR", "p/s/scan.nii")
     found = find_scans(tmp_path)
     named = {source.path: (source.id, [file.name for file in source.files]) for source in found.sources}
@@ -299,9 +309,9 @@ def test_two_series_in_one_folder_are_found_and_opened(tmp_path):
 
 def test_without_pydicom_a_folder_of_slices_is_one_source_that_says_what_to_install(tmp_path, monkeypatch):
     def missing(files):
-        raise Refused("dicom-extra-missing", "pydicom wanted: pip install 'photon-ct[dicom]'")
+        raise Refused("dicom-extra-missing", "expected pydicom, found none; pip install 'photon-ct[dicom]'")
 
-    monkeypatch.setattr(dicom, "group_series", missing)
+    monkeypatch.setattr(find, "group_series", missing)
     fill(tmp_path, *(f"p/{n}.dcm" for n in range(3)), data=DICOM)
     (source,) = find_scans(tmp_path).sources
     assert source.path == "p#" and len(source.files) == 3 and "photon-ct[dicom]" in source.problem

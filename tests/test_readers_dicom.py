@@ -30,7 +30,8 @@ from pydicom.uid import RTStructureSetStorage, SegmentationStorage, generate_uid
 from reading import voxels as stored
 
 from photon_data.errors import Refused
-from photon_data.readers.dicom import group_series, open_series
+from photon_data.readers.dicom import open_series
+from photon_data.readers.find import group_series
 from photon_data.scan import Source
 
 SHUFFLED = ["q.dcm", "b.dcm", "z.dcm", "a.dcm", "m.dcm", "c.dcm", "k.dcm"]
@@ -77,7 +78,9 @@ def read_with_sitk(folder):
 def test_a_series_equals_simpleitks_in_values_and_geometry(tmp_path, orientation, step, syntax, dtype, bits):
     values = stored_values(dtype=dtype, low=0 if dtype == np.uint16 else -900)
     step_lps = step * normal_of(orientation)
-    files = write_series(tmp_path, values, orientation=orientation, step_lps=step_lps, syntax=syntax, bits=bits, names=SHUFFLED)
+    files = write_series(
+        tmp_path, values, orientation=orientation, step_lps=step_lps, syntax=syntax, bits=bits, names=SHUFFLED
+    )
     ours, theirs = open_files(sorted(files)), read_with_sitk(tmp_path)
     assert np.array_equal(hu(ours), sitk.GetArrayFromImage(theirs))
     assert ours.dtype == stored(ours).dtype == dtype
@@ -91,10 +94,12 @@ def test_a_marked_voxel_lies_where_the_formula_of_the_standard_puts_it(tmp_path,
     values = np.zeros((7, 12, 10), np.int16)
     values[5, 9, 2] = 1000
     first, normal = np.array([-30.5, -40.25, 100.0]), normal_of(orientation)
-    files = write_series(tmp_path, values, orientation=orientation, step_lps=-2.0 * normal, names=SHUFFLED, spacing_mm=(0.9, 0.6))
+    files = write_series(
+        tmp_path, values, orientation=orientation, step_lps=-2.0 * normal, names=SHUFFLED, spacing_mm=(0.9, 0.6)
+    )
     scan = open_files(sorted(files))
     [index] = np.argwhere(stored(scan) == 1000)
-    # PS3.3 C.7.6.2.1.1: position of the slice + column index * column spacing * row cosines + row index * row spacing * ...
+    # PS3.3 C.7.6.2.1.1: slice position + column index * column spacing * row cosines + row index * row spacing * ...
     row_cosines, column_cosines = np.array(orientation[:3]), np.array(orientation[3:])
     expected = first - 5 * 2.0 * normal + 2 * 0.6 * row_cosines + 9 * 0.9 * column_cosines
     assert np.allclose(scan.geometry.world(index), expected, atol=1e-4)
@@ -172,7 +177,9 @@ def test_two_acquisitions_under_one_series_become_two_scans(tmp_path):
     uid, values = generate_uid(), [stored_values(seed=n) for n in (1, 2)]
     for n in (0, 1):
         names = [f"{n}{z}.dcm" for z in range(7)]
-        write_series(tmp_path, values[n], uid=uid, names=names, edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + 4))
+        write_series(
+            tmp_path, values[n], uid=uid, names=names, edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + 4)
+        )
     grouped = group_series(list(tmp_path.iterdir()))
     assert [key.partition("-")[2] for key, _ in grouped.series] == ["", "2"]
     for (_, files), expected in zip(grouped.series, values, strict=True):
@@ -184,7 +191,11 @@ def test_phases_whose_every_slice_is_an_acquisition_stay_together_and_are_refuse
     for n in (0, 10):
         names = [f"{n}{z}.dcm" for z in range(7)]
         write_series(
-            tmp_path, stored_values(), uid=uid, names=names, edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + z)
+            tmp_path,
+            stored_values(),
+            uid=uid,
+            names=names,
+            edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + z),
         )
     [(_, files)] = group_series(list(tmp_path.iterdir())).series
     assert refusal(files).code == "several-volumes"
@@ -201,7 +212,9 @@ def of_type(*values):
 
 def test_scouts_in_the_same_series_and_in_one_of_their_own_are_counted_and_do_not_spoil_the_scan(tmp_path):
     uid, values, scout = generate_uid(), stored_values(), of_type("ORIGINAL", "PRIMARY", "LOCALIZER")
-    within = write_series(tmp_path, stored_values((1, 30, 20)), orientation=CORONAL, uid=uid, names=["000-scout.dcm"], edit=scout)
+    within = write_series(
+        tmp_path, stored_values((1, 30, 20)), orientation=CORONAL, uid=uid, names=["000-scout.dcm"], edit=scout
+    )
     write_series(tmp_path, stored_values((2, 30, 20)), orientation=SAGITTAL, names=["s1.dcm", "s2.dcm"], edit=scout)
     files = write_series(tmp_path, values, uid=uid, edit=of_type("ORIGINAL", "PRIMARY", "AXIAL"))
     alone = group_series(files).series[0][0]
@@ -223,7 +236,10 @@ def test_only_stacks_that_are_localizer_throughout_are_scouts(tmp_path):
 
 
 def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_path):
-    a, b = write_series(tmp_path, stored_values()), write_series(tmp_path, stored_values(), names=[f"x{z}.ima" for z in range(7)])
+    a, b = (
+        write_series(tmp_path, stored_values()),
+        write_series(tmp_path, stored_values(), names=[f"x{z}.ima" for z in range(7)]),
+    )
     save(header(generate_uid(), RTStructureSetStorage), tmp_path / "rs.dcm")
     segmentation = header(generate_uid(), SegmentationStorage)
     set_pixels(segmentation, np.zeros((4, 4), np.uint8), 8)
@@ -278,7 +294,9 @@ def test_bits_above_the_stored_ones_are_ignored(tmp_path):
 
 def test_values_in_the_upper_bits_are_shifted_down(tmp_path):
     values = stored_values(dtype=np.uint16, low=0, high=4096)
-    files = write_series(tmp_path, (values << 4).astype(np.uint16), bits=12, edit=lambda ds, z: setattr(ds, "HighBit", 15))
+    files = write_series(
+        tmp_path, (values << 4).astype(np.uint16), bits=12, edit=lambda ds, z: setattr(ds, "HighBit", 15)
+    )
     assert np.array_equal(stored(open_files(files)), values)
 
 
@@ -309,7 +327,9 @@ def as_series(tmp_path, name, count=3):
     return files
 
 
-@pytest.mark.parametrize("name", ["MR_small_jpeg_ls_lossless", "MR_small_RLE", "MR_small_jp2klossless", "MR_small_bigendian"])
+@pytest.mark.parametrize(
+    "name", ["MR_small_jpeg_ls_lossless", "MR_small_RLE", "MR_small_jp2klossless", "MR_small_bigendian"]
+)
 def test_every_lossless_syntax_decodes_to_the_plain_values(tmp_path, name):
     plain = stored(open_files(as_series(tmp_path, "MR_small.dcm")))
     assert np.array_equal(plain[0], dcmread(get_testdata_file("MR_small.dcm", download=False)).pixel_array)
@@ -412,7 +432,9 @@ def test_an_unknown_transfer_syntax_is_refused_before_reading(tmp_path):
 
 
 @pytest.mark.parametrize("syntax", ["jpeg-lossless", "jpeg2000", "rle"])
-@pytest.mark.parametrize("damage", [lambda frame: frame[: len(frame) // 2], lambda frame: frame[:70] + bytes(len(frame) - 70)])
+@pytest.mark.parametrize(
+    "damage", [lambda frame: frame[: len(frame) // 2], lambda frame: frame[:70] + bytes(len(frame) - 70)]
+)
 def test_a_damaged_compressed_frame_is_refused(tmp_path, syntax, damage):
     files = write_series(tmp_path, stored_values((3, 60, 60)), syntax=syntax)
     ds = dcmread(files[1])

@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 from reading import AXIS_ORDERS, assert_equals_simpleitk, open_file, refusal, voxels
 
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 
 DTYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
 IDENTITY = np.eye(3)
@@ -220,7 +220,10 @@ META_CASES = [
     ("truncated", mha()[:-1]),
     ("surplus", mha() + b"\0"),
     ("truncated", mha(zlib.compress(stored())[:-1], CompressedData="True")),
-    ("truncated", mha(zlib.compress(stored())[:-1], CompressedData="True", CompressedDataSize=str(len(zlib.compress(stored()))))),
+    (
+        "truncated",
+        mha(zlib.compress(stored())[:-1], CompressedData="True", CompressedDataSize=str(len(zlib.compress(stored())))),
+    ),
     ("damaged", mha(zlib.compress(stored())[:-1] + b"\0", CompressedData="True")),
     ("surplus", mha(zlib.compress(stored() + b"\0"), CompressedData="True")),
     ("surplus", mha(zlib.compress(stored()) + b"junk", CompressedData="True")),
@@ -255,7 +258,9 @@ def test_a_broken_file_is_refused_with_its_code_and_without_its_text(tmp_path, n
     assert "DOE" not in refused.message and "missing.raw" not in refused.message
 
 
-@pytest.mark.parametrize("reference", ["../secret.raw", "/etc/hostname", "{outside}", "link.raw", "way/secret.raw", "a" * 300])
+@pytest.mark.parametrize(
+    "reference", ["../secret.raw", "/etc/hostname", "{outside}", "link.raw", "way/secret.raw", "a" * 300]
+)
 def test_a_header_cannot_reach_out_of_its_folder(tmp_path, reference):
     folder, outside = tmp_path / "scans", tmp_path / "secret.raw"
     folder.mkdir()

@@ -14,7 +14,8 @@ from isal import igzip
 from nibabel.eulerangles import euler2mat
 from reading import AXIS_ORDERS, assert_equals_simpleitk, open_file, refusal, voxels
 
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 
 SHAPE_XYZ = (5, 6, 7)
 DTYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
@@ -69,7 +70,9 @@ def write(folder: Path, data: bytes, name="scan.nii") -> Path:
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.img", "scan.img.gz", "nifti2.nii.gz", "nifti2.img"])
 def test_all_48_axis_orders_lie_where_nibabel_and_simpleitk_say(tmp_path, name, form):
     pair, second = ".img" in name, name.startswith("nifti2")
-    kind = {(0, 0): nib.Nifti1Image, (0, 1): nib.Nifti2Image, (1, 0): nib.Nifti1Pair, (1, 1): nib.Nifti2Pair}[pair, second]
+    kind = {(0, 0): nib.Nifti1Image, (0, 1): nib.Nifti2Image, (1, 0): nib.Nifti1Pair, (1, 1): nib.Nifti2Pair}[
+        pair, second
+    ]
     path = tmp_path / name
     for number, axes in enumerate(AXIS_ORDERS):
         oblique = euler2mat(0.1, -0.2, 0.3) if number % 2 else np.eye(3)
@@ -124,7 +127,13 @@ def test_lengths_become_millimetres(tmp_path, unit, mm, form):
 
 @pytest.mark.parametrize(
     ("slope", "intercept", "expected"),
-    [(0.0, -1024, (1, 0)), (np.nan, -1024, (1, 0)), (np.inf, 5, (1, 0)), (np.nan, np.nan, (1, 0)), (0.5, -1000, (0.5, -1000))],
+    [
+        (0.0, -1024, (1, 0)),
+        (np.nan, -1024, (1, 0)),
+        (np.inf, 5, (1, 0)),
+        (np.nan, np.nan, (1, 0)),
+        (0.5, -1000, (0.5, -1000)),
+    ],
 )
 def test_a_slope_of_zero_or_none_means_not_scaled(tmp_path, slope, intercept, expected):
     scan = open_file(write(tmp_path, file_bytes(scl_slope=slope, scl_inter=intercept)))
@@ -147,7 +156,9 @@ def test_header_extensions_are_skipped(tmp_path, extension):
 def test_a_gzip_of_several_members_and_zero_padding_is_one_stream(tmp_path):
     data = file_bytes()
     path = tmp_path / "scan.nii.gz"
-    path.write_bytes(b"".join(gzip.compress(part) for part in (data[:100], b"", data[100:500], data[500:])) + bytes(700))
+    path.write_bytes(
+        b"".join(gzip.compress(part) for part in (data[:100], b"", data[100:500], data[500:])) + bytes(700)
+    )
     np.testing.assert_array_equal(voxels(open_file(path)), ramp().T)
 
 
@@ -158,7 +169,9 @@ def test_sform_and_qform_of_one_affine_in_float32_never_conflict(tmp_path_factor
         quaternion = [quaternion[0] * 1e-3, *quaternion[1:3], quaternion[3] + np.sign(quaternion[3] or 1)]
     axes = nib.quaternions.quat2mat(np.array(quaternion) / np.linalg.norm(quaternion))
     shape = (512, 512, 2)
-    path = write(tmp_path_factory.mktemp("q"), file_bytes(image_of(np.zeros(shape, "u1"), affine_of(axes, (0.98, 0.98, 1.0)))))
+    path = write(
+        tmp_path_factory.mktemp("q"), file_bytes(image_of(np.zeros(shape, "u1"), affine_of(axes, (0.98, 0.98, 1.0))))
+    )
     assert open_file(path).geometry.shape_zyx == shape[::-1]
 
 
@@ -271,7 +284,15 @@ def test_one_flipped_bit_in_compressed_voxels_never_passes(tmp_path_factory, bit
     packed[at // 8] ^= 1 << at % 8
     path = tmp_path_factory.mktemp("flip") / "scan.nii.gz"
     path.write_bytes(packed)
-    assert refusal(path).code in ("damaged", "truncated", "surplus", "not-a-scan", "bad-header", "bad-geometry", "two-d")
+    assert refusal(path).code in (
+        "damaged",
+        "truncated",
+        "surplus",
+        "not-a-scan",
+        "bad-header",
+        "bad-geometry",
+        "two-d",
+    )
 
 
 @pytest.mark.parametrize("at", [-8, -5, -4, -1])
@@ -292,7 +313,9 @@ def test_a_damaged_second_member_is_damage(tmp_path):
     assert refusal(path).code == "damaged"
 
 
-@pytest.mark.parametrize("tail", [b"\x1f", b"junk", gzip.compress(b"more")], ids=["half a magic number", "junk", "a member"])
+@pytest.mark.parametrize(
+    "tail", [b"\x1f", b"junk", gzip.compress(b"more")], ids=["half a magic number", "junk", "a member"]
+)
 def test_anything_after_the_voxels_is_surplus_or_damage(tmp_path, tail):
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(gzip.compress(file_bytes()) + tail)

@@ -30,7 +30,7 @@ def test_a_volume_handed_to_other_libraries_keeps_every_voxel_at_its_world_posit
             assert voxels[i, j, k] == array[z, y, x]
 
 
-def test_an_axis_aligned_grid_has_itks_identity_direction_and_the_wanted_centre():
+def test_an_axis_aligned_grid_has_itks_identity_direction_and_the_given_centre():
     grid = Geometry.axis_aligned((4, 6, 10), (2, 1, 0.5), (7, -3, 11))
     assert np.array_equal(grid.direction_xyz, np.eye(3))
     # Half of (10 - 1) * 0.5, (6 - 1) * 1, (4 - 1) * 2 to the low side of the centre.
@@ -53,15 +53,28 @@ def test_a_sheared_grid_is_kept_and_not_handed_to_itk():
 
 @pytest.mark.parametrize("steps", [np.zeros((3, 3)), np.full((3, 3), np.nan), [[0, 0, 1], [0, 0, 2], [1, 0, 0]]])
 def test_steps_that_span_no_volume_are_refused(steps):
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected finite, independent"):
         Geometry.from_arrays((2, 2, 2), (0, 0, 0), steps)
 
 
 def test_an_array_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\) wanted"):
+    with pytest.raises(ValueError, match=r"expected an array of shape \(2, 3, 4\)"):
         Volume(np.zeros((4, 3, 2)), frame((2, 3, 4)))
 
 
 def test_geometry_survives_json():
     for geometry in GRIDS:
         assert Geometry.from_json(geometry.to_json()) == geometry
+
+
+@pytest.mark.parametrize("degrees", [(40, 0, 40), (45, 0, 0), (44, 46, 30), (-40, 35, 130)])
+def test_letters_of_an_oblique_orientation_never_repeat(degrees):
+    for order in AXIS_ORDERS[::5]:
+        letters = rotated(frame((3, 3, 3), order), degrees).orientation
+        assert sorted("RAI".find(a) if a in "RAI" else "LPS".find(a) for a in letters) == [0, 1, 2]
+
+
+def test_letters_of_orientation_are_nibabels_where_the_axes_are_clear():
+    for order in AXIS_ORDERS:
+        geometry = rotated(frame((3, 3, 3), order), (10, -15, 20))
+        assert geometry.orientation == "".join(nibabel.aff2axcodes(geometry.affine_ras))[::-1]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError, name_hint
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
-from photon_data.scan import Source, Stated
+from photon_data.scan import Source, TableGrid
 
 # A callback; it gets the number of files seen so far.
 OnFile = Callable[[int], None]
@@ -89,7 +89,7 @@ class SourceVolume(NamedTuple):
     dataset: DataSet
     source: Source
     rescale: Rescale | None = None
-    table_grid: Stated | None = None
+    table_grid: TableGrid | None = None
 
 
 class FoundVolumes(NamedTuple):

@@ -24,7 +24,7 @@ from photon_data.errors import UsageError, first_few
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
 from photon_data.readers.find import find_scans
-from photon_data.scan import Source, Stated
+from photon_data.scan import Source, TableGrid
 from photon_data.volume import Geometry
 
 VOLUME = re.compile(r"(?:train|valid)_[1-9]\d*_[a-z]+_[1-9]\d*")
@@ -80,10 +80,11 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     for name, source in sorted(sources.items()):
         row = metadata.get(name)
         if name in by_version[V2]:
-            volumes.append(SourceVolume(entry, source, table_grid=Stated(row.geometry, instead=False) if row else None))
+            grid = TableGrid(row.geometry, replaces_header=False) if row else None
+            volumes.append(SourceVolume(entry, source, table_grid=grid))
         elif row and row.upright:
             rescale = Rescale(row.slope, row.intercept, "metadata")
-            volumes.append(SourceVolume(entry, source, rescale, Stated(row.geometry, instead=True)))
+            volumes.append(SourceVolume(entry, source, rescale, TableGrid(row.geometry, replaces_header=True)))
         else:
             refused = replace(source, problem=NOT_UPRIGHT if row else NO_METADATA, code="ct-rate-v1")
             volumes.append(SourceVolume(entry, source if source.problem else refused))

@@ -1,6 +1,7 @@
 """Raw files on disk -> scans that can be streamed, or a clear refusal.
 
-`find_scans` says what is there, `open_scan` reads one header, `Scan.planes()` streams the voxels. Codes of refusal:
+`find.find_scans` says what is in a folder, `open_scan` reads one header, `Scan.planes()` streams the voxels.
+`read` does all of it for one scan. Codes of refusal:
 
     unreadable       it cannot be opened: permissions, or it went away
     empty            a file without bytes
@@ -25,34 +26,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
-from photon_data.errors import Refused
-from photon_data.readers import metaimage, nifti, nrrd
-from photon_data.readers.checks import unreadable
+from photon_data.errors import Refused, unreadable
 from photon_data.readers.dicom import open_series
-from photon_data.readers.find import Found, find_scans, left_alone
+from photon_data.readers.find import find_one_scan
+from photon_data.readers.metaimage import open_metaimage
+from photon_data.readers.nifti import open_nifti
+from photon_data.readers.nrrd import open_nrrd
 from photon_data.scan import MAX_VOXELS, Scan, Source
+from photon_data.volume import Volume
 
-__all__ = ["Found", "find_scans", "left_alone", "open_scan"]
+__all__ = ["open_scan", "read"]
 
-OPENERS: dict[str, Callable[[Source, str, int], Scan]] = {
-    nifti.NAME: nifti.open_nifti,
-    nrrd.NAME: lambda source, _, max_voxels: nrrd.open_nrrd(source, max_voxels),
-    metaimage.NAME: lambda source, _, max_voxels: metaimage.open_metaimage(source, max_voxels),
-    "dicom": lambda source, _, max_voxels: open_series(source, max_voxels=max_voxels),
-}
+OPENERS = {"nrrd": open_nrrd, "metaimage": open_metaimage, "dicom": open_series}
 
 
 def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = MAX_VOXELS) -> Scan:
-    """Return the Scan of a source, whose header is read and found sound and whose voxels are not touched yet.
+    """Return the Scan of a source: its header is read and found sound, its voxels are not touched yet.
 
-    `nifti_affine` is "auto" (sform if coded, else qform, refused where they differ), "sform" or "qform". Refused with one of the
-    codes above, here or while the planes are streamed; OSError where the disk fails.
+    `nifti_affine` is "auto" (sform if coded, else qform, refused where they differ), "sform" or "qform".
+    Refused with one of the codes above, here or while the planes are streamed; OSError where the disk fails.
     """
     if source.problem:
         raise Refused(source.code, source.problem)
     try:
-        return OPENERS[source.format](source, nifti_affine, max_voxels)
+        if source.format == "nifti":
+            return open_nifti(source, max_voxels, nifti_affine)
+        return OPENERS[source.format](source, max_voxels)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise unreadable(source.files[0], error) from None
+
+
+def read(path: str | Path, *, nifti_affine: str = "auto", max_voxels: int = MAX_VOXELS) -> Volume:
+    """Return the one scan at `path` as a Volume in HU on its native grid, axes [z, y, x] as they lie in the file.
+
+    `path` is a file, a header with its data file, or a folder that holds exactly one scan, such as a DICOM series. The
+    header's slope and intercept are applied: float32, or the stored integers where they are HU already. The options
+    are those of `open_scan`. UsageError where there is not exactly one scan; Refused for a scan that is not sound.
+
+    >>> volume = photon_data.read("a.nii.gz")
+    >>> volume.array_zyx.shape, volume.array_zyx.dtype, volume.geometry.spacing_zyx_mm
+    ((16, 24, 28), dtype('int16'), (2.0, 1.125, 0.875))
+    """
+    return open_scan(find_one_scan(Path(path)), nifti_affine=nifti_affine, max_voxels=max_voxels).volume()

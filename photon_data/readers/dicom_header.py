@@ -1,4 +1,7 @@
-"""The header of a DICOM file -> one Plane per image plane in it: where it lies and how its values are stored."""
+"""The header of a DICOM file -> one PlaneHeader per image plane in it: where it lies and how its values are stored.
+
+Needs the extra `dicom` (pydicom).
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import Refused
-from photon_data.readers.checks import not_a
+from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data: items until a delimiter
+SAME_DIRECTION = 1e-3  # largest difference of direction cosines within one stack: 0.2 mm at the edge of a body
+SAME_POSITION_MM = 0.01
+CUT_HEADER = "the end of the header before"
 
 # Where an enhanced (multi-frame) object keeps what a single-frame one has at the top: PS3.3 C.7.6.16.
 FRAME_GROUPS = (
@@ -42,10 +48,10 @@ KEYWORDS = (
 ).split()
 
 
-class Encoding(NamedTuple):
+class PixelLayout(NamedTuple):
     """How the stored values of one file are written.
 
-    at       byte of the file where the pixel data begin; None where there are none (or they are deflated with the header)
+    at       byte of the file where the pixel data begin; None where there are none, or deflated with the header
     length   bytes the header says there are (UNDEFINED_LENGTH: compressed)
     present  bytes from `at` to the end of the file
     """
@@ -65,8 +71,8 @@ class Encoding(NamedTuple):
         return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
 
 
-class Plane(NamedTuple):
-    """One image plane of a series.
+class PlaneHeader(NamedTuple):
+    """What the header says of one image plane of a series.
 
     series        first 8 hex digits of the sha256 of the SeriesInstanceUID: the UID itself goes no further
     container     what holds its frames together where a file has several (file name or hashed concatenation), else ""
@@ -90,15 +96,58 @@ class Plane(NamedTuple):
     spacing_mm: np.ndarray | None
     slope: float
     intercept: float
-    encoding: Encoding
+    pixels: PixelLayout
+
+    @property
+    def normal(self) -> np.ndarray:
+        """Unit vector [3] of the slice normal, row x column direction; only where there is an orientation."""
+        return np.cross(*np.asarray(self.orientation))
+
+    def is_parallel_to(self, other: PlaneHeader) -> bool:
+        """Tell whether both have the same orientation, or both none."""
+        if self.orientation is None or other.orientation is None:
+            return self.orientation is other.orientation
+        return bool(np.abs(self.orientation - other.orientation).max() < SAME_DIRECTION)
+
+
+def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
+    """Return the position of each plane along the slice normal of the first, mm [n]; of axial scans the patient's z."""
+    return np.array([plane.position_lps for plane in planes]) @ planes[0].normal
+
+
+def require_pydicom() -> None:
+    """Refused("dicom-extra-missing") without pydicom."""
+    if find_spec("pydicom") is None:
+        remedy = "pip install 'photon-ct[dicom]'"
+        raise refusal("dicom-extra-missing", "", "pydicom, which reads DICOM", "it not installed", remedy)
+
+
+def read_planes(path: Path) -> list[PlaneHeader]:
+    """Return the image planes of one file in its order; [] for DICOM objects without images (RTSTRUCT, SR, SEG, ...).
+
+    Only the header is read. An enhanced multi-frame file gives one plane per frame. An old multi-frame file does not
+    say where its frames lie: it gives one plane without position. Refused: dicom-unreadable, dicom-multiframe, empty,
+    not-a-scan, truncated.
+    """
+    with refusing(
+        "dicom-unreadable", path, "expected a DICOM header, found one that cannot be read; copy the file again"
+    ):
+        dataset, pixels = _read(path)
+        if not _is_image(path, dataset):
+            return []
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        placed = len(dataset.get(PER_FRAME) or [])
+        if placed and placed != frames:
+            raise refusal("dicom-multiframe", path.name, f"positions of {frames} frames", placed, EXPORT_AGAIN)
+        return [_plane(path, dataset, pixels, frame, frames) for frame in range(placed or 1)]
 
 
 @contextmanager
-def refusing(code: str, path: Path, what: str) -> Iterator[None]:
+def refusing(code: str, path: Path, sentence: str) -> Iterator[None]:
     """Turn whatever a library raises about a damaged file into Refused(code), naming the file and the kind of error.
 
-    pydicom raises nearly anything on damaged files, and quotes header values in errors, warnings and log lines: none of that
-    text gets out. A disk that fails or is full is no fault of the file: those OSErrors pass.
+    pydicom raises nearly anything on damaged files, and quotes header values in errors, warnings and log lines: none of
+    that text gets out. A disk that fails or is full is no fault of the file: those OSErrors pass.
     """
     log = logging.getLogger("pydicom")
     was_disabled, log.disabled = log.disabled, True
@@ -109,9 +158,12 @@ def refusing(code: str, path: Path, what: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a length that led out of the file
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # EINVAL: a length that led out of the file
             raise
-        raise Refused(code, f"{path.name}: {what} ({type(error).__name__})") from None
+        raise Refused(code, f"{path.name}: {sentence} ({type(error).__name__})") from None
     finally:
         log.disabled = was_disabled
 
@@ -124,67 +176,52 @@ def as_uid(text: Any) -> UID:
     return UID(str(text), validation_mode=IGNORE)
 
 
-def read_planes(path: Path) -> list[Plane]:
-    """Return the image planes of one file in its order; [] for DICOM objects that are no images (RTSTRUCT, SR, SEG, RTDOSE, ...).
-
-    Reads the header only. An enhanced multi-frame file gives one Plane per frame; an old multi-frame file, which does not say
-    where its frames lie, gives one Plane without position. Refused: dicom-unreadable,
-    dicom-multiframe, empty, not-a-scan, truncated.
-    """
-    with refusing("dicom-unreadable", path, "a DICOM header wanted, this one cannot be read; copy the file again"):
-        dataset, encoded = _read(path)
-        if not _is_image(path, dataset):
-            return []
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        placed = len(dataset.get(PER_FRAME) or [])
-        if placed and placed != frames:
-            raise Refused(
-                "dicom-multiframe", f"{path.name}: {frames} frames wanted, positions of {placed} found; export it again"
-            )
-        return [_plane(path, dataset, encoded, frame, frames) for frame in range(placed or 1)]
-
-
-def _read(path: Path) -> tuple[FileDataset, Encoding]:
-    """Return the wanted tags and the whereabouts of the pixel data."""
+def _read(path: Path) -> tuple[FileDataset, PixelLayout]:
+    """Return the tags in KEYWORDS and where the pixel data are."""
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
 
     if not path.is_file():
-        raise Refused("dicom-unreadable", f"{path.name}: a regular file wanted, found none (a broken link?); restore it")
+        raise refusal("dicom-unreadable", path.name, "a regular file", "none (a broken link?)", "restore it")
     with path.open("rb") as file:
         try:
             dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS)
         except (InvalidDicomError, EOFError):
             dataset = _read_without_preamble(path, file)
-        return dataset, _encoding(file, dataset)
+        return dataset, _pixel_layout(file, dataset)
 
 
 def _read_without_preamble(path: Path, file: BinaryIO) -> FileDataset:
-    """Return the tags of a bare data set (old exports), if the name says DICOM and the tags an image must have are there."""
+    """Return the tags of a bare data set (old exports) if its name says DICOM and it has the tags of an image."""
     from pydicom import dcmread
 
-    strange = not_a("a DICOM file", path, "export the series again, or leave the file out")
+    refusal = not_a("a DICOM file", path, "export the series again, or leave the file out")
     if path.suffix.lower() not in (".dcm", ".ima"):
-        raise strange
+        raise refusal
     file.seek(0)
     try:
         dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
         essential = [dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID", "Rows", "Columns")]
     except Exception:  # anything may happen in bytes that are not DICOM
-        raise strange from None
+        raise refusal from None
     if not all(essential):
-        raise strange
+        raise refusal
     return dataset
 
 
-def _encoding(file: BinaryIO, dataset: FileDataset) -> Encoding:
-    """Return how pixels are stored. `file` stands where pydicom stopped: on the pixel data element or at the end."""
-    at, length = _pixel_element(file, *dataset.original_encoding)
+def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
+    """Return how pixels are stored. `file` stands where pydicom stopped: on the pixel data element or at the end.
+
+    A file that does not say its transfer syntax has the plain one that pydicom found it to be in.
+    """
+    implicit, little = map(bool, dataset.original_encoding)
+    syntax = IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE if little else EXPLICIT_BIG
+    at, length = _pixel_element(file, implicit, "<" if little else ">")
     allocated = int(dataset.get("BitsAllocated") or 0)
     stored = int(dataset.get("BitsStored") or allocated)
     high = dataset.get("HighBit")
-    return Encoding(
-        transfer_syntax=_transfer_syntax(dataset),
+    return PixelLayout(
+        transfer_syntax=str(dataset.file_meta.get("TransferSyntaxUID") or syntax),
         bits_allocated=allocated,
         bits_stored=stored,
         high_bit=stored - 1 if high is None else int(high),
@@ -195,9 +232,9 @@ def _encoding(file: BinaryIO, dataset: FileDataset) -> Encoding:
     )
 
 
-def _pixel_element(file: BinaryIO, implicit: bool, little: bool) -> tuple[int | None, int]:
-    """Return (byte where the pixel data begin, their length as written), or (None, 0) where no PixelData element follows."""
-    order, start, head = "<" if little else ">", file.tell(), file.read(12)
+def _pixel_element(file: BinaryIO, implicit: bool, order: str) -> tuple[int | None, int]:
+    """Return (byte where the pixel data begin, their length as written); (None, 0) where none follow."""
+    start, head = file.tell(), file.read(12)
     if head[:4] != struct.pack(order + "HH", 0x7FE0, 0x0010) or len(head) < 12:
         return None, 0
     if implicit:
@@ -207,55 +244,44 @@ def _pixel_element(file: BinaryIO, implicit: bool, little: bool) -> tuple[int | 
     return start + 12, struct.unpack(order + "L", head[8:12])[0]
 
 
-def _transfer_syntax(dataset: FileDataset) -> str:
-    """Return the transfer syntax of the file, or the plain one that pydicom found it to be in where the file does not say."""
-    implicit, little = dataset.original_encoding
-    found = IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE if little else EXPLICIT_BIG
-    return str(dataset.file_meta.get("TransferSyntaxUID") or found)
-
-
 def _is_image(path: Path, dataset: FileDataset) -> bool:
     """Tell images from the objects beside them; Refused where a file ends before it says what it is."""
     sop_class = as_uid(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
-    sized = bool(dataset.get("Rows") and dataset.get("Columns"))
+    has_size = bool(dataset.get("Rows") and dataset.get("Columns"))
     if sop_class.name == sop_class:  # not in the standard: a vendor's own kind of object, or cut off
         if not dataset.get("SeriesInstanceUID"):
-            raise Refused("dicom-unreadable", f"{path.name}: a kind of object and its series wanted, the header ends before")
-        return sized
-    if "Image Storage" in sop_class.name and not sized:
-        raise Refused("truncated", f"{path.name}: rows and columns of an image wanted, the header ends before; copy it again")
+            raise refusal("dicom-unreadable", path.name, "a kind of object and its series", CUT_HEADER, COPY_AGAIN)
+        return has_size
+    if "Image Storage" in sop_class.name and not has_size:
+        raise refusal("truncated", path.name, "rows and columns of an image", CUT_HEADER, COPY_AGAIN)
     return "Image Storage" in sop_class.name
 
 
-def _plane(path: Path, dataset: FileDataset, encoding: Encoding, frame: int, frames: int) -> Plane:
-    places = _places(dataset, frame)
-    orientation = _numbers(places, "ImageOrientationPatient", 6)
-    samples, photometric = dataset.get("SamplesPerPixel") or 1, dataset.get("PhotometricInterpretation") or "MONOCHROME2"
+def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, frames: int) -> PlaneHeader:
+    # A tag is looked for in the frame's own functional groups, in the shared ones, and at the top level.
+    groups = [*(dataset.get(PER_FRAME) or [])[frame : frame + 1], *(dataset.get(SHARED) or [])[:1]]
+    places = [item for group in groups for name in FRAME_GROUPS for item in (group.get(name) or [])[:1]] + [dataset]
+    photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
+    spacing, concatenation = _numbers(places, "PixelSpacing", 2), dataset.get("ConcatenationUID")
     slope, intercept = _rescale(places)
-    return Plane(
+    return PlaneHeader(
         path=path,
         frame=frame,
         frames=frames,
         series=_digest(dataset.get("SeriesInstanceUID")),
-        container="" if frames == 1 else _container(path, dataset),
+        container="" if frames == 1 else _digest(concatenation) if concatenation else path.name,
         localizer="LOCALIZER" in (dataset.get("ImageType") or []),
-        color=int(samples) != 1 or not str(photometric).startswith("MONOCHROME"),
+        color=int(dataset.get("SamplesPerPixel") or 1) != 1 or not photometric.startswith("MONOCHROME"),
         acquisition=str(dataset.get("AcquisitionNumber") or ""),
         rows=int(dataset.Rows),
         columns=int(dataset.Columns),
         position_lps=_numbers(places, "ImagePositionPatient", 3),
-        orientation=None if orientation is None else _perpendicular_pair(orientation),
-        spacing_mm=_positive(_numbers(places, "PixelSpacing", 2)),
+        orientation=_perpendicular_pair(_numbers(places, "ImageOrientationPatient", 6)),
+        spacing_mm=spacing if spacing is not None and (spacing > 0).all() else None,
         slope=slope,
         intercept=intercept,
-        encoding=encoding,
+        pixels=pixels,
     )
-
-
-def _places(dataset: Dataset, frame: int) -> list[Dataset]:
-    """Return the data sets to look for a tag in: the frame's own functional groups, the shared ones, the top level."""
-    groups = [*(dataset.get(PER_FRAME) or [])[frame : frame + 1], *(dataset.get(SHARED) or [])[:1]]
-    return [item for group in groups for name in FRAME_GROUPS for item in (group.get(name) or [])[:1]] + [dataset]
 
 
 def _value(places: list[Dataset], keyword: str) -> Any:
@@ -271,21 +297,19 @@ def _numbers(places: list[Dataset], keyword: str, count: int) -> np.ndarray | No
     return numbers if np.isfinite(numbers).all() else None
 
 
-def _positive(numbers: np.ndarray | None) -> np.ndarray | None:
-    return numbers if numbers is not None and (numbers > 0).all() else None
+def _perpendicular_pair(cosines: np.ndarray | None) -> np.ndarray | None:
+    """Return the directions [2, 3] along a row and down a column; None where they are not nearly perpendicular units.
 
-
-def _perpendicular_pair(cosines: np.ndarray) -> np.ndarray | None:
-    """Return the directions [2, 3] along a row and down a column, or None where the header's are not nearly perpendicular units.
-
-    Headers round them to few digits: the column direction is brought to unit length, the row direction is turned in their plane
-    to be perpendicular to it, as ITK does.
+    Headers round them to few digits: the column direction is brought to unit length, the row direction is turned in
+    their plane to be perpendicular to it, as ITK does.
     """
-    along_row, down_column = cosines.reshape(2, 3)
-    if abs(along_row @ down_column) > 0.01 or np.abs(np.linalg.norm([along_row, down_column], axis=1) - 1).max() > 0.01:
+    if cosines is None:
         return None
-    normal = np.cross(along_row, down_column)
-    turned = np.cross(down_column, normal)
+    along_row, down_column = cosines.reshape(2, 3)
+    lengths = np.linalg.norm([along_row, down_column], axis=1)
+    if abs(along_row @ down_column) > 0.01 or np.abs(lengths - 1).max() > 0.01:
+        return None
+    turned = np.cross(down_column, np.cross(along_row, down_column))
     return np.array([turned / np.linalg.norm(turned), down_column / np.linalg.norm(down_column)])
 
 
@@ -294,11 +318,6 @@ def _rescale(places: list[Dataset]) -> tuple[float, float]:
     if slope is None and _value(places, "ModalityLUTSequence"):
         return math.nan, 0.0
     return (1.0 if slope is None else float(slope)), float(intercept or 0.0)
-
-
-def _container(path: Path, dataset: Dataset) -> str:
-    concatenation = dataset.get("ConcatenationUID")
-    return _digest(concatenation) if concatenation else path.name
 
 
 def _digest(uid: Any) -> str:

@@ -29,7 +29,9 @@ def summary_section(rows: Sequence[Row], recipe: Recipe) -> Html:
     """Return the charts of all volumes that were measured."""
     measured = [row for row in rows if row.spacing_lps_mm and row.extent_lps_mm]
     if not measured:
-        return element("section", element("h2", "What the scans are like"), element("p", "No volume was measured."), id="summary")
+        return element(
+            "section", element("h2", "What the scans are like"), element("p", "No volume was measured."), id="summary"
+        )
     return element(
         "section",
         element("h2", "What the scans are like"),
@@ -59,7 +61,9 @@ def _extent_charts(rows: Sequence[Row], recipe: Recipe) -> list[Html]:
     sizes_mm = [n * s for n, s in zip(recipe.shape_zyx, recipe.spacing_mm, strict=True)][::-1]
     extents = [row.extent_lps_mm for row in rows if row.extent_lps_mm]
     return [
-        histogram([e[axis] for e in extents], name=name, unit="mm", mark=Mark(sizes_mm[axis], f"grid {sizes_mm[axis]:g} mm"))
+        histogram(
+            [e[axis] for e in extents], name=name, unit="mm", mark=Mark(sizes_mm[axis], f"grid {sizes_mm[axis]:g} mm")
+        )
         for axis, name in enumerate(_NAMES)
     ]
 
@@ -74,7 +78,11 @@ def _cut_charts(rows: Sequence[Row]) -> list[Html]:
             charts.append(histogram(lost, name=f"{name}: {who}", unit="mm"))
         else:
             charts.append(
-                element("figure", element("figcaption", element("b", f"{name}:"), " no volume loses anything"), class_="panel")
+                element(
+                    "figure",
+                    element("figcaption", element("b", f"{name}:"), " no volume loses anything"),
+                    class_="panel",
+                )
             )
     return charts
 
@@ -88,7 +96,10 @@ def _hu_charts(rows: Sequence[Row]) -> list[Html]:
         edges = np.linspace(*HISTOGRAM_RANGE, len(shares[0]) + 1)
         words = f"mean share of voxels in {len(shares[0])} bins, every volume counting the same"
         charts.append(hu_profile(np.mean(shares, axis=0), edges, name="HU", words=words))
-    for key, name in (("p50", "HU in the middle (median) of each volume"), ("p99", "HU that 1 % of each volume exceed")):
+    for key, name in (
+        ("p50", "HU in the middle (median) of each volume"),
+        ("p99", "HU that 1 % of each volume exceed"),
+    ):
         charts.append(histogram([s[key] for s in statistics if s.get(key) is not None], name=name, unit="HU"))
     return charts
 
@@ -134,7 +145,12 @@ def _header(records: Sequence[VolumeRecord], recipe: Recipe, title: str, source:
     tiles = [_tile(state, counts[state]) for state in states]
     sums = f"{len(records):,} inputs = " + " + ".join(f"{counts[state]:,} {state}" for state in states)
     read, kept = sum(record.bytes_in for record in records), sum(record.store_bytes or 0 for record in records)
-    links = (("summary", "what the scans are like"), ("lost", "refused and failed"), ("volumes", "volumes"), ("recipe", "recipe"))
+    links = (
+        ("summary", "what the scans are like"),
+        ("lost", "refused and failed"),
+        ("volumes", "volumes"),
+        ("recipe", "recipe"),
+    )
     return element(
         "header",
         element("h1", title),
@@ -164,7 +180,9 @@ def _lost_section(records: Sequence[VolumeRecord]) -> Html:
             groups[record.state, record.code or "no code"].append(record)
     parts = [element("h2", "Refused and failed")]
     if not groups:
-        parts.append(element("p", "None: every input became a volume." if records else "There was no input.", class_="muted"))
+        parts.append(
+            element("p", "None: every input became a volume." if records else "There was no input.", class_="muted")
+        )
     shares = fair_shares([len(group) for group in groups.values()], MOST_REFUSED_LINES)
     together = list(zip(groups.items(), shares, strict=True))
     for ((state, code), group), share in sorted(together, key=lambda item: (-len(item[0][1]), item[0][0])):
@@ -175,9 +193,14 @@ def _lost_section(records: Sequence[VolumeRecord]) -> Html:
 def _lost_group(state: str, code: str, group: Sequence[VolumeRecord], lines: int) -> Html:
     told = element("span", state, class_=f"state {state}")
     shown = [(record.id, without_folders(record.source), _reason(record)) for record in group[:lines]]
-    parts = [element("summary", f"{code}: {len(group):,} ", told), table(("volume", "source", "reason"), shown, class_="reasons")]
+    parts = [
+        element("summary", f"{code}: {len(group):,} ", told),
+        table(("volume", "source", "reason"), shown, class_="reasons"),
+    ]
     if len(group) > lines:
-        parts.append(element("p", f"{len(group) - lines:,} more with this code are not listed here; volumes.jsonl has them all."))
+        parts.append(
+            element("p", f"{len(group) - lines:,} more with this code are not listed here; volumes.jsonl has them all.")
+        )
     return element("details", *parts, open="" if len(group) <= _SHORT_LIST else None)
 
 

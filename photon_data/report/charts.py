@@ -105,7 +105,9 @@ def sparkline(counts: Sequence[float], *, words: str) -> Html:
     total = float(np.sum(counts)) or 1.0
     levels = np.log10(np.maximum(np.asarray(counts, float) / total, _LEAST_SHARE))
     curve = _curve(levels, _Scale(0, len(counts), 0, 260), _Scale(np.log10(_LEAST_SHARE), 0, 39, 1))
-    return element("svg", *curve, viewBox="0 0 260 40", preserveAspectRatio="none", role="img", aria_label=words, class_="spark")
+    return element(
+        "svg", *curve, viewBox="0 0 260 40", preserveAspectRatio="none", role="img", aria_label=words, class_="spark"
+    )
 
 
 def dots(lines: Sequence[Dot], *, name: str, words: str) -> Html:
@@ -128,7 +130,9 @@ def spread(spots: Sequence[Spot], *, name: str, words: str) -> Html:
     x = _Scale(0, 1, _LEFT, _WIDTH - _NAMES)
     y = _Scale(low, max(high, low + 10), _HEIGHT - _BOTTOM, _TOP)
     named = sorted(spots, key=lambda spot: (-spot.value, spot.label))
-    parts = [part for row, spot in enumerate(named) for part in _spot(spot, x(spot.share) + _aside(spot, spots, x), y, row)]
+    parts = [
+        part for row, spot in enumerate(named) for part in _spot(spot, x(spot.share) + _aside(spot, spots, x), y, row)
+    ]
     base = element("line", x1=_LEFT, x2=_WIDTH - _NAMES, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="base")
     labels = [_text(_LEFT - 5, y(value) + 4, f"{value:g}", "end") for value in (y.low, y.high)]
     labels += [_text(x(share), _HEIGHT - 6, f"{share:.0%}", "middle") for share in (0, 0.5, 1)]
@@ -141,7 +145,12 @@ def bars(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) ->
     y = _Scale(0, top, _HEIGHT - _BOTTOM, _TOP)
     parts = []
     for number, share in enumerate(shares):
-        box = {"x": x(number) + 1, "y": y(share), "width": round(x(1) - x(0) - 2, 1), "height": round(y(0) - y(share), 1)}
+        box = {
+            "x": x(number) + 1,
+            "y": y(share),
+            "width": round(x(1) - x(0) - 2, 1),
+            "height": round(y(0) - y(share), 1),
+        }
         parts.append(element("rect", element("title", f"{number}: {share:.1%}"), class_="bar", **box))
     labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, top)]
     return _figure(name, words, _svg(f"{name}: {words}", *parts, _baseline(), *labels))
@@ -181,7 +190,12 @@ def _bars(bins: Bins, x: _Scale, y: _Scale, unit: str) -> list[Html]:
             words = f"{low:g} {unit} or more: {count}" if beyond else f"{low:g} to {high:g} {unit}: {count}"
             height = max(1.0, y(0) - y(count))
             width = max(1.0, x(high) - x(low) - 1)
-            box = {"x": x(low) + 0.5, "y": round(y(0) - height, 1), "width": round(width, 1), "height": round(height, 1)}
+            box = {
+                "x": x(low) + 0.5,
+                "y": round(y(0) - height, 1),
+                "width": round(width, 1),
+                "height": round(height, 1),
+            }
             bars.append(element("rect", element("title", words), class_="bar", **box))
     return bars
 
@@ -220,7 +234,10 @@ def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Html]:
     step = (x.high - x.low) / len(levels)
     points = " ".join(f"{x(x.low + (i + 0.5) * step)},{y(float(level))}" for i, level in enumerate(levels))
     feet = f"{x(x.high - step / 2)},{y(y.low)} {x(x.low + step / 2)},{y(y.low)}"
-    return [element("polygon", points=f"{points} {feet}", class_="area"), element("polyline", points=points, class_="curve")]
+    return [
+        element("polygon", points=f"{points} {feet}", class_="area"),
+        element("polyline", points=points, class_="curve"),
+    ]
 
 
 def _mark(mark: Mark, x: _Scale) -> list[Html]:

@@ -9,7 +9,9 @@ from typing import Any
 
 _VOID = frozenset({"img", "meta", "br"})
 # Control characters, and those that turn the direction of a line, have no business on a page.
-_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+_CONTROL = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"
+)
 # An absolute path in quotes may hold spaces; one without ends at the first.
 _QUOTED_PATH = re.compile(r"""(['"])(?:/|[A-Za-z]:[\\/])(?:[^'"]*[\\/])?([^'"\\/]+)[\\/]?\1""")
 _BARE_PATH = re.compile(r"""(?<![\w.:/<])(?:/|[A-Za-z]:\\)(?:[^\s/\\'"]+[/\\])+""")
@@ -26,7 +28,11 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Html:
 
     Attributes are given as Python names: `class_`, `aria_label`; None leaves one out.
     """
-    pairs = (f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"' for key, value in attributes.items() if value is not None)
+    pairs = (
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     start = f"<{name}{''.join(pairs)}>"
     return Html(start if name in _VOID else f"{start}{joined(children)}</{name}>")
 
@@ -55,7 +61,9 @@ def document(title: str, *sections: Html) -> str:
         "head",
         element("meta", charset="utf-8"),
         element(
-            "meta", http_equiv="Content-Security-Policy", content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
         ),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),

@@ -101,7 +101,9 @@ def _card(row: Row, open_volume: OpenVolume) -> Html:
         element("h3", record.id),
         element("p", without_folders(record.source), " · ", _state(record), class_="source"),
         *([element("ul", *remarks, class_="remarks")] if remarks else []),
-        element("dl", *(part for name, value in _measured(row) for part in (element("dt", name), element("dd", value)))),
+        element(
+            "dl", *(part for name, value in _measured(row) for part in (element("dt", name), element("dd", value)))
+        ),
     )
     seen = element("div", _picture(record, open_volume), *_spark(row.facts.get("hu_before") or {}))
     return element("article", seen, text, class_="panel card")
@@ -139,7 +141,9 @@ def _measured(row: Row) -> list[tuple[str, Any]]:
     if facts.get("format"):
         pairs.append(("stored as", f"{facts['format']}, {facts.get('dtype', '')}"))
     if facts.get("slope") is not None:
-        pairs.append(("rescaled", f"{facts['slope']:g} × stored {facts.get('intercept', 0):+g} ({facts.get('rescale', '')})"))
+        pairs.append(
+            ("rescaled", f"{facts['slope']:g} × stored {facts.get('intercept', 0):+g} ({facts.get('rescale', '')})")
+        )
     pairs += [(f"HU {when}", _hu(facts[f"hu_{when}"])) for when in ("before", "after") if facts.get(f"hu_{when}")]
     return pairs
 
@@ -170,7 +174,9 @@ def _state(record: VolumeRecord) -> Html:
 
 def _cut(row: Row, *, only_lost: bool = False) -> Html:
     """Return the mm cut off by side, as "R 0 · L 18", what is lost in bold; "nothing" where nothing is."""
-    letters_mm = [pair for letters, ends in zip(LETTERS, row.cut_mm, strict=True) for pair in zip(letters, ends, strict=True)]
+    letters_mm = [
+        pair for letters, ends in zip(LETTERS, row.cut_mm, strict=True) for pair in zip(letters, ends, strict=True)
+    ]
     lost = [(letter, mm) for letter, mm in letters_mm if mm >= CUT_WORTH_SAYING_MM]
     if not lost:
         return Html("nothing")
