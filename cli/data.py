@@ -7,31 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from photon_cli.options import (
-    Columns,
-    HuSource,
-    IdFrom,
-    Limit,
-    Manifest,
-    MaxVoxels,
-    Memory,
-    Modality,
-    Nan,
-    Only,
-    RecipeName,
-    Scheduler,
-    Settings,
-    SourceAndOut,
-    Timeout,
-    WorkerCount,
-    fractions,
-    given_options,
-    make_recipe,
-    numbers,
-    pairs,
-    source_and_out,
-    window_of,
-)
+from photon_cli import options
 from photon_cli.terminal import (
     MISUSE,
     OK,
@@ -58,43 +34,43 @@ DECLARED = ("recipe", "settings", "questions", "columns", "split", "modality", "
 @app.command()
 def prepare(
     context: typer.Context,
-    paths: SourceAndOut = None,
-    manifest: Manifest = None,
-    only: Only = [],  # noqa: B006 - typer copies it
+    paths: options.SourceAndOut = None,
+    manifest: options.Manifest = None,
+    only: options.Only = [],  # noqa: B006 - typer copies it
     prompt_style: Annotated[
         str | None,
         typer.Option(
             help="Style of the questions: plain, letters, 3d-rad, deeptumorvqa; as the manifest says if not given."
         ),
     ] = None,
-    recipe: RecipeName = "chest_ct",
-    settings: Settings = [],  # noqa: B006
+    recipe: options.RecipeName = "chest_ct",
+    settings: options.Settings = [],  # noqa: B006
     questions: Annotated[
         Path | None, typer.Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")
     ] = None,
-    columns: Columns = [],  # noqa: B006
+    columns: options.Columns = [],  # noqa: B006
     split: Annotated[
         str, typer.Option(help="Shares per split where the table has none.")
     ] = "train=0.8,val=0.1,test=0.1",
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     allow_leaks: Annotated[bool, typer.Option(help="Write manifests even if a patient is in two splits.")] = False,
-    modality: Modality = None,
-    nan: Nan = None,
-    hu_source: HuSource = "header",
-    id_from: IdFrom = "path",
-    limit: Limit = None,
+    modality: options.Modality = None,
+    nan: options.Nan = None,
+    hu_source: options.HuSource = "header",
+    id_from: options.IdFrom = "path",
+    limit: options.Limit = None,
     overwrite: Annotated[bool, typer.Option(help="Prepare again what is there.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would happen; write nothing.")] = False,
-    workers: WorkerCount = None,
-    scheduler: Scheduler = None,
-    timeout: Timeout = 1800,
-    memory: Memory = None,
-    max_voxels: MaxVoxels = 1_000_000_000,
+    workers: options.WorkerCount = None,
+    scheduler: options.Scheduler = None,
+    timeout: options.Timeout = 1800,
+    memory: options.Memory = None,
+    max_voxels: options.MaxVoxels = 1_000_000_000,
     pictures: Annotated[int, typer.Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
 ) -> None:
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
     run: dict[str, Any] = {"limit": limit, "overwrite": overwrite, "pictures": pictures, "allow_leaks": allow_leaks}
-    run |= {"prompt": prompt_style, **({"seed": seed} if given_options(context, ["seed"]) else {})}
+    run |= {"prompt": prompt_style, **({"seed": seed} if options.given_options(context, ["seed"]) else {})}
     with errors_as_exit_codes():
         from photon_cli.prepare import PreparingBar, print_estimate, print_result, stopped_as_exit_code
         from photon_data.files import Location
@@ -102,14 +78,18 @@ def prepare(
         from photon_pipelines.plan import FolderRequest, Request, request_of_manifest
         from photon_pipelines.prepare import prepare as run_request
 
-        source, out = source_and_out(paths, manifest, "SOURCE OUT")
+        source, out = options.source_and_out(paths, manifest, "SOURCE OUT")
         request: Request
         if manifest:
             _refuse_beside_manifest(context, DECLARED)
             request = request_of_manifest(manifest, only, out, max_voxels=max_voxels, **run)
         else:
-            made_by, policy = make_recipe(recipe, settings, modality, nan, max_voxels)
-            run |= {"columns": pairs(columns, "--columns"), "fractions": fractions(split), "questions": questions}
+            made_by, policy = options.make_recipe(recipe, settings, modality, nan, max_voxels)
+            run |= {
+                "columns": options.pairs(columns, "--columns"),
+                "fractions": options.fractions(split),
+                "questions": questions,
+            }
             request = FolderRequest(
                 source, Location(out), made_by, policy=policy, hu_source=hu_source, id_from=id_from, **run
             )
@@ -131,22 +111,22 @@ def prepare(
 @app.command()
 def inspect(
     context: typer.Context,
-    paths: SourceAndOut = None,
-    manifest: Manifest = None,
-    only: Only = [],  # noqa: B006
-    recipe: RecipeName = "chest_ct",
-    settings: Settings = [],  # noqa: B006
-    modality: Modality = None,
-    nan: Nan = None,
-    hu_source: HuSource = "header",
-    columns: Columns = [],  # noqa: B006
-    id_from: IdFrom = "path",
-    limit: Limit = None,
-    workers: WorkerCount = None,
-    scheduler: Scheduler = None,
-    timeout: Timeout = 1800,
-    memory: Memory = None,
-    max_voxels: MaxVoxels = 1_000_000_000,
+    paths: options.SourceAndOut = None,
+    manifest: options.Manifest = None,
+    only: options.Only = [],  # noqa: B006
+    recipe: options.RecipeName = "chest_ct",
+    settings: options.Settings = [],  # noqa: B006
+    modality: options.Modality = None,
+    nan: options.Nan = None,
+    hu_source: options.HuSource = "header",
+    columns: options.Columns = [],  # noqa: B006
+    id_from: options.IdFrom = "path",
+    limit: options.Limit = None,
+    workers: options.WorkerCount = None,
+    scheduler: options.Scheduler = None,
+    timeout: options.Timeout = 1800,
+    memory: options.Memory = None,
+    max_voxels: options.MaxVoxels = 1_000_000_000,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write one JSON row per scan here.")] = None,
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
@@ -157,16 +137,16 @@ def inspect(
         from photon_pipelines.plan import FolderRequest
         from photon_pipelines.prepare import inspect as run_request
 
-        source, out = source_and_out(paths, manifest, "SOURCE")
+        source, out = options.source_and_out(paths, manifest, "SOURCE")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
             _refuse_beside_manifest(context, (*DECLARED, "limit", "json_file"))
             is_fine = inspect_manifest(manifest, only, out, where)
         else:
-            made_by, policy = make_recipe(recipe, settings, modality, nan, max_voxels)
+            made_by, policy = options.make_recipe(recipe, settings, modality, nan, max_voxels)
             tables: dict[str, Any] = {
                 "hu_source": hu_source,
-                "columns": pairs(columns, "--columns"),
+                "columns": options.pairs(columns, "--columns"),
                 "id_from": id_from,
             }
             request = FolderRequest(source, Location("."), made_by, policy=policy, limit=limit, **tables)
@@ -177,7 +157,7 @@ def inspect(
 
 
 def _refuse_beside_manifest(context: typer.Context, parameters: tuple[str, ...]) -> None:
-    given = given_options(context, parameters)
+    given = options.given_options(context, parameters)
     if given:
         fail(f"expected --manifest alone, found {given} beside it; say it in the manifest", MISUSE)
 
@@ -229,8 +209,8 @@ def show(
             name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
         else:
             name, content = find_one_scan(Path(volume)).id, read(volume)
-        point = numbers(at, 3, "--at") if at else None
-        picture = three_planes(content, window_hu=window_of(window), size_px=size, at_lps=point, title=name)
+        point = options.numbers(at, 3, "--at") if at else None
+        picture = three_planes(content, window_hu=options.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")
         picture.save(path)
         console.print(str(path), soft_wrap=True)

@@ -16,8 +16,8 @@ SourceAndOut = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE] [OUT]",
-        help="A folder of scans (searched through) or one scan; a folder or URL (s3://...) for stores, manifests and the "
-        "report. With --manifest: OUT alone, or nothing.",
+        help="A folder of scans, or one scan; then a folder or URL (s3://...) for stores, manifests and the report. "
+        "With --manifest: OUT alone, or nothing.",
     ),
 ]
 Manifest = Annotated[
@@ -52,7 +52,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 
 
 def given_options(context: typer.Context, parameters: Iterable[str]) -> str:
-    """Return those of a command's parameters that the user gave, as options: "--json, --set"; "" where none was given."""
+    """Return those of a command's parameters that the user gave, as options: "--json, --set", or ""."""
 
     def is_given(name: str) -> bool:
         source = context.get_parameter_source(name)
@@ -125,8 +125,7 @@ def make_recipe(
 def source_and_out(paths: Sequence[str] | None, manifest: Path | None, usage: str) -> tuple[Path, str]:
     """Return SOURCE and OUT for `usage` "SOURCE OUT" or "SOURCE"; with --manifest, the manifest in place of SOURCE.
 
-    OUT is "" where it is not given. UsageError for other numbers of paths than the usage says, and for a source that does
-    not exist.
+    OUT is "" where it is not given. UsageError for too many or too few paths, and for a source that does not exist.
     """
     from photon_data.errors import UsageError
 

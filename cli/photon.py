@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from photon_cli.options import (
-    Choices,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    QuestionsPerBatch,
-    Revision,
-    given_options,
-    make_recipe,
-)
+from photon_cli import options
 from photon_cli.terminal import MISUSE, OK, PARTIAL, errors_as_exit_codes, escape_unprintable, fail
 
 app = typer.Typer(
@@ -42,7 +33,7 @@ def init(
         Path | None, typer.Option(help="Where to write a small random model with its own tokenizer.")
     ] = None,
     stage: Annotated[int, typer.Option(min=1, max=2, help="With --tiny: 2 adds a threshold predictor.")] = 1,
-    revision: Revision = None,
+    revision: options.Revision = None,
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     model_shape: Annotated[
         str, typer.Option(help="With --tiny: voxels z,y,x of the grid it reads; multiples of 14,28,28.")
@@ -108,22 +99,22 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = False,
-    choices: Choices = False,
-    max_new_tokens: MaxNewTokens = 512,
+    choices: options.Choices = False,
+    max_new_tokens: options.MaxNewTokens = 512,
     sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
-    questions_per_batch: QuestionsPerBatch = 16,
+    questions_per_batch: options.QuestionsPerBatch = 16,
     scheduler: Annotated[
         str | None, typer.Option(help="its, none, random, uniform or foreground; the model's own.")
     ] = None,
     keep_ratio: Annotated[
         float | None, typer.Option(help="Share of tokens kept by random, uniform, foreground.")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
     shard: Annotated[str | None, typer.Option(help="I/N: only part I of N, from 0; torchrun sets it itself.")] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Folder for what was kept: a picture and NIfTI files per question.")
@@ -150,15 +141,15 @@ def predict(
         from photon_cli import predict as body
         from photon_train.answering.predictor import AnswerSettings
 
-        answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
-        chosen = body.Model(model, answers, device, dtype, revision, scheduler, keep_ratio)
         overlays = body.overlays_of(overlay, window, at, masks)
+        answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
+        load = body.loading(model, answers, dtype, revision, device=device, scheduler=scheduler, keep_ratio=keep_ratio)
         is_complete = True
         if output:
-            is_complete = body.predict_rows(chosen, data, output, shard, overlays)
+            is_complete = body.predict_rows(load, device, data, output, shard, overlays)
         else:
-            made_by = make_recipe(recipe, settings)
-            body.predict_scan(chosen, scan_path, questions, made_by, overlays, as_json=as_json, stream=stream)
+            scan = body.open_for_model(scan_path, options.make_recipe(recipe, settings), model, revision)
+            body.predict_scan(load, model, scan, questions, overlays, as_json=as_json, stream=stream)
     raise typer.Exit(OK if is_complete else PARTIAL)
 
 
@@ -172,7 +163,7 @@ def _check_predict(
         )
     if has_data == has_scan or has_data != has_output or has_scan != has_questions:
         fail('expected SCAN "question" ..., or --data ROWS --output PREDICTIONS', MISUSE)
-    misplaced = given_options(context, OF_SCAN if has_data else OF_ROWS)
+    misplaced = options.given_options(context, OF_SCAN if has_data else OF_ROWS)
     if misplaced:
         fail(f"{misplaced}: expected {'SCAN' if has_data else '--data'} beside it; the two ways do not mix", MISUSE)
     if has_data and context.params["masks"] and not context.params["overlay"]:
@@ -192,12 +183,12 @@ def evaluate(
         str | None,
         typer.Option(help="A model that answers now: a directory or a hub id. Without both: blind baselines."),
     ] = None,
-    choices: Choices = False,
-    max_new_tokens: MaxNewTokens = 512,
-    questions_per_batch: QuestionsPerBatch = 16,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
+    choices: options.Choices = False,
+    max_new_tokens: options.MaxNewTokens = 512,
+    questions_per_batch: options.QuestionsPerBatch = 16,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
     schedulers: Annotated[
         str, typer.Option(help="The model under each of these: its,none,random,uniform,foreground.")
     ] = "",
@@ -222,7 +213,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the resamplings.")] = 0,
 ) -> None:
     """Score a model or predictions on a benchmark's questions, with intervals and blind baselines."""
-    misplaced = given_options(context, OF_FILES if model else OF_MODEL)
+    misplaced = options.given_options(context, OF_FILES if model else OF_MODEL)
     if misplaced:
         fail(f"{misplaced}: expected {'no --model' if model else '--model'} beside it; the two ways do not mix", MISUSE)
     try:
@@ -236,12 +227,12 @@ def evaluate(
     with errors_as_exit_codes():
         answering: Answering
         if model:
-            from photon_cli.predict import Model, answer_benchmark
+            from photon_cli.predict import answer_benchmark, loading
             from photon_train.answering.predictor import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices, questions_per_batch=questions_per_batch)
-            chosen = Model(model, answers, device, dtype, revision)
-            answering = answer_benchmark(chosen, schedulers, keep, output / "predictions")
+            load = loading(model, answers, dtype, revision, device=device)
+            answering = answer_benchmark(load, schedulers, keep, output / "predictions")
         else:
             answering = answered_before(predictions, config)
         evaluation = score(

@@ -9,7 +9,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -40,31 +41,13 @@ SHOWN_FAILURES = 10
 ITS, MATCH_ITS = "its", "match-its"
 BUDGETED = ("random", "uniform", "foreground")  # these schedulers keep the share that they are given
 
+Load = Callable[..., Asker]
 
-@dataclass(frozen=True)
-class Model:
-    """The options that say which model answers, and how."""
 
-    name: str
-    answers: AnswerSettings
-    device: str
-    dtype: str
-    revision: str | None
-    scheduler: str | None = None
-    keep_ratio: float | None = None
-
-    def load(self) -> Asker:
-        """Return the model, loaded; UsageError where it cannot be."""
-        disable_progress_bar()
-        return load_asker(
-            self.name,
-            self.answers,
-            device=self.device,
-            dtype=self.dtype,
-            revision=self.revision,
-            scheduler=self.scheduler,
-            keep_ratio=self.keep_ratio,
-        )
+def loading(model: str, answers: AnswerSettings, dtype: str, revision: str | None, **options: Any) -> Load:
+    """Return the function that loads the model of the command's options; its keywords replace some of them."""
+    disable_progress_bar()
+    return partial(load_asker, model, answers, dtype=dtype, revision=revision, **options)
 
 
 class Overlays(NamedTuple):
@@ -86,23 +69,20 @@ def overlays_of(folder: Path | None, window: str, at: str | None, masks: Path | 
 # One scan
 
 
-def predict_scan(
-    model: Model,
-    scan_path: str,
-    questions: list[str],
-    made_by: tuple[Recipe, Policy],
-    overlays: Overlays,
-    *,
-    as_json: bool,
-    stream: bool,
-) -> None:
-    """Answer questions about a scan, on the grid that the model reads, and print what was kept and what it took.
+def open_for_model(path: str, made_by: tuple[Recipe, Policy], model: str, revision: str | None) -> ScanInput:
+    """Return the scan on the grid that the model reads, whatever the recipe's.
 
-    The scan is read before the model: most of what can be wrong is wrong with the scan.
+    It is read before the model is loaded: most of what can be wrong is wrong with the scan.
     """
     recipe, policy = made_by
-    scan = open_input(scan_path, replace(recipe, model_shape_zyx=grid_read_by(model.name, model.revision)), policy)
-    asker = model.load()
+    return open_input(path, replace(recipe, model_shape_zyx=grid_read_by(model, revision)), policy)
+
+
+def predict_scan(
+    load: Load, model: str, scan: ScanInput, questions: list[str], overlays: Overlays, *, as_json: bool, stream: bool
+) -> None:
+    """Answer questions about a scan, and print the answers, what was kept and what it took."""
+    asker = load()
     shown = _ShownScan(overlays, scan, asker.processor.config.tokens_thw, overlays.masks)
     streamer = _streamer(asker, questions) if stream and not as_json else None
     replies, seconds = ask_scan(asker, scan, questions, streamer)
@@ -115,9 +95,7 @@ def predict_scan(
             {"question": question, **asdict(reply.prediction), "recall": recall}
             for question, reply, recall in zip(questions, replies, recalls, strict=True)
         ]
-        print(
-            json.dumps({"model": model.name, "volume_id": scan.id, "seconds": seconds, "predictions": rows}, indent=1)
-        )
+        print(json.dumps({"model": model, "volume_id": scan.id, "seconds": seconds, "predictions": rows}, indent=1))
         return
     for question, reply, recall in zip(questions, replies, recalls, strict=True):
         _print_reply(question, reply, recall, with_answer=not stream)
@@ -178,13 +156,15 @@ class _ShownScan:
 # Rows of manifests
 
 
-def predict_rows(model: Model, data: Sequence[Path], output: Path, shard: str | None, overlays: Overlays) -> bool:
+def predict_rows(
+    load: Load, device: str, data: Sequence[Path], output: Path, shard: str | None, overlays: Overlays
+) -> bool:
     """Answer the rows into a file, with progress; return whether all of this part have an answer."""
     rows = [row for path in data for row in read_rows(path)]
     part, local_rank = _shard_of(shard)
-    if local_rank is not None and model.device in ("auto", "cuda") and torch.cuda.is_available():
-        model = replace(model, device=f"cuda:{local_rank}")
-    asker = model.load()
+    if local_rank is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local_rank}"
+    asker = load(device=device)
     unshown: dict[str, str] = {}
 
     def on_replies(group: Group, replies: Sequence[Reply]) -> None:
@@ -254,13 +234,11 @@ class _AnsweringBar(ProgressBar):
         self.total = self.done = self.kept = self.visual = 0
 
     def on_start(self, total: int, done_before: int) -> None:
-        """Show how many rows there are."""
         self.total, self.done = total, done_before
         console.print(f"{total} rows, {done_before} of them answered before", soft_wrap=True)
         self.update(total=total, completed=done_before)
 
     def on_replies(self, group: Group, replies: Sequence[Reply]) -> None:
-        """Count a batch."""
         self.done += len(replies)
         self.kept += sum(reply.prediction.kept_tokens for reply in replies)
         self.visual += sum(reply.prediction.visual_tokens for reply in replies)
@@ -268,7 +246,6 @@ class _AnsweringBar(ProgressBar):
         self.line(f"{self.done} of {self.total} {self.kept_share()}")
 
     def kept_share(self) -> str:
-        """Return the share of visual tokens kept so far, as text."""
         return f"{self.kept / self.visual:.1%} of visual tokens kept" if self.visual else ""
 
 
@@ -294,12 +271,12 @@ def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: object, unshown:
 
 
 def answer_benchmark(
-    model: Model, schedulers: str, keep: str, folder: Path
+    load: Load, schedulers: str, keep: str, folder: Path
 ) -> Callable[[Sequence[Row]], tuple[list[Path], PhotonConfig]]:
-    """Return the function that answers rows into a file of `folder` for each scheduler, and returns files and configuration.
+    """Return the function rows -> (a file of predictions in `folder` for each scheduler, the model's configuration).
 
-    "its" goes first, since `keep` "match-its" gives the others the share of tokens that it kept. UsageError for schedulers
-    that do not exist and for no budget to match; from the function, where a model has no threshold predictor for "its".
+    "its" goes first, since `keep` "match-its" gives the others the share of tokens that it kept. UsageError for
+    schedulers that do not exist and for no budget to match; later, for "its" without a threshold predictor.
     """
     names = list(dict.fromkeys(name.strip() for name in schedulers.split(",") if name.strip()))
     unknown = [name for name in names if name not in SCHEDULERS]
@@ -320,8 +297,9 @@ def answer_benchmark(
         share, files, configs = given_share, [], []
         in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
         for name in in_order or [None]:  # None: the model's own
-            chosen = replace(model, scheduler=name, keep_ratio=share if name in BUDGETED else None)
-            path, config = _answer_rows(chosen, rows, folder)
+            asker = load(scheduler=name, keep_ratio=share if name in BUDGETED else None)
+            path, config = _answer_rows(asker, rows, folder)
+            del asker  # frees the model before the next is loaded
             files.append(path)
             configs.append(config)
             if name == ITS and share is None and is_budgeted:
@@ -341,9 +319,8 @@ def _share_of(text: str) -> float:
     return share
 
 
-def _answer_rows(model: Model, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
-    """Answer the rows into the file of the model's scheduler; the model is freed when this returns."""
-    asker = model.load()
+def _answer_rows(asker: Asker, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
+    """Answer the rows into the file of the model's scheduler."""
     config = asker.model.config
     path = folder / f"{config.scheduler}.jsonl"
     console.print(
@@ -356,7 +333,7 @@ def _answer_rows(model: Model, rows: Sequence[Row], folder: Path) -> tuple[Path,
 
 
 def _kept_share(path: Path, ids: set[str]) -> float:
-    """Return the mean share of visual tokens that the predictions of these rows kept; UsageError where they kept none."""
+    """Return the mean share of visual tokens that the predictions of these rows kept."""
     shares = [p.kept_tokens / p.visual_tokens for p in read_predictions(path) if p.visual_tokens and p.id in ids]
     if not any(shares):
         raise UsageError(f"{path}: expected predictions that keep visual tokens, found none; say --keep 0.4 instead")

@@ -249,7 +249,7 @@ def _cells(record: VolumeRecord) -> list[str]:
 
 
 def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: Workers) -> bool:
-    """Print what each data set of a manifest has and lacks, disk and time for the rest; return whether nothing is missing."""
+    """Print what each data set of a manifest has and lacks, and the costs; return whether nothing is missing."""
     manifest = read_data_manifest(path)
     datasets, location = manifest.only(only), out_of(manifest, out)
     table = Table(title=f"data sets of {path}")

@@ -26,7 +26,7 @@ WIDTH = None if sys.stdout.isatty() else 160  # a log file has room for a table
 
 
 class _PipeSafeConsole(Console):
-    """A console that falls silent when its reader is gone, so that `| head` neither ends the work nor changes the exit code."""
+    """A console that falls silent when its reader is gone: `| head` neither ends the work nor changes the exit code."""
 
     def on_broken_pipe(self) -> None:
         """Send all further output to nowhere."""

@@ -79,7 +79,7 @@ class _TrainingBar(ProgressBar):
     total_steps = 0
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """Show a row of the log. The first step has a plain line always: in stage 2 it says what is kept at the start."""
+        # The first step always has a plain line: in stage 2 it says what is kept at the start.
         text = _sentence(row)
         self.update(completed=row["step"], detail=text)
         is_due = row["step"] % max(self.total_steps // PLAIN_LINES, 1) == 0 or "eval_loss" in row

@@ -1,6 +1,6 @@
 """Both ends of the isolated process in which scans are read: one job a line on stdin, one record a line on stdout.
 
-A parser that crashes, hangs or takes all memory costs one file: the record of that file says so, and a new child goes on.
+A parser that crashes, hangs or takes all memory costs one file: its record says so, and a new child goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ChildError(RuntimeError):
 
 
 class Child:
-    """A process that answers a line of JSON with a line of JSON. It starts at the first request, and again after it died."""
+    """A process that answers a line of JSON with a line of JSON. It starts at the first job, and after it died."""
 
     def __init__(self, *command: str) -> None:
         self.command = command

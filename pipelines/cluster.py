@@ -1,4 +1,4 @@
-"""Jobs -> records on Dask: a local cluster of threads, or any cluster that is already running. No other file imports Dask."""
+"""Jobs -> records on Dask: a local cluster of threads, or a running cluster. Only this file uses Dask."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class Workers:
 def execute(
     jobs: Iterable[Job], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
 ) -> Generator[VolumeRecord, None, None]:
-    """Yield the record of every job as it ends, largest first; at most twice as many jobs are in flight as there are threads.
+    """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
 
-    A local cluster runs the task within `session`, which has to end what still runs. Raises NoSpace when the output is full
-    and Stopped when no worker is left. Leaving the loop ends what is in flight.
+    A local cluster runs the task within `session`, which ends with the loop and has to end what still runs.
+    Raises NoSpace when the output is full and Stopped when no worker is left.
     """
     queue = deque(sorted(jobs, key=lambda job: job.source.bytes, reverse=True))
     limits = workers.timeout_s, workers.address_space_bytes()
@@ -124,9 +124,7 @@ def _connect(scheduler: str) -> Client:
         client.wait_for_workers(1, timeout=NO_WORKERS_S)
     except TimeoutError:
         client.close()
-        raise Stopped(
-            f"expected workers, found none connected to {scheduler} within {NO_WORKERS_S} s; start some and run it again"
-        ) from None
+        raise Stopped(_no_workers(scheduler)) from None
     return client
 
 
@@ -151,9 +149,11 @@ def _finished(client: Client, in_flight: dict[Future, Job]) -> list[Future]:
         else:
             no_worker_since = no_worker_since or time.monotonic()
             if time.monotonic() - no_worker_since > NO_WORKERS_S:
-                raise Stopped(
-                    f"expected workers, found none connected to the scheduler for {NO_WORKERS_S} s; start some and run it again"
-                )
+                raise Stopped(_no_workers("the scheduler"))
+
+
+def _no_workers(scheduler: str) -> str:
+    return f"expected workers, found none connected to {scheduler} for {NO_WORKERS_S} s; start some and run it again"
 
 
 def _record(future: Future, job: Job) -> VolumeRecord:

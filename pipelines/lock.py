@@ -21,7 +21,7 @@ STALE_S = 300
 
 @contextlib.contextmanager
 def exclusive(out: Location) -> Iterator[None]:
-    """Hold `out` while the block runs; UsageError when another run holds it. However a process ends, its hold ends too."""
+    """Hold `out` while the block runs; UsageError when another run holds it. A hold ends with its process."""
     if out.is_local:
         with _locked_file(out):
             yield
@@ -37,7 +37,7 @@ def exclusive(out: Location) -> Iterator[None]:
 
 
 def refresh(out: Location) -> None:
-    """Renew the claim of the run that holds `out`. Call it now and then: an object store needs it, a folder does not."""
+    """Renew the claim of the run that holds `out`. Call it now and then; only an object store needs it."""
     if not out.is_local:
         out.write(NAME, json.dumps({**_this_process(), "time": time.time()}).encode())
 

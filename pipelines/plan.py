@@ -1,4 +1,4 @@
-"""What `photon-data prepare` is requested to do -> jobs, and which of them are still to be done. Nothing is written here.
+"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here.
 
 A request is about a folder of scans with a table of questions, or about the data sets of a data_manifest.yaml.
 """
@@ -87,22 +87,20 @@ class ManifestRequest(Request):
 
 
 class Callback:
-    """Is called as a run proceeds. A subclass overrides what it shows."""
+    """What a run calls as it proceeds; a subclass overrides what it shows.
 
-    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None:
-        """An archive is being unpacked; the bytes are those of all archives."""
+    on_archive  the name of an archive that is unpacked, and the bytes of all archives, done and in all
+    on_file     how many files were seen while looking for scans
+    on_note     a sentence for the person who reads along
+    on_plan     what will be done, and the number of files that are no scans, by suffix
+    on_record   a scan that was prepared, refused, or failed
+    """
 
-    def on_file(self, count: int) -> None:
-        """So many files were seen while looking for scans."""
-
-    def on_note(self, note: str) -> None:
-        """A sentence for the person who reads along."""
-
-    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:
-        """It is known what will be done; `ignored` counts files that are no scans, by suffix."""
-
-    def on_record(self, record: VolumeRecord) -> None:
-        """A scan was prepared, refused, or failed."""
+    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None: ...  # noqa: D102 - see above
+    def on_file(self, count: int) -> None: ...  # noqa: D102
+    def on_note(self, note: str) -> None: ...  # noqa: D102
+    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None: ...  # noqa: D102
+    def on_record(self, record: VolumeRecord) -> None: ...  # noqa: D102
 
 
 class Gathered(NamedTuple):
@@ -176,8 +174,7 @@ def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
 def request_of_manifest(path: Path, only: Sequence[str], out: str | None, **options: Any) -> ManifestRequest:
     """Return the request for the data sets of a data_manifest.yaml, or for those named in `only`.
 
-    `options` are further fields of ManifestRequest; the seed is the manifest's, if none is given. UsageError for a manifest
-    that cannot be followed.
+    `options` are further fields of ManifestRequest; the seed is the manifest's, if none is given.
     """
     manifest = read_data_manifest(path)
     datasets = manifest.only(only)
@@ -196,7 +193,7 @@ def out_of(manifest: DataManifest, out: str | None) -> Location:
 
 
 def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
-    """Return the recipe of the first data set; UsageError if another one's gives other bytes, since a folder holds one."""
+    """Return the one recipe of the data sets; UsageError where there are several, since a folder holds one."""
     recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
     if len({recipe.digest for recipe in recipes.values()}) > 1:
         found = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
@@ -215,9 +212,9 @@ def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
 
 
 def gather(request: Request, callback: Callback | None = None) -> Gathered:
-    """Return the jobs and questions that a request is about; nothing is written. UsageError for what cannot be followed.
+    """Return the jobs and questions that a request is about; UsageError for what cannot be followed.
 
-    Leaks that the questions themselves show are refused here, before hours of work; those that only content shows, later.
+    Leaks that the questions themselves show are refused here, before hours of work; `prepare` finds those of content.
     """
     callback = callback or Callback()
     datasets = request.datasets if isinstance(request, ManifestRequest) else ()
@@ -271,7 +268,7 @@ def _gather_folder(request: FolderRequest, callback: Callback) -> Gathered:
 
 
 def _with_ids(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
-    """Return the questions with ids in place of names that mean one scan: two names of a scan must not be two patients."""
+    """Return the questions with ids in place of names of scans: two names of one scan must not be two patients."""
     find = by_name((source.id, source.path) for source in sources)
     return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
 
@@ -281,8 +278,8 @@ def rescaling(
 ) -> Callable[[Source], Rescale | None]:
     """Return the function that gives each source its slope and intercept: None for the header's.
 
-    `hu_source` is "header", "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume, slope,
-    intercept; `columns` maps these names to the table's. UsageError for a table that cannot be read or names a volume twice.
+    `hu_source` is "header", "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume,
+    slope, intercept; `columns` maps these names to the table's. UsageError where the table names a volume twice.
     """
     if hu_source == HEADER:
         return lambda source: None
@@ -332,8 +329,9 @@ def jobs_of(request: ManifestRequest, combined: Collection) -> list[Job]:
     for volume in combined.volumes[: request.limit]:
         recipe, policy = recipes[volume.dataset.name]
         policy = replace(policy, max_voxels=request.max_voxels)
-        job = Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.table_grid, request.overwrite)
-        jobs.append(job)
+        jobs.append(
+            Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.table_grid, request.overwrite)
+        )
     return jobs
 
 
@@ -351,7 +349,7 @@ def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
     foreign = [record for record, digest in zip(others, digests, strict=True) if digest not in (None, recipe.digest)]
     if foreign:
         raise UsageError(
-            f"expected one recipe per folder, but {out.url} holds {len(foreign)} volumes of another recipe that are not "
+            f"expected one recipe per folder, found {len(foreign)} volumes of another recipe in {out.url} that are not "
             f"among these inputs, {foreign[0].id} first; use another folder, or prepare all of them again"
         )
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
@@ -368,7 +366,7 @@ def _unchanged(job: Job, before: VolumeRecord | None) -> VolumeRecord | None:
 
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:
-    """Return the digest of the recipe that a record's store was made by; None where that store does not exist any more."""
+    """Return the digest of the recipe that a record's store was made by; None where the store is gone."""
     name = store_name(record.id)
     metadata = read_metadata(out, name)
     if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):

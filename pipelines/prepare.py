@@ -50,8 +50,8 @@ LIBRARIES = ("photon-ct", "numpy", "SimpleITK", "nibabel", "zarr", "numcodecs", 
 def prepare(request: Request, workers: Workers, callback: Callback | None = None) -> Result:
     """Do what is requested and return what came of it. NoSpace, Stopped and KeyboardInterrupt leave what is done.
 
-    UsageError before any store is written: what can be wrong with tables is found before the first scan is read, and only
-    one run at a time may write into a folder.
+    UsageError before any store is written: tables are checked before the first scan is read, and only one run at a time
+    may write into a folder.
     """
     callback = callback or Callback()
     out, damaged = request.out, list[str]()
@@ -99,7 +99,7 @@ def _by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
 def _write_dataset(
     request: Request, records: Sequence[VolumeRecord], kept: Sequence[VolumeRecord], manifests: dict[str, str] | None
 ) -> dict[str, Any]:
-    """Write dataset.json and return what it holds; `manifests` are their SHA-256 by name, None while the run is not finished."""
+    """Write dataset.json and return it; `manifests` are {name: SHA-256}, None while the run is not finished."""
     dataset = {
         "format": 1,
         "source": str(request.source),
@@ -117,8 +117,8 @@ def _write_dataset(
 def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> list[VolumeRecord]:
     """Run the jobs of a plan and return the records of all inputs, those done before first.
 
-    volumes.jsonl is kept up to date, also when the run is stopped or interrupted: it has the records of what is done, and of
-    the rest what earlier runs left.
+    volumes.jsonl is kept up to date, also when the run is stopped or interrupted: it has the records of what is done,
+    and of the rest what earlier runs left.
     """
     for folder in ("volumes", "manifests", ""):  # what a killed run left half-written
         for name in out.names(folder):
@@ -150,7 +150,7 @@ def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> lis
 def _write_manifests(request: Request, gathered: Gathered, rows: list[VolumeRecord]) -> tuple[Manifests, str | None]:
     """Write the manifests and return them, and what leaks between splits, if that is not allowed.
 
-    Splits that leak in a way that only content shows get no manifests, and old ones go: nobody trains on them by mistake.
+    Splits that leak in their content get no manifests, and old ones go: nobody trains on them by mistake.
     """
     out = request.out.at("")
     questions = request.questions if isinstance(request, FolderRequest) else None

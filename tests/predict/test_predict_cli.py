@@ -158,7 +158,7 @@ def test_rows_that_fail_are_listed_with_exit_code_1(model_dir, manifest, tmp_pat
     put(tmp_path / "rows.jsonl", [*rows, row("lost", QUESTIONS[0], str(tmp_path / "lost.ome.zarr"))])
     code, text = cli("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     assert code == 1
-    assert "4 answered, 0 before, 1 failed" in text and "failed lost: a store of photon-data" in text
+    assert "4 answered, 0 before, 1 failed" in text and "failed lost: expected a store of photon-data" in text
 
 
 def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
