@@ -27,7 +27,7 @@ from photon_data.records import jsonl_bytes, to_jsonl
 class Prediction:
     """An answer to one question. Only `id` and `response` are needed to score it; the rest says what of, and what it cost.
 
-    asked: what was asked under this id, see `photon_train.rows.asked_of`; "" when not known, and of what failed.
+    asked: what was asked under this id, see `photon_train.rows.question_digest`; "" when not known, and of what failed.
     seconds: by stage (read, prepare, encode, answer), this question's share of what it shares with others.
     choice_scores: for each choice, by its text, the log-probability of its tokens as the answer; {} when not asked for.
     kept: which visual tokens were kept, see `pack_mask`; "" when nothing was scheduled.
@@ -51,7 +51,7 @@ class Prediction:
     peak_memory_mib: float = 0.0
 
     def answers(self, asked: str | None) -> bool:
-        """Tell whether this may be the answer to a question whose `asked_of` is given; None: no such question is known of."""
+        """Tell whether this may be the answer to a question of this `question_digest`; None: no such question is known of."""
         return not self.asked or asked is None or asked == self.asked
 
     def to_json(self) -> str:
@@ -112,9 +112,9 @@ class PredictionFile:
 def prediction_file(path: Path, settings: Mapping[str, Any], asked: Mapping[str, str]) -> Iterator[PredictionFile]:
     """Open or begin a file of predictions; what is to be done again leaves it.
 
-    That is a line that a kill cut off, lines with an error, and answers to another question than `asked` ({id: `asked_of`})
-    says is asked now. UsageError where it was made with other settings, is being written by another process, or is no file of
-    predictions.
+    That is a line that a kill cut off, lines with an error, and answers to another question than `asked`
+    ({id: `question_digest`}) says is asked now. UsageError where it was made with other settings, is being written by another
+    process, or is no file of predictions.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _begin(path, settings)

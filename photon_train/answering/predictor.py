@@ -42,7 +42,7 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.packing import prefix_length, visual_mask
 from photon_train.prefix import Prefix
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row, asked_of, without_answer
+from photon_train.rows import Row, question_digest, without_answer
 from photon_train.scheduling import Scheduled
 
 
@@ -104,7 +104,7 @@ WORST_AS_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what a row 
 
 
 class Prompt(NamedTuple):
-    """A row to answer: its given answer is left out; own_L are the ids int64[L] behind the shared prefix; asked: `asked_of`."""
+    """A row to answer: its given answer is left out; own_L are the ids int64[L] behind the prefix; asked: `question_digest`."""
 
     row: Row
     own_L: Tensor
@@ -163,7 +163,7 @@ def _prompt(row: Row, processor: PhotonProcessor) -> tuple[tuple[Any, ...], Prom
     shared = prefix_length(ids_L, processor.config)
     digest = hashlib.sha256(ids_L[:shared].numpy().tobytes()).hexdigest() if shared else ""
     volumes = (video if isinstance(video, str | Path) else id(video) for video in asked.get("videos") or ())
-    return (*volumes, digest), Prompt(asked, ids_L[shared:].clone(), asked_of(row))
+    return (*volumes, digest), Prompt(asked, ids_L[shared:].clone(), question_digest(row))
 
 
 def answer_ids(prompt: Prompt, text: str, processor: PhotonProcessor) -> Tensor:

@@ -15,7 +15,7 @@ from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
 from photon_data.questions.rows import VIDEO_TAG
 from photon_train.answering.prediction import Prediction
-from photon_train.rows import asked_of, organ_masks_of
+from photon_train.rows import organ_masks_of, question_digest
 
 SHOWN = 10
 
@@ -81,7 +81,7 @@ def join(rows: Iterable[Mapping[str, Any]], predictions: Iterable[Prediction], *
     times = Counter(prediction.id for prediction in answers)
     given = {prediction.id: prediction for prediction in answers if times[prediction.id] == 1}
     failed = {id for id, prediction in given.items() if prediction.error and id in asked}
-    changed = {id for id, p in given.items() if p.asked and id in asked and not p.answers(asked_of(asked[id]))} - failed
+    changed = {id for id, p in given.items() if p.asked and id in asked and not p.answers(question_digest(asked[id]))} - failed
     gaps = Gaps(
         questions=len(asked),
         missing=tuple(sorted(asked.keys() - times.keys())),

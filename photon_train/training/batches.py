@@ -56,7 +56,7 @@ def group_indices(rows: Sequence[TrainRow], questions_per_volume: int, rng: rand
     """
     shelves: dict[Hashable, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        shelves[index if row.answers_before_head else (row.videos, row.head if row.videos else "")].append(index)
+        shelves[row.prefix].append(index)
     groups = []
     for shelf in shelves.values():
         if rng:

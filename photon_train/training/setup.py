@@ -31,7 +31,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import TrainRow, check_stores, read_train_rows
+from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training import sharding as zero
 from photon_train.training.batches import Augment, Batch, Group, GroupDataset, Reading, Turn, batches, steps_per_epoch
 from photon_train.training.checkpoint import ADAPTER, checkpoints, load_adapter, read_moments, read_state
@@ -340,8 +340,8 @@ def _set_checkpointing(model: Any, config: TrainConfig) -> None:
 
 
 def _rows(config: TrainConfig) -> tuple[list[TrainRow], list[TrainRow]]:
-    rows = check_stores(read_train_rows(config.data), config.on_bad_row)
-    return rows, check_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
+    rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
+    return rows, rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
 
 
 def _check_resumed(config: TrainConfig, last: Path | None, rows: list[TrainRow], folder: Path) -> None:

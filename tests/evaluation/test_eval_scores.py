@@ -22,7 +22,7 @@ from photon_train.evaluation.kept import kept, overlap_of
 from photon_train.evaluation.metric import draw, interval
 from photon_train.evaluation.tables import table_of
 from photon_train.evaluation.text_metrics import LabelTable
-from photon_train.rows import asked_of
+from photon_train.rows import question_digest
 
 YES_NO = ("Yes", "No")
 RAD3D_QUESTIONS = rad3d_questions("test")[::5]
@@ -45,8 +45,8 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
     rows = [row(id, "No", YES_NO) for id in ("a", "b", "c", "d", "e", "f")]
     answers = [
         Prediction("a", "No"),
-        Prediction("e", "No", asked=asked_of(row("e", "No", YES_NO, question="Where?"))),
-        Prediction("f", "No", asked=asked_of(row("f", "Yes", YES_NO))),
+        Prediction("e", "No", asked=question_digest(row("e", "No", YES_NO, question="Where?"))),
+        Prediction("f", "No", asked=question_digest(row("f", "Yes", YES_NO))),
         Prediction("b", "No"),
         Prediction("b", "Yes"),
         Prediction("c", error="x"),

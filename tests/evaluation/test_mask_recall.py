@@ -101,5 +101,5 @@ def test_predictions_without_kept_tokens_or_on_another_grid_have_no_recall():
 
 
 def test_names_of_masks_that_are_no_list_are_refused():
-    with pytest.raises(UsageError, match="a JSON list of names wanted"):
+    with pytest.raises(UsageError, match="expected a JSON list of names"):
         case_of(row("x", "Yes", extra={"organ_masks": "liver"}), Prediction("x"))

@@ -11,7 +11,7 @@ from askable import QUESTIONS, SHORT, asker, row, store
 from photon_data.errors import UsageError
 from photon_train.answering.manifest import Shard, Watch, predict_rows
 from photon_train.answering.prediction import read_predictions
-from photon_train.rows import asked_of, read_rows
+from photon_train.rows import question_digest, read_rows
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_a_question_that_changed_under_its_id_is_answered_anew_and_others_are_no
 def test_an_answer_goes_with_a_folder_that_is_moved_and_not_with_another_volume():
     moved = [row("a", "Where?", f"{folder}/v1.ome.zarr") for folder in ("/data/volumes", "s3://bucket/volumes", "volumes")]
     others = [row("a", "Where?", "/data/v2.ome.zarr"), row("a", "What?", "/data/v1.ome.zarr"), row("a", "Where?")]
-    assert len({asked_of(one) for one in moved}) == 1
-    assert len({asked_of(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
+    assert len({question_digest(one) for one in moved}) == 1
+    assert len({question_digest(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
 
 
 def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, rows, tmp_path):

@@ -105,8 +105,8 @@ def test_every_module_has_its_own_rate_at_every_step():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "a"}', "a row with messages and videos wanted"),
-        ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "a row with messages and videos wanted"),
+        ('{"id": "a"}', "expected a row with messages and videos"),
+        ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "expected a row with messages and videos"),
         ("{cut off", "one JSON object wanted"),
         ('{"id": "a", "videos": ["../../x.zarr"], "messages": []}', "a path within"),
         ('{"id": "a", "messages": [{"role": "user", "content": "Where?"}]}', "1 of 1 have none: a"),

@@ -31,8 +31,7 @@ def write_mask(folder, name, corner_xyz, size=4):
 
 
 def asking(stores, name, *masks):
-    row = {"id": name, "messages": [], "videos": [stores["a"]]}
-    return TrainRow(row["id"], tuple(row["videos"]), [], "", False, "a", masks)
+    return TrainRow(name, (stores["a"],), [], (), "a", masks)
 
 
 @pytest.fixture
