@@ -15,9 +15,19 @@ from photon_data.errors import UsageError
 from photon_data.questions import rows as manifest
 from photon_train.answering.prediction import read_predictions
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, check, evaluate
+from photon_train.evaluation.evaluate import check, evaluate
 from photon_train.evaluation.report import pictured, sheet, sheets, trade_offs, write, write_pictures
-from photon_train.evaluation.tables import Sheet, both_averages, told, told_interval, told_value
+from photon_train.evaluation.tables import (
+    Answers,
+    Comparison,
+    Evaluation,
+    FormattedTable,
+    Settings,
+    both_averages,
+    formatted,
+    formatted_interval,
+    formatted_value,
+)
 from photon_train.evaluation.text_metrics import read_labels
 from photon_train.kept_tokens import CountedMask
 from photon_train.rows import read_rows
@@ -73,7 +83,7 @@ def run(
     learning = [row for path in train for row in manifest.read(path)]
     check(benchmark, rows, settings)
     if masks:
-        from photon_train.answering.scan import volumes_with_masks
+        from photon_train.kept_tokens import volumes_with_masks
     places = volumes_with_masks(masks, rows) if masks else {}
     given = answers(rows)
     if given.config:
@@ -95,7 +105,7 @@ def _counted(folder: Path, places: Mapping[str, str], settings: Settings) -> dic
     """Return the masks of the volumes, counted under a bar; say which could not be read."""
     with Bar("masks of volumes") as bar:
         bar.update(total=len(places))
-        from photon_train.answering.scan import counted_by_volume
+        from photon_train.kept_tokens import counted_by_volume
 
         found = counted_by_volume(folder, places, settings.grid_zyx, lambda: bar.update(advance=1))
     console.print(f"masks of {len(found.masks)} of {len(places)} volumes")
@@ -151,22 +161,23 @@ def _table(answers: Answers) -> Table:
     title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
     table = _columns(title, ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients"))
     for score, weighted in both_averages(answers.scores):
-        rules = [told_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
-        blind = [told_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
-        cells = [told(score.estimate), told_interval(score.estimate), *blind, " ".join(rules), told(weighted.estimate)]
-        table.add_row(score.task, score.metric, *cells, f"{score.questions}", f"{score.patients}")
+        rules = [formatted_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
+        blind = [formatted_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
+        cells = [formatted(score.estimate), formatted_interval(score.estimate), *blind, " ".join(rules)]
+        counts = (f"{score.questions}", f"{score.patients}")
+        table.add_row(score.task, score.metric, *cells, formatted(weighted.estimate), *counts)
     return table
 
 
 def _differences(comparison: Comparison) -> Table:
     table = _columns(f"{comparison.second} minus {comparison.first}", ("macro", "95 %", "by question", "95 %", "n"))
     for score, weighted in both_averages(comparison.scores):
-        cells = [text for one in (score, weighted) for text in (told(one.estimate), told_interval(one.estimate))]
+        cells = [text for one in (score, weighted) for text in (formatted(one.estimate), formatted_interval(one.estimate))]
         table.add_row(score.task, score.metric, *cells, f"{score.questions}")
     return table
 
 
-def _of_sheet(sheet: Sheet) -> Table:
+def _of_sheet(sheet: FormattedTable) -> Table:
     table = Table(title=sheet.title)
     for number, name in enumerate(sheet.headings):
         table.add_column(name, justify="right" if number else "left")

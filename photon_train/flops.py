@@ -7,10 +7,13 @@ tests/model/test_flops.py holds the counts against torch's counter on a small mo
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
+
     from photon_train.configuration_photon import PhotonConfig
 
 BF16 = 2
@@ -184,6 +187,15 @@ def weight_bytes(config: PhotonConfig) -> int:
 def cache_bytes(config: PhotonConfig, length: int) -> int:
     """Bytes of the bf16 keys and values of `length` tokens in all layers."""
     return BF16 * 2 * config.text_config.num_hidden_layers * _kv_width(config) * length
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        import torch  # late: counting FLOPs does not wait for it
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _kv_width(config: PhotonConfig) -> int:

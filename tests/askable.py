@@ -10,7 +10,7 @@ from photon_data.prepare import Prepared
 from photon_data.recipe import Recipe
 from photon_data.store import store_name, write_store
 from photon_data.volume import Geometry, Volume
-from photon_train.answering.predictor import AnswerSettings, Asker, load_asker
+from photon_train.answering.predictor import AnswerSettings, Predictor, load_predictor
 from photon_train.tiny import tiny
 
 SHORT = AnswerSettings(max_new_tokens=6)
@@ -25,8 +25,8 @@ def lively_model(directory: Path, **settings: Any) -> Path:
     return directory
 
 
-def asker(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Asker:
-    return load_asker(str(directory), settings, device="cpu", **photon)
+def asker(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Predictor:
+    return load_predictor(str(directory), settings, device="cpu", **photon)
 
 
 def blocks(seed: int) -> Volume:

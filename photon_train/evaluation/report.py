@@ -27,12 +27,23 @@ from photon_data.report.charts import Dot, Spot, bars, dots, spread
 from photon_data.report.page import Html, document, element, encoded, table
 from photon_train.answering.prediction import unpack_mask
 from photon_train.answering.scan import open_input
-from photon_train.evaluation.baselines import CONSTANT, MAJORITY, grouped
-from photon_train.evaluation.cases import Case
+from photon_train.evaluation.baselines import CONSTANT, MAJORITY
+from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.costs import Costs
-from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Judged
-from photon_train.evaluation.kept import Asked, Kept, MaskRecalls, Overlap, Recall
-from photon_train.evaluation.tables import Estimate, Score, Sheet, both_averages, told, told_interval, told_value
+from photon_train.evaluation.kept import Kept, MaskRecalls, Overlap, Recall, RecallContrast
+from photon_train.evaluation.metric import Estimate
+from photon_train.evaluation.tables import (
+    Answers,
+    Comparison,
+    Evaluation,
+    FormattedTable,
+    Score,
+    ScoredCase,
+    both_averages,
+    formatted,
+    formatted_interval,
+    formatted_value,
+)
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 
 
@@ -45,7 +56,7 @@ class Overlays(NamedTuple):
 
 def pictured(answers: Answers, most: int) -> list[Case]:
     """Return at most `most` of the cases that the page shows, the worst and the best in turn, whose kept tokens are known."""
-    worst, best = ([one.case for one in cases if one.case.prediction.kept] for cases in shown_cases(answers.judged))
+    worst, best = ([one.case for one in cases if one.case.prediction.kept] for cases in shown_cases(answers.scored_cases))
     half = max(most - most // 2, most - len(best))
     chosen = [*worst[:half], *best]
     return list({case.id: case for case in chosen}.values())[:most]
@@ -85,33 +96,38 @@ _ASKED = (
 )
 
 
-def sheets(recalls: MaskRecalls) -> list[Sheet]:
+def sheets(recalls: MaskRecalls) -> list[FormattedTable]:
     """Return the tables, what was asked about first; those without lines are left out."""
     found = [
         _asked("Organs, in questions about them and in questions about another organ", "organ", recalls.organs),
         _asked("Lesions, in questions about them and in questions about another organ", "lesion", recalls.lesions),
-        Sheet("Masks by volume, all questions", ("volume", *_RECALL), [_line(one) for one in recalls.by_size]),
-        Sheet("Masks by name, all questions", ("mask", *_RECALL), [_line(one) for one in recalls.by_mask]),
+        FormattedTable("Masks by volume, all questions", ("volume", *_RECALL), [_line(one) for one in recalls.by_size]),
+        FormattedTable("Masks by name, all questions", ("mask", *_RECALL), [_line(one) for one in recalls.by_mask]),
     ]
     return [sheet for sheet in found if sheet.lines]
 
 
 def _line(one: Recall) -> tuple[str, ...]:
     counts = (f"{count:,}" for count in (one.pairs, one.volumes, one.patients))
-    return (one.name, told(one.recall), told(one.chance), told(one.above_chance), told_interval(one.above_chance), *counts)
+    numbers = (formatted(one.recall), formatted(one.chance), formatted(one.above_chance))
+    return (one.name, *numbers, formatted_interval(one.above_chance), *counts)
 
 
-def _asked(title: str, what: str, lines: Sequence[Asked]) -> Sheet:
-    return Sheet(title, (what, *_ASKED), [_asked_line(one) for one in lines])
+def _asked(title: str, what: str, lines: Sequence[RecallContrast]) -> FormattedTable:
+    return FormattedTable(title, (what, *_ASKED), [_asked_line(one) for one in lines])
 
 
-def _asked_line(one: Asked) -> tuple[str, ...]:
+def _asked_line(one: RecallContrast) -> tuple[str, ...]:
     halves = [
         text
         for part in (one.own, one.other)
-        for text in (f"{told(part.recall)} ({told(part.chance)})", told(part.above_chance), told_interval(part.above_chance))
+        for text in (
+            f"{formatted(part.recall)} ({formatted(part.chance)})",
+            formatted(part.above_chance),
+            formatted_interval(part.above_chance),
+        )
     ]
-    difference = (told(one.own_minus_other), told_interval(one.own_minus_other))
+    difference = (formatted(one.own_minus_other), formatted_interval(one.own_minus_other))
     return (one.name, *halves, *difference, f"{one.own.pairs:,} and {one.other.pairs:,}")
 
 
@@ -145,20 +161,20 @@ def trade_offs(evaluation: Evaluation) -> tuple[TradeOff, ...]:
     answers = evaluation.answers
     if len(answers) < 2 or not all(one.kept for one in answers):
         return ()
-    main = {judged.metric for judged in answers[0].judged}
+    main = {judged.metric for judged in answers[0].scored_cases}
     broadest = {score.metric: score for score in answers[0].scores if score.metric in main and score.average == MACRO}
     return tuple(TradeOff(score.metric, score.task, _points(evaluation, score)) for score in broadest.values())
 
 
-def sheet(trade_off: TradeOff) -> Sheet:
+def sheet(trade_off: TradeOff) -> FormattedTable:
     """Return the table of a trade-off."""
     title = f"{trade_off.metric}, {trade_off.task}, against visual tokens kept"
-    return Sheet(title, HEADINGS, [_line_trade_off(point) for point in trade_off.points])
+    return FormattedTable(title, HEADINGS, [_line_trade_off(point) for point in trade_off.points])
 
 
 def _line_trade_off(point: Point) -> tuple[str, ...]:
     minus, rate = point.minus_first, point.questions_per_second
-    scores = (told(point.estimate), told_interval(point.estimate), told(minus), told_interval(minus))
+    scores = (formatted(point.estimate), formatted_interval(point.estimate), formatted(minus), formatted_interval(minus))
     return (point.name, f"{point.kept_tokens:.1f}", f"{point.kept_share:.1%}", *scores, f"{rate:.2f}" if rate else "-")
 
 
@@ -169,7 +185,7 @@ def _points(evaluation: Evaluation, like: Score) -> tuple[Point, ...]:
 
 def _point(answers: Answers, like: Score, minus_first: Estimate | None) -> Point:
     assert answers.kept, "looked at before"
-    predictions = [judged.case.prediction for judged in answers.judged if judged.case.prediction.visual_tokens]
+    predictions = [judged.case.prediction for judged in answers.scored_cases if judged.case.prediction.visual_tokens]
     return Point(
         name=answers.name,
         kept_tokens=float(np.mean([prediction.kept_tokens for prediction in predictions])),
@@ -244,7 +260,7 @@ def _section(answers: Answers, overlays: Mapping[str, Path], number: int) -> Htm
     parts += [*_cost_parts(answers.costs), *partial] if answers.costs else []
     parts += [*_kept_parts(answers.kept), *partial] if answers.kept else []
     parts += [*_mask_parts(answers.mask_recalls), *partial] if answers.mask_recalls else []
-    return element("section", *parts, *_case_parts(answers.judged, overlays), id=f"predictions-{number}")
+    return element("section", *parts, *_case_parts(answers.scored_cases, overlays), id=f"predictions-{number}")
 
 
 def _tables(scores: Sequence[Score], partial: Sequence[Html]) -> list[Html]:
@@ -264,7 +280,7 @@ def _warning(partial: str) -> list[Html]:
 
 
 def _average_line(macro: Score, weighted: Score, blind: Sequence[str]) -> list[object]:
-    return [_tight(macro.metric), *_estimate(macro.estimate), told(weighted.estimate), *_beside(macro, blind)]
+    return [_tight(macro.metric), *_estimate(macro.estimate), formatted(weighted.estimate), *_beside(macro, blind)]
 
 
 def _single_line(score: Score, blind: Sequence[str]) -> list[object]:
@@ -274,13 +290,13 @@ def _single_line(score: Score, blind: Sequence[str]) -> list[object]:
 def _beside(score: Score, blind: Sequence[str]) -> list[object]:
     """Return the cells of what stands beside a score, one for each of the blind baselines named."""
     above = score.above_constant
-    words = f"{told(above)} ({told_interval(above)})" if above else "-"
-    values = (told_value(score.baselines.get(name)) for name in blind)
+    words = f"{formatted(above)} ({formatted_interval(above)})" if above else "-"
+    values = (formatted_value(score.baselines.get(name)) for name in blind)
     return [*values, _tight(words), f"{score.questions:,}", f"{score.patients:,}"]
 
 
 def _estimate(estimate: Estimate) -> list[Html]:
-    return [element("td", element("b", told(estimate)), class_="tight"), _tight(told_interval(estimate))]
+    return [element("td", element("b", formatted(estimate)), class_="tight"), _tight(formatted_interval(estimate))]
 
 
 def _tight(words: str) -> Html:
@@ -289,7 +305,7 @@ def _tight(words: str) -> Html:
 
 def _charts(answers: Answers) -> Html:
     """Return a chart of each task's main metric, every average a line, baselines as marks."""
-    main = {judged.metric for judged in answers.judged} or {score.metric for score in answers.scores[:1]}
+    main = {judged.metric for judged in answers.scored_cases} or {score.metric for score in answers.scores[:1]}
     groups: dict[str, list[Dot]] = {}
     for score, _ in both_averages(answers.scores):
         if score.metric in main and score.estimate.value is not None:
@@ -333,7 +349,7 @@ def _trade_off_section(trade_off: TradeOff, partial: Sequence[Html]) -> Html:
     )
 
 
-def _sheet_table(sheet: Sheet) -> Html:
+def _sheet_table(sheet: FormattedTable) -> Html:
     return table(sheet.headings, ([*map(_tight, line)] for line in sheet.lines))
 
 
@@ -391,7 +407,7 @@ def _overlap(overlap: Overlap) -> tuple[str, ...]:
     return (*numbers, f"{overlap.pairs:,}", f"{overlap.groups:,}")
 
 
-def _case_parts(judged: Sequence[Judged], overlays: Mapping[str, Path]) -> list[Html]:
+def _case_parts(judged: Sequence[ScoredCase], overlays: Mapping[str, Path]) -> list[Html]:
     worst, best = shown_cases(judged)
     parts: list[Html] = []
     for heading, cases in (("Worst cases", worst), ("Best cases", best)):
@@ -400,26 +416,26 @@ def _case_parts(judged: Sequence[Judged], overlays: Mapping[str, Path]) -> list[
     return parts
 
 
-def shown_cases(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
+def shown_cases(judged: Sequence[ScoredCase]) -> tuple[list[ScoredCase], list[ScoredCase]]:
     """Return the worst and the best cases, the tasks taking turns; by score, then the model's own confidence, then id."""
     worst = _in_turns(judged, lambda one: (one.score, -_confidence(one), one.case.id))
     best = _in_turns(judged, lambda one: (-one.score, -_confidence(one), one.case.id))
     return [one for one in worst if one.score < 100], [one for one in best if one.score > 0]
 
 
-def _in_turns(judged: Sequence[Judged], key: Callable[[Judged], tuple[float, float, str]]) -> list[Judged]:
+def _in_turns(judged: Sequence[ScoredCase], key: Callable[[ScoredCase], tuple[float, float, str]]) -> list[ScoredCase]:
     """Return the first cases by the key, one of each task (by name) and then the next of each."""
     queues = sorted(grouped(sorted(judged, key=key), lambda one: one.case.task).items())
     return [one for turn in zip_longest(*(cases for _, cases in queues)) for one in turn if one is not None][:SHOWN_CASES]
 
 
-def _confidence(one: Judged) -> float:
+def _confidence(one: ScoredCase) -> float:
     """Return by how much the first choice is above the second, 0 without scores."""
     ranked = sorted(one.case.prediction.choice_scores.values(), reverse=True)
     return ranked[0] - ranked[1] if len(ranked) > 1 else 0.0
 
 
-def _case(one: Judged, overlay: Path | None) -> Html:
+def _case(one: ScoredCase, overlay: Path | None) -> Html:
     """Return a card: the question (beside its picture, if there is one), and what was answered."""
     case = one.case
     asked = [("question", case.question), ("choices", " | ".join(case.choices)), ("answer", case.answer)]

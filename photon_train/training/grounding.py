@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from photon_data.errors import UsageError
-from photon_train.answering.scan import counted_by_volume
 from photon_train.decoder import PhotonDecoderLayer
-from photon_train.kept_tokens import CountedMask
+from photon_train.kept_tokens import CountedMask, counted_by_volume
 from photon_train.packing import gather_of, question_mask, visual_mask
 from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment
