@@ -1,6 +1,4 @@
-"""How much memory was needed.
-
-How likely each of a few given answers is: closed questions scored without generating.
+"""How likely each of a few given answers is: closed questions scored without generating.
 
 Legend: B questions, R answers of all of them together, N tokens of the longest, L tokens of a padded prompt, M after pruning,
 V vocabulary; axis 3 is (t, h, w).
@@ -21,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,19 +35,12 @@ from torch.nn.utils.rnn import pad_sequence
 from photon_data.errors import UsageError
 from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.configuration_photon import PhotonConfig
+from photon_train.flops import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
-from photon_train.packing import prefix_length, visual_mask
 from photon_train.prefix import Prefix
-from photon_train.processing_photon import PhotonProcessor
+from photon_train.processing_photon import PhotonProcessor, prefix_length, visual_mask
 from photon_train.rows import Row, asked_of, without_answer
 from photon_train.scheduling import Scheduled
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Scored(NamedTuple):
@@ -87,7 +77,7 @@ def _later(
     length = inputs["input_ids"].shape[1]
     if token_RN.shape[1] == 1:
         return torch.zeros(len(token_RN), 0, model.config.text_config.vocab_size, device=token_RN.device)
-    present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.present_BM
+    present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.kept.mask_BM
     out.past_key_values.batch_select_indices(row_R)
     position_RN = (length + out.rope_deltas.to(row_R.device))[row_R] + torch.arange(token_RN.shape[1] - 1, device=row_R.device)
     later = model(
@@ -303,7 +293,7 @@ class Asker:
         return [
             _Kept(_numpy(keep_L[visual_L]), _numpy(saliency_L[visual_L]), threshold, text)
             for keep_L, saliency_L, visual_L, threshold, text in zip(
-                scheduled.keep_BL, scheduled.saliency_BL, visual_BL, scheduled.threshold_B.tolist(), text_B, strict=True
+                scheduled.keep_BL, scheduled.selection.saliency_BL, visual_BL, scheduled.selection.threshold_B.tolist(), text_B, strict=True
             )
         ]
 

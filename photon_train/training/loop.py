@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from photon_train.answering.predictor import peak_memory_mib
+from photon_train.flops import peak_memory_mib
 from photon_train.losses import Phase, phase_at
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.training.batches import Batch, plan_epoch
