@@ -21,7 +21,9 @@ QUESTIONS = ("Is there a nodule?", "Where is it, in which lobe of which lung?", 
 
 def lively_model(directory: Path, **settings: Any) -> Path:
     """Weights large enough for the answers, and a threshold in the middle for the keep sets, to differ."""
-    tiny(directory, stage=2, initial_threshold=0.45, initializer_range=0.3, **{"model_shape_zyx": MODEL_SHAPE} | settings)
+    tiny(
+        directory, stage=2, initial_threshold=0.45, initializer_range=0.3, **{"model_shape_zyx": MODEL_SHAPE} | settings
+    )
     return directory
 
 

@@ -101,7 +101,9 @@ def write_metadata(path, **rows):
         "NumberofSlices": SHAPE[0],
         "ZSpacing": SPACING[0],
     }
-    return write_csv(path, METADATA_HEADER, [{**plain, "VolumeName": f"{name}.nii.gz", **row} for name, row in rows.items()])
+    return write_csv(
+        path, METADATA_HEADER, [{**plain, "VolumeName": f"{name}.nii.gz", **row} for name, row in rows.items()]
+    )
 
 
 def write_csv(path, header, rows):

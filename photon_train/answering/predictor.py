@@ -30,9 +30,8 @@ from photon_train.answering.prediction import Prediction, pack_mask, question_di
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.flops import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
-from photon_train.packing import prefix_length, visual_mask
 from photon_train.prefix import Prefix
-from photon_train.processing_photon import PhotonProcessor
+from photon_train.processing_photon import PhotonProcessor, prefix_length, visual_mask
 from photon_train.rows import TAG, Row, prefix_of
 from photon_train.scheduling import Scheduled
 
@@ -145,12 +144,12 @@ class Predictor:
         seconds_each = {**encoded.seconds_each, "answer": seconds[0] / len(requests)}
         visual_BL = visual_mask(inputs["input_ids"], self.model.config)
         text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
-        threshold_B = [float("nan")] * len(requests) if scheduled is None else scheduled.threshold_B.tolist()
+        threshold_B = [float("nan")] * len(requests) if scheduled is None else scheduled.selection.threshold_B.tolist()
         for b, request in enumerate(requests):
             keep_V, saliency_V = np.zeros(0, bool), np.zeros(0, np.float32)
             if scheduled is not None:
                 keep_V, saliency_V = (
-                    x_BL[b][visual_BL[b]].detach().cpu().numpy() for x_BL in (scheduled.keep_BL, scheduled.saliency_BL)
+                    x_BL[b][visual_BL[b]].detach().cpu().numpy() for x_BL in (scheduled.keep_BL, scheduled.selection.saliency_BL)
                 )
             prediction = Prediction(
                 id=request.id,
@@ -298,7 +297,7 @@ def score_choices(
     log_RNC = out.logits[row_R, -1].float().log_softmax(-1)[:, None]
     if token_RN.shape[1] > 1:
         # The other tokens follow on the pruned cache of the prompts, one copy for each answer.
-        present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.present_BM
+        present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.kept.mask_BM
         out.past_key_values.batch_select_indices(row_R)
         next_B = inputs["input_ids"].shape[1] + out.rope_deltas.to(row_R.device)
         position_RN = next_B[row_R] + torch.arange(token_RN.shape[1] - 1, device=row_R.device)

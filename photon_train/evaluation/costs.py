@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from photon_train.evaluation.cases import Case
-from photon_train.flops import prompt_of, with_its, without_scheduling
+from photon_train.flops import prompt_size, with_its, without_scheduling
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
@@ -63,7 +63,7 @@ def _tflop(cases: Sequence[Case], config: PhotonConfig) -> tuple[float, float]:
     """Return the mean TFLOP as kept and unpruned, on volumes of the config's shape; equal prompts are computed once."""
 
     def flops(text: int, visual: int, kept: int) -> tuple[int, int]:
-        prompt = prompt_of(text, visual)
+        prompt = prompt_size(text, visual)
         full = without_scheduling(config, prompt, config.patches_thw).total()
         return (with_its(config, prompt, config.patches_thw, kept).total() if kept < visual else full), full
 

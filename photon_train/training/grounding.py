@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from photon_data.errors import UsageError
 from photon_train.decoder import PhotonDecoderLayer
 from photon_train.kept_tokens import CountedMask, counted_by_volume
-from photon_train.packing import gather_of, question_mask, visual_mask
+from photon_train.processing_photon import question_mask, visual_mask
 from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment
+from photon_train.surrogate import gather_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class ScoreRecorder:
         """
         assert self._qk is not None, "the model has run in training mode"
         (q_BHLd, k_BKLd), self._qk = self._qk, None
-        config = self._layer.photon
+        config = self._layer.config
         visual_BL = visual_mask(inputs["input_ids"], config)
         asked_BL = inputs.get("question_mask")
         asked_BL = question_mask(inputs["input_ids"], config) if asked_BL is None else asked_BL.bool()
@@ -118,7 +119,7 @@ def question_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_
     Centrality is cut off at 0, and where all of it is, nothing is learned.
     """
     question = gather_of(question_BL)
-    is_question_BQ = question.present_BM.float()
+    is_question_BQ = question.mask_BM.float()
     w_BQ = is_question_BQ / is_question_BQ.sum(-1, keepdim=True).clamp_min(1)
     return alignment(question(q_BHLd, dim=2), k_BKLd, w_BQ, visual_BL)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from photon_data.files import Location
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.packing import visual_mask
+from photon_train.processing_photon import visual_mask
 from photon_train.training.batches import Batch
 
 PARTS = ("ce", "band", "robustness", "flip", "grounding")
@@ -66,15 +66,15 @@ def _of_schedule(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, T
     scheduled = output.scheduled
     if scheduled is None or config.scheduler != "its":
         return {"visual_tokens": count_B.sum(), "visual_tokens_kept": count_B.sum()}
-    share_B = ((scheduled.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
-    decided_B = ~scheduled.threshold_B.isnan()
+    share_B = ((scheduled.selection.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
+    decided_B = ~scheduled.selection.threshold_B.isnan()
     return {
         "visual_tokens": count_B.sum(),
         "visual_tokens_kept": (scheduled.keep_BL & visual_BL).sum(),
         "scheduled_rows": (count_B > 0).sum(),
         "kept_share": share_B.sum(),
         "kept_square": share_B.square().sum(),
-        "threshold": scheduled.threshold_B.nan_to_num(0.0).sum(),
+        "threshold": scheduled.selection.threshold_B.nan_to_num(0.0).sum(),
         "decided_rows": decided_B.sum(),
     }
 
