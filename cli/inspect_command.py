@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from photon_cli.options import console
-from photon_data.readers import left_alone
-from photon_data.records import READY, VolumeRecord, jsonl_bytes
+from photon_data.files import jsonl_bytes
+from photon_data.readers.find import left_alone
+from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import duplicates, problems
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import Order

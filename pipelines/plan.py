@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.collector import paused
-from photon_data.datasets.combine import Combined, collect, combine
-from photon_data.datasets.declare import DataManifest, DataSet
+from photon_data.datasets.base import DataSet
+from photon_data.datasets.combine import Collection, combine, read_dataset
+from photon_data.datasets.declare import DataManifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare import Rescale
 from photon_data.prepare_file import Job
-from photon_data.questions.join import AMBIGUOUS, by_source
-from photon_data.questions.question import PROMPTS, Question, put, read_questions
+from photon_data.questions.join import by_name
+from photon_data.questions.question import PROMPTS, Question, with_prompt_style
+from photon_data.questions.question_table import read_questions
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
@@ -51,24 +53,23 @@ def rescaling(said: str, sources: Iterable[Source], columns: Mapping[str, str]) 
 
 
 def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> dict[str, Rescale]:
-    sources = list(sources)
-    find, ids = by_source(sources), {source.id for source in sources}
+    find = by_name((source.id, source.path) for source in sources)
     volume, slope, intercept = (columns.get(name, name) for name in COLUMNS)
     named: dict[str, Rescale] = {}
     for place, values in read_table(path).rows:
         try:
             numbers = float(values[slope]), float(values[intercept])
-            found = find(str(values[volume]))
+            match = find(str(values[volume]))
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f"{path.name}, {place}: {volume} (text), {slope}, {intercept} (numbers) wanted, got {values}"
             ) from None
-        if found in ids:
-            if found in named:
-                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {found}")
-            named[found] = Rescale(*numbers, "table")
-        elif found.startswith(AMBIGUOUS):
-            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {found}")
+        if match.id:
+            if match.id in named:
+                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {match.id}")
+            named[match.id] = Rescale(*numbers, "table")
+        elif match.is_ambiguous:
+            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {match.reason}")
     return named
 
 
@@ -128,7 +129,7 @@ def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) ->
         raise UsageError(f"--prompt-style: one of {', '.join(PROMPTS)} wanted, got {order.prompt!r}")
     data = _declared(order, on_file) if order.datasets else _folder(order, on_file)
     if not order.allow_leaks:
-        refuse_leaks(leaks(map(as_row, data.questions or ()), []))
+        refuse_leaks(leaks(map(as_row, data.questions or ())))
     return data
 
 
@@ -155,7 +156,7 @@ def recipe_of(entry: DataSet) -> Recipe:
     try:
         return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
-        raise entry.wrong(str(error)) from None
+        raise entry.error(str(error)) from None
 
 
 def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
@@ -164,7 +165,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
     if order.questions is not None:
         columns = {name: column for name, column in order.columns.items() if name not in ("slope", "intercept")}
         questions = read_questions(order.questions, columns)
-        questions = put(questions, order.prompt, "shown") if order.prompt else questions
+        questions = with_prompt_style(questions, order.prompt, "shown") if order.prompt else questions
     found = find_scans(order.source, id_from=order.id_from, on_file=on_file)
     if not found.sources:
         raise UsageError(
@@ -180,15 +181,14 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
 
 def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
     """Return the questions with ids for the volumes' names where those name one scan: two names must not be two patients."""
-    find, ids = by_source(sources), {source.id for source in sources}
-    named = {name: found for name in {q.volume for q in questions} if (found := find(name)) in ids}
-    return [replace(question, volume=named.get(question.volume, question.volume)) for question in questions]
+    find = by_name((source.id, source.path) for source in sources)
+    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
 
 
 def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     """Return the volumes that the questions of declared data sets need, and those questions."""
     parts = [
-        collect(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
+        read_dataset(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
     ]
     both = combine(parts, order.seed, order.prompt)
     jobs = jobs_of(order, both)
@@ -197,12 +197,12 @@ def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     return Data(jobs, both.questions, both.unmatched, notes=both.notes)
 
 
-def jobs_of(order: Order, both: Combined) -> list[Job]:
+def jobs_of(order: Order, both: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
     return [
-        _job(order, source, recipes[entry.name], both.rescale.get(source.id), both.stated.get(source.id))
-        for source, entry in both.sources[: order.limit]
+        _job(order, volume.source, recipes[volume.dataset.name], volume.rescale, volume.stated)
+        for volume in both.volumes[: order.limit]
     ]
 
 

@@ -19,12 +19,11 @@ from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, from_jsonl
 from photon_data.prepare import prepare_volume
 from photon_data.prepare_file import Job, NoSpace, run
 from photon_data.readers import find_scans
 from photon_data.recipe import ALGORITHM, Recipe
-from photon_data.records import from_jsonl
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
