@@ -54,7 +54,7 @@ def _look(entry: DataSet, seed: int) -> tuple[Collection | None, list[str]]:
         for one in archives:
             if one.is_all:
                 return None, [entry.name, "?", f"{len(one.requested):,}", "0", f"{len(one.missing):,}", str(one)]
-        part = read_dataset(entry, instruction=recipe_of(entry).instruction, seed=seed)
+        part = read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     there, gone = {q.volume for q in part.questions}, sorted({missing.volume for missing in part.unmatched})

@@ -109,7 +109,9 @@ def three_planes(
     draw = ImageDraw.Draw(canvas)
     for number, (plane, values) in enumerate(zip(PLANES, slices, strict=True)):
         left = number * (layout.panel + layout.gap)
-        box = _paste_slice(canvas, layout, left, to_grey(values, window), _size_px(volume.geometry, axes, plane, px_per_mm))
+        box = _paste_slice(
+            canvas, layout, left, to_grey(values, window), _size_px(volume.geometry, axes, plane, px_per_mm)
+        )
         if outlined_zyx is not None:
             _draw_outline(canvas, layout, box, plane_slice(Volume(outlined_zyx, volume.geometry), axes, plane, at))
         _draw_letters(draw, layout, box, volume.geometry, axes, plane)
@@ -151,7 +153,9 @@ def slice_indices(geometry: Geometry, axes: BodyAxes, at_lps: Sequence[float] | 
     fraction = np.round((shape - 1) / 2 if at_lps is None else geometry.index(at_lps), 6)
     if not ((fraction >= -0.5) & (fraction <= shape - 0.5)).all():
         ends = np.stack([geometry.corners_lps().min(0), geometry.corners_lps().max(0)]).round(1).T.tolist()
-        raise UsageError(f"a point within the volume wanted, L, P, S in {ends} mm, got {[float(v) for v in at_lps or ()]}")
+        raise UsageError(
+            f"a point within the volume wanted, L, P, S in {ends} mm, got {[float(v) for v in at_lps or ()]}"
+        )
     nearest = np.zeros(3, int)
     for axis, sign in zip(axes.array_axis, axes.sign, strict=True):
         nearest[axis] = np.floor(fraction[axis] + 0.5) if sign > 0 else np.ceil(fraction[axis] - 0.5)
@@ -192,7 +196,9 @@ def _paste_slice(
 
 def _draw_outline(canvas: Image.Image, layout: Layout, box: tuple[int, int, int, int], inside: np.ndarray) -> None:
     """Draw the edge of what is True in a slice, on its own side, and dim the rest."""
-    enlarged = Image.fromarray(inside.astype(np.uint8)).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST)
+    enlarged = Image.fromarray(inside.astype(np.uint8)).resize(
+        (box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST
+    )
     marked = np.asarray(enlarged, bool)
     deep = marked
     for _ in range(max(1, layout.panel // 240)):
@@ -205,7 +211,12 @@ def _draw_outline(canvas: Image.Image, layout: Layout, box: tuple[int, int, int,
 
 
 def _draw_letters(
-    draw: ImageDraw.ImageDraw, layout: Layout, box: tuple[int, int, int, int], geometry: Geometry, axes: BodyAxes, plane: Plane
+    draw: ImageDraw.ImageDraw,
+    layout: Layout,
+    box: tuple[int, int, int, int],
+    geometry: Geometry,
+    axes: BodyAxes,
+    plane: Plane,
 ) -> None:
     """Write at each edge of a slice where in the body that side is, from the steps of its own axes."""
     left, top, right, bottom = box
@@ -267,7 +278,9 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, layout: Layout, px_per_mm: float)
     draw.line([(left, y), (right, y)], _TEXT, width=2)
     for x in (left, right):
         draw.line([(x, y - 3), (x, y + 3)], _TEXT)
-    draw.text((left, y - 5), f"{mm} mm", _TEXT, _font(layout.font), anchor="lb", stroke_width=1, stroke_fill=_BACKGROUND)
+    draw.text(
+        (left, y - 5), f"{mm} mm", _TEXT, _font(layout.font), anchor="lb", stroke_width=1, stroke_fill=_BACKGROUND
+    )
 
 
 def _draw_footer(draw: ImageDraw.ImageDraw, layout: Layout, title: str, window: str) -> None:

@@ -1,4 +1,4 @@
-"""One row of volumes.jsonl: what became of one input file."""
+"""volumes.jsonl: one row for every input, what became of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 
+VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -25,13 +26,14 @@ class VolumeRecord:
     code, reason why it was refused or failed (code: a slug to group by)
     facts        what was measured on the way, as stored in the store too:
                    format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
+                   policy      {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none did
                    geometry    Geometry.to_json() of the native grid
                    grid        Geometry.to_json() of the target grid
                    cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of the grid
                                outside of the scan, at the low and the high end of each world axis (L, P, S grow)
                    hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also
                                "histogram": counts in 64 equal bins over [-1100, 1100]
-    key          what the store was made from: fingerprint, recipe digest, rescaling, as one hash
+    key          the resume key: a hash of what the store was made from (fingerprint, recipe digest, rescaling, ...)
     store_sha256 of the store's root metadata, which record every other file of it
     seconds      wall time of the work (None where it was done by an earlier run)
     """
@@ -64,12 +66,9 @@ class VolumeRecord:
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
         """Return the record of a row; keys of newer versions are ignored."""
         if not isinstance(row, dict):
-            raise ValueError(f"a row wanted, got {row!r:.80}")
+            raise ValueError(f"expected a row, found {row!r:.80}")
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
-
-
-VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 
 
 def read_records(out: Location) -> list[VolumeRecord]:
@@ -78,7 +77,9 @@ def read_records(out: Location) -> list[VolumeRecord]:
     try:
         return [VolumeRecord.from_json(row) for row in from_jsonl((content or b"").decode())]
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it") from None
+        raise UsageError(
+            f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it"
+        ) from None
 
 
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:

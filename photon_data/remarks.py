@@ -25,23 +25,32 @@ BONE_HU, AIR_HU = 300, -900
 _REMARK_MM = 50.0
 
 
-def problems(record: VolumeRecord, *, modality: str = "ct") -> list[str]:
+def problems(record: VolumeRecord) -> list[str]:
     """Return remarks on what was measured of one scan, most important first; none where nothing was measured.
 
-    Why a scan was refused is not repeated: that is `record.reason`. Remarks on HU are made for modality "ct" only.
+    Why a scan was refused is not repeated: that is `record.reason`.
+    No remarks on HU are made where a policy accepted what cannot be HU.
     """
-    return cut_remarks(record) + other_remarks(record, modality=modality)
+    return cut_remarks(record) + other_remarks(record)
 
 
 def cut_remarks(record: VolumeRecord) -> list[str]:
     """Return a sentence for each axis of the body along which something is lost."""
-    return [remark for ends, names in zip(cut_mm(record.facts or {}), ENDS, strict=True) for remark in _about_cut(ends, names)]
+    return [
+        remark
+        for ends, names in zip(cut_mm(record.facts or {}), ENDS, strict=True)
+        for remark in _about_cut(ends, names)
+    ]
 
 
-def other_remarks(record: VolumeRecord, *, modality: str = "ct") -> list[str]:
+def other_remarks(record: VolumeRecord) -> list[str]:
     """Return the remarks on everything but what is cut off: intensities, geometry, how much of the grid is filled."""
     facts = record.facts or {}
-    return _about_values(facts, is_ct=modality == "ct") + _about_geometry(facts) + _about_room(facts)
+    return (
+        _about_values(facts, is_ct="modality" not in facts.get("policy", {}))
+        + _about_geometry(facts)
+        + _about_room(facts)
+    )
 
 
 def attention(record: VolumeRecord, other: list[str]) -> float:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from photon_data.collector import paused
 from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job
 from photon_data.questions.join import by_name
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
@@ -27,8 +26,8 @@ from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
 from photon_data.readers import find_scans, left_alone
-from photon_data.recipe import Recipe, named_recipe
-from photon_data.scan import MAX_VOXELS, Source, Stated
+from photon_data.recipe import Policy, Recipe, named_recipe
+from photon_data.scan import Source, Stated
 
 HEADER, STORED = "header", "stored"
 COLUMNS = ("volume", "slope", "intercept")
@@ -94,12 +93,14 @@ class Order:
     """What somebody asked `photon-data prepare` for; the CLI's options, one to one.
 
     source   a folder of scans, or, if `datasets` are given, the data_manifest.yaml that declares them
+    policy   of a folder; data sets have their own, of which only max_voxels is this one's
     prompt   the style that questions are put in; None for the manifest's own, or as they are
     """
 
     source: Path
     out: Location
     recipe: Recipe
+    policy: Policy = field(default_factory=Policy)
     datasets: tuple[DataSet, ...] = ()
     hu_source: str = HEADER
     questions: Path | None = None
@@ -111,11 +112,9 @@ class Order:
     id_from: str = "path"
     limit: int | None = None
     overwrite: bool = False
-    max_voxels: int = MAX_VOXELS
     pictures: int = 48
 
 
-@paused()
 def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) -> Data:
     """Return all that an order is about; nothing is written. UsageError for what cannot be followed.
 
@@ -143,7 +142,7 @@ def out_of(manifest: DataManifest, out: str | None) -> Location:
 
 def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
     """Return the recipe of the first data set; UsageError if another one's gives other bytes, since a folder holds one."""
-    recipes = {entry.name: recipe_of(entry) for entry in datasets}
+    recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
     digests = Counter(recipe.digest for recipe in recipes.values())
     if len(digests) > 1:
         said = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
@@ -151,8 +150,8 @@ def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
     return next(iter(recipes.values()))
 
 
-def recipe_of(entry: DataSet) -> Recipe:
-    """Return the recipe that an entry names; UsageError with its place for one that is not known."""
+def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
+    """Return the recipe that an entry names, and its policy; UsageError with its place for one that is not known."""
     try:
         return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
@@ -173,7 +172,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
             "is this the right folder?"
         )
     rescale = rescaling(order.hu_source, found.sources, order.columns)
-    jobs = [_job(order, source, order.recipe, rescale(source)) for source in found.sources[: order.limit]]
+    jobs = [_job(order, source, (order.recipe, order.policy), rescale(source)) for source in found.sources[: order.limit]]
     if questions is not None:
         questions = assign_splits(_by_id(questions, found.sources), fractions=order.fractions, seed=order.seed)
     return Data(jobs, questions, ignored=found.ignored)
@@ -188,7 +187,7 @@ def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Que
 def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     """Return the volumes that the questions of declared data sets need, and those questions."""
     parts = [
-        read_dataset(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
+        read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
     ]
     both = combine(parts, order.seed, order.prompt)
     jobs = jobs_of(order, both)
@@ -206,8 +205,12 @@ def jobs_of(order: Order, both: Collection) -> list[Job]:
     ]
 
 
-def _job(order: Order, source: Source, recipe: Recipe, rescale: Rescale | None, stated: Stated | None = None) -> Job:
-    return Job(source, order.out.at(""), recipe, rescale, stated, max_voxels=order.max_voxels, overwrite=order.overwrite)
+def _job(
+    order: Order, source: Source, made_by: tuple[Recipe, Policy], rescale: Rescale | None, stated: Stated | None = None
+) -> Job:
+    recipe, policy = made_by
+    policy = replace(policy, max_voxels=order.policy.max_voxels)
+    return Job(source, order.out.at(""), recipe, policy, rescale, stated, overwrite=order.overwrite)
 
 
 def as_row(question: Question) -> dict[str, object]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare_file import Job, already_there
+from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.questions.counts import Count, count
 from photon_data.questions.manifest import digests
 from photon_data.questions.rows import Manifests, build, write
@@ -193,7 +193,7 @@ def _digest(out: Location, record: VolumeRecord) -> str | None:
     metadata = read_metadata(out, name)
     if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
         return None
-    return str(metadata["digest"])
+    return recipe_digest(metadata)
 
 
 REPORT, COUNTS = "report.html", "questions.json"

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, nearest_name
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
 from photon_data.scan import Source, Stated
 
@@ -73,9 +73,9 @@ class DataSet:
     annotations: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     fractions: Mapping[str, float] = field(default_factory=dict)
-    wording: Wording = Wording()
+    wording: Wording = field(default_factory=Wording)
     volumes: str = "all"
-    recipe: RecipeChoice = RecipeChoice()
+    recipe: RecipeChoice = field(default_factory=RecipeChoice)
     mix: Mapping[str, Share] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 

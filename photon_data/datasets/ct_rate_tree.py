@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
 from photon_data.readers.find import find_scans
 from photon_data.scan import Source, Stated

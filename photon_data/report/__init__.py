@@ -115,14 +115,14 @@ def render_report(
     `open_volume` gives the model grid of a record, for at most `pictures` of them; what it raises is said in that volume's
     place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part is shown.
     """
-    rows = rows_of(records, modality=recipe.modality)
+    rows = rows_of(records)
     page = document(
         title,
         _header(records, recipe, title, source),
         summary_section(rows, recipe),
         _lost_section(records),
         _duplicates_section(records),
-        volumes_section(rows, recipe, open_volume, pictures),
+        volumes_section(rows, open_volume, pictures),
         _recipe_section(recipe, tools or {}),
     )
     return encoded(page)

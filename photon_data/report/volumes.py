@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from photon_data.picture import AUTO, Window, three_planes
-from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord
 from photon_data.remarks import CUT_WORTH_SAYING_MM, attention, cut_mm, cut_remarks, other_remarks
 from photon_data.report.charts import sparkline
@@ -39,14 +38,14 @@ class Row(NamedTuple):
         return self.record.facts or {}
 
 
-def rows_of(records: Sequence[VolumeRecord], *, modality: str) -> list[Row]:
+def rows_of(records: Sequence[VolumeRecord]) -> list[Row]:
     """Return a row for each volume that is there, those that most need eyes first."""
-    rows = [_row(record, modality) for record in records if record.is_there]
+    rows = [_row(record) for record in records if record.is_there]
     return sorted(rows, key=lambda row: (-row.attention, row.record.id))
 
 
-def _row(record: VolumeRecord, modality: str) -> Row:
-    facts, other = record.facts or {}, other_remarks(record, modality=modality)
+def _row(record: VolumeRecord) -> Row:
+    facts, other = record.facts or {}, other_remarks(record)
     spacing, extent = _measures(facts["geometry"]) if facts.get("geometry") else (None, None)
     return Row(record, cut_remarks(record), other, attention(record, other), spacing, extent, cut_mm(facts))
 
@@ -72,12 +71,12 @@ CT_WINDOW: Window = (-1000, 500)
 _HEADINGS = ("volume", "state", "native shape, spacing, axes", "cut off, mm", "HU before, after", "remarks")
 
 
-def volumes_section(rows: Sequence[Row], recipe: Recipe, open_volume: OpenVolume, pictures: int) -> Html:
+def volumes_section(rows: Sequence[Row], open_volume: OpenVolume, pictures: int) -> Html:
     """Return cards for the first `pictures` rows, lines for the next 5,000, and a sentence on what is not listed."""
     seen, lines = rows[:pictures], rows[pictures : pictures + MOST_LINES]
     left = len(rows) - len(seen) - len(lines)
     parts = [element("h2", "Volumes"), element("p", _how_sorted(len(rows), len(seen)), class_="muted")]
-    parts += [_card(row, recipe, open_volume) for row in seen]
+    parts += [_card(row, open_volume) for row in seen]
     if lines:
         parts += [element("h3", f"{len(lines):,} more volumes" if seen else f"{len(lines):,} volumes"), _lines(lines)]
     if left > 0:
@@ -95,7 +94,7 @@ def _how_sorted(count: int, shown: int) -> str:
     )
 
 
-def _card(row: Row, recipe: Recipe, open_volume: OpenVolume) -> Html:
+def _card(row: Row, open_volume: OpenVolume) -> Html:
     record, remarks = row.record, [element("li", remark) for remark in row.cut_remarks + row.other_remarks]
     text = element(
         "div",
@@ -104,14 +103,14 @@ def _card(row: Row, recipe: Recipe, open_volume: OpenVolume) -> Html:
         *([element("ul", *remarks, class_="remarks")] if remarks else []),
         element("dl", *(part for name, value in _measured(row) for part in (element("dt", name), element("dd", value)))),
     )
-    seen = element("div", _picture(record, recipe, open_volume), *_spark(row.facts.get("hu_before") or {}))
+    seen = element("div", _picture(record, open_volume), *_spark(row.facts.get("hu_before") or {}))
     return element("article", seen, text, class_="panel card")
 
 
-def _picture(record: VolumeRecord, recipe: Recipe, open_volume: OpenVolume) -> Html:
+def _picture(record: VolumeRecord, open_volume: OpenVolume) -> Html:
     """Return an image with the three planes inside of it, or a box that says why there is none."""
     try:
-        window = CT_WINDOW if recipe.modality == "ct" else AUTO
+        window = AUTO if "modality" in (record.facts or {}).get("policy", {}) else CT_WINDOW
         image = three_planes(open_volume(record), window_hu=window, size_px=PANEL_PX)
     except Exception as error:
         # One store that is damaged or gone must not cost the whole page.

@@ -12,9 +12,9 @@ import numpy as np
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare import prepare_volume
+from photon_data.prepare_volume import prepare_volume
 from photon_data.readers import find_scans, left_alone, open_scan
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
 
@@ -29,7 +29,7 @@ class ScanInput(NamedTuple):
     seconds: dict[str, float]  # {"read", "prepare"}
 
 
-def open_input(place: str, recipe: Recipe) -> ScanInput:
+def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> ScanInput:
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
@@ -44,16 +44,16 @@ def open_input(place: str, recipe: Recipe) -> ScanInput:
         seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
         native = Geometry.from_json(metadata["facts"]["geometry"])
         return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
-    return _prepared(Path(place), recipe, start)
+    return _prepared(Path(place), recipe, policy or Policy(), start)
 
 
-def _prepared(path: Path, recipe: Recipe, start: float) -> ScanInput:
+def _prepared(path: Path, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
     sources, ignored = find_scans(path)
     if len(sources) != 1:
         others = f"; other files: {left_alone(ignored)}" if ignored else ""
         names = "".join(f"\n  {source.path}" for source in sources[:10])
         raise UsageError(f"expected one scan, found {len(sources)} in {path}; name one{others}{names}")
-    scan = open_scan(sources[0], nifti_affine=recipe.nifti_affine)
+    scan = open_scan(sources[0], nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
     reading = time.perf_counter() - start
 
     def timed_planes() -> Iterator[np.ndarray]:
@@ -67,6 +67,6 @@ def _prepared(path: Path, recipe: Recipe, start: float) -> ScanInput:
                 return
             yield plane
 
-    prepared = prepare_volume(replace(scan, planes=timed_planes), recipe)
+    prepared = prepare_volume(replace(scan, planes=timed_planes), recipe, policy)
     seconds = {"read": reading, "prepare": time.perf_counter() - start - reading}
     return ScanInput(sources[0].id, prepared.model, prepared.volume, scan.geometry, seconds)
