@@ -20,7 +20,7 @@ from photon_data.hounsfield import HISTOGRAM_RANGE
 from photon_data.picture import AUTO, Window, three_planes
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
-from photon_data.remarks import AXES, CUT_WORTH_SAYING_MM, attention, cut_mm, cut_remarks, duplicates, other_remarks
+from photon_data.remarks import AXES, SMALLEST_CUT_MM, attention, cut_mm, cut_remarks, duplicates, other_remarks
 from photon_data.report.charts import Chart, Mark, histogram, hu_profile, sparkline
 from photon_data.report.page import data_url, render, without_folders
 from photon_data.volume import LETTERS, WAYS, Geometry, Volume, body_axes
@@ -77,7 +77,7 @@ def render_report(
         "cards": [_card(volume, recipe, open_volume) for volume in volumes[:pictures]],
         "lines": listed,
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
-        "cut_shown_mm": CUT_WORTH_SAYING_MM,
+        "cut_shown_mm": SMALLEST_CUT_MM,
     }
     return render(
         TEMPLATE, values, {"times": _times, "setting": _setting, "size": _size, "hu_range": _hu_range, "hu": _hu}
@@ -148,7 +148,7 @@ def summary_charts(volumes: Sequence[ReportedVolume], recipe: Recipe) -> dict[st
 
 def _cut_chart(volumes: Sequence[ReportedVolume], axis: int, name: str) -> Chart:
     """Return how much (both ends together) is lost by the volumes that lose anything."""
-    lost = [mm for mm in (sum(volume.cut_mm[axis]) for volume in volumes) if mm >= CUT_WORTH_SAYING_MM]
+    lost = [mm for mm in (sum(volume.cut_mm[axis]) for volume in volumes) if mm >= SMALLEST_CUT_MM]
     if not lost:
         return Chart(f"{name}:", "no volume loses anything")
     return histogram(lost, name=f"{name}: {len(lost):,} of {len(volumes):,} volumes lose something", unit="mm")

@@ -111,7 +111,7 @@ def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | Non
     x, y = _Scale(bins.edges[0], bins.edges[-1]), _up(0, bins.counts.max())
     shapes = [*_histogram_bars(bins, x, y, unit), _baseline()]
     every = max(1, -(-(len(bins.edges) - 1) // 5))
-    shapes += [*_x_labels(bins.edges[::every], x), _text(_LEFT - 5, y(y.high) + 4, str(int(y.high)), "end")]
+    shapes += [*_x_labels(bins.edges[::every].tolist(), x), _text(_LEFT - 5, y(y.high) + 4, str(int(y.high)), "end")]
     if mark:
         at = x(mark.at)
         side = "end" if at > _WIDTH / 2 else "start"

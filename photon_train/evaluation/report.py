@@ -111,7 +111,7 @@ def render_page(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path
         "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
     }
     blind_names = {CONSTANT: "constant", MAJORITY: "majority"}
-    filters = {
+    filters: dict[str, Callable[..., str]] = {
         "points": told,
         "interval": told_interval,
         "value": told_value,
