@@ -14,7 +14,7 @@ from rich.table import Table
 from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_data.errors import UsageError
-from photon_data.questions import rows as manifest
+from photon_data.questions import manifest
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY, grouped

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from photon_cli.kept import KeptOrder, Shown
 from photon_cli.options import console
 from photon_cli.predict_model import Model
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 from photon_train.answering.predictor import Asker, Reply, grid_read_by
 from photon_train.answering.scan import Asked, ScanInput, ask_scan, open_input
 from photon_train.overlay import folders_of
@@ -22,12 +22,15 @@ class Look(NamedTuple):
     stream: bool
 
 
-def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe, look: Look, kept: KeptOrder) -> None:
+def predict_scan(
+    model: Model, place: str, questions: list[str], made_by: tuple[Recipe, Policy], look: Look, kept: KeptOrder
+) -> None:
     """Answer and print, on the grid that the model reads, whatever the recipe's.
 
     The scan is read before the model: most of what can be wrong is wrong with the scan.
     """
-    scan = open_input(place, replace(recipe, model_shape_zyx=grid_read_by(model.place, model.revision)))
+    recipe, policy = made_by
+    scan = open_input(place, replace(recipe, model_shape_zyx=grid_read_by(model.place, model.revision)), policy)
     asker = model.load()
     shown = Shown.of(kept, scan, asker.processor.config.tokens_thw, kept.masks)
     asked = _streamed(asker, scan, questions) if look.stream and not look.json else ask_scan(asker, scan, questions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,18 @@ AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
 # Lower than air is noise, or padding of one value; more than this share of anything else is air that was scaled twice.
 THIN_HU, MOST_THIN = (-4000, -1150), 0.05
+
+
+class Rescale(NamedTuple):
+    """HU = slope * stored + intercept, and who gives them.
+
+    given_by  "stored": nobody, values are taken as they are; "table": a user's table, which is followed; "metadata": the table
+              of a data set whose files hold raw values, so that stored values which are HU already are refused
+    """
+
+    slope: float
+    intercept: float
+    given_by: Literal["stored", "table", "metadata"]
 
 
 class Probe:
@@ -83,14 +95,6 @@ def _statistics(sample: np.ndarray, low: float, high: float, non_finite: int) ->
     numbers = {"min": low, "max": high, "mean": float(sample.mean(dtype=float)), "p01": p01, "p50": p50, "p99": p99}
     histogram = np.histogram(sample, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0]
     return {**{k: round(float(v), 2) for k, v in numbers.items()}, "non_finite": non_finite, "histogram": histogram.tolist()}
-
-
-def refuse_non_finite(count: int) -> None:
-    """Raise Refused when a scan that must be finite holds `count` voxels that are not."""
-    if count:
-        raise Refused(
-            "non-finite", f"finite voxels wanted, got {count} NaN or infinite ones; --nan fill sets them to the padding value"
-        )
 
 
 def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> None:

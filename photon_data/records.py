@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, from_jsonl, jsonl_bytes
 
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
@@ -69,32 +67,6 @@ class VolumeRecord:
             raise ValueError(f"a row wanted, got {row!r:.80}")
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
-
-
-def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """Return `jsonl_bytes` as a text."""
-    return jsonl_bytes(rows).decode()
-
-
-def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
-    """Return rows as JSON lines, keys in their given order; what UTF-8 cannot hold (bytes of odd file names) is escaped."""
-    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
-    buffer = io.BytesIO()  # b"".join would hold all lines twice
-    buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
-    return buffer.getvalue()
-
-
-def from_jsonl(text: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
-    rows = []
-    # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"JSON wanted on line {number}, got {line[:80]!r} ({error.msg})") from None
-    return rows
 
 
 VOLUMES, DATASET = "volumes.jsonl", "dataset.json"

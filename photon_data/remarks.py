@@ -26,12 +26,18 @@ BONE_HU, AIR_HU = 300, -900
 _REMARK_MM = 50.0
 
 
-def all_remarks(record: VolumeRecord, *, modality: str = "ct") -> list[str]:
+def all_remarks(record: VolumeRecord) -> list[str]:
     """Return remarks on what was measured of one scan, most important first; none where nothing was measured.
 
-    Why a scan was refused is not repeated: that is `record.reason`. Remarks on HU are made for modality "ct" only.
+    Why a scan was refused is not repeated: that is `record.reason`.
+    No remarks on HU are made of values that are not HU (see `is_hu`).
     """
-    return cut_remarks(record) + other_remarks(record, modality=modality)
+    return cut_remarks(record) + other_remarks(record)
+
+
+def is_hu(facts: dict[str, Any]) -> bool:
+    """Tell whether values are in HU: false where a policy accepted values that cannot be."""
+    return "modality" not in facts.get("policy", {})
 
 
 def cut_remarks(record: VolumeRecord) -> list[str]:
@@ -51,10 +57,10 @@ def cut_remarks(record: VolumeRecord) -> list[str]:
     return remarks
 
 
-def other_remarks(record: VolumeRecord, *, modality: str = "ct") -> list[str]:
+def other_remarks(record: VolumeRecord) -> list[str]:
     """Return the remarks on everything but what is cut off: intensities, geometry, how much of the grid is filled."""
     facts = record.facts or {}
-    return _on_values(facts, is_ct=modality == "ct") + _on_geometry(facts) + _on_empty_grid(facts)
+    return _on_values(facts, in_hu=is_hu(facts)) + _on_geometry(facts) + _on_empty_grid(facts)
 
 
 def attention(record: VolumeRecord, other: list[str]) -> float:
@@ -76,8 +82,8 @@ def duplicates(records: Iterable[VolumeRecord]) -> list[list[VolumeRecord]]:
     return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: (-len(group), group[0].id))
 
 
-def _on_values(facts: dict[str, Any], *, is_ct: bool) -> list[str]:
-    """Return remarks on the voxel values: filled, constant, or, for CT, without bone or air."""
+def _on_values(facts: dict[str, Any], *, in_hu: bool) -> list[str]:
+    """Return remarks on the voxel values: filled, constant, or, for HU, without bone or air."""
     before, after = facts.get("hu_before") or {}, facts.get("hu_after") or {}
     low, high = before.get("min"), before.get("max")
     remarks = [f"NaN or infinite voxels were filled: {before['non_finite']:,}"] if before.get("non_finite") else []
@@ -85,9 +91,9 @@ def _on_values(facts: dict[str, Any], *, is_ct: bool) -> list[str]:
         return [*remarks, f"all voxels have the same value, {low:g}"]
     if after.get("min") is not None and after["min"] == after.get("max"):
         remarks.append(f"all voxels of the prepared volume have the same value, {after['min']:g}")
-    if is_ct and high is not None and high < BONE_HU:
+    if in_hu and high is not None and high < BONE_HU:
         remarks.append(f"HU maximum {high:g} is below {BONE_HU}: no bone?")
-    if is_ct and low is not None and low > AIR_HU:
+    if in_hu and low is not None and low > AIR_HU:
         remarks.append(f"HU minimum {low:g} is above {AIR_HU}: no air?")
     return remarks
 

@@ -30,8 +30,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, replace_folder, sync_tree
-from photon_data.prepare import Prepared
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Prepared, Volume
 
 CRC_BYTES = 4
 Shape = tuple[int, int, int]

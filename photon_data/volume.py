@@ -230,3 +230,11 @@ def _cosines(geometry: Geometry) -> np.ndarray:
 
 def _sign(value: float) -> int:
     return 1 if value >= 0 else -1
+
+
+class Prepared(NamedTuple):
+    """A scan on the target grid: int16 HU, once at full size and once on the model grid, and its facts (see VolumeRecord)."""
+
+    volume: Volume
+    model: Volume
+    facts: dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions import rows as manifest
+from photon_data.questions import manifest
 from photon_data.store import read_metadata
 
 Row = Mapping[str, Any]

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from photon_data.files import Location
-from photon_data.prepare import Prepared
 from photon_data.recipe import Recipe
 from photon_data.store import store_name, write_store
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.answering.predictor import AnswerSettings, Asker, load_asker
 from photon_train.tiny import tiny
 

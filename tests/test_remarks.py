@@ -83,7 +83,7 @@ def test_a_tilted_scan_is_said_to_be():
 
 
 def test_values_that_are_no_hu_are_not_judged_as_hu():
-    assert all_remarks(record(hu_before={**GOOD_HU, "min": 0.0, "max": 255.0}), modality="other") == []
+    assert all_remarks(record(hu_before={**GOOD_HU, "min": 0.0, "max": 255.0}, policy={"modality": "other"})) == []
 
 
 def test_attention_is_the_millimetres_cut_off_and_fifty_for_each_other_remark():

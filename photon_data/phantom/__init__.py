@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from photon_data.export import nifti_header, write_nifti
+from photon_data.files import to_jsonl
 from photon_data.phantom.anatomy import Layer, draw_body
 from photon_data.phantom.lesions import Lesion, draw_lesions, lesion_layers
 from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, Slot, occurrence, seeded, slot
 from photon_data.phantom.questions import caption_rows, question_rows
 from photon_data.phantom.scanner import SLAB, Scan, draw_scan, paint, stored_planes
-from photon_data.records import to_jsonl
 
 __all__ = ["Phantom", "draw_phantom", "make_phantoms", "write_phantom"]
 

@@ -20,7 +20,16 @@ from photon_data.hounsfield import HISTOGRAM_RANGE
 from photon_data.picture import AUTO, Window, three_planes
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
-from photon_data.remarks import AXES, SMALLEST_CUT_MM, attention, cut_mm, cut_remarks, duplicates, other_remarks
+from photon_data.remarks import (
+    AXES,
+    SMALLEST_CUT_MM,
+    attention,
+    cut_mm,
+    cut_remarks,
+    duplicates,
+    is_hu,
+    other_remarks,
+)
 from photon_data.report.charts import Chart, Mark, histogram, hu_profile, sparkline
 from photon_data.report.page import data_url, render, without_folders
 from photon_data.volume import LETTERS, WAYS, Geometry, Volume, body_axes
@@ -54,7 +63,7 @@ def render_report(
     `open_volume` returns the model grid of a record, for at most `pictures` of them; what it raises is shown in that volume's
     place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part is shown.
     """
-    volumes = reported_volumes(records, modality=recipe.modality)
+    volumes = reported_volumes(records)
     measured = [volume for volume in volumes if volume.extent_lps_mm]
     counts = Counter(record.state for record in records)
     listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
@@ -74,7 +83,7 @@ def render_report(
         "same_content": same_content[:MOST_DUPLICATE_LINES],
         "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
         "volumes": len(volumes),
-        "cards": [_card(volume, recipe, open_volume) for volume in volumes[:pictures]],
+        "cards": [_card(volume, open_volume) for volume in volumes[:pictures]],
         "lines": listed,
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
@@ -108,12 +117,12 @@ class ReportedVolume(NamedTuple):
         ]
 
 
-def reported_volumes(records: Sequence[VolumeRecord], *, modality: str) -> list[ReportedVolume]:
+def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
     """Return the volumes that are there, those that most need eyes first."""
     volumes = []
     for record in records:
         if record.is_there:
-            facts, other = record.facts or {}, other_remarks(record, modality=modality)
+            facts, other = record.facts or {}, other_remarks(record)
             spacing, extent = _measures(facts["geometry"]) if facts.get("geometry") else (None, None)
             needs = attention(record, other)
             volumes.append(ReportedVolume(record, cut_remarks(record), other, needs, spacing, extent, cut_mm(facts)))
@@ -216,11 +225,11 @@ class Card(NamedTuple):
     spark: Chart | None
 
 
-def _card(volume: ReportedVolume, recipe: Recipe, open_volume: OpenVolume) -> Card:
+def _card(volume: ReportedVolume, open_volume: OpenVolume) -> Card:
     counts = (volume.facts.get("hu_before") or {}).get("histogram")
     spark = sparkline(counts, words="HU before, -1100 to 1100, logarithmic") if counts else None
     try:
-        window = CT_WINDOW if recipe.modality == "ct" else AUTO
+        window = CT_WINDOW if is_hu(volume.facts) else AUTO
         image = three_planes(open_volume(volume.record), window_hu=window, size_px=PANEL_PX)
     except Exception as error:
         # One store that is damaged or gone must not cost the whole page.

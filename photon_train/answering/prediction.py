@@ -19,8 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
-from photon_data.records import jsonl_bytes, to_jsonl
+from photon_data.files import Location, jsonl_bytes, to_jsonl
 
 
 @dataclass(frozen=True)

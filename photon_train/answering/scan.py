@@ -18,10 +18,10 @@ import numpy as np
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare import prepare_volume
 from photon_data.prepare_file import Job, opened
+from photon_data.prepare_volume import prepare_volume
 from photon_data.readers import find_scans, left_alone
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
 from photon_train.answering.predictor import Asker, Reply, group_rows, with_seconds
@@ -45,13 +45,13 @@ class ScanInput(NamedTuple):
     seconds: dict[str, float]
 
 
-def open_input(place: str, recipe: Recipe) -> ScanInput:
+def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> ScanInput:
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused for one that must not become a store, with the words of `prepare`.
     """
-    return _from_store(place) if _is_store(place) else _from_raw(Path(place), recipe)
+    return _from_store(place) if _is_store(place) else _from_raw(Path(place), recipe, policy or Policy())
 
 
 def prepared_grid(place: str) -> Geometry:
@@ -74,16 +74,16 @@ def _from_store(place: str) -> ScanInput:
     return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
 
 
-def _from_raw(path: Path, recipe: Recipe) -> ScanInput:
+def _from_raw(path: Path, recipe: Recipe, policy: Policy) -> ScanInput:
     start = time.perf_counter()
     sources, ignored = find_scans(path)
     if len(sources) != 1:
         others = f"; files left alone: {left_alone(ignored)}" if ignored else ""
         names = "".join(f"\n  {source.path}" for source in sources[:10])
         raise UsageError(f"one scan wanted, got {len(sources)} in {path}; name one{others}{names}")
-    scan = opened(Job(sources[0], out="", recipe=recipe, write=False))
+    scan = opened(Job(sources[0], out="", recipe=recipe, policy=policy, write=False))
     watch = _Stopwatch(time.perf_counter() - start)
-    prepared = prepare_volume(replace(scan, planes=watch.around(scan.planes)), recipe)
+    prepared = prepare_volume(replace(scan, planes=watch.around(scan.planes)), recipe, policy)
     seconds = {"read": watch.seconds, "prepare": time.perf_counter() - start - watch.seconds}
     return ScanInput(sources[0].id, prepared.model, prepared.volume, scan.geometry, seconds)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from photon_data.errors import UsageError
+from photon_data.questions.manifest import VIDEO_TAG
 from photon_data.questions.question import LETTERS
-from photon_data.questions.rows import VIDEO_TAG
 from photon_train.answering.prediction import Prediction
 from photon_train.rows import asked_of, organ_masks_of
 

@@ -20,8 +20,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from photon_data.errors import UsageError
-from photon_data.questions.table import Problem, nearest, read_table, refuse
+from photon_data.errors import UsageError, nearest_name
+from photon_data.questions.table import Problem, read_table, refuse
 from photon_train.evaluation.cases import Case
 from photon_train.evaluation.metric import Metric, mean_of, ratio, with_ones
 
@@ -137,7 +137,7 @@ def read_labels(path: Path) -> LabelTable:
     table = read_table(path)
     key = next((name for name in ID_COLUMNS if name in table.columns), None)
     if key is None:
-        hint = nearest("volume_id", table.columns)
+        hint = nearest_name("volume_id", table.columns)
         raise UsageError(f"{path}: a column called {', '.join(ID_COLUMNS)} wanted, got none; is {hint!r} meant?")
     names = tuple(name for name in table.columns if name not in ID_COLUMNS)
     problems = [*table.problems]

@@ -151,10 +151,9 @@ def test_a_nifti_of_the_stored_grid_reads_like_its_array_and_other_axes_are_refu
 
 def test_a_volume_object_and_a_store_read_like_their_array(processor: PhotonProcessor, tmp_path: Path) -> None:
     from photon_data.files import Location
-    from photon_data.prepare import Prepared
     from photon_data.recipe import Recipe
     from photon_data.store import write_store
-    from photon_data.volume import Geometry, Volume
+    from photon_data.volume import Geometry, Prepared, Volume
 
     hu = {shape: np.random.default_rng(1).integers(-1000, 1000, shape, dtype=np.int16) for shape in SMALL.values()}
     grids = [Volume(array, Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0))) for shape, array in hu.items()]

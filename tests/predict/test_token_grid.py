@@ -5,8 +5,6 @@ side, 36.4 mm each. Token = 100 * slab + 10 * row + column; slabs from the feet 
 from the LEFT to the right.
 """
 
-from dataclasses import replace
-
 import nibabel
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from raw import write_scan
 from scans import frame, rotated
 
 from photon_data.grid import model_grid, target_grid
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 from photon_data.volume import Geometry, Volume
 from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import (
@@ -143,7 +141,7 @@ def test_a_bright_spot_in_the_raw_scan_lights_up_its_token_in_the_models_patches
         array = np.full(native.shape_zyx, -1000, np.int16)
         array[tuple(slice(i - 1, i + 2) for i in marked)] = 1000
         path = write_scan(tmp_path / f"{token}.nii", array=array, affine=affine)
-        patches, _ = published_shape.processor.patches(open_input(str(path), replace(COARSE, modality="other")).model)
+        patches, _ = published_shape.processor.patches(open_input(str(path), COARSE, Policy(modality="other")).model)
         assert int(patches.reshape(1000, -1).mean(1).argmax()) == token
 
 
