@@ -1,4 +1,4 @@
-"""A volume as a picture: axial, coronal and sagittal slice side by side, upright, to scale, lettered by side of the body.
+"""A volume as a picture: axial, coronal and sagittal slice side by side, upright, to scale, with letters for sides.
 
 Radiological convention: the patient's right is on the image's left, the head is up; sagittal slices face left.
 A tilted scan is shown in the planes of its own grid, each with the letters of its own axes.
@@ -39,7 +39,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Plane(NamedTuple):
-    """One of the three slices of an upright grid (see `Upright`): the array axis through it, down its rows, along its columns."""
+    """One of the three slices of an upright grid (see `Upright`), by array axes: through it, downwards, rightwards."""
 
     name: str
     normal: int
@@ -125,11 +125,11 @@ def three_planes(
     title: str | None = None,
     outlined_zyx: np.ndarray | None = None,
 ) -> Image.Image:
-    """Return an RGB picture of the axial, coronal and sagittal slice through `at_lps` (mm; the middle of the grid if None).
+    """Return an RGB picture of the axial, coronal and sagittal slice through `at_lps` (None: the middle of the grid).
 
-    All three share one scale, so a thin slab looks thin; each panel is `size_px` wide and high. `window_hu` is (low, high),
-    a name of WINDOWS, or "auto". Three slices are read from `volume.array_zyx`, nothing else. `outlined_zyx` (bool) marks
-    voxels of it: a line is drawn around them, and the others are dimmed.
+    All three share one scale, so a thin slab looks thin. Each panel is `size_px` wide and high.
+    `window_hu` is (low, high), a name of WINDOWS, or "auto". Only three slices are read from `volume.array_zyx`.
+    `outlined_zyx` (bool) marks voxels of it: a line is drawn around them, and the others are dimmed.
     UsageError for an unknown window or a point outside of the volume.
     """
     layout, upright = Layout.of(size_px), Upright(volume)
@@ -158,7 +158,7 @@ def three_planes(
 
 
 def resolve_window(window_hu: Window | str, slices: Sequence[np.ndarray]) -> Window:
-    """Return (low, high) of a pair, a name of WINDOWS, or "auto" (the percentiles 1 and 99 of `slices`); else UsageError."""
+    """Return (low, high) of a pair, a name, or "auto" (percentiles 1 and 99 of `slices`); UsageError for others."""
     if window_hu == AUTO:
         values = np.concatenate([np.ravel(values) for values in slices])
         low, high = np.percentile(values[np.isfinite(values)], (1, 99)) if np.isfinite(values).any() else (0, 1)

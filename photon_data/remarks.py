@@ -19,7 +19,7 @@ COARSE_MM = 5.0
 FEW_SLICES = 10
 EMPTY_SHARE_OF_GRID = 0.7
 TILT_DEGREES = 5.0
-# A CT of a body holds air and bone. One whose values do not reach them may be scaled wrongly, or may be cut out of a scan.
+# A CT of a body holds air and bone. One without them may be scaled wrongly, or be cut out of a larger scan.
 BONE_HU, AIR_HU = 300, -900
 
 # A remark on anything but what is cut off weighs as much as this many millimetres cut off.
@@ -69,7 +69,7 @@ def attention(record: VolumeRecord, other: list[str]) -> float:
 
 
 def cut_mm(facts: dict[str, Any]) -> list[tuple[float, float]]:
-    """Return (low end, high end) in mm that lie outside of the grid, for the world axes L, P, S; zeros where not measured."""
+    """Return (low end, high end) in mm outside of the grid, for the world axes L, P, S; zeros where not measured."""
     return _ends_mm(facts, "cut_mm")
 
 

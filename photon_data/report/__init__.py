@@ -1,6 +1,6 @@
-"""The report of a prepared folder: one HTML page that opens offline, so that a person sees in a minute what became of the scans.
+"""The report of a prepared folder: one HTML page that opens offline and shows in a minute what became of the scans.
 
-Here is what the page shows; report.html.j2 says how.
+This file works out what the page shows; report.html.j2 lays it out.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def render_report(
 ) -> bytes:
     """Return the page as UTF-8: the same bytes for the same records, recipe and stores.
 
-    `open_volume` returns the model grid of a record, for at most `pictures` of them; what it raises is shown in that volume's
-    place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part is shown.
+    `open_volume` returns the model grid of a record; it is called for at most `pictures` of them, and what it raises is
+    shown in that volume's place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part
+    is shown.
     """
     volumes = reported_volumes(records)
     measured = [volume for volume in volumes if volume.extent_lps_mm]
@@ -181,7 +182,7 @@ def _hu_charts(volumes: Sequence[ReportedVolume]) -> list[Chart]:
 
 
 class LostGroup(NamedTuple):
-    """Inputs that were refused, or that failed, for the same reason (`code`); `listed`: those that the page has room for."""
+    """Inputs that were refused, or that failed, for the same reason (`code`). The page has room for those `listed`."""
 
     state: str
     code: str
@@ -217,7 +218,7 @@ def fair_shares(counts: Sequence[int], total: int) -> list[int]:
 
 
 class Card(NamedTuple):
-    """A volume with its picture (a data: URL, width and height; or why there is none) and the curve of its intensities."""
+    """A volume with the curve of its intensities, and its picture (data: URL, width, height) or why it has none."""
 
     volume: ReportedVolume
     picture: tuple[str, int, int] | None

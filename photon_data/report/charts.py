@@ -1,4 +1,4 @@
-"""Small charts: values -> shapes with their places in pixels, which the macro `figure` (macros.html.j2) writes as inline SVG.
+"""Small charts: values -> shapes with their places in pixels. The macro `figure` (macros.html.j2) writes them as SVG.
 
 Every chart says in words what it shows. Colours come from the page's style, by the class of a shape.
 """
@@ -54,7 +54,7 @@ class Mark(NamedTuple):
 
 
 class ForestRow(NamedTuple):
-    """A value with its interval (None: not known) on a line of its own, and other values to compare it with, by name."""
+    """A value with its interval (None: not known), and other values to compare it with, by name."""
 
     label: str
     value: float
@@ -74,7 +74,7 @@ class ScatterPoint(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """Edges of equal bins on round numbers, and the number of values in each; `is_open`: the last also holds what is beyond."""
+    """Edges of equal bins on round numbers, and the number of values in each. If `is_open`, the last has no end."""
 
     edges: np.ndarray
     counts: np.ndarray
@@ -82,7 +82,7 @@ class Bins(NamedTuple):
 
 
 def binned(values: Sequence[float], *, include: Sequence[float] = ()) -> Bins:
-    """Return at most about 24 equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
+    """Return about 24 equal bins or fewer, on round edges, that hold all `values` (not none) and reach to `include`."""
     data = np.round(np.asarray(values, float), 6)
     far = max(_FAR * float(np.percentile(data, 95)), *include, -np.inf)
     is_open = bool(data.max() > far > data.min() >= 0)
@@ -164,7 +164,7 @@ def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Shape]:
 
 
 def forest_plot(rows: Sequence[ForestRow], *, name: str, words: str) -> Chart:
-    """Return a line from 0 to 100 per row with a circle at its value, its interval drawn through it, and strokes at its marks."""
+    """Return a line from 0 to 100 per row: a circle at its value, its interval through it, strokes at its marks."""
     x, height = _Scale(0, 100), _FOREST_ROW * len(rows) + _BOTTOM + 6
     shapes = []
     for number, row in enumerate(rows, start=1):

@@ -23,8 +23,8 @@ def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Call
     """Return the page that a template makes of `values`, as UTF-8.
 
     `filters` are the template's own, beside `thousands` and `without_folders`. The template may extend and import those
-    beside this file. Every value is escaped; control characters become U+FFFD, and the bytes of a file name that are no text
-    are shown as escapes. jinja2.UndefinedError for a name that the template uses and `values` lacks.
+    beside this file. Every value is escaped. Control characters become U+FFFD, and the bytes of a file name that are no
+    text are shown as escapes. jinja2.UndefinedError for a name that the template uses and `values` lacks.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
@@ -41,7 +41,7 @@ def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Call
 def without_folders(text: str) -> str:
     """Return text with every absolute path reduced to its last part: whose machine it was is nobody's business.
 
-    "cannot read '/home/me/scans/a.nii'" -> "cannot read 'a.nii'"; relative paths and URLs of object stores stay as they are.
+    "cannot read '/home/me/scans/a.nii'" -> "cannot read 'a.nii'". Relative paths and URLs of object stores stay.
     """
     return _BARE_PATH.sub("", _QUOTED_PATH.sub(r"\1\2\1", text.replace("file://", "")))
 

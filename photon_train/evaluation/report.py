@@ -35,8 +35,8 @@ def write_report(
 ) -> list[Path]:
     """Write scores.json and report.html into `folder`, each whole or not at all, and return their paths.
 
-    `overlays` are, by name of the predictions, pictures (png, jpeg) by question id. Those of the cases that are shown are put
-    inside of the page.
+    `overlays` are, by name of the predictions, pictures (png, jpeg) by question id. The page holds those of
+    the cases that it shows.
     """
     where = Location(str(folder))
     text = json.dumps(to_json(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -102,7 +102,7 @@ def _rounded(value: Any) -> Any:
 
 
 def render_page(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path]], title: str) -> bytes:
-    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id, put beside their case."""
+    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id."""
     values = {
         "title": title,
         "evaluation": evaluation,
@@ -156,7 +156,8 @@ def _score_charts(answers: Answers) -> list[Chart]:
 
 def _kept_charts(kept: Kept) -> list[Chart]:
     shares = [count / kept.predictions for count in kept.ratio_counts]
-    words = f"of the questions, by the share of visual tokens that was kept: 0 (left) to 1 (right); mean {kept.mean_ratio:.3f}"
+    words = "of the questions, by the share of visual tokens that was kept: 0 (left) to 1 (right)"
+    words = f"{words}; mean {kept.mean_ratio:.3f}"
     charts = [bar_chart(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
     if kept.slabs:
         charts.append(bar_chart(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
@@ -164,7 +165,7 @@ def _kept_charts(kept: Kept) -> list[Chart]:
 
 
 def shown_cases(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
-    """Return the worst and the best cases, the tasks taking turns; by score, then the model's own confidence, then id."""
+    """Return the worst and the best cases, by score, then the model's confidence, then id; the tasks take turns."""
 
     def confidence(one: Judged) -> float:
         """By how much the first choice is above the second, 0 without scores."""
@@ -183,7 +184,7 @@ def shown_cases(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
 
 
 def cases_to_picture(answers: Answers, most: int) -> list[Case]:
-    """Return at most `most` of the cases that the page shows, half of them the worst ones, whose kept tokens are known."""
+    """Return at most `most` cases that the page shows and whose kept tokens are known, half of them worst ones."""
     worst, best = ([one.case for one in cases if one.case.prediction.kept] for cases in shown_cases(answers.judged))
     half = max(most - most // 2, most - len(best))
     return list({case.id: case for case in [*worst[:half], *best]}.values())[:most]
@@ -203,7 +204,7 @@ class Point:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What is lost with the tokens that are not kept: score against share kept, a point for every file of predictions."""
+    """What is lost with tokens that are not kept: score against share kept, a point for every file of predictions."""
 
     metric: str
     task: str
@@ -263,7 +264,8 @@ def _trade_off_chart(trade_off: TradeOff) -> Chart:
         for value, low, high in [point.estimate]
         if value is not None
     ]
-    words = "macro over subtasks, points, against the share of visual tokens kept; line: 95 % interval; equal shares side by side"
+    words = "macro over subtasks, points, against the share of visual tokens kept"
+    words += "; line: 95 % interval; equal shares side by side"
     return scatter_plot(points, name=trade_off.metric, words=words)
 
 
