@@ -10,7 +10,7 @@ from photon_cli.options import console
 from photon_data.files import jsonl_bytes
 from photon_data.readers.find import left_alone
 from photon_data.records import READY, VolumeRecord
-from photon_data.remarks import duplicates, problems
+from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import Order
 from photon_pipelines.prepare import inspect_all
@@ -31,7 +31,7 @@ def inspect(order: Order, workers: Workers, json_file: Path | None) -> bool:
     if ignored:
         console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
     if json_file:
-        rows = [{**record.to_json(), "findings": problems(record)} for record in records]
+        rows = [{**record.to_json(), "findings": all_remarks(record)} for record in records]
         json_file.write_bytes(jsonl_bytes(rows))
     return all(record.state == READY for record in records)
 
@@ -48,5 +48,5 @@ def _cells(record: VolumeRecord) -> list[str]:
         " ".join(f"{s:.2f}" for s in geometry["spacing_zyx_mm"]),
         geometry["orientation_zyx"],
         f"{hu['min']:.0f} to {hu['max']:.0f}",
-        "; ".join(problems(record)) or "fine",
+        "; ".join(all_remarks(record)) or "fine",
     ]
