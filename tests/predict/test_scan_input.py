@@ -64,7 +64,9 @@ def cut_off(folder):
 
 
 def no_ct(folder):
-    return write_scan(folder / "raw" / "a.nii", array=np.random.default_rng(0).integers(0, 255, (16, 24, 28)).astype(np.uint8))
+    return write_scan(
+        folder / "raw" / "a.nii", array=np.random.default_rng(0).integers(0, 255, (16, 24, 28)).astype(np.uint8)
+    )
 
 
 def four_d(folder):
