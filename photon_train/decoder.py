@@ -40,8 +40,6 @@ from photon_train.scheduling import (
     Selection,
     ThresholdHead,
     ThresholdPredictor,
-    grounding_losses,
-    instruction_scores,
     warn_of_undecided,
 )
 from photon_train.surrogate import SurrogateRule, prune
@@ -55,7 +53,12 @@ class PhotonTextOutput(BaseModelOutputWithPast):
 
 
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
-    """Decoder layer `its`: also says which visual tokens to keep, from its own queries and keys."""
+    """Decoder layer `its`: also says which visual tokens to keep, from its own queries and keys.
+
+    To train scores from outside the model, register a forward pre-hook with kwargs on this layer. There `rotated_qk` of the
+    layer's arguments gives q and k with their gradients, whether tokens are dropped or not. Leave the hook in place during
+    backward: a layer with gradient checkpointing runs it again.
+    """
 
     def __init__(self, photon: PhotonConfig) -> None:
         super().__init__(photon.text_config, photon.its)
@@ -79,17 +82,7 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
         context = SchedulerContext(scheduling, rotated_qk, self.atp, self.photon)
         selection = SCHEDULERS[str(self.photon.scheduler)](context)
-        if scheduling.grounding_BL is not None:
-            selection = selection._replace(grounding_B=self._grounding_losses(scheduling, *rotated_qk()))
         return super().forward(hidden_states, **kwargs), selection
-
-    def _grounding_losses(self, scheduling: SchedulingInputs, q_BHLd: Tensor, k_BKLd: Tensor) -> Tensor:
-        """Return float32[B]. The one place where scores have a gradient: here q and k learn what to point at."""
-        visual_BL, question_BL = scheduling.visual_BL, scheduling.question_BL
-        assert scheduling.grounding_BL is not None, "asked for"
-        with torch.autocast(q_BHLd.device.type, enabled=False):
-            score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, centrality_floor=None)
-            return grounding_losses(score_BL, visual_BL, scheduling.grounding_BL)
 
     def rotated_qk(
         self, h_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: Prefix | None = None
@@ -234,7 +227,6 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             keep_BL,
             kept.index_BM,
             kept.present_BM,
-            selection.grounding_B,
         )
         return scheduled, kept, h_BMD
 

@@ -42,9 +42,9 @@ PREFILL_ONLY = ("question_mask", "body", "pixel_values_videos", "mm_encoder_outp
 class PhotonOutput(ModelOutput):
     """What `PhotonForConditionalGeneration` returns.
 
-    loss = ce + band + robustness + flip + grounding, 0-d; each is the mean over the answer tokens of the batch, a row's band
-    loss weighted by its share of them; grounding is the mean over the rows that have it. logits: in training, with labels,
-    float[N, V] at the positions that predict an answer token, else float[B, M, V] (M = L when nothing was scheduled).
+    loss = ce + band + robustness + flip, 0-d; each is the mean over the answer tokens of the batch, a row's band
+    loss weighted by its share of them. logits: in training, with labels, float[N, V] at the positions that predict an answer
+    token, else float[B, M, V] (M = L when nothing was scheduled).
     answer_labels_N and answer_rows_N say what those positions should predict and in which row they are. rope_deltas
     int64[B, 1]: next position minus row length.
     """
@@ -55,7 +55,6 @@ class PhotonOutput(ModelOutput):
     band: Tensor | None = None
     robustness: Tensor | None = None
     flip: Tensor | None = None
-    grounding: Tensor | None = None
     answer_labels_N: Tensor | None = None
     answer_rows_N: Tensor | None = None
     scheduled: Scheduled | None = None
@@ -226,7 +225,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         prefix_length: int | None = None,
         loss_scale: float = 1.0,
         answers_only: bool = False,
-        grounding: Tensor | None = None,
         **kwargs: Any,
     ) -> PhotonOutput:
         """Return a PhotonOutput.
@@ -241,8 +239,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         prefix_length: in place of a prefix: so many tokens of every row are the same and hold all volumes, which are given
         once (`pixel_values_videos`, `video_grid_thw`) and encoded once.
         answers_only: with labels, return logits at answer positions only, as in training: float[N, V].
-        grounding float[B, L], with labels: where what a row asks about lies, shares of it by visual token that sum to 1, or all 0
-        where that is not known; adds the loss of scores that point elsewhere, from stage 1 on.
         loss_scale: what a trainer will multiply the loss by; the surrogate gradient, which is not linear in it, wants to know.
         Raises ValueError for images, and for visual tokens that do not match the volumes.
         """
@@ -258,12 +254,12 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             second_per_grid_ts = second_per_grid_ts.repeat(len(input_ids)) if second_per_grid_ts is not None else None
             pixel_values_videos = None
         has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
-        schedules = prefix is not None or (has_volumes and (self.config.scheduler != "none" or grounding is not None))
+        schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
             phase = self._phase(step, total_steps)
             rows = self._rows(input_ids, attention_mask, question_mask, perturbed, flip, phase)
-            rows = rows._replace(loss_scale=loss_scale, grounding_BL=grounding)
+            rows = rows._replace(loss_scale=loss_scale)
         if rows is not None and schedules and self.config.scheduler == "foreground":
             body = self.body_share(rows.visual_BL, pixel_values_videos, prefix) if body is None else body
             rows = rows._replace(body_BL=body)
@@ -380,8 +376,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         losses = answer_losses(logits_NV, labels_N, rows_N, _objective(rows, scheduled), self.config.flip_epsilon)
         share_B = torch.bincount(rows_N, minlength=len(labels)) / max(len(rows_N), 1)
         band = self._band(share_B, scheduled, rows) if self.training else torch.zeros_like(losses.ce)
-        grounding = _mean_where_known(scheduled, rows) if self.training else torch.zeros_like(losses.ce)
-        parts = {**losses._asdict(), "band": band, "grounding": grounding}
+        parts = {**losses._asdict(), "band": band}
         loss: Any = sum(parts.values())
         if self.training and not loss.requires_grad:  # text alone, in stage 1: a gradient of 0, so that every device has one
             loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
@@ -448,13 +443,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def answer(self, prefix: Prefix, questions: Sequence[Tensor], **kwargs: Any) -> Any:
         """Return the answers to a batch of questions on a prefix; see prefix.answer."""
         return answer(self, prefix, questions, **kwargs)
-
-
-def _mean_where_known(scheduled: Scheduled | None, rows: SchedulingInputs) -> Tensor:
-    """Return the mean grounding loss, 0-d, of the rows whose grounding is known."""
-    if scheduled is None or scheduled.grounding_B is None or rows.grounding_BL is None:
-        return torch.zeros((), device=rows.visual_BL.device)
-    return scheduled.grounding_B.sum() / rows.grounding_BL.any(1).sum().clamp_min(1)
 
 
 def _objective(rows: SchedulingInputs, scheduled: Scheduled | None) -> Objective:

@@ -34,7 +34,6 @@ class SchedulingInputs(NamedTuple):
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
     loss_scale: float = 1.0  # what the trainer multiplies the loss by
-    grounding_BL: Tensor | None = None  # float, share of what a row asks about that lies in a visual token
 
     @property
     def detached_B(self) -> Tensor:
@@ -59,7 +58,6 @@ class Selection(NamedTuple):
     probability_BL: Tensor  # float32, p
     keep_BL: Tensor  # bool
     threshold_B: Tensor  # float32, theta; NaN where nothing was compared with a threshold
-    grounding_B: Tensor | None = None  # float32, grounding loss of each row, where its grounding was given
 
 
 class Scheduled(NamedTuple):
@@ -72,11 +70,10 @@ class Scheduled(NamedTuple):
     keep_BL: Tensor  # bool, True for text and kept visual tokens, False for dropped ones and padding
     position_BM: Tensor  # int64, where each remaining token stood; rows are packed against the right edge
     present_BM: Tensor  # bool, False at the empty slots of rows with fewer tokens
-    grounding_B: Tensor | None = None  # float32, as in Selection
 
     def detached(self) -> Scheduled:
         """Return it without gradients: what is reported keeps no graph alive and no DDP bucket waiting."""
-        return self._replace(**{name: x.detach() for name, x in self._asdict().items() if x is not None})
+        return Scheduled(*(x.detach() for x in self))
 
 
 class Float32Linear(nn.Linear):
@@ -190,44 +187,39 @@ SCHEDULERS: dict[str, Scheduler] = {
 
 
 def instruction_scores(
-    q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor, centrality_floor: float | None
+    q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor, centrality_floor: float
 ) -> Tensor:
-    """Return u float32[B, L], 0 off the visual tokens: how well each is aligned with the question.
+    """Return u float32[B, L], 0 off the visual tokens: how well each one is aligned with the question.
 
-    q and k are the layer's own, rotated. w_t = centrality of question token t among the question tokens; u_j = mean
-    over heads of sum over t of w_t q_t . k_j / sqrt(d). No softmax, no causal mask. Rounded to q's
-    dtype, as when trained. Without a floor all question tokens weigh alike: centrality can die, all of it cut off at 0.
+    q and k are those of layer its, rotated. Each question token weighs as much as its centrality: w_t = c_t / max(sum c, floor).
     """
     question = gather_of(question_BL)
-    scale = q_BHLd.shape[-1] ** -0.5
-    q_BKGQd = question(q_BHLd, dim=2).float().unflatten(1, (k_BKLd.shape[1], -1))
-    k_BKQd = question(k_BKLd, dim=2).float()
-    asked_BQ = question.present_BM.float()
-    if centrality_floor is None:
-        w_BQ = asked_BQ / asked_BQ.sum(-1, keepdim=True).clamp_min(1)
-    else:
-        w_BQ = _centrality(q_BKGQd, k_BKQd, asked_BQ, scale, centrality_floor)
-    asked_BKGd = torch.einsum("bq,bkgqd->bkgd", w_BQ, q_BKGQd)
-    per_head = torch.einsum("bkgd,bkld->bkgl", asked_BKGd, k_BKLd.float()).mul(scale)
-    score_BL = per_head.mean(dim=(1, 2)).to(q_BHLd.dtype).float()
-    return score_BL.masked_fill(~visual_BL, 0.0)
+    q_BHQd, k_BKQd = question(q_BHLd, dim=2), question(k_BKLd, dim=2)
+    w_BQ = centrality(q_BHQd, k_BKQd, question.present_BM, centrality_floor)
+    return alignment(q_BHQd, k_BKLd, w_BQ, visual_BL)
 
 
-def _centrality(q_BKGQd: Tensor, k_BKQd: Tensor, asked_BQ: Tensor, scale: float, floor: float) -> Tensor:
-    """Return float32[B, Q], the weight of each question token: how much the other ones attend to it, at most 1 in sum."""
-    pairs_BQQ = asked_BQ[:, :, None] * asked_BQ[:, None, :] * (1 - torch.eye(asked_BQ.shape[1], device=asked_BQ.device))
-    affinity_BQQ = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd).mul(scale).relu().mean(dim=(1, 2))
+def centrality(q_BHQd: Tensor, k_BKQd: Tensor, present_BQ: Tensor, floor: float) -> Tensor:
+    """Return w float32[B, Q]: how much the other question tokens attend to each one. The sum of a row is at most 1."""
+    is_question_BQ, scale = present_BQ.float(), q_BHQd.shape[-1] ** -0.5
+    others_QQ = 1 - torch.eye(present_BQ.shape[1], device=present_BQ.device)
+    pairs_BQQ = is_question_BQ[:, :, None] * is_question_BQ[:, None, :] * others_QQ
+    q_BKGQd = q_BHQd.float().unflatten(1, (k_BKQd.shape[1], -1))
+    affinity_BQQ = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd.float()).mul(scale).relu().mean(dim=(1, 2))
     centrality_BQ = (affinity_BQQ * pairs_BQQ).sum(-1)
     return centrality_BQ / centrality_BQ.sum(-1, keepdim=True).clamp_min(floor)
 
 
-def grounding_losses(score_BL: Tensor, visual_BL: Tensor, grounding_BL: Tensor) -> Tensor:
-    """Return float32[B]: cross entropy of the scores' softmax over the visual tokens with where a row's subject lies.
+def alignment(q_BHQd: Tensor, k_BKLd: Tensor, w_BQ: Tensor, visual_BL: Tensor) -> Tensor:
+    """Return u float32[B, L], 0 off the visual tokens: mean over heads of the sum over t of w_t q_t . k_j / sqrt(d).
 
-    0 for rows whose `grounding_BL` is 0 everywhere: nothing is known of them.
+    No softmax, no causal mask. The result is rounded to q's dtype, as the published weights were trained.
     """
-    logp_BL = score_BL.masked_fill(~visual_BL, -torch.inf).log_softmax(1).masked_fill(~visual_BL, 0.0)
-    return -(grounding_BL * logp_BL).sum(1)
+    q_BKGQd = q_BHQd.float().unflatten(1, (k_BKLd.shape[1], -1))
+    weighted_BKGd = torch.einsum("bq,bkgqd->bkgd", w_BQ, q_BKGQd)
+    per_head = torch.einsum("bkgd,bkld->bkgl", weighted_BKGd, k_BKLd.float()).mul(q_BHQd.shape[-1] ** -0.5)
+    score_BL = per_head.mean(dim=(1, 2)).to(q_BHQd.dtype).float()
+    return score_BL.masked_fill(~visual_BL, 0.0)
 
 
 def min_max(score_BL: Tensor, visual_BL: Tensor, epsilon: float) -> Tensor:

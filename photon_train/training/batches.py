@@ -172,6 +172,7 @@ class Batch:
     weight   what its loss counts: 0 for one that only fills up a step, or that could not be read
     volumes  how many volumes were read
     error    why it could not be read, "" if it could
+    grounding  float32[K, L], where each row's subject lies (see grounding.of_rows); None for a group that has none
     """
 
     inputs: dict[str, Any]
@@ -180,11 +181,13 @@ class Batch:
     weight: float
     volumes: int = 0
     error: str = ""
+    grounding: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on the device."""
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return replace(self, inputs=moved, flips=self.flips.to(device))
+        grounding = None if self.grounding is None else self.grounding.to(device)
+        return replace(self, inputs=moved, flips=self.flips.to(device), grounding=grounding)
 
     def pin_memory(self) -> Batch:
         """Return the batch with its inputs where a GPU fetches them from; torch's DataLoader calls it in a thread of its own."""
@@ -242,17 +245,18 @@ class GroupDataset(Dataset[Batch]):
         asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
         inputs = self._inputs(asked, shares)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        grounding = None
         if rng.random() < self.reading.robustness and rows[0].videos:
             self._perturb(inputs, len(rows), generator)
         elif self.reading.groundings and rows[0].videos:
             visual_KL = inputs["input_ids"] == self.processor.config.video_token_id
-            inputs["grounding"] = of_rows(rows, self.reading.groundings, visual_KL)
+            grounding = of_rows(rows, self.reading.groundings, visual_KL)
         longest = int(inputs["attention_mask"].sum(1).max())
         if self.reading.max_length is not None and longest > self.reading.max_length:
             raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")
         flips = torch.rand(len(rows), generator=generator) < self.reading.flip
         volumes = len(rows[0].videos) if shares else sum(len(row.videos) for row in rows)
-        return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes)
+        return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes, grounding=grounding)
 
     def _inputs(self, asked: Sequence[Row], shares: bool) -> dict[str, Any]:
         if shares:

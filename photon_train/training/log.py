@@ -46,7 +46,7 @@ def sums_of(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor
     if batch.weight == 0:
         return {"skipped_groups": float(bool(batch.error))}
     rows = len(batch.ids)
-    losses: dict[str, Any] = {"loss": output.loss, **{name: getattr(output, name) for name in PARTS}}
+    losses: dict[str, Any] = {"loss": output.loss, **{name: getattr(output, name) for name in PARTS if name != "grounding"}}
     found = {name: value.detach() * batch.weight for name, value in losses.items()}
     tokens = batch.inputs["attention_mask"].sum()
     return {

@@ -203,8 +203,15 @@ def _group(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, 
         inputs["flip"] = batch.flips if phase is Phase.FLIP else torch.zeros_like(batch.flips)
     with run.accelerator.autocast():
         output = run.model(**inputs)
-    run.engine.backward(output.loss * scale)
-    return sums_of(output, batch, run.photon)
+    loss, sums = output.loss, sums_of(output, batch, run.photon)
+    if run.recorder is not None and batch.grounding is not None:
+        grounding = run.recorder.loss(batch.inputs, batch.grounding)
+        loss = loss + grounding
+        if batch.weight:
+            added = grounding.detach() * batch.weight
+            sums |= {"grounding": added, "loss": sums["loss"] + added}
+    run.engine.backward(loss * scale)
+    return sums
 
 
 def _may_move(run: Run, row: dict[str, Any], step_batches: list[Batch], norms: dict[str, float]) -> bool:

@@ -36,7 +36,7 @@ from photon_train.training import sharding as zero
 from photon_train.training.batches import Augment, Batch, Group, GroupDataset, Reading, Turn, batches, steps_per_epoch
 from photon_train.training.checkpoint import ADAPTER, checkpoints, load_adapter, read_moments, read_state
 from photon_train.training.config import TrainConfig, with_values
-from photon_train.training.grounding import groundings
+from photon_train.training.grounding import ScoreRecorder, groundings
 from photon_train.training.sharding import LANGUAGE_MODEL, Engine, module_of
 
 LORA_TARGETS = r".*language_model\.layers\..*_proj"
@@ -103,6 +103,7 @@ class Run:
     state: dict[str, Any]
     watch: Callable[[dict[str, Any]], None]
     groundings: dict[str, Tensor] = field(default_factory=dict)
+    recorder: ScoreRecorder | None = None
 
     @property
     def accelerator(self) -> Accelerator:
@@ -294,7 +295,8 @@ def start(
     if accelerator.is_main_process:
         Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
         accelerator.init_trackers("photon", init_kwargs={})
-    return Run(config, engine, processor, rows, eval_rows, total, state, watch, known)
+    recorder = ScoreRecorder(engine.model) if known else None
+    return Run(config, engine, processor, rows, eval_rows, total, state, watch, known, recorder)
 
 
 def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:

@@ -11,10 +11,9 @@ import torch
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
-from photon_train.scheduling import grounding_losses
 from photon_train.training.batches import Group, GroupDataset, Reading
 from photon_train.training.config import TrainConfig
-from photon_train.training.grounding import groundings
+from photon_train.training.grounding import ScoreRecorder, grounding_losses, groundings
 from photon_train.training.setup import start
 
 TOKENS_ZYX = (2, 2, 2)  # of the stores of conftest: 42 x 84 x 84 voxels of 1 mm
@@ -105,7 +104,7 @@ def grounded(models, manifest):
         processor = PhotonProcessor.from_pretrained(models / stage)
         item = GroupDataset(rows, [Group(tuple(indices), 0)], processor, Reading(groundings=known, **reading))[0]
         assert not item.error, item.error
-        return item.inputs
+        return item
 
     return batch
 
@@ -116,11 +115,13 @@ def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
     found = []
     for share in (False, True):
         model.zero_grad()
-        out = model(**grounded(stage, share_prefix=share), step=0, total_steps=40)
-        assert out.loss.item() == pytest.approx((out.ce + out.band + out.robustness + out.flip + out.grounding).item())
-        out.grounding.backward()
+        batch, recorder = grounded(stage, share_prefix=share), ScoreRecorder(model)
+        out = model(**batch.inputs, step=0, total_steps=40)
+        assert out.loss.item() == pytest.approx((out.ce + out.band + out.robustness + out.flip).item())
+        grounding = recorder.loss(batch.inputs, batch.grounding)
+        grounding.backward()
         attention = model.model.language_model.layers[model.config.its].self_attn
-        found.append((out.grounding.detach(), attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()))
+        found.append((grounding.detach(), attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()))
     for alone, shared in zip(*found, strict=True):
         assert alone.norm() > 0
         torch.testing.assert_close(shared, alone, rtol=1e-3, atol=1e-6)
@@ -128,25 +129,48 @@ def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
 
 def test_scores_learn_to_point_at_the_masks_of_each_question(models, grounded):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s1").train()
-    inputs = grounded("s1")
+    batch, recorder = grounded("s1"), ScoreRecorder(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        model(**inputs).grounding.backward()
+        model(**batch.inputs)
+        recorder.loss(batch.inputs, batch.grounding).backward()
         optimizer.step()
     scheduling = PhotonForConditionalGeneration.from_pretrained(models / "s2").eval()
     scheduling.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
-        saliency_KL = scheduling(**{k: v for k, v in inputs.items() if k != "grounding"}).scheduled.saliency_BL
-    visual_KV = saliency_KL[:, inputs["input_ids"][0] == model.config.video_token_id]
+        saliency_KL = scheduling(**batch.inputs).scheduled.saliency_BL
+    visual_KV = saliency_KL[:, batch.inputs["input_ids"][0] == model.config.video_token_id]
     assert visual_KV[0].argmax() == 3
     assert set(visual_KV[4].topk(2).indices.tolist()) == {1, 4}
 
 
 def test_nothing_is_grounded_in_a_perturbed_volume_or_in_evaluation(models, grounded):
-    assert "grounding" not in grounded("s1", robustness=1.0)
+    assert grounded("s1", robustness=1.0).grounding is None
     model = PhotonForConditionalGeneration.from_pretrained(models / "s1").eval()
-    assert model(**grounded("s1")).grounding == 0
+    batch, recorder = grounded("s1"), ScoreRecorder(model)
+    model(**batch.inputs)
+    with pytest.raises(AssertionError):
+        recorder.loss(batch.inputs, batch.grounding)
+
+
+@pytest.mark.parametrize("stage", ["s1", "s2"])
+@pytest.mark.parametrize("share", [False, True])
+def test_gradient_checkpointing_changes_no_gradient_of_the_grounding(models, grounded, stage, share):
+    found = []
+    for checkpointed in (False, True):
+        model = PhotonForConditionalGeneration.from_pretrained(models / stage).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch, recorder = grounded(stage, share_prefix=share), ScoreRecorder(model)
+        for _ in range(2):
+            out = model(**batch.inputs, step=0, total_steps=40)
+            (out.loss + recorder.loss(batch.inputs, batch.grounding)).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_masks_a_row_names_are_read_from_its_manifest(tmp_path, stores):
