@@ -1,11 +1,11 @@
 """Rows -> the micro-batches of an epoch, in the order of its steps -> model inputs, read by worker processes.
 
-A micro-batch is what settings call a group: one volume with some of its questions. Each row is in one of an epoch.
+A micro-batch is what settings call a group: one volume with some of its questions. An epoch has every row once.
 
 [a1 a2 a3 b1 c1 c2] (letter: volume), 2 questions per volume, 2 groups per step -> [a3 a1 | b1] [c2 c1 | a2]
 
-What is random in a micro-batch (perturbation, flips, augmentation) is drawn from (seed, epoch, number of the micro-batch): the
-number of workers or devices changes nothing, nor does a restart.
+What is random in a micro-batch (perturbation, flips, augmentation) is drawn from the seed, the epoch and the number
+of the micro-batch. The number of workers or devices changes nothing, nor does a restart.
 
 Legend: K rows of a micro-batch, L tokens of a padded row, P tokens of a prefix.
 """
@@ -39,7 +39,7 @@ SIMILAR = 1.25  # costs within this factor
 STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # for rows that cannot be read
 
 AIR_HU = -1000
-AFFINE = {"scales": 0.1, "degrees": 5.0, "translation": 10.0}  # of torchio, in mm; never a reflection: left stays left
+SCALE, DEGREES, SHIFT_MM = 0.1, 5.0, 10.0
 NOISE_HU = 25.0
 LOG_GAMMA = 0.1
 
@@ -58,12 +58,12 @@ class MicroBatch(NamedTuple):
 def plan_epoch(
     rows: Sequence[TrainRow], questions_per_volume: int, groups_per_step: int, seed: int, epoch: int
 ) -> list[list[MicroBatch]]:
-    """Return the steps of an epoch, each of exactly `groups_per_step` micro-batches. Every row is in one of weight above 0.
+    """Return the steps of an epoch, each of exactly `groups_per_step` micro-batches. Every row is in one.
 
-    Micro-batches of similar cost share a step, so that devices do not wait for each other. Which ones, and in what order, is
-    drawn from (seed, epoch). Costs are compared coarsely: sorted by their exact length, volumes with the answer "yes" would
-    be in one step and those with "no" in another, and a model would learn neither. The last step is filled up with
-    micro-batches of weight 0.
+    Micro-batches of similar cost share a step, so that devices do not wait for each other. Which ones do, and in what
+    order they come, is drawn from the seed and the epoch. Costs are compared coarsely: sorted by exact length,
+    volumes with the answer "yes" would be in one step and those with "no" in another, and a model would learn
+    neither. The last step is filled up with micro-batches of weight 0, which repeat its last one.
     """
     rng = random.Random(f"{seed} {epoch}")
     groups = group_rows(rows, questions_per_volume, rng)
@@ -96,9 +96,9 @@ def steps_per_epoch(rows: Sequence[TrainRow], questions_per_volume: int, groups_
 def group_rows(
     rows: Sequence[TrainRow], questions_per_volume: int, rng: random.Random | None = None
 ) -> list[tuple[int, ...]]:
-    """Return every row's index once, rows of one prefix together, at most `questions_per_volume`, in groups of about equal size.
+    """Return groups of row indices: rows of one prefix together, at most `questions_per_volume`, about equally many.
 
-    With `rng`, which questions go together is drawn; else they keep their order. Rows without a volume are of one prefix.
+    With `rng`, which questions go together is drawn; else they keep their order. Rows without a volume have one prefix.
     """
     by_prefix: dict[Hashable, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -149,8 +149,9 @@ class Batch:
 class MicroBatches(Dataset[Batch]):
     """The micro-batches of one rank and epoch. Nothing is random unless `training`.
 
-    same_calls: every micro-batch calls the same modules in the same order and gives the same weights a gradient, as it must
-    where processes share weights: a volume is encoded ahead of one question too, and rows without a volume get an idle one.
+    same_calls: every micro-batch calls the same modules in the same order and gives the same weights a gradient.
+    Processes that share weights need it. A volume is then encoded ahead of one question too, and rows without one get
+    an idle volume.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class MicroBatches(Dataset[Batch]):
 
 
 def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rng: random.Random) -> np.ndarray:
-    """Return the volume changed at random by torchio (an extra): kind intensity, affine or both; int16 HU of the same shape.
+    """Return int16 HU of the same shape, changed at random by torchio (an extra). kind: intensity, affine or both.
 
     torchio draws from torch's own generator, which is left as it was.
     """
@@ -247,7 +248,8 @@ def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rn
 
     transforms: list[Any] = []
     if kind in ("affine", "both"):
-        transforms.append(torchio.RandomAffine(**AFFINE, default_pad_value=AIR_HU))
+        affine = torchio.RandomAffine(scales=SCALE, degrees=DEGREES, translation=SHIFT_MM, default_pad_value=AIR_HU)
+        transforms.append(affine)  # never a reflection: left stays left
     if kind in ("intensity", "both"):
         transforms += [torchio.RandomGamma(log_gamma=LOG_GAMMA), torchio.RandomNoise(std=(0, NOISE_HU))]
     image = torchio.ScalarImage(
@@ -261,7 +263,7 @@ def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rn
 
 
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return inputs of rows that share a prefix. Its volumes are there once; the ids are laid out as by `packing.behind`."""
+    """Return inputs of rows that share a prefix: the ids as `packing.behind` lays them out, the volumes once."""
     first = processor(rows=rows[:1], for_training=True)
     encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
@@ -278,7 +280,7 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
 
 
 def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
-    """Return what to change of inputs without a volume: one of air, with one token, stands first, and nothing attends to it."""
+    """Return what changes in inputs without a volume: one of air and one token stands first. Nothing attends to it."""
     vision, rows = config.vision_config, len(inputs["input_ids"])
     side, voxels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
@@ -298,7 +300,7 @@ def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
 
 
 def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches in order, read by processes of their own while the device computes; with workers=0, by this one."""
+    """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one."""
     config, workers = dataset.config, dataset.config.workers
     if workers < 0:  # up to 8 of the CPUs that the compute leaves over
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, readable by from_pretrained, without pickles.
 
 RUN/checkpoint-120/     config.json, model.safetensors, tokenizer files    what from_pretrained and photon predict read
-                        adapter.safetensors                                with LoRA: what is trained; no model.safetensors
-                        optimizer.safetensors                              optimizer state of every trained weight, by its name
-                        state.json                                         position of the run
+                        adapter.safetensors      with LoRA: what is trained; then there is no model.safetensors
+                        optimizer.safetensors    optimizer state of every trained weight, by its name
+                        state.json               position of the run
 
 A run that goes on loads its model from there with from_pretrained, which is strict about names.
 """
@@ -40,7 +40,7 @@ def save_checkpoint(
     processor: Any,
     keep: int,
 ) -> None:
-    """Write RUN/checkpoint-STEP; older ones but `keep` go once it is there. `weights` are all of `model`, whole, by name."""
+    """Write RUN/checkpoint-STEP, then remove older ones but `keep`. `weights` are all of `model`, whole, by name."""
     with _new_folder(run / f"{PREFIX}{state['step']}") as folder:
         if any("lora_" in name for name in weights):
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -85,7 +85,7 @@ def load_adapter(model: nn.Module, checkpoint: Path) -> None:
 
 
 def save_merged(model: Any, processor: Any, checkpoint: Path) -> None:
-    """Write a checkpoint with LoRA as an ordinary model beside it, its updates added to the weights, for from_pretrained.
+    """Write RUN/merged, an ordinary model for from_pretrained: a checkpoint with LoRA, updates added to weights.
 
     `model` is what the checkpoint holds, whole.
     """

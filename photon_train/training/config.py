@@ -15,7 +15,7 @@ from photon_train.configuration_photon import PhotonConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. A step is an optimizer step. A group is one volume with its questions: the micro-batch of a device.
+    """A training run. A step is an optimizer step. A group, one volume with its questions, is a micro-batch.
 
     stage                    s1 (patch embedding), s1c (everything, no pruning), s2 (everything, with pruning)
     model                    checkpoint to start from: a directory or a hub id
@@ -24,7 +24,7 @@ class TrainConfig:
     output                   the run's folder
     lr_*                     learning rate of a module at its peak; 0 freezes it
     freeze                   glob patterns of further parameters to freeze, e.g. "*.bias"
-    lora_rank                above 0: train low-rank updates of the language model's linear layers instead of its weights
+    lora_rank                above 0: train low-rank updates of the language model's linear layers, not its weights
     groups_per_step          groups of an optimizer step, over all devices and accumulation steps together
     questions_per_volume     at most this many questions share one encoding of their volume
     share_prefix             False: encode the volume for every question anew (same loss, for comparison)
@@ -34,10 +34,10 @@ class TrainConfig:
     precision                fp32, or bf16 (autocast; weights and optimizer state stay in float32)
     gradient_checkpointing, vision_gradient_checkpointing
                              recompute the language model's, the vision tower's activations in the backward pass
-    grounding                folder of masks by volume id: scores learn to point at the masks that a row names (`organ_masks`).
-                             For models that start from nothing; not part of the published recipe
+    grounding                folder of masks by volume id: scores learn to point at the masks that a row names in
+                             `organ_masks`. For models that start from nothing; not part of the published recipe
     augment                  torchio on training volumes: none, intensity, affine (without reflections), both
-    workers, prefetch        processes that read stores, and batches each keeps ready; workers -1: from the number of CPUs
+    workers, prefetch        processes that read stores, batches that each keeps ready; workers -1: by the CPUs
     eval_every, save_every   in steps; 0: at the end only
     keep_checkpoints         older ones are removed
     on_bad_row, on_nan       stop or skip: a row that cannot be read; a loss that is not finite
@@ -167,7 +167,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return the config with fields set by name, "photon.soft_start" for one of PhotonConfig; UsageError for unknown names.
+    """Return the config with fields set by name; "photon.soft_start" is of PhotonConfig. UsageError for unknown names.
 
     Values come from a JSON or YAML file, or are texts of a command line.
     """
@@ -247,9 +247,10 @@ def s2() -> TrainConfig:
 def tiny_s1() -> TrainConfig:
     """Return a first stage in which the tiny model learns easy phantoms, in minutes on a CPU.
 
-    The model has nothing to start from, so everything is trained. Give it the masks of the phantoms too (`grounding`):
-    Qwen2.5-VL was shown where things are, the tiny model was not. The patch embedding sums over 2744 voxels that rise and
-    fall together, so its learning rate is a hundredth. With fewer volumes a step, or more layers, it stays at chance for long.
+    The model has nothing to start from, so everything is trained. Give it the masks of the phantoms too
+    (`grounding`): Qwen2.5-VL was shown where things are, the tiny model was not. The patch embedding sums over 2744
+    voxels that rise and fall together, so its learning rate is a hundredth. With fewer volumes a step, or with more
+    layers, the model stays at chance for long.
     """
     return TrainConfig(
         stage="s1",
@@ -271,7 +272,7 @@ def tiny_s1() -> TrainConfig:
 
 
 def tiny_s2() -> TrainConfig:
-    """Return a second stage from the model of `tiny_s1`: the whole curriculum in 12 epochs, about half of the tokens kept."""
+    """Return a second stage after `tiny_s1`: the whole curriculum in 12 epochs. It keeps about half of the tokens."""
     settings = {"soft_start": 0.1, "hard_start": 0.3, "flip_start": 0.9, "band_high": 0.5}
     return replace(
         tiny_s1(),

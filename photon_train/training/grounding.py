@@ -1,9 +1,11 @@
 """Grounding: masks of training volumes teach the scores of layer its to point at what a question asks about.
 
-A model that starts from nothing has no reason to score the liver's tokens high when asked about the liver; one that starts from
-Qwen2.5-VL was shown where things are. Masks of the training volumes can stand in for that. Not part of the published recipe.
+A model that starts from nothing has no reason to score the liver's tokens high when asked about the liver. One that
+starts from Qwen2.5-VL was shown where things are; masks of the training volumes can stand in for that. Not part of
+the published recipe.
 
-The model knows nothing of this. A hook on its scheduling layer records queries and keys, and the loss is added to the model's.
+The model knows nothing of this: a hook on its scheduling layer records queries and keys, and the loss is added to the
+model's.
 
 Legend: B rows, L tokens, V visual tokens of a volume, H query heads, K key heads, d head_dim.
 """
@@ -35,7 +37,7 @@ Callback = Callable[[int, int], object]  # volumes whose masks are counted, of h
 def grounding_of(
     folder: str, callback: Callback | None = None
 ) -> Callable[[Any, Sequence[TrainRow]], GroundingLoss] | None:
-    """Return what `setup.start` makes the loss of a run with, given `TrainConfig.grounding`; None for a run without masks."""
+    """Return what `setup.start` makes the loss with, for the folder in `TrainConfig.grounding`; None for no folder."""
 
     def made(model: Any, rows: Sequence[TrainRow]) -> GroundingLoss:
         tokens_zyx = _scheduling_layer(model).photon.tokens_thw
@@ -49,14 +51,14 @@ def mask_shares(
 ) -> dict[str, Tensor]:
     """Return float32[V] by row id: the share of the masks a row names (`organ_masks`) that lies in each visual token.
 
-    `folder` holds a folder of masks for each volume id. Rows that name no mask, rows of several volumes, and rows whose masks are
-    missing or empty are left out. UsageError where that leaves nothing.
+    `folder` holds a folder of masks for each volume id. Rows that name no mask, rows of several volumes, and rows whose
+    masks are missing or empty are left out. UsageError where that leaves no volume.
     """
     named = [row for row in rows if row.organ_masks and len(row.videos) == 1 and (folder / row.volume_id).is_dir()]
     if not named:
         raise UsageError(
-            "grounding: expected a folder of masks for some of the volumes, and rows that name them in organ_masks, found none "
-            f"in {folder}; set grounding='' to train without"
+            "grounding: expected a folder of masks for some of the volumes, and rows that name them in organ_masks, "
+            f"found none in {folder}; set grounding='' to train without"
         )
     volumes = {row.volume_id: row.videos[0] for row in named}
     names = {name for row in named for name in row.organ_masks}
@@ -75,10 +77,10 @@ def mask_shares(
 
 
 class GroundingLoss:
-    """The loss of a model's scores, by what `mask_shares` knows of rows. Call it between a forward and its backward.
+    """The loss of a model's scores, given the shares of `mask_shares`. Call it between a forward and its backward.
 
-    The hook stays on the layer: gradient checkpointing runs the layer again during backward, hook included. What the hook
-    computes then is not recorded.
+    The hook stays on the layer: gradient checkpointing runs the layer again during backward, hook included. What the
+    hook computes then is not recorded.
     """
 
     def __init__(self, model: nn.Module, shares: Mapping[str, Tensor]) -> None:

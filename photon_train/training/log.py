@@ -1,4 +1,4 @@
-"""What a run leaves for people: log.jsonl (a line a step), curves.png, summary.json; and the sums that a line is made of."""
+"""What a run leaves for people: log.jsonl (a line a step), curves.png and summary.json; and the sums behind a line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The training loop.
 
-for every step: for every micro-batch of this rank: loss, backward; then clip, step, log; now and then validate and save.
+for every step: for every micro-batch of this rank: loss, backward; then clip, step, log; now and then validate, save.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Timer:
 
 
 def run_steps(run: Run) -> dict[str, Any]:
-    """Train from `run.state` to the end, validating and saving on the way; return the summary, which is also written."""
+    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written."""
     log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
     started, timer = time.perf_counter(), Timer()
     for batches in _steps_left(run, timer):
@@ -108,7 +108,7 @@ def _steps_left(run: Run, timer: Timer) -> Iterator[list[Batch]]:
 def _read(
     run: Run, rows: Sequence[TrainRow], steps: Sequence[Sequence[MicroBatch]], *, training: bool, epoch: int = 0
 ) -> Iterator[Batch]:
-    """Yield this rank's batches, of every step each world-size-th. One that cannot be read stops the run or is named."""
+    """Yield this rank's batches of the steps. One that cannot be read stops the run, or is named and has weight 0."""
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
     own = [micro_batch for step in steps for micro_batch in step[rank::world_size]]
     same_calls = is_sharded(run.accelerator)
@@ -213,9 +213,10 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Return, for the rows the run is not trained on: mean loss over groups, share of rows answered exactly, keep ratio.
+    """Return how the model does on `eval_rows`: mean loss over groups, share of rows answered exactly, keep ratio.
 
-    A row is answered exactly when every token of its answer, end marker included, is the likeliest after those before it.
+    A row is answered exactly when every token of its answer, end marker included, is the likeliest after the true ones
+    before it.
     """
     world_size = run.accelerator.num_processes
     steps = plan_epoch(run.eval_rows, run.config.questions_per_volume, world_size, 0, 0)
@@ -283,9 +284,10 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def dry_run(config: TrainConfig, grounding: Callable[[Any, Sequence[TrainRow]], AddedLoss] | None = None) -> str:
-    """Return a description of the run, after one step of it on real rows in a temporary folder; "" but in the main process.
+    """Return a description of the run, after one step of it on real rows in a temporary folder.
 
-    Every row is checked against its store, as at the start of a run. Raises what that raises.
+    Every row is checked against its store, as at the start of a run. Raises what that raises. "" but in the main
+    process.
     """
     with tempfile.TemporaryDirectory(prefix="photon-") as folder:
         trial = start(replace(config, output=folder, track=()), resume=False, grounding=grounding)

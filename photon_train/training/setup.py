@@ -64,7 +64,7 @@ AddedLoss = Callable[[Batch], Tensor | None]  # called after each forward; None:
 
 @dataclass
 class Run:
-    """Everything a step needs. Model and optimizer are as accelerate prepared them; `state` is what a checkpoint restores."""
+    """Everything a step needs. Accelerate has prepared model and optimizer; a checkpoint restores `state`."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -101,7 +101,7 @@ def start(
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: Callable[[Any, Sequence[TrainRow]], AddedLoss] | None = None,
 ) -> Run:
-    """Return the run. UsageError for settings or rows that it cannot be made of; a folder that holds a run needs `resume`.
+    """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
     `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
     """
@@ -118,7 +118,8 @@ def start(
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last)
-    state = {"step": 0, "epoch": 0, "step_in_epoch": 0, "rows": _digest(rows), "settings": config.to_json()}
+    state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
+    state |= {"rows": _digest(rows), "settings": config.to_json()}
     if last:
         saved = read_state(last)
         _check_same_run(config, saved, state["rows"])
@@ -140,7 +141,7 @@ def start(
 
 
 def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:
-    """Return the model to train, whole and in float32, and its processor; from a checkpoint of the run if there is one."""
+    """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one."""
     torch.manual_seed(config.seed)  # for fresh parts
     with_adapter = last is not None and (last / ADAPTER).is_file()
     source = config.model if last is None or with_adapter else str(last)
@@ -169,12 +170,12 @@ def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProce
     return model, processor
 
 
-def _set_gradient_checkpointing(part: nn.Module, enabled: bool) -> None:
+def _set_gradient_checkpointing(part: Any, enabled: bool) -> None:
     """Set it for one half of the model, without reentry, which would lose the gradient of the threshold."""
     for module in part.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = enabled
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def _digest(rows: Sequence[TrainRow]) -> str:
@@ -193,7 +194,8 @@ def _check_same_run(config: TrainConfig, saved: dict[str, Any], rows_digest: str
     changed = [f"{name}={same[name]!r} (was {value!r})" for name, value in vars(begun).items() if same[name] != value]
     if changed:
         raise UsageError(
-            f"expected the settings that {config.output} was begun with, found {', '.join(changed)}; start a new run for others"
+            f"expected the settings that {config.output} was begun with, found {', '.join(changed)}; "
+            "start a new run for others"
         )
 
 
@@ -215,12 +217,13 @@ def choose_trained(model: nn.Module, config: TrainConfig) -> None:
         parameter.requires_grad_(not frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(
-            "expected a module with a learning rate above 0, found that lr_* and freeze leave nothing to train; set one of lr_*"
+            "expected a module with a learning rate above 0, found that lr_* and freeze leave nothing to train; "
+            "set one of lr_*"
         )
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return optimizer groups: a learning rate per module, weight decay for matrices only. `module` names it in the log."""
+    """Return optimizer groups: a learning rate per module, weight decay for matrices only. `module` is for the log."""
     groups: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

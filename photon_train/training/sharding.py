@@ -1,7 +1,7 @@
-"""One run on several processes: how they are launched, and how weights and optimizer state leave and enter the run whole.
+"""One run on several processes: which launchers it takes, and how weights and optimizer state leave and enter it whole.
 
-With DDP every process holds all weights; with FSDP2 the processes share weights, gradients and optimizer state. Every process calls
-every function of this file, in the same order.
+With DDP every process holds everything; with FSDP2 processes share weights, gradients and optimizer state. Every
+process calls every function of this file, in the same order.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=list(config.track) or None,
         project_dir=config.output,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=1
-        ),  # groups_per_step decides, not the launcher
-        # Early phases leave the threshold predictor, and groups of text the vision tower, without a gradient. Buffers are
-        # constants: DDP would send them before every forward, and wait for a process that has one group less to evaluate.
+        # groups_per_step decides about accumulation, not the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Early phases leave the threshold predictor, and groups of text the vision tower, without a gradient. Buffers
+        # are constants: DDP would send them before every forward, and wait for processes with less to evaluate.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     check_processes(config, accelerator.num_processes)
@@ -67,7 +66,8 @@ def check_processes(config: TrainConfig, processes: int) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != processes:  # each would train alone
         raise UsageError(
-            f"expected the {launched} processes that were launched, found that accelerate sees {processes}; use torchrun"
+            f"expected the {launched} processes that were launched, found that accelerate sees {processes}; "
+            "launch with torchrun"
         )
     if config.groups_per_step % processes:
         raise UsageError(
@@ -82,7 +82,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def gather_weights(model: nn.Module, unwrapped: nn.Module) -> dict[str, Tensor]:
-    """Return all weights of a prepared model by name, whole, on the CPU; {} but in the main process where they are shared.
+    """Return all weights of a prepared model by name, whole, on the CPU. With FSDP2, {} but in the main process.
 
     A weight with two names is there once: copied from a device, it would become two weights.
     """
