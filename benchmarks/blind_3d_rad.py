@@ -13,8 +13,8 @@ from typing import Any
 
 from photon_cli.eval_command import show
 from photon_data.datasets.rad3d import read_subtask
-from photon_data.questions import rows as manifest
 from photon_data.questions.question import with_made_ids
+from photon_data.questions.rows import build
 from photon_data.records import PREPARED, VolumeRecord
 from photon_train.evaluation.evaluate import evaluate
 
@@ -24,7 +24,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     questions = with_made_ids([question for file in sorted(folder.glob("Task*/*.csv")) for question in read_subtask(file)])
     names = sorted({question.volume for question in questions})
     records = [VolumeRecord(name, name, PREPARED, 0, 0, store=name) for name in names]
-    built = manifest.build(questions, records, out="/", instruction=".", dataset="3d-rad")
+    built = build(questions, records, out="/", instruction=".", dataset="3d-rad")
     return [row for rows in built.rows.values() for row in rows]
 
 

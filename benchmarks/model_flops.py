@@ -33,7 +33,7 @@ QWEN_3B = {
 }
 
 
-def table(config: PhotonConfig, prompt: costs.Prompt, keep_ratio: float, questions: int) -> str:
+def table(config: PhotonConfig, prompt: costs.PromptSize, keep_ratio: float, questions: int) -> str:
     """One line per way of asking, in TFLOP; bytes behind."""
     grid, kept = config.patches_thw, round(keep_ratio * prompt.visual)
     short = prompt.length - prompt.visual + kept
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--question-tokens", type=int, default=32)
     args = parser.parse_args()
     config = PhotonConfig.from_pretrained(args.config) if args.config else PhotonConfig(**QWEN_3B, stage=2)
-    prompt = costs.prompt_of(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
+    prompt = costs.prompt_size(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
     print(table(config, prompt, args.keep_ratio, args.questions))
 
 

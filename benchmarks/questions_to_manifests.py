@@ -85,7 +85,7 @@ def measure(path: Path) -> str:
     gathered = time.perf_counter() - start
     records = [VolumeRecord(job.source.id, job.source.path, PREPARED, 1, 1, store=store_name(job.source.id)) for job in data.jobs]
     manifests = build(data.questions, records, out=out.at(""), instruction="")
-    refuse_leaks(leaks((row for rows in manifests.rows.values() for row in rows), records))
+    refuse_leaks(leaks(row for rows in manifests.rows.values() for row in rows))
     write(manifests, out.at(""))
     counts = count(row for rows in manifests.rows.values() for row in rows)
     rows, volumes = sum(c.questions for c in counts), len(records)

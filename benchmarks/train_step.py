@@ -21,9 +21,8 @@ import torch
 from model_speed import build
 
 from photon_data.files import Location
-from photon_data.prepare import Prepared
 from photon_data.store import store_name, write_store
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from photon_data.prepare_file import Job, run
+from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import PREPARED
@@ -30,7 +30,7 @@ def prepare_folder(folder: str, out: str) -> None:
 
 
 def _store(source: Source, out: str) -> str:
-    record = run(Job(source, out, Recipe(), overwrite=True))
+    record = prepare_file(Job(source, out, Recipe(), overwrite=True))
     if record.state != PREPARED:
         raise RuntimeError(f"{source.path} is {record.state}: {record.reason}")
     return str(Path(out, store_name(source.id)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from photon_cli.bar import Bar
 from photon_cli.options import console
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
-from photon_train.answering.predictor import Group, Reply
+from photon_train.answering.predictor import Reply, RequestGroup
 
 SHOWN_FAILURES = 10
 
@@ -30,7 +30,7 @@ class Show(Bar):
         console.print(f"{total} rows, {before} of them answered before", soft_wrap=True)
         self.update(total=total, completed=before)
 
-    def replies(self, group: Group, replies: Sequence[Reply]) -> None:
+    def replies(self, group: RequestGroup, replies: Sequence[Reply]) -> None:
         """Count a batch."""
         self.done += len(replies)
         self.kept += sum(reply.prediction.kept_tokens for reply in replies)

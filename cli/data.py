@@ -92,17 +92,19 @@ def prepare(
     from photon_pipelines.plan import Order
 
     with edges():
-        run: dict[str, Any] = {"limit": limit, "overwrite": overwrite, "max_voxels": max_voxels, "pictures": pictures}
+        run: dict[str, Any] = {"limit": limit, "overwrite": overwrite, "pictures": pictures}
         run |= {"allow_leaks": allow_leaks, "prompt": prompt_style}
         if manifest:
             refuse_beside_manifest(context, DECLARED)
             seeds = {} if is_default(context, "seed") else {"seed": seed}
-            order = declared_order(manifest, only, _only_out(source, out), **run, **seeds)
+            order = declared_order(manifest, only, _only_out(source, out), max_voxels=max_voxels, **run, **seeds)
         else:
+            made_by = make_recipe(recipe, settings, modality, nan, max_voxels)
             order = Order(
                 source=_existing(source),
                 out=Location(_given(out, "OUT")),
-                recipe=make_recipe(recipe, settings, modality, nan),
+                recipe=made_by[0],
+                policy=made_by[1],
                 hu_source=hu_source,
                 questions=questions,
                 columns=pairs(columns, "--columns"),
@@ -154,15 +156,16 @@ def inspect(
             refuse_beside_manifest(context, (*(name for name in DECLARED if name in context.params), "limit", "json_file"))
             good = inspect_manifest_command.inspect_manifest(manifest, only, _only_out(source, None), crew)
         else:
+            made_by = make_recipe(recipe, settings, modality, nan, max_voxels)
             order = Order(
                 source=_existing(source),
                 out=Location("."),
-                recipe=make_recipe(recipe, settings, modality, nan),
+                recipe=made_by[0],
+                policy=made_by[1],
                 hu_source=hu_source,
                 columns=pairs(columns, "--columns"),
                 id_from=id_from,
                 limit=limit,
-                max_voxels=max_voxels,
             )
             good = inspect_command.inspect(order, crew, json_file)
     raise typer.Exit(0 if good else PARTIAL)

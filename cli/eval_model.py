@@ -12,7 +12,7 @@ from photon_cli.eval_command import Given
 from photon_cli.options import console
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
-from photon_train.answering.manifest import Watch, predict_rows
+from photon_train.answering.manifest import predict_rows
 from photon_train.answering.prediction import read_predictions
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.rows import Row
@@ -73,7 +73,7 @@ def _answered(model: Model, rows: Sequence[Row], folder: Path) -> tuple[Path, Ph
     path = folder / f"{config.scheduler}.jsonl"
     console.print(f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else ""))
     with Show() as show:
-        outcome = predict_rows(asker, rows, path, watch=Watch(show.start, show.replies))
+        outcome = predict_rows(asker, rows, path, on_start=show.start, on_batch=show.replies)
     print_outcome(outcome, path, show)
     return path, config
 

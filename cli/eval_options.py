@@ -63,7 +63,7 @@ def evaluate(
         from photon_cli import eval_command
     except ModuleNotFoundError as error:
         fail(f"photon: the extra `eval` wanted, {error.name} is not installed; pip install 'photon-ct[eval]'", MISUSE)
-    from photon_train.evaluation.evaluate import Settings
+    from photon_train.evaluation.tables import Settings
 
     settings = Settings(allow_partial=allow_partial, bootstrap=bootstrap, seed=seed, with_bertscore=bertscore)
     pictures = overlays if overlays is not None else USUAL_OVERLAYS if model else 0

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from photon_cli.options import console
 from photon_cli.prepare_command import cost, say_lines
-from photon_data.datasets.combine import Part, collect, combine, missing_paths
-from photon_data.datasets.declare import DataSet, read_data_manifest
+from photon_data.datasets.base import DataSet
+from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
+from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_pipelines.cluster import Workers
@@ -34,16 +35,16 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     console.print(table)
     if not parts:
         return False
-    readable = tuple(part.entry for part in parts)
+    readable = tuple(entry for part in parts for entry in part.datasets)
     order = Order(path, where, one_recipe(readable), datasets=readable, seed=manifest.seed)
     both = combine(parts, manifest.seed)
     todo = plan(jobs_of(order, both), where, order.recipe)
     say_lines("for the volumes that are there", cost(order.recipe, todo, workers))
-    refuse_leaks(leaks(map(as_row, both.questions), []))
+    refuse_leaks(leaks(map(as_row, both.questions)))
     return len(parts) == len(datasets) and not both.unmatched
 
 
-def _look(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]:
+def _look(entry: DataSet, seed: int) -> tuple[Collection | None, list[str]]:
     """Return a data set as far as it can be read, and its line of the table."""
     missing = missing_paths(entry)
     if missing:
@@ -52,8 +53,8 @@ def _look(entry: DataSet, seed: int) -> tuple[Part | None, list[str]]:
         archives = pending([entry])
         for one in archives:
             if one.is_all:
-                return None, [entry.name, "?", f"{len(one.asked):,}", "0", f"{len(one.missing):,}", str(one)]
-        part = collect(entry, instruction=recipe_of(entry).instruction, seed=seed)
+                return None, [entry.name, "?", f"{len(one.requested):,}", "0", f"{len(one.missing):,}", str(one)]
+        part = read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     there, gone = {q.volume for q in part.questions}, sorted({missing.volume for missing in part.unmatched})

@@ -13,7 +13,7 @@ import numpy as np
 from photon_cli.options import numbers, numbers_or_name
 from photon_data.picture import AUTO, resolve_window
 from photon_data.recipe import Recipe
-from photon_train.answering.predictor import Group, Reply
+from photon_train.answering.predictor import Reply, RequestGroup
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.kept_tokens import CountedMask, counted_masks
 from photon_train.overlay import Canvas, View, folders_of, write_overlay
@@ -62,10 +62,10 @@ class Shown:
         return recalls
 
 
-def show_rows(order: KeptOrder, group: Group, replies: Sequence[Reply], tokens_zyx: tuple[int, int, int]) -> None:
+def show_rows(order: KeptOrder, group: RequestGroup, replies: Sequence[Reply], tokens_zyx: tuple[int, int, int]) -> None:
     """Write what was kept of the volumes of a manifest's rows; with masks in a folder per volume id, their recall beside it."""
     assert order.overlay is not None, "what a manifest keeps is shown in a folder"
-    titles = {prompt.id: _question(prompt.row) for prompt in group.prompts}
+    titles = {prompt.id: _question(prompt.row) for prompt in group.requests}
     count = len(group.videos)
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe())

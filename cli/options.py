@@ -16,7 +16,7 @@ from rich.console import Console
 from photon_cli.exits import INTERRUPTED, MISUSE, STOPPED
 
 if TYPE_CHECKING:
-    from photon_data.recipe import Recipe
+    from photon_data.recipe import Policy, Recipe
 
 
 class _Patient(Console):
@@ -113,11 +113,14 @@ def numbers_or_name(text: str, option: str) -> str | tuple[float, float]:
     return low, high
 
 
-def make_recipe(name: str, settings: list[str], modality: str | None, nan: str | None) -> Recipe:
-    """Return the named recipe with --set, --modality and --nan applied; UsageError for what it does not know."""
+def make_recipe(
+    name: str, settings: list[str], modality: str | None, nan: str | None, max_voxels: int | None = None
+) -> tuple[Recipe, Policy]:
+    """Return the named recipe and the policy, with --set and the options applied; UsageError for what neither knows."""
     from photon_data.recipe import named_recipe
 
-    extra = [f"{key}={value}" for key, value in (("modality", modality), ("non_finite", nan)) if value is not None]
+    options = {"modality": modality, "non_finite": nan, "max_voxels": max_voxels}
+    extra = [f"{key}={value}" for key, value in options.items() if value is not None]
     return named_recipe(name, [*settings, *extra])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers.utils import logging
 
-from photon_train.answering.predictor import AnswerSettings, Asker, load_asker
+from photon_train.answering.predictor import AnswerSettings, Predictor, load_predictor
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Model:
     scheduler: str | None
     keep_ratio: float | None
 
-    def load(self, device: str | None = None) -> Asker:
+    def load(self, device: str | None = None) -> Predictor:
         """Return it, loaded; UsageError where it cannot be."""
         logging.disable_progress_bar()
-        return load_asker(
+        return load_predictor(
             self.place,
             self.answers,
             device=device or self.device,

@@ -11,8 +11,8 @@ from photon_cli.kept import KeptOrder, show_rows
 from photon_cli.predict_model import Model
 from photon_data.errors import UsageError
 from photon_train.answering import manifest as predict
-from photon_train.answering.manifest import Shard, Watch
-from photon_train.answering.predictor import Group, Reply
+from photon_train.answering.manifest import Shard
+from photon_train.answering.predictor import Reply, RequestGroup
 from photon_train.rows import read_rows
 
 
@@ -24,14 +24,14 @@ def predict_rows(model: Model, manifest: Path, output: Path, shard: str | None, 
     asker = model.load(device)
     tokens_zyx = asker.processor.config.tokens_thw
 
-    def on_replies(group: Group, replies: Sequence[Reply]) -> None:
+    def on_replies(group: RequestGroup, replies: Sequence[Reply]) -> None:
         show.replies(group, replies)
         if kept.overlay:
             with show.costing_itself(group.name):
                 show_rows(kept, group, replies, tokens_zyx)
 
     with Show() as show:
-        outcome = predict.predict_rows(asker, rows, output, part, Watch(show.start, on_replies))
+        outcome = predict.predict_rows(asker, rows, output, part, on_start=show.start, on_batch=on_replies)
     print_outcome(outcome, output, show, part)
     return not (outcome.failed or show.unshown)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from photon_cli.kept import KeptOrder, Shown
 from photon_cli.options import console
 from photon_cli.predict_model import Model
-from photon_data.recipe import Recipe
-from photon_train.answering.predictor import Asker, Reply, grid_read_by
-from photon_train.answering.scan import Asked, ScanInput, ask_scan, open_input
+from photon_data.recipe import Policy, Recipe
+from photon_train.answering.predictor import Predictor, Reply, ScanAnswers, answer_questions, model_shape_of
+from photon_train.answering.scan import ScanInput, open_input
 from photon_train.overlay import folders_of
 
 
@@ -22,15 +22,21 @@ class Look(NamedTuple):
     stream: bool
 
 
-def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe, look: Look, kept: KeptOrder) -> None:
+def predict_scan(
+    model: Model, place: str, questions: list[str], made_by: tuple[Recipe, Policy], look: Look, kept: KeptOrder
+) -> None:
     """Answer and print, on the grid that the model reads, whatever the recipe's.
 
     The scan is read before the model: most of what can be wrong is wrong with the scan.
     """
-    scan = open_input(place, replace(recipe, model_shape_zyx=grid_read_by(model.place, model.revision)))
+    recipe, policy = made_by
+    scan = open_input(place, replace(recipe, model_shape_zyx=model_shape_of(model.place, model.revision)), policy)
     asker = model.load()
     shown = Shown.of(kept, scan, asker.processor.config.tokens_thw, kept.masks)
-    asked = _streamed(asker, scan, questions) if look.stream and not look.json else ask_scan(asker, scan, questions)
+    if look.stream and not look.json:
+        asked = _streamed(asker, scan, questions)
+    else:
+        asked = answer_questions(asker, questions, scan.model, scan.id, scan.seconds)
     recalls = [_show(shown, question, reply) for question, reply in zip(questions, asked.replies, strict=True)]
     if look.json:
         print(json.dumps(_as_json(model, scan, questions, asked, recalls), indent=1))
@@ -44,7 +50,7 @@ def predict_scan(model: Model, place: str, questions: list[str], recipe: Recipe,
     console.print(f"{scan.id}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in asked.seconds.items()))
 
 
-def _streamed(asker: Asker, scan: ScanInput, questions: list[str]) -> Asked:
+def _streamed(asker: Predictor, scan: ScanInput, questions: list[str]) -> ScanAnswers:
     """Print each answer while it comes, behind its question."""
     from transformers import TextStreamer
 
@@ -59,7 +65,8 @@ def _streamed(asker: Asker, scan: ScanInput, questions: list[str]) -> Asked:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             console.print(text, end="\n" if stream_end else "", soft_wrap=True)
 
-    return ask_scan(asker, scan, questions, Streamer(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    streamer = Streamer(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return answer_questions(asker, questions, scan.model, scan.id, scan.seconds, streamer)
 
 
 def _show(shown: Shown, question: str, reply: Reply) -> dict[str, Any]:
@@ -81,7 +88,9 @@ def _print_kept(reply: Reply, recalls: dict[str, Any]) -> None:
         console.print(f"  {name}: {recall['recall']:.1%} of {recall['voxels']} voxels kept, chance {recall['chance']:.1%}")
 
 
-def _as_json(model: Model, scan: ScanInput, questions: list[str], asked: Asked, recalls: list[dict[str, Any]]) -> dict[str, Any]:
+def _as_json(
+    model: Model, scan: ScanInput, questions: list[str], asked: ScanAnswers, recalls: list[dict[str, Any]]
+) -> dict[str, Any]:
     rows = [
         {"question": question, **asdict(reply.prediction), "recall": recall}
         for question, reply, recall in zip(questions, asked.replies, recalls, strict=True)

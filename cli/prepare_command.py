@@ -143,6 +143,6 @@ def _say_unmatched(result: Result) -> None:
     if unmatched:
         console.print(f"{len(unmatched)} questions have no row:", style="red")
     for missing in unmatched[:SHOWN]:
-        console.print(f"  {missing.id} (volume {missing.volume}): {missing.why}", soft_wrap=True)
+        console.print(f"  {missing.id} (volume {missing.volume}): {missing.reason}", soft_wrap=True)
     if len(unmatched) > SHOWN:
         console.print(f"  and {len(unmatched) - SHOWN} more")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -27,6 +28,20 @@ class UsageError(ValueError):
 def first_few(names: Sequence[str], most: int = 3) -> str:
     """Return names in a sentence, "a, b, c, ..." where there are more than `most`."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is spelled most like `name`, in upper or lower case; None where none is like it."""
+    by_lower = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.casefold(), by_lower, n=1, cutoff=0.5)
+    return by_lower[near[0]] if near else None
+
+
+def name_hint(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'spacing_mm'?" for a misspelled name; where no known name is like it, "there are a, b, c"."""
+    known = list(known)
+    near = nearest_name(name, known)
+    return f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
 
 
 def unforeseen(error: Exception) -> str:

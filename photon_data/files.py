@@ -1,13 +1,17 @@
-"""Folders that may be local paths or object-store URLs, with writes that are whole or absent."""
+"""Files and folders, local or in an object store, written whole or not at all; rows as JSON lines."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.utils import get_protocol
@@ -17,18 +21,21 @@ from photon_data.errors import UsageError
 
 @dataclass(frozen=True)
 class Location:
-    """A folder: a local path ("/data/out") or an fsspec URL ("s3://bucket/out"). Names below it are posix relative paths."""
+    """A folder: a local path ("/data/out") or an fsspec URL ("s3://bucket/out").
+
+    Names below it are relative paths with "/".
+    """
 
     url: str
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        """The file system that serves this folder (fsspec keeps one instance per process)."""
+        """The file system of this folder (fsspec keeps one instance per process)."""
         try:
             return fsspec.url_to_fs(self.url)[0]
         except (ImportError, ValueError) as error:
             raise UsageError(
-                f"a folder or the URL of an object store wanted, got {self.url}: {error}; s3 and gs want the extra cloud"
+                f"expected a folder or the URL of an object store, found {self.url} ({error}); s3 and gs need the extra cloud"
             ) from None
 
     @property
@@ -38,14 +45,14 @@ class Location:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes find here what this one wrote: fsspec's memory is each process's own."""
+        """Whether other processes find here what this one wrote: fsspec's memory belongs to one process."""
         return get_protocol(self.url) != "memory"
 
     @property
     def path(self) -> Path:
         """The absolute local folder; ValueError for a remote one."""
         if not self.is_local:
-            raise ValueError(f"a local folder wanted, got {self.url}")
+            raise ValueError(f"expected a local folder, found {self.url}")
         return Path(os.path.abspath(self.url.removeprefix("file://")))  # noqa: PTH100 - resolve() would follow links
 
     def at(self, name: str) -> str:
@@ -53,48 +60,77 @@ class Location:
         return str(self.path / name) if self.is_local else f"{self.url.rstrip('/')}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Tell whether a file or folder of that name is there."""
+        """Tell whether there is a file or folder of that name."""
         return (self.path / name).exists() if self.is_local else bool(self.fs.exists(self.at(name)))
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, None if it is not there."""
+        """Return the content of a file; None if there is no such file."""
         try:
             return (self.path / name).read_bytes() if self.is_local else self.fs.cat_file(self.at(name))
         except FileNotFoundError:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a whole file in place, or leave what was there."""
-        if not self.is_local:
+        """Write a whole file. If that fails, the file that was there before stays."""
+        if self.is_local:
+            with write_whole(self.path / name) as temporary:
+                temporary.write_bytes(content)
+        else:
             self.fs.pipe_file(self.at(name), content)
-            return
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
-            temporary.write_bytes(content)
-            sync(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(target.parent)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all in it, if it is there."""
+        """Remove a file, or a folder with all that is in it, if there is one."""
         if self.is_local:
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            _remove(self.path / name)
         elif self.fs.exists(self.at(name)):
             self.fs.rm(self.at(name), recursive=True)
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of what lies directly in `folder`; empty if there is no such folder."""
+        """Return the sorted names of what lies directly in `folder`; none if there is no such folder."""
         try:
             if self.is_local:
                 return sorted(entry.name for entry in (self.path / folder).iterdir())
             return sorted(Path(entry).name for entry in self.fs.ls(self.at(folder), detail=False))
         except FileNotFoundError:
             return []
+
+
+@contextlib.contextmanager
+def write_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write a file or a folder to. At the end it is synced to disk and renamed to `path`.
+
+        with write_whole(folder / "rows.jsonl") as temporary:
+            temporary.write_bytes(jsonl_bytes(rows))
+
+    So `path` is always complete: what was there before stays if the block raises or the disk is full, and the temporary one
+    is removed. It lies beside `path` under a new name, `.NAME.xxxxxxxx.partial`. `temporary` gives it another one on the same
+    disk: what a killed run left there is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if temporary is None:
+        temporary = _new_name(path)
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            sync_tree(temporary)
+            replace_folder(temporary, path)
+        else:
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename the finished folder `new` to `target`. A folder that was there is moved aside before and removed after."""
+    aside = _new_name(target)
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(aside)
+    new.rename(target)
+    sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -114,11 +150,38 @@ def sync_tree(folder: Path) -> None:
         sync(Path(parent))
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename the finished folder `new` to `target`; what stood there is moved aside first and then removed."""
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    with contextlib.suppress(FileNotFoundError):
-        target.rename(aside)
-    new.rename(target)
-    sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+def _new_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Return rows as JSON lines, with their keys in the given order. What UTF-8 cannot hold (odd file names) is escaped."""
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
+    buffer = io.BytesIO()  # b"".join would hold all lines twice
+    buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
+    return buffer.getvalue()
+
+
+def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """Return `jsonl_bytes` as text."""
+    return jsonl_bytes(rows).decode()
+
+
+def from_jsonl(text: str) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
+    rows = []
+    # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error.msg})") from None
+    return rows

@@ -1,8 +1,8 @@
-"""Intensities as they stream past: statistics, voxels that are no numbers, and whether these can be Hounsfield units."""
+"""Intensities as they stream past: rescaling, statistics, non-finite voxels, and whether they can be Hounsfield units."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,26 @@ LARGEST = 1e30
 
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
-# Lower than air is noise, or padding of one value; more than this share of anything else is air that was scaled twice.
-THIN_HU, MOST_THIN = (-4000, -1150), 0.05
+# Below air there is noise, or padding of one value; more than this share of anything else is air that was rescaled twice.
+BELOW_AIR_HU, MOST_BELOW_AIR = (-4000, -1150), 0.05
+
+
+class Rescale(NamedTuple):
+    """HU = slope * stored + intercept, and who gives them.
+
+    given_by  "stored": nobody, values are taken as they are; "table": a user's table, which is followed; "metadata": the
+              table of a data set whose files hold raw values, so that stored values which are HU already are refused
+    """
+
+    slope: float
+    intercept: float
+    given_by: Literal["stored", "table", "metadata"]
 
 
 class Probe:
-    """Gathers what is said of a scan's intensities from its planes, of stored values; `slope` and `intercept` make them HU."""
+    """Collects statistics of a scan's stored values, plane by plane; `slope` and `intercept` turn them into HU."""
 
-    def __init__(self, shape_zyx: tuple[int, int, int], slope: float, intercept: float, fill: float | None) -> None:
+    def __init__(self, shape_zyx: tuple[int, int, int], slope: float, intercept: float, fill: float = 0.0) -> None:
         self.slope, self.intercept, self.fill = slope, intercept, fill
         self.step = max(1, round(np.cbrt(np.prod(shape_zyx, dtype=float) / SAMPLE_VOXELS)))
         self.count = self.non_finite = 0
@@ -31,9 +43,14 @@ class Probe:
         self.samples: list[np.ndarray] = []
 
     def look(self, plane: np.ndarray) -> np.ndarray:
-        """Return the plane to go on with: itself, or a copy in which voxels that are no numbers hold `fill` (if given)."""
+        """Return the plane to go on with: itself, or a copy in which `fill` replaces voxels that are not finite."""
         if plane.dtype.kind == "f":
-            plane = self._finite(plane)
+            with np.errstate(invalid="ignore"):
+                finite = np.abs(plane) < LARGEST
+            bad = plane.size - int(np.count_nonzero(finite))
+            if bad:
+                self.non_finite += bad
+                plane = np.where(finite, plane, self.fill).astype(plane.dtype)
         if plane.size:
             self.low = min(self.low, float(plane.min()))
             self.high = max(self.high, float(plane.max()))
@@ -42,22 +59,13 @@ class Probe:
         self.count += 1
         return plane
 
-    def _finite(self, plane: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            finite = np.abs(plane) < LARGEST
-        bad = plane.size - int(np.count_nonzero(finite))
-        if not bad:
-            return plane
-        self.non_finite += bad
-        return np.where(finite, plane, 0 if self.fill is None else self.fill).astype(plane.dtype)
+    def sample_stored(self) -> np.ndarray:
+        """Return the sampled voxels as they are stored, flat."""
+        return np.concatenate([s.ravel() for s in self.samples])
 
     def sample_hu(self) -> np.ndarray:
         """Return the sampled voxels as HU, flat."""
         return self.sample_stored() * np.float32(self.slope) + np.float32(self.intercept)
-
-    def sample_stored(self) -> np.ndarray:
-        """Return the sampled voxels as they are stored, flat."""
-        return np.concatenate([s.ravel() for s in self.samples])
 
     def range_hu(self) -> tuple[float, float]:
         """Return the lowest and the highest HU of all voxels."""
@@ -65,32 +73,23 @@ class Probe:
         return low, high
 
     def statistics(self) -> dict[str, Any]:
-        """Return min and max (exact), mean and percentiles (sampled), the count of voxels that are no numbers, a histogram."""
-        return _statistics(self.sample_hu(), *self.range_hu(), self.non_finite)
+        """Return min and max (exact), mean and percentiles (sampled), the number of non-finite voxels, a histogram."""
+        sample = self.sample_hu()
+        histogram = np.histogram(sample, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0]
+        return {**_statistics(sample, *self.range_hu(), self.non_finite), "histogram": histogram.tolist()}
 
 
 def volume_statistics(array: np.ndarray) -> dict[str, Any]:
-    """Return the same statistics of a finished int16 volume (without the histogram)."""
+    """Return the same statistics of a finished int16 volume, without the histogram."""
     step = max(1, round(np.cbrt(array.size / SAMPLE_VOXELS)))
     sample = array[::step, ::step, ::step].astype(np.float32).ravel()
-    statistics = _statistics(sample, float(array.min()), float(array.max()), 0)
-    del statistics["histogram"]
-    return statistics
+    return _statistics(sample, float(array.min()), float(array.max()), 0)
 
 
 def _statistics(sample: np.ndarray, low: float, high: float, non_finite: int) -> dict[str, Any]:
     p01, p50, p99 = np.percentile(sample, [1, 50, 99])
     numbers = {"min": low, "max": high, "mean": float(sample.mean(dtype=float)), "p01": p01, "p50": p50, "p99": p99}
-    histogram = np.histogram(sample, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0]
-    return {**{k: round(float(v), 2) for k, v in numbers.items()}, "non_finite": non_finite, "histogram": histogram.tolist()}
-
-
-def refuse_non_finite(count: int) -> None:
-    """Raise Refused when a scan that must be finite holds `count` voxels that are not."""
-    if count:
-        raise Refused(
-            "non-finite", f"finite voxels wanted, got {count} NaN or infinite ones; --nan fill sets them to the padding value"
-        )
+    return {**{k: round(float(v), 2) for k, v in numbers.items()}, "non_finite": non_finite}
 
 
 def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> None:
@@ -101,8 +100,9 @@ def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> 
         return
     raise Refused(
         "scaled-before",
-        f"raw values wanted, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to {high:.0f} with air "
-        "near -1000; they would be scaled twice (of CT-RATE, this is v2, in a folder of v1)",
+        f"expected raw values, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to {high:.0f} "
+        "with air near -1000, which would be scaled twice; take the files that the table is of (of CT-RATE, these are v2 "
+        "in a folder of v1)",
     )
 
 
@@ -116,32 +116,32 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     absurd = float(np.mean(sample_hu < ABSURD_HU))
     body = sample_hu[sample_hu > ABSURD_HU]
     air, tissue = _share(body, AIR_HU), _share(body, TISSUE_HU)
-    thin = _share_but_one(body, THIN_HU)
-    if absurd < MOST_ABSURD and air >= LEAST_AIR and tissue >= LEAST_TISSUE and thin <= MOST_THIN:
+    below_air = _share_without_most_frequent(body, BELOW_AIR_HU)
+    if absurd < MOST_ABSURD and air >= LEAST_AIR and tissue >= LEAST_TISSUE and below_air <= MOST_BELOW_AIR:
         return
     if low >= 0:
         guess = "no value is negative, so the rescaling was never applied"
-    elif absurd >= MOST_ABSURD or thin > MOST_THIN or (air >= LEAST_AIR and low < AIR_HU[0]):
+    elif absurd >= MOST_ABSURD or below_air > MOST_BELOW_AIR or (air >= LEAST_AIR and low < AIR_HU[0]):
         guess = "the rescaling seems to have been applied twice"
     else:
         guess = "these are not the intensities of a CT, or they were windowed or rescaled before"
     raise Refused(
         "hu-implausible",
-        f"Hounsfield units wanted (air near -1000, tissue near 0), got {low:.0f} to {high:.0f} with median "
+        f"expected Hounsfield units (air near -1000, tissue near 0), found {low:.0f} to {high:.0f} with median "
         f"{np.median(sample_hu):.0f}, {air:.1%} air and {tissue:.1%} soft tissue: {guess}; "
         "--hu-source gives another slope and intercept, --modality other turns this check off",
     )
 
 
-def _share_but_one(values: np.ndarray, between: tuple[float, float]) -> float:
-    """Return the share of values within (low, high) that are not the most frequent one there: padding has one value."""
+def _share(values: np.ndarray, between: tuple[float, float]) -> float:
+    """Return the share of values within [low, high], 0 for no values."""
+    return float(np.mean((values >= between[0]) & (values <= between[1]))) if values.size else 0.0
+
+
+def _share_without_most_frequent(values: np.ndarray, between: tuple[float, float]) -> float:
+    """Return the share of values within (low, high), without the most frequent one there: padding has one value."""
     within = np.rint(values[(values > between[0]) & (values < between[1])])
     if not within.size:
         return 0.0
     most = int(np.unique(within, return_counts=True)[1].max())
     return (within.size - most) / values.size
-
-
-def _share(values: np.ndarray, between: tuple[float, float]) -> float:
-    """Return the share of values within [low, high], 0 for no values."""
-    return float(np.mean((values >= between[0]) & (values <= between[1]))) if values.size else 0.0

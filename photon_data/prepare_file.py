@@ -1,7 +1,4 @@
-"""The content of a scan's files as one short text: same bytes, same fingerprint, wherever they lie.
-
-One file, start to end: source -> record. A plain function that gives the same bytes whatever runs it.
-"""
+"""One source, start to end: a file or series on disk -> its record, with its store written. The same bytes whatever runs it."""
 
 from __future__ import annotations
 
@@ -9,40 +6,23 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from photon_data.errors import Refused, unforeseen
+from photon_data.errors import Refused, UsageError, unforeseen
 from photon_data.files import Location
-from photon_data.prepare import Rescale, prepare_volume
+from photon_data.hounsfield import Rescale
+from photon_data.prepare_volume import prepare_volume
 from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 from photon_data.readers.nifti import BLANK
-from photon_data.recipe import ALGORITHM, Recipe
+from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.scan import MAX_VOXELS, Scan, Source, Stated, agreed
+from photon_data.scan import Scan, Source, Stated, agreed
 from photon_data.store import is_whole, read_metadata, store_name, write_store
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Return "sha256:<64 hex>" of the content of the files, in their order; names and dates do not count.
-
-    One file gives the hash that `sha256sum` prints. Several give the hash of their (size, sha256) pairs, so that bytes moved
-    from the end of one file to the start of the next show. OSError for a file that cannot be read.
-    """
-    digests = [_digest(file) for file in files]
-    if len(digests) == 1:
-        return f"sha256:{digests[0][1]}"
-    listing = "".join(f"{size} {digest}\n" for size, digest in digests)
-    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    with path.open("rb", buffering=0) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
-
+from photon_data.volume import Prepared, Volume
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -62,9 +42,9 @@ class Job:
     source: Source
     out: str
     recipe: Recipe
+    policy: Policy = field(default_factory=Policy)
     rescale: Rescale | None = None
     stated: Stated | None = None
-    max_voxels: int = MAX_VOXELS
     overwrite: bool = False
     write: bool = True
 
@@ -78,15 +58,27 @@ class Job:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Job:
         """Return the Job that `to_json` wrote."""
-        source = Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])})
-        rescale = Rescale(*data["rescale"]) if data["rescale"] else None
-        stated = Stated.from_json(data["stated"]) if data["stated"] else None
-        recipe = Recipe.from_json(data["recipe"])
-        return cls(**{**data, "source": source, "recipe": recipe, "rescale": rescale, "stated": stated})
+        return cls(
+            **{
+                **data,
+                "source": Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])}),
+                "recipe": Recipe.from_json(data["recipe"]),
+                "policy": Policy(**data["policy"]),
+                "rescale": Rescale(*data["rescale"]) if data["rescale"] else None,
+                "stated": Stated.from_json(data["stated"]) if data["stated"] else None,
+            }
+        )
 
-    def key(self, content: str) -> str:
-        """Return the hash of all that decides the store's bytes: the source's fingerprint, recipe, what others say, algorithm."""
-        parts = [content, self.recipe.digest, self.rescale, ALGORITHM, *([self.stated.to_json()] if self.stated else [])]
+    def key(self, content: str, choices: Mapping[str, str], digest: str | None = None) -> str:
+        """Return the resume key: a hash of all that decides the store's bytes.
+
+        content  the fingerprint of the source's files
+        choices  those of the policy that mattered
+        digest   of the recipe, where it is not this one's: stores of earlier versions
+        """
+        parts = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
+        parts += [self.stated.to_json()] if self.stated else []
+        parts += [dict(choices)] if choices else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def record(self, state: str, **more: Any) -> VolumeRecord:
@@ -95,45 +87,76 @@ class Job:
         return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
 
 
-def run(job: Job) -> VolumeRecord:
-    """Return the record of the source, whose store is then there unless it was refused or failed; NoSpace if the disk is full."""
+def prepare(
+    scan: str | Path | Volume,
+    recipe: Recipe | None = None,
+    policy: Policy | None = None,
+    rescale: Rescale | None = None,
+) -> Prepared:
+    """Return a scan as `prepare_volume` makes it for a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is written.
+
+    `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a store,
+    UsageError where the path holds no scan or several.
+
+    >>> recipe = photon_data.Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+    >>> prepared = photon_data.prepare("a.nii.gz", recipe)
+    >>> prepared.volume.geometry.spacing_zyx_mm, prepared.model.array_zyx.shape
+    ((1.0, 1.0, 1.0), (14, 28, 28))
+    >>> volume = photon_data.read("a.nii.gz")  # the same from memory
+    >>> bool((photon_data.prepare(volume, recipe).volume.numpy() == prepared.volume.numpy()).all())
+    True
+    """
+    policy = policy or Policy()
+    if isinstance(scan, Volume):
+        array = scan.numpy()
+        opened = Scan(scan.geometry, array.dtype, 1.0, 0.0, lambda: iter(array), "array")
+    else:
+        found = find_scans(Path(scan)).sources
+        if len(found) != 1:
+            raise UsageError(
+                f"expected one scan, found {len(found)} in {scan}; name one file or one folder of a series"
+            )
+        opened = open_scan(found[0], nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
+    return prepare_volume(opened, recipe or Recipe(), policy, rescale)
+
+
+def prepare_file(job: Job) -> VolumeRecord:
+    """Return the record of a job's source, whose store is then there unless it was refused or failed.
+
+    Raises NoSpace if the disk is full.
+    """
     start = time.perf_counter()
     try:
         record = _prepare(job)
     except Refused as refusal:
-        record = job.record(REFUSED, code=refusal.code, reason=_without_name(refusal.message, job.source))
+        # A record names its source already. A folder has no file.
+        name = f"{job.source.files[0].name}: " if job.source.files else ""
+        record = job.record(REFUSED, code=refusal.code, reason=refusal.message.removeprefix(name))
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise NoSpace(error.errno, f"no space left for {job.out}; free some and run the same command again") from None
+            raise NoSpace(
+                error.errno, f"no space left for {job.out}; free some and run the same command again"
+            ) from None
         record = job.record(FAILED, code=type(error).__name__, reason=f"{error.strerror or 'input/output error'}")
     except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
         record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
     return replace(record, seconds=round(time.perf_counter() - start, 3))
 
 
-def _without_name(message: str, source: Source) -> str:
-    """Return a message without the file's name at its start: a record names its source already. A folder has no file."""
-    return message.removeprefix(f"{source.files[0].name}: ") if source.files else message
-
-
 def _prepare(job: Job) -> VolumeRecord:
-    if job.source.problem:
-        raise Refused(job.source.code, job.source.problem)
-    content = fingerprint(job.source.files)
-    done = already_there(job, content)
-    if done:
+    source = job.source
+    if source.problem:
+        raise Refused(source.code, source.problem)
+    content = fingerprint(source.files)
+    if done := already_there(job, content):
         return done
-    prepared = prepare_volume(opened(job), job.recipe, job.rescale)
+    prepared = prepare_volume(opened(job), job.recipe, job.policy, job.rescale)
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
-    key, name = job.key(content), store_name(job.source.id)
-    identity = {
-        "id": job.source.id,
-        "key": key,
-        "fingerprint": content,
-        "recipe": job.recipe.to_json(),
-        "digest": job.recipe.digest,
-    }
+    key = job.key(content, prepared.facts.get("policy", {}))
+    identity = {"id": source.id, "key": key, "fingerprint": content}
+    identity |= {"recipe": job.recipe.to_json(), "digest": job.recipe.digest}
+    name = store_name(source.id)
     written = write_store(prepared, Location(job.out), name, identity)
     return job.record(
         PREPARED,
@@ -148,18 +171,30 @@ def _prepare(job: Job) -> VolumeRecord:
 
 def opened(job: Job) -> Scan:
     """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has none."""
-    affine = BLANK if job.stated and job.stated.instead else job.recipe.nifti_affine
-    scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.max_voxels)
+    affine = BLANK if job.stated and job.stated.instead else job.policy.nifti_affine
+    scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.policy.max_voxels)
     return replace(scan, geometry=agreed(scan.geometry, job.stated)) if job.stated else scan
 
 
 def already_there(job: Job, content: str) -> VolumeRecord | None:
-    """Return the record of a store that was made from just this content and recipe, None if there is none."""
+    """Return the record of a store that was made from just this content and recipe, None if there is none.
+
+    Its policy does not count, but for choices that mattered when it was made: those have to be this policy's too.
+    """
     if job.overwrite or not job.write:
         return None
     out, name = Location(job.out), store_name(job.source.id)
     metadata = read_metadata(out, name)
-    if metadata is None or metadata.get("key") != job.key(content) or not is_whole(out, name, metadata):
+    if metadata is None or not is_whole(out, name, metadata):
+        return None
+    choices = metadata["facts"].get("policy", {})
+    earlier = {key: metadata["recipe"].get(key, usual) for key, usual in EARLIER.items()}
+    needed = {**choices, **{key: value for key, value in earlier.items() if value != EARLIER[key]}}
+    if (
+        recipe_digest(metadata) != job.recipe.digest
+        or metadata["key"] != job.key(content, choices, metadata["digest"])
+        or any(getattr(job.policy, key, None) != value for key, value in needed.items())
+    ):
         return None
     return job.record(
         UNCHANGED,
@@ -170,3 +205,28 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
         store_sha256=metadata["sha256"],
         facts=metadata["facts"],
     )
+
+
+def recipe_digest(metadata: Mapping[str, Any]) -> str:
+    """Return the digest of the recipe that a store was made by, also of a store whose recipe still held a policy."""
+    try:
+        return Recipe.from_json(metadata["recipe"]).digest
+    except UsageError:  # a recipe of another version
+        return str(metadata["digest"])
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Return "sha256:<64 hex>" of the content of the files, in their order; names and dates do not count.
+
+    One file gives the hash that `sha256sum` prints. Several give the hash of their (size, sha256) pairs, so that bytes moved
+    from the end of one file to the start of the next show. OSError for a file that cannot be read.
+    """
+    digests = []
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests.append((file.tell(), digest))
+    if len(digests) == 1:
+        return f"sha256:{digests[0][1]}"
+    listing = "".join(f"{size} {digest}\n" for size, digest in digests)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"

@@ -1,24 +1,24 @@
-"""The recipe: every setting that shapes the bytes of a store, as one frozen, validated, digested value.
+"""Recipe: every setting that decides a voxel of a store. Policy: what is refused or picked on the way, which decides none.
 
-Ready recipes, as functions; variants derive from one another.
+Both are frozen values; `--set key=value` changes either. Variants derive from one another with `dataclasses.replace`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, name_hint
 
 # Part of every resume key: raise it when the same recipe would give other bytes.
 ALGORITHM = 2
-
-# Fields that do not change a voxel, hence not the digest.
-_WORDS = ("name", "instruction")
+# These fields decide no voxel, hence not the digest.
+WITHOUT_DIGEST = ("name", "instruction")
+# These belonged to the recipe once. Their defaults stay in the digest, so that stores of that time keep theirs.
+EARLIER = {"modality": "ct", "non_finite": "refuse", "nifti_affine": "auto"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,14 @@ class Recipe:
     pad_hu           value outside of the scan
     antialias        smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015); slower
     model_shape_zyx  voxels of the model grid, resized trilinearly from the target grid (align_corners=False)
-    modality         "ct" refuses intensities that cannot be Hounsfield units; "other" does not look
-    non_finite       "refuse" scans with NaN or infinite voxels, or "fill" those voxels with pad_hu
-    nifti_affine     "auto": sform if coded, else qform, and refuse where both are coded and differ; "sform"; "qform"
     instruction      the question of a volume that has none in a table
+
+    >>> from dataclasses import replace
+    >>> usual = photon_data.Recipe()
+    >>> usual.digest == replace(usual, spacing_mm=(1.5, 1.5, 1.5)).digest
+    False
+    >>> usual.digest == replace(usual, name="mine").digest
+    True
     """
 
     name: str = "chest_ct"
@@ -45,9 +49,6 @@ class Recipe:
     pad_hu: float = -1000.0
     antialias: bool = False
     model_shape_zyx: tuple[int, int, int] = (140, 280, 280)
-    modality: str = "ct"
-    non_finite: str = "refuse"
-    nifti_affine: str = "auto"
     instruction: str = "Describe the findings of this CT scan."
 
     def __post_init__(self) -> None:
@@ -59,15 +60,12 @@ class Recipe:
         low, high = self.window_hu
         _check(-32768 <= low < high <= 32767, "window_hu", "low < high, both within int16", self.window_hu)
         _check(low <= self.pad_hu <= high, "pad_hu", f"a value within the window {self.window_hu}", self.pad_hu)
-        _check(self.modality in ("ct", "other"), "modality", "ct or other", self.modality)
-        _check(self.non_finite in ("refuse", "fill"), "non_finite", "refuse or fill", self.non_finite)
-        _check(self.nifti_affine in ("auto", "sform", "qform"), "nifti_affine", "auto, sform or qform", self.nifti_affine)
         _check("<video>" not in self.instruction, "instruction", "text without a literal <video>", self.instruction)
 
     @property
     def digest(self) -> str:
         """Sixteen hex digits that differ between recipes that can give different bytes."""
-        settings = {k: v for k, v in self.to_json().items() if k not in _WORDS}
+        settings = {k: v for k, v in self.to_json().items() if k not in WITHOUT_DIGEST} | EARLIER
         return hashlib.sha256(json.dumps([ALGORITHM, settings], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -75,55 +73,41 @@ class Recipe:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Recipe:
-        """Return the Recipe of a saved dict; UsageError for keys or values it does not know."""
-        return replace(cls(), **{key: _convert(key, value) for key, value in data.items()})
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """Return the Recipe of a saved dict, also of one that still held a policy; UsageError for other keys or values."""
+        known = {key: value for key, value in data.items() if key not in EARLIER}
+        return replace(cls(), **{key: _convert(cls, key, value) for key, value in known.items()})
 
 
-def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """Return the recipe with "key=value" settings applied, e.g. ["spacing_mm=1.5,1.5,1.5"]; UsageError if one cannot be."""
-    changes = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"key=value wanted, got {setting!r}; for example spacing_mm=1.5,1.5,1.5")
-        changes[key.strip()] = _convert(key.strip(), text.strip())
-    return replace(recipe, **changes)
+@dataclass(frozen=True)
+class Policy:
+    """What is refused, and what is picked where a scan leaves a choice.
 
+    A store does not depend on the policy unless a choice mattered for its scan; that choice is then recorded with it.
 
-def _convert(key: str, value: Any) -> Any:
-    """Return `value` (text, or plain JSON) as the type of the recipe field `key`."""
-    hints = get_type_hints(Recipe)
-    if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(f.name for f in fields(Recipe))}"
-        raise UsageError(f"a recipe field wanted, got {key!r}{hint}")
-    kind = hints[key]
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind in (str, float):
-            return kind(value)
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        item = kind.__args__[0]
-        if len(parts) != len(kind.__args__):
-            raise ValueError
-        return tuple(item(part) for part in parts)
-    except (KeyError, ValueError, TypeError):
-        raise UsageError(f"{key}: {_wanted(kind)} wanted, got {value!r}") from None
+    modality      "ct" refuses intensities that cannot be Hounsfield units; "other" does not
+    non_finite    "refuse" scans with NaN or infinite voxels, or "fill" those voxels with the recipe's pad_hu
+    nifti_affine  "auto": sform if coded, else qform, and refuse where both are coded and differ; "sform"; "qform"
+    max_voxels    larger scans are refused (the largest of CT-RATE's validation split has 424 million)
 
+    >>> photon_data.Policy(modality="mr")
+    Traceback (most recent call last):
+    photon_data.errors.UsageError: modality: expected ct or other, found mr
+    """
 
-def _wanted(kind: Any) -> str:
-    if kind is bool:
-        return "true or false"
-    if kind in (str, float):
-        return "a number" if kind is float else "text"
-    return f"{len(kind.__args__)} {'whole ' if kind.__args__[0] is int else ''}numbers with commas between"
+    modality: str = "ct"
+    non_finite: str = "refuse"
+    nifti_affine: str = "auto"
+    max_voxels: int = 1_000_000_000
 
-
-def _check(good: bool, name: str, wanted: str, got: Any) -> None:
-    if not good:
-        raise UsageError(f"{name}: {wanted} wanted, got {got}")
+    def __post_init__(self) -> None:
+        """UsageError for a choice that does not exist."""
+        _check(self.modality in ("ct", "other"), "modality", "ct or other", self.modality)
+        _check(self.non_finite in ("refuse", "fill"), "non_finite", "refuse or fill", self.non_finite)
+        _check(
+            self.nifti_affine in ("auto", "sform", "qform"), "nifti_affine", "auto, sform or qform", self.nifti_affine
+        )
+        _check(self.max_voxels >= 1, "max_voxels", "a number above 0", self.max_voxels)
 
 
 def chest_ct() -> Recipe:
@@ -144,8 +128,43 @@ def wide_ct() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {"chest_ct": chest_ct, "abdomen_ct": abdomen_ct, "wide_ct": wide_ct}
 
 
-def named_recipe(name: str, settings: Sequence[str]) -> Recipe:
-    """Return the named recipe with "key=value" settings applied; UsageError for what it does not know."""
+def named_recipe(name: str, settings: Sequence[str] = ()) -> tuple[Recipe, Policy]:
+    """Return the recipe of that name and a policy, changed by "key=value" settings; UsageError for what neither knows.
+
+    ["spacing_mm=1.5,1.5,1.5", "modality=other"] -> Recipe(spacing_mm=(1.5, 1.5, 1.5)), Policy(modality="other")
+    """
     if name not in RECIPES:
-        raise UsageError(f"recipe: one of {', '.join(RECIPES)} wanted, got {name!r}")
-    return with_settings(RECIPES[name](), list(settings))
+        raise UsageError(f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
+    changes: dict[type, dict[str, Any]] = {Recipe: {}, Policy: {}}
+    for setting in settings:
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise UsageError(f"expected key=value, found {setting!r}; for example spacing_mm=1.5,1.5,1.5")
+        owner = Policy if key in get_type_hints(Policy) else Recipe
+        changes[owner][key] = _convert(owner, key, text)
+    return replace(RECIPES[name](), **changes[Recipe]), Policy(**changes[Policy])
+
+
+def _convert(owner: type, key: str, value: Any) -> Any:
+    """Return `value` (text, or plain JSON) as the type of the field `key` of Recipe or Policy."""
+    kind = get_type_hints(owner).get(key)
+    if kind is None:
+        known = [field.name for kind in (Recipe, Policy) for field in fields(kind)]
+        raise UsageError(f"expected a field of the recipe or policy, found {key!r}; {name_hint(key, known)}")
+    items = getattr(kind, "__args__", ())
+    expected = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}.get(kind)
+    expected = expected or f"{len(items)} {'whole ' if items[0] is int else ''}numbers with commas between"
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if not items:
+            return kind(value)
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(item(part) for item, part in zip(items, parts, strict=True))
+    except (KeyError, ValueError, TypeError):
+        raise UsageError(f"{key}: expected {expected}, found {value!r}") from None
+
+
+def _check(good: bool, name: str, expected: str, found: Any) -> None:
+    if not good:
+        raise UsageError(f"{name}: expected {expected}, found {found}")

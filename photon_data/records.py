@@ -1,16 +1,15 @@
-"""One row of volumes.jsonl: what became of one input file."""
+"""volumes.jsonl: one row for every input, what became of it."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, from_jsonl, jsonl_bytes
 
+VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -27,13 +26,14 @@ class VolumeRecord:
     code, reason why it was refused or failed (code: a slug to group by)
     facts        what was measured on the way, as stored in the store too:
                    format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
+                   policy      {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none did
                    geometry    Geometry.to_json() of the native grid
                    grid        Geometry.to_json() of the target grid
                    cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of the grid
                                outside of the scan, at the low and the high end of each world axis (L, P, S grow)
                    hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also
                                "histogram": counts in 64 equal bins over [-1100, 1100]
-    key          what the store was made from: fingerprint, recipe digest, rescaling, as one hash
+    key          the resume key: a hash of what the store was made from (fingerprint, recipe digest, rescaling, ...)
     store_sha256 of the store's root metadata, which record every other file of it
     seconds      wall time of the work (None where it was done by an earlier run)
     """
@@ -66,38 +66,9 @@ class VolumeRecord:
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
         """Return the record of a row; keys of newer versions are ignored."""
         if not isinstance(row, dict):
-            raise ValueError(f"a row wanted, got {row!r:.80}")
+            raise ValueError(f"expected a row, found {row!r:.80}")
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
-
-
-def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """Return `jsonl_bytes` as a text."""
-    return jsonl_bytes(rows).decode()
-
-
-def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
-    """Return rows as JSON lines, keys in their given order; what UTF-8 cannot hold (bytes of odd file names) is escaped."""
-    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
-    buffer = io.BytesIO()  # b"".join would hold all lines twice
-    buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
-    return buffer.getvalue()
-
-
-def from_jsonl(text: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
-    rows = []
-    # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"JSON wanted on line {number}, got {line[:80]!r} ({error.msg})") from None
-    return rows
-
-
-VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 
 
 def read_records(out: Location) -> list[VolumeRecord]:
@@ -106,7 +77,9 @@ def read_records(out: Location) -> list[VolumeRecord]:
     try:
         return [VolumeRecord.from_json(row) for row in from_jsonl((content or b"").decode())]
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it") from None
+        raise UsageError(
+            f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it"
+        ) from None
 
 
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:

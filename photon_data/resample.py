@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,16 +15,13 @@ from photon_data.grid import AxisMap, aligned_axes, axis_map, grid_to_native, re
 from photon_data.recipe import Recipe
 from photon_data.volume import Geometry
 
-if TYPE_CHECKING:
-    import SimpleITK
-
 # SimpleITK's float32 output is made in blocks of this many planes.
 BLOCK_PLANES = 64
 
 
 @dataclass(frozen=True)
 class Values:
-    """From stored values to what is kept: HU = slope * stored + intercept, rounded, clipped to window_hu."""
+    """From stored values to int16: HU = slope * stored + intercept, rounded, clipped to window_hu."""
 
     slope: float
     intercept: float
@@ -45,14 +41,14 @@ class Values:
             stored += np.float32(self.intercept)
         return stored
 
-    def keep(self, hu: np.ndarray, out: np.ndarray) -> None:
-        """Write float32 HU (overwritten) into the int16 array `out`, rounded to nearest and clipped."""
+    def to_int16(self, hu: np.ndarray, out: np.ndarray) -> None:
+        """Write float32 HU (which is overwritten) into the int16 array `out`, rounded to nearest and clipped."""
         np.rint(hu, out=hu)
         np.clip(hu, *self.window_hu, out=hu)
         np.copyto(out, hu, casting="unsafe")
 
 
-class Interpolator:
+class PlaneInterpolator:
     """Linear interpolation of planes of `shape` [y, x] along both axes, in float32 buffers that it owns and reuses."""
 
     def __init__(self, rows: AxisMap, columns: AxisMap, shape: tuple[int, int]) -> None:
@@ -80,7 +76,9 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, ou
     return np.add(low, high, out=out)
 
 
-def resample(planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, recipe: Recipe) -> np.ndarray:
+def resample(
+    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, recipe: Recipe
+) -> np.ndarray:
     """Return the int16 array [z, y, x] of the scan on `grid`; every plane is consumed, even those that the grid cuts off."""
     axes = aligned_axes(native)
     blur = _blur_voxels(native, grid) if recipe.antialias else np.zeros(3)
@@ -101,7 +99,7 @@ def _resample_streamed(
     depth, rows, columns = maps
     array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)
     inside = array.transpose(axes)[tuple(slice(m.start, m.stop) for m in maps)]
-    interpolate = Interpolator(rows, columns, native.shape_zyx[1:])
+    interpolate = PlaneInterpolator(rows, columns, native.shape_zyx[1:])
     below, here, scratch = (np.empty(inside.shape[1:], np.float32) for _ in range(3))
     needed = set(depth.low) | set(depth.high)
     for k, plane in enumerate(planes):
@@ -112,7 +110,7 @@ def _resample_streamed(
         for i in np.flatnonzero(depth.high == k):
             start = here if depth.low[i] == k else below
             np.copyto(scratch, here)
-            values.keep(_lerp(start, scratch, depth.weight[i], scratch), inside[i])
+            values.to_int16(_lerp(start, scratch, depth.weight[i], scratch), inside[i])
     return array
 
 
@@ -122,7 +120,13 @@ def _resample_whole(
     """Resample a scan of any affine geometry with SimpleITK: its grid becomes index space, the affine a transform."""
     import SimpleITK as sitk
 
-    image = _in_index_space(planes, native.shape_zyx)
+    whole = None
+    for k, plane in enumerate(planes):
+        if whole is None:
+            whole = np.empty(native.shape_zyx, np.float32 if plane.dtype.kind == "f" else plane.dtype)
+        whole[k] = plane
+    image = sitk.GetImageFromArray(whole)  # origin 0, spacing 1: its coordinates are voxel indices
+    del whole
     if blur_voxels.any():
         image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), (blur_voxels[::-1] ** 2).tolist())
     to_index = sitk.AffineTransform(3)
@@ -143,21 +147,8 @@ def _resample_whole(
             values.pad_stored,
             sitk.sitkFloat32,
         )
-        values.keep(values.rescale(sitk.GetArrayFromImage(sampled)), block)
+        values.to_int16(values.rescale(sitk.GetArrayFromImage(sampled)), block)
     return array
-
-
-def _in_index_space(planes: Iterator[np.ndarray], shape_zyx: tuple[int, int, int]) -> SimpleITK.Image:
-    """Return the scan as an image with origin 0, spacing 1: its coordinates are voxel indices."""
-    import SimpleITK as sitk
-
-    planes = iter(planes)
-    first = next(planes)
-    whole = np.empty(shape_zyx, np.float32 if first.dtype.kind == "f" else first.dtype)
-    whole[0] = first
-    for k, plane in enumerate(planes, 1):
-        whole[k] = plane
-    return sitk.GetImageFromArray(whole)
 
 
 def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
@@ -173,7 +164,7 @@ def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
 def resize(array: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
     """Return the int16 array [z, y, x] resized trilinearly (align_corners=False, no smoothing), rounded to nearest."""
     depth, rows, columns = (resize_map(n_out, n_in) for n_out, n_in in zip(shape_zyx, array.shape, strict=True))
-    interpolate = Interpolator(rows, columns, array.shape[1:])
+    interpolate = PlaneInterpolator(rows, columns, array.shape[1:])
     out = np.empty(shape_zyx, np.int16)
     flat = np.empty(shape_zyx[1:], np.float32)
     low, high = (np.empty(array.shape[1:], np.float32) for _ in range(2))

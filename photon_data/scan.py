@@ -5,8 +5,8 @@ What a data set's own table says of the grid of one of its files, and how that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Scan:
     geometry   native grid; axis 0 is the slowest of the file, so planes arrive in its order
     dtype      of the stored values
     slope, intercept   from the header: HU = slope * stored + intercept
+    choices    of the policy, without which the header would be refused or give another geometry
     planes     call it to stream the stored values: one array [y, x] per index of axis 0. The array may be reused for the next
                plane. Exhausting it verifies length and checksums; Refused is raised on damage.
     """
@@ -56,6 +57,7 @@ class Scan:
     intercept: float
     planes: Callable[[], Iterator[np.ndarray]]
     format: str
+    choices: Mapping[str, str] = field(default_factory=dict)
 
 
 # Published tables round spacing to four digits or more.

@@ -1,8 +1,4 @@
-"""One array as one zarr v3 shard, chunk by chunk: what zarr-python reads as its own, written with fewer copies (0.15 s less).
-
-<chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
-
-Volume <-> store: one OME-Zarr 0.5 image per volume, whole or absent, every byte of it recorded.
+"""Volume <-> store: one OME-Zarr 0.5 image per volume, whole or absent, every byte of it recorded.
 
 <id>.ome.zarr/zarr.json        image group; written last; lists every other file with size and SHA-256
              /0/               the volume
@@ -15,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -29,51 +23,8 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, replace_folder, sync_tree
-from photon_data.prepare import Prepared
-from photon_data.volume import Geometry, Volume
-
-CRC_BYTES = 4
-Shape = tuple[int, int, int]
-
-
-def write_shard(array: np.ndarray, chunk: Shape, path: Path) -> dict[str, Any]:
-    """Write an int16 array as a shard of blosc lz4 chunks, the last ones padded with 0; return {"bytes", "sha256"} of the file.
-
-    The bytes are those that were meant to be written: what the disk made of them, photon-data verify says.
-    """
-    counts = _counts(array.shape, chunk)
-    index = np.empty((*counts, 2), "<u8")
-    whole, digest, position = np.zeros(chunk, "<i2"), hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for place in np.ndindex(*counts):
-            part = array[_box(place, chunk)]
-            if part.shape != chunk:
-                whole[...] = 0
-            whole[tuple(slice(n) for n in part.shape)] = part
-            packed = _checked(blosc.compress(whole, b"lz4", 1, blosc.BITSHUFFLE, 0, typesize=2))
-            index[place] = position, len(packed)
-            position += len(packed)
-            digest.update(packed)
-            file.write(packed)
-        tail = _checked(index.tobytes())
-        digest.update(tail)
-        file.write(tail)
-    return {"bytes": position + len(tail), "sha256": digest.hexdigest()}
-
-
-def _counts(shape: tuple[int, ...], chunk: Shape) -> Shape:
-    nz, ny, nx = (math.ceil(n / c) for n, c in zip(shape, chunk, strict=True))
-    return nz, ny, nx
-
-
-def _box(place: tuple[int, ...], chunk: Shape) -> tuple[slice, ...]:
-    return tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))
-
-
-def _checked(data: bytes) -> bytes:
-    return data + google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
-
+from photon_data.files import Location, write_whole
+from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
 KEY = "photon"
@@ -86,7 +37,7 @@ SUFFIX = ".ome.zarr"
 CHUNK_ZYX = (28, 182, 182)
 LARGEST_VOXELS = 4_000_000_000
 CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
-TOWARDS = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
+ORIENTATION = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
 
 
 def store_name(volume_id: str) -> str:
@@ -100,33 +51,31 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
     `identity` (id, key, fingerprint, recipe) goes into its metadata with the facts. Locally it is written beside, synced and
     renamed; on an object store the root metadata go last, and without them no reader takes the rest for a store.
     """
-    scratch = out.path / Path(name).parent if out.is_local else Path(tempfile.mkdtemp(prefix="photon-"))
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = scratch / f".{Path(name).name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        written = _build(prepared, folder, identity)
-        if out.is_local:
-            sync_tree(folder)
-            replace_folder(folder, out.path / name)
-        else:
-            _upload(folder, out, name)
+    if out.is_local:
+        with write_whole(out.path / name) as folder:
+            return _write(prepared, folder, identity)
+    with tempfile.TemporaryDirectory(prefix="photon-") as scratch:
+        folder = Path(scratch)
+        written = _write(prepared, folder, identity)
+        out.remove(f"{name}/{ROOT}")
+        out.remove(name)
+        for file in [*file_names(folder), ROOT]:
+            out.write(f"{name}/{file}", (folder / file).read_bytes())
         return written
-    finally:
-        shutil.rmtree(folder if out.is_local else scratch, ignore_errors=True)
 
 
-def _build(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Write both image groups into `folder`, the root metadata last."""
     shards = {
         "0/c/0/0/0": _write_array(prepared.volume, folder / "0"),
         "model/0/c/0/0/0": _write_array(prepared.model, folder / "model" / "0"),
     }
     _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
-    files = {name: shards.get(name) or _file_facts(folder / name) for name in file_names(folder)}
+    files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
     ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
     content = _write_group(folder, {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours})
-    size = len(content) + sum(facts["bytes"] for facts in files.values())
-    return {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+    root = _size_and_hash(content)
+    return {**root, "bytes": root["bytes"] + sum(facts["bytes"] for facts in files.values())}
 
 
 def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
@@ -135,7 +84,8 @@ def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
     lz4 costs half the CPU time of zstd for a sixth more bytes (benchmarks/store_codecs.py).
     """
     array = volume.numpy()
-    cz, cy, cx = (_even_part(n, most) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
+    # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140.
+    cz, cy, cx = (math.ceil(n / math.ceil(n / most)) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
     chunk = (cz, cy, cx)
     zarr.create_array(
         folder,
@@ -150,12 +100,37 @@ def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
     )
     shard = folder / "c/0/0/0"
     shard.parent.mkdir(parents=True)
-    return write_shard(array, chunk, shard)
+    return _write_shard(array, chunk, shard)
 
 
-def _even_part(length: int, most: int) -> int:
-    """Return the length of a part when `length` is cut into as few parts of at most `most` as can be, all alike: 280 -> 140."""
-    return math.ceil(length / math.ceil(length / most))
+def _write_shard(array: np.ndarray, chunk: tuple[int, int, int], path: Path) -> dict[str, Any]:
+    """Write an int16 array as a zarr v3 shard, the last chunks padded with 0; return {"bytes", "sha256"} of the file.
+
+    <chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
+
+    It is what zarr-python writes, with fewer copies (0.15 s less). The hash is of the bytes that were meant to be written;
+    photon-data verify tells what the disk made of them.
+    """
+    counts = tuple(math.ceil(n / c) for n, c in zip(array.shape, chunk, strict=True))
+    index = np.empty((*counts, 2), "<u8")
+    padded, digest, position = np.zeros(chunk, "<i2"), hashlib.sha256(), 0
+    with path.open("wb") as file:
+
+        def write(data: bytes) -> int:
+            data += google_crc32c.value(data).to_bytes(4, "little")
+            digest.update(data)
+            return file.write(data)
+
+        for place in np.ndindex(*counts):
+            part = array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))]
+            if part.shape != chunk:
+                padded[...] = 0
+            padded[tuple(slice(n) for n in part.shape)] = part
+            length = write(blosc.compress(padded, b"lz4", 1, blosc.BITSHUFFLE, 0, typesize=2))
+            index[place] = position, length
+            position += length
+        position += write(index.tobytes())
+    return {"bytes": position, "sha256": digest.hexdigest()}
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> bytes:
@@ -167,7 +142,12 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> bytes:
 def _ome(name: str, geometry: Geometry) -> dict[str, Any]:
     """Return OME-Zarr 0.5 metadata of one image with one level; orientation as in RFC-4."""
     axes = [
-        {"name": a, "type": "space", "unit": "millimeter", "orientation": {"type": "anatomical", "value": TOWARDS[a]}}
+        {
+            "name": a,
+            "type": "space",
+            "unit": "millimeter",
+            "orientation": {"type": "anatomical", "value": ORIENTATION[a]},
+        }
         for a in "zyx"
     ]
     return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry)}]}
@@ -188,16 +168,8 @@ def file_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name != ROOT)
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
+def _size_and_hash(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _upload(folder: Path, out: Location, name: str) -> None:
-    out.remove(f"{name}/{ROOT}")
-    out.remove(name)
-    for file in [*file_names(folder), ROOT]:
-        out.write(f"{name}/{file}", (folder / file).read_bytes())
 
 
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
@@ -205,13 +177,13 @@ def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
 
     None where it is not there, of another format, or so damaged that it does not say all of this.
     """
-    content = out.read(f"{name}/{ROOT}" if name else ROOT)
+    content = out.read(f"{name}/{ROOT}" if name else ROOT) or b""
     try:
-        ours = json.loads(content or b"")["attributes"][KEY]
+        ours = json.loads(content)["attributes"][KEY]
         sizes = [facts["bytes"] for facts in ours["files"].values() if facts["sha256"]]
-        size = len(content or b"") + sum(sizes)
-        own = {"sha256": hashlib.sha256(content or b"").hexdigest(), "bytes": size}
-        return {**{name: ours[name] for name in METADATA}, **own} if ours["format"] == FORMAT else None
+        root = _size_and_hash(content)
+        found = {**{key: ours[key] for key in METADATA}, **root, "bytes": root["bytes"] + sum(sizes)}
+        return found if ours["format"] == FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -221,40 +193,47 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
 
     `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x), LPS-aligned.
     UsageError when it is not one of our stores, or one of another version.
+
+    >>> volume = photon_data.open_volume("a.ome.zarr")
+    >>> volume.array_zyx.shape, volume.array_zyx[20].dtype, volume.geometry.orientation
+    ((40, 32, 32), dtype('int16'), 'SPL')
+    >>> photon_data.open_volume("a.ome.zarr", "model").geometry.shape_zyx
+    (14, 28, 28)
     """
     location = Location(str(path))
-    metadata = read_metadata(location, "")
-    if metadata is None:
-        raise UsageError(f"a store of photon-data (format {FORMAT}) wanted, got {path}; photon-data prepare makes them")
+    if read_metadata(location, "") is None:
+        raise UsageError(
+            f"expected a store of photon-data (format {FORMAT}), found none at {path}; make it with photon-data prepare"
+        )
     if grid not in GRIDS:
-        raise UsageError(f"grid volume or model wanted, got {grid!r}")
+        raise UsageError(f"grid: expected volume or model, found {grid!r}")
     place = GRIDS[grid]
     try:
-        group = json.loads(location.read(f"{place}{ROOT}") or b"")
+        ome = json.loads(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
         _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b""), path)
         array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
-        return Volume(array, _geometry(group["attributes"]["ome"], array.shape))
+        transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+        (sz, sy, sx), translation = (transform[transform["type"]] for transform in transforms)
+        steps_lps = ((0, 0, sz), (0, sy, 0), (sx, 0, 0))
+        return Volume(array, Geometry.from_arrays(array.shape, translation[::-1], steps_lps))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UsageError(f"whole metadata wanted, got damaged ones in {path} ({error!r}); prepare it again") from None
+        raise UsageError(
+            f"expected whole metadata, found damaged ones in {path} ({error!r}); prepare it again"
+        ) from None
 
 
 def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
     """Raise UsageError before anything is decoded, unless this is an int16 volume of sane size in codecs that we write."""
     shape = metadata.get("shape", [])
     if metadata.get("data_type") != "int16" or len(shape) != 3 or math.prod(shape) > LARGEST_VOXELS:
-        raise UsageError(f"a three-dimensional int16 array wanted, got {metadata.get('data_type')} {shape} in {path}")
+        raise UsageError(
+            f"expected a three-dimensional int16 array, found {metadata.get('data_type')} {shape} in {path}"
+        )
     outer = metadata.get("codecs", [])
     inner = [c for codec in outer for c in codec.get("configuration", {}).get("codecs", [])]
-    strange = {codec.get("name") for codec in [*outer, *inner]} - CODECS
-    if strange:
-        raise UsageError(f"the codecs {sorted(CODECS)} wanted, got {sorted(map(str, strange))} in {path}")
-
-
-def _geometry(ome: dict[str, Any], shape_zyx: Any) -> Geometry:
-    """Return the axis-aligned geometry that OME metadata state."""
-    scale, translation = (t[t["type"]] for t in ome["multiscales"][0]["datasets"][0]["coordinateTransformations"])
-    sz, sy, sx = scale
-    return Geometry.from_arrays(shape_zyx, translation[::-1], ((0, 0, sz), (0, sy, 0), (sx, 0, 0)))
+    unknown = {codec.get("name") for codec in [*outer, *inner]} - CODECS
+    if unknown:
+        raise UsageError(f"expected the codecs {sorted(CODECS)}, found {sorted(map(str, unknown))} in {path}")
 
 
 def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
@@ -262,7 +241,9 @@ def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
     if not out.is_local:
         return True
     try:
-        return all((out.path / name / file).stat().st_size == facts["bytes"] for file, facts in metadata["files"].items())
+        return all(
+            (out.path / name / file).stat().st_size == facts["bytes"] for file, facts in metadata["files"].items()
+        )
     except FileNotFoundError:
         return False
 
@@ -286,7 +267,7 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         if content is None:
             yield f"{name}/{file}: missing"
         elif len(content) != facts["bytes"]:
-            yield f"{name}/{file}: {facts['bytes']} bytes wanted, got {len(content)}"
+            yield f"{name}/{file}: expected {facts['bytes']} bytes, found {len(content)}"
         elif hashlib.sha256(content).hexdigest() != facts["sha256"]:
             yield f"{name}/{file}: its bytes have changed"
     if out.is_local:

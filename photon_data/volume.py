@@ -44,7 +44,9 @@ class Geometry:
         steps = np.asarray(steps_lps, float).reshape(3, 3)
         origin = np.asarray(origin_lps, float).reshape(3)
         if not (np.isfinite(steps).all() and np.isfinite(origin).all()) or abs(np.linalg.det(steps)) < 1e-9:
-            raise ValueError(f"finite, independent axis steps wanted, got steps {steps.tolist()}, origin {origin.tolist()}")
+            raise ValueError(
+                f"finite, independent axis steps wanted, got steps {steps.tolist()}, origin {origin.tolist()}"
+            )
         nz, ny, nx = (int(n) for n in shape_zyx)
         return cls((nz, ny, nx), _triple(origin), (_triple(steps[0]), _triple(steps[1]), _triple(steps[2])))
 
@@ -198,7 +200,8 @@ def body_axes(geometry: Geometry) -> BodyAxes:
     """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three together."""
     cosines = _cosines(geometry)
     a, b, c = max(
-        permutations(range(3)), key=lambda p: round(abs(cosines[p[0], 0]) + abs(cosines[p[1], 1]) + abs(cosines[p[2], 2]), 6)
+        permutations(range(3)),
+        key=lambda p: round(abs(cosines[p[0], 0]) + abs(cosines[p[1], 1]) + abs(cosines[p[2], 2]), 6),
     )
     return BodyAxes((a, b, c), (_sign(cosines[a, 0]), _sign(cosines[b, 1]), _sign(cosines[c, 2])))
 
@@ -230,3 +233,11 @@ def _cosines(geometry: Geometry) -> np.ndarray:
 
 def _sign(value: float) -> int:
     return 1 if value >= 0 else -1
+
+
+class Prepared(NamedTuple):
+    """A scan on the target grid: int16 HU, once at full size and once on the model grid, and its facts (see VolumeRecord)."""
+
+    volume: Volume
+    model: Volume
+    facts: dict[str, Any]

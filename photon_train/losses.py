@@ -1,6 +1,6 @@
-"""When pruning starts: the phase of a training run, from the optimizer step that the trainer restores on resume.
+"""What stage 2 is trained for: the phases of a run, its losses, and the perturbations of volumes.
 
-What is added to cross entropy in stage 2 or stands instead of it; and how volumes are perturbed.
+The phase follows from the optimizer step, which the trainer restores on resume.
 
 Legend: B rows, L tokens, N answer tokens of the batch, V vocabulary, P patch rows, X voxels of a patch.
 """
@@ -31,27 +31,25 @@ def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) ->
 
     Raises ValueError when a start is a fraction of the run and `total_steps` is not given.
     """
-    starts = {
-        Phase.FLIP: config.flip_start,
-        Phase.HARD: config.hard_start,
-        Phase.SOFT: config.soft_start,
-    }
-    return next((phase for phase, start in starts.items() if step >= _in_steps(start, total_steps)), Phase.DENSE)
-
-
-def _in_steps(start: int | float, total_steps: int | None) -> float:
-    if isinstance(start, int):
-        return start
-    if total_steps is None:
-        raise ValueError(f"total_steps wanted, got None: the curriculum starts a phase at the fraction {start}; pass it")
-    return start * total_steps
+    for phase, start in (
+        (Phase.FLIP, config.flip_start),
+        (Phase.HARD, config.hard_start),
+        (Phase.SOFT, config.soft_start),
+    ):
+        if isinstance(start, float):
+            if total_steps is None:
+                raise ValueError(f"expected total_steps, found None: a phase starts at the fraction {start}; pass it")
+            start *= total_steps
+        if step >= start:
+            return phase
+    return Phase.DENSE
 
 
 class Objective(NamedTuple):
     """What each row is trained for. Both False: to answer."""
 
-    perturbed_B: Tensor  # bool: its volume was perturbed; be unsure
-    flipped_B: Tensor  # bool: the wrong tokens were kept; do not answer
+    perturbed_B: Tensor  # bool: its volume was perturbed; the answer should be unsure
+    flipped_B: Tensor  # bool: the complement was kept; the answer should be wrong
 
 
 class AnswerLosses(NamedTuple):
@@ -62,7 +60,9 @@ class AnswerLosses(NamedTuple):
     flip: Tensor
 
 
-def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective, flip_epsilon: float) -> AnswerLosses:
+def answer_losses(
+    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective, flip_epsilon: float
+) -> AnswerLosses:
     """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
 
     ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + flip_epsilon).

@@ -5,24 +5,22 @@ A row is an ms-swift row: `messages`, in which a <video> marks the place of each
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions import rows as manifest
+from photon_data.questions import manifest
 from photon_data.store import read_metadata
+from photon_train.answering.prediction import Row, organ_masks_of
 
 TAG = "<video>"
 NIFTI = (".nii", ".nii.gz")  # files that stand in place of a store
 MAX_NAMED = 10  # ids in a message
 
-Row = Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
 
@@ -84,36 +82,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(videos, list) and all(isinstance(video, str) for video in videos):
             row["videos"] = [absolute(video, row.get("id")) for video in videos]
     return rows
-
-
-def without_answer(row: Row) -> dict[str, Any]:
-    """Return the row up to its last question: what the assistant says at the end is left out."""
-    messages = list(row["messages"])
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return {**row, "messages": messages}
-
-
-def question_digest(row: Row) -> str:
-    """Return 16 hexadecimal digits of the messages up to the answer, the names of the volumes, and the choices.
-
-    The folders of the volumes do not matter: stores and manifests can be moved.
-    """
-    names = [Path(video).name if isinstance(video, str | Path) else "" for video in row.get("videos") or ()]
-    parts = [without_answer(row)["messages"], names, list(row.get("choices") or ())]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def organ_masks_of(row: Row) -> tuple[str, ...]:
-    """Return the names of the masks a row asks about: a JSON list in its `extra`. UsageError for anything else."""
-    listed = (row.get("extra") or {}).get("organ_masks") or "[]"
-    try:
-        names = json.loads(listed)
-    except (ValueError, TypeError):
-        names = None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UsageError(f"{row.get('id')}: expected a JSON list of names in extra.organ_masks, found {listed!r}")
-    return tuple(names)
 
 
 def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any
 
-from photon_data.prepare_file import Job, NoSpace, run
+from photon_data.prepare_file import Job, NoSpace, prepare_file
 from photon_data.records import FAILED
 
 # glibc gives every large buffer back to the kernel and faults it in again, unless told not to: 1.8 s instead of 1.0 s per scan.
@@ -156,7 +156,7 @@ def main(address_space_bytes: int) -> None:
 
 def _answer(line: str) -> dict[str, Any]:
     try:
-        return run(Job.from_json(json.loads(line))).to_json()
+        return prepare_file(Job.from_json(json.loads(line))).to_json()
     except NoSpace as error:
         return {NO_SPACE: error.strerror}
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
-from photon_data.files import Location
-from photon_data.questions.rows import manifest_names
-from photon_data.records import VolumeRecord, from_jsonl, jsonl_bytes, read_records
+from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.questions.manifest import manifest_names
+from photon_data.records import VolumeRecord, read_records
 from photon_data.store import open_volume
 
 # Says which store each exported file was made from.

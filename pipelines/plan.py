@@ -12,21 +12,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from photon_data.collector import paused
-from photon_data.datasets.combine import Combined, collect, combine
-from photon_data.datasets.declare import DataManifest, DataSet
+from photon_data.datasets.base import DataSet
+from photon_data.datasets.combine import Collection, combine, read_dataset
+from photon_data.datasets.declare import DataManifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare import Rescale
+from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job
-from photon_data.questions.join import AMBIGUOUS, by_source
-from photon_data.questions.question import PROMPTS, Question, put, read_questions
+from photon_data.questions.join import by_name
+from photon_data.questions.question import PROMPTS, Question, with_prompt_style
+from photon_data.questions.question_table import read_questions
 from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
 from photon_data.readers import find_scans, left_alone
-from photon_data.recipe import Recipe, named_recipe
-from photon_data.scan import MAX_VOXELS, Source, Stated
+from photon_data.recipe import Policy, Recipe, named_recipe
+from photon_data.scan import Source, Stated
 
 HEADER, STORED = "header", "stored"
 COLUMNS = ("volume", "slope", "intercept")
@@ -51,24 +52,23 @@ def rescaling(said: str, sources: Iterable[Source], columns: Mapping[str, str]) 
 
 
 def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> dict[str, Rescale]:
-    sources = list(sources)
-    find, ids = by_source(sources), {source.id for source in sources}
+    find = by_name((source.id, source.path) for source in sources)
     volume, slope, intercept = (columns.get(name, name) for name in COLUMNS)
     named: dict[str, Rescale] = {}
     for place, values in read_table(path).rows:
         try:
             numbers = float(values[slope]), float(values[intercept])
-            found = find(str(values[volume]))
+            match = find(str(values[volume]))
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f"{path.name}, {place}: {volume} (text), {slope}, {intercept} (numbers) wanted, got {values}"
             ) from None
-        if found in ids:
-            if found in named:
-                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {found}")
-            named[found] = Rescale(*numbers, "table")
-        elif found.startswith(AMBIGUOUS):
-            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {found}")
+        if match.id:
+            if match.id in named:
+                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {match.id}")
+            named[match.id] = Rescale(*numbers, "table")
+        elif match.is_ambiguous:
+            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {match.reason}")
     return named
 
 
@@ -93,12 +93,14 @@ class Order:
     """What somebody asked `photon-data prepare` for; the CLI's options, one to one.
 
     source   a folder of scans, or, if `datasets` are given, the data_manifest.yaml that declares them
+    policy   of a folder; data sets have their own, of which only max_voxels is this one's
     prompt   the style that questions are put in; None for the manifest's own, or as they are
     """
 
     source: Path
     out: Location
     recipe: Recipe
+    policy: Policy = field(default_factory=Policy)
     datasets: tuple[DataSet, ...] = ()
     hu_source: str = HEADER
     questions: Path | None = None
@@ -110,11 +112,9 @@ class Order:
     id_from: str = "path"
     limit: int | None = None
     overwrite: bool = False
-    max_voxels: int = MAX_VOXELS
     pictures: int = 48
 
 
-@paused()
 def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) -> Data:
     """Return all that an order is about; nothing is written. UsageError for what cannot be followed.
 
@@ -128,7 +128,7 @@ def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) ->
         raise UsageError(f"--prompt-style: one of {', '.join(PROMPTS)} wanted, got {order.prompt!r}")
     data = _declared(order, on_file) if order.datasets else _folder(order, on_file)
     if not order.allow_leaks:
-        refuse_leaks(leaks(map(as_row, data.questions or ()), []))
+        refuse_leaks(leaks(map(as_row, data.questions or ())))
     return data
 
 
@@ -142,7 +142,7 @@ def out_of(manifest: DataManifest, out: str | None) -> Location:
 
 def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
     """Return the recipe of the first data set; UsageError if another one's gives other bytes, since a folder holds one."""
-    recipes = {entry.name: recipe_of(entry) for entry in datasets}
+    recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
     digests = Counter(recipe.digest for recipe in recipes.values())
     if len(digests) > 1:
         said = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
@@ -150,12 +150,12 @@ def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
     return next(iter(recipes.values()))
 
 
-def recipe_of(entry: DataSet) -> Recipe:
-    """Return the recipe that an entry names; UsageError with its place for one that is not known."""
+def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
+    """Return the recipe that an entry names, and its policy; UsageError with its place for one that is not known."""
     try:
         return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
-        raise entry.wrong(str(error)) from None
+        raise entry.error(str(error)) from None
 
 
 def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
@@ -164,7 +164,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
     if order.questions is not None:
         columns = {name: column for name, column in order.columns.items() if name not in ("slope", "intercept")}
         questions = read_questions(order.questions, columns)
-        questions = put(questions, order.prompt, "shown") if order.prompt else questions
+        questions = with_prompt_style(questions, order.prompt, "shown") if order.prompt else questions
     found = find_scans(order.source, id_from=order.id_from, on_file=on_file)
     if not found.sources:
         raise UsageError(
@@ -172,7 +172,7 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
             "is this the right folder?"
         )
     rescale = rescaling(order.hu_source, found.sources, order.columns)
-    jobs = [_job(order, source, order.recipe, rescale(source)) for source in found.sources[: order.limit]]
+    jobs = [_job(order, source, (order.recipe, order.policy), rescale(source)) for source in found.sources[: order.limit]]
     if questions is not None:
         questions = assign_splits(_by_id(questions, found.sources), fractions=order.fractions, seed=order.seed)
     return Data(jobs, questions, ignored=found.ignored)
@@ -180,15 +180,14 @@ def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
 
 def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
     """Return the questions with ids for the volumes' names where those name one scan: two names must not be two patients."""
-    find, ids = by_source(sources), {source.id for source in sources}
-    named = {name: found for name in {q.volume for q in questions} if (found := find(name)) in ids}
-    return [replace(question, volume=named.get(question.volume, question.volume)) for question in questions]
+    find = by_name((source.id, source.path) for source in sources)
+    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
 
 
 def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     """Return the volumes that the questions of declared data sets need, and those questions."""
     parts = [
-        collect(entry, instruction=recipe_of(entry).instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
+        read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
     ]
     both = combine(parts, order.seed, order.prompt)
     jobs = jobs_of(order, both)
@@ -197,17 +196,21 @@ def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
     return Data(jobs, both.questions, both.unmatched, notes=both.notes)
 
 
-def jobs_of(order: Order, both: Combined) -> list[Job]:
+def jobs_of(order: Order, both: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
     return [
-        _job(order, source, recipes[entry.name], both.rescale.get(source.id), both.stated.get(source.id))
-        for source, entry in both.sources[: order.limit]
+        _job(order, volume.source, recipes[volume.dataset.name], volume.rescale, volume.stated)
+        for volume in both.volumes[: order.limit]
     ]
 
 
-def _job(order: Order, source: Source, recipe: Recipe, rescale: Rescale | None, stated: Stated | None = None) -> Job:
-    return Job(source, order.out.at(""), recipe, rescale, stated, max_voxels=order.max_voxels, overwrite=order.overwrite)
+def _job(
+    order: Order, source: Source, made_by: tuple[Recipe, Policy], rescale: Rescale | None, stated: Stated | None = None
+) -> Job:
+    recipe, policy = made_by
+    policy = replace(policy, max_voxels=order.policy.max_voxels)
+    return Job(source, order.out.at(""), recipe, policy, rescale, stated, overwrite=order.overwrite)
 
 
 def as_row(question: Question) -> dict[str, object]:

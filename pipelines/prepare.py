@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare_file import Job, already_there
+from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.questions.counts import Count, count
-from photon_data.questions.rows import Manifests, build, digests, write
+from photon_data.questions.manifest import digests
+from photon_data.questions.rows import Manifests, build, write
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.recipe import Recipe
 from photon_data.records import (
@@ -192,7 +193,7 @@ def _digest(out: Location, record: VolumeRecord) -> str | None:
     metadata = read_metadata(out, name)
     if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
         return None
-    return str(metadata["digest"])
+    return recipe_digest(metadata)
 
 
 REPORT, COUNTS = "report.html", "questions.json"
@@ -269,7 +270,8 @@ def finish(order: Order, outcome: Outcome, data: Data) -> Result:
 def _leak(manifests: Manifests, rows: list[VolumeRecord]) -> str | None:
     """Return what several splits have in common, as a text; None where they are apart."""
     try:
-        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), rows))
+        fingerprints = {record.id: record.fingerprint for record in rows}
+        refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), fingerprints))
     except UsageError as error:
         return str(error)
     return None

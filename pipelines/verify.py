@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 
 from photon_data.files import Location
-from photon_data.questions.rows import digests, validate
+from photon_data.questions.manifest import digests, validate
 from photon_data.records import DATASET, VolumeRecord, read_records
 from photon_data.store import store_name, verify_store
 

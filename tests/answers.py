@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.rad3d import read_subtask
+from photon_data.files import to_jsonl
 from photon_data.questions import question as prompts
-from photon_data.questions import rows as manifest
 from photon_data.questions.question import Question, with_made_ids
-from photon_data.records import PREPARED, VolumeRecord, to_jsonl
+from photon_data.questions.rows import build
+from photon_data.records import PREPARED, VolumeRecord
 from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, case_of
 
@@ -50,8 +51,8 @@ def put_rows(questions: list[Question], style: str = "plain", choices: str = "hi
     """The rows of questions in a style of prompt, whether there are volumes or not."""
     names = sorted({question.volume for question in questions})
     records = [VolumeRecord(name, name, PREPARED, 0, 0, store=name) for name in names]
-    splits = [replace(question, split="test") for question in prompts.put(questions, style, choices)]
-    built = manifest.build(splits, records, out="/", instruction=".", dataset="set")
+    splits = [replace(question, split="test") for question in prompts.with_prompt_style(questions, style, choices)]
+    built = build(splits, records, out="/", instruction=".", dataset="set")
     return [row for rows in built.rows.values() for row in rows]
 
 

@@ -11,7 +11,7 @@ from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.data import app
-from photon_data.datasets.combine import collect
+from photon_data.datasets.combine import read_dataset
 from photon_data.datasets.declare import read_data_manifest
 
 SHAPE, SPACING = (16, 24, 28), (1.5, 0.75, 0.75)
@@ -101,7 +101,9 @@ def write_metadata(path, **rows):
         "NumberofSlices": SHAPE[0],
         "ZSpacing": SPACING[0],
     }
-    return write_csv(path, METADATA_HEADER, [{**plain, "VolumeName": f"{name}.nii.gz", **row} for name, row in rows.items()])
+    return write_csv(
+        path, METADATA_HEADER, [{**plain, "VolumeName": f"{name}.nii.gz", **row} for name, row in rows.items()]
+    )
 
 
 def write_csv(path, header, rows):
@@ -135,6 +137,6 @@ def cli(*words):
 
 
 def collected(folder, **entry):
-    """The one data set of this entry, collected."""
+    """The one data set of this entry, read and matched."""
     (declared,) = read_data_manifest(declare(folder, data=entry)).datasets
-    return collect(declared, instruction="Describe it.", seed=0)
+    return read_dataset(declared, instruction="Describe it.", seed=0)

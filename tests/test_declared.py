@@ -18,8 +18,8 @@ from photon_data.datasets.combine import mixed
 from photon_data.datasets.declare import Share, read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.questions.counts import count
-from photon_data.questions.question import Question, put
-from photon_data.questions.rows import validate
+from photon_data.questions.manifest import validate
+from photon_data.questions.question import Question, with_prompt_style
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,14 +27,29 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("datasets:\n  a:\n    adaptor: table\n", "data_manifest.yaml, line 3: one of adapter, .* did you mean 'adapter'"),
-        ("datasets:\n  a: {adapter: tabel, root: .}\n", "line 2, data set a: an adapter of ct-rate, .* did you mean 'table'"),
-        ("datasets:\n  a:\n    adapter: table\n    volumes: best\n", "line 4: one of all, first, thinnest, sharpest wanted"),
+        (
+            "datasets:\n  a:\n    adaptor: table\n",
+            "data_manifest.yaml, line 3: one of adapter, .* did you mean 'adapter'",
+        ),
+        (
+            "datasets:\n  a: {adapter: tabel, root: .}\n",
+            "line 2, data set a: an adapter of ct-rate, .* did you mean 'table'",
+        ),
+        (
+            "datasets:\n  a:\n    adapter: table\n    volumes: best\n",
+            "line 4: one of all, first, thinnest, sharpest wanted",
+        ),
         ("datasets:\n  a: 1\n  a: 2\n", "line 3: every key once wanted, got 'a' again"),
         ("datasets:\n  a: [\n", "line 3: YAML wanted"),
         ("dataset: {}\n", "line 1: one of out, recipe, seed, datasets wanted, got 'dataset'; did you mean 'datasets'"),
-        ("datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n", "line 4: a number above 0 wanted, got True"),
-        ("datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n", "line 5: a number above 0"),
+        (
+            "datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n",
+            "line 4: a number above 0 wanted, got True",
+        ),
+        (
+            "datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n",
+            "line 5: a number above 0",
+        ),
         (
             "datasets:\n  a:\n    adapter: folder\n    mix: {train: {cap: 0.5}}\n",
             "line 4: a whole number above 0 wanted, got 0.5",
@@ -98,16 +113,23 @@ def test_a_weight_for_some_data_sets_of_a_split_only_is_refused():
 def test_published_prompts_are_met_to_the_letter():
     closed = Question("1", "v", "Does it?", "No", extra={"choices": ["Yes", "No"], "letter": "B"})
     opened = Question("2", "v", "Where?", "Upper lobes.")
-    assert [(q.question, q.answer) for q in put([closed, opened], "3d-rad", "hidden")] == [
+    assert [(q.question, q.answer) for q in with_prompt_style([closed, opened], "3d-rad", "hidden")] == [
         ("Does it?\nChoices: A. Yes B. No C. - D. -\nAnswer:", "B. No"),
         ("Where?\nChoices: A. - B. - C. - D. -\nAnswer:", "-. Upper lobes."),
     ]
-    assert put([closed, opened], "plain", "hidden") == [closed, opened]
-    (shown, _) = put([closed, opened], "plain", "shown")
+    assert with_prompt_style([closed, opened], "plain", "hidden") == [closed, opened]
+    (shown, _) = with_prompt_style([closed, opened], "plain", "shown")
     assert (shown.question, shown.answer) == ("Does it?\nA. Yes\nB. No", "No")
-    assert [q.answer for q in put([closed, opened], "letters", "shown")] == ["B", "Upper lobes."]
-    for kind in ("measurement", "choice", "text", None):  # types that DeepTumorVQA's own tables do not have, and its own
-        (put_,) = put([replace(opened, extra={"answer_type": kind} if kind else {})], "deeptumorvqa", "hidden")
+    assert [q.answer for q in with_prompt_style([closed, opened], "letters", "shown")] == ["B", "Upper lobes."]
+    for kind in (
+        "measurement",
+        "choice",
+        "text",
+        None,
+    ):  # types that DeepTumorVQA's own tables do not have, and its own
+        (put_,) = with_prompt_style(
+            [replace(opened, extra={"answer_type": kind} if kind else {})], "deeptumorvqa", "hidden"
+        )
         assert put_.question.endswith("Where?\nAnswer with the most appropriate short phrase.")
 
 
@@ -133,7 +155,9 @@ def two(tmp_path):
         write_scan(tmp_path / name / "one scan.nii.gz", seed=ord(name))
         write_scan(tmp_path / name / "idle.nii", seed=1 + ord(name))
     header = "volume,question,answer,split,patient\n"
-    (tmp_path / "a.csv").write_text(header + "one scan,Größe?,3 mm.,train,p1\none scan,Where?,left,train,p1\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text(
+        header + "one scan,Größe?,3 mm.,train,p1\none scan,Where?,left,train,p1\n", encoding="utf-8"
+    )
     (tmp_path / "b.csv").write_text(header + "one scan,Is it?,Yes,test,p1\nnowhere,Is it?,Yes,test,p2\n")
     entries = {
         name: {"adapter": "table", "root": name, "annotations": f"{name}.csv", "options": {"id_prefix": f"{name}-"}}
@@ -195,7 +219,9 @@ def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(tw
     assert "missing: nowhere" in text
     assert "to prepare │ 2 scans" in text
     assert not (folder / "out").exists()
-    assert cli("prepare", "--manifest", path, folder / "other", "--only", "a", "--workers", "1", "--pictures", "0")[0] == 0
+    assert (
+        cli("prepare", "--manifest", path, folder / "other", "--only", "a", "--workers", "1", "--pictures", "0")[0] == 0
+    )
     assert [path.name for path in (folder / "other" / "manifests").iterdir()] == ["train.jsonl"]
     assert "one of a, b, c wanted, got 'd'" in cli("prepare", "--manifest", path, "--only", "d")[1]
     assert "say it in the manifest" in cli("prepare", "--manifest", path, "--recipe", "wide_ct")[1]
@@ -203,7 +229,8 @@ def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(tw
 
 
 @pytest.mark.parametrize(
-    ("splits", "said"), [({"train": 0.5, "test": 0.5}, "names like"), ({"dev": "test"}, r"splits of the data set \(train\)")]
+    ("splits", "said"),
+    [({"train": 0.5, "test": 0.5}, "names like"), ({"dev": "test"}, r"splits of the data set \(train\)")],
 )
 def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, said):
     folder, entries = two
@@ -275,5 +302,10 @@ def test_the_manifest_in_the_repository_can_be_read_also_with_every_entry_uncomm
 
 
 def test_declaring_imports_neither_torch_nor_dask():
-    script = "import photon_data.datasets.combine, sys; print([n for n in ('torch', 'dask', 'pyarrow') if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    script = (
+        "import photon_data.datasets.combine, sys; print([n for n in ('torch', 'dask', 'pyarrow') if n in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )

@@ -7,11 +7,11 @@ import SimpleITK as sitk
 from raw import write_scan
 from scans import on_grid_by_itk
 
-from photon_data.prepare import prepare_volume
+from photon_data.prepare_volume import prepare_volume
 from photon_data.readers import find_scans, open_scan
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 
-RECIPE = Recipe(shape_zyx=(64, 360, 360), model_shape_zyx=(10, 20, 20), modality="other")
+RECIPE = Recipe(shape_zyx=(64, 360, 360), model_shape_zyx=(10, 20, 20))
 
 
 def turned(degrees_x, degrees_z, spacing_xyz_mm):
@@ -30,7 +30,7 @@ def test_a_wide_noisy_file_equals_itk_at_every_voxel_to_its_far_corner(tmp_path,
     # Noise shows errors that smooth images hide: 1e-5 of a voxel is 0.02 HU between neighbours 2000 HU apart.
     array = np.random.default_rng(5).integers(-1000, 1000, (30, 512, 512)).astype(np.int16)
     path = write_scan(tmp_path / "wide.nii", array=array, affine=turned(*degrees, spacing))
-    volume = prepare_volume(open_scan(find_scans(path).sources[0]), RECIPE).volume
+    volume = prepare_volume(open_scan(find_scans(path).sources[0]), RECIPE, Policy(modality="other")).volume
     grid = volume.geometry
     difference = np.abs(np.clip(on_grid_by_itk(sitk.ReadImage(str(path)), grid), -1000, 1000) - volume.array_zyx)
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape_zyx), indexing="ij"), -1)

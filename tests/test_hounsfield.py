@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scans import as_scan, ct_like, frame
 
 from photon_data.errors import Refused
 from photon_data.hounsfield import Probe, refuse_implausible
-from photon_data.prepare import prepare_volume
-from photon_data.recipe import Recipe
+from photon_data.prepare_volume import prepare_volume
+from photon_data.recipe import Policy, Recipe
 
 SHAPE = (24, 30, 36)
 CT = Recipe(shape_zyx=(20, 20, 20), model_shape_zyx=(10, 10, 10))
@@ -81,19 +83,20 @@ def test_what_cannot_be_hounsfield_units_is_refused_with_a_guess_why(array, resc
 
 
 def test_with_modality_other_nothing_is_said_about_intensities():
-    recipe = Recipe(**{**CT.to_json(), "modality": "other"})
     array = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
-    assert prepare_volume(as_scan(array, frame(SHAPE)), recipe).volume.array_zyx.max() > 0
+    prepared = prepare_volume(as_scan(array, frame(SHAPE)), CT, Policy(modality="other"))
+    assert prepared.volume.array_zyx.max() > 0
+    assert prepared.facts["policy"] == {"modality": "other"}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
 def test_voxels_that_are_no_numbers_are_counted_and_refused_or_filled_as_told(bad):
     array = ct_like(SHAPE).astype(np.float32)
     array[3, 4, 5] = array[12, 15, 18] = bad
-    with pytest.raises(Refused, match="got 2 NaN or infinite"):
+    with pytest.raises(Refused, match="found 2 NaN or infinite"):
         prepare(array)
-    fill = Recipe(**{**CT.to_json(), "non_finite": "fill"})
-    filled = prepare_volume(as_scan(array, frame(SHAPE)), fill)
+    filled = prepare_volume(as_scan(array, frame(SHAPE)), CT, Policy(non_finite="fill"))
+    assert filled.facts["policy"] == {"non_finite": "fill"}
     assert filled.facts["hu_before"]["non_finite"] == 2
     padded = np.where(np.isfinite(array) & (abs(array) < 1e30), array, -1000)
     assert np.array_equal(filled.volume.array_zyx, prepare(padded).volume.array_zyx)
@@ -101,15 +104,15 @@ def test_voxels_that_are_no_numbers_are_counted_and_refused_or_filled_as_told(ba
 
 def test_filled_voxels_hold_the_padding_value_in_hu_whatever_the_rescaling():
     array = np.full((8, 8, 8), np.nan, np.float32)
-    recipe = Recipe(**{**CT.to_json(), "non_finite": "fill", "modality": "other", "pad_hu": -500.0})
-    volume = prepare_volume(as_scan(array, frame((8, 8, 8)), 2.0, -1024.0), recipe).volume.array_zyx
+    recipe, policy = replace(CT, pad_hu=-500.0), Policy(non_finite="fill", modality="other")
+    volume = prepare_volume(as_scan(array, frame((8, 8, 8)), 2.0, -1024.0), recipe, policy).volume.array_zyx
     assert set(np.unique(volume)) == {-500}
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (2.0, -1024.0), (-1.0, 5.0)])
 def test_statistics_equal_numpys_where_every_voxel_is_sampled(slope, intercept):
     stored = ct_like((10, 20, 30))
-    probe = Probe(stored.shape, slope, intercept, None)
+    probe = Probe(stored.shape, slope, intercept)
     for plane in stored:
         probe.look(plane)
     hu = stored.astype(float) * slope + intercept
@@ -121,7 +124,7 @@ def test_statistics_equal_numpys_where_every_voxel_is_sampled(slope, intercept):
 
 
 def test_a_large_scan_is_sampled_evenly_and_its_extremes_are_found_all_the_same():
-    probe = Probe((160, 160, 160), 1.0, 0.0, None)
+    probe = Probe((160, 160, 160), 1.0, 0.0)
     for k in range(160):
         plane = np.full((160, 160), k, np.int16)
         if k == 101:

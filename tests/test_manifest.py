@@ -6,11 +6,11 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from photon_data.errors import UsageError
-from photon_data.questions import rows as manifest
+from photon_data.files import Location
+from photon_data.questions import manifest, rows
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.questions.splits import assign_splits
 from photon_data.records import VolumeRecord
@@ -33,9 +33,25 @@ RECORDS = [
 ]
 
 QUESTIONS = [
-    Question("q1", "c1", "Is there a lésion?\u2028 肝臓", "Yes", "train", "p1", "exists", {"kind": "yes-no", "organ": "liver"}),
     Question(
-        "q10", "a/scan one.nii.gz", "Where?", "left | right", "train", "p1", "where", {"choices": ["left", "right"], "mm": 3}
+        "q1",
+        "c1",
+        "Is there a lésion?\u2028 肝臓",
+        "Yes",
+        "train",
+        "p1",
+        "exists",
+        {"kind": "yes-no", "organ": "liver"},
+    ),
+    Question(
+        "q10",
+        "a/scan one.nii.gz",
+        "Where?",
+        "left | right",
+        "train",
+        "p1",
+        "where",
+        {"choices": ["left", "right"], "mm": 3},
     ),
     Question("q2", "c1", "How many?", "3", "train", "p1", "count", {"mm": None, "system": "obey", "tools": ["ruler"]}),
     Question("q3", "c2", "Describe.", None, "test"),
@@ -48,7 +64,7 @@ QUESTIONS = [
 
 
 def build(questions=QUESTIONS, records=RECORDS, out="/data/out", **options):
-    return manifest.build(questions, records, out=out, instruction="Describe the scan.", **options)
+    return rows.build(questions, records, out=out, instruction="Describe the scan.", **options)
 
 
 def with_stores(out, records=RECORDS):
@@ -121,7 +137,7 @@ def test_rows_are_sorted_by_volume_then_question():
 )
 def test_a_volume_is_found_by_id_path_or_unique_file_name_and_never_guessed(name, wanted):
     made = build([Question("q", name, "?", split="s")])
-    found = made.rows["s"][0]["volume_id"] if made.rows else made.unmatched[0].why
+    found = made.rows["s"][0]["volume_id"] if made.rows else made.unmatched[0].reason
     assert found == wanted
 
 
@@ -133,13 +149,15 @@ def test_what_could_not_be_joined_is_told_by_id():
         ("q6", "nowhere", "no such volume"),
         ("q7", "c/six.mha", "failed: MemoryError"),
     ]
-    assert made.unasked == ["c3", "c5"]
+    assert made.without_questions == ["c3", "c5"]
 
 
 def many_questions(seed):
     rng = random.Random(seed)
     names = ["c1", "c2", "c4", "two", "scan one", "a/scan one.nii.gz", "series5", "void", "six"]
-    return with_made_ids([Question("", rng.choice(names), f"Q{rng.randrange(9)}?", rng.choice("AB")) for _ in range(200)])
+    return with_made_ids(
+        [Question("", rng.choice(names), f"Q{rng.randrange(9)}?", rng.choice("AB")) for _ in range(200)]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,7 +167,7 @@ def test_no_question_is_lost(seed):
     ids = [row["id"] for rows in made.rows.values() for row in rows] + [unmatched.id for unmatched in made.unmatched]
     assert sorted(ids) == sorted(question.id for question in questions)
     used = {row["volume_id"] for rows in made.rows.values() for row in rows}
-    assert sorted(used | set(made.unasked)) == ["c1", "c2", "c3", "c5", "two"]
+    assert sorted(used | set(made.without_questions)) == ["c1", "c2", "c3", "c5", "two"]
 
 
 def test_any_order_of_questions_and_records_gives_the_same_bytes(tmp_path):
@@ -158,7 +176,7 @@ def test_any_order_of_questions_and_records_gives_the_same_bytes(tmp_path):
         rng = random.Random(seed)
         questions = assign_splits(rng.sample(many_questions(0), k=200))
         made = build(questions, rng.sample(RECORDS, k=len(RECORDS)))
-        manifest.write(made, tmp_path / str(seed))
+        rows.write(made, tmp_path / str(seed))
         written.append(files(tmp_path / str(seed)))
     assert written[0] == written[1] == written[2]
 
@@ -173,78 +191,78 @@ def test_questions_about_other_volumes_leave_a_row_as_it_is():
 def test_without_questions_every_volume_gets_the_instruction():
     made = build(None)
     assert list(made.rows) == ["all"]
-    assert [(row["id"], row["volume_id"]) for row in made.rows["all"]] == [(v, v) for v in ("c1", "c2", "c3", "c5", "two")]
+    assert [(row["id"], row["volume_id"]) for row in made.rows["all"]] == [
+        (v, v) for v in ("c1", "c2", "c3", "c5", "two")
+    ]
     assert made.rows["all"][0]["messages"] == [{"role": "user", "content": "<video>Describe the scan."}]
     assert made[1:] == ([], [])
     assert manifest.validate(made.rows["all"], look=False) == []
 
 
 @pytest.mark.parametrize(
-    ("out", "style", "wanted"),
+    ("out", "expected"),
     [
-        ("/data/my out/", "absolute", "/data/my out/volumes/c1.ome.zarr"),
-        ("/data/my out", "relative", "volumes/c1.ome.zarr"),
-        ("/data/my out", "url", "file:///data/my%20out/volumes/c1.ome.zarr"),
-        ("out", "absolute", f"{Path.cwd()}/out/volumes/c1.ome.zarr"),
-        ("memory://bucket/out/", "absolute", "memory://bucket/out/volumes/c1.ome.zarr"),
-        ("memory://bucket/out", "url", "memory://bucket/out/volumes/c1.ome.zarr"),
+        ("/data/my out/", "/data/my out/volumes/c1.ome.zarr"),
+        ("out", f"{Path.cwd()}/out/volumes/c1.ome.zarr"),
+        ("memory://bucket/out/", "memory://bucket/out/volumes/c1.ome.zarr"),
     ],
 )
-def test_a_store_is_named_as_asked_for(out, style, wanted):
-    row = build(out=out, path_style=style).rows["train"][0]
-    assert row["videos"] == [wanted]
+def test_a_store_is_named_by_absolute_path_or_url(out, expected):
+    row = build(out=out).rows["train"][0]
+    assert row["videos"] == [expected]
     assert row["channel"].startswith(("my out/", "out/"))
 
 
 def test_questions_without_a_split_are_refused():
-    with pytest.raises(UsageError, match="got 1 without, 'q1' first"):
+    with pytest.raises(UsageError, match="found 1 without, 'q1' first"):
         build([replace(QUESTIONS[0], split=None), *QUESTIONS[1:]])
 
 
 def test_what_is_written_is_read_back_and_sound(tmp_path):
     made = build(out=with_stores(tmp_path))
-    done = manifest.write(made, tmp_path)
-    assert done == ([f"{tmp_path}/manifests/{split}.jsonl" for split in ("test", "train")], [])
-    for split, rows in made.rows.items():
+    assert rows.write(made, tmp_path) == []
+    assert sorted(files(tmp_path)) == ["test.jsonl", "train.jsonl"]
+    for split, expected in made.rows.items():
         path = tmp_path / "manifests" / f"{split}.jsonl"
-        assert manifest.read(path) == rows
+        assert manifest.read(path) == expected
         assert manifest.validate(path) == []
-        assert path.read_bytes().count(b"\n") == len(rows)
+        assert path.read_bytes().count(b"\n") == len(expected)
 
 
 def test_an_object_store_holds_the_same_bytes(tmp_path):
     made = build(out=with_stores(tmp_path))
-    manifest.write(made, tmp_path)
-    done = manifest.write(made, "memory://manifest-test/out")
-    got = {Path(url).name: fsspec.filesystem("memory").cat_file(url) for url in done.written}
-    assert got == files(tmp_path)
+    rows.write(made, tmp_path)
+    rows.write(made, "memory://manifest-test/out")
+    store = Location("memory://manifest-test/out")
+    assert {Path(name).name: store.read(name) for name in manifest.manifest_names(store)} == files(tmp_path)
 
 
 def test_manifests_of_splits_that_are_no_more_go_and_other_files_stay(tmp_path):
-    manifest.write(build(out=tmp_path), tmp_path)
+    rows.write(build(out=tmp_path), tmp_path)
     (tmp_path / "manifests" / "notes.jsonl").write_text('{"by": "hand"}\n')
     (tmp_path / "manifests" / "README.md").write_text("by hand")
-    done = manifest.write(build(None, out=tmp_path), tmp_path)
-    assert [Path(path).name for path in done.removed] == ["test.jsonl", "train.jsonl"]
+    assert rows.write(build(None, out=tmp_path), tmp_path) == ["manifests/test.jsonl", "manifests/train.jsonl"]
     assert sorted(files(tmp_path)) == ["README.md", "all.jsonl", "notes.jsonl"]
 
 
 def test_rows_that_are_not_sound_are_not_written(tmp_path):
     made = build([replace(QUESTIONS[0], question="a <video> more"), QUESTIONS[3]], out=tmp_path)
-    with pytest.raises(UsageError, match=r"manifests/train.jsonl: 1 problem .*\n  line 1: id 'q1': one <video> in a user turn"):
-        manifest.write(made, tmp_path)
+    with pytest.raises(
+        UsageError, match=r"manifests/train.jsonl: 1 problem .*\n  line 1: id 'q1': expected one <video> in a user turn"
+    ):
+        rows.write(made, tmp_path)
     assert not (tmp_path / "manifests").exists()
 
 
 def spoilt(**changes):
     """Return the rows of the train manifest, the second one changed."""
-    rows = copy.deepcopy(build().rows["train"])
+    changed = copy.deepcopy(build().rows["train"])
     for name, value in changes.items():
         if value is None:
-            del rows[1][name]
+            del changed[1][name]
         else:
-            rows[1][name] = value
-    return rows
+            changed[1][name] = value
+    return changed
 
 
 USER = {"role": "user", "content": "<video>Where?"}
@@ -254,26 +272,32 @@ ANSWER = {"role": "assistant", "content": "left | right"}
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"id": "q1"}, "id 'q1': an id that occurs once wanted, first used at line 1"),
-        ({"id": 7}, "column 'id' as in the first row wanted (str), got int"),
-        ({"organ": None}, "column 'organ' as in the first row wanted (str), got none"),
-        ({"new": "x"}, "column 'new' as in the first row wanted (no such column), got str"),
-        ({"extra": {"mm": "3"}}, "column 'extra' as in the first row wanted"),
-        ({"choices": ["a", 1]}, "a list of texts in 'choices' wanted"),
-        ({"volume_id": ""}, "a text in 'volume_id' wanted, got ''"),
-        ({"videos": ["volumes/c1.ome.zarr"]}, "an absolute path or URL wanted"),
-        ({"videos": []}, "one <video> in a user turn per video wanted, got 1 for 0"),
-        ({"videos": ["/a", "/b"]}, "one <video> in a user turn per video wanted, got 1 for 2"),
-        ({"messages": [{"role": "user", "content": "Where?"}, ANSWER]}, "got 0 for 1"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "a content that is not empty wanted"),
-        ({"messages": [ANSWER, USER]}, "user first, wanted, got assistant, user"),
+        ({"id": "q1"}, "id 'q1': expected an id that occurs once, found it at line 1 too"),
+        ({"id": 7}, "expected column 'id' as in the first row (str), found int"),
+        ({"organ": None}, "expected column 'organ' as in the first row (str), found none"),
+        ({"new": "x"}, "expected column 'new' as in the first row (no such column), found str"),
+        ({"extra": {"mm": "3"}}, "expected column 'extra' as in the first row"),
+        ({"choices": ["a", 1]}, "expected a list of texts in 'choices'"),
+        ({"volume_id": ""}, "expected a text in 'volume_id', found ''"),
+        ({"videos": ["volumes/c1.ome.zarr"]}, "expected an absolute path or URL"),
+        ({"videos": []}, "expected one <video> in a user turn per video, found 1 for 0"),
+        ({"videos": ["/a", "/b"]}, "expected one <video> in a user turn per video, found 1 for 2"),
+        ({"messages": [{"role": "user", "content": "Where?"}, ANSWER]}, "found 0 for 1"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "a content that is not empty, found"),
+        ({"messages": [ANSWER, USER]}, "user first, found assistant, user"),
         (
             {"messages": [USER, {"role": "assistant", "content": "<video>"}], "answer": "<video>"},
-            "no <video> in a turn of the assistant",
+            "expected no <video> in a turn of the assistant",
         ),
-        ({"messages": [{"role": "user", "content": "<video><image>?"}, ANSWER]}, "no <image> in a turn of the user wanted"),
-        ({"messages": [{"role": "user", "content": "<video><|im_end|>"}, ANSWER]}, "no <|im_end|> in a turn of the user wanted"),
-        ({"answer": "right"}, "the last turn of the assistant in 'answer' wanted ('left | right'), got 'right'"),
+        (
+            {"messages": [{"role": "user", "content": "<video><image>?"}, ANSWER]},
+            "expected no <image> in a turn of the user",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<video><|im_end|>"}, ANSWER]},
+            "expected no <|im_end|> in a turn of the user",
+        ),
+        ({"answer": "right"}, "expected the last turn of the assistant in 'answer' ('left | right'), found 'right'"),
     ],
 )
 def test_a_row_that_is_not_sound_is_told_with_line_and_id(changes, part):
@@ -283,15 +307,16 @@ def test_a_row_that_is_not_sound_is_told_with_line_and_id(changes, part):
 
 
 def test_stores_are_looked_for_unless_told_not_to(tmp_path):
-    rows = build(out=tmp_path).rows["train"]
-    assert len(manifest.validate(rows)) == 3 and manifest.validate(rows, look=False) == []
-    relative = build(out=with_stores(tmp_path), path_style="relative").rows["train"]
-    assert manifest.validate(rows) == [] and manifest.validate(relative, root=tmp_path) == []
-    assert "is not in /nowhere" in manifest.validate(relative, root="/nowhere")[0]
+    absolute = build(out=tmp_path).rows["train"]
+    assert len(manifest.validate(absolute)) == 3 and manifest.validate(absolute, look=False) == []
+    relative = [{**row, "videos": [str(Path(row["videos"][0]).relative_to(tmp_path))]} for row in absolute]
+    with_stores(tmp_path)
+    assert manifest.validate(absolute) == [] and manifest.validate(relative, root=tmp_path) == []
+    assert "in /nowhere, found none" in manifest.validate(relative, root="/nowhere")[0]
 
 
 def test_a_damaged_manifest_is_told_by_line(tmp_path):
-    manifest.write(build(out=with_stores(tmp_path)), tmp_path)
+    rows.write(build(out=with_stores(tmp_path)), tmp_path)
     path = tmp_path / "manifests" / "train.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(["no row"]), lines[2]]))

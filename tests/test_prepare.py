@@ -19,12 +19,11 @@ from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.files import Location
-from photon_data.prepare import prepare_volume
-from photon_data.prepare_file import Job, NoSpace, run
+from photon_data.files import Location, from_jsonl
+from photon_data.prepare_file import Job, NoSpace, prepare_file
+from photon_data.prepare_volume import prepare_volume
 from photon_data.readers import find_scans
-from photon_data.recipe import ALGORITHM, Recipe
-from photon_data.records import from_jsonl
+from photon_data.recipe import ALGORITHM, Policy, Recipe
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
@@ -83,7 +82,7 @@ def test_bytes_do_not_depend_on_workers_scheduler_or_order(source, tmp_path):
     prepare(order(source, tmp_path / "one"), Workers(count=1), Watcher())
     prepare(order(source, tmp_path / "two"), TWO, Watcher())
     for found in reversed(find_scans(source).sources):
-        run(Job(found, str(tmp_path / "bare"), SMALL))
+        prepare_file(Job(found, str(tmp_path / "bare"), SMALL))
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address="127.0.0.1:0") as cluster:
         prepare(order(source, tmp_path / "cluster"), Workers(scheduler=cluster.scheduler_address), Watcher())
     stores = {name: digest for name, digest in digests(tmp_path / "one").items() if name.startswith("volumes")}
@@ -207,7 +206,7 @@ def test_verify_finds_manifests_that_are_not_those_that_were_written(source, tmp
 def test_the_same_scan_gives_the_bytes_that_this_number_of_the_algorithm_stands_for():
     """A change here is a change of every store: raise ALGORITHM in recipe.py, so that folders are not mixed, then pin it anew."""
     ramp = (np.arange(30 * 40 * 50).reshape(30, 40, 50) * 7919 % 2000 - 1000).astype(np.int16)
-    prepared = prepare_volume(as_scan(ramp, frame((30, 40, 50))), replace(SMALL, modality="other"))
+    prepared = prepare_volume(as_scan(ramp, frame((30, 40, 50))), SMALL, Policy(modality="other"))
     digest = hashlib.sha256(prepared.volume.array_zyx.tobytes() + prepared.model.array_zyx.tobytes()).hexdigest()
     assert (ALGORITHM, digest[:16]) == (2, "7510cea2764b4dac")
 
@@ -281,7 +280,7 @@ def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(sou
 
 def test_a_folder_that_cannot_be_listed_is_refused_and_not_a_crash(tmp_path):
     source = Source("sub", "sub", (), "folder", 0, 0, "a folder that can be listed wanted: Permission denied")
-    record = run(Job(source, str(tmp_path / "out"), SMALL))
+    record = prepare_file(Job(source, str(tmp_path / "out"), SMALL))
     assert (record.state, record.code, record.reason) == ("refused", "unreadable", source.problem)
 
 
@@ -291,7 +290,7 @@ def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr("photon_data.prepare_file.write_store", full)
     with pytest.raises(NoSpace, match="no space left"):
-        run(Job(find_scans(source).sources[0], str(tmp_path / "out"), SMALL))
+        prepare_file(Job(find_scans(source).sources[0], str(tmp_path / "out"), SMALL))
 
 
 def test_nothing_is_left_of_a_job_whose_address_space_ran_out_and_the_others_are_done(source, tmp_path):

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from photon_data.errors import UsageError
-from photon_data.questions.question import Question, read_questions, with_made_ids
+from photon_data.questions.question import Question, with_made_ids
+from photon_data.questions.question_table import read_questions
 
 CSV = (
     "id,volume,question,answer,split,patient,task,kind,organ,choices,Note\n"
@@ -63,7 +64,9 @@ def test_csv_tsv_jsonl_and_json_with_the_same_rows_give_the_same_questions(tmp_p
 
 
 def test_texts_are_kept_as_they_are_and_names_lose_white_space(tmp_path):
-    (q,) = read_questions(file(tmp_path, "q.csv", "id,volume,question,answer,split\n a , v ,  Why? , Because. , val \n"))
+    (q,) = read_questions(
+        file(tmp_path, "q.csv", "id,volume,question,answer,split\n a , v ,  Why? , Because. , val \n")
+    )
     assert (q.id, q.volume, q.split, q.question, q.answer) == ("a", "v", "val", "  Why? ", " Because. ")
 
 
@@ -93,11 +96,11 @@ def test_columns_of_other_names_are_mapped_and_the_rest_is_kept(tmp_path):
 
 def test_a_missing_column_is_told_with_the_nearest_one(tmp_path):
     said = error_of(file(tmp_path, "q.csv", "VolumeName,Qestion\nx,Why?\n"))
-    assert "column 'volume' wanted for volume, not found; say volume=VolumeName" in said
-    assert "say question=Qestion" in said
+    assert "expected column 'volume' for volume, found none; try volume=VolumeName" in said
+    assert "try question=Qestion" in said
     said = error_of(file(tmp_path, "q.csv", CSV), {"answr": "answer", "task": "Tsk"})
-    assert "got 'answr'; did you mean 'answer'?" in said
-    assert "column 'Tsk' wanted for task, not found; say task=task" in said
+    assert "found 'answr'; did you mean 'answer'?" in said
+    assert "expected column 'Tsk' for task, found none; try task=task" in said
 
 
 def test_a_column_that_would_be_two_things_is_refused(tmp_path):
@@ -147,38 +150,42 @@ def test_all_problems_are_told_together_with_lines_and_counts(tmp_path):
     assert said[0].endswith(head)
     assert [line.split(":")[0].strip() for line in said[1:]] == [f"line {n}" for n in (3, 4, 5, 6, 9, 10, 11, 12)]
     assert "'a' again, first used at line 2" in said[1]
-    assert "4 cells wanted, got 5" in said[4]
-    assert "id 'h': text without tags wanted, got a literal <video>" in said[6]
+    assert "expected 4 cells, found 5" in said[4]
+    assert "id 'h': expected text without tags, found a literal <video>" in said[6]
 
 
 def test_only_the_first_ten_problems_are_shown(tmp_path):
-    said = error_of(file(tmp_path, "q.csv", "id,volume,question\n" + "".join(f"{n},,why\n" for n in range(25)))).splitlines()
+    said = error_of(
+        file(tmp_path, "q.csv", "id,volume,question\n" + "".join(f"{n},,why\n" for n in range(25)))
+    ).splitlines()
     assert said[0].endswith("25 problems (25 x empty volume)")
     assert len(said) == 12 and said[-1] == "  and 15 more"
 
 
 def test_a_truncated_table_is_refused(tmp_path):
     cut_in_quotes = CSV[: CSV.index("there?")]
-    assert "line 3: closed quotes wanted, got: unexpected end of data" in error_of(file(tmp_path, "q.csv", cut_in_quotes))
+    assert "line 3: expected closed quotes, found: unexpected end of data" in error_of(
+        file(tmp_path, "q.csv", cut_in_quotes)
+    )
     cut_in_row = "id,volume,question\na,v,Why?\nb,v"
-    assert "line 3: 3 cells wanted, got 2: 'b,v'" in error_of(file(tmp_path, "q.csv", cut_in_row))
+    assert "line 3: expected 3 cells, found 2: 'b,v'" in error_of(file(tmp_path, "q.csv", cut_in_row))
     cut_json = jsonl({"volume": "v", "question": "Why?"}) * 2
-    assert 'line 2: one JSON object wanted, got \'{"volume"' in error_of(file(tmp_path, "q.jsonl", cut_json[:-5]))
-    assert "one JSON list wanted" in error_of(file(tmp_path, "q.json", '[{"volume": "v", "question"'))
+    assert 'line 2: expected one JSON object, found \'{"volume"' in error_of(file(tmp_path, "q.jsonl", cut_json[:-5]))
+    assert "expected one JSON list" in error_of(file(tmp_path, "q.json", '[{"volume": "v", "question"'))
 
 
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ('{"volume": "v", "question": "q", "answer": true}', "answer: text or a number wanted, got true"),
-        ('{"volume": "v", "question": ["q"]}', "question: text or a number wanted"),
+        ('{"volume": "v", "question": "q", "answer": true}', "answer: expected text or a number, found true"),
+        ('{"volume": "v", "question": ["q"]}', "question: expected text or a number"),
         ('{"volume": "v", "question": "q", "answer": NaN}', "NaN is not JSON"),
         ('{"volume": "v", "question": "\\ud800"}', "surrogates not allowed"),
-        ('{"volume": "v", "question": null}', "a question wanted, got none"),
-        ('{"volume": "v", "question": "q", "choices": ["one"]}', "two or more texts wanted, got ['one']"),
+        ('{"volume": "v", "question": null}', "expected a question, found none"),
+        ('{"volume": "v", "question": "q", "choices": ["one"]}', "expected two or more texts, found ['one']"),
         ('{"volume": "v", "question": "q", "choices": "[1, 2"}', "choices: "),
         ('{"volume": "v", "question": "q", "choices": ["<video>", "b"]}', "a literal <video>"),
-        ("[1]", "one JSON object wanted, got a list"),
+        ("[1]", "expected one JSON object, found a list"),
     ],
 )
 def test_a_json_row_of_the_wrong_kind_is_refused_with_its_line(tmp_path, row, part):
@@ -187,10 +194,10 @@ def test_a_json_row_of_the_wrong_kind_is_refused_with_its_line(tmp_path, row, pa
 
 
 def test_a_file_that_is_no_table_is_refused_with_a_remedy(tmp_path):
-    assert ".csv, .tsv, .jsonl, .json wanted, got '.xlsx'" in error_of(file(tmp_path, "q.xlsx", "x"))
+    assert "expected .csv, .tsv, .jsonl, .json, found '.xlsx'" in error_of(file(tmp_path, "q.xlsx", "x"))
     assert "No such file" in error_of(tmp_path / "none.csv")
-    assert "UTF-8 wanted, got byte 0xe9 on line 2" in error_of(
+    assert "expected UTF-8, found byte 0xe9 on line 2" in error_of(
         file(tmp_path, "q.csv", "volume,question\nv,l\xe9sion\n".encode("latin-1"))
     )
     for empty in ("", "volume,question\n"):
-        assert "rows wanted, found none" in error_of(file(tmp_path, "q.csv", empty))
+        assert "expected rows, found none" in error_of(file(tmp_path, "q.csv", empty))

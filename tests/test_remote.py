@@ -9,7 +9,7 @@ from raw import write_scan
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare_file import run
+from photon_data.prepare_file import prepare_file
 from photon_data.recipe import Recipe
 from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
@@ -22,7 +22,7 @@ SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, workers: (run(job) for job in jobs))
+    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, workers: (prepare_file(job) for job in jobs))
     out = Location(f"memory://bucket/{tmp_path.name}")
     yield out
     out.remove("")

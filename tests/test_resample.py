@@ -7,11 +7,17 @@ from scans import AXIS_ORDERS, as_scan, ct_like, frame, on_grid_by_itk, rotated,
 
 from photon_data.errors import Refused
 from photon_data.grid import aligned_axes, margins_mm, target_grid
-from photon_data.prepare import Rescale, prepare_volume
-from photon_data.recipe import Recipe
+from photon_data.hounsfield import Rescale
+from photon_data.prepare_volume import prepare_volume
+from photon_data.recipe import Policy, Recipe
 from photon_data.volume import Geometry
 
-SMALL = Recipe(shape_zyx=(52, 48, 44), model_shape_zyx=(20, 40, 40), modality="other")
+SMALL = Recipe(shape_zyx=(52, 48, 44), model_shape_zyx=(20, 40, 40))
+
+
+def prepare_any(scan, recipe, rescale=None):
+    """As prepare_volume, of intensities that need not be a CT's."""
+    return prepare_volume(scan, recipe, Policy(modality="other"), rescale)
 
 
 def resampled_by_itk(array, native, grid, recipe, slope=1.0, intercept=0.0):
@@ -34,7 +40,7 @@ def off_the_rim(native, grid):
 
 
 def worst(array, native, recipe, **rescale):
-    prepared = prepare_volume(as_scan(array, native, **rescale), recipe)
+    prepared = prepare_any(as_scan(array, native, **rescale), recipe)
     grid = prepared.volume.geometry
     assert prepared.volume.array_zyx.dtype == np.int16
     difference = np.abs(prepared.volume.array_zyx - resampled_by_itk(array, native, grid, recipe, **rescale))
@@ -52,7 +58,7 @@ def test_every_voxel_equals_itk_for_all_axis_orders(order):
 @pytest.mark.parametrize("order", AXIS_ORDERS[::7])
 def test_an_axis_aligned_scan_placed_by_its_own_geometry_equals_itk_without_a_transform(order):
     array, native = ct_like((30, 41, 52), seed=4), frame((30, 41, 52), order, spacing_mm=(1.7, 0.8, 1.1))
-    volume = prepare_volume(as_scan(array, native), SMALL).volume
+    volume = prepare_any(as_scan(array, native), SMALL).volume
     expected = on_grid_by_itk(to_sitk(array, native), volume.geometry)
     difference = np.abs(np.clip(expected, -1000, 1000) - volume.array_zyx)
     assert difference[off_the_rim(native, volume.geometry)].max() <= 0.51
@@ -84,7 +90,7 @@ def test_rescaling_to_hu_happens_exactly_once(dtype, slope, intercept):
 def test_a_table_replaces_the_headers_rescaling():
     stored = np.random.default_rng(0).integers(0, 2000, (20, 30, 40)).astype(np.int16)
     native = frame((20, 30, 40))
-    prepared = prepare_volume(as_scan(stored, native, 1.0, -8192.0), SMALL, Rescale(1.0, -1024.0, "table"))
+    prepared = prepare_any(as_scan(stored, native, 1.0, -8192.0), SMALL, Rescale(1.0, -1024.0, "table"))
     expected = resampled_by_itk(stored, native, prepared.volume.geometry, SMALL, 1.0, -1024.0)
     assert np.abs(prepared.volume.array_zyx - expected).max() <= 0.51
     assert prepared.facts["intercept"] == -1024.0
@@ -100,8 +106,8 @@ def test_an_array_stored_in_another_axis_order_gives_the_same_volume(order):
     first = [(n - 1) if sign < 0 else 0 for n, sign in zip(stored.shape, signs, strict=True)]
     origin = straight.world([first[axes.index(axis)] for axis in range(3)])
     native = frame(stored.shape, order, [(1.9, 0.8, 0.7)[axis] for axis in axes], origin)
-    same = prepare_volume(as_scan(np.ascontiguousarray(stored), native), SMALL).volume.array_zyx.astype(int)
-    difference = abs(same - prepare_volume(as_scan(array, straight), SMALL).volume.array_zyx)
+    same = prepare_any(as_scan(np.ascontiguousarray(stored), native), SMALL).volume.array_zyx.astype(int)
+    difference = abs(same - prepare_any(as_scan(array, straight), SMALL).volume.array_zyx)
     assert difference.max() <= 1  # a half is rounded either way, as float32 sums in another order
     assert (difference > 0).mean() < 1e-3
 
@@ -112,7 +118,7 @@ def test_a_marked_voxel_is_found_again_at_its_world_position(native):
     for mark in marks:
         array = np.full(native.shape_zyx, -1000, np.int16)
         array[tuple(mark)] = 1000
-        volume = prepare_volume(as_scan(array, native), SMALL).volume
+        volume = prepare_any(as_scan(array, native), SMALL).volume
         brightest = np.unravel_index(volume.array_zyx.argmax(), volume.array_zyx.shape)
         away_mm = np.abs(volume.geometry.world(brightest) - native.world(mark))
         assert (away_mm <= 0.5001 * np.sqrt(3)).all()
@@ -120,7 +126,7 @@ def test_a_marked_voxel_is_found_again_at_its_world_position(native):
 
 def test_the_recorded_transform_takes_grid_voxels_to_native_ones_and_back():
     native = rotated(frame((9, 11, 13)), (20, 10, -40))
-    prepared = prepare_volume(as_scan(ct_like((9, 11, 13)), native), SMALL)
+    prepared = prepare_any(as_scan(ct_like((9, 11, 13)), native), SMALL)
     index = np.array([3.0, 20.0, 31.0, 1.0])
     there = np.array(prepared.facts["grid_to_native_zyx"]) @ index
     assert np.allclose(native.world(there[:3]), prepared.volume.geometry.world(index[:3]))
@@ -141,14 +147,14 @@ def test_the_grid_is_centred_on_the_field_of_view_and_says_what_it_cuts_off_and_
 def test_a_voxel_exactly_on_the_rim_belongs_to_the_scan_at_its_first_face_only(sign, rows):
     # 5 voxels of 1 mm centred in 8: the outer faces lie exactly on voxel centres 1 and 6. As in ITK, [-0.5, n - 0.5) is inside.
     native = frame((6, 5, 6), ((0, 1, 2), (1, sign, 1)), spacing_mm=(1, 1, 1))
-    recipe = Recipe(shape_zyx=(6, 8, 6), model_shape_zyx=(3, 3, 3), modality="other")
-    volume = prepare_volume(as_scan(np.full((6, 5, 6), 50, np.int16), native), recipe).volume.array_zyx
+    recipe = Recipe(shape_zyx=(6, 8, 6), model_shape_zyx=(3, 3, 3))
+    volume = prepare_any(as_scan(np.full((6, 5, 6), 50, np.int16), native), recipe).volume.array_zyx
     assert np.flatnonzero(volume[3, :, 3] == 50).tolist() == list(rows)
 
 
 def test_outside_of_the_scan_there_is_padding_and_only_there():
     native = frame((10, 10, 10), spacing_mm=(1, 1, 1))
-    volume = prepare_volume(as_scan(np.full((10, 10, 10), 77, np.int16), native), SMALL).volume.array_zyx
+    volume = prepare_any(as_scan(np.full((10, 10, 10), 77, np.int16), native), SMALL).volume.array_zyx
     assert (volume == 77).sum() == 1000
     assert set(np.unique(volume)) == {-1000, 77}
 
@@ -156,14 +162,14 @@ def test_outside_of_the_scan_there_is_padding_and_only_there():
 def test_values_are_rounded_to_nearest_and_clipped():
     array = np.array([-2000.0, -1000.4, 0.6, -0.6, 99.4, 5000.0], np.float32)
     planes = np.broadcast_to(array[:, None, None], (6, 6, 6)).copy()
-    recipe = Recipe(shape_zyx=(6, 6, 6), model_shape_zyx=(3, 3, 3), modality="other")
-    volume = prepare_volume(as_scan(planes, frame((6, 6, 6), spacing_mm=(1, 1, 1))), recipe).volume.array_zyx
+    recipe = Recipe(shape_zyx=(6, 6, 6), model_shape_zyx=(3, 3, 3))
+    volume = prepare_any(as_scan(planes, frame((6, 6, 6), spacing_mm=(1, 1, 1))), recipe).volume.array_zyx
     assert volume[:, 0, 0].tolist() == [-1000, -1000, 1, -1, 99, 1000]
 
 
 def test_the_model_grid_equals_torchs_trilinear_resize():
     torch = pytest.importorskip("torch")
-    prepared = prepare_volume(as_scan(ct_like((40, 60, 50)), frame((40, 60, 50), spacing_mm=(1, 0.8, 0.9))), SMALL)
+    prepared = prepare_any(as_scan(ct_like((40, 60, 50)), frame((40, 60, 50), spacing_mm=(1, 0.8, 0.9))), SMALL)
     full = torch.from_numpy(prepared.volume.array_zyx.astype(np.float64))[None, None]
     expected = torch.nn.functional.interpolate(full, size=(20, 40, 40), mode="trilinear", align_corners=False)
     assert np.abs(prepared.model.array_zyx - expected[0, 0].numpy()).max() <= 0.501
@@ -175,10 +181,10 @@ def test_the_model_grid_equals_torchs_trilinear_resize():
 def test_antialiasing_takes_away_what_the_coarse_grid_cannot_hold_and_leaves_the_mean(native):
     stripes = np.where(np.arange(64) % 2, 400, -400).astype(np.int16)
     array = np.broadcast_to(stripes, (64, 64, 64)).copy()
-    coarse = Recipe(spacing_mm=(4, 4, 4), shape_zyx=(10, 10, 10), model_shape_zyx=(5, 5, 5), modality="other")
+    coarse = Recipe(spacing_mm=(4, 4, 4), shape_zyx=(10, 10, 10), model_shape_zyx=(5, 5, 5))
     smooth = Recipe(**{**coarse.to_json(), "antialias": True})
-    plain_sd = prepare_volume(as_scan(array, native), coarse).volume.array_zyx[3:7, 3:7, 3:7].std()
-    inner = prepare_volume(as_scan(array, native), smooth).volume.array_zyx[3:7, 3:7, 3:7]
+    plain_sd = prepare_any(as_scan(array, native), coarse).volume.array_zyx[3:7, 3:7, 3:7].std()
+    inner = prepare_any(as_scan(array, native), smooth).volume.array_zyx[3:7, 3:7, 3:7]
     assert inner.std() < 25
     assert abs(inner.mean()) < 10
     assert plain_sd > inner.std() or plain_sd < 1  # stripes sampled exactly midway vanish without smoothing too
@@ -187,9 +193,9 @@ def test_antialiasing_takes_away_what_the_coarse_grid_cannot_hold_and_leaves_the
 @pytest.mark.parametrize("turn", [(0, 0, 0), (3, 0, 0)])
 def test_a_scan_smaller_than_a_voxel_is_refused_not_lost_between_voxels(turn):
     native = rotated(frame((6, 6, 6), spacing_mm=(1, 0.001, 1)), turn)
-    coarse = Recipe(spacing_mm=(4, 4, 4), shape_zyx=(4, 4, 4), model_shape_zyx=(2, 2, 2), modality="other")
+    coarse = Recipe(spacing_mm=(4, 4, 4), shape_zyx=(4, 4, 4), model_shape_zyx=(2, 2, 2))
     with pytest.raises(Refused, match="at least one voxel") as refusal:
-        prepare_volume(as_scan(ct_like((6, 6, 6)), native), coarse)
+        prepare_any(as_scan(ct_like((6, 6, 6)), native), coarse)
     assert refusal.value.code == "too-small"
 
 
@@ -204,5 +210,5 @@ def test_planes_that_the_grid_cuts_off_are_read_too():
             seen.append(k)
             yield plane
 
-    prepare_volume(type(scan)(native, array.dtype, 1.0, 0.0, planes, "memory"), SMALL)
+    prepare_any(type(scan)(native, array.dtype, 1.0, 0.0, planes, "memory"), SMALL)
     assert seen == list(range(200))

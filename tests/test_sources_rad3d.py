@@ -89,7 +89,7 @@ def edit(file, old, new):
         (",Close,A,Yes", ",Close,B,Yes", "answer is not its choice"),
         ("test_1000_a_1", "train_1000_a_1", "a volume like test_1_a_1.nii.gz wanted, got 'train_1000_a_1.nii.gz'"),
         ("\n4,10,", "\n5,10,", "task 4, as its folder is called, wanted, got '5'"),
-        (",Yes,No,-,-\n", ",Yes,No\n", "11 cells wanted, got 9"),
+        (",Yes,No,-,-\n", ",Yes,No\n", "expected 11 cells, found 9"),
     ],
 )
 def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d, old, new, said):

@@ -11,7 +11,7 @@ from scans import as_scan, ct_like, frame, rotated
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare import prepare_volume
+from photon_data.prepare_volume import prepare_volume
 from photon_data.recipe import Recipe
 from photon_data.store import _write_array, is_whole, read_metadata, verify_store, write_store
 from photon_data.volume import Volume
@@ -165,7 +165,7 @@ def test_a_write_that_fails_leaves_the_old_store_and_nothing_else(out, prepared,
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("photon_data.store.sync_tree", no_space)
+    monkeypatch.setattr("photon_data.files.sync_tree", no_space)
     with pytest.raises(OSError, match="No space"):
         write_store(prepared, out, NAME, IDENTITY)
     assert [path.read_bytes() for path in files(out.path)] == before
@@ -204,8 +204,8 @@ def test_an_object_store_gets_the_root_metadata_last_and_opens_only_then(prepare
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data_type": "float64"}, "int16 array wanted"),
-        ({"shape": [100000, 100000, 100000]}, "int16 array wanted"),
+        ({"data_type": "float64"}, "expected a three-dimensional int16 array"),
+        ({"shape": [100000, 100000, 100000]}, "expected a three-dimensional int16 array"),
         ({"codecs": [{"name": "numcodecs.pickle"}]}, "numcodecs.pickle"),
     ],
 )

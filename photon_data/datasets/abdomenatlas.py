@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, ids_in, original_ids
-from photon_data.datasets.base import UNPACK, Adapter, Collected, OnFile, each_row
-from photon_data.datasets.declare import DataSet
+from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
 from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, refuse
 
@@ -27,39 +26,40 @@ NO_TEXT = ("", "nan", "none", "n/a")
 TEST = "test"
 
 
-def read(entry: DataSet, on_file: OnFile) -> Collected:
-    """Return the CTs below the entry's roots and one question per report that is there; UsageError."""
+def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+    """Return the CTs below the entry's roots and one question per report; UsageError."""
     files = entry.annotations
-    sources, notes = find_cts(entry, on_file)
+    found = find_cts(entry, on_file)
     splits = _splits(entry, files.get("splits", ()))
-    benchmark = ids_in(files.get("benchmark", ()))
-    kept_out = {name: "in DeepTumorVQA's benchmark" for name in sorted(benchmark) if splits.get(name) != TEST}
-    questions = _questions(entry, files.get("reports", ()), splits, original_ids(files.get("ids", ())), notes)
-    return Collected(sources, questions, left_out=kept_out, notes=notes)
+    benchmark = sorted(ids_in(files.get("benchmark", ())))
+    left_out = {name: "in DeepTumorVQA's benchmark" for name in benchmark if splits.get(name) != TEST}
+    notes = list(found.notes)
+    questions = _questions(entry, splits, notes)
+    return found._replace(left_out=left_out, notes=notes), questions
 
 
-def _questions(
-    entry: DataSet, paths: Sequence[Path], splits: dict[str, str], originals: dict[str, str], notes: list[str]
-) -> list[Question]:
+def _questions(entry: DataSet, splits: dict[str, str], notes: list[str]) -> list[Question]:
     """Return a question per row whose report (the columns that the entry names, in order) is not empty."""
-    columns = entry.policy.report
+    columns = entry.wording.report
     if not columns or any(column not in REPORTS for column in columns):
-        got = ", ".join(columns) or "none"
-        raise entry.wrong(f"`questions: {{report: ...}}` with one or more of {', '.join(REPORTS)} wanted, got {got}")
+        found = ", ".join(columns) or "none"
+        raise entry.error(f"expected `questions: {{report: ...}}` with one or more of {', '.join(REPORTS)}, found {found}")
+    originals = original_ids(entry.annotations.get("ids", ()))
     questions, empty, unsplit = [], [], []
-    for path, row in each_row(paths, (KEY, *columns)):
+    for path, row in read_rows(entry.annotations.get("reports", ()), (KEY, *columns)):
         ct = row.values[KEY].strip()
         if not ID.fullmatch(ct):
-            refuse(path, [Problem(row.place, "no CT", f"an id like BDMAP_00000001 wanted in {KEY!r}, got {ct!r}")])
+            text = f"expected an id like BDMAP_00000001 in {KEY!r}, found {ct!r}"
+            refuse(path, [Problem(row.place, "no CT", text)])
         texts = [row.values[column].strip() for column in columns]
         answer = "\n".join(text for text in texts if text.lower() not in NO_TEXT)
-        facts = {name: row.values.get(name, "") for name in FACTS}
-        extra = {**facts, "subtask": "+".join(columns), "source_id": originals.get(ct, "")}
         if not answer:
             empty.append(ct)
         elif splits and ct not in splits:
             unsplit.append(ct)
         else:
+            facts = {name: row.values.get(name, "") for name in FACTS}
+            extra = {**facts, "subtask": "+".join(columns), "source_id": originals.get(ct, "")}
             questions.append(Question(f"report/{ct}", ct, "", answer, splits.get(ct), ct, "report", extra=extra))
     if empty:
         notes.append(f"{len(empty)} CTs have no text in {', '.join(columns)} and make no question, {empty[0]} first")
@@ -74,14 +74,9 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
     twice = []
     for path in paths:
         split = path.stem.rpartition("_")[2]
-        for name in sorted(ids_in([path])):
-            if splits.setdefault(name, split) != split:
-                twice.append(name)
+        twice += [name for name in sorted(ids_in([path])) if splits.setdefault(name, split) != split]
     if twice:
-        raise entry.wrong(
-            f"one split per CT wanted, got {len(twice)} in several, {twice[0]} first; name the lists of IID or of OOD"
+        raise entry.error(
+            f"expected one split per CT, found {len(twice)} in several, {twice[0]} first; name the lists of IID or of OOD"
         )
     return splits
-
-
-ADAPTER = Adapter(read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), "abdomenatlas")

@@ -1,90 +1,139 @@
-"""What an adapter returns: plain values, from which the rest of the toolkit goes on without knowing the data set."""
+"""A declared data set, and what the adapter of its layout finds: plain values, the same for every data set."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from photon_data.datasets.declare import DataSet
-from photon_data.prepare import Rescale
-from photon_data.questions.question import Question
-from photon_data.questions.table import Problem, Row, Table, nearest, read_table, refuse
+from photon_data.errors import UsageError, nearest_name
+from photon_data.hounsfield import Rescale
+from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
 from photon_data.scan import Source, Stated
 
+# A callback; it gets the number of files seen so far.
 OnFile = Callable[[int], None]
 
-# The option of adapters whose scans may come in archives: the folder to unpack them into.
+# The option of data sets whose scans may come in archives: the folder to unpack them into.
 UNPACK = "unpack"
 
 
-class Collected(NamedTuple):
-    """The volumes and questions of one data set.
+@dataclass(frozen=True)
+class Wording:
+    """The words of a data set's questions and answers.
 
-    sources    the volumes that are there, each under its id
-    questions  with the publisher's splits (None: none known); `volume` is an id, or a name that means one volume
-               None for a data set that asks nothing: every volume then gets the instruction
-    rescale, stated   what the data set's tables say of some volumes, by id
-    left_out   {volume id: why} of volumes that the data set or its entry excludes
-    notes      sentences for the person who reads along
+    prompt       a style of `photon_data.questions.question.PROMPTS`; choices "shown" or "hidden"
+    report       columns of a report, in the order in which they become the answer
+    instruction  the question that a report answers; None for the recipe's
+    duplicates   rows that repeat another: "keep" or "drop"
     """
 
-    sources: list[Source]
-    questions: list[Question] | None
-    rescale: Mapping[str, Rescale] = MappingProxyType({})
-    stated: Mapping[str, Stated] = MappingProxyType({})
+    prompt: str = "plain"
+    choices: str = "hidden"
+    report: tuple[str, ...] = ()
+    instruction: str | None = None
+    duplicates: str = "keep"
+
+
+class Share(NamedTuple):
+    """What a data set gives to a split: at most `cap` questions, and `weight` parts of the whole (None: all it has)."""
+
+    weight: float | None = None
+    cap: int | None = None
+
+
+class RecipeChoice(NamedTuple):
+    """A recipe by name, with "key=value" settings."""
+
+    name: str = "chest_ct"
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One entry of data_manifest.yaml.
+
+    place        "data_manifest.yaml, line 7", for errors
+    roots        folders of scans
+    annotations  {kind: files or folders}; the adapter tells which kinds there are
+    splits       {the publisher's split: ours}, others are left out; empty to keep all under their names
+    fractions    {our split: share}, to draw splits by patient where the publisher has none; empty for the defaults
+    volumes      which reconstructions of a scan: all, first, thinnest, sharpest
+    mix          {our split: Share}
+    options      of this adapter alone: texts, {text: text} or, for UNPACK, a Path
+    """
+
+    name: str
+    place: str
+    adapter: str
+    roots: tuple[Path, ...] = ()
+    annotations: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)
+    fractions: Mapping[str, float] = field(default_factory=dict)
+    wording: Wording = field(default_factory=Wording)
+    volumes: str = "all"
+    recipe: RecipeChoice = field(default_factory=RecipeChoice)
+    mix: Mapping[str, Share] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def error(self, message: str) -> UsageError:
+        """Return the error with this message, which names the data set and its line."""
+        return UsageError(f"{self.place}, data set {self.name}: {message}")
+
+
+class SourceVolume(NamedTuple):
+    """One scan of a data set, and what the data set's tables give for it instead of its header or to check its header."""
+
+    dataset: DataSet
+    source: Source
+    rescale: Rescale | None = None
+    stated: Stated | None = None
+
+
+class Found(NamedTuple):
+    """The scans of a data set, each under its id.
+
+    left_out  {volume id: reason} of volumes that the data set or its entry excludes
+    notes     sentences for the user
+    """
+
+    volumes: list[SourceVolume]
     left_out: Mapping[str, str] = MappingProxyType({})
     notes: Sequence[str] = ()
 
 
-class Adapter(NamedTuple):
-    """A data set layout: how it is read, which annotations and options its entries may name, and whose patients it has.
-
-    `cohort` is shared by data sets with the same patients; None where the data set is on its own.
-    """
-
-    read: Callable[[DataSet, OnFile], Collected]
-    annotations: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    cohort: str | None = None
+def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, TableRow]]:
+    """Yield every row of several tables, with its file, as `text_rows` returns it."""
+    columns = list(columns)
+    for path in paths:
+        for row in text_rows(path, read_table(path), columns):
+            yield path, row
 
 
-def table_with(path: Path, columns: Iterable[str]) -> Table:
-    """Return the table of a file as `sound` does."""
-    return sound(path, read_table(path), columns)
+def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[TableRow]:
+    """Return the rows of a table with a text in every cell; UsageError if a column is missing or a row could not be read.
 
-
-def sound(path: Path, table: Table, columns: Iterable[str]) -> Table:
-    """Return the table of `path` with a text in every cell; UsageError unless it has these columns and all rows could be read.
-
-    What JSON and parquet have as null, or leave out, becomes "", anything else what JSON writes. `table` itself is changed.
+    Null and missing values of JSON and parquet become "", other values become their JSON text. The rows of `table` are changed.
     """
     missing = [column for column in columns if table.rows and column not in table.columns]
-    problems = [*(_missing(column, table.columns) for column in missing), *table.problems]
+    problems = [*(_missing_column(column, table.columns) for column in missing), *table.problems]
     if problems:
         refuse(path, problems)
     for row in table.rows:
         row.values.update({name: _text(row.values.get(name)) for name in table.columns})
-    return table
+    return table.rows
+
+
+def _missing_column(column: str, columns: Sequence[str]) -> Problem:
+    near = nearest_name(column, columns)
+    hint = f"{near!r}; rename it if it is meant" if near else ", ".join(columns[:12])
+    return Problem("line 1", "missing column", f"expected a column {column!r}, found {hint}")
 
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, default=str)
-
-
-def _missing(column: str, columns: Sequence[str]) -> Problem:
-    near = nearest(column, columns)
-    hint = f"is {near!r} meant? rename it" if near else f"the file has {', '.join(columns[:12])}"
-    return Problem("line 1", "missing column", f"column {column!r} wanted, not found; {hint}")
-
-
-def each_row(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, Row]]:
-    """Yield every row of several tables that have these columns, with its file."""
-    columns = list(columns)
-    for path in paths:
-        for row in table_with(path, columns).rows:
-            yield path, row

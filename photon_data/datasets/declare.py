@@ -1,181 +1,35 @@
-"""A YAML file -> plain values that know the line they stand on, so that what is wrong with one can be said by line.
+"""data_manifest.yaml -> the data sets that it declares, checked. docs/datasets.md explains every key.
 
-data_manifest.yaml -> the data sets that people declare in it, checked, with lines to point at. See docs/datasets.md.
+Every value of the YAML file keeps its line until it is checked, so that an error names the line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
 
-from photon_data.errors import UsageError
-from photon_data.questions.question import NAMES, PROMPTS
-from photon_data.questions.splits import check_names
-from photon_data.questions.table import nearest, read_text
-
-
-class Placed(NamedTuple):
-    """A value of a YAML file and its place, "FILE, line 3". Mappings hold Placed values by text, lists hold Placed items."""
-
-    value: Any
-    place: str
-
-    def wrong(self, wanted: str) -> UsageError:
-        """Return the error that says what was wanted here."""
-        return UsageError(f"{self.place}: {wanted} wanted, got {_said(self.value)}")
-
-    def mapping(self, wanted: str) -> dict[str, Placed]:
-        """Return the mapping that this is; UsageError for anything else."""
-        if not isinstance(self.value, dict):
-            raise self.wrong(wanted)
-        return self.value
-
-    def fields(self, names: Collection[str]) -> dict[str, Placed]:
-        """Return the mapping that this is; UsageError for another value, and, with the nearest name, for keys not in `names`."""
-        found = self.mapping(f"a mapping with {', '.join(names)}")
-        for name, item in found.items():
-            if name not in names:
-                near = nearest(name, names)
-                hint = f"did you mean {near!r}?" if near else "nothing of that name is known"
-                raise UsageError(f"{item.place}: one of {', '.join(names)} wanted, got {name!r}; {hint}")
-        return found
-
-    def text(self) -> str:
-        """Return the text that this is; UsageError for anything else, numbers and yes/no without quotes among them."""
-        if not isinstance(self.value, str) or not self.value.strip():
-            raise self.wrong("text (in quotes, if it looks like a number)")
-        return self.value.strip()
-
-    def number(self, least: float) -> float:
-        """Return the number that this is, above `least`."""
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value > least:
-            raise self.wrong(f"a number above {least:g}")
-        return self.value
-
-    def whole(self, least: int) -> int:
-        """Return the whole number that this is, above `least`."""
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value <= least:
-            raise self.wrong(f"a whole number above {least}")
-        return self.value
-
-    def texts(self) -> list[str]:
-        """Return the texts of a list, or the one text that stands in its place."""
-        return [item.text() for item in self.value] if isinstance(self.value, list) else [self.text()]
-
-    def one_of(self, names: Collection[str]) -> str:
-        """Return the text that this is, one of `names`."""
-        if self.value not in names:
-            raise self.wrong(f"one of {', '.join(names)}")
-        return str(self.value)
-
-
-def read_yaml(path: Path) -> Placed:
-    """Return the one document of a YAML file; UsageError for what is no YAML, or has a key twice."""
-    text = read_text(path, (".yaml", ".yml"))
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise UsageError(f"{path.name}, line {mark.line + 1 if mark else 1}: YAML wanted, got: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path.name}: YAML wanted, got: {error}") from None
-    if node is None:
-        raise UsageError(f"{path.name}: data sets wanted, got an empty file")
-    return _placed(node, path.name, yaml.SafeLoader(""))
-
-
-def _placed(node: yaml.Node, name: str, loader: yaml.SafeLoader) -> Placed:
-    place = f"{name}, line {node.start_mark.line + 1}"
-    if isinstance(node, yaml.SequenceNode):
-        return Placed([_placed(item, name, loader) for item in node.value], place)
-    if not isinstance(node, yaml.MappingNode):
-        return Placed(loader.construct_object(node), place)
-    found: dict[str, Placed] = {}
-    for key, item in node.value:
-        if key.value in found:
-            raise UsageError(f"{name}, line {key.start_mark.line + 1}: every key once wanted, got {key.value!r} again")
-        value = _placed(item, name, loader)
-        found[str(key.value)] = Placed(value.value, f"{name}, line {key.start_mark.line + 1}")
-    return Placed(found, place)
-
-
-def _said(value: Any) -> str:
-    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return kinds.get(type(value)) or repr(value)
-
+from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
+from photon_data.errors import UsageError, nearest_name
+from photon_data.questions.question import PROMPTS
+from photon_data.questions.question_table import NAMES
+from photon_data.questions.table import read_text
 
 TOP = ("out", "recipe", "seed", "datasets")
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
-# Options that are folders.
-FOLDERS = ("unpack",)
+QUESTIONS = ("prompt", "choices", "report", "instruction", "duplicates")
 RECONSTRUCTIONS = ("all", "first", "thinnest", "sharpest")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How a data set's questions are put.
-
-    prompt       a style of `photon_data.prompts`; choices "shown" or "hidden"
-    report       columns of a report, in the order in which they become the answer
-    instruction  the question that a report answers; the recipe's if None
-    duplicates   rows that repeat another: "keep" or "drop"
-    """
-
-    prompt: str = "plain"
-    choices: str = "hidden"
-    report: tuple[str, ...] = ()
-    instruction: str | None = None
-    duplicates: str = "keep"
-
-
-@dataclass(frozen=True)
-class RecipeChoice:
-    """A recipe by name, with "key=value" settings."""
-
-    name: str = "chest_ct"
-    settings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One entry of data_manifest.yaml.
-
-    place        "data_manifest.yaml, line 7", for errors
-    roots        folders of scans
-    annotations  {what it is: files or folders}; which there are depends on the adapter
-    splits       {the publisher's split: ours}, others are left out; empty keeps all as they are called
-    fractions    {our split: share}, to draw splits by patient where the publisher has none; empty for the defaults
-    volumes      which reconstructions of a scan: all, first, thinnest, sharpest
-    mix          {our split: Share}
-    options      of the adapter alone, as texts, {text: text} or, of FOLDERS, a Path
-    """
-
-    name: str
-    place: str
-    adapter: str
-    roots: tuple[Path, ...] = ()
-    annotations: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    splits: Mapping[str, str] = field(default_factory=dict)
-    fractions: Mapping[str, float] = field(default_factory=dict)
-    policy: Policy = Policy()
-    volumes: str = "all"
-    recipe: RecipeChoice = RecipeChoice()
-    mix: Mapping[str, Share] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def wrong(self, said: str) -> UsageError:
-        """Return the error of this data set that says so."""
-        return UsageError(f"{self.place}, data set {self.name}: {said}")
+# The name of a data set begins ids and can be the name of a file.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class DataManifest:
-    """All of data_manifest.yaml: `out` is None where the command has to say it."""
+    """All of data_manifest.yaml; `out` is None if the command has to give it."""
 
     path: Path
     datasets: tuple[DataSet, ...]
@@ -183,34 +37,39 @@ class DataManifest:
     seed: int = 0
 
     def only(self, names: Collection[str]) -> tuple[DataSet, ...]:
-        """Return the named data sets, all of them for no name; UsageError for a name that is not declared."""
+        """Return the named data sets, or all of them without names; UsageError for a name that is not declared."""
         declared = [entry.name for entry in self.datasets]
         unknown = [name for name in names if name not in declared]
         if unknown:
-            raise UsageError(f"--only: one of {', '.join(declared)} wanted, got {unknown[0]!r}")
+            raise UsageError(f"--only: expected one of {', '.join(declared)}, found {unknown[0]!r}")
         return tuple(entry for entry in self.datasets if not names or entry.name in names)
 
 
 def read_data_manifest(path: Path) -> DataManifest:
     """Return the checked content of a data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
-    top = read_yaml(path).fields(TOP)
+    top = _read_yaml(path).mapping(TOP)
     if "datasets" not in top:
-        raise UsageError(f"{path.name}: a mapping `datasets` wanted, got {', '.join(top) or 'nothing'}")
-    entries = top["datasets"].mapping("a mapping from names to data sets")
-    if not entries:
-        raise top["datasets"].wrong("at least one data set")
+        raise UsageError(f"{path.name}: expected a mapping `datasets`, found {', '.join(top) or 'nothing'}")
     base, recipe = path.absolute().parent, _recipe(top.get("recipe"), RecipeChoice())
-    datasets = tuple(_entry(name, item, base, recipe) for name, item in entries.items())
-    check_names(entries)
+    datasets = tuple(_entry(name, item, base, recipe) for name, item in top["datasets"].mapping().items())
+    if not datasets:
+        raise top["datasets"].error("at least one data set")
+    by_name: dict[str, DataSet] = {}
+    for entry in datasets:
+        other = by_name.setdefault(entry.name.casefold(), entry)
+        if other is not entry:
+            raise entry.error(f"expected names that differ in more than upper and lower case, found {other.name!r} too")
     out = top["out"].text() if "out" in top else None
-    seed = top["seed"].whole(-1) if "seed" in top else 0
+    seed = top["seed"].integer(above=-1) if "seed" in top else 0
     return DataManifest(path, datasets, out if out is None or "://" in out else str(base / out), seed)
 
 
-def _entry(name: str, item: Placed, base: Path, recipe: RecipeChoice) -> DataSet:
-    found = item.fields(ENTRY)
+def _entry(name: str, item: Node, base: Path, recipe: RecipeChoice) -> DataSet:
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{item.place}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
+    found = item.mapping(ENTRY)
     if "adapter" not in found:
-        raise UsageError(f"{item.place}: data set {name}: an adapter wanted, got none")
+        raise UsageError(f"{item.place}: data set {name}: expected an adapter, found none")
     splits, fractions = _splits(found.get("splits"))
     return DataSet(
         name=name,
@@ -220,7 +79,7 @@ def _entry(name: str, item: Placed, base: Path, recipe: RecipeChoice) -> DataSet
         annotations=_annotations(found.get("annotations"), base),
         splits=splits,
         fractions=fractions,
-        policy=_policy(found.get("questions")),
+        wording=_wording(found.get("questions")),
         volumes=found["volumes"].one_of(RECONSTRUCTIONS) if "volumes" in found else "all",
         recipe=_recipe(found.get("recipe"), recipe),
         mix=_mix(found.get("mix")),
@@ -228,12 +87,12 @@ def _entry(name: str, item: Placed, base: Path, recipe: RecipeChoice) -> DataSet
     )
 
 
-def _paths(item: Placed, base: Path) -> tuple[Path, ...]:
+def _paths(item: Node, base: Path) -> tuple[Path, ...]:
     return tuple(base / Path(text).expanduser() for text in item.texts())
 
 
-def _annotations(item: Placed | None, base: Path) -> dict[str, tuple[Path, ...]]:
-    """Return {kind: paths}; a path alone is of the kind "questions"."""
+def _annotations(item: Node | None, base: Path) -> dict[str, tuple[Path, ...]]:
+    """Return {kind: paths}; paths without a kind are "questions"."""
     if item is None:
         return {}
     if not isinstance(item.value, dict):
@@ -241,38 +100,29 @@ def _annotations(item: Placed | None, base: Path) -> dict[str, tuple[Path, ...]]
     return {kind: _paths(paths, base) for kind, paths in item.value.items()}
 
 
-def _splits(item: Placed | None) -> tuple[dict[str, str], dict[str, float]]:
+def _splits(item: Node | None) -> tuple[dict[str, str], dict[str, float]]:
     """Return ({theirs: ours}, {}) for names and ({}, {ours: share}) for numbers."""
     if item is None:
         return {}, {}
     if not isinstance(item.value, dict):
-        named = {text: text for text in item.texts()}
-    elif item.value and all(isinstance(share.value, int | float) for share in item.value.values()):
-        return {}, {name: float(share.number(0)) for name, share in item.value.items()}
-    else:
-        named = {theirs: ours.text() for theirs, ours in item.value.items()}
-    check_names(set(named.values()))
-    return named, {}
+        return {text: text for text in item.texts()}, {}
+    if item.value and all(isinstance(share.value, int | float) for share in item.value.values()):
+        return {}, {name: float(share.number()) for name, share in item.value.items()}
+    return {theirs: ours.text() for theirs, ours in item.value.items()}, {}
 
 
-def _policy(item: Placed | None) -> Policy:
-    found = item.fields(_POLICY) if item else {}
-    return Policy(**{name: _POLICY[name](said) for name, said in found.items()})
+def _wording(item: Node | None) -> Wording:
+    found: dict[str, Any] = dict(item.mapping(QUESTIONS)) if item else {}
+    allowed = {"prompt": PROMPTS, "choices": ("shown", "hidden"), "duplicates": ("keep", "drop")}
+    for name, value in found.items():
+        if name in allowed:
+            found[name] = value.one_of(allowed[name])
+        else:
+            found[name] = tuple(value.texts()) if name == "report" else value.text()
+    return Wording(**found)
 
 
-# Field of Policy -> how it is read.
-_POLICY: Mapping[str, Callable[[Placed], Any]] = MappingProxyType(
-    {
-        "prompt": lambda said: said.one_of(PROMPTS),
-        "choices": lambda said: said.one_of(("shown", "hidden")),
-        "report": lambda said: tuple(said.texts()),
-        "instruction": Placed.text,
-        "duplicates": lambda said: said.one_of(("keep", "drop")),
-    }
-)
-
-
-def _recipe(item: Placed | None, default: RecipeChoice) -> RecipeChoice:
+def _recipe(item: Node | None, default: RecipeChoice) -> RecipeChoice:
     """Return the recipe of `recipe: NAME` or of `recipe: {name: NAME, spacing_mm: [1, 1, 1]}`."""
     if item is None:
         return default
@@ -283,33 +133,115 @@ def _recipe(item: Placed | None, default: RecipeChoice) -> RecipeChoice:
     return RecipeChoice(name, tuple(f"{key}={_setting(value)}" for key, value in settings.items()))
 
 
-def _setting(item: Placed) -> str:
-    return ",".join(_setting(part) for part in item.value) if isinstance(item.value, list) else str(item.value)
+def _setting(item: Node) -> str:
+    return ",".join(map(_setting, item.value)) if isinstance(item.value, list) else str(item.value)
 
 
-def _mix(item: Placed | None) -> dict[str, Share]:
+def _mix(item: Node | None) -> dict[str, Share]:
     shares = {}
-    for split, share in (item.mapping("a mapping from splits to weight and cap") if item else {}).items():
-        found = share.fields(("weight", "cap"))
-        weight = found["weight"].number(0) if "weight" in found else None
-        shares[split] = Share(weight, found["cap"].whole(0) if "cap" in found else None)
+    for split, share in (item.mapping() if item else {}).items():
+        found = share.mapping(("weight", "cap"))
+        weight = found["weight"].number() if "weight" in found else None
+        shares[split] = Share(weight, found["cap"].integer() if "cap" in found else None)
     return shares
 
 
-def _options(item: Placed | None, base: Path) -> dict[str, Any]:
-    found = item.mapping("a mapping of the adapter's own options") if item else {}
-    if "columns" in found:
-        found["columns"].fields(NAMES)
-    folders = {name: base / Path(found[name].text()).expanduser() for name in FOLDERS if name in found}
-    return {name: _plain(option) for name, option in found.items()} | folders
+def _options(item: Node | None, base: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, value in (item.mapping() if item else {}).items():
+        if name == UNPACK:
+            options[name] = base / Path(value.text()).expanduser()
+        elif isinstance(value.value, dict):
+            texts = value.mapping(NAMES) if name == "columns" else value.value
+            options[name] = {key: text.text() for key, text in texts.items()}
+        else:
+            options[name] = value.text()
+    return options
 
 
-def _plain(item: Placed) -> Any:
-    return {key: value.text() for key, value in item.value.items()} if isinstance(item.value, dict) else item.text()
+class Node(NamedTuple):
+    """A value of a YAML file and its place, "FILE, line 3". Mappings hold a Node for each key, lists hold Nodes.
+
+    Each method returns the value as one type. It raises UsageError, with the place, for a value of another type.
+    """
+
+    value: Any
+    place: str
+
+    def error(self, expected: str) -> UsageError:
+        """Return the error of a place where something else was expected."""
+        kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+        return UsageError(f"{self.place}: expected {expected}, found {kinds.get(type(self.value)) or repr(self.value)}")
+
+    def mapping(self, names: Collection[str] | None = None) -> Mapping[str, Node]:
+        """Return a mapping; its keys have to be among `names`, if they are given."""
+        if not isinstance(self.value, dict):
+            raise self.error(f"a mapping with {', '.join(names)}" if names else "a mapping")
+        for name, item in self.value.items():
+            if names is not None and name not in names:
+                near = nearest_name(name, names)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise UsageError(f"{item.place}: expected one of {', '.join(names)}, found {name!r}{hint}")
+        return self.value
+
+    def text(self) -> str:
+        """Return a text; numbers and yes/no need quotes."""
+        if not isinstance(self.value, str) or not self.value.strip():
+            raise self.error("text (in quotes, if it looks like a number)")
+        return self.value.strip()
+
+    def texts(self) -> list[str]:
+        """Return the texts of a list, or the one text without a list."""
+        return [item.text() for item in self.value] if isinstance(self.value, list) else [self.text()]
+
+    def number(self) -> float:
+        """Return a number above 0."""
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value > 0:
+            raise self.error("a number above 0")
+        return self.value
+
+    def integer(self, above: int = 0) -> int:
+        """Return a whole number above `above`."""
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value <= above:
+            raise self.error(f"a whole number above {above}")
+        return self.value
+
+    def one_of(self, names: Collection[str]) -> str:
+        """Return one of `names`."""
+        if not isinstance(self.value, str) or self.value not in names:
+            raise self.error(f"one of {', '.join(names)}")
+        return self.value
 
 
-class Share(NamedTuple):
-    """What a data set gives to a split: at most `cap` questions, and `weight` parts of the whole (None: all it has)."""
+def _read_yaml(path: Path) -> Node:
+    """Return the one document of a YAML file; UsageError if it is not YAML, or has a key twice."""
+    text = read_text(path, (".yaml", ".yml"))
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = mark.line + 1 if mark else 1
+        raise UsageError(f"{path.name}, line {line}: expected YAML, found: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name}: expected YAML, found: {error}") from None
+    if root is None:
+        raise UsageError(f"{path.name}: expected data sets, found an empty file")
+    scalars = yaml.SafeLoader("")
 
-    weight: float | None = None
-    cap: int | None = None
+    def place(node: yaml.Node) -> str:
+        return f"{path.name}, line {node.start_mark.line + 1}"
+
+    def value(node: yaml.Node) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            return [Node(value(item), place(item)) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            return scalars.construct_object(node)
+        found: dict[str, Node] = {}
+        for key, item in node.value:  # the place of an item is that of its key
+            name = str(key.value)
+            if name in found:
+                raise UsageError(f"{place(key)}: expected every key once, found {name!r} again")
+            found[name] = Node(value(item), place(key))
+        return found
+
+    return Node(value(root), place(root))

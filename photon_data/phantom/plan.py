@@ -1,9 +1,9 @@
-"""Which volume has which finding: stratified by design, so that no constant answer and no rule on the question's text can win.
+"""Which volume has which finding: stratified, so that no constant answer and no rule on the question's text can win.
 
-Volumes come in blocks of twelve scans of ten patients (two patients are scanned twice). Within one split, findings are dealt like
-cards: every pair of volumes holds each finding once, every two volumes that hold it show it once left and once right, every
-three show 1, 2 and 3 of it, and so on. The shuffles are seeded by (seed, split, what is dealt, number of the deal), so volume i
-depends on (seed, i) only and more volumes may be added later.
+Volumes come in blocks of twelve scans of ten patients (two patients are scanned twice). Within one split, findings are
+dealt like cards: of every two volumes one has the finding; of every two volumes that have it one shows it left and one
+right; of every three, one shows 1, one 2 and one 3 of it; and so on. A deck is shuffled with the seed (seed, split, what
+is dealt, number of the deck): volume i depends on (seed, i) only, and more volumes may be added later.
 """
 
 from __future__ import annotations
@@ -17,27 +17,14 @@ import numpy as np
 
 Card = TypeVar("Card")
 
-# (patient within the block, split) of the twelve scans of a block.
-BLOCK = (
-    (0, "train"),
-    (0, "train"),
-    (1, "test"),
-    (2, "val"),
-    (3, "train"),
-    (4, "train"),
-    (5, "train"),
-    (6, "train"),
-    (7, "test"),
-    (8, "val"),
-    (9, "train"),
-    (9, "train"),
-)
-PATIENTS_PER_BLOCK = 10
+# The split of each of a block's ten patients, and the patients of its twelve scans.
+SPLITS = ("train", "test", "val", "train", "train", "train", "train", "test", "val", "train")
+SCANNED = (0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One scan to be made: who it is of, its split, and its number within that split."""
+    """One scan to be made: its patient, its split, and its number within that split."""
 
     seed: int
     index: int
@@ -60,13 +47,12 @@ class Slot:
 class Finding:
     """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense.
 
-    diffuse: all of the organ is affected, and all that is asked is whether it is.
+    diffuse: all of the organ is affected, and the only question is whether it is.
     """
 
     name: str
     organ: str
     noun: str
-    plural: str
     organ_masks: tuple[str, ...]
     sides: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
@@ -75,10 +61,15 @@ class Finding:
     substances: tuple[str, ...] = ()
     diffuse: bool = False
 
+    @property
+    def plural(self) -> str:
+        """The noun for several of them."""
+        return f"{self.noun}s"
+
 
 @dataclass(frozen=True)
 class Occurrence:
-    """A finding as one volume shows it. All its lesions share side, place and substance; the size is the largest one's."""
+    """A finding as one volume shows it. All its lesions share side, place and substance; the size is that of the largest."""
 
     finding: Finding
     side: str
@@ -87,16 +78,22 @@ class Occurrence:
     size_bin_mm: tuple[int, int]
     substance: str
 
+    @property
+    def organ_mask(self) -> str:
+        """The mask of the organ, or of the organ on the affected side."""
+        return next(mask for mask in self.finding.organ_masks if mask.endswith(self.side))
 
+
+LUNGS = ("lung_left", "lung_right")
+SIDES = ("left", "right")
 # Gaps between the bins and far-apart substances keep the choices clear to a small model on 1.3 mm voxels.
 FINDINGS = (
     Finding(
         name="lung_nodule",
         organ="lungs",
         noun="lung nodule",
-        plural="lung nodules",
-        organ_masks=("lung_left", "lung_right"),
-        sides=("left", "right"),
+        organ_masks=LUNGS,
+        sides=SIDES,
         places=("upper half", "lower half"),
         counts=(1, 2, 3),
         size_bins_mm=((15, 20), (24, 30), (35, 42)),
@@ -106,7 +103,6 @@ FINDINGS = (
         name="liver_lesion",
         organ="liver",
         noun="liver lesion",
-        plural="liver lesions",
         organ_masks=("liver",),
         places=("left lobe", "right lobe"),
         counts=(1, 2, 3),
@@ -117,9 +113,8 @@ FINDINGS = (
         name="kidney_lesion",
         organ="kidneys",
         noun="kidney lesion",
-        plural="kidney lesions",
         organ_masks=("kidney_left", "kidney_right"),
-        sides=("left", "right"),
+        sides=SIDES,
         places=("upper pole", "lower pole"),
         size_bins_mm=((15, 19), (24, 28)),
         substances=("fat", "fluid", "calcified"),
@@ -128,70 +123,60 @@ FINDINGS = (
         name="spleen_lesion",
         organ="spleen",
         noun="splenic lesion",
-        plural="splenic lesions",
         organ_masks=("spleen",),
         size_bins_mm=((15, 19), (26, 34)),
         substances=("fat", "fluid", "calcified"),
     ),
-    Finding(
-        name="pleural_effusion",
-        organ="pleura",
-        noun="pleural effusion",
-        plural="pleural effusions",
-        organ_masks=("lung_left", "lung_right"),
-        sides=("left", "right"),
-    ),
+    Finding("pleural_effusion", "pleura", "pleural effusion", LUNGS, sides=SIDES),
 )
 
-
-def _diffuse(name: str, organ: str, masks: tuple[str, ...], noun: str, substance: str) -> Finding:
-    return Finding(name, organ, noun, f"{noun}s", masks, substances=(substance,), diffuse=True)
-
-
-# For a model of half a million weights that has a few minutes to learn: whole organs are affected, several visual tokens large,
-# and brighter than anything of their kind. With a third organ the tiny model did not leave chance in 300 steps.
+# For a model of half a million weights that has a few minutes to learn: whole organs are affected. They are several
+# visual tokens large, and brighter than healthy ones. With a third organ the tiny model stayed at chance for 300 steps.
 EASY_FINDINGS = (
-    _diffuse("lung_consolidation", "lungs", ("lung_left", "lung_right"), "lung consolidation", "soft tissue"),
-    _diffuse("liver_calcification", "liver", ("liver",), "liver calcification", "dense"),
+    Finding("lung_consolidation", "lungs", "lung consolidation", LUNGS, substances=("soft tissue",), diffuse=True),
+    Finding("liver_calcification", "liver", "liver calcification", ("liver",), substances=("dense",), diffuse=True),
 )
 
 
 def seeded(seed: int, *key: str | int) -> np.random.Generator:
-    """A generator of its own for every key: neither the number of volumes nor the order of calls changes what it gives."""
+    """A generator of its own for every key: neither the number of volumes nor the order of calls changes its values."""
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return np.random.default_rng(np.random.SeedSequence([seed, *words]))
 
 
-def slot(seed: int, index: int) -> Slot:
+def slot_of(seed: int, index: int) -> Slot:
     """The patient and split of scan number `index`."""
-    block, place = divmod(index, len(BLOCK))
-    patient, split = BLOCK[place]
-    splits = [name for _, name in BLOCK]
+    block, number = divmod(index, len(SCANNED))
+    splits = [SPLITS[patient] for patient in SCANNED]
     return Slot(
         seed=seed,
         index=index,
-        patient_index=block * PATIENTS_PER_BLOCK + patient,
-        split=split,
-        index_in_split=block * splits.count(split) + splits[:place].count(split),
+        patient_index=block * len(SPLITS) + SCANNED[number],
+        split=splits[number],
+        index_in_split=block * splits.count(splits[number]) + splits[:number].count(splits[number]),
     )
 
 
-def deal(at: Slot, what: str, position: int, cards: Sequence[Card]) -> Card:
+def deal(slot: Slot, what: str, position: int, cards: Sequence[Card]) -> Card:
     """The card at `position` in an endless row of shuffled decks of `cards`."""
-    turn, place = divmod(position, len(cards))
-    return cards[seeded(at.seed, at.split, what, turn).permutation(len(cards))[place]]
+    deck, place = divmod(position, len(cards))
+    return cards[seeded(slot.seed, slot.split, what, deck).permutation(len(cards))[place]]
 
 
-def occurrence(at: Slot, finding: Finding) -> Occurrence | None:
-    """How this volume shows the finding, or None: of two consecutive volumes of a split, exactly one does."""
-    if not deal(at, finding.name, at.index_in_split, (True, False)):
+def occurrence_of(slot: Slot, finding: Finding) -> Occurrence | None:
+    """How this volume shows the finding, or None: of two consecutive volumes of a split, exactly one shows it."""
+    if not deal(slot, finding.name, slot.index_in_split, (True, False)):
         return None
-    nth = at.index_in_split // 2  # of the volumes of this split that show it, because each pair holds one
+    nth = slot.index_in_split // 2  # of the volumes of this split that show it, because each pair holds one
+
+    def dealt(what: str, cards: Sequence[Card]) -> Card:
+        return deal(slot, f"{finding.name} {what}", nth, cards)
+
     return Occurrence(
         finding=finding,
-        side=deal(at, f"{finding.name} side", nth, finding.sides or ("",)),
-        place=deal(at, f"{finding.name} place", nth, finding.places or ("",)),
-        count=deal(at, f"{finding.name} count", nth, finding.counts),
-        size_bin_mm=deal(at, f"{finding.name} size", nth, finding.size_bins_mm or ((0, 0),)),
-        substance=deal(at, f"{finding.name} substance", nth, finding.substances or ("fluid",)),
+        side=dealt("side", finding.sides or ("",)),
+        place=dealt("place", finding.places or ("",)),
+        count=dealt("count", finding.counts),
+        size_bin_mm=dealt("size", finding.size_bins_mm or ((0, 0),)),
+        substance=dealt("substance", finding.substances or ("fluid",)),
     )

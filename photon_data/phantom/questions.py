@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from photon_data.phantom.lesions import Lesion
+from photon_data.phantom.body import Lesion
 from photon_data.phantom.plan import Finding, Occurrence, Slot
 
 CAPTION = "What does this scan show?"
 WORDINGS = {
-    "presence": (
-        "Any {noun}?",
-        "Is there {noun}?",
-        "Is {noun} seen?",
-    ),
+    "presence": ("Any {noun}?", "Is there {noun}?", "Is {noun} seen?"),
     "existence": (
         "Is there a {noun} in this scan?",
         "Does this CT show a {noun}?",
@@ -61,9 +56,8 @@ WORDINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Item:
-    """One thing to ask of one volume. An open question has no choices."""
+class Item(NamedTuple):
+    """One thing to ask of one volume: `form` is a key of WORDINGS. An open question has no choices."""
 
     form: str
     answer: str
@@ -71,14 +65,12 @@ class Item:
     value: int | None = None
     unit: str = ""
 
-    @property
-    def kind(self) -> str:
-        """The kind of question, the same for its open form and the one with choices."""
-        return self.form.removesuffix("-class")
-
 
 def question_rows(
-    at: Slot, findings: Sequence[Finding], occurrences: dict[str, Occurrence], lesions: dict[str, tuple[Lesion, ...]]
+    slot: Slot,
+    findings: Sequence[Finding],
+    occurrences: Mapping[str, Occurrence],
+    lesions: Mapping[str, tuple[Lesion, ...]],
 ) -> list[dict[str, Any]]:
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
@@ -86,40 +78,51 @@ def question_rows(
         items = [Item("existence", _yes_no(finding, occurrences), ("yes", "no"))]
         if finding.name in occurrences and not finding.diffuse:
             items += _items(occurrences[finding.name], lesions[finding.name][0])
-        rows += [_row(at, finding, item) for item in items]
+        for item in items:
+            row = _row(slot, f"{finding.name}-{item.form}", _wording(slot, finding, item), item.answer)
+            rows.append(
+                row
+                | {
+                    "kind": item.form.removesuffix("-class"),  # the same for the open question and the one with choices
+                    "organ": finding.organ,
+                    "choices": list(item.choices),
+                    "lesion": finding.name,
+                    "organ_masks": list(finding.organ_masks),
+                    "answer_value": item.value,
+                    "unit": item.unit,
+                }
+            )
     return rows
 
 
-def caption_rows(at: Slot, findings: Sequence[Finding], occurrences: dict[str, Occurrence]) -> list[dict[str, Any]]:
+def caption_rows(
+    slot: Slot, findings: Sequence[Finding], occurrences: Mapping[str, Occurrence]
+) -> list[dict[str, Any]]:
     """The captions of a training volume: every finding, present or not, once with each finding first. Others have none.
 
-    They say in one text what the questions ask: where the name of an organ stands, what is seen there comes next.
+    They say in one text what the questions ask: after the name of an organ comes what is seen there.
     """
-    said = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
-    turned = [said[first:] + said[:first] for first in range(len(said))] if at.split == "train" else []
-    return [
-        {
-            "id": f"{at.volume}-caption-{number}",
-            "volume": at.volume,
-            "patient": at.patient,
-            "split": at.split,
-            "question": CAPTION,
-            "answer": ", ".join(parts),
-            "kind": "caption",
-        }
-        for number, parts in enumerate(turned, start=1)
-    ]
+    if slot.split != "train":
+        return []
+    parts = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
+    answers = [", ".join(parts[first:] + parts[:first]) for first in range(len(parts))]
+    rows = [_row(slot, f"caption-{number}", CAPTION, answer) for number, answer in enumerate(answers, start=1)]
+    return [row | {"kind": "caption"} for row in rows]
 
 
-def _yes_no(finding: Finding, occurrences: dict[str, Occurrence]) -> str:
+def _row(slot: Slot, name: str, question: str, answer: str) -> dict[str, Any]:
+    return {
+        "id": f"{slot.volume}-{name}",
+        "volume": slot.volume,
+        "patient": slot.patient,
+        "split": slot.split,
+        "question": question,
+        "answer": answer,
+    }
+
+
+def _yes_no(finding: Finding, occurrences: Mapping[str, Occurrence]) -> str:
     return "yes" if finding.name in occurrences else "no"
-
-
-def size_classes(bins_mm: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    """One phrase per bin, parted within the gaps: ((15, 20), (24, 30)) -> "smaller than 22 mm", "larger than 22 mm"."""
-    edges = [(high + low) // 2 for (_, high), (low, _) in pairwise(bins_mm)]
-    middle = [f"{low} to {high} mm" for low, high in pairwise(edges)]
-    return (f"smaller than {edges[0]} mm", *middle, f"larger than {edges[-1]} mm")
 
 
 def _items(occurrence: Occurrence, largest: Lesion) -> list[Item]:
@@ -142,28 +145,18 @@ def _items(occurrence: Occurrence, largest: Lesion) -> list[Item]:
     return items
 
 
-def _row(at: Slot, finding: Finding, item: Item) -> dict[str, Any]:
-    return {
-        "id": f"{at.volume}-{finding.name}-{item.form}",
-        "volume": at.volume,
-        "patient": at.patient,
-        "split": at.split,
-        "question": _ask(at, finding, item),
-        "answer": item.answer,
-        "kind": item.kind,
-        "organ": finding.organ,
-        "choices": list(item.choices),
-        "lesion": finding.name,
-        "organ_masks": list(finding.organ_masks),
-        "answer_value": item.value,
-        "unit": item.unit,
-    }
+def size_classes(bins_mm: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """One phrase per bin, parted within the gaps: ((15, 20), (24, 30)) -> "smaller than 22 mm", "larger than 22 mm"."""
+    edges = [(high + low) // 2 for (_, high), (low, _) in pairwise(bins_mm)]
+    middle = [f"{low} to {high} mm" for low, high in pairwise(edges)]
+    return (f"smaller than {edges[0]} mm", *middle, f"larger than {edges[-1]} mm")
 
 
-def _ask(at: Slot, finding: Finding, item: Item) -> str:
+def _wording(slot: Slot, finding: Finding, item: Item) -> str:
     """A wording that changes only when a whole deck of answers was dealt: within each wording answers stay balanced."""
-    position = at.index_in_split if item.form == "existence" else at.index_in_split // 2
-    turn = position // max(len(item.choices), 1) + zlib.crc32(f"{finding.name} {item.form}".encode())
+    position = slot.index_in_split if item.form == "existence" else slot.index_in_split // 2
+    number = position // max(len(item.choices), 1) + zlib.crc32(f"{finding.name} {item.form}".encode())
     wordings = WORDINGS["presence" if finding.diffuse else item.form]
     choices = f"{', '.join(item.choices[:-1])} or {item.choices[-1]}" if item.choices else ""
-    return wordings[turn % len(wordings)].format(noun=finding.noun, plural=finding.plural, organ=finding.organ, choices=choices)
+    wording = wordings[number % len(wordings)]
+    return wording.format(noun=finding.noun, plural=finding.plural, organ=finding.organ, choices=choices)

@@ -1,15 +1,15 @@
-"""Scans of a body as the world saves them: any axis order, oblique or tilted, anisotropic, in several number formats."""
+"""Scans of a body as the world saves them: any axis order, oblique or tilted, anisotropic, in several data types."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from photon_data.phantom.anatomy import Body, Layer
-from photon_data.phantom.plan import Slot, deal
-from photon_data.phantom.shapes import Shape, block
+from photon_data.phantom.body import Body, Layer, Shape, block
+from photon_data.phantom.plan import Card, Slot, deal
 from photon_data.volume import Geometry
 
 CROP_MM = 364.0  # side of the cube around the centre of the field of view that the standard recipe keeps
@@ -17,8 +17,7 @@ SLAB = 16  # planes sampled at once: bounds the memory, changes no value
 HU_RANGE = (-1024, 3071)
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """How HU are stored: HU = slope * stored + intercept."""
 
     dtype: str
@@ -43,42 +42,59 @@ SLICES = ((1, 5.0), (1, 4.0), (1, 3.0), (1, 2.5), (2 / 3, 1.5), (2 / 3, 1.0))
 
 
 @dataclass(frozen=True)
-class Scan:
-    """One acquisition. `axes` names the scanner axis (0 x, 1 y, 2 z) of each array axis; array axis 0 is the slowest of the file.
+class SimulatedScan:
+    """One acquisition. `axes` are the scanner axes (0 x, 1 y, 2 z) of the array axes; axis 0 is the slowest in the file.
 
     `visible` is what the scan shows and the standard crop of it keeps.
     """
 
     visible: Shape
     geometry: Geometry
-    axes: tuple[int, int, int]
+    axes: tuple[int, ...]
     storage: Storage
     suffix: str
     noise_hu: float
     has_table: bool
 
 
-def draw_scan(at: Slot, rng: np.random.Generator, body: Body, size: int) -> Scan:
-    """A scan of `body`, `size` voxels wide. Field of view and everything else but the voxel size do not depend on `size`."""
-    width_mm = deal(at, "width", at.index_in_split, WIDTHS_MM)
-    length_mm = deal(at, "length", at.index_in_split, LENGTHS_MM)
-    share, thickness_mm = deal(at, "slices", at.index_in_split, SLICES)
-    pose = deal(at, "pose", at.index_in_split, POSES)
-    edges = _draw_axes(rng, pose) * [[width_mm], [width_mm], [length_mm]]
+def draw_scan(slot: Slot, rng: np.random.Generator, body: Body, size: int) -> SimulatedScan:
+    """A scan of `body`, `size` voxels wide. Field of view and all else but the voxel size do not depend on `size`."""
+
+    def dealt(what: str, cards: Sequence[Card]) -> Card:
+        return deal(slot, what, slot.index_in_split, cards)
+
+    width_mm, length_mm = dealt("width", WIDTHS_MM), dealt("length", LENGTHS_MM)
+    share, thickness_mm = dealt("slices", SLICES)
+    edges = _draw_axes(rng, dealt("pose", POSES)) * [[width_mm], [width_mm], [length_mm]]
     x, y, z = (np.array(body.centre_lps) + rng.uniform((-6, -12, -5), (6, 12, 5))).tolist()
     counts = np.array([round(size * share)] * 2 + [round(length_mm / thickness_mm)])
     axes = rng.permutation(3)
     steps = (edges / counts[:, None])[axes] * rng.choice((-1, 1), 3)[:, None]
     origin = np.array((x, y, z)) - (counts[axes] - 1) / 2 @ steps
-    return Scan(
+    return SimulatedScan(
         visible=block((x, y, z), edges) & block((x, y, z), CROP_MM * np.eye(3)),
         geometry=Geometry.from_arrays(counts[axes], origin, steps),
-        axes=(int(axes[0]), int(axes[1]), int(axes[2])),
-        storage=deal(at, "storage", at.index_in_split, STORAGES),
-        suffix=deal(at, "suffix", at.index_in_split, SUFFIXES),
+        axes=tuple(axes.tolist()),
+        storage=dealt("storage", STORAGES),
+        suffix=dealt("suffix", SUFFIXES),
         noise_hu=float(rng.uniform(8, 22)),
         has_table=bool(rng.random() < 0.7),
     )
+
+
+def _draw_axes(rng: np.random.Generator, pose: str) -> np.ndarray:
+    """Unit vectors (rows, LPS) of the scanner's x, y and z axis; perpendicular unless the gantry is tilted."""
+    x, y, z = np.deg2rad(rng.uniform(-9, 9, 3)) * (pose == "oblique")
+    cx, sx, cy, sy, cz, sz = np.cos(x), np.sin(x), np.cos(y), np.sin(y), np.cos(z), np.sin(z)
+    axes = (
+        np.array([[1, 0, 0], [0, cx, sx], [0, -sx, cx]])
+        @ np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
+        @ np.array([[cz, sz, 0], [-sz, cz, 0], [0, 0, 1]])
+    )
+    tilt = np.deg2rad(rng.choice((-1, 1)) * rng.uniform(6, 14)) * (pose == "tilted")
+    # The tilted gantry turns the slices about x; the table goes on moving along z.
+    axes[1] = np.cos(tilt) * axes[1] + np.sin(tilt) * axes[2]
+    return axes
 
 
 def paint(layers: Sequence[Layer], geometry: Geometry) -> np.ndarray:
@@ -96,56 +112,37 @@ def paint(layers: Sequence[Layer], geometry: Geometry) -> np.ndarray:
     return painted
 
 
-def stored_planes(scan: Scan, painted: np.ndarray, layers: Sequence[Layer], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """The stored values, slab by slab: HU of the layers (air -1000) with noise that is correlated within the slice."""
-    hu = np.array([-1000, *(layer.hu for layer in layers)], np.float32)
-    dtype = np.dtype(scan.storage.dtype)
-    for start in range(0, len(painted), SLAB):
-        slab = hu[painted[start : start + SLAB]] + _draw_noise(rng, painted[start : start + SLAB].shape, scan)
-        stored = (slab.clip(*HU_RANGE) - scan.storage.intercept) / scan.storage.slope
-        if dtype.kind != "f":
-            stored = np.rint(stored).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
-        yield stored.astype(dtype)
-
-
-def _draw_axes(rng: np.random.Generator, pose: str) -> np.ndarray:
-    """Unit vectors (rows, LPS) of the scanner's x, y and z axis; perpendicular unless the gantry is tilted."""
-    x, y, z = np.deg2rad(rng.uniform(-9, 9, 3)) * (pose == "oblique")
-    cx, sx, cy, sy, cz, sz = np.cos(x), np.sin(x), np.cos(y), np.sin(y), np.cos(z), np.sin(z)
-    turned = (
-        np.array([[1, 0, 0], [0, cx, sx], [0, -sx, cx]])
-        @ np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
-        @ np.array([[cz, sz, 0], [-sz, cz, 0], [0, 0, 1]])
-    )
-    tilt = np.deg2rad(rng.choice((-1, 1)) * rng.uniform(6, 14)) * (pose == "tilted")
-    # The tilted gantry turns the slices about x; the table goes on moving along z.
-    turned[1] = np.cos(tilt) * turned[1] + np.sin(tilt) * turned[2]
-    return turned
-
-
-def _draw_noise(rng: np.random.Generator, shape: tuple[int, ...], scan: Scan) -> np.ndarray:
-    noise = rng.standard_normal(shape, np.float32)
-    for axis in (1, 2):
-        if scan.axes[axis] != 2:
-            noise = (noise + np.roll(noise, 1, axis)) * np.float32(np.sqrt(0.5))
-    return noise * np.float32(scan.noise_hu)
-
-
 def _index_box(shape: Shape, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
     """First and one past the last index, along every array axis, of the voxels that can lie in the shape."""
-    bounds = shape.bounds_lps
-    corners = np.stack(np.meshgrid(*bounds.T, indexing="ij"), axis=-1).reshape(8, 3)
+    corners = np.stack(np.meshgrid(*shape.bounds_lps.T, indexing="ij"), axis=-1).reshape(8, 3)
     index = geometry.index(corners)
     low, high = np.floor(index.min(axis=0)), np.ceil(index.max(axis=0)) + 1
     return low.clip(0, geometry.shape_zyx).astype(int), high.clip(0, geometry.shape_zyx).astype(int)
 
 
-def _coordinates_lps(geometry: Geometry, box: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _coordinates_lps(geometry: Geometry, box: tuple[slice, ...]) -> list[np.ndarray]:
     """World x, y and z of the voxels in a box, each as small as its own dependence on the axes allows."""
-    grids = np.ogrid[box]
+    coordinates = []
+    for origin, steps in zip(geometry.origin_lps, zip(*geometry.steps_lps, strict=True), strict=True):
+        offsets = [grid * step for grid, step in zip(np.ogrid[box], steps, strict=True) if step]
+        coordinates.append(np.asarray(origin + sum(offsets[1:], offsets[0]), np.float32))
+    return coordinates
 
-    def along(world: int) -> np.ndarray:
-        steps = [grid * step[world] for grid, step in zip(grids, geometry.steps_lps, strict=True) if step[world]]
-        return np.asarray(geometry.origin_lps[world] + sum(steps[1:], steps[0]), np.float32)
 
-    return along(0), along(1), along(2)
+def stored_planes(
+    scan: SimulatedScan, painted: np.ndarray, layers: Sequence[Layer], rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """The stored values, slab by slab: HU of the layers (air -1000) with noise that is correlated within the slice."""
+    hu = np.array([-1000, *(layer.hu for layer in layers)], np.float32)
+    dtype = np.dtype(scan.storage.dtype)
+    for start in range(0, len(painted), SLAB):
+        slab = hu[painted[start : start + SLAB]]
+        noise = rng.standard_normal(slab.shape, np.float32)
+        for axis in (1, 2):
+            if scan.axes[axis] != 2:
+                noise = (noise + np.roll(noise, 1, axis)) * np.float32(np.sqrt(0.5))
+        slab = slab + noise * np.float32(scan.noise_hu)
+        stored = (slab.clip(*HU_RANGE) - scan.storage.intercept) / scan.storage.slope
+        if dtype.kind != "f":
+            stored = np.rint(stored).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+        yield stored.astype(dtype)

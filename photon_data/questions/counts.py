@@ -1,4 +1,4 @@
-"""What a person should know of manifests before a model is trained or judged on them: counts, balance, and blind baselines."""
+"""What to know of manifests before a model is trained or judged on them: counts, balance, and blind baselines."""
 
 from __future__ import annotations
 

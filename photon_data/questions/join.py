@@ -1,78 +1,67 @@
-"""The name by which a table calls a volume -> the one volume that is meant, or why there is none. Never a guess."""
+"""The name by which a table calls a volume -> the one volume that it means, or why there is none. Never a guess."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import NamedTuple
 
 from photon_data.errors import first_few
-from photon_data.records import VolumeRecord
-from photon_data.scan import Source
 
-# What a scan's file name can end with and its volume's name does without.
+# Endings of scans' file names, which the name of a volume may lack.
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img.gz", ".img", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 
-AMBIGUOUS = "ambiguous"
+
+class Match(NamedTuple):
+    """The id of the volume that a name means; None, with the reason, if the name does not mean exactly one volume."""
+
+    id: str | None
+    reason: str = ""
+    is_ambiguous: bool = False
 
 
-def by_name(records: Iterable[VolumeRecord]) -> Callable[[str], VolumeRecord | str]:
-    """Return a function that finds the record of a name; it returns the reason instead where the name is not one volume.
+def by_name(volumes: Iterable[tuple[str, str]]) -> Callable[[str], Match]:
+    """Return the function that finds the volume of a name, among volumes given as (id, source path).
 
-    A name is compared with ids; where none is equal, with source paths; where none is equal, with source paths without the
-    scan's suffix and with file names, with suffix or without. Refused and failed volumes are found as well.
+    A name is compared with the ids. If none is equal, it is compared with the source paths. If none is equal, it is
+    compared with source paths without the scan's suffix, and with file names with and without suffix.
     """
-    records = list(records)
+    in_order = sorted(volumes, key=lambda volume: (volume[1], volume[0]))
 
     @cache  # most tables use ids, and the other indices take as long as all questions together
-    def index(names: Callable[[VolumeRecord], set[str]]) -> dict[str, list[VolumeRecord]]:
-        return _index(records, names)
+    def index(names_of: Callable[[str, str], set[str]]) -> dict[str, list[tuple[str, str]]]:
+        made: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for volume in in_order:
+            for name in names_of(*volume):
+                made[name].append(volume)
+        return dict(made)
 
-    def find(name: str) -> VolumeRecord | str:
-        found = next((level[name] for level in map(index, (_id, _source, _short_names)) if name in level), [])
+    def find(name: str) -> Match:
+        found = next((level[name] for level in map(index, _NAMES_OF) if name in level), [])
         if not found:
-            return "no such volume"
+            return Match(None, "no such volume")
         if len(found) > 1:
-            sources = first_few([record.source for record in found])
-            return f"{AMBIGUOUS}: {len(found)} volumes have this name ({sources})"
-        return found[0]
+            paths = first_few([path for _, path in found])
+            return Match(None, f"ambiguous: {len(found)} volumes have this name ({paths})", is_ambiguous=True)
+        return Match(found[0][0])
 
     return find
 
 
-def by_source(sources: Iterable[Source]) -> Callable[[str], str]:
-    """Return a function that finds the id of the source of a name, by the same rules; the reason where there is not one."""
-    find = by_name(VolumeRecord(source.id, source.path, "", source.bytes, source.mtime_ns) for source in sources)
-
-    def find_id(name: str) -> str:
-        found = find(name)
-        return found if isinstance(found, str) else found.id
-
-    return find_id
+def _short_names(id_: str, path: str) -> set[str]:
+    file_name = path.rpartition("/")[2]
+    return {_without_suffix(path), file_name, _without_suffix(file_name)}
 
 
-def _index(records: list[VolumeRecord], names: Callable[[VolumeRecord], set[str]]) -> dict[str, list[VolumeRecord]]:
-    index: dict[str, list[VolumeRecord]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: (record.source, record.id)):
-        for name in names(record):
-            index[name].append(record)
-    return dict(index)
-
-
-def _id(record: VolumeRecord) -> set[str]:
-    return {record.id}
-
-
-def _source(record: VolumeRecord) -> set[str]:
-    return {record.source}
-
-
-def _short_names(record: VolumeRecord) -> set[str]:
-    base = record.source.rpartition("/")[2]
-    return {_stem(record.source), base, _stem(base)}
-
-
-def _stem(name: str) -> str:
-    """Return a file name without its scan suffix: scan.v2.nii.gz -> scan.v2."""
+def _without_suffix(name: str) -> str:
     suffix = next((suffix for suffix in SCAN_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
+
+
+# The names of a volume, in the order in which they are tried.
+_NAMES_OF: tuple[Callable[[str, str], set[str]], ...] = (
+    lambda id_, path: {id_},
+    lambda id_, path: {path},
+    _short_names,
+)

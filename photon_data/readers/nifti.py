@@ -11,7 +11,7 @@ standard and nibabel have it); a good slope with an intercept that is not finite
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,7 +71,9 @@ def open_nifti(source: Source, affine: str, max_voxels: int) -> Scan:
         dtype=_dtype(header, path.name),
     )
     geometry = _geometry(header, shape_zyx, affine, path.name)
-    return scan_of(stored, geometry, NAME, *_scaling(header, path.name))
+    scan = scan_of(stored, geometry, NAME, *_scaling(header, path.name))
+    mattered = affine in AFFINES and geometry != _automatic_geometry(header, shape_zyx, path.name)
+    return replace(scan, choices={"nifti_affine": affine}) if mattered else scan
 
 
 def data_file(path: Path) -> Path:
@@ -188,6 +190,14 @@ def _geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], affine:
     sform, qform = (_frame(header, kind, shape_zyx, name) for kind in AFFINES)
     _refuse_conflict(sform, qform, name)
     return sform
+
+
+def _automatic_geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], name: str) -> Geometry | None:
+    """Return the frame where nobody picks one, None where that would be refused."""
+    try:
+        return _geometry(header, shape_zyx, "auto", name)
+    except Refused:
+        return None
 
 
 def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int, int], name: str) -> Geometry:

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from photon_data.store import open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import draw_perturbation, perturb
-from photon_train.packing import IGNORED, behind, prefix_length
-from photon_train.processing_photon import PhotonProcessor
+from photon_train.prefix import with_suffixes
+from photon_train.processing_photon import IGNORED, PhotonProcessor, prefix_length
 from photon_train.rows import NIFTI, Row, TrainRow
 from photon_train.training.config import TrainConfig
 
@@ -121,7 +121,7 @@ def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
 class Batch:
     """A micro-batch, ready for the model.
 
-    inputs   of PhotonForConditionalGeneration.forward; `prefix_length` is there when the rows share a volume's encoding
+    inputs   of PhotonForConditionalGeneration.forward; `prefix` is there when the rows share a volume's encoding
     flips    bool[K], rows to flip once the curriculum flips
     ids      of its rows
     weight   what its loss counts: 0 for one that only fills up a step, or that could not be read
@@ -263,7 +263,7 @@ def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rn
 
 
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return inputs of rows that share a prefix: the ids as `packing.behind` lays them out, the volumes once."""
+    """Return inputs of rows that share a prefix: the ids as `with_suffixes` lays them out, the volumes once."""
     first = processor(rows=rows[:1], for_training=True)
     encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
@@ -271,10 +271,10 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
     assert all(ids[:length].equal(prefix_P) for ids, _ in encoded), "rows of one micro-batch share a prefix"
     suffixes = [ids[length:] for ids, _ in encoded]
     return {
-        "input_ids": behind(prefix_P, suffixes, processor.tokenizer.pad_token_id),
-        "attention_mask": behind(torch.ones_like(prefix_P), [torch.ones_like(ids) for ids in suffixes], 0),
-        "labels": behind(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
-        "prefix_length": length,
+        "input_ids": with_suffixes(prefix_P, suffixes, processor.tokenizer.pad_token_id),
+        "attention_mask": with_suffixes(torch.ones_like(prefix_P), [torch.ones_like(ids) for ids in suffixes], 0),
+        "labels": with_suffixes(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
+        "prefix": length,
         **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
     }
 
@@ -293,7 +293,7 @@ def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
     }
     return {
         **{name: torch.cat([value_P.expand(rows, -1), inputs[name]], dim=1) for name, value_P in first.items()},
-        "prefix_length": len(ids_P),
+        "prefix": len(ids_P),
         "pixel_values_videos": torch.zeros(side**2, voxels),
         "video_grid_thw": torch.tensor([[1, side, side]]),
     }

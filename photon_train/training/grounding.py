@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from photon_data.errors import UsageError
-from photon_train.answering.scan import counted_by_volume
 from photon_train.decoder import PhotonDecoderLayer
-from photon_train.packing import gather_of, question_mask, visual_mask
+from photon_train.kept_tokens import counted_by_volume
+from photon_train.processing_photon import question_mask, visual_mask
 from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment
+from photon_train.surrogate import gather_of
 from photon_train.training.batches import Batch
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def grounding_of(
     """Return what `setup.start` makes the loss with, for the folder in `TrainConfig.grounding`; None for no folder."""
 
     def made(model: Any, rows: Sequence[TrainRow]) -> GroundingLoss:
-        tokens_zyx = _scheduling_layer(model).photon.tokens_thw
+        tokens_zyx = _scheduling_layer(model).config.tokens_thw
         return GroundingLoss(model, mask_shares(rows, Path(folder), tokens_zyx, callback))
 
     return made if folder else None
@@ -92,9 +93,8 @@ class GroundingLoss:
         self._layer.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer.training and not kwargs.get(
-            "with_qk"
-        ):  # with_qk: only a prefix, whose questions come in the next call
+        # with_qk: only a prefix, whose questions come in the next call.
+        if layer.training and not kwargs.get("with_qk"):
             qk = layer.rotated_qk(args[0], kwargs["position_embeddings"], kwargs.get("prefix"))
             self._qk = qk if self._in_forward else None
 
@@ -107,12 +107,11 @@ class GroundingLoss:
         first = next((share_V for share_V in known if share_V is not None), None)
         if first is None or qk is None or "perturbed" in batch.inputs:
             return None
-        config, ids_BL = self._layer.photon, batch.inputs["input_ids"]
+        config, ids_BL = self._layer.config, batch.inputs["input_ids"]
         visual_BL = visual_mask(ids_BL, config)
         share_BV = torch.stack([torch.zeros_like(first) if share_V is None else share_V for share_V in known])
-        grounding_BL = torch.zeros(ids_BL.shape, device=ids_BL.device).masked_scatter(
-            visual_BL, share_BV.to(ids_BL.device)
-        )
+        nowhere_BL = torch.zeros(ids_BL.shape, device=ids_BL.device)
+        grounding_BL = nowhere_BL.masked_scatter(visual_BL, share_BV.to(ids_BL.device))
         question_BL = batch.inputs.get("question_mask")
         question_BL = question_mask(ids_BL, config) if question_BL is None else question_BL.bool()
         q_BHLd, k_BKLd = qk
@@ -132,7 +131,7 @@ def question_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_
     ITS cuts centrality off at 0: where all of it is cut off, nothing would be learned.
     """
     question = gather_of(question_BL)
-    is_question_BQ = question.present_BM.float()
+    is_question_BQ = question.mask_BM.float()
     w_BQ = is_question_BQ / is_question_BQ.sum(-1, keepdim=True).clamp_min(1)
     return alignment(question(q_BHLd, dim=2), k_BKLd, w_BQ, visual_BL)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from photon_data.files import Location
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.packing import visual_mask
+from photon_train.processing_photon import visual_mask
 from photon_train.training.batches import Batch
 
 LOG = "log.jsonl"
@@ -71,15 +71,15 @@ def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConf
     scheduled = output.scheduled
     if scheduled is None or config.scheduler != "its":
         return sums
-    share_B = ((scheduled.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
+    share_B = ((scheduled.selection.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
     return {
         **sums,
         "visual_tokens_kept": (scheduled.keep_BL & visual_BL).sum(),
         "scheduled_rows": (count_B > 0).sum(),
         "kept_share": share_B.sum(),
         "kept_square": share_B.square().sum(),
-        "threshold": scheduled.threshold_B.nan_to_num(0.0).sum(),
-        "decided_rows": (~scheduled.threshold_B.isnan()).sum(),
+        "threshold": scheduled.selection.threshold_B.nan_to_num(0.0).sum(),
+        "decided_rows": (~scheduled.selection.threshold_B.isnan()).sum(),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from photon_train.answering.predictor import peak_memory_mib
+from photon_train.flops import peak_memory_mib
 from photon_train.losses import Phase, phase_at
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow

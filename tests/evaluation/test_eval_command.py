@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_train.answering.prediction import Prediction, pack_mask
-from photon_train.evaluation.evaluate import Settings, evaluate
-from photon_train.evaluation.report import write
+from photon_train.evaluation.evaluate import evaluate
+from photon_train.evaluation.report import write_report
+from photon_train.evaluation.tables import Settings
 
 YES_NO = ("Yes", "No")
 
@@ -101,7 +102,7 @@ def test_the_page_is_one_file_with_the_pictures_of_its_cases(files, tmp_path):
     rows = [json.loads(line) for line in (files / "data.jsonl").read_text().splitlines()]
     said = [Prediction(one["id"], "Yes", visual_tokens=10, kept_tokens=4, seconds={"answer": 0.5}) for one in rows]
     done = evaluate("vqa", rows, {"<m>": said}, settings=Settings(bootstrap=20))
-    scores, report = write(done, tmp_path / "page", overlays={"<m>": {"q1": tmp_path / "q1.png"}})
+    scores, report = write_report(done, tmp_path / "page", overlays={"<m>": {"q1": tmp_path / "q1.png"}})
     page = report.read_text()
     assert "data:image/png;base64," in page
     assert "&lt;m&gt;" in page

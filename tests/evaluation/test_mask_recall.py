@@ -8,7 +8,7 @@ from photon_data.errors import UsageError
 from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.kept import mask_recalls, organ_relation, size_of
-from photon_train.evaluation.metric import draw
+from photon_train.evaluation.metric import draw_patients
 from photon_train.kept_tokens import CountedMask
 
 # Four tokens. Of the liver's 10 voxels one lies beyond the grid; the spleen fills the last token; the lesion lies in the first.
@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.fixture
 def recalls():
-    return mask_recalls(CASES, MASKS, draw([case.patient for case in CASES], 200, seed=0))
+    return mask_recalls(CASES, MASKS, draw_patients([case.patient for case in CASES], 200, seed=0))
 
 
 def values(recall):
@@ -95,7 +95,7 @@ def test_a_question_without_an_organ_is_about_no_organ_and_no_other():
 
 
 def test_predictions_without_kept_tokens_or_on_another_grid_have_no_recall():
-    patients = draw(["p-v0"], 0, 0)
+    patients = draw_patients(["p-v0"], 0, 0)
     assert mask_recalls([asked("x", "v0", "liver", [1] * 5)], MASKS, patients) is None
     assert mask_recalls([case_of(row("y", "Yes", volume_id="v0"), Prediction("y"))], MASKS, patients) is None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from askable import asker, lively_model
 
-from photon_train.answering.predictor import Asker
+from photon_train.answering.predictor import Predictor
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(model_dir: Path) -> Asker:
+def model(model_dir: Path) -> Predictor:
     return asker(model_dir)
 
 
@@ -24,5 +24,5 @@ def published_shape_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def published_shape(published_shape_dir: Path) -> Asker:
+def published_shape(published_shape_dir: Path) -> Predictor:
     return asker(published_shape_dir)

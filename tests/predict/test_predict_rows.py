@@ -9,15 +9,17 @@ from answers import put
 from askable import QUESTIONS, SHORT, asker, row, store
 
 from photon_data.errors import UsageError
-from photon_train.answering.manifest import Shard, Watch, predict_rows
-from photon_train.answering.prediction import read_predictions
-from photon_train.rows import question_digest, read_rows
+from photon_train.answering.manifest import Shard, predict_rows
+from photon_train.answering.prediction import question_digest, read_predictions
+from photon_train.rows import read_rows
 
 
 @pytest.fixture
 def rows(tmp_path):
     stores = [store(tmp_path / "data", f"v{i}", i) for i in range(2)]
-    found = [row(f"{i}-{k}", question, place) for i, place in enumerate(stores) for k, question in enumerate(QUESTIONS[:3])]
+    found = [
+        row(f"{i}-{k}", question, place) for i, place in enumerate(stores) for k, question in enumerate(QUESTIONS[:3])
+    ]
     return [*found, row("text", "What is a nodule?"), row("both", QUESTIONS[0], *stores)]
 
 
@@ -57,7 +59,7 @@ def test_ctrl_c_leaves_whole_lines_of_what_is_done(model, rows, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_rows(model, rows, tmp_path / "p.jsonl", watch=Watch(on_replies=stop))
+        predict_rows(model, rows, tmp_path / "p.jsonl", on_batch=stop)
     done = len(content(tmp_path / "p.jsonl"))
     assert 0 < done < 8
     assert predict_rows(model, rows, tmp_path / "p.jsonl").before == done
@@ -80,7 +82,9 @@ def test_a_question_that_changed_under_its_id_is_answered_anew_and_others_are_no
 
 
 def test_an_answer_goes_with_a_folder_that_is_moved_and_not_with_another_volume():
-    moved = [row("a", "Where?", f"{folder}/v1.ome.zarr") for folder in ("/data/volumes", "s3://bucket/volumes", "volumes")]
+    moved = [
+        row("a", "Where?", f"{folder}/v1.ome.zarr") for folder in ("/data/volumes", "s3://bucket/volumes", "volumes")
+    ]
     others = [row("a", "Where?", "/data/v2.ome.zarr"), row("a", "What?", "/data/v1.ome.zarr"), row("a", "Where?")]
     assert len({question_digest(one) for one in moved}) == 1
     assert len({question_digest(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
@@ -171,7 +175,9 @@ def test_a_part_in_the_middle_of_a_line_is_left_to_its_writer(model, rows, tmp_p
     assert predict_rows(model, rows, path, Shard(1, 2)).merged
 
 
-@pytest.mark.parametrize(("names", "said"), [(["a", "a"], "'a' first"), (["a", None], "1 of 2 have none"), ([3, "a"], "1 of 2")])
+@pytest.mark.parametrize(
+    ("names", "said"), [(["a", "a"], "'a' first"), (["a", None], "1 of 2 have none"), ([3, "a"], "1 of 2")]
+)
 def test_rows_without_an_id_of_their_own_are_refused(model, tmp_path, names, said):
     with pytest.raises(UsageError, match=said):
         predict_rows(model, [row(name, QUESTIONS[0]) for name in names], tmp_path / "p.jsonl")

@@ -10,7 +10,7 @@ from scans import ct_like
 
 from photon_data import open_volume
 from photon_data.errors import Refused, UsageError
-from photon_data.prepare_file import Job, run
+from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers import find_scans
 from photon_data.recipe import Recipe
 from photon_train.answering.scan import open_input
@@ -46,7 +46,7 @@ def dicom(folder):
 def test_a_raw_scan_and_its_store_give_the_same_bytes_and_grids(tmp_path, write):
     path = write(tmp_path)
     (source,) = find_scans(path).sources
-    record = run(Job(source, str(tmp_path / "out"), SMALL))
+    record = prepare_file(Job(source, str(tmp_path / "out"), SMALL))
     assert record.is_there, record.reason
     raw, store = open_input(str(path), SMALL), open_input(str(tmp_path / "out" / record.store), Recipe())
     assert raw.model.array_zyx.tobytes() == store.model.array_zyx.tobytes()
@@ -77,7 +77,7 @@ def four_d(folder):
 def test_a_scan_that_prepare_refuses_is_refused_with_its_words(tmp_path, write):
     path = write(tmp_path)
     (source,) = find_scans(path).sources
-    record = run(Job(source, str(tmp_path / "out"), SMALL))
+    record = prepare_file(Job(source, str(tmp_path / "out"), SMALL))
     assert record.state == "refused"
     with pytest.raises(Refused) as refused:
         open_input(str(path), SMALL)

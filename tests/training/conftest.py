@@ -6,9 +6,8 @@ from answers import put
 from askable import row
 
 from photon_data.files import Location
-from photon_data.prepare import Prepared
 from photon_data.store import store_name, write_store
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.tiny import tiny
 
 SHAPES = {"stored_shape_zyx": (42, 84, 84), "model_shape_zyx": (28, 56, 56)}  # 8 visual tokens

@@ -106,10 +106,10 @@ def test_every_module_has_its_own_rate_at_every_step():
     [
         ('{"id": "a"}', "expected a row with messages and videos"),
         ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "expected a row with messages and videos"),
-        ("{cut off", "one JSON object wanted"),
+        ("{cut off", "expected one JSON object"),
         ('{"id": "a", "videos": ["../../x.zarr"], "messages": []}', "a path within"),
         ('{"id": "a", "messages": [{"role": "user", "content": "Where?"}]}', "1 of 1 have none: a"),
-        ("", "rows wanted, found none"),
+        ("", "expected rows, found none"),
     ],
 )
 def test_a_manifest_that_cannot_be_trained_on_is_refused_by_line_or_id(tmp_path, line, message):

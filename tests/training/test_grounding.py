@@ -131,7 +131,7 @@ def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
         assert out.loss.item() == pytest.approx((out.ce + out.band + out.robustness + out.flip).item())
         grounding = grounding_loss(batch)
         grounding.backward()
-        attention = model.model.language_model.layers[model.config.its].self_attn
+        attention = model.model.language_model.layers[model.config.its_layer].self_attn
         found.append((grounding.detach(), attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()))
     for alone, shared in zip(*found, strict=True):
         assert alone.norm() > 0
@@ -150,7 +150,7 @@ def test_scores_learn_to_point_at_the_masks_of_each_question(models, grounded):
     scheduling = PhotonForConditionalGeneration.from_pretrained(models / "s2").eval()
     scheduling.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
-        saliency_KL = scheduling(**batch.inputs).scheduled.saliency_BL
+        saliency_KL = scheduling(**batch.inputs).scheduled.selection.saliency_BL
     visual_KV = saliency_KL[:, batch.inputs["input_ids"][0] == model.config.video_token_id]
     assert visual_KV[0].argmax() == 3
     assert set(visual_KV[4].topk(2).indices.tolist()) == {1, 4}

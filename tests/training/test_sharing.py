@@ -42,7 +42,7 @@ def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, mani
     kwargs = {} if model.config.stage == 1 or step is None else {"step": step, "total_steps": 40}
     model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
     one, shared = (batch_of(models, rows, indices, model, share_prefix=share) for share in (False, True))
-    assert "prefix_length" in shared.inputs and "prefix_length" not in one.inputs
+    assert "prefix" in shared.inputs and "prefix" not in one.inputs
     assert len(shared.inputs["pixel_values_videos"]) * len(indices) == len(one.inputs["pixel_values_videos"])
     alone, its_gradients = losses(model, one, **kwargs)
     together, gradients = losses(model, shared, **kwargs)
@@ -69,7 +69,7 @@ def test_an_answer_before_the_last_volume_is_learned_shared_or_not(model, models
     for indices in ([0], [0, 1]):
         one = batch_of(models, found, indices, model, share_prefix=False)
         shared = batch_of(models, found, indices, model, same_calls=True)
-        assert "prefix_length" in shared.inputs
+        assert "prefix" in shared.inputs
         assert (one.inputs["labels"] >= 0).sum() == (shared.inputs["labels"] >= 0).sum()
         alone, its_gradients = losses(model, one, **kwargs)
         together, gradients = losses(model, shared, **kwargs)
@@ -181,12 +181,11 @@ def test_scores_are_not_rounded_by_autocast(models, manifest, share):
     out.loss.backward()
     cast = out.scheduled
     visual = batch.inputs["input_ids"] == model.config.video_token_id
-    scores = cast.score_BL[visual]
+    scores = cast.selection.score_BL[visual]
     assert scores.dtype == torch.float32
     rounded = scores.to(torch.bfloat16).float()
     assert (rounded != scores).any(), "a score that is a bfloat16 was rounded to one"
-    torch.testing.assert_close(
-        scores, exact.score_BL[visual], rtol=0.1, atol=0.1
-    )  # below layer its it did compute in bfloat16
+    expected = exact.selection.score_BL[visual]
+    torch.testing.assert_close(scores, expected, rtol=0.1, atol=0.1)  # below layer its it did compute in bfloat16
     assert torch.isfinite(out.loss)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())

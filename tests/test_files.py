@@ -1,6 +1,6 @@
 import pytest
 
-from photon_data.files import Location, replace_folder
+from photon_data.files import Location, replace_folder, write_whole
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
@@ -24,6 +24,26 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         place.write("name.txt", b"new")
     assert place.read("name.txt") == b"old"
     assert place.names("") == ["name.txt"]
+
+
+def test_a_folder_is_written_whole_or_stays_as_it_was(tmp_path):
+    for text in ("0", "1"):
+        with write_whole(tmp_path / "there") as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(text)
+    with pytest.raises(ZeroDivisionError), write_whole(tmp_path / "there") as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text(str(1 // 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "file").read_text() == "1"
+
+
+def test_what_a_killed_run_left_at_a_given_temporary_path_is_replaced(tmp_path):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "half").write_bytes(b"half")
+    with write_whole(tmp_path / "new" / "name.txt", tmp_path / ".partial") as temporary:
+        temporary.write_bytes(b"whole")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["new", "new/name.txt"]
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path):

@@ -2,88 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from photon_data.errors import Refused
 from photon_data.grid import grid_to_native, margins_mm, model_grid, target_grid
-from photon_data.hounsfield import Probe, refuse_implausible, refuse_non_finite, refuse_scaled_before, volume_statistics
-from photon_data.recipe import Recipe
+from photon_data.hounsfield import Probe, Rescale, refuse_implausible, refuse_scaled_before, volume_statistics
+from photon_data.recipe import Policy, Recipe
 from photon_data.resample import Values, resample, resize
 from photon_data.scan import Scan
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Prepared, Volume
 
 
-class Rescale(NamedTuple):
-    """HU = slope * stored + intercept, and who says so.
-
-    said_by  "stored": nobody, values are taken as they are; "table": a person's table, which is obeyed; "metadata": the
-             table of a data set whose files hold raw values, so that stored values which are HU already are refused
-    """
-
-    slope: float
-    intercept: float
-    said_by: Literal["stored", "table", "metadata"]
-
-
-class Prepared(NamedTuple):
-    """A scan on the target grid: int16 HU, once at full size and once on the model grid, and its facts (see VolumeRecord)."""
-
-    volume: Volume
-    model: Volume
-    facts: dict[str, Any]
-
-
-def prepare_volume(scan: Scan, recipe: Recipe, rescale: Rescale | None = None) -> Prepared:
+def prepare_volume(
+    scan: Scan, recipe: Recipe, policy: Policy | None = None, rescale: Rescale | None = None
+) -> Prepared:
     """Return the scan as `recipe` wants it; Refused if it must not become a store.
 
-    `rescale` replaces the slope and intercept of the header.
+    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where one of its choices mattered.
     """
     grid = target_grid(scan.geometry, recipe)
-    _refuse_specks(scan.geometry, grid)
+    _refuse_smaller_than_a_voxel(scan.geometry, grid)
     values = _values(scan, recipe, rescale)
     probe = Probe(scan.geometry.shape_zyx, values.slope, values.intercept, values.pad_stored)
-    array = resample(_watched(scan, probe), scan.geometry, grid, values, recipe)
-    _refuse(probe, recipe, rescale)
+    array = resample(map(probe.look, scan.planes()), scan.geometry, grid, values, recipe)
+    choices = dict(scan.choices) | _accept(probe, policy or Policy(), rescale)
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
-    volume = Volume(array, grid)
-    return Prepared(volume, model, _facts(scan, grid, values, rescale, probe, array))
+    facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
+    return Prepared(Volume(array, grid), model, facts)
 
 
-def _refuse_specks(native: Geometry, grid: Geometry) -> None:
+def _refuse_smaller_than_a_voxel(native: Geometry, grid: Geometry) -> None:
     """Raise Refused for a scan that is thinner than one voxel of the grid: no voxel centre need lie within it."""
     corners = native.corners_lps()
     extent_mm, voxel_mm = corners.max(0) - corners.min(0), np.asarray(grid.spacing_zyx_mm[::-1])
     if (extent_mm < voxel_mm).any():
         found = " x ".join(f"{mm:.3g}" for mm in extent_mm)
-        raise Refused("too-small", f"a scan of at least one voxel of the grid a side wanted, found {found} mm; check its spacing")
+        raise Refused(
+            "too-small", f"expected at least one voxel of the grid a side, found {found} mm; check the spacing"
+        )
 
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
     if rescale is not None and np.isnan(rescale.slope):
-        raise Refused("not-in-table", "a row in the --hu-source table wanted, found none for this scan; add one")
+        raise Refused("not-in-table", "expected a row for this scan in the --hu-source table, found none; add one")
     slope, intercept = (rescale.slope, rescale.intercept) if rescale else (scan.slope, scan.intercept)
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
         raise Refused(
-            "rescale", f"a finite slope (not 0) and intercept wanted, got {slope} and {intercept}; --hu-source can give others"
+            "rescale",
+            f"expected a finite slope (not 0) and intercept, found {slope} and {intercept}; --hu-source can give others",
         )
     return Values(slope, intercept, recipe.window_hu, recipe.pad_hu)
 
 
-def _watched(scan: Scan, probe: Probe) -> Iterator[np.ndarray]:
-    for plane in scan.planes():
-        yield probe.look(plane)
-
-
-def _refuse(probe: Probe, recipe: Recipe, rescale: Rescale | None) -> None:
-    if recipe.non_finite == "refuse":
-        refuse_non_finite(probe.non_finite)
-    if rescale and rescale.said_by == "metadata":
+def _accept(probe: Probe, policy: Policy, rescale: Rescale | None) -> dict[str, str]:
+    """Return the choices of the policy without which this scan would be refused; Refused where the policy says so."""
+    choices = {}
+    if probe.non_finite:
+        if policy.non_finite == "refuse":
+            raise Refused(
+                "non-finite",
+                f"expected finite voxels, found {probe.non_finite} NaN or infinite ones; --nan fill sets them to the padding",
+            )
+        choices["non_finite"] = policy.non_finite
+    if rescale and rescale.given_by == "metadata":
         refuse_scaled_before(probe.sample_stored(), probe.low, probe.high)
-    if recipe.modality == "ct":
+    try:
         refuse_implausible(probe.sample_hu(), *probe.range_hu())
+    except Refused:
+        if policy.modality == "ct":
+            raise
+        choices["modality"] = policy.modality
+    return choices
 
 
 def _facts(
@@ -97,7 +88,7 @@ def _facts(
         "dtype": str(scan.dtype),
         "slope": values.slope,
         "intercept": values.intercept,
-        "rescale": rescale.said_by if rescale else "header",
+        "rescale": rescale.given_by if rescale else "header",
         "geometry": scan.geometry.to_json(),
         "grid": grid.to_json(),
         "grid_to_native_zyx": to_native.tolist(),

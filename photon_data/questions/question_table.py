@@ -1,0 +1,144 @@
+"""A table of questions about volumes -> `Question`s, or one error with everything that is wrong in the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from photon_data.errors import UsageError, name_hint, nearest_name
+from photon_data.questions.question import Question, with_made_ids
+from photon_data.questions.table import TAG, Problem, Table, TableRow, read_table, refuse
+
+# Columns with a meaning of their own: those that are fields of Question, and those that are keys of Question.extra.
+FIELDS = ("id", "volume", "question", "answer", "split", "patient", "task")
+NAMES = (*FIELDS, "kind", "organ", "choices")
+REQUIRED = ("volume", "question")
+
+
+def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list[Question]:
+    """Return the questions of a csv, tsv, jsonl or json table, in its order.
+
+    `columns` maps our names to the table's: {"volume": "VolumeName"}. The columns `volume` and `question` are required.
+    Texts of questions and answers are kept to the letter; ids, volumes, splits, patients and tasks lose white space at
+    both ends. Numbers of a json table become text as JSON writes them. A table without ids gets them from
+    `with_made_ids`. UsageError with all problems of the file.
+    """
+    table = read_table(path)
+    fields, extra = _find_columns(path, table, columns or {})
+    problems = list(table.problems)
+    questions = [_to_question(row, fields, extra, problems) for row in table.rows]
+    first_places: dict[str, str] = {}
+    for row, question in zip(table.rows, questions, strict=True):
+        who = ""
+        if "id" in fields:
+            who = f"id {question.id!r}: "
+            problems += _check_id(row.place, question.id, first_places)
+        problems += _check_texts(row.place, question, who)
+    if problems:
+        refuse(path, sorted(problems, key=lambda problem: problem.number))
+    return questions if "id" in fields else with_made_ids(questions)
+
+
+def _find_columns(path: Path, table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return {field of Question: column} and {key of Question.extra: column}; UsageError with all that is wrong."""
+    used = {name: columns.get(name, name) for name in NAMES if name in {*columns, *table.columns, *REQUIRED}}
+    mistakes = [
+        f"expected a column of ours before '=', found {name!r}; {name_hint(name, NAMES)}"
+        for name in columns
+        if name not in NAMES
+    ]
+    for name, column in used.items():
+        if table.rows and column not in table.columns:
+            near = nearest_name(column, table.columns)
+            hint = f"try {name}={near}" if near else f"name the column that it is, as {name}=COLUMN"
+            mistakes.append(f"expected column {column!r} for {name}, found none; {hint}")
+    fields = {name: column for name, column in used.items() if name in FIELDS}
+    special = {name: column for name, column in used.items() if name not in FIELDS}
+    others = {column: column for column in table.columns if column not in used.values()}
+    for name, column in special.items():
+        if name in others:
+            mistakes.append(f"{name!r} is a column and {column!r} is mapped to it too; rename one")
+    if mistakes:
+        raise UsageError("\n  ".join([f"{path}: expected other columns, found {', '.join(table.columns)}", *mistakes]))
+    return fields, special | others
+
+
+def _to_question(
+    row: TableRow, fields: Mapping[str, str], extra_columns: Mapping[str, str], problems: list[Problem]
+) -> Question:
+    """Return the question of a row, its id empty where the table has none; values of a wrong type go to `problems`."""
+
+    def read(name: str, column: str, convert: Callable[[Any], Any], default: Any) -> Any:
+        try:
+            return convert(row.values.get(column))
+        except ValueError as error:
+            problems.append(Problem(row.place, f"{name} of another type", f"{name}: {error}"))
+            return default
+
+    # A "?" is not empty, so that a text of a wrong type is one problem, not two.
+    texts = {name: read(name, column, _to_text, "?") for name, column in fields.items()}
+    extra = {name: row.values[column] for name, column in extra_columns.items() if column in row.values}
+    if "choices" in extra_columns:
+        extra["choices"] = read("choices", extra_columns["choices"], _to_choices, [])
+    names = {name: texts.get(name, "").strip() for name in FIELDS if name not in ("question", "answer")}
+    answer = texts.get("answer", "")
+    return Question(
+        id=names["id"],
+        volume=names["volume"],
+        question=texts["question"],
+        answer=answer if answer.strip() else None,
+        split=names["split"] or None,
+        patient=names["patient"] or None,
+        task=names["task"] or None,
+        extra=extra,
+    )
+
+
+def _to_text(value: Any) -> str:
+    """Return a text or number as text, null as ""; ValueError for anything else."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f'expected text or a number, found {json.dumps(value)[:60]}; write it as text, "Yes" for example'
+        )
+    return json.dumps(value)
+
+
+def _to_choices(value: Any) -> list[str]:
+    """Return the choices of a list, of the text of a JSON list, or of texts with "|" between; ValueError for one."""
+    if isinstance(value, str):
+        is_json = value.lstrip().startswith("[")
+        value = json.loads(value) if is_json else [part.strip() for part in value.split("|") if part.strip()]
+    choices = [_to_text(choice) for choice in value or []]
+    if len(choices) == 1 or not all(choice.strip() for choice in choices):
+        raise ValueError(f"expected two or more texts, found {choices}; write them as A|B|C or as a JSON list")
+    return choices
+
+
+def _check_id(place: str, id_: str, first_places: dict[str, str]) -> Iterator[Problem]:
+    """Yield a problem for an empty id, or one that `first_places` has from an earlier row."""
+    if not id_:
+        yield Problem(place, "empty id", "expected an id, found none; fill it in, or drop the column to have ids made")
+    elif first_places.setdefault(id_, place) != place:
+        text = f"expected ids that occur once, found {id_!r} again, first used at {first_places[id_]}"
+        yield Problem(place, "duplicate id", text)
+
+
+def _check_texts(place: str, question: Question, who: str) -> Iterator[Problem]:
+    """Yield what is wrong with the texts of a question; `who` begins the sentence."""
+    for name in REQUIRED:
+        if not getattr(question, name).strip():
+            yield Problem(
+                place, f"empty {name}", f"{who}expected a {name}, found none; fill it in or leave the row out"
+            )
+    for text in (question.question, question.answer or "", *question.extra.get("choices", ())):
+        tag = TAG.search(text)
+        if tag:
+            yield Problem(
+                place, "tag in a text", f"{who}expected text without tags, found a literal {tag[0]}; remove it"
+            )
