@@ -258,7 +258,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
             rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase, loss_scale)
             if schedules and self.config.scheduler == "foreground":
-                if prefix is not None:
+                if foreground is None and prefix is not None:
                     foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
                 elif foreground is None:
                     foreground = foreground_share(rows.visual_BL, pixel_values_videos, self.config)

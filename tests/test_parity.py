@@ -197,7 +197,7 @@ def test_units_losses(golden: Golden, config: PhotonConfig, kind: str) -> None:
 
 
 def test_units_gather(golden: Golden) -> None:
-    """Theirs packs to the left with zeros behind; ours to the right. Their 4-D mask has no counterpart: ours is made anew."""
+    """Theirs packs to the left with zeros behind; ours to the right. Their 4-D mask has no counterpart here."""
     e = of_run(golden, "units", "gather")
     kept = gather_of(e["mask"])
     for row, count in enumerate(e["mask"].sum(1).tolist()):
