@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from photon_data.store import open_volume
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import draw_perturbation, perturb
+from photon_train.losses import IGNORED, draw_perturbation, perturb
 from photon_train.prefix import with_suffixes
-from photon_train.processing_photon import IGNORED, PhotonProcessor, prefix_length
+from photon_train.processing_photon import PhotonProcessor, prefix_length
 from photon_train.rows import NIFTI, Row, TrainRow
 from photon_train.training.config import TrainConfig
 
