@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import fields
 from pathlib import Path
 
 from photon_train import flops as costs
@@ -48,7 +47,7 @@ def table(config: PhotonConfig, prompt: costs.PromptSize, keep_ratio: float, que
             questions * costs.cache_bytes(config, short),
         ),
     }
-    names = [field.name for field in fields(costs.Flops)]
+    names = costs.Flops._fields
     lines = [f"{'TFLOP of prefill':34}" + "".join(f"{n:>9}" for n in (*names, "total")) + f"{'KV MiB':>10}"]
     for way, (flops, cache) in ways.items():
         numbers = [getattr(flops, name) for name in names] + [flops.total()]

@@ -18,10 +18,11 @@ def train(stage: str, given: dict[str, Any], config: Path | None, settings: list
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from photon_train.training.config import named_run, with_values
+    from photon_train.training.config import named_run, read_config, with_values
+    from photon_train.training.grounding import grounding_of
+    from photon_train.training.loop import TrainingStopped, run_steps
     from photon_train.training.loop import dry_run as try_step
-    from photon_train.training.loop import run_steps
-    from photon_train.training.setup import TrainingStopped, read_config, start
+    from photon_train.training.setup import start
 
     disable_progress_bar()  # ours is enough
     run_config = named_run(stage)
@@ -30,15 +31,16 @@ def train(stage: str, given: dict[str, Any], config: Path | None, settings: list
     run_config = with_values(run_config, {**_pairs(settings), **given})
     if not torch.cuda.is_available():
         run_config = replace(run_config, precision="fp32")
+    masks = _Masks("masks of volumes")
+    grounding = grounding_of(run_config.grounding, None if dry_run else masks.show)
     try:
         if dry_run:
-            if said := try_step(run_config):
+            if said := try_step(run_config, grounding):
                 console.print(said, soft_wrap=True)
             return
         line = _Line("training")
-        masks = _Masks("masks of volumes")
         with masks if run_config.grounding else nullcontext():
-            run = start(run_config, resume=resume, watch=line.show, watch_masks=masks.show)
+            run = start(run_config, resume=resume, callback=line.show, grounding=grounding)
         if run.accelerator.is_main_process:
             console.print_json(data=run.config.to_json())
             console.print(f"{len(run.rows)} rows, step {run.state['step']} of {run.total_steps}, {run.accelerator.device}")

@@ -40,7 +40,7 @@ from photon_train.scheduling import (
     ThresholdPredictor,
     warn_of_undecided,
 )
-from photon_train.surrogate import Gather, SurrogateRule, gather_of, prune
+from photon_train.surrogate import Gather, gather_of, prune
 
 
 @dataclass
@@ -55,7 +55,7 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
 
     To train scores from outside the model, register a forward pre-hook with kwargs on this layer. There `rotated_qk`
     of the layer's arguments gives q and k with their gradients, whether tokens are dropped or not. Leave the hook in
-    place during backward: a layer with gradient checkpointing runs it again.
+    place during backward: some versions of transformers run hooks again when a checkpointed layer is recomputed.
     """
 
     def __init__(self, config: PhotonConfig) -> None:
@@ -167,9 +167,16 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
 
         Gradient checkpointing would throw away the keys that a prefix shares: with one, `checkpoint` is False.
         """
-        its_layer = self.photon_config.its_layer
-        h_BLD = _through(self.layers[:its_layer], h_BLD, checkpoint, **kwargs)
-        return _through([self.layers[its_layer]], h_BLD, checkpoint, **its_arguments, **kwargs)
+        layers: list[Any] = list(self.layers[: self.photon_config.its_layer + 1])
+        settings = [layer.gradient_checkpointing for layer in layers]
+        try:
+            for layer in layers:
+                layer.gradient_checkpointing &= checkpoint
+            h_BLD = _through(layers[:-1], h_BLD, **kwargs)
+            return layers[-1](h_BLD, **its_arguments, **kwargs)
+        finally:
+            for layer, setting in zip(layers, settings, strict=True):
+                layer.gradient_checkpointing = setting
 
     def _attend(
         self, h_BLD: Tensor, mask_BL: Tensor | None, position_3BL: Tensor, cache: Cache | None, first_layer: int
@@ -200,15 +207,14 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         kept = gather_of(keep_BL)
         if self.photon_config.scheduler == "its":
             warn_of_undecided(selection, visual_BL & mask_BL & ~scheduling.perturbed_B[:, None])
-        rule = SurrogateRule.of(self.photon_config, scheduling.loss_scale)
-        h_BMD = prune(h_BLD, p_BL if drops else p_BL.detach(), visual_BL, kept, rule)
+        taught_p_BL = p_BL if drops else p_BL.detach()
+        h_BMD = prune(h_BLD, taught_p_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale)
         return h_BMD, Scheduled(selection._replace(probability_BL=p_BL), flipped_B, keep_BL, kept)
 
 
-def _through(layers: Iterable[nn.Module], h_BLD: Any, checkpoint: bool = True, **kwargs: Any) -> Any:
-    """Return what the last layer returns. `checkpoint`: as the model is set; else without gradient checkpointing."""
+def _through(layers: Iterable[nn.Module], h_BLD: Tensor, **kwargs: Any) -> Tensor:
     for layer in layers:
-        h_BLD = layer(h_BLD, **kwargs) if checkpoint else nn.Module.__call__(layer, h_BLD, **kwargs)
+        h_BLD = layer(h_BLD, **kwargs)
     return h_BLD
 
 

@@ -8,7 +8,7 @@ tests/model/test_flops.py compares the counts with torch's counter on a small mo
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def prompt_size(text: int, visual: int) -> PromptSize:
     return PromptSize(before=text - after, visual=visual, after=after, question=max(after - FRAME_AFTER, 0))
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """Of one prefill, by part."""
 
     vision: int = 0
@@ -59,14 +58,11 @@ class Flops:
 
     def total(self) -> int:
         """Sum of the parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return sum(self)
 
     def times(self, n: int) -> Flops:
         """The same done n times."""
-        return Flops(*(n * getattr(self, f.name) for f in fields(self)))
+        return Flops(*(n * part for part in self))
 
 
 def vision(config: PhotonConfig, grid_thw: tuple[int, int, int]) -> int:
@@ -141,7 +137,7 @@ def head(config: PhotonConfig) -> int:
 
 def without_scheduling(config: PhotonConfig, prompt: PromptSize, grid_thw: tuple[int, int, int]) -> Flops:
     """FLOPs of a prefill that keeps everything."""
-    return replace(with_its(config, prompt, grid_thw, kept=prompt.visual), scoring=0)
+    return with_its(config, prompt, grid_thw, kept=prompt.visual)._replace(scoring=0)
 
 
 def with_its(config: PhotonConfig, prompt: PromptSize, grid_thw: tuple[int, int, int], kept: int) -> Flops:
@@ -175,7 +171,7 @@ def on_a_prefix(
         above=layers(config, c.num_hidden_layers - below, m, m),
         head=head(config),
     )
-    return shared + each.times(questions)
+    return Flops(*map(sum, zip(shared, each.times(questions), strict=True)))
 
 
 def weight_bytes(config: PhotonConfig) -> int:

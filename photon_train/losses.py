@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from photon_train.configuration_photon import PhotonConfig
 
+IGNORED = -100  # the label of what is not to be learned
+
 
 class Phase(Enum):
     """What happens to visual tokens after layer its. Evaluation is always HARD."""
@@ -45,15 +47,15 @@ def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) ->
     return Phase.DENSE
 
 
-class Objective(NamedTuple):
-    """What each row is trained for. Both False: to answer."""
-
-    perturbed_B: Tensor  # bool: its volume was perturbed; the answer should be unsure
-    flipped_B: Tensor  # bool: the complement was kept; the answer should be wrong
+def next_labels(labels_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """Return what each position should predict, int64[B, L]: the next token's label; IGNORED at padding."""
+    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
+    is_followed_BL = F.pad(mask_BL[:, 1:], (0, 1)).bool()
+    return next_BL.masked_fill(~(mask_BL.bool() & is_followed_BL), IGNORED)
 
 
 class AnswerLosses(NamedTuple):
-    """Mean over all answer tokens of the batch, split by what their row is trained for; the sum is the batch's loss."""
+    """Means over all answer tokens of the batch, by what their row is trained for; the sum is the batch's loss."""
 
     ce: Tensor
     robustness: Tensor
@@ -61,13 +63,15 @@ class AnswerLosses(NamedTuple):
 
 
 def answer_losses(
-    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective, flip_epsilon: float
+    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, perturbed_B: Tensor, flipped_B: Tensor, flip_epsilon: float
 ) -> AnswerLosses:
     """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
 
+    perturbed_B: rows whose volume was perturbed, trained to be unsure; flipped_B: rows that kept the complement, trained
+    not to answer; the others are trained to answer.
     ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + flip_epsilon).
     """
-    perturbed_N, flipped_N = objective.perturbed_B[rows_N], objective.flipped_B[rows_N]
+    perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
     count = max(len(labels_N), 1)
     logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
     logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)

@@ -24,7 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, 
 
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import PhotonTextModel
-from photon_train.losses import Objective, Phase, answer_losses, band_losses, phase_at
+from photon_train.losses import IGNORED, Phase, answer_losses, band_losses, next_labels, phase_at
 from photon_train.prefix import Prefix
 from photon_train.pretrained import (
     check_loaded,
@@ -34,9 +34,9 @@ from photon_train.pretrained import (
     layout_of,
     register_published_names,
 )
-from photon_train.processing_photon import IGNORED, prefix_length, rope_positions, visual_mask
+from photon_train.processing_photon import prefix_length, rope_positions, visual_mask
 from photon_train.processing_photon import question_mask as question_mask_of
-from photon_train.scheduling import Scheduled, SchedulingInputs
+from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share
 from photon_train.vision import PhotonVisionTower
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")
@@ -255,13 +255,14 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
-            curriculum = self.training and step is not None
-            phase = phase_at(self.config, step, total_steps) if curriculum else Phase.HARD
+            phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
             rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase, loss_scale)
             if schedules and self.config.scheduler == "foreground":
-                if foreground is None:
-                    foreground = self.foreground_share(rows.visual_BL, pixel_values_videos, prefix)
-                rows = rows._replace(foreground_BL=foreground)
+                if foreground is None and prefix is not None:
+                    foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
+                elif foreground is None:
+                    foreground = foreground_share(rows.visual_BL, pixel_values_videos, self.config)
+                rows = rows._replace(foreground_BL=foreground.expand(input_ids.shape))
 
         outputs = self.model(
             input_ids=input_ids,
@@ -325,22 +326,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             loss_scale=loss_scale,
         )
 
-    def foreground_share(self, visual_BL: Tensor, patches_PX: Tensor | None, prefix: Prefix | None) -> Tensor:
-        """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
-        share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
-        if prefix is not None:
-            share_BL[:, : prefix.length] = prefix.foreground_1P
-        elif patches_PX is not None:
-            patches_per_token = self.config.vision_config.spatial_merge_size**2
-            share_P = (patches_PX > self.config.foreground_level).float().mean(1)
-            share_BL = share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))
-        elif visual_BL.any():
-            raise ValueError(
-                "scheduler 'foreground': expected pixel_values_videos, found encoded volumes, which do not tell "
-                "foreground from air; pass the volumes"
-            )
-        return share_BL
-
     def _losses(
         self,
         h_BMD: Tensor,
@@ -353,7 +338,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Return the fields of PhotonOutput from `loss` to `answer_rows_N`."""
         if scheduled is not None:
             labels, attention_mask = scheduled.kept(labels), scheduled.kept.mask_BM
-        targets_BM = _targets(labels, torch.ones_like(labels) if attention_mask is None else attention_mask)
+        targets_BM = next_labels(labels, torch.ones_like(labels) if attention_mask is None else attention_mask)
         rows_N, columns_N = (targets_BM != IGNORED).nonzero(as_tuple=True)
         labels_N = targets_BM[rows_N, columns_N]
         if answers_only:  # the head is most of the memory of a step: only where there is something to predict
@@ -362,8 +347,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             logits = self.lm_head(h_BMD)
             logits_NV = logits[rows_N, columns_N]
         flipped_B = torch.zeros_like(rows.flip_B) if scheduled is None else scheduled.flipped_B
-        objective = Objective(rows.perturbed_B, flipped_B)
-        parts = answer_losses(logits_NV, labels_N, rows_N, objective, self.config.flip_epsilon)._asdict()
+        epsilon = self.config.flip_epsilon
+        parts = answer_losses(logits_NV, labels_N, rows_N, rows.perturbed_B, flipped_B, epsilon)._asdict()
         parts["band"] = torch.zeros_like(parts["ce"])
         if self.training and scheduled is not None and rows.phase is not Phase.DENSE:
             # of the rows whose tokens a threshold decided and that are trained to answer
@@ -419,7 +404,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             h_1PD=h_1PD,
             q_1HPd=q_1HPd,
             k_1KPd=k_1KPd,
-            foreground_1P=self.foreground_share(visual_mask(ids_1P, self.config), patches_PX, None),
+            foreground_1P=foreground_share(visual_mask(ids_1P, self.config), patches_PX, self.config),
         )
 
     def answer(self, prefix: Prefix, questions: Sequence[Tensor], pad_token_id: int = 0, **kwargs: Any) -> Any:
@@ -451,7 +436,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             kwargs["mm_token_type_ids"] = 2 * visual_mask(ids_BL, self.config).long()
         patches_PX = kwargs.get("pixel_values_videos")
         if self.config.scheduler == "foreground" and patches_PX is not None:  # generate encodes and forgets them
-            kwargs["foreground"] = self.foreground_share(visual_mask(ids_BL, self.config), patches_PX, None)
+            kwargs["foreground"] = foreground_share(visual_mask(ids_BL, self.config), patches_PX, self.config)
         return super().generate(**_left_padded(kwargs))  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(
@@ -475,13 +460,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-
-
-def _targets(labels_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """Return what each position should predict, int64[B, L]: the next token's label; padding predicts IGNORED."""
-    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
-    is_followed_BL = F.pad(mask_BL[:, 1:], (0, 1)).bool()
-    return next_BL.masked_fill(~(mask_BL.bool() & is_followed_BL), IGNORED)
 
 
 def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:

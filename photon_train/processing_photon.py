@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, BatchFeature
 
 from photon_data.store import open_volume
 from photon_train.configuration_photon import PhotonConfig
+from photon_train.losses import IGNORED
 from photon_train.pretrained import hub_options
 
 TAG = "<video>"  # stands in a message where a volume does
@@ -39,7 +40,6 @@ SPECIALS = (
     "<image>",
 )
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
-IGNORED = -100  # the label of what is not to be learned
 PADDING_POSITION = 1
 FPS = 1.0
 
@@ -99,9 +99,12 @@ class PhotonProcessor:
         """
         samples = _samples(volumes, messages, rows)
         ids = [self._ids(sample, for_training, max_length) for sample in samples]
-        padding = {"batch_first": True, "padding_side": padding_side}
-        input_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padding)
-        attention_mask = pad_sequence([torch.ones_like(row) for row in ids], **padding)
+
+        def padded(rows: list[Tensor], value: int) -> Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
+
+        input_ids = padded(ids, self.tokenizer.pad_token_id)
+        attention_mask = padded([torch.ones_like(row) for row in ids], 0)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -109,8 +112,7 @@ class PhotonProcessor:
             "question_mask": question_mask(input_ids, self.config) & attention_mask.bool(),
         }
         if for_training:
-            labels = [self._labels(row, sample) for row, sample in zip(ids, samples, strict=True)]
-            inputs["labels"] = pad_sequence(labels, padding_value=IGNORED, **padding)
+            inputs["labels"] = padded(list(map(self._labels, ids, samples)), IGNORED)
         encoded = [self.patches(volume) for sample in samples for volume in sample.volumes]
         if encoded:
             seconds = self.config.vision_config.temporal_patch_size / FPS

@@ -62,9 +62,9 @@ def prefix_of(row: Row) -> tuple[Any, ...]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a manifest, relative stores made absolute. UsageError for a file that is not JSON lines throughout.
+    """Return the rows of a manifest, paths of stores made absolute. UsageError for a file that is not JSON lines.
 
-    Relative paths are relative to the folder that holds manifests/, and stay in it.
+    Relative paths start at the folder that holds manifests/, and stay in it.
     """
     root = path.resolve().parent.parent
 
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
-    """Return the rows of all manifests, in order. UsageError for a file that cannot be read, ids used twice, no answers."""
+    """Return the rows of all manifests, in order. UsageError for unreadable files, repeated ids, missing answers."""
     paths = [Path(manifest) for manifest in manifests]
     rows = [_train_row(row, f"{path}:{number}") for path in paths for number, row in enumerate(read_rows(path), 1)]
     if not rows:
@@ -113,7 +113,8 @@ def _train_row(row: Row, place: str) -> TrainRow:
             raise TypeError("videos, role or content is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{place}: expected a row with messages and videos, found {str(row)[:80]!r} ({error!r}); see docs/manifests.md"
+            f"{place}: expected a row with messages and videos, found {str(row)[:80]!r} ({error!r}); "
+            "see docs/manifests.md"
         ) from None
     id, prefix = str(row.get("id") or place), prefix_of(row)
     if any(role == "assistant" for role, _ in prefix[1:]):
@@ -133,8 +134,8 @@ def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow
     if missing and on_bad_row == "stop":
         video, ids = next(iter(missing.items()))
         raise UsageError(
-            f"expected whole stores for all rows, found {len(missing)} missing or not whole: {video} first, of row {ids[0]}; "
-            "prepare them again, or leave their rows out with on_bad_row=skip"
+            f"expected whole stores for all rows, found {len(missing)} missing or not whole: {video} first, of row "
+            f"{ids[0]}; prepare them again, or leave their rows out with on_bad_row=skip"
         )
     return [row for row in rows if not any(video in missing for video in row.videos)]
 

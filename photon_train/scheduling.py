@@ -99,27 +99,21 @@ class ThresholdHead(Float32Linear):
         nn.init.constant_(self.bias, self.initial_bias)
 
 
-class ThresholdMLP(nn.Module):
-    """Twelve descriptors -> one number. A module of its own because of the published key names."""
-
-    def __init__(self, width: int, config: PhotonConfig) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(Float32Linear(12, width), nn.GELU(), ThresholdHead(width, config))
-
-
 class ThresholdPredictor(nn.Module):
     """theta from twelve descriptors of a row's scores. Names as published; `pos_proj` is stored and never used."""
 
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__()
         hidden = config.text_config.hidden_size
+        width = config.predictor_width or hidden // 8
         self.threshold_max = config.threshold_max
-        self.predictor = ThresholdMLP(config.predictor_width or hidden // 8, config)
+        mlp = nn.Sequential(Float32Linear(12, width), nn.GELU(), ThresholdHead(width, config))
+        self.predictor = nn.ModuleDict({"mlp": mlp})
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
 
     def forward(self, features_BF: Tensor) -> Tensor:
         """Return theta float32[B] from float32[B, 12]."""
-        return self.threshold_max * torch.sigmoid(self.predictor.mlp(features_BF).squeeze(-1))
+        return self.threshold_max * torch.sigmoid(self.predictor["mlp"](features_BF).squeeze(-1))
 
 
 def its(context: SchedulerContext) -> Selection:
@@ -170,6 +164,19 @@ def uniform(context: SchedulerContext) -> Selection:
 def foreground(context: SchedulerContext) -> Selection:
     """Keep `keep_ratio` of each row: tokens with most foreground voxels first, ties in sequence order."""
     return _highest(context.inputs.foreground_BL, context, context.config.keep_ratio)
+
+
+def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: PhotonConfig) -> Tensor:
+    """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
+    share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
+    if patches_PX is None:
+        raise ValueError(
+            "scheduler 'foreground': expected pixel_values_videos, found encoded volumes, which do not tell "
+            "foreground from air; pass the volumes"
+        )
+    patches_per_token = config.vision_config.spatial_merge_size**2
+    share_P = (patches_PX > config.foreground_level).float().mean(1)
+    return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))
 
 
 SCHEDULERS: dict[str, Callable[[SchedulerContext], Selection]] = {

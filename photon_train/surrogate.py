@@ -38,41 +38,22 @@ def gather_of(mask_BL: Tensor) -> Gather:
     return Gather(index_BM, mask_BL.gather(1, index_BM))
 
 
-class SurrogateRule(NamedTuple):
-    """The constants of SGP: the fields of PhotonConfig named sgp_*."""
-
-    strict: bool
-    sigma_floor: float
-    z_clip: float
-    beta: float
-    scale_floor: float
-    scale_min: float
-    scale_max: float
-    saturation_floor: float
-    loss_scale: float = 1.0  # what the loss was multiplied by, e.g. 1 / accumulation steps
-
-    @classmethod
-    def of(cls, config: PhotonConfig, loss_scale: float) -> SurrogateRule:
-        """Return the rule of a configuration."""
-        return cls(*(getattr(config, f"sgp_{name}") for name in cls._fields[:-1]), loss_scale)
-
-
-def prune(h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, rule: SurrogateRule) -> Tensor:
+def prune(
+    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, config: PhotonConfig, loss_scale: float = 1.0
+) -> Tensor:
     """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
 
     Backwards, h gets the upstream gradient at kept positions and 0 at dropped ones; p gets `surrogate_gradient`.
     """
-    pruned: Tensor = _Prune.apply(h_BLD, p_BL, visual_BL, *kept, rule)
+    pruned: Tensor = _Prune.apply(h_BLD, p_BL, visual_BL, *kept, config, loss_scale)
     return pruned
 
 
 class _Prune(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, index_BM: Tensor, mask_BM: Tensor, rule: SurrogateRule
-    ) -> Tensor:
+    def forward(ctx: Any, h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, *how: Any) -> Tensor:
+        index_BM, mask_BM, *ctx.constants = how
         ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, mask_BM)
-        ctx.rule = rule
         return Gather(index_BM, mask_BM)(h_BLD) * mask_BM[..., None]
 
     @staticmethod
@@ -82,11 +63,13 @@ class _Prune(torch.autograd.Function):
         grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * mask_BM[..., None])
         grad_p_BL = None
         if ctx.needs_input_grad[1]:
-            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, ctx.rule)
-        return grad_h_BLD, grad_p_BL, None, None, None, None
+            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, *ctx.constants)
+        return grad_h_BLD, grad_p_BL, None, None, None, None, None
 
 
-def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, rule: SurrogateRule) -> Tensor:
+def surrogate_gradient(
+    x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, config: PhotonConfig, loss_scale: float
+) -> Tensor:
     """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
 
     g_BLD is the upstream gradient, 0 at dropped tokens. z is eta = <x, g>, standardised and clipped.
@@ -94,23 +77,25 @@ def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Te
     Gradient = beta d s max(p (1 - p), floor).
 
     Mean and sigma are those of the row: a row of a batch counts as much for p as the row alone. Where sigma is at
-    its floor, the gradient depends on the size of the loss. So g is divided by `loss_scale`, and the result is
-    multiplied by it: how rows are spread over accumulation steps and devices does not matter.
+    its floor, the gradient depends on the size of the loss. So g is divided by `loss_scale`, which the loss was
+    multiplied by, and the result is multiplied by it: how rows are spread over accumulation steps does not matter.
     """
-    if rule.loss_scale == 0:
+    if loss_scale == 0:
         return torch.zeros_like(p_BL)
-    xg_BLD = x_BLD.float() * (g_BLD.float() / rule.loss_scale)
-    eta_BL = xg_BLD.sum(-1) * (-1.0 if rule.strict else 1.0)
+    xg_BLD = x_BLD.float() * (g_BLD.float() / loss_scale)
+    eta_BL = xg_BLD.sum(-1) * (-1.0 if config.sgp_strict else 1.0)
     mean_B1, sigma_B1 = mean_std(eta_BL, visual_BL)
-    z_BL = ((eta_BL - mean_B1) / sigma_B1.clamp_min(rule.sigma_floor)).clamp(-rule.z_clip, rule.z_clip)
+    z_BL = ((eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)).clamp(
+        -config.sgp_z_clip, config.sgp_z_clip
+    )
     direction_BL = -0.5 * torch.tanh(z_BL)
-    if not rule.strict:
+    if not config.sgp_strict:
         direction_BL = direction_BL - mean_std(direction_BL, visual_BL)[0]
     size_BL = xg_BLD.abs().sum(-1)
-    scale_BL = size_BL / mean_std(size_BL, visual_BL)[0].clamp_min(rule.scale_floor)
-    scale_BL = scale_BL.clamp(rule.scale_min, rule.scale_max)
-    slope_BL = (p_BL * (1 - p_BL)).clamp_min(rule.saturation_floor)
-    return (rule.loss_scale * rule.beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
+    scale_BL = size_BL / mean_std(size_BL, visual_BL)[0].clamp_min(config.sgp_scale_floor)
+    scale_BL = scale_BL.clamp(config.sgp_scale_min, config.sgp_scale_max)
+    slope_BL = (p_BL * (1 - p_BL)).clamp_min(config.sgp_saturation_floor)
+    return (loss_scale * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
 
 
 def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,11 @@ GRIDS = {
     "vision_windows": [(2, 9, 12), (1, 3, 15)],
 }
 TEXT = {
-    "vocab_size": 160, "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    "rope_theta": 5e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 6, 4]}, "bos_token_id": 3, "eos_token_id": 9,
+    "vocab_size": 160, "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 5e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 6, 4]},
+    "bos_token_id": 3, "eos_token_id": 9,
     **{f"{name}_token_id": TOKENS[name] for name in ("vision_start", "vision_end", "vision_token", "image", "video")},
 }  # fmt: skip
 VISION = {

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import Objective, answer_losses, band_losses
+from photon_train.losses import answer_losses, band_losses
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import patchify, question_mask
-from photon_train.surrogate import SurrogateRule, gather_of, prune
+from photon_train.surrogate import gather_of, prune
 
 LOSS = {"rtol": 0, "atol": 1e-5}
 STATES = {"rtol": 0, "atol": 2e-4}
@@ -186,18 +186,18 @@ def test_units_losses(golden: Golden, config: PhotonConfig, kind: str) -> None:
     logits, labels = e["logits"].requires_grad_(), e["labels"]
     rows = torch.full((len(labels),), kind == "mismatch"), torch.full((len(labels),), kind == "flip")
     index = (labels != -100).nonzero(as_tuple=True)
-    losses = answer_losses(logits[index], labels[index], index[0], Objective(*rows), config.flip_epsilon)
+    losses = answer_losses(logits[index], labels[index], index[0], *rows, config.flip_epsilon)
     loss = sum(losses)
     loss.backward()
     assert_close(loss, e[f"{kind}.loss"], **LOSS)
     assert_close(logits.grad, e[f"{kind}.grad"], rtol=1e-4, atol=1e-7)
-    nothing = answer_losses(logits[:0, 0], labels[:0, 0], index[0][:0], Objective(*rows), config.flip_epsilon)
+    nothing = answer_losses(logits[:0, 0], labels[:0, 0], index[0][:0], *rows, config.flip_epsilon)
     assert sum(nothing) == 0
     assert kind == "ce" or e[f"{kind}_all_ignored"] == 0
 
 
 def test_units_gather(golden: Golden) -> None:
-    """Theirs packs to the left with zeros behind; ours to the right. Their 4-D mask has no counterpart: ours is made anew."""
+    """Theirs packs to the left with zeros behind; ours to the right. Their 4-D mask has no counterpart here."""
     e = of_run(golden, "units", "gather")
     kept = gather_of(e["mask"])
     for row, count in enumerate(e["mask"].sum(1).tolist()):
@@ -209,20 +209,21 @@ def test_units_gather(golden: Golden) -> None:
 @pytest.mark.parametrize("variant", ["", "_vmNone", "_tiny"])
 def test_sgp_unit(golden: Golden, strict: bool, variant: str) -> None:
     e, constants = golden.expected("sgp_unit"), golden.meta("sgp_unit")["constants"]
-    rule = SurrogateRule(
-        strict=strict,
-        sigma_floor=constants["min_sigma"],
-        z_clip=constants["z_clip"],
-        beta=constants["beta_const"],
-        scale_floor=constants["eps"],
-        scale_min=constants["smin"],
-        scale_max=constants["smax"],
-        saturation_floor=constants["sat_floor"],
+    config = golden.config(
+        "s2",
+        sgp_strict=strict,
+        sgp_sigma_floor=constants["min_sigma"],
+        sgp_z_clip=constants["z_clip"],
+        sgp_beta=constants["beta_const"],
+        sgp_scale_floor=constants["eps"],
+        sgp_scale_min=constants["smin"],
+        sgp_scale_max=constants["smax"],
+        sgp_saturation_floor=constants["sat_floor"],
     )
     kept = gather_of(e["presence_mask"])
     x, p = e["x"].requires_grad_(), e["p_full"].requires_grad_()
     visual_BL = e["presence_mask"] if variant == "_vmNone" else e["vision_mask"]
-    out = prune(x, p, visual_BL, kept, rule)
+    out = prune(x, p, visual_BL, kept, config)
     shift = [kept.index_BM.shape[1] - int(n) for n in kept.mask_BM.sum(1)]
     upstream = torch.stack([g.roll(s, 0) for g, s in zip(e["upstream_grad"], shift, strict=True)])
     out.backward(upstream * (1e-6 if variant == "_tiny" else 1.0))

@@ -10,7 +10,7 @@ from golden import Golden
 from torch.testing import assert_close
 
 from photon_train.configuration_photon import SCHEDULER_NAMES, PhotonConfig
-from photon_train.losses import Objective, Perturbation, Phase, answer_losses, draw_perturbation, perturb, phase_at
+from photon_train.losses import Perturbation, Phase, answer_losses, draw_perturbation, perturb, phase_at
 from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
 from photon_train.surrogate import gather_of
 from photon_train.tiny import byte_tokenizer, tiny_config
@@ -188,8 +188,8 @@ def test_a_one_token_question_keeps_everything_and_warns(golden: Golden, caplog:
 def test_losses_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]).requires_grad_()
     labels, rows = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
-    objective = Objective(torch.tensor([True, False, False]), torch.tensor([False, True, False]))
-    losses = answer_losses(logits, labels, rows, objective, 1e-6)
+    perturbed, flipped = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    losses = answer_losses(logits, labels, rows, perturbed, flipped, 1e-6)
     p = torch.tensor([2.0]).sigmoid()
     assert_close(losses.robustness, -torch.tensor(2.0).log() / 3)  # minus the entropy of (1/2, 1/2)
     assert_close(losses.flip, -torch.log(1 - p + 1e-6)[0] / 3)

@@ -15,7 +15,7 @@ def row(golden: Golden) -> dict[str, Tensor]:
 
 
 def questions(golden: Golden, row: dict[str, Tensor]) -> list[Tensor]:
-    """Three questions of other lengths to follow the last volume, each with its end-of-turn and the assistant's header."""
+    """Three questions of other lengths to follow the last volume, each with its end of turn and the next header."""
     ids = row["input_ids"][0]
     rest = ids[int((ids == golden.tokens["vision_end"]).nonzero()[-1]) + 1 :]
     header = rest[: int((rest == golden.tokens["im_end"]).nonzero()[0]) + 1][-1:]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon_train.rows import TrainRow, prefix_of, read_train_rows
-from photon_train.training.batches import cost, group_indices, plan_epoch, steps_per_epoch
+from photon_train.training.batches import cost, group_rows, plan_epoch, steps_per_epoch
 
 
 def make_rows(counts):
@@ -43,7 +43,7 @@ def test_the_weights_of_a_step_add_up_to_its_slots_also_when_it_was_filled_up(co
 
 
 def test_41_questions_on_one_volume_travel_in_groups_as_even_as_can_be():
-    groups = group_indices(make_rows([41]), 8)
+    groups = group_rows(make_rows([41]), 8)
     assert sorted(len(group) for group in groups) == [6, 7, 7, 7, 7, 7]
 
 
@@ -88,7 +88,7 @@ def test_rows_of_another_prefix_and_rows_with_an_early_answer_are_computed_alone
     rows = [chat(*late), chat(*late), chat(("system", "Be brief."), *late)] + [chat(*early, videos=("a", "b"))] * 2
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("".join(json.dumps({"id": str(i), **row}) + "\n" for i, row in enumerate(rows)))
-    assert sorted(group_indices(read_train_rows([manifest]), 8)) == [(0, 1), (2,), (3,), (4,)]
+    assert sorted(group_rows(read_train_rows([manifest]), 8)) == [(0, 1), (2,), (3,), (4,)]
 
 
 def test_answers_do_not_decide_which_volumes_share_a_step():
