@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from askable import QUESTIONS, SHORT, asker, row, store
+from askable import QUESTIONS, SHORT, predictor, row, store
 from other_device import device
 
 from photon_train.answering.manifest import predict_rows
@@ -23,7 +23,7 @@ def answers(model_dir, rows, folder, place=None):
     """Return {settings, scheduler, id: response, scores of choices, kept tokens} of all rows."""
     found = {}
     for name, scheduler in TRIED:
-        asking = asker(model_dir, SETTINGS[name], scheduler=scheduler)
+        asking = predictor(model_dir, SETTINGS[name], scheduler=scheduler)
         asking.model.to(place() if place else "cpu")
         path = folder / f"{name}-{scheduler}.jsonl"
         assert predict_rows(asking, rows, path).failed == {}

@@ -111,11 +111,11 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
         (("--manifest", "rows.jsonl", "--output", "p.jsonl", "--stream"), "--stream: SCAN wanted"),
         (("--manifest", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
         ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: 3 numbers"),
-        ((scan, " ", *FAST, *COARSE), "question wanted"),
+        ((scan, " ", *FAST, *COARSE), "expected a question"),
         ((scan, "?", *COARSE, "--window", "lungs"), "expected a window, full, lung"),
         ((scan, "?", *COARSE, "--window", "5,1"), "low < high"),
-        ((scan, "?", *COARSE, "--device", "gpu"), "cuda:N wanted, got 'gpu'"),
-        ((scan, "?", *COARSE, "--device", "cuda:99"), "one that is here wanted"),
+        ((scan, "?", *COARSE, "--device", "gpu"), "or cuda:N, found 'gpu'"),
+        ((scan, "?", *COARSE, "--device", "cuda:99"), "expected one of this machine"),
         (("--manifest", "rows.jsonl", "--output", "p.jsonl", "--masks", tmp_path), "--overlay wanted beside it"),
     ):
         code, text = cli("--model", model_dir, *words)
@@ -162,7 +162,7 @@ def test_rows_that_fail_are_listed_with_exit_code_1(model_dir, manifest, tmp_pat
     put(tmp_path / "rows.jsonl", [*rows, row("lost", QUESTIONS[0], str(tmp_path / "lost.ome.zarr"))])
     code, text = cli("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     assert code == 1
-    assert "4 answered, 0 before, 1 failed" in text and "failed lost: a store of photon-data" in text
+    assert "4 answered, 0 before, 1 failed" in text and "failed lost: expected a store of photon-data" in text
 
 
 def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
