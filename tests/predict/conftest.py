@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from askable import predictor, lively_model
+from askable import lively_model, predictor
 
 from photon_train.answering.predictor import Predictor
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from askable import QUESTIONS, TOKENS, predictor, blocks, row
+from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
 from photon_train.answering.prediction import unpack_mask
 from photon_train.answering.predictor import AnswerSettings, Request, answer_ids, group_rows, score_choices
