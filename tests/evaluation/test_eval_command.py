@@ -87,7 +87,7 @@ def test_predictions_that_do_not_match_are_misuse_or_partial(files):
     [
         (["vqa", "--predictions", "no.jsonl"], "no.jsonl"),
         (["mmlu"], "one of 3d-rad"),
-        (["vqa", "--labels", "a.csv"], "two tables of labels wanted"),
+        (["vqa", "--labels", "a.csv"], "expected two tables of labels"),
     ],
 )
 def test_what_cannot_be_followed_is_said_and_nothing_is_written(files, words, said):
@@ -145,7 +145,5 @@ def test_without_the_extra_it_is_named(files):
 
 
 def test_evaluating_files_does_not_wait_for_torch():
-    code = (
-        "import sys; import photon_cli.eval_command; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
+    code = "import sys; import photon_cli.eval; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -103,12 +103,12 @@ def test_a_share_of_ones_own_needs_no_its(model_dir, data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--schedulers", "none,random"], "'its' among --schedulers wanted"),
-        (["--schedulers", "its,best"], "got 'best'"),
+        (["--schedulers", "none,random"], "expected 'its' among --schedulers"),
+        (["--schedulers", "its,best"], "found 'best'"),
         (["--schedulers", "random", "--keep", "2"], "a share above 0"),
-        (["--keep", "0.4"], "one of random, uniform, foreground wanted among --schedulers"),
-        (["--predictions", "preds.jsonl"], "--predictions: no --model wanted beside it"),
-        (["--config", "model"], "--config: no --model wanted beside it"),
+        (["--keep", "0.4"], "expected one of random, uniform, foreground among --schedulers"),
+        (["--predictions", "preds.jsonl"], "--predictions: expected no --model beside it"),
+        (["--config", "model"], "--config: expected no --model beside it"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_the_model_answers(model_dir, data, tmp_path, words, said):
@@ -121,7 +121,7 @@ def test_what_cannot_be_compared_is_refused_before_the_model_answers(model_dir, 
 def test_options_of_a_model_need_one(data, tmp_path):
     code, text = cli("--data", data / "rows.jsonl", "--output", tmp_path / "out", "--schedulers", "its,none")
     assert code == 2
-    assert "--schedulers: --model wanted beside it" in text
+    assert "--schedulers: expected --model beside it" in text
 
 
 def test_a_model_without_threshold_predictor_has_no_its_to_match(data, tmp_path):
