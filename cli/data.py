@@ -20,7 +20,7 @@ from photon_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from photon_data.volume import Volume
+    pass
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__

@@ -22,7 +22,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
 from photon_data.prepare_file import Job, NoSpace, prepare_file
 from photon_data.prepare_volume import prepare_volume
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 from photon_data.recipe import ALGORITHM, Policy, Recipe
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
