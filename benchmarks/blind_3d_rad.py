@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from photon_cli.eval_command import show
+from photon_cli.eval import print_evaluation
 from photon_data.datasets.rad3d import read_subtask
 from photon_data.questions.question import with_made_ids
 from photon_data.questions.rows import build
@@ -21,7 +21,9 @@ from photon_train.evaluation.evaluate import evaluate
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Return the manifest's rows of all csv files of one split, volumes or not."""
-    questions = with_made_ids([question for file in sorted(folder.glob("Task*/*.csv")) for question in read_subtask(file)])
+    questions = with_made_ids(
+        [question for file in sorted(folder.glob("Task*/*.csv")) for question in read_subtask(file)]
+    )
     names = sorted({question.volume for question in questions})
     records = [VolumeRecord(name, name, PREPARED, 0, 0, store=name) for name in names]
     built = build(questions, records, out="/", instruction=".", dataset="3d-rad")
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
     learning = rows_of(args.folder / "train") if args.train else []
-    show(evaluate("3d-rad", rows_of(args.folder / args.split), {}, train=learning))
+    print_evaluation(evaluate("3d-rad", rows_of(args.folder / args.split), {}, train=learning))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def _monai_ways(nifti: str) -> dict[str, Way]:
     loading = Compose([LoadImage(ensure_channel_first=True), Resize(SHAPE_ZYX[::-1], mode="trilinear"), scale])
 
     def by_authors() -> Any:
-        return authors(torch.from_numpy(sitk.GetArrayFromImage(sitk.ReadImage(nifti)).astype(np.float32))[None]).as_tensor()
+        return authors(
+            torch.from_numpy(sitk.GetArrayFromImage(sitk.ReadImage(nifti)).astype(np.float32))[None]
+        ).as_tensor()
 
     return {AUTHORS: by_authors, MONAI: lambda: loading(nifti).as_tensor().permute(0, 3, 2, 1)}
 

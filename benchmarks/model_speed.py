@@ -96,7 +96,10 @@ def main() -> None:
     # An untrained predictor keeps nearly everything; theta = 0.6 of the saliency's range is nearer to a trained one.
     model, processor = build(args, initial_threshold=0.6)
     hu = torch.randint(-1000, 1000, tuple(processor.config.model_shape_zyx))
-    turn = [{"role": "user", "content": f"<video>{QUESTION}"}, {"role": "assistant", "content": "Yes, in the right upper lobe."}]
+    turn = [
+        {"role": "user", "content": f"<video>{QUESTION}"},
+        {"role": "assistant", "content": "Yes, in the right upper lobe."},
+    ]
     sample = processor(hu, turn, for_training=True).to(args.device)
     prompt = processor(hu, QUESTION).to(args.device)
     with torch.no_grad():

@@ -51,7 +51,14 @@ def print_results(results: Mapping[str, Run | str]) -> None:
     print_table(
         HEADER,
         [
-            (name, f"{r.wall_s:.2f}", f"{r.cpu_s:.2f}", f"{r.peak_mb:.0f}", f"{r.cpu_s / ours.cpu_s:.1f}", f"{r.import_s:.1f}")
+            (
+                name,
+                f"{r.wall_s:.2f}",
+                f"{r.cpu_s:.2f}",
+                f"{r.peak_mb:.0f}",
+                f"{r.cpu_s / ours.cpu_s:.1f}",
+                f"{r.import_s:.1f}",
+            )
             for name, r in runs.items()
         ],
     )

@@ -78,7 +78,9 @@ def command(workers: int) -> Callable[[Path, Path], Took]:
 def print_results(took: Mapping[tuple[str, int], Took], few: int, many: int) -> None:
     """Print the table of start-up and of cost per volume."""
     print_place("zarr", "isal", "dask")
-    print_table(HEADER, [_row(way, workers, took[way, few], took[way, many], few, many) for way, workers in WORKERS.items()])
+    print_table(
+        HEADER, [_row(way, workers, took[way, few], took[way, many], few, many) for way, workers in WORKERS.items()]
+    )
 
 
 def _row(way: str, workers: int, less: Took, more: Took, few: int, many: int) -> tuple[str, ...]:

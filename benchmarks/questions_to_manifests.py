@@ -25,12 +25,17 @@ from photon_data.questions.rows import build, write
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.records import PREPARED, VolumeRecord
 from photon_data.store import store_name
-from photon_pipelines.plan import Order, gather, one_recipe
+from photon_pipelines.plan import ManifestRequest, gather, one_recipe
 
 # split -> (prefix in CT-RATE, volumes, questions)
 SIZES = {"train": ("train", 13_526, 136_195), "test": ("valid", 2_696, 33_910)}
 ALL_VOLUMES = {"train": 47_149, "test": 3_039}
-CHOICES = ["Refractory Lesion (Persistent or recurrent, now present)", "Resolved Lesion", "New Lesion", "No Abnormality"]
+CHOICES = [
+    "Refractory Lesion (Persistent or recurrent, now present)",
+    "Resolved Lesion",
+    "New Lesion",
+    "No Abnormality",
+]
 
 
 def make(folder: Path) -> Path:
@@ -55,7 +60,19 @@ def make(folder: Path) -> Path:
     return path
 
 
-_METADATA = ["B", "HFS", "[-166, 9, 56.3]", "[1, 0, 0, 0, 1, 0]", 512, 512, "[0.68359375, 0.68359375]", 1.5, 251, 1, -1024]
+_METADATA = [
+    "B",
+    "HFS",
+    "[-166, 9, 56.3]",
+    "[1, 0, 0, 0, 1, 0]",
+    512,
+    512,
+    "[0.68359375, 0.68359375]",
+    1.5,
+    251,
+    1,
+    -1024,
+]
 
 
 def _name(prefix: str, i: int) -> str:
@@ -81,9 +98,12 @@ def measure(path: Path) -> str:
     start, cpu = time.perf_counter(), time.process_time()
     manifest = read_data_manifest(path)
     out = Location(str(path.parent / "out"))
-    data = gather(Order(path, out, one_recipe(manifest.datasets), datasets=manifest.datasets))
+    data = gather(ManifestRequest(path, out, one_recipe(manifest.datasets), datasets=manifest.datasets))
     gathered = time.perf_counter() - start
-    records = [VolumeRecord(job.source.id, job.source.path, PREPARED, 1, 1, store=store_name(job.source.id)) for job in data.jobs]
+    records = [
+        VolumeRecord(job.source.id, job.source.path, PREPARED, 1, 1, store=store_name(job.source.id))
+        for job in data.jobs
+    ]
     manifests = build(data.questions, records, out=out.at(""), instruction="")
     refuse_leaks(leaks(row for rows in manifests.rows.values() for row in rows))
     write(manifests, out.at(""))

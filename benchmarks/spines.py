@@ -4,9 +4,9 @@
     python benchmarks/spines.py --root CHECKOUT  # another one, also of an earlier layout
     python benchmarks/spines.py --names          # with the files' names
 
-Four commands run on small data of their own, each under `sys.setprofile` in every process and thread that it starts. A file counts when
-one of its functions ran; what only ran while a module was imported does not count. A chain of imports counts files, with the
-imports under TYPE_CHECKING and inside functions.
+Four commands run on small data of their own, each under `sys.setprofile` in every process and thread that it starts. A file
+counts when one of its functions ran; what only ran while a module was imported does not count. A chain of imports counts files,
+with the imports under TYPE_CHECKING and inside functions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-PACKAGES = {"photon_data": "photon_data", "photon_train": "photon_train", "photon_pipelines": "pipelines", "photon_cli": "cli"}
+PACKAGES = {
+    "photon_data": "photon_data",
+    "photon_train": "photon_train",
+    "photon_pipelines": "pipelines",
+    "photon_cli": "cli",
+}
 ENTRIES = {"photon-data": "photon_cli.data", "photon": "photon_cli.photon"}
 SMALL = ["--set", "spacing_mm=4,4,4", "--set", "shape_zyx=56,56,56", "--set", "model_shape_zyx=28,56,56"]
 
 # Python runs a module of this name at its start. Each process writes a line for every function of the project when it first runs.
-TRACER = '''
+TRACER = """
 import inspect, os, sys, threading
 write = open  # gone while Python shuts down
 ROOT, OUT = os.environ["SPINES_ROOT"] + os.sep, os.environ["SPINES_OUT"]
@@ -53,17 +58,21 @@ def trace(frame, event, argument):
 
 threading.setprofile(trace)
 sys.setprofile(trace)
-'''
+"""
 
 
-def traced(root: Path, entry: str, arguments: list[str], folder: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+def traced(
+    root: Path, entry: str, arguments: list[str], folder: Path
+) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     """Run a command and return {file: functions} of its own process and of all that it started."""
     out = folder / "trace"
     out.mkdir()
     code = f"from {ENTRIES[entry]} import main; main()"
     environment = {**environment_of(root, folder), "SPINES_ROOT": str(folder / "project"), "SPINES_OUT": str(out)}
     environment["PYTHONPATH"] = f"{folder / 'tracer'}{os.pathsep}{environment['PYTHONPATH']}"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, cwd=folder, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=environment, cwd=folder, stdout=subprocess.DEVNULL
+    )
     if process.wait():
         raise SystemExit(f"expected `{entry} {' '.join(arguments)}` to succeed, found exit code {process.returncode}")
     own: dict[str, set[str]] = defaultdict(set)
@@ -88,23 +97,27 @@ def environment_of(root: Path, folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(root: Path, folder: Path, entry: str, *arguments: str) -> None:
-    """Run a command that is not traced."""
+def capture(root: Path, folder: Path, entry: str, *arguments: str) -> str:
+    """Run a command of a checkout in `folder`, not traced; return what it prints."""
     code = f"from {ENTRIES[entry]} import main; main()"
-    subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment_of(root, folder),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, env=environment_of(root, folder), cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+def run(root: Path, folder: Path, entry: str, *arguments: str) -> None:
+    """Run a command of a checkout in `folder`, not traced, in silence."""
+    capture(root, folder, entry, *arguments)
 
 
 def spines(root: Path, folder: Path) -> dict[str, tuple[dict[str, set[str]], dict[str, set[str]]]]:
     """Return what ran, of the command's process and of others, by the name of the spine."""
     (folder / "raw").mkdir()
     rng = np.random.default_rng(0)
-    hu = np.where(np.hypot(*np.mgrid[-1:1:48j, -1:1:48j])[..., None] < 0.7, 40.0, -1000.0) + rng.normal(0, 30, (48, 48, 40))
+    hu = np.where(np.hypot(*np.mgrid[-1:1:48j, -1:1:48j])[..., None] < 0.7, 40.0, -1000.0) + rng.normal(
+        0, 30, (48, 48, 40)
+    )
     nibabel.save(nibabel.Nifti1Image(hu.astype(np.int16), np.diag([4.0, 4.0, 4.0, 1.0])), folder / "raw" / "a.nii.gz")
     (folder / "questions.csv").write_text("id,volume,question,answer,split\nq1,a,Is there a nodule?,yes,train\n")
     found = {}
@@ -116,7 +129,9 @@ def spines(root: Path, folder: Path) -> dict[str, tuple[dict[str, set[str]], dic
     dry = ["--dry-run", "--set", "groups_per_step=1", "--set", "workers=0"]
     found["one training group -> loss"] = traced(root, "photon", [*train, *dry], folder)
     store = "out/volumes/a.ome.zarr"
-    found["one question -> answer, on a store"] = traced(root, "photon", ["predict", "--model", "tiny", store, "Any?"], folder)
+    found["one question -> answer, on a store"] = traced(
+        root, "photon", ["predict", "--model", "tiny", store, "Any?"], folder
+    )
     rows = "out/manifests/train.jsonl"
     answer = {"id": json.loads((folder / rows).read_text())["id"], "response": "yes"}
     (folder / "predictions.jsonl").write_text(json.dumps(answer) + "\n")
@@ -155,7 +170,11 @@ def cycles(imports: dict[str, set[str]]) -> list[set[str]]:
             more = set().union(*(reach[target] for target in targets)) - targets
             targets |= more
             changed |= bool(more)
-    groups = {frozenset(other for other in reach[module] if module in reach[other]) for module in reach if module in reach[module]}
+    groups = {
+        frozenset(other for other in reach[module] if module in reach[other])
+        for module in reach
+        if module in reach[module]
+    }
     return [set(group) for group in groups]
 
 
@@ -163,7 +182,10 @@ def longest_chain(imports: dict[str, set[str]], start: str, known: dict[str, lis
     """Return the longest chain of imports that begins at a module; where there is a cycle it is followed once."""
     if start not in known:
         known[start] = [start]
-        known[start] = [start, *max((longest_chain(imports, target, known) for target in sorted(imports[start])), key=len, default=[])]
+        known[start] = [
+            start,
+            *max((longest_chain(imports, target, known) for target in sorted(imports[start])), key=len, default=[]),
+        ]
     return known[start]
 
 

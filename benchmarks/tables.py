@@ -12,7 +12,11 @@ from pathlib import Path
 
 def print_place(*libraries: str) -> None:
     """Print the machine, the date and the versions of the libraries that are installed."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     cores = len(os.sched_getaffinity(0))
     versions = ", ".join(f"{name} {_version(name)}" for name in libraries)
     print(f"{names[0] if names else platform.machine()}, {cores} cores, {datetime.date.today()}; {versions}\n")

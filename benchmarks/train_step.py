@@ -79,7 +79,9 @@ def measure(
     rows = read_log(output)[1:]
     names = ("seconds", "questions_per_second", "data_wait_share", "peak_memory_mib")
     found = {name: statistics.median(row[name] for row in rows) for name in names}
-    return found if args.device == "cuda" else found | {"peak_memory_mib": float("nan")}  # the CPU's peak is of the whole process
+    return (
+        found if args.device == "cuda" else found | {"peak_memory_mib": float("nan")}
+    )  # the CPU's peak is of the whole process
 
 
 def main() -> None:

@@ -2,4 +2,5 @@
 
 from photon_cli.photon import main
 
-main()
+if __name__ == "__main__":
+    main()

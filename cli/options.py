@@ -1,68 +1,68 @@
-"""Text of command-line options -> values; errors end the command with the exit code for misuse."""
+"""Options that several commands have, and the text of options -> values."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import signal
-import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-
-from photon_cli.exits import INTERRUPTED, MISUSE, STOPPED
 
 if TYPE_CHECKING:
     from photon_data.recipe import Policy, Recipe
 
+# photon-data prepare and inspect
+SourceAndOut = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE] [OUT]",
+        help="A folder of scans, or one scan; then a folder or URL (s3://...) for stores, manifests and the report. "
+        "With --manifest: OUT alone, or nothing.",
+    ),
+]
+Manifest = Annotated[
+    Path | None, typer.Option(help="Data sets as this data_manifest.yaml declares them, instead of SOURCE.")
+]
+Only = Annotated[list[str], typer.Option("--only", help="This data set of the manifest only. Repeatable.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="chest_ct, abdomen_ct or wide_ct.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", help="Change the recipe: spacing_mm=1.5,1.5,1.5 (z, y, x). Repeatable.")
+]
+Modality = Annotated[str | None, typer.Option(help="ct refuses intensities that are no HU; other does not look.")]
+Nan = Annotated[str | None, typer.Option(help="refuse scans with NaN or infinite voxels, or fill those voxels.")]
+HuSource = Annotated[str, typer.Option(help="header, stored (no scaling) or a table: volume, slope, intercept.")]
+Columns = Annotated[list[str], typer.Option(help="Column names of your tables: volume=VolumeName,question=Question.")]
+IdFrom = Annotated[
+    str, typer.Option(help="Volume ids from the relative path, the file name, or a hash: path, name, hash.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N scans.")]
+WorkerCount = Annotated[int | None, typer.Option(min=1, help="Local workers; from cores and memory if not given.")]
+Scheduler = Annotated[str | None, typer.Option(help="Address or scheduler file of a Dask cluster to use.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds after which a file has failed.")]
+Memory = Annotated[float | None, typer.Option(min=0, help="GB of address space per worker, 0 for no limit.")]
+MaxVoxels = Annotated[int, typer.Option(min=1, help="Refuse scans of more voxels than this.")]
 
-class _Patient(Console):
-    """A console that goes on in silence when nobody reads it any more, so that `| head` ends no work and no exit code lies."""
-
-    def on_broken_pipe(self) -> None:
-        """Write to nowhere from now on."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-# No markup: file names hold brackets. A log file has room for a table.
-_WIDTH = None if sys.stdout.isatty() else 160
-console = _Patient(highlight=False, markup=False, width=_WIDTH)
-errors = _Patient(stderr=True, highlight=False, markup=False)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Print a message on stderr and end the command."""
-    errors.print(message, style="red", soft_wrap=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def edges() -> Iterator[None]:
-    """Turn what can end a command early into a sentence and an exit code; SIGTERM ends it as Ctrl-C does."""
-    from photon_data.errors import Refused, UsageError
-    from photon_data.prepare_file import NO_SPACE
-
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Dask leaves a time-out of its own behind, and asyncio says so
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except (UsageError, Refused) as error:
-        fail(str(error), MISUSE)
-    except KeyboardInterrupt:
-        fail("Interrupted. What is done is kept; the same command goes on from here.", INTERRUPTED)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            fail(f"Stopped: {error.strerror}. What is done is kept.", STOPPED)
-        fail(f"Stopped: {error.strerror or error}: {error.filename or ''}", STOPPED)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+# photon predict and eval
+Choices = Annotated[bool, typer.Option(help="Score the choices of rows that have some, instead of generating.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+QuestionsPerBatch = Annotated[int, typer.Option(min=1, help="Questions on one volume answered together.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
-def pairs(texts: list[str], option: str) -> dict[str, str]:
+def given_options(context: typer.Context, parameters: Iterable[str]) -> str:
+    """Return those of a command's parameters that the user gave, as options: "--json, --set", or ""."""
+
+    def is_given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+    names = set(parameters)
+    return ", ".join(p.opts[0] for p in context.command.params if p.name in names and is_given(p.name))
+
+
+def pairs(texts: Iterable[str], option: str) -> dict[str, str]:
     """Return {"a": "b", "c": "d"} for ["a=b,c=d"] or ["a=b", "c=d"]; UsageError otherwise."""
     from photon_data.errors import UsageError
 
@@ -70,7 +70,7 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
     for text in (part for item in texts for part in item.split(",")):
         key, equals, value = text.partition("=")
         if not (key.strip() and equals and value.strip()):
-            raise UsageError(f"{option}: name=value wanted, got {text!r}")
+            raise UsageError(f"{option}: expected name=value, found {text!r}")
         found[key.strip()] = value.strip()
     return found
 
@@ -79,17 +79,11 @@ def fractions(text: str) -> dict[str, float]:
     """Return {"train": 0.8, ...} for "train=0.8,val=0.1,test=0.1"; UsageError otherwise."""
     from photon_data.errors import UsageError
 
-    named = pairs([text], "--split")
+    shares = pairs([text], "--split")
     try:
-        return {name: float(share) for name, share in named.items()}
+        return {name: float(share) for name, share in shares.items()}
     except ValueError:
-        raise UsageError(f"--split: numbers like train=0.8,val=0.2 wanted, got {text!r}") from None
-
-
-def print_any_text() -> None:
-    """Print what the terminal's encoding lacks as escapes: names of files need not be text, answers can hold anything."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        raise UsageError(f"--split: expected numbers like train=0.8,val=0.2, found {text!r}") from None
 
 
 def numbers(text: str, count: int, option: str) -> list[float]:
@@ -101,20 +95,24 @@ def numbers(text: str, count: int, option: str) -> list[float]:
     except ValueError:
         found = []
     if len(found) != count:
-        raise UsageError(f"{option}: {count} numbers with commas between wanted, got {text!r}")
+        raise UsageError(f"{option}: expected {count} numbers with commas between them, found {text!r}")
     return found
 
 
-def numbers_or_name(text: str, option: str) -> str | tuple[float, float]:
-    """Return a text without comma as it is, else its two numbers."""
+def window_of(text: str) -> str | tuple[float, float]:
+    """Return what --window says: a name as it is, or the two numbers of "low,high" in HU."""
     if "," not in text:
         return text
-    low, high = numbers(text, 2, option)
+    low, high = numbers(text, 2, "--window")
     return low, high
 
 
 def make_recipe(
-    name: str, settings: list[str], modality: str | None, nan: str | None, max_voxels: int | None = None
+    name: str,
+    settings: Sequence[str],
+    modality: str | None = None,
+    nan: str | None = None,
+    max_voxels: int | None = None,
 ) -> tuple[Recipe, Policy]:
     """Return the named recipe and the policy, with --set and the options applied; UsageError for what neither knows."""
     from photon_data.recipe import named_recipe
@@ -124,16 +122,19 @@ def make_recipe(
     return named_recipe(name, [*settings, *extra])
 
 
-def is_default(context: typer.Context, name: str) -> bool:
-    """Tell whether nobody gave the option of that name."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name in ("DEFAULT", "DEFAULT_MAP")
+def source_and_out(paths: Sequence[str] | None, manifest: Path | None, usage: str) -> tuple[Path, str]:
+    """Return SOURCE and OUT for `usage` "SOURCE OUT" or "SOURCE"; with --manifest, the manifest in place of SOURCE.
 
-
-def refuse_beside_manifest(context: typer.Context, names: Iterable[str]) -> None:
-    """UsageError if an option was given that is the manifest's to say."""
+    OUT is "" where it is not given. UsageError for too many or too few paths, and for a source that does not exist.
+    """
     from photon_data.errors import UsageError
 
-    given = [name for name in names if not is_default(context, name)]
-    if given:
-        raise UsageError(f"--manifest alone wanted, got {', '.join(given)} beside it; say it in the manifest")
+    given = [str(manifest), *(paths or ())] if manifest else list(paths or ())
+    count = len(usage.split())
+    if len(given) > (2 if manifest else count) or (not manifest and len(given) < count):
+        found = " ".join([*(["--manifest"] if manifest else []), *given]) or "neither"
+        raise UsageError(f"expected {usage}, or --manifest data_manifest.yaml [OUT], found {found}")
+    source, out = (*given, "")[:2]
+    if not manifest and not Path(source).exists():
+        raise UsageError(f"expected a folder or a file, but {source} does not exist")
+    return Path(source), out

@@ -1,10 +1,10 @@
 """Where the visual tokens of a volume lie in the world, and how much of a mask lies in the tokens that were kept.
 
-A token is a box of the prepared grid (about 36.4 mm a side for 364 mm in ten). `cells` is the grid whose voxels are these boxes:
-`model_grid(prepared_grid, tokens_zyx)`. Cutting the model grid into patches gives the same boxes.
+A token is a box of the prepared grid (about 36.4 mm a side for 364 mm in ten). `cells` is the grid whose voxels are
+these boxes: `model_grid(prepared_grid, tokens_zyx)`. Cutting the model grid into patches gives the same boxes.
 
-Token number = (t * H + h) * W + w: t counts slabs from the feet up, h rows from the front to the back, and w columns from the
-patient's left to the right, since the model reads volumes with their last axis flipped.
+Token number = (t * H + h) * W + w: t counts slabs from the feet up, h rows from the front to the back, and w columns
+from the patient's left to the right, since the model reads volumes with their last axis flipped.
 
 Legend: V visual tokens of one volume; arrays of a scan are [z, y, x].
 """
@@ -34,7 +34,7 @@ def tokens_at(world_lps: np.ndarray, cells: Geometry) -> np.ndarray:
 
 
 def _tokens_at_index(index_zyx: np.ndarray, cells: Geometry) -> np.ndarray:
-    """Return int16[...] of fractional box indices [..., 3], rounded: a point on a face has one token on every machine."""
+    """Return int16[...] of fractional box indices [..., 3], rounded: a point on a face is the same everywhere."""
     box = np.floor(np.round(np.asarray(index_zyx, float) + 0.5, 9)).astype(np.int32)
     _, rows, columns = cells.shape_zyx
     inside = ((box >= 0) & (box < np.asarray(cells.shape_zyx))).all(-1)
@@ -156,7 +156,7 @@ def counted_by_volume(
     on_volume: Callable[[], object] = lambda: None,
     names: Container[str] | None = None,
 ) -> VolumeMasks:
-    """Return the masks of each volume of `places` ({id: path}) on its tokens; one that cannot be read does not stop the others.
+    """Return the masks of each volume of `places` ({id: path}) on its tokens, and why others could not be read.
 
     `names`: only those masks. `on_volume` is called after each volume.
     """

@@ -27,7 +27,9 @@ class View(NamedTuple):
     """How pictures are made."""
 
     window_hu: Window | str = "full"
-    at_lps: Sequence[float] | None = None  # the point (mm) that the planes go through; None: the most salient kept token
+    at_lps: Sequence[float] | None = (
+        None  # the point (mm) that the planes go through; None: the most salient kept token
+    )
     size_px: int = 480  # side of a panel
 
 
@@ -36,7 +38,7 @@ DEFAULT_VIEW = View()
 
 @dataclass(frozen=True)
 class Canvas:
-    """What overlays are drawn on: the prepared volume, the grid of the raw scan, and the numbers of tokens along z, y, x.
+    """What overlays are drawn on: the prepared volume, the grid of the raw scan, the numbers of tokens.
 
     One canvas serves all questions on a scan: which voxel belongs to which token is computed once.
     """
@@ -61,8 +63,9 @@ def write_overlay(
 ) -> None:
     """Write planes.png, kept.nii.gz (uint8) and saliency.nii.gz (float32) into the folder.
 
-    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but that grid.
-    Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the volume.
+    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but
+    that grid. Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the
+    volume.
     """
     folder.mkdir(parents=True, exist_ok=True)
     picture(canvas, keep_V, saliency_V, title, view).save(folder / PICTURE)
@@ -94,7 +97,7 @@ def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -
 
 
 def folders_of(directory: Path, name: str, volumes: int) -> list[Path]:
-    """Return a folder for each volume of the row `name`; an id that cannot be a folder's name is changed into one that can."""
+    """Return a folder for each volume of the row `name`; an id that is no folder name is changed into one."""
     plain = re.sub(r"[^\w.=-]+", "_", name).lstrip(".")
     if plain != name or len(name) > LONGEST_NAME:
         plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

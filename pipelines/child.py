@@ -1,12 +1,11 @@
-"""Runs jobs in a child process per thread, so that a crash, a hang or lack of memory becomes the record of one file.
+"""Both ends of the isolated process in which scans are read: one job a line on stdin, one record a line on stdout.
 
-The process in which scans are really read: one job a line on stdin, one record a line on stdout.
-
-It exists so that a parser that crashes, hangs or eats all memory costs one file. `isolate.py` is its other end.
+A parser that crashes, hangs or takes all memory costs one file: its record says so, and a new child goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,12 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from photon_data.prepare_file import Job, NoSpace, prepare_file
 from photon_data.records import FAILED
 
-# glibc gives every large buffer back to the kernel and faults it in again, unless told not to: 1.8 s instead of 1.0 s per scan.
+# Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -30,10 +30,15 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+NO_SPACE = "no space"  # key of the reply of a child that found the output full
+PR_SET_PDEATHSIG = 1  # prctl(2): the kernel signals the child even while SimpleITK holds the interpreter for seconds
+
+
+# The parent's end
 
 
 class ChildError(RuntimeError):
-    """The child did not answer; the code says how it ended: "crashed", "killed" or "timeout"."""
+    """The child did not answer. The code says how it ended: "crashed", "killed" or "timeout"."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -41,32 +46,14 @@ class ChildError(RuntimeError):
 
 
 class Child:
-    """A process that answers a line of JSON with a line of JSON; started when first asked, and again after it died."""
+    """A process that answers a line of JSON with a line of JSON. It starts at the first job, and after it died."""
 
     def __init__(self, *command: str) -> None:
         self.command = command
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Return the child's reply; ChildError when it dies or takes longer than `timeout_s`, and the next ask starts anew."""
-        process = self._running()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()
-            line = self._read_line(process, timeout_s)
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            raise self._autopsy(process)
-        return json.loads(line)
-
-    def kill(self) -> None:
-        """End the child at once; safe at any time, from any thread."""
-        if self.process is not None:
-            self.process.kill()
-
-    def _running(self) -> subprocess.Popen[bytes]:
+        """Return the child's reply; ChildError when it dies or takes longer than `timeout_s`."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, *self.command],
@@ -76,69 +63,90 @@ class Child:
                 env={**os.environ, **ENVIRONMENT},
                 start_new_session=True,  # Ctrl-C in the terminal is for the parent to handle
             )
-        return self.process
+        process = self.process
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+            line = _read_line(process, timeout_s)
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise _cause_of_death(process)
+        return json.loads(line)
 
-    def _read_line(self, process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
-        assert process.stdout is not None
-        end, line = time.monotonic() + timeout_s, b""
-        poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
-        while not line.endswith(b"\n"):
-            if not poll.poll(max(0, end - time.monotonic()) * 1000):
-                process.kill()
-                process.wait()
-                raise ChildError("timeout", f"not done after {timeout_s:.0f} s, the limit of --timeout")
-            piece = os.read(process.stdout.fileno(), 1 << 16)
-            if not piece:
-                break
-            line += piece
-        return line
-
-    def _autopsy(self, process: subprocess.Popen[bytes]) -> ChildError:
-        code = process.wait()
-        if code == -signal.SIGKILL:
-            return ChildError(
-                "killed", "its process was killed, most likely for lack of memory; fewer --workers leave more for each"
-            )
-        if code < 0:
-            return ChildError("crashed", f"its process crashed with {signal.Signals(-code).name} while reading or resampling it")
-        return ChildError("crashed", f"its process ended with exit code {code}")
+    def kill(self) -> None:
+        """End the child at once; safe at any time, from any thread."""
+        if self.process is not None:
+            self.process.kill()
 
 
-_children: dict[tuple[int, int], Child] = {}
+def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
+    """Return the next line of stdout, or a part of it where the process ended."""
+    assert process.stdout is not None
+    end_s, line = time.monotonic() + timeout_s, b""
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while not line.endswith(b"\n"):
+        if not poll.poll(max(0, end_s - time.monotonic()) * 1000):
+            process.kill()
+            process.wait()
+            raise ChildError("timeout", f"not done after {timeout_s:.0f} s, the limit of --timeout")
+        piece = os.read(process.stdout.fileno(), 1 << 16)
+        if not piece:
+            break
+        line += piece
+    return line
+
+
+def _cause_of_death(process: subprocess.Popen[bytes]) -> ChildError:
+    code = process.wait()
+    if code == -signal.SIGKILL:
+        return ChildError(
+            "killed", "its process was killed, most likely for lack of memory; fewer --workers leave more for each"
+        )
+    if code < 0:
+        return ChildError(
+            "crashed", f"its process crashed with {signal.Signals(-code).name} while reading or resampling it"
+        )
+    return ChildError("crashed", f"its process ended with exit code {code}")
+
+
+_children: dict[tuple[int, int], Child] = {}  # by thread and limit
 _ended = threading.Event()
 
 
 def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int) -> dict[str, Any]:
-    """Return the record of a job, run in this thread's child process, or {NO_SPACE: why} if the output is full; all as JSON.
+    """Return the record of a job, both as JSON: the job is run in the child process of this thread.
 
-    This is the task that Dask workers run: plain data in, plain data out.
+    This is the task that Dask workers run: plain data in, plain data out. Raises NoSpace when the output is full.
     """
     if _ended.is_set():
         raise RuntimeError("the run has ended")
     command = ("-P", "-m", "photon_pipelines.child", str(address_space_bytes))  # -P: no imports from the working folder
     child = _children.setdefault((threading.get_ident(), address_space_bytes), Child(*command))
     try:
-        return child.ask(job, timeout_s)
+        reply = child.ask(job, timeout_s)
     except ChildError as error:
         return Job.from_json(job).record(FAILED, code=error.code, reason=str(error)).to_json()
+    if NO_SPACE in reply:
+        raise NoSpace(*reply[NO_SPACE])
+    return reply
 
 
-def allow_children() -> None:
-    """Let jobs start children in this process (again)."""
+@contextlib.contextmanager
+def children() -> Iterator[None]:
+    """Let jobs start children in this process while the block runs. At its end every child is killed at once."""
     _ended.clear()
+    try:
+        yield
+    finally:
+        _ended.set()
+        while _children:
+            _children.popitem()[1].kill()
 
 
-def end_children() -> None:
-    """Kill every child of this process at once, and let queued jobs start none."""
-    _ended.set()
-    while _children:
-        _children.popitem()[1].kill()
-
-
-NO_SPACE = "no space"
-# prctl(2): SimpleITK may hold the interpreter for seconds, the kernel does not wait for it.
-PR_SET_PDEATHSIG = 1
+# The child's end
 
 
 def main(address_space_bytes: int) -> None:
@@ -150,32 +158,29 @@ def main(address_space_bytes: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a C library prints must not look like a reply
     single_threaded()
     for line in sys.stdin:
-        replies.write(json.dumps(_answer(line)) + "\n")
+        try:
+            reply = prepare_file(Job.from_json(json.loads(line))).to_json()
+        except NoSpace as error:
+            reply = {NO_SPACE: [error.errno, error.strerror]}
+        replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
-def _answer(line: str) -> dict[str, Any]:
-    try:
-        return prepare_file(Job.from_json(json.loads(line))).to_json()
-    except NoSpace as error:
-        return {NO_SPACE: error.strerror}
-
-
 def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; without Linux a thread looks every second."""
+    """Have the kernel kill this process when its parent ends. Without Linux, a thread looks every second."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
+    def poll_parent(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    threading.Thread(target=poll_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def single_threaded() -> None:
-    """One core per job: parallelism comes from jobs, and bytes must not depend on the number of threads."""
+    """Use one core per job: parallelism comes from jobs, and bytes must not depend on the number of threads."""
     import numcodecs.blosc
     import SimpleITK as sitk
     import zarr

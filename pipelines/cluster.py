@@ -1,17 +1,17 @@
-"""Jobs -> records on Dask: a local cluster of threads that each own a child process, or any cluster that is already there."""
+"""Jobs -> records on Dask: a local cluster of threads, or a running cluster. Only this file uses Dask."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import time
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dask
 from distributed import Client, Future, LocalCluster, wait
@@ -21,13 +21,15 @@ from distributed.system import MEMORY_LIMIT
 from photon_data.errors import UsageError
 from photon_data.prepare_file import Job, NoSpace
 from photon_data.records import FAILED, VolumeRecord
-from photon_pipelines.child import NO_SPACE, allow_children, end_children, run_isolated
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
-LEAST_ADDRESS_SPACE = 4 << 30
+MIN_ADDRESS_SPACE_BYTES = 4 << 30
+MIN_MEMORY_GB = 1.0
 NO_WORKERS_S = 120
-LEAST_MEMORY_GB = 1.0
+
+# (job as JSON, timeout_s, address_space_bytes) -> record as JSON, or NoSpace. Dask pickles it: a function of a module.
+Task = Callable[[dict[str, Any], float, int], dict[str, Any]]
 
 
 class Stopped(RuntimeError):
@@ -51,8 +53,10 @@ class Workers:
 
     def __post_init__(self) -> None:
         """UsageError for a memory limit under which no worker could start."""
-        if self.memory_gb is not None and 0 < self.memory_gb < LEAST_MEMORY_GB:
-            raise UsageError(f"--memory: at least {LEAST_MEMORY_GB} GB (or 0 for no limit) wanted, got {self.memory_gb}")
+        if self.memory_gb is not None and 0 < self.memory_gb < MIN_MEMORY_GB:
+            raise UsageError(
+                f"--memory: expected at least {MIN_MEMORY_GB} GB (or 0 for no limit), found {self.memory_gb}"
+            )
 
     def local_count(self) -> int:
         """Return how many local workers there are."""
@@ -63,79 +67,46 @@ class Workers:
         """Return the limit of each worker's process, 0 for none."""
         if self.memory_gb is not None:
             return int(self.memory_gb * 1e9)
-        return max(LEAST_ADDRESS_SPACE, MEMORY_LIMIT // self.local_count())
+        return max(MIN_ADDRESS_SPACE_BYTES, MEMORY_LIMIT // self.local_count())
 
 
-def execute(jobs: Iterable[Job], workers: Workers) -> Generator[VolumeRecord, None, None]:
-    """Yield the record of every job as it ends, largest first; at most twice as many jobs are in flight as there are threads.
+def execute(
+    jobs: Iterable[Job], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
+) -> Generator[VolumeRecord, None, None]:
+    """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
 
-    Raises NoSpace when the output is full and Stopped when no worker is left. Leaving the loop ends what is in flight.
+    A local cluster runs the task within `session`, which ends with the loop and has to end what still runs.
+    Raises NoSpace when the output is full and Stopped when no worker is left.
     """
     queue = deque(sorted(jobs, key=lambda job: job.source.bytes, reverse=True))
     limits = workers.timeout_s, workers.address_space_bytes()
-    flying: dict[Future, Job] = {}
-    with _client(workers) as client:
-        places = 2 * _threads(client)
-        while queue or flying:
-            while queue and len(flying) < places:
+    in_flight: dict[Future, Job] = {}
+    with _client(workers, session) as client:
+        most = 2 * _threads(client)
+        while queue or in_flight:
+            while queue and len(in_flight) < most:
                 job = queue.popleft()
-                flying[client.submit(run_isolated, job.to_json(), *limits, pure=False)] = job
-            for future in _finished(client, flying):
-                yield _record(future, flying.pop(future))
-
-
-def _finished(client: Client, flying: dict[Future, Job]) -> list[Future]:
-    """Wait until some of the futures are done and return those; Stopped if no worker has been there for NO_WORKERS_S."""
-    alone_since = None
-    while True:
-        try:
-            return list(wait(list(flying), timeout=2, return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            pass
-        except (CancelledError, CommClosedError):
-            raise Stopped(
-                "a scheduler wanted, but the connection to it was lost; start one and run the same command again"
-            ) from None
-        if _threads(client):
-            alone_since = None
-        else:
-            alone_since = alone_since or time.monotonic()
-            if time.monotonic() - alone_since > NO_WORKERS_S:
-                raise Stopped(
-                    f"workers wanted, none connected to the scheduler for {NO_WORKERS_S} s; start some and run it again"
-                )
-
-
-def _record(future: Future, job: Job) -> VolumeRecord:
-    """Return the record of a finished future; NoSpace if it says so. Only Dask itself (a lost worker) can make one fail."""
-    if future.status != "finished":
-        reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
-        return job.record(FAILED, code="worker-lost", reason=reason)
-    reply = future.result()
-    if NO_SPACE in reply:
-        raise NoSpace(errno.ENOSPC, reply[NO_SPACE])
-    return VolumeRecord.from_json(reply)
+                in_flight[client.submit(task, job.to_json(), *limits, pure=False)] = job
+            for future in _finished(client, in_flight):
+                yield _record(future, in_flight.pop(future))
 
 
 @contextlib.contextmanager
-def _client(workers: Workers) -> Iterator[Client]:
-    """Yield a client of the cluster that `workers` names; a local one ends with the block, its children at once."""
-    with contextlib.ExitStack() as stack:
-        if workers.scheduler is None:
-            cluster = LocalCluster(
-                n_workers=1,
-                threads_per_worker=workers.local_count(),
-                processes=False,
-                memory_limit=0,  # the memory is the children's, and they are limited
-                dashboard_address="127.0.0.1:0",
-                silence_logs=logging.CRITICAL,
-            )
-            stack.enter_context(cluster)
-            client = stack.enter_context(Client(cluster))
-            allow_children()
-            stack.callback(end_children)
-        else:
-            client = stack.enter_context(_connect(workers.scheduler))
+def _client(workers: Workers, session: contextlib.AbstractContextManager[None]) -> Iterator[Client]:
+    """Yield a client of the cluster that `workers` names. A local cluster ends with the block."""
+    if workers.scheduler is not None:
+        with _connect(workers.scheduler) as client:
+            yield client
+        return
+    cluster = LocalCluster(
+        n_workers=1,
+        threads_per_worker=workers.local_count(),
+        processes=False,
+        memory_limit=0,  # the memory is the children's, and they are limited
+        dashboard_address="127.0.0.1:0",
+        silence_logs=logging.CRITICAL,
+    )
+    with cluster, Client(cluster) as client, session:
         yield client
 
 
@@ -146,18 +117,51 @@ def _connect(scheduler: str) -> Client:
         client = Client(**where, timeout=30)
     except (ValueError, AssertionError, OSError, TimeoutError) as error:
         raise UsageError(
-            f"--scheduler: the address (tcp://host:8786) or the file of a running Dask scheduler wanted, got {scheduler!r} "
-            f"({type(error).__name__})"
+            "--scheduler: expected the address (tcp://host:8786) or the file of a running Dask scheduler, "
+            f"found {scheduler!r} ({type(error).__name__})"
         ) from None
     try:
         client.wait_for_workers(1, timeout=NO_WORKERS_S)
     except TimeoutError:
         client.close()
-        raise Stopped(
-            f"workers wanted, none connected to {scheduler} within {NO_WORKERS_S} s; start some and run it again"
-        ) from None
+        raise Stopped(_no_workers(scheduler)) from None
     return client
 
 
 def _threads(client: Client) -> int:
     return sum(client.nthreads().values())
+
+
+def _finished(client: Client, in_flight: dict[Future, Job]) -> list[Future]:
+    """Wait until some of the futures are done and return those; Stopped if there was no worker for NO_WORKERS_S."""
+    no_worker_since = None
+    while True:
+        try:
+            return list(wait(list(in_flight), timeout=2, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            pass
+        except (CancelledError, CommClosedError):
+            raise Stopped(
+                "expected a scheduler, but the connection to it was lost; start one and run the same command again"
+            ) from None
+        if _threads(client):
+            no_worker_since = None
+        else:
+            no_worker_since = no_worker_since or time.monotonic()
+            if time.monotonic() - no_worker_since > NO_WORKERS_S:
+                raise Stopped(_no_workers("the scheduler"))
+
+
+def _no_workers(scheduler: str) -> str:
+    return f"expected workers, found none connected to {scheduler} for {NO_WORKERS_S} s; start some and run it again"
+
+
+def _record(future: Future, job: Job) -> VolumeRecord:
+    """Return the record of a finished future; NoSpace where the task raised it."""
+    if future.status == "finished":
+        return VolumeRecord.from_json(future.result())
+    error = future.exception() if future.status == "error" else None
+    if isinstance(error, NoSpace):
+        raise error
+    reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
+    return job.record(FAILED, code="worker-lost", reason=reason)

@@ -1,82 +1,113 @@
-"""`--hu-source`: who says what slope and intercept turn stored values into Hounsfield units.
+"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here.
 
-What `photon-data prepare` is to work on: a folder with a table of questions, or the data sets of a data_manifest.yaml.
+A request is about a folder of scans with a table of questions, or about the data sets of a data_manifest.yaml.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
-from photon_data.datasets.declare import DataManifest
+from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import Rescale
-from photon_data.prepare_file import Job
+from photon_data.prepare_file import Job, already_there, recipe_digest
+from photon_data.questions.counts import Count
 from photon_data.questions.join import by_name
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
-from photon_data.questions.rows import Unmatched
+from photon_data.questions.rows import Manifests, Unmatched
 from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
-from photon_data.readers import find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.scan import Source, Stated
+from photon_data.records import STATES, UNCHANGED, VolumeRecord, read_records
+from photon_data.scan import Source
+from photon_data.store import is_whole, read_metadata, store_name
 
-HEADER, STORED = "header", "stored"
-COLUMNS = ("volume", "slope", "intercept")
-# A scan that the table does not name is refused on its own: these are no slope and no intercept.
+HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
+# A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
 NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 
 
-def rescaling(said: str, sources: Iterable[Source], columns: Mapping[str, str]) -> Callable[[Source], Rescale | None]:
-    """Return what gives each source its rescaling: None for the header's, (1, 0) for `stored`, or the rows of a table.
+@dataclass(frozen=True)
+class Request:
+    """What every request says.
 
-    `said` is "header", "stored" or the path of a csv, tsv or jsonl with columns volume, slope, intercept (`columns` maps
-    these names to the table's). UsageError for a table that cannot be read or names a volume twice.
+    source    a folder of scans, one scan, or the data_manifest.yaml
+    prompt    style of the questions; None for the manifest's own, or for questions as they are
+    limit     only so many scans
+    pictures  volumes shown as pictures in the report
     """
-    if said == HEADER:
-        return lambda source: None
-    if said == STORED:
-        return lambda source: Rescale(1.0, 0.0, "stored")
-    if not Path(said).is_file():
-        raise UsageError(f"--hu-source: header, stored or a table wanted, got {said!r}, which is no file")
-    named = _read(Path(said), sources, columns)
-    return lambda source: named.get(source.id, NOT_IN_TABLE)
+
+    source: Path
+    out: Location
+    recipe: Recipe
+    prompt: str | None = None
+    seed: int = 0
+    allow_leaks: bool = False
+    limit: int | None = None
+    overwrite: bool = False
+    pictures: int = 48
 
 
-def _read(path: Path, sources: Iterable[Source], columns: Mapping[str, str]) -> dict[str, Rescale]:
-    find = by_name((source.id, source.path) for source in sources)
-    volume, slope, intercept = (columns.get(name, name) for name in COLUMNS)
-    named: dict[str, Rescale] = {}
-    for place, values in read_table(path).rows:
-        try:
-            numbers = float(values[slope]), float(values[intercept])
-            match = find(str(values[volume]))
-        except (KeyError, TypeError, ValueError):
-            raise UsageError(
-                f"{path.name}, {place}: {volume} (text), {slope}, {intercept} (numbers) wanted, got {values}"
-            ) from None
-        if match.id:
-            if match.id in named:
-                raise UsageError(f"{path.name}, {place}: one row per volume wanted, got a second one for {match.id}")
-            named[match.id] = Rescale(*numbers, "table")
-        elif match.is_ambiguous:
-            raise UsageError(f"{path.name}, {place}: the name of one scan wanted, got {values[volume]!r}, {match.reason}")
-    return named
+@dataclass(frozen=True)
+class FolderRequest(Request):
+    """A folder of scans, or one scan, and the tables about it.
+
+    hu_source  "header", "stored", or the path of a table: see `rescaling`
+    questions  a table of questions; None for one row per volume
+    columns    {our name: name in the tables}
+    fractions  share of each split, where the table of questions has no splits
+    id_from    what volume ids are made from: "path", "name" or "hash"
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    hu_source: str = HEADER
+    questions: Path | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    fractions: Mapping[str, float] = field(default_factory=lambda: dict(FRACTIONS))
+    id_from: str = "path"
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True)
+class ManifestRequest(Request):
+    """The data sets of a data_manifest.yaml, each with its own recipe name, policy, questions and splits."""
+
+    datasets: tuple[DataSet, ...] = ()
+    max_voxels: int = Policy().max_voxels
+
+
+class Callback:
+    """What a run calls as it proceeds; a subclass overrides what it shows.
+
+    on_archive  the name of an archive that is unpacked, and the bytes of all archives, done and in all
+    on_file     how many files were seen while looking for scans
+    on_note     a sentence for the person who reads along
+    on_plan     what will be done, and the number of files that are no scans, by suffix
+    on_record   a scan that was prepared, refused, or failed
+    """
+
+    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None: ...  # noqa: D102 - see above
+    def on_file(self, count: int) -> None: ...  # noqa: D102
+    def on_note(self, note: str) -> None: ...  # noqa: D102
+    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None: ...  # noqa: D102
+    def on_record(self, record: VolumeRecord) -> None: ...  # noqa: D102
+
+
+class Gathered(NamedTuple):
     """What is to be prepared and asked.
 
     questions  with splits; None for one row per volume
-    unmatched  questions whose volume is known not to be there
+    unmatched  questions whose volume is known not to exist
     ignored    {suffix: number} of files that are no scans
     notes      sentences for the person who reads along
     """
@@ -89,64 +120,86 @@ class Data(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Order:
-    """What somebody asked `photon-data prepare` for; the CLI's options, one to one.
+class Plan:
+    """What a run will do.
 
-    source   a folder of scans, or, if `datasets` are given, the data_manifest.yaml that declares them
-    policy   of a folder; data sets have their own, of which only max_voxels is this one's
-    prompt   the style that questions are put in; None for the manifest's own, or as they are
+    jobs    to execute
+    done    records of inputs whose stores exist already
+    kept    records of volumes of earlier runs that are no input of this one
+    before  records that earlier runs left of the jobs' sources: they stand until the job is done
     """
 
-    source: Path
-    out: Location
-    recipe: Recipe
-    policy: Policy = field(default_factory=Policy)
-    datasets: tuple[DataSet, ...] = ()
-    hu_source: str = HEADER
-    questions: Path | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    prompt: str | None = None
-    fractions: Mapping[str, float] = field(default_factory=lambda: dict(FRACTIONS))
-    seed: int = 0
-    allow_leaks: bool = False
-    id_from: str = "path"
-    limit: int | None = None
-    overwrite: bool = False
-    pictures: int = 48
+    jobs: list[Job]
+    done: list[VolumeRecord]
+    kept: list[VolumeRecord]
+    before: list[VolumeRecord]
 
 
-def gather(order: Order, on_file: Callable[[int], None] = lambda count: None) -> Data:
-    """Return all that an order is about; nothing is written. UsageError for what cannot be followed.
+class Result(NamedTuple):
+    """What a run left.
 
-    Leaks that the questions themselves show are refused here, before hours of work; those that only content shows, later.
+    records    of its inputs
+    kept       records of volumes of earlier runs that are no input of this one
+    manifests  the rows by split; no rows where splits leak
+    counts     what the questions are, by data set, task and split
+    leak       what several splits have in common; None where they are apart, or where leaks are allowed
+    damaged    the archives that could not be unpacked as a whole, and why
     """
-    roots = [root for entry in order.datasets for root in entry.roots] or [order.source]
-    for root in roots:
-        if order.out.is_local and root.resolve() == order.out.path.resolve():
-            raise UsageError(f"an output folder of its own wanted, got the source {root} itself")
-    if order.prompt is not None and order.prompt not in PROMPTS:
-        raise UsageError(f"--prompt-style: one of {', '.join(PROMPTS)} wanted, got {order.prompt!r}")
-    data = _declared(order, on_file) if order.datasets else _folder(order, on_file)
-    if not order.allow_leaks:
-        refuse_leaks(leaks(map(as_row, data.questions or ())))
-    return data
+
+    records: list[VolumeRecord]
+    kept: list[VolumeRecord]
+    manifests: Manifests
+    counts: list[Count]
+    leak: str | None
+    damaged: Sequence[str]
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many inputs ended in each state; they add up to all inputs."""
+        return count_states(self.records)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every input has its store and every question its row."""
+        has_stores = all(record.is_there for record in self.records)
+        return has_stores and not self.manifests.unmatched and self.leak is None and not self.damaged
+
+
+def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
+    """Return {state: number of records} with every state."""
+    found = Counter(record.state for record in records)
+    return {state: found[state] for state in STATES}
+
+
+def request_of_manifest(path: Path, only: Sequence[str], out: str | None, **options: Any) -> ManifestRequest:
+    """Return the request for the data sets of a data_manifest.yaml, or for those named in `only`.
+
+    `options` are further fields of ManifestRequest; the seed is the manifest's, if none is given.
+    """
+    manifest = read_data_manifest(path)
+    datasets = manifest.only(only)
+    options = {"seed": manifest.seed, **options}
+    return ManifestRequest(path, out_of(manifest, out), one_recipe(datasets), datasets=datasets, **options)
 
 
 def out_of(manifest: DataManifest, out: str | None) -> Location:
     """Return where to write: what the command says, else what the manifest says; UsageError where neither does."""
     where = out or manifest.out
     if where is None:
-        raise UsageError(f"an output folder wanted, as `out:` in {manifest.path.name} or after --manifest")
+        raise UsageError(
+            f"expected an output folder as `out:` in {manifest.path.name} or after --manifest, found neither"
+        )
     return Location(where)
 
 
 def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
-    """Return the recipe of the first data set; UsageError if another one's gives other bytes, since a folder holds one."""
+    """Return the one recipe of the data sets; UsageError where there are several, since a folder holds one."""
     recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
-    digests = Counter(recipe.digest for recipe in recipes.values())
-    if len(digests) > 1:
-        said = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
-        raise UsageError(f"one recipe per output folder wanted, got {said}; prepare them one by one, with --only NAME OUT")
+    if len({recipe.digest for recipe in recipes.values()}) > 1:
+        found = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
+        raise UsageError(
+            f"expected one recipe per output folder, found {found}; prepare them one by one, with --only NAME OUT"
+        )
     return next(iter(recipes.values()))
 
 
@@ -158,59 +211,26 @@ def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
         raise entry.error(str(error)) from None
 
 
-def _folder(order: Order, on_file: Callable[[int], None]) -> Data:
-    """Return the scans of a folder and the questions of a table, its own splits or drawn ones."""
-    questions = None
-    if order.questions is not None:
-        columns = {name: column for name, column in order.columns.items() if name not in ("slope", "intercept")}
-        questions = read_questions(order.questions, columns)
-        questions = with_prompt_style(questions, order.prompt, "shown") if order.prompt else questions
-    found = find_scans(order.source, id_from=order.id_from, on_file=on_file)
-    if not found.sources:
-        raise UsageError(
-            f"scans wanted (NIfTI, NRRD, MetaImage, DICOM), found {left_alone(found.ignored)} in {order.source}; "
-            "is this the right folder?"
-        )
-    rescale = rescaling(order.hu_source, found.sources, order.columns)
-    jobs = [_job(order, source, (order.recipe, order.policy), rescale(source)) for source in found.sources[: order.limit]]
-    if questions is not None:
-        questions = assign_splits(_by_id(questions, found.sources), fractions=order.fractions, seed=order.seed)
-    return Data(jobs, questions, ignored=found.ignored)
+def gather(request: Request, callback: Callback | None = None) -> Gathered:
+    """Return the jobs and questions that a request is about; UsageError for what cannot be followed.
 
-
-def _by_id(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
-    """Return the questions with ids for the volumes' names where those name one scan: two names must not be two patients."""
-    find = by_name((source.id, source.path) for source in sources)
-    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
-
-
-def _declared(order: Order, on_file: Callable[[int], None]) -> Data:
-    """Return the volumes that the questions of declared data sets need, and those questions."""
-    parts = [
-        read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=order.seed, on_file=on_file) for entry in order.datasets
-    ]
-    both = combine(parts, order.seed, order.prompt)
-    jobs = jobs_of(order, both)
-    if not jobs:
-        raise UsageError(f"{order.source}: volumes with questions wanted, found none")
-    return Data(jobs, both.questions, both.unmatched, notes=both.notes)
-
-
-def jobs_of(order: Order, both: Collection) -> list[Job]:
-    """Return a job for every volume of combined data sets."""
-    recipes = {entry.name: recipe_of(entry) for entry in order.datasets}
-    return [
-        _job(order, volume.source, recipes[volume.dataset.name], volume.rescale, volume.stated)
-        for volume in both.volumes[: order.limit]
-    ]
-
-
-def _job(
-    order: Order, source: Source, made_by: tuple[Recipe, Policy], rescale: Rescale | None, stated: Stated | None = None
-) -> Job:
-    recipe, policy = made_by
-    policy = replace(policy, max_voxels=order.policy.max_voxels)
-    return Job(source, order.out.at(""), recipe, policy, rescale, stated, overwrite=order.overwrite)
+    Leaks that the questions themselves show are refused here, before hours of work; `prepare` finds those of content.
+    """
+    callback = callback or Callback()
+    datasets = request.datasets if isinstance(request, ManifestRequest) else ()
+    for root in [root for entry in datasets for root in entry.roots] or [request.source]:
+        if request.out.is_local and root.resolve() == request.out.path.resolve():
+            raise UsageError(f"expected an output folder of its own, found the source {root} itself")
+    if request.prompt is not None and request.prompt not in PROMPTS:
+        raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
+    if isinstance(request, FolderRequest):
+        gathered = _gather_folder(request, callback)
+    else:
+        assert isinstance(request, ManifestRequest)
+        gathered = _gather_datasets(request, callback)
+    if gathered.questions and not request.allow_leaks:
+        refuse_leaks(leaks(map(as_row, gathered.questions)))
+    return gathered
 
 
 def as_row(question: Question) -> dict[str, object]:
@@ -221,3 +241,134 @@ def as_row(question: Question) -> dict[str, object]:
         "split": question.split,
         "extra": {"source_id": question.extra.get("source_id")},
     }
+
+
+def _gather_folder(request: FolderRequest, callback: Callback) -> Gathered:
+    """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
+    questions = None
+    if request.questions is not None:
+        columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
+        questions = read_questions(request.questions, columns)
+        questions = with_prompt_style(questions, request.prompt, "shown") if request.prompt else questions
+    sources, ignored = find_scans(request.source, id_from=request.id_from, on_file=callback.on_file)
+    if not sources:
+        raise UsageError(
+            f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {left_alone(ignored)} in {request.source}; "
+            "is this the right folder?"
+        )
+    rescale = rescaling(request.hu_source, sources, request.columns)
+    out = request.out.at("")
+    jobs = [
+        Job(source, out, request.recipe, request.policy, rescale(source), overwrite=request.overwrite)
+        for source in sources[: request.limit]
+    ]
+    if questions is not None:
+        questions = assign_splits(_with_ids(questions, sources), fractions=request.fractions, seed=request.seed)
+    return Gathered(jobs, questions, ignored=ignored)
+
+
+def _with_ids(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
+    """Return the questions with ids in place of names of scans: two names of one scan must not be two patients."""
+    find = by_name((source.id, source.path) for source in sources)
+    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
+
+
+def rescaling(
+    hu_source: str, sources: Sequence[Source], columns: Mapping[str, str]
+) -> Callable[[Source], Rescale | None]:
+    """Return the function that gives each source its slope and intercept: None for the header's.
+
+    `hu_source` is "header", "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume,
+    slope, intercept; `columns` maps these names to the table's. UsageError where the table names a volume twice.
+    """
+    if hu_source == HEADER:
+        return lambda source: None
+    if hu_source == STORED:
+        return lambda source: Rescale(1.0, 0.0, "stored")
+    path = Path(hu_source)
+    if not path.is_file():
+        raise UsageError(f"--hu-source: expected header, stored or a table, found {hu_source!r}, which is no file")
+    find = by_name((source.id, source.path) for source in sources)
+    volume, slope, intercept = (columns.get(name, name) for name in ("volume", "slope", "intercept"))
+    by_id: dict[str, Rescale] = {}
+    for line, values in read_table(path).rows:
+        try:
+            numbers = float(values[slope]), float(values[intercept])
+            match = find(str(values[volume]))
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(
+                f"{path.name}, {line}: expected {volume} (text), {slope}, {intercept} (numbers), found {values}"
+            ) from None
+        if match.id in by_id:
+            raise UsageError(f"{path.name}, {line}: expected one row per volume, found a second one for {match.id}")
+        if match.is_ambiguous:
+            raise UsageError(
+                f"{path.name}, {line}: expected the name of one scan, found {values[volume]!r}, {match.reason}"
+            )
+        if match.id:
+            by_id[match.id] = Rescale(*numbers, "table")
+    return lambda source: by_id.get(source.id, NOT_IN_TABLE)
+
+
+def _gather_datasets(request: ManifestRequest, callback: Callback) -> Gathered:
+    """Return the volumes that the questions of declared data sets need, and those questions."""
+    parts = [
+        read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=request.seed, on_file=callback.on_file)
+        for entry in request.datasets
+    ]
+    combined = combine(parts, request.seed, request.prompt)
+    jobs = jobs_of(request, combined)
+    if not jobs:
+        raise UsageError(f"{request.source}: expected volumes with questions, found none")
+    return Gathered(jobs, combined.questions, combined.unmatched, notes=combined.notes)
+
+
+def jobs_of(request: ManifestRequest, combined: Collection) -> list[Job]:
+    """Return a job for every volume of combined data sets."""
+    jobs, recipes = [], {entry.name: recipe_of(entry) for entry in request.datasets}
+    for volume in combined.volumes[: request.limit]:
+        recipe, policy = recipes[volume.dataset.name]
+        policy = replace(policy, max_voxels=request.max_voxels)
+        jobs.append(
+            Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.table_grid, request.overwrite)
+        )
+    return jobs
+
+
+def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
+    """Return which of the jobs have to be done; UsageError if the result would mix recipes."""
+    before = {record.id: record for record in read_records(out)}
+    ids = {job.source.id for job in jobs}
+    others = [
+        replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids
+    ]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))
+        digests = list(threads.map(lambda record: _digest_of_store(out, record), others))
+    kept = [record for record, digest in zip(others, digests, strict=True) if digest]
+    foreign = [record for record, digest in zip(others, digests, strict=True) if digest not in (None, recipe.digest)]
+    if foreign:
+        raise UsageError(
+            f"expected one recipe per folder, found {len(foreign)} volumes of another recipe in {out.url} that are not "
+            f"among these inputs, {foreign[0].id} first; use another folder, or prepare all of them again"
+        )
+    todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
+    left = [before[job.source.id] for job in todo if job.source.id in before]
+    return Plan(todo, [done for done in found if done], kept, left)
+
+
+def _unchanged(job: Job, before: VolumeRecord | None) -> VolumeRecord | None:
+    """Return the record of a finished store whose source still has the size and time that volumes.jsonl recorded."""
+    if before is None or before.fingerprint is None:
+        return None
+    is_same = (before.bytes_in, before.mtime_ns) == (job.source.bytes, job.source.mtime_ns)
+    return already_there(job, before.fingerprint) if is_same else None
+
+
+def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:
+    """Return the digest of the recipe that a record's store was made by; None where the store is gone."""
+    name = store_name(record.id)
+    metadata = read_metadata(out, name)
+    if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
+        return None
+    return recipe_digest(metadata)

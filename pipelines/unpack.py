@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.datasets.abdomenatlas_tree import find_cts
-from photon_data.datasets.archives import Archive, find_archives, known_ids, unpack
+from photon_data.datasets.archives import find_archives, known_ids, unpack
 from photon_data.datasets.base import UNPACK, DataSet
 from photon_data.datasets.combine import requested_volumes
 from photon_data.errors import UsageError, first_few
@@ -20,10 +20,10 @@ CASE_GB = 0.062
 
 
 class Pending(NamedTuple):
-    """The work for one folder: the archives to read, the ids of CTs that are requested, and of those that are not there."""
+    """The work for one folder: the archives to read, the ids of the requested CTs, and of those that are not there."""
 
     folder: Path
-    archives: list[Archive]
+    archives: list[Path]
     requested: set[str]
     missing: set[str]
 
@@ -34,11 +34,11 @@ class Pending(NamedTuple):
 
     def __str__(self) -> str:
         """Return what unpacking would do, with its cost."""
-        gigabytes = sum(archive.bytes for archive in self.archives) / 1e9
-        names = first_few([archive.path.name for archive in self.archives])
+        gigabytes = sum(path.stat().st_size for path in self.archives) / 1e9
+        names = first_few([path.name for path in self.archives])
         return (
-            f"{len(self.archives)} archives ({names}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: prepare "
-            f"unpacks the {len(self.missing):,} that are asked for and not there into {self.folder}, "
+            f"{len(self.archives)} archives ({names}), {gigabytes:,.1f} GB, about {gigabytes / CASE_GB:,.0f} CTs: "
+            f"prepare unpacks the {len(self.missing):,} that are asked for and not there into {self.folder}, "
             f"up to about {len(self.missing) * CASE_GB:,.1f} GB"
         )
 
@@ -65,16 +65,14 @@ def pending(datasets: Iterable[DataSet], limit: int | None = None) -> list[Pendi
     return found
 
 
-def unpack_all(
-    todo: Iterable[Pending],
-    out: Location,
-    on_archive: Callable[[str, int, int], None],
-    on_note: Callable[[str], None],
-) -> list[str]:
-    """Unpack and return what could not be read, archive by archive. UsageError; OSError if nothing can be written.
+# A callback; it gets the name of the archive being read, and of all archives together the bytes done and the total.
+OnArchive = Callable[[str, int, int], None]
 
-    `on_archive` gets the name of the archive being read, and of all archives to read the bytes that are done and the total.
-    """
+
+def unpack_all(
+    todo: Iterable[Pending], out: Location, on_archive: OnArchive, on_note: Callable[[str], None]
+) -> list[str]:
+    """Unpack and return what could not be read, archive by archive. UsageError; OSError if nothing can be written."""
     problems = []
     for one in todo:
         if out.is_local and out.path.resolve() == one.folder.resolve():
@@ -86,35 +84,29 @@ def unpack_all(
     return problems
 
 
-def _unpack_into_folder(
-    todo: Pending, on_archive: Callable[[str, int, int], None], on_note: Callable[[str], None]
-) -> list[str]:
+def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: Callable[[str], None]) -> list[str]:
     missing, problems = set(todo.missing), []
-    ids = {archive: known_ids(archive, todo.folder) or [] for archive in todo.archives}
-    to_read = [archive for archive in todo.archives if not ids[archive] or missing.intersection(ids[archive])]
-    done, total = 0, sum(archive.bytes for archive in to_read)
-    for archive in to_read:
+    ids = {path: known_ids(path, todo.folder) or [] for path in todo.archives}
+    to_read = {path: path.stat().st_size for path in todo.archives if not ids[path] or missing.intersection(ids[path])}
+    done, total = 0, sum(to_read.values())
+    for path, size in to_read.items():
         if not missing:
             break
 
-        def on_bytes(count: int, name: str = archive.path.name, before: int = done) -> None:
+        def on_bytes(count: int, name: str = path.name, before: int = done) -> None:
             on_archive(name, before + count, total)
 
-        found = unpack(archive, todo.folder, missing, on_bytes)
+        found = unpack(path, todo.folder, missing, on_bytes)
         missing.difference_update(found.taken)
-        problems += [f"{archive.path}: {problem}" for problem in found.problems]
-        ids[archive] = found.ids
-        done += archive.bytes
-    _report_repeats(ids, on_note)
-    return problems
-
-
-def _report_repeats(ids: Mapping[Archive, Sequence[str]], on_note: Callable[[str], None]) -> None:
+        problems += [f"{path}: {problem}" for problem in found.problems]
+        ids[path] = found.ids
+        done += size
     holders: dict[str, list[str]] = defaultdict(list)
-    for archive, names in ids.items():
+    for path, names in ids.items():
         for name in names:
-            holders[name].append(archive.path.name)
+            holders[name].append(path.name)
     several = sorted(name for name, archives in holders.items() if len(archives) > 1)
     if several:
-        where = ", ".join(holders[several[0]])
-        on_note(f"{len(several)} CTs are archived more than once, {several[0]} in {where}: the first that can be read is taken")
+        where = f"{several[0]} in {', '.join(holders[several[0]])}"
+        on_note(f"{len(several)} CTs are archived more than once, {where}: the first that can be read is taken")
+    return problems

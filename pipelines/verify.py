@@ -11,13 +11,16 @@ from photon_data.records import DATASET, VolumeRecord, read_records
 from photon_data.store import store_name, verify_store
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
-Watch = Callable[[list[VolumeRecord]], Iterable[VolumeRecord]]
+Track = Callable[[list[VolumeRecord]], Iterable[VolumeRecord]]
 
 
-def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
-    """Yield what is wrong, a sentence each: files missing, changed or surplus, stores without a row, unsound manifests."""
+def verify_output(out: Location, track: Track = iter) -> Iterator[str]:
+    """Yield what is wrong, a sentence each: files missing, changed or surplus, stores without a row, unsound manifests.
+
+    `track` passes the records on, and may show a progress bar meanwhile.
+    """
     records = [record for record in read_records(out) if record.is_there]
-    for record in watch(records):
+    for record in track(records):
         yield from verify_store(out, store_name(record.id), record.store_sha256)
     known = {store_name(record.id) for record in records}
     for name in out.names("volumes"):
@@ -27,7 +30,6 @@ def verify_output(out: Location, watch: Watch = iter) -> Iterator[str]:
 
 
 def _verify_manifests(out: Location) -> Iterator[str]:
-    """Yield how manifests differ from what dataset.json records, and what is not sound in their rows."""
     try:
         recorded = json.loads(out.read(DATASET) or b"")["manifests"]
     except (ValueError, KeyError, TypeError):

@@ -26,7 +26,7 @@ def lively_model(directory: Path, **settings: Any) -> Path:
     return directory
 
 
-def asker(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Predictor:
+def predictor(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Predictor:
     return load_predictor(str(directory), settings, device="cpu", **photon)
 
 

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from photon_data.datasets.archives import Contents, find_archives, ids_known, unpack
+from photon_data.datasets.archives import Contents, find_archives, known_ids, unpack
 
 A, B, C = (f"BDMAP_0000000{n}" for n in (1, 2, 3))
 EVERYTHING = {A, B, C}
@@ -31,11 +31,11 @@ def write_tar(path, *members, mode="w:gz"):
     return path
 
 
-def unpacked(tmp_path, wanted=EVERYTHING, root="in"):
+def unpacked(tmp_path, ids=EVERYTHING, root="in"):
     """Everything below in/ unpacked into out/: what came of each archive."""
     (tmp_path / "out").mkdir(exist_ok=True)
     archives = find_archives([tmp_path / root])
-    return [unpack(archive, tmp_path / "out", wanted, lambda count: None) for archive in archives]
+    return [unpack(archive, tmp_path / "out", ids, lambda count: None) for archive in archives]
 
 
 def files(folder):
@@ -46,10 +46,11 @@ def files(folder):
 
 @pytest.mark.parametrize(("suffix", "mode"), [("tar.gz", "w:gz"), ("tgz", "w:gz"), ("tar", "w")])
 @pytest.mark.parametrize("leading", ["", "./", "image_only/part 1/"])
-def test_only_wanted_cts_are_taken_wherever_they_lie_in_an_archive(tmp_path, suffix, mode, leading):
+def test_only_requested_cts_are_taken_wherever_they_lie_in_an_archive(tmp_path, suffix, mode, leading):
     mask = member(f"{leading}{A}/segmentations/liver.nii.gz", content=b"mask")
     odd = [
-        member(f"{leading}{name}/ct.nii.gz", content=b"x") for name in ("BDMAP_1", f"{A}1", "bdmap_00000001", "BDMAP_١٢٣٤٥٦٧٨")
+        member(f"{leading}{name}/ct.nii.gz", content=b"x")
+        for name in ("BDMAP_1", f"{A}1", "bdmap_00000001", "BDMAP_١٢٣٤٥٦٧٨")
     ]
     cts = [member(f"{leading}{name}/ct.nii.gz", content=name.encode() * 99) for name in (A, B)]
     write_tar(tmp_path / f"in/part.{suffix}", member(f"{leading}{A}", tarfile.DIRTYPE), mask, *odd, *cts, mode=mode)
@@ -133,10 +134,10 @@ def test_a_damaged_archive_costs_only_what_stands_behind_the_damage(tmp_path, da
     damage(path)
     (found,) = unpacked(tmp_path)
     assert found.taken in ([A], [A, B])
-    assert "a whole tar archive wanted" in found.problems[0]
+    assert "expected a whole tar archive" in found.problems[0]
     assert sorted(files(tmp_path / "out")) == [f"{name}/ct.nii.gz" for name in found.taken]
     assert all(len(content) == 300_000 for content in files(tmp_path / "out").values())
-    assert ids_known(find_archives([tmp_path / "in"])[0], tmp_path / "out") is None
+    assert known_ids(find_archives([tmp_path / "in"])[0], tmp_path / "out") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive at all", b"\x1f\x8b", b"\x1f\x8bno gzip either"])
@@ -150,9 +151,9 @@ def test_what_is_no_archive_is_a_problem_and_no_error(tmp_path, content):
 def test_a_marker_knows_the_ids_until_the_archive_changes(tmp_path):
     path = write_tar(tmp_path / "in/part.tar.gz", ct(A), ct(B))
     unpacked(tmp_path, {A})
-    assert ids_known(find_archives([tmp_path / "in"])[0], tmp_path / "out") == [A, B]
+    assert known_ids(find_archives([tmp_path / "in"])[0], tmp_path / "out") == [A, B]
     os.utime(path, ns=(1, 1))
-    assert ids_known(find_archives([tmp_path / "in"])[0], tmp_path / "out") is None
+    assert known_ids(find_archives([tmp_path / "in"])[0], tmp_path / "out") is None
 
 
 def test_ctrl_c_in_the_middle_of_a_ct_leaves_nothing_half(tmp_path):

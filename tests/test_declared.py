@@ -14,8 +14,9 @@ from published import cli, collected, declare
 from raw import write_scan
 
 from photon_data import open_volume
-from photon_data.datasets.combine import mixed
-from photon_data.datasets.declare import Share, read_data_manifest
+from photon_data.datasets.base import Share
+from photon_data.datasets.combine import mixed, read_dataset
+from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.questions.counts import count
 from photon_data.questions.manifest import validate
@@ -25,54 +26,55 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "datasets:\n  a:\n    adaptor: table\n",
-            "data_manifest.yaml, line 3: one of adapter, .* did you mean 'adapter'",
+            "data_manifest.yaml, line 3: expected one of adapter, .* did you mean 'adapter'",
         ),
         (
             "datasets:\n  a: {adapter: tabel, root: .}\n",
-            "line 2, data set a: an adapter of ct-rate, .* did you mean 'table'",
+            "line 2, data set a: expected an adapter of ct-rate, .* did you mean 'table'",
         ),
         (
             "datasets:\n  a:\n    adapter: table\n    volumes: best\n",
-            "line 4: one of all, first, thinnest, sharpest wanted",
+            "line 4: expected one of all, first, thinnest, sharpest, found 'best'",
         ),
-        ("datasets:\n  a: 1\n  a: 2\n", "line 3: every key once wanted, got 'a' again"),
-        ("datasets:\n  a: [\n", "line 3: YAML wanted"),
-        ("dataset: {}\n", "line 1: one of out, recipe, seed, datasets wanted, got 'dataset'; did you mean 'datasets'"),
+        ("datasets:\n  a: 1\n  a: 2\n", "line 3: expected every key once, found 'a' again"),
+        ("datasets:\n  a: [\n", "line 3: expected YAML"),
+        (
+            "dataset: {}\n",
+            "line 1: expected one of out, recipe, seed, datasets, found 'dataset'; did you mean 'datasets'",
+        ),
         (
             "datasets:\n  a:\n    adapter: table\n    splits: {train: yes}\n",
-            "line 4: a number above 0 wanted, got True",
+            "line 4: expected a number above 0, found True",
         ),
         (
             "datasets:\n  a:\n    adapter: folder\n    root: .\n    mix: {train: {weight: -1}}\n",
-            "line 5: a number above 0",
+            "line 5: expected a number above 0, found -1",
         ),
         (
             "datasets:\n  a:\n    adapter: folder\n    mix: {train: {cap: 0.5}}\n",
-            "line 4: a whole number above 0 wanted, got 0.5",
+            "line 4: expected a whole number above 0, found 0.5",
         ),
         ("datasets:\n  a:\n    adapter: m3d\n    root: .\n", "8-bit slices .* without spacing"),
-        ("datasets:\n  a:\n    adapter: folder\n    root: nowhere\n", "1 files or folders are not there: .*nowhere"),
+        ("datasets:\n  a:\n    adapter: folder\n    root: nowhere\n", "found 1 missing .*nowhere"),
         (
             "datasets:\n  a:\n    adapter: 3d-rad\n    root: .\n    annotations: {reports: .}\n",
             "annotations of 3d-rad .*'reports'",
         ),
     ],
 )
-def test_what_is_wrong_is_said_by_line_and_with_what_was_wanted(tmp_path, text, said):
+def test_an_error_names_the_line_and_what_was_expected(tmp_path, text, message):
     path = tmp_path / "data_manifest.yaml"
     path.write_text(text)
-    with pytest.raises(UsageError, match=said):
-        from photon_data.datasets.combine import collect
-
+    with pytest.raises(UsageError, match=message):
         for entry in read_data_manifest(path).datasets:
-            collect(entry, instruction="?", seed=0)
+            read_dataset(entry, instruction="?", seed=0)
 
 
-def asked(dataset, n, split="train"):
+def train_questions(dataset, n, split="train"):
     return [Question(f"{dataset}/{i}", "v", "Q?", "A", split, dataset=dataset) for i in range(n)]
 
 
@@ -86,7 +88,7 @@ def asked(dataset, n, split="train"):
     ],
 )
 def test_caps_and_weights_leave_as_many_questions_as_they_say_and_repeat_none(shares, left):
-    questions = [*asked("a", 100), *asked("b", 30), *asked("a", 5, "test")]
+    questions = [*train_questions("a", 100), *train_questions("b", 30), *train_questions("a", 5, "test")]
     kept = mixed(questions, {name: {"train": share} for name, share in shares.items()}, seed=0)
     train = [question.id for question in kept if question.split == "train"]
     assert {name: sum(id_.startswith(name) for id_ in train) for name in "ab"} == left
@@ -95,7 +97,7 @@ def test_caps_and_weights_leave_as_many_questions_as_they_say_and_repeat_none(sh
 
 
 def test_who_stays_under_a_cap_is_only_displaced_by_rows_added_later():
-    few, many = asked("a", 60), asked("a", 100)
+    few, many = train_questions("a", 60), train_questions("a", 100)
     shares = {"a": {"train": Share(cap=20)}}
     before, after = (mixed(questions, shares, seed=0) for questions in (few, many))
     old = [question for question in after if question in few]
@@ -106,8 +108,8 @@ def test_who_stays_under_a_cap_is_only_displaced_by_rows_added_later():
 
 
 def test_a_weight_for_some_data_sets_of_a_split_only_is_refused():
-    with pytest.raises(UsageError, match="got none for b"):
-        mixed([*asked("a", 3), *asked("b", 3)], {"a": {"train": Share(weight=1)}}, seed=0)
+    with pytest.raises(UsageError, match="found none for b"):
+        mixed([*train_questions("a", 3), *train_questions("b", 3)], {"a": {"train": Share(weight=1)}}, seed=0)
 
 
 def test_published_prompts_are_met_to_the_letter():
@@ -206,7 +208,7 @@ def test_data_sets_that_mean_two_files_by_one_id_are_refused(two):
         del entry["options"]
     code, text = cli("prepare", "--manifest", declare(folder, **entries))
     assert code == 2
-    assert "one file per volume id wanted, but data sets a and b differ in 1" in text
+    assert "expected one file per volume id, but data sets a and b differ in 1" in text
 
 
 def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(two):
@@ -223,18 +225,18 @@ def test_only_the_named_data_set_is_prepared_and_inspect_says_what_is_missing(tw
         cli("prepare", "--manifest", path, folder / "other", "--only", "a", "--workers", "1", "--pictures", "0")[0] == 0
     )
     assert [path.name for path in (folder / "other" / "manifests").iterdir()] == ["train.jsonl"]
-    assert "one of a, b, c wanted, got 'd'" in cli("prepare", "--manifest", path, "--only", "d")[1]
+    assert "expected one of a, b, c, found 'd'" in cli("prepare", "--manifest", path, "--only", "d")[1]
     assert "say it in the manifest" in cli("prepare", "--manifest", path, "--recipe", "wide_ct")[1]
     assert cli("prepare")[0] == 2
 
 
 @pytest.mark.parametrize(
-    ("splits", "said"),
+    ("splits", "message"),
     [({"train": 0.5, "test": 0.5}, "names like"), ({"dev": "test"}, r"splits of the data set \(train\)")],
 )
-def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, said):
+def test_splits_that_the_data_set_does_not_have_are_refused(two, splits, message):
     folder, entries = two
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         collected(folder, **{**entries["a"], "splits": splits})
 
 
@@ -275,7 +277,7 @@ def test_exports_hold_the_same_voxels_at_the_same_places(two):
     (scale, shift) = group.attrs["multiscales"][0]["datasets"][0]["coordinateTransformations"]
     assert scale["scale"] == list(volume.geometry.spacing_zyx_mm)
     assert shift["translation"] == list(volume.geometry.origin_lps[::-1])
-    assert "one of nifti, ome-zarr-0.4 wanted" in cli("export", out, "--format", "dicom")[1]
+    assert "expected one of nifti, ome-zarr-0.4" in cli("export", out, "--format", "dicom")[1]
 
 
 def test_parquet_is_read_like_any_table_and_refused_politely_without_pyarrow(two, monkeypatch):

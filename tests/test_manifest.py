@@ -302,8 +302,8 @@ ANSWER = {"role": "assistant", "content": "left | right"}
 )
 def test_a_row_that_is_not_sound_is_told_with_line_and_id(changes, part):
     problems = manifest.validate(spoilt(**changes), look=False)
-    assert all(problem.startswith("line 2: id ") for problem in problems)
-    assert part in problems[0]
+    assert all(str(problem).startswith("line 2: id ") for problem in problems)
+    assert part in problems[0].text
 
 
 def test_stores_are_looked_for_unless_told_not_to(tmp_path):
@@ -312,7 +312,7 @@ def test_stores_are_looked_for_unless_told_not_to(tmp_path):
     relative = [{**row, "videos": [str(Path(row["videos"][0]).relative_to(tmp_path))]} for row in absolute]
     with_stores(tmp_path)
     assert manifest.validate(absolute) == [] and manifest.validate(relative, root=tmp_path) == []
-    assert "in /nowhere, found none" in manifest.validate(relative, root="/nowhere")[0]
+    assert "in /nowhere, found none" in manifest.validate(relative, root="/nowhere")[0].text
 
 
 def test_a_damaged_manifest_is_told_by_line(tmp_path):
@@ -321,6 +321,6 @@ def test_a_damaged_manifest_is_told_by_line(tmp_path):
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(["no row"]), lines[2]]))
     problems = manifest.validate(path)
-    assert [problem[:6] for problem in problems] == ["line 2", "line 3"]
+    assert [problem.place for problem in problems] == ["line 2", "line 3"]
     with pytest.raises(UsageError, match="2 problems"):
         manifest.read(path)

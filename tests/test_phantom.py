@@ -314,8 +314,8 @@ def test_every_scan_shows_air_tissue_and_noise_in_hounsfield_units(drawn):
 
 def test_progress_is_told_after_each_phantom(tmp_path):
     told = []
-    made = make_phantoms(tmp_path, 2, 9, size=48, progress=lambda phantom: told.append(phantom.volume))
-    assert told == [phantom.volume for phantom in made] == ["phantom-9-0000", "phantom-9-0001"]
+    made = make_phantoms(tmp_path, 2, 9, size=48, progress=lambda phantom: told.append(phantom.slot.volume))
+    assert told == [phantom.slot.volume for phantom in made] == ["phantom-9-0000", "phantom-9-0001"]
     assert all(phantom.scan_path(tmp_path).exists() for phantom in made)
 
 

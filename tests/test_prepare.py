@@ -27,8 +27,8 @@ from photon_data.recipe import ALGORITHM, Policy, Recipe
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
-from photon_pipelines.plan import Order
-from photon_pipelines.prepare import Watcher, prepare
+from photon_pipelines.plan import Callback, FolderRequest
+from photon_pipelines.prepare import prepare
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
@@ -42,8 +42,8 @@ def source(tmp_path):
     return tmp_path / "raw"
 
 
-def order(source, out, **more):
-    return Order(**{"source": source, "out": Location(str(out)), "recipe": SMALL, "pictures": 2, **more})
+def request(source, out, **more):
+    return FolderRequest(**{"source": source, "out": Location(str(out)), "recipe": SMALL, "pictures": 2, **more})
 
 
 def states(out):
@@ -65,10 +65,10 @@ def test_good_and_bad_files_in_one_folder_each_end_in_one_state_and_the_good_one
     (source / "text.nii").write_text("not a scan")
     write_scan(source / "raw-values.nii.gz", array=(np.random.default_rng(0).integers(0, 3000, (9, 10, 11)).astype(np.int16)))
     (source / "notes.txt").write_text("left alone")
-    result = prepare(order(source, tmp_path / "out"), TWO, Watcher())
-    assert result.outcome.counts == {"prepared": 4, "unchanged": 0, "refused": 4, "failed": 0}
+    result = prepare(request(source, tmp_path / "out"), TWO)
+    assert result.states == {"prepared": 4, "unchanged": 0, "refused": 4, "failed": 0}
     assert set(states(tmp_path / "out")) == {"a", "b", "deep__er__c", "d", "truncated", "empty", "text", "raw-values"}
-    assert not result.outcome.complete
+    assert not result.complete
     rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
     assert rows["raw-values"]["code"] == "hu-implausible"
     assert rows["truncated"]["code"] == "truncated"
@@ -79,12 +79,12 @@ def test_good_and_bad_files_in_one_folder_each_end_in_one_state_and_the_good_one
 
 
 def test_bytes_do_not_depend_on_workers_scheduler_or_order(source, tmp_path):
-    prepare(order(source, tmp_path / "one"), Workers(count=1), Watcher())
-    prepare(order(source, tmp_path / "two"), TWO, Watcher())
+    prepare(request(source, tmp_path / "one"), Workers(count=1))
+    prepare(request(source, tmp_path / "two"), TWO)
     for found in reversed(find_scans(source).sources):
         prepare_file(Job(found, str(tmp_path / "bare"), SMALL))
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address="127.0.0.1:0") as cluster:
-        prepare(order(source, tmp_path / "cluster"), Workers(scheduler=cluster.scheduler_address), Watcher())
+        prepare(request(source, tmp_path / "cluster"), Workers(scheduler=cluster.scheduler_address))
     stores = {name: digest for name, digest in digests(tmp_path / "one").items() if name.startswith("volumes")}
     assert len(stores) == 4 * 6
     for other in ("two", "bare", "cluster"):
@@ -94,14 +94,14 @@ def test_bytes_do_not_depend_on_workers_scheduler_or_order(source, tmp_path):
 
 def test_the_same_command_again_does_only_what_is_missing_or_changed(source, tmp_path):
     out = tmp_path / "out"
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
     before = digests(out)
-    assert prepare(order(source, out), TWO, Watcher()).outcome.counts["unchanged"] == 4
+    assert prepare(request(source, out), TWO).states["unchanged"] == 4
     os.utime(source / "b.nii")  # touched, same content
     write_scan(source / "d.nii.gz", seed=99)
     write_scan(source / "e.nii.gz", seed=5)
     (out / "volumes" / "a.ome.zarr" / "0" / "c" / "0" / "0" / "0").unlink()
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
     assert states(out) == {"a": "prepared", "b": "unchanged", "deep__er__c": "unchanged", "d": "prepared", "e": "prepared"}
     after = digests(out)
     changed = {name.split("/")[1] for name in before if before[name] != after[name] and name.startswith("volumes")}
@@ -110,45 +110,46 @@ def test_the_same_command_again_does_only_what_is_missing_or_changed(source, tmp
 
 def test_another_recipe_prepares_everything_anew_and_never_mixes(source, tmp_path):
     out = tmp_path / "out"
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
     coarse = replace(SMALL, spacing_mm=(2.0, 2.0, 2.0))
     with pytest.raises(UsageError, match="one recipe per folder"):
-        prepare(order(source, out, recipe=coarse, limit=2), TWO, Watcher())
+        prepare(request(source, out, recipe=coarse, limit=2), TWO)
     assert set(states(out).values()) == {"prepared"}
-    assert prepare(order(source, out, recipe=coarse), TWO, Watcher()).outcome.counts["prepared"] == 4
+    assert prepare(request(source, out, recipe=coarse), TWO).states["prepared"] == 4
     assert open_volume(out / "volumes" / "a.ome.zarr").geometry.spacing_zyx_mm == (2.0, 2.0, 2.0)
     assert json.loads((out / "dataset.json").read_text())["digest"] == coarse.digest
 
 
 def test_a_run_cut_short_keeps_the_rows_of_what_is_still_there(source, tmp_path):
     out = tmp_path / "out"
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
 
-    def stop(record):
-        raise KeyboardInterrupt
+    class Interrupted(Callback):
+        def on_record(self, record):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(order(source, out, overwrite=True), Workers(count=1), Watcher(on_record=stop))
+        prepare(request(source, out, overwrite=True), Workers(count=1), Interrupted())
     assert set(states(out)) == {"a", "b", "d", "deep__er__c"}
-    assert prepare(order(source, out), TWO, Watcher()).outcome.counts["unchanged"] == 4
+    assert prepare(request(source, out), TWO).states["unchanged"] == 4
     assert list(verify_output(Location(str(out)))) == []
 
 
 def test_a_change_of_recipe_that_was_killed_does_not_leave_a_mixture_behind(source, tmp_path):
     out = tmp_path / "out"
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
     dataset = json.loads((out / "dataset.json").read_text())
     other = replace(SMALL, pad_hu=-900.0)
     (out / "dataset.json").write_text(json.dumps({**dataset, "digest": other.digest}))  # as kill -9 leaves it early on
     with pytest.raises(UsageError, match="3 volumes of another recipe"):
-        prepare(order(source, out, recipe=other, limit=1), TWO, Watcher())
+        prepare(request(source, out, recipe=other, limit=1), TWO)
 
 
 def test_a_volume_whose_store_is_gone_is_in_no_manifest(source, tmp_path):
     out = tmp_path / "out"
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
     shutil.rmtree(out / "volumes" / "d.ome.zarr")
-    result = prepare(order(source, out, limit=2), TWO, Watcher())
+    result = prepare(request(source, out, limit=2), TWO)
     assert sorted(row["volume_id"] for row in result.manifests.rows["all"]) == ["a", "b", "deep__er__c"]
     assert list(verify_output(Location(str(out)))) == []
 
@@ -156,28 +157,28 @@ def test_a_volume_whose_store_is_gone_is_in_no_manifest(source, tmp_path):
 @pytest.mark.parametrize("damage", [{"dataset.json": "{bad"}, {"dataset.json": "[]"}, {".lock": '{"pid'}])
 def test_damaged_files_of_ours_do_not_stop_a_run(source, tmp_path, damage):
     out = tmp_path / "out"
-    prepare(order(source, out, limit=1), TWO, Watcher())
+    prepare(request(source, out, limit=1), TWO)
     for name, text in damage.items():
         (out / name).write_text(text)
-    assert prepare(order(source, out), TWO, Watcher()).outcome.complete
+    assert prepare(request(source, out), TWO).complete
 
 
 @pytest.mark.parametrize("row", ["[]", "{bad", '{"id": 1'])
 def test_a_damaged_table_of_volumes_is_misuse_that_says_what_to_do(source, tmp_path, row):
     out = tmp_path / "out"
-    prepare(order(source, out, limit=1), TWO, Watcher())
+    prepare(request(source, out, limit=1), TWO)
     (out / "volumes.jsonl").write_text(row + "\n")
     with pytest.raises(UsageError, match=r"damaged.*remove it"):
-        prepare(order(source, out), TWO, Watcher())
+        prepare(request(source, out), TWO)
 
 
 def test_names_that_are_no_text_end_in_one_state_like_others(source, tmp_path):
     (source / os.fsdecode(b"odd\xff.nii.gz")).write_bytes((source / "a.nii.gz").read_bytes())
     (source / os.fsdecode(b"bad\xfe.dcm")).write_bytes(b"no scan")
-    result = prepare(order(source, tmp_path / "out"), TWO, Watcher())
-    assert result.outcome.counts == {"prepared": 5, "unchanged": 0, "refused": 1, "failed": 0}
+    result = prepare(request(source, tmp_path / "out"), TWO)
+    assert result.states == {"prepared": 5, "unchanged": 0, "refused": 1, "failed": 0}
     assert "\\udcff" in (tmp_path / "out" / "volumes.jsonl").read_text()
-    assert prepare(order(source, tmp_path / "out"), TWO, Watcher()).outcome.counts["unchanged"] == 5
+    assert prepare(request(source, tmp_path / "out"), TWO).states["unchanged"] == 5
 
 
 @pytest.mark.parametrize("scheduler", ["nonsense", "file"])
@@ -185,14 +186,14 @@ def test_a_scheduler_that_is_none_is_misuse(source, tmp_path, scheduler):
     if scheduler == "file":
         (tmp_path / "scheduler.json").write_text("{}")
         scheduler = str(tmp_path / "scheduler.json")
-    with pytest.raises(UsageError, match="running Dask scheduler wanted"):
-        prepare(order(source, tmp_path / "out"), Workers(scheduler=scheduler), Watcher())
+    with pytest.raises(UsageError, match=r"expected the address .* of a running Dask scheduler"):
+        prepare(request(source, tmp_path / "out"), Workers(scheduler=scheduler))
 
 
 @pytest.mark.parametrize("damage", ["missing", "a row less", "one more"])
 def test_verify_finds_manifests_that_are_not_those_that_were_written(source, tmp_path, damage):
     out = tmp_path / "out"
-    prepare(order(source, out), TWO, Watcher())
+    prepare(request(source, out), TWO)
     manifest = out / "manifests" / "all.jsonl"
     if damage == "missing":
         manifest.unlink()
@@ -213,25 +214,25 @@ def test_the_same_scan_gives_the_bytes_that_this_number_of_the_algorithm_stands_
 
 def test_volumes_of_earlier_runs_stay_in_the_table_and_the_manifests(source, tmp_path):
     out = tmp_path / "out"
-    prepare(order(source / "deep", out), TWO, Watcher())
-    result = prepare(order(source, out, limit=1), TWO, Watcher())
-    assert [record.id for record in result.outcome.kept] == ["er__c"]
+    prepare(request(source / "deep", out), TWO)
+    result = prepare(request(source, out, limit=1), TWO)
+    assert [record.id for record in result.kept] == ["er__c"]
     assert sorted(row["volume_id"] for row in result.manifests.rows["all"]) == ["a", "er__c"]
 
 
 def test_two_runs_into_one_folder_are_not_both_let_in(source, tmp_path):
     out = Location(str(tmp_path / "out"))
     with exclusive(out), pytest.raises(UsageError, match="another run"):
-        prepare(order(source, out.path), TWO, Watcher())
+        prepare(request(source, out.path), TWO)
     assert not (out.path / "volumes.jsonl").exists()
-    prepare(order(source, out.path, limit=1), TWO, Watcher())
+    prepare(request(source, out.path, limit=1), TWO)
 
 
 def test_questions_become_rows_of_prepared_volumes_and_the_rest_is_named(source, tmp_path):
     table = tmp_path / "q.csv"
     table.write_text("qid,scan,question,answer,split\n1,a,Is it?,Yes,train\n2,b.nii,Is it?,No,val\n3,nowhere,Is it?,No,val\n")
     columns = {"id": "qid", "volume": "scan"}
-    result = prepare(order(source, tmp_path / "out", questions=table, columns=columns), TWO, Watcher())
+    result = prepare(request(source, tmp_path / "out", questions=table, columns=columns), TWO)
     (train,) = from_jsonl((tmp_path / "out" / "manifests" / "train.jsonl").read_text())
     assert train["videos"] == [str(tmp_path / "out" / "volumes" / "a.ome.zarr")]
     assert train["messages"][1] == {"role": "assistant", "content": "Yes"}
@@ -242,7 +243,7 @@ def test_a_table_that_leaks_patients_is_refused_before_anything_is_prepared(sour
     table = tmp_path / "q.csv"
     table.write_text("volume,question,answer,split,patient\na,Q?,Yes,train,p1\nb,Q?,No,test,p1\n")
     with pytest.raises(UsageError, match="patient p1"):
-        prepare(order(source, tmp_path / "out", questions=table), TWO, Watcher())
+        prepare(request(source, tmp_path / "out", questions=table), TWO)
     assert not (tmp_path / "out").exists()
 
 
@@ -250,7 +251,7 @@ def test_one_volume_under_two_names_is_one_patient_when_splits_are_drawn(source,
     table = tmp_path / "q.csv"
     table.write_text("volume,question,answer\n" + "".join(f"{name},Is it?,Yes\n" for name in ("a", "a.nii.gz", "d", "d.nii.gz")))
     for seed in range(4):
-        result = prepare(order(source, tmp_path / f"out{seed}", questions=table, seed=seed, limit=1), TWO, Watcher())
+        result = prepare(request(source, tmp_path / f"out{seed}", questions=table, seed=seed, limit=1), TWO)
         assert len({row["split"] for rows in result.manifests.rows.values() for row in rows if row["volume_id"] == "a"}) == 1
 
 
@@ -258,20 +259,20 @@ def test_the_same_content_in_two_splits_gets_no_manifests_and_the_old_ones_go(so
     (source / "copy.nii.gz").write_bytes((source / "a.nii.gz").read_bytes())
     table, out = tmp_path / "q.csv", tmp_path / "out"
     table.write_text("volume,question,answer,split\na,Q?,Yes,train\n")
-    prepare(order(source, out, questions=table), TWO, Watcher())
+    prepare(request(source, out, questions=table), TWO)
     table.write_text("volume,question,answer,split\na,Q?,Yes,train\ncopy,Q?,Yes,test\n")
-    result = prepare(order(source, out, questions=table), TWO, Watcher())
+    result = prepare(request(source, out, questions=table), TWO)
     assert result.leak is not None
     assert "content" in result.leak
     assert not result.complete
     assert not list((out / "manifests").iterdir())
-    assert prepare(order(source, out, questions=table, allow_leaks=True), TWO, Watcher()).complete
+    assert prepare(request(source, out, questions=table, allow_leaks=True), TWO).complete
 
 
 def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(source, tmp_path):
     table = tmp_path / "hu.csv"
     table.write_text("volume,slope,intercept\na,1,0\nb,1,-5\n")
-    prepare(order(source, tmp_path / "out", hu_source=str(table)), TWO, Watcher())
+    prepare(request(source, tmp_path / "out", hu_source=str(table)), TWO)
     assert states(tmp_path / "out") == {"a": "prepared", "b": "prepared", "d": "refused", "deep__er__c": "refused"}
     rows = {row["id"]: row for row in from_jsonl((tmp_path / "out" / "volumes.jsonl").read_text())}
     assert rows["b"]["facts"]["intercept"] == -5
@@ -298,9 +299,9 @@ def test_nothing_is_left_of_a_job_whose_address_space_ran_out_and_the_others_are
     big[:, :200], big[:, 200:400] = -1000, 40
     turned = np.array([[0.8, 0.1, 0, 0], [-0.1, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     write_scan(source / "oblique.nii", array=big, affine=turned)
-    result = prepare(order(source, tmp_path / "out"), Workers(count=1, memory_gb=1.3), Watcher())
-    assert result.outcome.counts["failed"] == 1
-    assert result.outcome.counts["prepared"] == 4
+    result = prepare(request(source, tmp_path / "out"), Workers(count=1, memory_gb=1.3))
+    assert result.states["failed"] == 1
+    assert result.states["prepared"] == 4
     assert len(list((tmp_path / "out" / "volumes").iterdir())) == 4
 
 

@@ -13,8 +13,8 @@ from photon_data.prepare_file import prepare_file
 from photon_data.recipe import Recipe
 from photon_pipelines.cluster import Workers
 from photon_pipelines.lock import exclusive
-from photon_pipelines.plan import Order
-from photon_pipelines.prepare import Watcher, prepare
+from photon_pipelines.plan import FolderRequest
+from photon_pipelines.prepare import prepare
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
@@ -22,7 +22,7 @@ SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, workers: (prepare_file(job) for job in jobs))
+    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, *_: (prepare_file(job) for job in jobs))
     out = Location(f"memory://bucket/{tmp_path.name}")
     yield out
     out.remove("")
@@ -37,11 +37,11 @@ def source(tmp_path):
 
 
 def go(source, out):
-    return prepare(Order(source=source, out=out, recipe=SMALL), Workers(), Watcher())
+    return prepare(FolderRequest(source=source, out=out, recipe=SMALL), Workers())
 
 
 def test_an_object_store_holds_what_a_folder_does_and_is_gone_on_with(source, out, tmp_path):
-    assert go(source, out).outcome.counts == {"prepared": 3, "unchanged": 0, "refused": 1, "failed": 0}
+    assert go(source, out).states == {"prepared": 3, "unchanged": 0, "refused": 1, "failed": 0}
     folder = Location(str(tmp_path / "folder"))
     go(source, folder)
     for seed in range(3):
@@ -53,7 +53,7 @@ def test_an_object_store_holds_what_a_folder_does_and_is_gone_on_with(source, ou
     assert [row["videos"] for row in manifest] == [[out.at(f"volumes/s{seed}.ome.zarr")] for seed in range(3)]
     assert b"<html" in (out.read("report.html") or b"")
     out.remove("volumes/s1.ome.zarr/zarr.json")
-    assert go(source, out).outcome.counts == {"prepared": 1, "unchanged": 2, "refused": 1, "failed": 0}
+    assert go(source, out).states == {"prepared": 1, "unchanged": 2, "refused": 1, "failed": 0}
     assert not out.exists(".lock")
 
 
@@ -61,4 +61,4 @@ def test_a_second_run_into_an_object_store_waits_its_turn_until_the_first_is_lon
     with exclusive(out), pytest.raises(UsageError, match="another run"):
         go(source, out)
     out.write(".lock", json.dumps({"time": 0, "pid": 1, "host": "gone"}).encode())
-    assert go(source, out).outcome.counts["prepared"] == 3
+    assert go(source, out).states["prepared"] == 3

@@ -37,28 +37,30 @@ def reports(folder, *cts, name="atlas", **more):
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def prepared(folder):
     """Exit code, what was printed, and the ids in the manifest."""
-    code, said = cli("prepare", "--manifest", folder / "data_manifest.yaml", "--workers", 1)
+    code, output = cli("prepare", "--manifest", folder / "data_manifest.yaml", "--workers", 1)
     manifest = folder / "out/manifests/train.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.exists() else []
-    return code, said, [row["volume_id"] for row in rows]
+    return code, output, [row["volume_id"] for row in rows]
 
 
 def test_two_archives_become_stores_and_rows_and_the_second_run_changes_nothing(tmp_path):
     archive(tmp_path / "in", 1, **{A: 1, C: 3})
     archive(tmp_path / "in", 2, **{B: 2})
     declare(tmp_path, atlas=reports(tmp_path, A, B))
-    code, said, ids = prepared(tmp_path)
-    assert (code, ids) == (0, [A, B]), said
+    code, output, ids = prepared(tmp_path)
+    assert (code, ids) == (0, [A, B]), output
     assert sorted(path.name for path in (tmp_path / "cts").glob("BDMAP*")) == [A, B]  # nobody asked for C
     before = tree(tmp_path / "cts") | tree(tmp_path / "in")
-    code, said, ids = prepared(tmp_path)
+    code, output, ids = prepared(tmp_path)
     assert (code, ids) == (0, [A, B])
-    assert "2 of them done before" in said
+    assert "2 of them done before" in output
     assert tree(tmp_path / "cts") | tree(tmp_path / "in") == before
 
 
@@ -77,9 +79,9 @@ def test_looking_says_what_there_is_to_unpack_and_writes_nothing(tmp_path, comma
     archive(tmp_path / "in", 1, **{A: 1})
     path = declare(tmp_path, atlas=reports(tmp_path, A, B))
     before = tree(tmp_path)
-    code, said = cli(*command, "--manifest", path)
-    assert code == (0 if "--dry-run" in command else 1), said
-    words = " ".join(said.replace("│", " ").split())  # a long path has the table's cells broken into lines
+    code, output = cli(*command, "--manifest", path)
+    assert code == (0 if "--dry-run" in command else 1), output
+    words = " ".join(output.replace("│", " ").split())  # a long path has the table's cells broken into lines
     for text in ("1 archives", "part1.tar.gz", "the 2 that", "up to about 0.1 GB"):
         assert text in words
     assert tree(tmp_path) == before
@@ -90,19 +92,19 @@ def test_looking_counts_what_is_there_beside_what_is_archived(tmp_path):
     archive(tmp_path / "in", 1, **{B: 1})
     write_v2(tmp_path / "in" / A / "ct.nii.gz")
     path = declare(tmp_path, atlas=reports(tmp_path, A, B))
-    code, said = cli("prepare", "--dry-run", "--manifest", path)
-    assert code == 0, said
-    assert "the 1 that" in said and "1 scans" in said
+    code, output = cli("prepare", "--dry-run", "--manifest", path)
+    assert code == 0, output
+    assert "the 1 that" in output and "1 scans" in output
 
 
 def test_a_damaged_archive_costs_its_rest_and_the_run_says_so(tmp_path):
     path = archive(tmp_path / "in", 1, **{A: 1, B: 2})
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     declare(tmp_path, atlas=reports(tmp_path, A, B))
-    code, said, ids = prepared(tmp_path)
-    assert (code, ids) == (1, [A]), said
-    assert f"part1.tar.gz: a whole tar archive wanted, got damage in or behind {B}:" in said
-    assert f"atlas/report/{B} (volume {B}): no such volume" in said
+    code, output, ids = prepared(tmp_path)
+    assert (code, ids) == (1, [A]), output
+    assert f"part1.tar.gz: expected a whole tar archive, found damage in or after {B}:" in output
+    assert f"atlas/report/{B} (volume {B}): no such volume" in output
     archive(tmp_path / "in", 1, **{A: 1, B: 2})
     assert prepared(tmp_path)[0::2] == (0, [A, B])
 
@@ -120,10 +122,10 @@ def test_a_ct_in_two_archives_is_taken_of_the_first_by_name(tmp_path):
     archive(tmp_path / "in", 1, **{A: 1, B: 2})
     archive(tmp_path / "in", 3, **{B: 2, C: 3})
     declare(tmp_path, atlas=reports(tmp_path, A, C))
-    _, said, ids = prepared(tmp_path)
+    _, output, ids = prepared(tmp_path)
     assert ids == [A, C]
     assert (tmp_path / "cts" / A / "ct.nii.gz").read_bytes() == (tmp_path / f"made/{A}-1.nii.gz").read_bytes()
-    assert f"2 CTs are archived more than once, {A} in part1.tar.gz, part2.tar.gz: the first" in said
+    assert f"2 CTs are archived more than once, {A} in part1.tar.gz, part2.tar.gz: the first" in output
 
 
 def test_an_extracted_folder_goes_before_an_unpacked_copy(tmp_path):
@@ -151,7 +153,7 @@ def test_data_sets_that_share_a_folder_share_one_reading(tmp_path):
     assert (len(one.archives), one.missing, one.folder) == (1, {A, B}, tmp_path / "cts")
 
 
-def test_only_ids_of_wanted_splits_outside_of_the_benchmark_and_within_the_limit_are_unpacked(tmp_path):
+def test_only_ids_of_declared_splits_outside_of_the_benchmark_and_within_the_limit_are_unpacked(tmp_path):
     archive(tmp_path / "in", 1, **{A: 1})
     for name, cts in {"IID_train": [A, B, C], "IID_test": [D]}.items():
         write_csv(tmp_path / f"{name}.csv", ("BDMAP ID",), [{"BDMAP ID": ct} for ct in cts])
@@ -166,5 +168,5 @@ def test_only_ids_of_wanted_splits_outside_of_the_benchmark_and_within_the_limit
 def test_unpacking_into_the_output_folder_is_refused(tmp_path):
     archive(tmp_path / "in", 1, **{A: 1})
     declare(tmp_path, atlas=reports(tmp_path, A, options={"unpack": "out"}))
-    code, said, _ = prepared(tmp_path)
-    assert (code, "a folder of its own to unpack into wanted" in said) == (2, True)
+    code, output, _ = prepared(tmp_path)
+    assert (code, "expected a folder of its own to unpack into" in output) == (2, True)

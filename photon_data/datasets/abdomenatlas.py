@@ -1,6 +1,6 @@
 """AbdomenAtlas 3.0 Mini: 9,262 abdominal CTs by BDMAP id, each with up to five machine-made reports in one table.
 
-DeepTumorVQA's questions are made from these very reports: its benchmark ids belong under `benchmark`, which keeps them out.
+DeepTumorVQA's questions are made from these very reports: the annotation `benchmark` keeps its CTs out.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, ids_in, original_ids
-from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
+from photon_data.errors import UsageError, first_few
 from photon_data.questions.question import Question
-from photon_data.questions.table import Problem, refuse
 
 KEY = "BDMAP ID"
 REPORTS = (
@@ -26,7 +26,7 @@ NO_TEXT = ("", "nan", "none", "n/a")
 TEST = "test"
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the CTs below the entry's roots and one question per report; UsageError."""
     files = entry.annotations
     found = find_cts(entry, on_file)
@@ -43,14 +43,13 @@ def _questions(entry: DataSet, splits: dict[str, str], notes: list[str]) -> list
     columns = entry.wording.report
     if not columns or any(column not in REPORTS for column in columns):
         found = ", ".join(columns) or "none"
-        raise entry.error(f"expected `questions: {{report: ...}}` with one or more of {', '.join(REPORTS)}, found {found}")
+        raise entry.error(f"expected some of {', '.join(REPORTS)} in `questions: {{report: ...}}`, found {found}")
     originals = original_ids(entry.annotations.get("ids", ()))
     questions, empty, unsplit = [], [], []
     for path, row in read_rows(entry.annotations.get("reports", ()), (KEY, *columns)):
         ct = row.values[KEY].strip()
         if not ID.fullmatch(ct):
-            text = f"expected an id like BDMAP_00000001 in {KEY!r}, found {ct!r}"
-            refuse(path, [Problem(row.place, "no CT", text)])
+            raise UsageError(f"{path}, {row.place}: expected an id like BDMAP_00000001 in {KEY!r}, found {ct!r}")
         texts = [row.values[column].strip() for column in columns]
         answer = "\n".join(text for text in texts if text.lower() not in NO_TEXT)
         if not answer:
@@ -76,7 +75,8 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
         split = path.stem.rpartition("_")[2]
         twice += [name for name in sorted(ids_in([path])) if splits.setdefault(name, split) != split]
     if twice:
+        few = first_few(twice)
         raise entry.error(
-            f"expected one split per CT, found {len(twice)} in several, {twice[0]} first; name the lists of IID or of OOD"
+            f"expected one split per CT, found {len(twice)} in several ({few}); give IID or OOD lists only"
         )
     return splits

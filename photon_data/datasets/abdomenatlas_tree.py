@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon_data.datasets.archives import SCAN, find_archives
-from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, SourceVolume, read_rows
+from photon_data.datasets.base import UNPACK, DataSet, FoundVolumes, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError
+from photon_data.questions.table import read_text
 from photon_data.readers.find import find_scans
 from photon_data.scan import Source
 
@@ -18,7 +19,7 @@ ID = re.compile(r"BDMAP_\d{8}")
 ORIGINAL, RENAMED = "original id", "AbdomenAtlas_id"
 
 
-def find_cts(entry: DataSet, on_file: OnFile) -> Found:
+def find_cts(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the CTs of an entry, by BDMAP id; UsageError for an id that is there twice below the roots.
 
     Masks beside the CTs are left alone. A CT below the roots goes before one that was unpacked (option `unpack`).
@@ -31,16 +32,18 @@ def find_cts(entry: DataSet, on_file: OnFile) -> Found:
                 continue
             other = found.setdefault(source.id, source)
             if other.files != source.files:
-                raise entry.error(f"expected every CT once, found {other.files[0]} and {source.files[0]}; narrow `root`")
+                raise entry.error(
+                    f"expected every CT once, found {other.files[0]} and {source.files[0]}; narrow `root`"
+                )
     if unpacked and unpacked.exists():
         found = {source.id: source for source in _cts_below(unpacked, on_file)} | found
     notes = []
     if not unpacked and (archives := find_archives(entry.roots)):
         notes.append(
-            f"{len(archives)} archives are not read, {archives[0].path.name} first: name a folder to unpack what is needed of "
-            "them, as `options: {unpack: FOLDER}`, or extract them with tar -xf"
+            f"{len(archives)} archives are not read, {archives[0].name} first: name a folder to unpack what is needed, "
+            "as `options: {unpack: FOLDER}`, or extract them with tar -xf"
         )
-    return Found([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
+    return FoundVolumes([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
 
 
 def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:
@@ -54,10 +57,7 @@ def ids_in(paths: Iterable[Path]) -> set[str]:
     """Return every BDMAP id anywhere in some text files; UsageError for a file without any."""
     found: set[str] = set()
     for path in paths:
-        try:
-            ids = set(ID.findall(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: expected a readable text file, found: {error}") from None
+        ids = set(ID.findall(read_text(path, (path.suffix.lower(),))))
         if not ids:
             raise UsageError(f"{path}: expected BDMAP ids (BDMAP_00000001), found none")
         found |= ids
@@ -66,4 +66,6 @@ def ids_in(paths: Iterable[Path]) -> set[str]:
 
 def original_ids(paths: Iterable[Path]) -> dict[str, str]:
     """Return {BDMAP id: id in the data set it was taken from}. Some scans were taken twice, under two BDMAP ids."""
-    return {row.values[RENAMED].strip(): row.values[ORIGINAL].strip() for _, row in read_rows(paths, (ORIGINAL, RENAMED))}
+    return {
+        row.values[RENAMED].strip(): row.values[ORIGINAL].strip() for _, row in read_rows(paths, (ORIGINAL, RENAMED))
+    }

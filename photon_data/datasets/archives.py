@@ -1,7 +1,7 @@
-"""CTs out of tar archives, as AbdomenAtlas comes: <anything>/BDMAP_00000001/ct.nii.gz -> FOLDER/BDMAP_00000001/ct.nii.gz.
+"""CTs out of AbdomenAtlas' tar archives: <anything>/BDMAP_00000001/ct.nii.gz -> FOLDER/BDMAP_00000001/ct.nii.gz.
 
-Archives come from strangers. Only regular files of that name are taken, and the path to write is made from the id alone: no name,
-link or device in an archive leads anywhere. A CT is there whole or not at all.
+Archives come from strangers. Only regular files of that name are taken, and the path to write is made from the id
+alone: no name, link or device in an archive leads anywhere. A CT is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 from isal import igzip, isal_zlib
 
@@ -27,16 +28,8 @@ MEMBER = re.compile(r"(?:.*/)?(BDMAP_[0-9]{8})/ct\.nii\.gz")
 SCAN = "ct.nii.gz"
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
-# Markers of archives that were read to their end.
+# The folder of markers: which CTs are in an archive that was read to its end.
 MARKERS = ".archives"
-
-
-class Archive(NamedTuple):
-    """A tar file on disk."""
-
-    path: Path
-    bytes: int
-    mtime_ns: int
 
 
 class Contents(NamedTuple):
@@ -52,40 +45,59 @@ class Contents(NamedTuple):
     problems: list[str]
 
 
-def find_archives(roots: Iterable[Path]) -> list[Archive]:
-    """Return the tar files below some folders, each once, sorted by name."""
-    paths = {path.absolute() for root in roots for path in root.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()}
-    stats = {path: path.stat() for path in sorted(paths, key=lambda path: (path.name, path))}
-    return [Archive(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
+def find_archives(roots: Iterable[Path]) -> list[Path]:
+    """Return the absolute paths of the tar files below some folders, each once, sorted by name."""
+    paths = (path for root in roots for path in root.absolute().rglob("*"))
+    found = {path for path in paths if path.name.endswith(SUFFIXES) and path.is_file()}
+    return sorted(found, key=lambda path: (path.name, path))
 
 
-def unpack(archive: Archive, folder: Path, ids: Collection[str], on_bytes: Callable[[int], None]) -> Contents:
+def known_ids(archive: Path, folder: Path) -> list[str] | None:
+    """Return the ids in an archive that was read to its end and has not changed since; None without such a marker."""
+    try:
+        marker = json.loads(Location(str(folder)).read(_marker(archive)) or b"null")
+    except ValueError:
+        return None
+    return marker.get("ids") if isinstance(marker, dict) and marker | _identity(archive) == marker else None
+
+
+def _marker(archive: Path) -> str:
+    path_hash = hashlib.sha256(str(archive).encode(errors="surrogateescape")).hexdigest()[:12]
+    return f"{MARKERS}/{archive.name}-{path_hash}.json"
+
+
+def _identity(archive: Path) -> dict[str, Any]:
+    stat = archive.stat()
+    return {"archive": str(archive), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def unpack(archive: Path, folder: Path, ids: Collection[str], on_bytes: Callable[[int], None]) -> Contents:
     """Unpack the CTs with these ids from an archive to `folder`, each once, and return what was found.
 
-    `on_bytes` gets the number of bytes of the archive that have been read so far. An archive that was read to its end leaves a
-    marker; of a damaged one everything before the damage is taken. OSError if nothing can be written.
+    `on_bytes` gets the number of bytes of the archive that have been read so far. An archive that was read to its end
+    leaves a marker; of a damaged one everything before the damage is taken. OSError if nothing can be written.
     """
-    found = Contents([], [], [])
+    found, identity = Contents([], [], []), _identity(archive)
     try:
-        with _open(archive, on_bytes) as tar:
+        stream = _Stream(archive, on_bytes)
+        with stream.raw, tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictMember) as tar:
             for member in tar:
                 match = MEMBER.fullmatch(member.name)
                 name = match[1] if match else ""
-                is_asked_for = name in ids and name not in found.taken
+                is_requested = name in ids and name not in found.taken
                 if name and member.isreg() and not member.issparse():
                     found.ids.append(name)
-                    if is_asked_for:
+                    if is_requested:
                         _write(tar, member, folder, name)
                         found.taken.append(name)
-                elif is_asked_for:
+                elif is_requested:
                     found.problems.append(f"{member.name} is a link, a device or sparse, and is not taken")
             _refuse_content_after_end(tar)
     except (tarfile.TarError, ValueError) as error:  # ValueError for headers that hold nonsense
         where = f"in or after {found.ids[-1]}" if found.ids else "before the first CT"
         found.problems.append(f"expected a whole tar archive, found damage {where}: {error}; download it again")
     else:
-        marker = {"archive": str(archive.path), "bytes": archive.bytes, "mtime_ns": archive.mtime_ns, "ids": found.ids}
-        Location(str(folder)).write(_marker(archive), json.dumps(marker).encode())
+        Location(str(folder)).write(_marker(archive), json.dumps({**identity, "ids": found.ids}).encode())
     return found
 
 
@@ -94,62 +106,56 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, name: st
         raise FileExistsError(errno.EEXIST, "expected a folder, found a link", str(folder / name))
     content = tar.extractfile(member)
     assert content is not None, f"{member.name} is no regular file"
-    # A fixed name: the next run removes what a killed one left.
+    # The temporary name is always the same: the next run removes what a killed one left.
     with write_whole(folder / name / SCAN, folder / f".{name}.partial") as temporary, temporary.open("xb") as file:
         shutil.copyfileobj(content, file, CHUNK)
 
 
-@contextlib.contextmanager
-def _open(archive: Archive, on_bytes: Callable[[int], None]) -> Iterator[tarfile.TarFile]:
-    stream = _Stream(archive.path, on_bytes)
-    with stream.raw, tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK, tarinfo=_StrictMember) as tar:  # type: ignore[call-overload]
-        yield tar
+class _Stream(io.RawIOBase):
+    """The bytes of a tar, decompressed if need be. It raises ReadError, so that an OSError is one of writing."""
+
+    def __init__(self, path: Path, on_bytes: Callable[[int], None]) -> None:
+        self.on_bytes, self.next = on_bytes, 0
+        with _as_read_error():
+            self.raw = path.open("rb")
+            self.file: IO[bytes] = igzip.open(self.raw) if self.raw.peek(2)[:2] == GZIP else self.raw
+
+    def read(self, size: int = -1) -> bytes:
+        with _as_read_error():
+            data, position = self.file.read(size), self.raw.tell()
+        if position >= self.next:
+            self.on_bytes(position)
+            self.next = position + CHUNK
+        return data
 
 
 @contextlib.contextmanager
 def _as_read_error() -> Iterator[None]:
-    """Turn errors of reading into ReadError, so that an OSError is one of writing."""
     try:
         yield
     except (EOFError, OSError, zlib.error, isal_zlib.error) as error:  # type: ignore[misc]  # isal's stub: an instance
         raise tarfile.ReadError(str(error) or type(error).__name__) from None
 
 
-class _Stream:
-    """The bytes of a tar, decompressed if need be."""
-
-    def __init__(self, path: Path, on_bytes: Callable[[int], None]) -> None:
-        with _as_read_error():
-            self.raw = path.open("rb")
-            self.file: IO[bytes] = igzip.open(self.raw) if self.raw.peek(2)[:2] == GZIP else self.raw
-        self.on_bytes = on_bytes
-
-    def read(self, size: int) -> bytes:
-        with _as_read_error():
-            data = self.file.read(size)
-        self.on_bytes(self.raw.tell())
-        return data
-
-
 class _StrictMember(tarfile.TarInfo):
     """A member whose header can be read.
 
-    tarfile takes an unreadable header, and the end of a file that was cut off between two members, for the end of a tar.
-    Here only an empty block is the end.
+    tarfile takes an unreadable header, and the end of a file that was cut off between two members, for the end of a
+    tar. Here only an empty block is the end.
     """
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
+            return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
             raise tarfile.ReadError(str(error)) from None
 
 
 def _refuse_content_after_end(tar: tarfile.TarFile) -> None:
-    """Read the rest, one empty block at least; a compressed file is checked at its end. ReadError."""
+    """Read the rest, which is at least one empty block; this also checks the end of a compressed file. ReadError."""
     assert tar.fileobj
     rest = 0
     while data := tar.fileobj.read(CHUNK):
@@ -158,19 +164,3 @@ def _refuse_content_after_end(tar: tarfile.TarFile) -> None:
             raise tarfile.ReadError("an unreadable header")
     if rest < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("no end of the tar")
-
-
-def known_ids(archive: Archive, folder: Path) -> list[str] | None:
-    """Return the ids in an archive that was read to its end and has not changed since; None without a marker of that."""
-    try:
-        marker = json.loads(Location(str(folder)).read(_marker(archive)) or b"null")
-    except ValueError:
-        return None
-    if not isinstance(marker, dict) or (marker.get("bytes"), marker.get("mtime_ns")) != (archive.bytes, archive.mtime_ns):
-        return None
-    return [str(name) for name in marker["ids"]]
-
-
-def _marker(archive: Archive) -> str:
-    path_hash = hashlib.sha256(str(archive.path).encode(errors="surrogateescape")).hexdigest()[:12]
-    return f"{MARKERS}/{archive.path.name}-{path_hash}.json"

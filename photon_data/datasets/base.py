@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from photon_data.errors import UsageError, nearest_name
+from photon_data.errors import UsageError, name_hint
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
 from photon_data.scan import Source, Stated
@@ -21,8 +21,7 @@ OnFile = Callable[[int], None]
 UNPACK = "unpack"
 
 
-@dataclass(frozen=True)
-class Wording:
+class Wording(NamedTuple):
     """The words of a data set's questions and answers.
 
     prompt       a style of `photon_data.questions.question.PROMPTS`; choices "shown" or "hidden"
@@ -85,19 +84,18 @@ class DataSet:
 
 
 class SourceVolume(NamedTuple):
-    """One scan of a data set, and what the data set's tables give for it instead of its header or to check its header."""
+    """One scan of a data set, and what the data set's tables tell instead of its header, or to check its header."""
 
     dataset: DataSet
     source: Source
     rescale: Rescale | None = None
-    stated: Stated | None = None
+    table_grid: Stated | None = None
 
 
-class Found(NamedTuple):
-    """The scans of a data set, each under its id.
+class FoundVolumes(NamedTuple):
+    """The scans of a data set, each under its id, and sentences for the user.
 
-    left_out  {volume id: reason} of volumes that the data set or its entry excludes
-    notes     sentences for the user
+    `left_out` is {volume id: reason}, of volumes that the data set or its entry excludes.
     """
 
     volumes: list[SourceVolume]
@@ -105,32 +103,29 @@ class Found(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def read_rows(paths: Iterable[Path], columns: Iterable[str]) -> Iterator[tuple[Path, TableRow]]:
+def read_rows(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[tuple[Path, TableRow]]:
     """Yield every row of several tables, with its file, as `text_rows` returns it."""
-    columns = list(columns)
     for path in paths:
         for row in text_rows(path, read_table(path), columns):
             yield path, row
 
 
-def text_rows(path: Path, table: Table, columns: Iterable[str]) -> list[TableRow]:
-    """Return the rows of a table with a text in every cell; UsageError if a column is missing or a row could not be read.
+def text_rows(path: Path, table: Table, columns: Sequence[str]) -> list[TableRow]:
+    """Return the rows of a table, a text in every cell; UsageError if a column is missing or a row could not be read.
 
-    Null and missing values of JSON and parquet become "", other values become their JSON text. The rows of `table` are changed.
+    Null and missing values of JSON and parquet become "", other values their JSON text. The rows of `table` change.
     """
-    missing = [column for column in columns if table.rows and column not in table.columns]
-    problems = [*(_missing_column(column, table.columns) for column in missing), *table.problems]
+    problems = [
+        Problem("line 1", "missing column", f"expected a column {name!r}, found none; {name_hint(name, table.columns)}")
+        for name in columns
+        if table.rows and name not in table.columns
+    ]
+    problems += table.problems
     if problems:
         refuse(path, problems)
     for row in table.rows:
         row.values.update({name: _text(row.values.get(name)) for name in table.columns})
     return table.rows
-
-
-def _missing_column(column: str, columns: Sequence[str]) -> Problem:
-    near = nearest_name(column, columns)
-    hint = f"{near!r}; rename it if it is meant" if near else ", ".join(columns[:12])
-    return Problem("line 1", "missing column", f"expected a column {column!r}, found {hint}")
 
 
 def _text(value: Any) -> str:

@@ -6,11 +6,10 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
-from photon_data.datasets.base import UNPACK, DataSet, Found, OnFile, Share, SourceVolume
+from photon_data.datasets.base import UNPACK, DataSet, FoundVolumes, OnFile, Share, SourceVolume
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.questions.join import by_name
 from photon_data.questions.question import Question, with_prompt_style
@@ -22,43 +21,35 @@ from photon_data.questions.table import TAG
 class Adapter(NamedTuple):
     """One layout of data sets.
 
-    read         returns what is there, and the questions with the publisher's splits (None: no split known). The `volume` of a
-                 question is an id, or a name that means one volume. None instead of questions: every volume gets the instruction
+    read         returns the volumes, and the questions with the publisher's splits (None: not known), whose `volume` is
+                 an id or a name that means one volume. None instead of questions: each volume gets the instruction
     annotations  the kinds that an entry may name
     options      the options that an entry may set
     cohort       a name shared by data sets with the same patients; None for a data set with patients of its own
     """
 
-    read: Callable[[DataSet, OnFile], tuple[Found, list[Question] | None]]
+    read: Callable[[DataSet, OnFile], tuple[FoundVolumes, list[Question] | None]]
     annotations: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     cohort: str | None = None
 
 
 _TABLE_OPTIONS = ("pattern", "id_from", "id_prefix", "cohort")
-ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {
-        "ct-rate": Adapter(
-            ct_rate.read, ("metadata", "no_chest", "reports", "labels", "vqa"), ("version",), cohort="ct-rate"
-        ),
-        "3d-rad": Adapter(rad3d.read, ("questions", "metadata", "no_chest"), ("version",), cohort="ct-rate"),
-        "deeptumorvqa": Adapter(deeptumorvqa.read, ("questions", "ids"), (UNPACK,), cohort="abdomenatlas"),
-        "abdomenatlas3": Adapter(
-            abdomenatlas.read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), cohort="abdomenatlas"
-        ),
-        "table": Adapter(table.read_tables, ("questions",), (*_TABLE_OPTIONS, "columns")),
-        "folder": Adapter(table.read_folder, (), _TABLE_OPTIONS),
-        "phantom": Adapter(table.read_phantoms, (), _TABLE_OPTIONS),
-    }
-)
+ADAPTERS = {
+    "ct-rate": Adapter(ct_rate.read, ("metadata", "no_chest", "reports", "labels", "vqa"), ("version",), "ct-rate"),
+    "3d-rad": Adapter(rad3d.read, ("questions", "metadata", "no_chest"), ("version",), "ct-rate"),
+    "deeptumorvqa": Adapter(deeptumorvqa.read, ("questions", "ids"), (UNPACK,), "abdomenatlas"),
+    "abdomenatlas3": Adapter(abdomenatlas.read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), "abdomenatlas"),
+    "table": Adapter(table.read_tables, ("questions",), (*_TABLE_OPTIONS, "columns")),
+    "folder": Adapter(table.read_folder, (), _TABLE_OPTIONS),
+    "phantom": Adapter(table.read_phantoms, (), _TABLE_OPTIONS),
+}
 # Data sets that cannot become right stores, and why.
-REFUSED = MappingProxyType(
-    {
-        "m3d": "expected scans in Hounsfield units with spacing, but M3D-Cap and M3D-VQA are 8-bit slices (jpeg, png) or arrays "
-        "resized to 32 x 256 x 256, windowed, without spacing and orientation: no store made of them would be right. Questions "
-        "on your own CTs can be declared with `adapter: table`"
-    }
-)
+REFUSED = {
+    "m3d": "expected scans in Hounsfield units with spacing, found M3D-Cap and M3D-VQA: 8-bit slices (jpeg, png) or "
+    "arrays resized to 32 x 256 x 256, windowed, without spacing and orientation, of which no store would be right; "
+    "declare questions on your own CTs with `adapter: table`"
+}
 
 
 class Collection(NamedTuple):
@@ -77,9 +68,7 @@ class Collection(NamedTuple):
     notes: list[str]
 
 
-def read_dataset(
-    entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None
-) -> Collection:
+def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None) -> Collection:
     """Return one data set, its questions with splits and matched to its volumes; UsageError if it is not as declared.
 
     `instruction` is the question if there is none (reports, volumes without questions), unless the entry has its own.
@@ -98,7 +87,12 @@ def read_dataset(
     elif not questions:
         raise entry.error("expected questions, found none in its annotations; name some, or use `adapter: folder`")
     questions = [q if q.question else replace(q, question=instruction) for q in questions]
-    _refuse_tags(entry, questions)
+    tags = [(q.id, tag[0]) for q in questions if (tag := TAG.search(q.question) or TAG.search(q.answer or ""))]
+    if tags:
+        first = ": ".join(tags[0])
+        raise entry.error(
+            f"expected texts without tags and special tokens, found {len(tags)}, first {first}; remove them"
+        )
     questions = _without_duplicates(entry, questions, notes)
     questions = _with_splits(entry, questions, seed, notes)
     cohort = entry.options.get("cohort") or adapter.cohort or entry.name
@@ -114,10 +108,10 @@ def requested_volumes(entry: DataSet) -> set[str]:
 
 
 def combine(collections: Sequence[Collection], seed: int, prompt: str | None = None) -> Collection:
-    """Return several data sets as one: the questions that caps and weights leave, and the volumes that these need, by id.
+    """Return several data sets as one: the questions that caps and weights leave, and the volumes they need, by id.
 
-    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets mean different files,
-    or rescale a file differently, under one id.
+    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets mean
+    different files, or rescale a file differently, under one id.
     """
     datasets = tuple(entry for collection in collections for entry in collection.datasets)
     questions = [question for collection in collections for question in collection.questions]
@@ -130,10 +124,13 @@ def combine(collections: Sequence[Collection], seed: int, prompt: str | None = N
         ours = {volume.source.id: volume for volume in collection.volumes if volume.source.id in needed}
         _refuse_conflicts(volumes, ours)
         volumes = ours | volumes
-    worded = []
-    for entry in datasets:
-        ours_kept = [question for question in kept if question.dataset == entry.name]
-        worded += with_prompt_style(ours_kept, prompt or entry.wording.prompt, entry.wording.choices)
+    worded = [
+        question
+        for entry in datasets
+        for question in with_prompt_style(
+            [q for q in kept if q.dataset == entry.name], prompt or entry.wording.prompt, entry.wording.choices
+        )
+    ]
     unmatched = [missing for collection in collections for missing in collection.unmatched]
     return Collection(datasets, [volumes[name] for name in sorted(volumes)], worded, unmatched, notes)
 
@@ -141,10 +138,10 @@ def combine(collections: Sequence[Collection], seed: int, prompt: str | None = N
 def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share]], seed: int) -> list[Question]:
     """Return the questions that the shares {data set: {split: Share}} leave, in their order.
 
-    Caps first. Then, in a split with weights, the data set with the fewest questions per weight keeps all, and the others as many
-    as their weight is worth: weights a 2, b 1 on 100 and 30 questions -> 60 and 30. No question is ever repeated. Which ones stay
-    depends on their ids and the seed alone, so rows added later change little. UsageError for a split in which some data sets have
-    a weight and others have none, and for a share of a split without questions.
+    Caps first. Then, in a split with weights, the data set with the fewest questions per weight keeps all, and the
+    others what their weight is worth: {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}. No question is
+    repeated. Which ones stay depends on their ids and the seed alone, so rows added later change little. UsageError for
+    a split in which some data sets have a weight and others have none, and for a share of a split without questions.
     """
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, question in enumerate(questions):
@@ -160,26 +157,21 @@ def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share
 
     kept: list[int] = []
     for split, group in groups.items():
-        counts = {name: len(indices) for name, indices in group.items()}
-        for name, count in _mixed_counts(split, counts, {name: shares.get(name, {}).get(split, Share()) for name in group}).items():
-            indices = group[name]
-            kept += sorted(indices, key=order)[:count] if count < len(indices) else indices
+        of_split = {name: shares.get(name, {}).get(split, Share()) for name in group}
+        counts = {name: min(len(indices), of_split[name].cap or len(indices)) for name, indices in group.items()}
+        weights = {name: share.weight for name, share in of_split.items() if share.weight is not None}
+        if weights:
+            without = [name for name in counts if name not in weights]
+            if without:
+                raise UsageError(
+                    f"expected a weight for every data set of split {split!r} or for none, found none for "
+                    f"{', '.join(without)}; add one"
+                )
+            unit = min(counts[name] / weight for name, weight in weights.items())
+            counts = {name: round(unit * weight) for name, weight in weights.items()}
+        for name, indices in group.items():
+            kept += indices if counts[name] >= len(indices) else sorted(indices, key=order)[: counts[name]]
     return [questions[index] for index in sorted(kept)]
-
-
-def _mixed_counts(split: str, counts: Mapping[str, int], shares: Mapping[str, Share]) -> dict[str, int]:
-    """Return how many questions of each data set stay: {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}."""
-    capped = {name: min(count, shares[name].cap or count) for name, count in counts.items()}
-    weights = {name: share.weight for name, share in shares.items() if share.weight is not None}
-    if not weights:
-        return capped
-    without = [name for name in capped if name not in weights]
-    if without:
-        raise UsageError(
-            f"expected a weight for every data set of split {split!r} or for none, found none for {', '.join(without)}; add one"
-        )
-    unit = min(capped[name] / weight for name, weight in weights.items())
-    return {name: round(unit * weight) for name, weight in weights.items()}
 
 
 def _about_mix(before: Sequence[Question], after: Sequence[Question]) -> list[str]:
@@ -193,24 +185,24 @@ def _about_mix(before: Sequence[Question], after: Sequence[Question]) -> list[st
 
 
 def _refuse_conflicts(volumes: Mapping[str, SourceVolume], ours: Mapping[str, SourceVolume]) -> None:
-    """UsageError if volumes of earlier data sets and ours have an id in common but not the file, or not its metadata."""
-    both = [(volumes[name], ours[name]) for name in ours if name in volumes]
-    conflicts = {
-        "one file per volume id": [(a, b) for a, b in both if a.source.files != b.source.files],
-        "the same metadata for the same file": [(a, b) for a, b in both if (a.rescale, a.stated) != (b.rescale, b.stated)],
+    """UsageError if an id of ours is also one of an earlier data set, with another file or other metadata."""
+    compared: dict[str, Callable[[SourceVolume], object]] = {
+        "one file per volume id": lambda volume: volume.source.files,
+        "the same metadata for the same file": lambda volume: (volume.rescale, volume.table_grid),
     }
-    for expected, pairs in conflicts.items():
-        if pairs:
-            theirs, our = pairs[0]
+    for expected, key in compared.items():
+        ids = [id_ for id_ in ours if id_ in volumes and key(volumes[id_]) != key(ours[id_])]
+        if ids:
+            a, b = volumes[ids[0]], ours[ids[0]]
             raise UsageError(
-                f"{our.dataset.place}: expected {expected}, but data sets {theirs.dataset.name} and {our.dataset.name} differ in "
-                f"{len(pairs)}, first {our.source.id}: {theirs.source.files[0]} and {our.source.files[0]}; give both the same "
+                f"{b.dataset.place}: expected {expected}, but data sets {a.dataset.name} and {b.dataset.name} differ "
+                f"in {len(ids)}, first {ids[0]}: {a.source.files[0]} and {b.source.files[0]}; give both the same "
                 "`root` and metadata, or, if these are different volumes, one of them an `id_prefix`"
             )
 
 
 def adapter_of(entry: DataSet) -> Adapter:
-    """Return the adapter of an entry; UsageError for an adapter, annotations, options, split names or paths that cannot be."""
+    """Return the adapter of an entry; UsageError for what an entry cannot name or that is not there."""
     if entry.adapter in REFUSED:
         raise entry.error(REFUSED[entry.adapter])
     if entry.adapter not in ADAPTERS:
@@ -218,20 +210,17 @@ def adapter_of(entry: DataSet) -> Adapter:
         hint = f"; did you mean {near!r}?" if near else ""
         raise entry.error(f"expected an adapter of {', '.join(ADAPTERS)}, found {entry.adapter!r}{hint}")
     adapter = ADAPTERS[entry.adapter]
-    for kind, names, known in (
-        ("annotations", entry.annotations, adapter.annotations),
-        ("options", entry.options, adapter.options),
-    ):
-        for name in names:
-            if name not in known:
-                raise entry.error(f"expected {kind} of {entry.adapter} ({', '.join(known) or 'it has none'}), found {name!r}")
+    for kind in ("annotations", "options"):
+        known = getattr(adapter, kind)
+        unknown = [name for name in getattr(entry, kind) if name not in known]
+        if unknown:
+            names = ", ".join(known) or "it has none"
+            raise entry.error(f"expected {kind} of {entry.adapter} ({names}), found {unknown[0]!r}")
     check_split_names({*entry.splits.values(), *entry.fractions})
     missing = missing_paths(entry)
     if missing:
-        raise entry.error(
-            f"expected all its files and folders, found {len(missing)} of them missing: {first_few(missing)}; download them or "
-            "correct the paths"
-        )
+        few = first_few(missing)
+        raise entry.error(f"expected files and folders, found {len(missing)} missing ({few}); download or correct them")
     return adapter
 
 
@@ -241,17 +230,8 @@ def missing_paths(entry: DataSet) -> list[str]:
     return [str(path) for path in paths if not path.exists()]
 
 
-def _refuse_tags(entry: DataSet, questions: Sequence[Question]) -> None:
-    tags = [(q.id, tag[0]) for q in questions if (tag := TAG.search(q.question) or TAG.search(q.answer or ""))]
-    if tags:
-        id_, tag = tags[0]
-        raise entry.error(
-            f"expected texts without tags or special tokens, found {len(tags)} with one, first {id_}: {tag}; remove them"
-        )
-
-
 def _without_duplicates(entry: DataSet, questions: list[Question], notes: list[str]) -> list[Question]:
-    """Return the questions, without those that repeat an earlier one (volume, task, words, answer) if the entry says so."""
+    """Return the questions, or only the first of those with one volume, task, words and answer if the entry says so."""
     first: dict[tuple[Any, ...], Question] = {}
     for q in questions:
         first.setdefault((q.volume, q.task, q.extra.get("subtask"), q.question, q.answer, q.split), q)
@@ -266,11 +246,15 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
     theirs = Counter(question.split for question in questions)
     if set(theirs) == {None}:
         if entry.splits:
-            raise entry.error("expected shares like {train: 0.8, test: 0.2} in `splits`, since the data set has no splits to name")
+            raise entry.error(
+                "expected shares like {train: 0.8, test: 0.2} in `splits`, since the data set has no splits to name"
+            )
         return assign_splits(questions, fractions=entry.fractions or FRACTIONS, seed=seed)
     there = ", ".join(sorted(map(str, theirs)))
     if entry.fractions:
-        raise entry.error(f"expected names like {{train: train}} in `splits`, since the data set has its own splits ({there})")
+        raise entry.error(
+            f"expected names like {{train: train}} in `splits`, since the data set has its own splits ({there})"
+        )
     if not entry.splits:
         return assign_splits(questions)
     unknown = [name for name in entry.splits if name not in theirs]
@@ -283,11 +267,11 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
 
 
 def _match(
-    entry: DataSet, found: Found, questions: Sequence[Question], cohort: str, notes: list[str]
+    entry: DataSet, found: FoundVolumes, questions: Sequence[Question], cohort: str, notes: list[str]
 ) -> tuple[list[Question], list[Unmatched]]:
-    """Return the questions with the id of their volume, and those whose volume is not there; left-out ones become notes.
+    """Return the questions with the id of their volume, and those whose volume is not there; the left-out become notes.
 
-    Their ids and patients begin with the data set and the cohort: patients of different cohorts are different people.
+    Their ids begin with the data set, their patients with the cohort: patients of two cohorts are different people.
     """
     ids = {volume.source.id for volume in found.volumes}
     find = by_name((volume.source.id, volume.source.path) for volume in found.volumes)
@@ -305,8 +289,9 @@ def _match(
     if not matched:
         requested = unmatched[0].volume if unmatched else next(iter(found.left_out))
         raise entry.error(
-            f"expected volumes of its questions, found none for any of {len(questions)}; the first question is about {requested!r}, "
-            f"and the first of {len(ids)} volumes is {found.volumes[0].source.path!r}; do root and annotations belong together?"
+            f"expected volumes of its questions, found none for any of {len(questions)}; the first question is about "
+            f"{requested!r}, and the first of {len(ids)} volumes is {found.volumes[0].source.path!r}; do root and "
+            "annotations belong together?"
         )
     notes += [f"{count} questions are left out: {why}" for why, count in sorted(left_out.items())]
     idle = ids - {question.volume for question in matched}

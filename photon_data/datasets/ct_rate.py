@@ -1,4 +1,4 @@
-"""CT-RATE: reports, labels of 18 abnormalities and conversations (VQA) on 50,188 chest volumes. ct_rate_tree.py has the volumes."""
+"""CT-RATE: reports, labels of 18 abnormalities and conversations (VQA) on the volumes that ct_rate_tree.py finds."""
 
 from __future__ import annotations
 
@@ -6,35 +6,21 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
 from photon_data.datasets.ct_rate_tree import find_volumes, split_and_patient, volume_id
 from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
-from photon_data.questions.table import Problem, refuse
 
 REPORT_COLUMNS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-LABELS = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
+_LABELS = (
+    "Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, "
+    "Coronary artery wall calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, "
+    "Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, "
+    "Peribronchial thickening, Consolidation, Bronchiectasis, Interlobular septal thickening"
 )
+LABELS = tuple(_LABELS.split(", "))
 YES_NO = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}
 # Stands in a report where a section is missing.
 NOT_GIVEN = "not given."
@@ -45,7 +31,7 @@ PIECE = 1 << 20
 BETWEEN = re.compile(r"[\s,]*")
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question] | None]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question] | None]:
     """Return CT-RATE's volumes and the questions of those annotations that the entry names: reports, labels, vqa."""
     found = find_volumes(entry, on_file)
     files = entry.annotations
@@ -58,11 +44,11 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question] | None]
 
 
 def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
-    """Yield a question per volume whose answer is made of the report's columns; what is "Not given." or empty is no answer."""
+    """Yield a question per volume with the report's columns as its answer; empty and "Not given." are no answer."""
     columns = entry.wording.report or ("Findings_EN",)
     unknown = [column for column in columns if column not in REPORT_COLUMNS]
     if unknown:
-        raise entry.error(f"expected columns of a report ({', '.join(REPORT_COLUMNS)}) in `report`, found {unknown[0]!r}")
+        raise entry.error(f"expected some of {', '.join(REPORT_COLUMNS)} in `report`, found {unknown[0]!r}")
     empty: list[str] = []
     for path, row in read_rows(paths, ("VolumeName", *columns)):
         volume = _volume(path, row.place, row.values["VolumeName"])
@@ -83,8 +69,8 @@ def _labels(paths: Sequence[Path]) -> Iterator[Question]:
         for label in LABELS:
             answer = YES_NO.get(row.values[label].strip())
             if answer is None:
-                text = f"{volume}: expected 0 or 1 in {label!r}, found {row.values[label]!r}"
-                refuse(path, [Problem(row.place, "no label", text)])
+                found = f"expected 0 or 1 in {label!r}, found {row.values[label]!r}"
+                raise UsageError(f"{path}, {row.place}: {volume}: {found}")
             extra = {
                 "subtask": label,
                 "answer_type": "yes-no",
@@ -108,21 +94,21 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
             turns = item.get("conversations") or []
             speakers = [turn.get("from") for turn in turns]
             if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
-                text = f"expected human and gpt in turns, found {json.dumps(speakers)}"
-                refuse(path, [Problem(f"item {number}", "no conversation", text)])
+                raise UsageError(f"{path}, item {number}: expected human and gpt in turns, found {speakers}")
             for turn, (human, reply) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
                 question, answer = (VQA_TAGS.sub("", said["value"]).strip() for said in (human, reply))
-                extra = {"subtask": str(human.get("type") or ""), "publisher_id": str(item.get("id", "")), "turn": str(turn)}
+                extra = {"subtask": human.get("type") or "", "publisher_id": item.get("id", ""), "turn": turn}
+                extra = {name: str(value) for name, value in extra.items()}
                 yield _question(volume, "", question, answer, "vqa", extra)
     if without:
         notes.append(f"{without} conversations are about no volume and make no question")
 
 
 def _volume(path: Path, place: str, name: str) -> str:
-    """Return the id of a volume from its name or path; refuse a text that is no name of CT-RATE."""
+    """Return the id of a volume from its name or path; UsageError for a text that is no name of CT-RATE."""
     volume = volume_id(name)
     if not volume:
-        refuse(path, [Problem(place, "no volume", f"expected a volume like train_1_a_1.nii.gz, found {name!r}")])
+        raise UsageError(f"{path}, {place}: expected a volume like train_1_a_1.nii.gz, found {name!r}")
     return volume
 
 
@@ -132,42 +118,36 @@ def _question(volume: str, id_: str, text: str, answer: str, task: str, extra: d
 
 
 def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that is one JSON list, read in pieces: the questions of CT-RATE are one list of 1.2 GB.
+    """Yield the objects of a file that is one JSON list, read in pieces: CT-RATE's questions are one list of 1.2 GB.
 
     UsageError for another content, or a file that ends early.
     """
+    decode, count = json.JSONDecoder().raw_decode, 1
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from _objects(file, path)
+            text, at = file.read(PIECE).lstrip(), 1
+            if not text.startswith("["):
+                raise UsageError(f"{path}: expected one JSON list, found {text[:40]!r}")
+            while True:
+                between = BETWEEN.match(text, at)
+                assert between
+                at = between.end()
+                if text.startswith("]", at):
+                    return
+                try:
+                    item, at = decode(text, at)
+                except json.JSONDecodeError as error:
+                    more = file.read(max(PIECE, len(text) - at))
+                    if not more:
+                        problem = f"{error.msg}; the file is cut off or damaged, download it again"
+                        raise UsageError(f"{path}, item {count}: expected JSON, found: {problem}") from None
+                    text, at = text[at:] + more, 0
+                    continue
+                if not isinstance(item, dict):
+                    raise UsageError(f"{path}, item {count}: expected one JSON object, found {str(item)[:60]!r}")
+                yield item
+                count += 1
     except OSError as error:
         raise UsageError(f"{path}: expected a readable file, found: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: expected UTF-8, found another encoding; download the file again") from None
-
-
-def _objects(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
-    decode = json.JSONDecoder().raw_decode
-    text = file.read(PIECE).lstrip()
-    if not text.startswith("["):
-        raise UsageError(f"{path}: expected one JSON list, found {text[:40]!r}")
-    at, count = 1, 1
-    while True:
-        between = BETWEEN.match(text, at)
-        assert between
-        at = between.end()
-        if text.startswith("]", at):
-            return
-        try:
-            item, at = decode(text, at)
-        except json.JSONDecodeError as error:
-            more = file.read(max(PIECE, len(text) - at))
-            if not more:
-                raise UsageError(
-                    f"{path}, item {count}: expected JSON, found: {error.msg}; the file is cut off or damaged, download it again"
-                ) from None
-            text, at = text[at:] + more, 0
-            continue
-        if not isinstance(item, dict):
-            raise UsageError(f"{path}, item {count}: expected one JSON object, found {str(item)[:60]!r}")
-        yield item
-        count += 1

@@ -1,16 +1,16 @@
 """CT-RATE's tree of volumes: which there are, in which of the two incompatible versions, and which of a scan are used.
 
-v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept are in the metadata tables
-    (train_metadata.csv, validation_metadata.csv)
+v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept are in the tables
+    train_metadata.csv and validation_metadata.csv
 v2  dataset/train_fixed, dataset/valid_fixed: headers are right and values are HU; the tables must not be applied again
 
-The path tells which one a file is, and preparing refuses the file if its header or intensities contradict that. The array of v1
-lies as that of v2 does (x to the left, y to the back, z up). Nothing in the file could confirm this, so v2 is used if both exist.
+The path tells which one a file is, and preparing refuses the file if its header or intensities contradict that. The
+array of v1 is taken to lie as that of v2 does (x to the left, y to the back, z up). Nothing in the file could confirm
+this, so v2 is used if both exist.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume, read_rows
-from photon_data.errors import UsageError
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, SourceVolume, read_rows
+from photon_data.errors import UsageError, first_few
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
 from photon_data.readers.find import find_scans
@@ -31,20 +31,11 @@ VOLUME = re.compile(r"(?:train|valid)_[1-9]\d*_[a-z]+_[1-9]\d*")
 SUFFIX = ".nii.gz"
 V1, V2 = "v1", "v2"
 # Of the metadata tables.
-COLUMNS = (
-    "VolumeName",
-    "ConvolutionKernel",
-    "PatientPosition",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "Rows",
-    "Columns",
-    "XYSpacing",
-    "ZSpacing",
-    "NumberofSlices",
-    "RescaleSlope",
-    "RescaleIntercept",
+_COLUMNS = (
+    "VolumeName ConvolutionKernel PatientPosition ImagePositionPatient ImageOrientationPatient Rows "
+    "Columns XYSpacing ZSpacing NumberofSlices RescaleSlope RescaleIntercept"
 )
+COLUMNS = tuple(_COLUMNS.split())
 # Philips' reconstruction kernels have no number: these are for soft tissue, and for edges (lung, bone, Y = enhanced).
 SOFT = ("A", "B", "SA", "SB", "UA", "UB")
 SHARP = ("C", "D", "E", "EA", "EB", "L", "LungB", "YA", "YB", "YC", "YD")
@@ -53,8 +44,8 @@ SHARP = ("C", "D", "E", "EA", "EB", "L", "LungB", "YA", "YB", "YC", "YD")
 class Metadata(NamedTuple):
     """A row of a metadata table. `upright`: the slices are axial and the patient lies head first.
 
-    Then rows run to the back, columns to the left, slices up. The z of slice 0 is set to 0: the table gives the position of one
-    slice and does not tell which one.
+    Then rows run to the back, columns to the left, slices up. The z of slice 0 is set to 0: the table gives the
+    position of one slice and does not tell which one.
     """
 
     geometry: Geometry
@@ -76,7 +67,7 @@ def split_and_patient(volume: str) -> tuple[str, str]:
     return split, f"{split}_{number}"
 
 
-def find_volumes(entry: DataSet, on_file: OnFile) -> Found:
+def find_volumes(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the volumes below the roots of an entry, each once, with their metadata; UsageError."""
     notes: list[str] = []
     by_version = _by_version(entry, on_file, notes)
@@ -89,7 +80,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Found:
     for name, source in sorted(sources.items()):
         row = metadata.get(name)
         if name in by_version[V2]:
-            volumes.append(SourceVolume(entry, source, stated=Stated(row.geometry, instead=False) if row else None))
+            volumes.append(SourceVolume(entry, source, table_grid=Stated(row.geometry, instead=False) if row else None))
         elif row and row.upright:
             rescale = Rescale(row.slope, row.intercept, "metadata")
             volumes.append(SourceVolume(entry, source, rescale, Stated(row.geometry, instead=True)))
@@ -98,7 +89,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> Found:
             volumes.append(SourceVolume(entry, source if source.problem else refused))
     left_out = _no_chest(entry.annotations.get("no_chest", ()))
     left_out |= _other_reconstructions(entry, [name for name in sorted(sources) if name not in left_out], metadata)
-    return Found(volumes, left_out, notes)
+    return FoundVolumes(volumes, left_out, notes)
 
 
 # Why volumes of v1 cannot become stores.
@@ -107,13 +98,13 @@ NO_METADATA = (
     "`annotations: {metadata: [...]}`, or use v2 (train_fixed, valid_fixed)"
 )
 NOT_UPRIGHT = (
-    "expected axial slices of a patient who lies head first, found another position or orientation in the metadata, which do "
-    "not tell the order of the slices; use this volume's v2 (train_fixed, valid_fixed)"
+    "expected axial slices of a patient who lies head first, found another position or orientation in the metadata, "
+    "which do not tell the order of the slices; use this volume's v2 (train_fixed, valid_fixed)"
 )
 
 
 def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, dict[str, Source]]:
-    """Return {version: {id: source}}; UsageError for a volume that is there twice, and if a path does not tell the version."""
+    """Return {version: {id: source}}; UsageError for a volume that is there twice, or a path without a version."""
     found: dict[str, dict[str, Source]] = {V1: {}, V2: {}}
     unnamed, unclear = [], []
     for root in entry.roots:
@@ -127,13 +118,12 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
             else:
                 other = found[version].setdefault(volume, replace(source, id=volume))
                 if other.files != source.files:
-                    raise entry.error(
-                        f"expected every volume once, found {other.files[0]} and {source.files[0]}; narrow `root` to one"
-                    )
+                    both = f"{other.files[0]} and {source.files[0]}"
+                    raise entry.error(f"expected every volume once, found {both}; narrow `root`")
     if unclear:
         raise entry.error(
-            "expected train, valid (v1), train_fixed or valid_fixed (v2) in the path of every volume, found none in that of "
-            f"{len(unclear)}, {unclear[0]} first; keep the publisher's folders, or set `version: v1` or `v2` in `options`"
+            "expected train or valid (v1), or train_fixed or valid_fixed (v2), in every path, found none or both in "
+            f"{len(unclear)}, {unclear[0]} first; keep the published folders, or set the option `version: v1` or `v2`"
         )
     if unnamed:
         notes.append(f"{len(unnamed)} scans without a name of CT-RATE are left alone, {unnamed[0]} first")
@@ -155,12 +145,12 @@ def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
             if name:
                 listed[name] = "no chest CT (no_chest list)"
             elif line.strip():
-                raise UsageError(f"{path}, line {number}: expected the name of a volume (train_1_a_1), found {line.strip()!r}")
+                raise UsageError(f"{path}, line {number}: expected a name like train_1_a_1, found {line.strip()!r}")
     return listed
 
 
 def _other_reconstructions(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Metadata]) -> dict[str, str]:
-    """Return the reconstructions of each scan but the one that the entry asks for, with the reason to leave them out."""
+    """Return the reconstructions of each scan but the one that the entry asks for, with the reason to omit them."""
     scans: dict[str, list[str]] = defaultdict(list)
     for volume in sorted(volumes, key=_number):
         scans[volume.rpartition("_")[0]].append(volume)
@@ -177,17 +167,15 @@ def _ranking(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Meta
         return _number
     unknown = [volume for volume in volumes if volume not in metadata]
     if unknown:
-        raise entry.error(
-            f"expected metadata of every reconstruction for `volumes: {entry.volumes}`, found none for {len(unknown)}, "
-            f"{unknown[0]} first"
-        )
+        few = first_few(unknown)
+        raise entry.error(f"expected metadata for `volumes: {entry.volumes}`, found none for {len(unknown)} ({few})")
     if entry.volumes == "thinnest":
         return lambda volume: metadata[volume].geometry.spacing_zyx_mm[0]
     sharp = {volume: sharpness(metadata[volume].kernel) for volume in volumes}
     strange = Counter(metadata[volume].kernel for volume, value in sharp.items() if value is None)
     if strange:
         kernels = ", ".join(f"{kernel!r} ({count})" for kernel, count in strange.most_common(10))
-        raise entry.error(f"expected kernels of known sharpness, found {kernels}; use `volumes: first`, `thinnest` or `all`")
+        raise entry.error(f"expected kernels of known sharpness, found {kernels}; use `first`, `thinnest` or `all`")
     return lambda volume: -(sharp[volume] or 0)
 
 
@@ -221,13 +209,11 @@ def read_metadata(paths: Iterable[Path], volumes: Container[str]) -> dict[str, M
                 continue
             try:
                 metadata = _metadata(row.values)
-            except (ValueError, TypeError) as error:
-                text = f"{name}: expected numbers for spacing, size, slope and intercept, found {error}"
-                problems.append(Problem(row.place, "unreadable number", text))
-                continue
-            if found.setdefault(name, metadata) != metadata:
-                text = f"{name}: expected one row, found another one that differs"
-                problems.append(Problem(row.place, "volume named twice", text))
+                if found.setdefault(name, metadata) != metadata:
+                    raise ValueError("another row that differs")
+            except (ValueError, OverflowError) as error:
+                text = f"{name}: expected one row with numbers for spacing, size, slope and intercept, found {error}"
+                problems.append(Problem(row.place, "unusable row", text))
         if problems:
             refuse(path, problems)
     return found
@@ -245,15 +231,13 @@ def _metadata(values: Mapping[str, str]) -> Metadata:
     steps = ((0, 0, slice_mm), (0, row_mm, 0), (column_mm, 0, 0))
     geometry = Geometry.from_arrays((slices, rows, columns), (x, y, 0), steps)
     axial = _numbers(values["ImageOrientationPatient"], 6) == [1, 0, 0, 0, 1, 0]
-    return Metadata(geometry, axial and values["PatientPosition"] == "HFS", slope, intercept, values["ConvolutionKernel"])
+    upright = axial and values["PatientPosition"] == "HFS"
+    return Metadata(geometry, upright, slope, intercept, values["ConvolutionKernel"])
 
 
 def _numbers(text: str, count: int) -> list[float]:
     """Return the numbers of a list that is written as text, "[0.34, 0.34]"."""
-    try:
-        numbers = [float(number) for number in json.loads(text)]
-    except (json.JSONDecodeError, TypeError):
-        numbers = []
+    numbers = [float(number) for number in text.strip("[]").split(",")]
     if len(numbers) != count:
         raise ValueError(f"{text!r} where a list of {count} numbers belongs")
     return numbers

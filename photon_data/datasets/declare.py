@@ -6,10 +6,10 @@ Every value of the YAML file keeps its line until it is checked, so that an erro
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -19,9 +19,10 @@ from photon_data.questions.question import PROMPTS
 from photon_data.questions.question_table import NAMES
 from photon_data.questions.table import read_text
 
+T = TypeVar("T")
+
 TOP = ("out", "recipe", "seed", "datasets")
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
-QUESTIONS = ("prompt", "choices", "report", "instruction", "duplicates")
 RECONSTRUCTIONS = ("all", "first", "thinnest", "sharpest")
 # The name of a data set begins ids and can be the name of a file.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -46,75 +47,74 @@ class DataManifest:
 
 
 def read_data_manifest(path: Path) -> DataManifest:
-    """Return the checked content of a data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
+    """Return the checked data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
     top = _read_yaml(path).mapping(TOP)
     if "datasets" not in top:
         raise UsageError(f"{path.name}: expected a mapping `datasets`, found {', '.join(top) or 'nothing'}")
-    base, recipe = path.absolute().parent, _recipe(top.get("recipe"), RecipeChoice())
-    datasets = tuple(_entry(name, item, base, recipe) for name, item in top["datasets"].mapping().items())
+    recipe = _recipe(top["recipe"], RecipeChoice()) if "recipe" in top else RecipeChoice()
+    datasets: dict[str, DataSet] = {}
+    for name, item in top["datasets"].mapping().items():
+        if not NAME.fullmatch(name):
+            raise UsageError(f"{item.place}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
+        if name.casefold() in datasets:
+            raise UsageError(
+                f"{item.place}: expected names that differ in more than case, found {name!r} after another"
+            )
+        datasets[name.casefold()] = _entry(name, item, recipe)
     if not datasets:
         raise top["datasets"].error("at least one data set")
-    by_name: dict[str, DataSet] = {}
-    for entry in datasets:
-        other = by_name.setdefault(entry.name.casefold(), entry)
-        if other is not entry:
-            raise entry.error(f"expected names that differ in more than upper and lower case, found {other.name!r} too")
     out = top["out"].text() if "out" in top else None
-    seed = top["seed"].integer(above=-1) if "seed" in top else 0
-    return DataManifest(path, datasets, out if out is None or "://" in out else str(base / out), seed)
+    if out is not None and "://" not in out:
+        out = str(path.absolute().parent / out)
+    seed = int(top["seed"].number(-1, whole=True)) if "seed" in top else 0
+    return DataManifest(path, tuple(datasets.values()), out, seed)
 
 
-def _entry(name: str, item: Node, base: Path, recipe: RecipeChoice) -> DataSet:
-    if not NAME.fullmatch(name):
-        raise UsageError(f"{item.place}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
+def _entry(name: str, item: Node, recipe: RecipeChoice) -> DataSet:
     found = item.mapping(ENTRY)
     if "adapter" not in found:
         raise UsageError(f"{item.place}: data set {name}: expected an adapter, found none")
-    splits, fractions = _splits(found.get("splits"))
+
+    def read(key: str, convert: Callable[[Node], T], default: T) -> T:
+        return convert(found[key]) if key in found else default
+
+    splits, fractions = _splits(found["splits"]) if "splits" in found else ({}, {})
     return DataSet(
         name=name,
         place=item.place,
         adapter=found["adapter"].text(),
-        roots=_paths(found["root"], base) if "root" in found else (),
-        annotations=_annotations(found.get("annotations"), base),
+        roots=read("root", Node.paths, ()),
+        annotations=read("annotations", _annotations, {}),
         splits=splits,
         fractions=fractions,
-        wording=_wording(found.get("questions")),
-        volumes=found["volumes"].one_of(RECONSTRUCTIONS) if "volumes" in found else "all",
-        recipe=_recipe(found.get("recipe"), recipe),
-        mix=_mix(found.get("mix")),
-        options=_options(found.get("options"), base),
+        wording=read("questions", _wording, Wording()),
+        volumes=read("volumes", lambda volumes: volumes.one_of(RECONSTRUCTIONS), "all"),
+        recipe=read("recipe", lambda choice: _recipe(choice, recipe), recipe),
+        mix=read("mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
+        options=read("options", _options, {}),
     )
 
 
-def _paths(item: Node, base: Path) -> tuple[Path, ...]:
-    return tuple(base / Path(text).expanduser() for text in item.texts())
-
-
-def _annotations(item: Node | None, base: Path) -> dict[str, tuple[Path, ...]]:
+def _annotations(item: Node) -> dict[str, tuple[Path, ...]]:
     """Return {kind: paths}; paths without a kind are "questions"."""
-    if item is None:
-        return {}
     if not isinstance(item.value, dict):
-        return {"questions": _paths(item, base)}
-    return {kind: _paths(paths, base) for kind, paths in item.value.items()}
+        return {"questions": item.paths()}
+    return {kind: paths.paths() for kind, paths in item.value.items()}
 
 
-def _splits(item: Node | None) -> tuple[dict[str, str], dict[str, float]]:
+def _splits(item: Node) -> tuple[dict[str, str], dict[str, float]]:
     """Return ({theirs: ours}, {}) for names and ({}, {ours: share}) for numbers."""
-    if item is None:
-        return {}, {}
     if not isinstance(item.value, dict):
         return {text: text for text in item.texts()}, {}
     if item.value and all(isinstance(share.value, int | float) for share in item.value.values()):
-        return {}, {name: float(share.number()) for name, share in item.value.items()}
+        return {}, {name: float(share.number(0)) for name, share in item.value.items()}
     return {theirs: ours.text() for theirs, ours in item.value.items()}, {}
 
 
-def _wording(item: Node | None) -> Wording:
-    found: dict[str, Any] = dict(item.mapping(QUESTIONS)) if item else {}
+def _wording(item: Node) -> Wording:
     allowed = {"prompt": PROMPTS, "choices": ("shown", "hidden"), "duplicates": ("keep", "drop")}
-    for name, value in found.items():
+    found: dict[str, Any] = {}
+    for name, value in item.mapping(Wording._fields).items():
         if name in allowed:
             found[name] = value.one_of(allowed[name])
         else:
@@ -122,14 +122,12 @@ def _wording(item: Node | None) -> Wording:
     return Wording(**found)
 
 
-def _recipe(item: Node | None, default: RecipeChoice) -> RecipeChoice:
+def _recipe(item: Node, default: RecipeChoice) -> RecipeChoice:
     """Return the recipe of `recipe: NAME` or of `recipe: {name: NAME, spacing_mm: [1, 1, 1]}`."""
-    if item is None:
-        return default
     if not isinstance(item.value, dict):
         return RecipeChoice(item.text())
-    settings = {key: value for key, value in item.value.items() if key != "name"}
-    name = item.value["name"].text() if "name" in item.value else default.name
+    settings = dict(item.value)
+    name = settings.pop("name").text() if "name" in settings else default.name
     return RecipeChoice(name, tuple(f"{key}={_setting(value)}" for key, value in settings.items()))
 
 
@@ -137,39 +135,41 @@ def _setting(item: Node) -> str:
     return ",".join(map(_setting, item.value)) if isinstance(item.value, list) else str(item.value)
 
 
-def _mix(item: Node | None) -> dict[str, Share]:
-    shares = {}
-    for split, share in (item.mapping() if item else {}).items():
-        found = share.mapping(("weight", "cap"))
-        weight = found["weight"].number() if "weight" in found else None
-        shares[split] = Share(weight, found["cap"].integer() if "cap" in found else None)
-    return shares
+def _share(item: Node) -> Share:
+    found = item.mapping(Share._fields)
+    cap = int(found["cap"].number(0, whole=True)) if "cap" in found else None
+    return Share(found["weight"].number(0) if "weight" in found else None, cap)
 
 
-def _options(item: Node | None, base: Path) -> dict[str, Any]:
+def _options(item: Node) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for name, value in (item.mapping() if item else {}).items():
-        if name == UNPACK:
-            options[name] = base / Path(value.text()).expanduser()
-        elif isinstance(value.value, dict):
-            texts = value.mapping(NAMES) if name == "columns" else value.value
-            options[name] = {key: text.text() for key, text in texts.items()}
+    for name, value in item.mapping().items():
+        if isinstance(value.value, dict):
+            texts = value.mapping(NAMES if name == "columns" else None)
+            options[name] = {key: item.text() for key, item in texts.items()}
         else:
-            options[name] = value.text()
+            text = value.text()  # refuses a list
+            options[name] = value.paths()[0] if name == UNPACK else text
     return options
 
 
 class Node(NamedTuple):
-    """A value of a YAML file and its place, "FILE, line 3". Mappings hold a Node for each key, lists hold Nodes.
+    """A value of a YAML file and its line. Mappings hold a Node for each key, lists hold Nodes.
 
-    Each method returns the value as one type. It raises UsageError, with the place, for a value of another type.
+    Each method returns the value as one type. It raises UsageError, with the line, for a value of another type.
     """
 
     value: Any
-    place: str
+    path: Path
+    line: int
+
+    @property
+    def place(self) -> str:
+        """Return "FILE, line 3"."""
+        return f"{self.path.name}, line {self.line}"
 
     def error(self, expected: str) -> UsageError:
-        """Return the error of a place where something else was expected."""
+        """Return the error of a value that is not what was expected."""
         kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
         return UsageError(f"{self.place}: expected {expected}, found {kinds.get(type(self.value)) or repr(self.value)}")
 
@@ -194,16 +194,15 @@ class Node(NamedTuple):
         """Return the texts of a list, or the one text without a list."""
         return [item.text() for item in self.value] if isinstance(self.value, list) else [self.text()]
 
-    def number(self) -> float:
-        """Return a number above 0."""
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value > 0:
-            raise self.error("a number above 0")
-        return self.value
+    def paths(self) -> tuple[Path, ...]:
+        """Return the paths of a list, or the one path without a list; relative ones start at the folder of the file."""
+        return tuple(self.path.absolute().parent / Path(text).expanduser() for text in self.texts())
 
-    def integer(self, above: int = 0) -> int:
-        """Return a whole number above `above`."""
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value <= above:
-            raise self.error(f"a whole number above {above}")
+    def number(self, above: int, whole: bool = False) -> float:
+        """Return a number above `above`."""
+        is_number = isinstance(self.value, int if whole else int | float) and not isinstance(self.value, bool)
+        if not is_number or not self.value > above:
+            raise self.error(f"a {'whole ' if whole else ''}number above {above}")
         return self.value
 
     def one_of(self, names: Collection[str]) -> str:
@@ -219,8 +218,7 @@ def _read_yaml(path: Path) -> Node:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = mark.line + 1 if mark else 1
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{path.name}, line {line}: expected YAML, found: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path.name}: expected YAML, found: {error}") from None
@@ -228,20 +226,17 @@ def _read_yaml(path: Path) -> Node:
         raise UsageError(f"{path.name}: expected data sets, found an empty file")
     scalars = yaml.SafeLoader("")
 
-    def place(node: yaml.Node) -> str:
-        return f"{path.name}, line {node.start_mark.line + 1}"
-
     def value(node: yaml.Node) -> Any:
         if isinstance(node, yaml.SequenceNode):
-            return [Node(value(item), place(item)) for item in node.value]
+            return [Node(value(item), path, item.start_mark.line + 1) for item in node.value]
         if not isinstance(node, yaml.MappingNode):
             return scalars.construct_object(node)
         found: dict[str, Node] = {}
-        for key, item in node.value:  # the place of an item is that of its key
-            name = str(key.value)
+        for key, item in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
             if name in found:
-                raise UsageError(f"{place(key)}: expected every key once, found {name!r} again")
-            found[name] = Node(value(item), place(key))
+                raise UsageError(f"{path.name}, line {line}: expected every key once, found {name!r} again")
+            found[name] = Node(value(item), path, line)  # the line of its key
         return found
 
-    return Node(value(root), place(root))
+    return Node(value(root), path, root.start_mark.line + 1)

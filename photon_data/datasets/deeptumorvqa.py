@@ -1,7 +1,7 @@
 """DeepTumorVQA v1 and v2: questions on abdominal CTs by BDMAP id, from csv (headers with spaces) or json (snake case).
 
-Three traps: subtypes are spelled with "_" in some rows and with spaces in others; choices are inside the text of the
-multiple-choice question; benchmark/test_qa.json wraps its list in an object and has no column for the split.
+Three traps. Subtypes are spelled with "_" in some rows and with spaces in others. Choices are inside the text of the
+multiple-choice question. benchmark/test_qa.json wraps its list in an object and has no column for the split.
 """
 
 from __future__ import annotations
@@ -14,69 +14,46 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, original_ids
-from photon_data.datasets.base import DataSet, Found, OnFile, text_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, text_rows
 from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, Table, TableRow, read_table, read_text, refuse
 
 # The 42 subtypes of v2, with those of v1, in their published spelling, by the type of their answers.
-NUMBER = (
-    "organ volume measurement",
-    "organ HU measurement",
-    "lesion volume measurement",
-    "organ HU ratio",
-    "tumor burden percentage",
-    "largest lesion diameter",
-    "largest lesion slice",
-    "lesion counting",
-    "lesion count by location",
-    "organ aggregation",
-    "tumor organ HU difference",
-)
-YES_NO = (
-    "pancreatic lesion existence",
-    "liver lesion existence",
-    "kidney lesion existence",
-    "kidney tumor existence",
-    "kidney cyst existence",
-    "colon lesion existence",
-    "PDAC existence",
-    "PNET existence",
-    "lesion outlier",
-    "organ enlargement",
-    "pancreatic steatosis",
-    "pancreatic cyst resectability",
-    "pseudocyst determination",
-    "splenomegaly detection",
-    "portal hypertension assessment",
-)
-TEXT = (
-    "liver lesion clustering",
-    "kidney volume comparison",
-    "largest lesion attenuation",
-    "largest lesion location",
-    "inter-segment comparison",
-    "adjacent organ",
-    "bilateral kidney asymmetry",
-    "multi-organ lesion burden comparison",
-    "fatty liver",
-    "hepatic steatosis grading",
-    "pancreatic tumor staging",
-    "pancreatic lesion resectability",
-    "PDAC vs PNET classification",
-    "lesion type classification",
-    "splenomegaly grading",
-    "renal mass characterization",
-)
-SUBTYPES: dict[str, str] = {
-    **dict.fromkeys(NUMBER, "number"),
-    **dict.fromkeys(YES_NO, "yes-no"),
-    **dict.fromkeys(TEXT, "text"),
+_BY_TYPE = {
+    "number": (
+        "organ volume measurement, organ HU measurement, lesion volume measurement, organ HU ratio, "
+        "tumor burden percentage, largest lesion diameter, largest lesion slice, lesion counting, "
+        "lesion count by location, organ aggregation, tumor organ HU difference"
+    ),
+    "yes-no": (
+        "pancreatic lesion existence, liver lesion existence, kidney lesion existence, kidney tumor existence, "
+        "kidney cyst existence, colon lesion existence, PDAC existence, PNET existence, lesion outlier, "
+        "organ enlargement, pancreatic steatosis, pancreatic cyst resectability, pseudocyst determination, "
+        "splenomegaly detection, portal hypertension assessment"
+    ),
+    "text": (
+        "liver lesion clustering, kidney volume comparison, largest lesion attenuation, largest lesion location, "
+        "inter-segment comparison, adjacent organ, bilateral kidney asymmetry, "
+        "multi-organ lesion burden comparison, fatty liver, hepatic steatosis grading, pancreatic tumor staging, "
+        "pancreatic lesion resectability, PDAC vs PNET classification, lesion type classification, "
+        "splenomegaly grading, renal mass characterization"
+    ),
 }
+SUBTYPES = {subtype: kind for kind, subtypes in _BY_TYPE.items() for subtype in subtypes.split(", ")}
 BY_LOWER_CASE = {subtype.casefold(): subtype for subtype in SUBTYPES}
 # Column in snake case -> our name, where they differ.
 ALIASES = {"question_id": "qid", "multiple_choice_question": "mc_question"}
-REQUIRED = ("qid", "image_id", "question", "answer", "mc_question", "correct_option", "question_type", "question_subtype")
+REQUIRED = (
+    "qid",
+    "image_id",
+    "question",
+    "answer",
+    "mc_question",
+    "correct_option",
+    "question_type",
+    "question_subtype",
+)
 KEPT = ("spacing", "shape", "sex", "age", "scanner", "contrast", "lesion")
 # Files without a column `split` are one split, by their name.
 BY_NAME = {"test": "test", "train": "train", "val": "validation"}
@@ -84,7 +61,7 @@ LETTERS = "ABCD"
 CHOICES = re.compile(r"(?s)(?:^|.*\s)A:\s(?P<A>.*?)\s+B:\s(?P<B>.*?)(?:\s+C:\s(?P<C>.*?))?(?:\s+D:\s(?P<D>.*?))?\s*")
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the CTs below the entry's roots and the questions of its files; UsageError."""
     originals = original_ids(entry.annotations.get("ids", ()))
     questions = [q for path in entry.annotations.get("questions", ()) for q in read_questions(path, originals)]
@@ -107,7 +84,7 @@ def read_questions(path: Path, originals: Mapping[str, str]) -> Iterator[Questio
 
 
 def _read_table(path: Path) -> Table:
-    """Return the table of a file with our names for its columns ("multiple-choice question" -> mc_question), texts stripped."""
+    """Return a file's table, texts stripped, under our names: "multiple-choice question" -> mc_question."""
     table = _read_json(path) if path.suffix.lower() == ".json" else read_table(path)
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns}
     ours = {name: ALIASES.get(words, words) for name, words in plain.items()}
@@ -124,7 +101,8 @@ def _read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"{path}: expected JSON, found: {error}; the file is cut off or damaged, download it again") from None
+        problem = f"{error}; the file is cut off or damaged, download it again"
+        raise UsageError(f"{path}: expected JSON, found: {problem}") from None
     items = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: expected a list of questions, or {{"questions": [...]}}, found something else')

@@ -2,8 +2,9 @@
 
 3DRAD/{train,test}/Task<n>_<name>/<subtask>.csv
 
-Three traps: volumes called test_* are CT-RATE's valid_*; the column `Subtask` counts files within a split (Task 5's 1 is "c" in
-train and "b" in test), so a subtask gets the name of its file; the README swaps the names of tasks 1 and 2, folders are right.
+Three traps. Volumes called test_* are CT-RATE's valid_*. The column `Subtask` counts the files of a split (Task 5's 1
+is "c" in train and "b" in test), so a subtask gets the name of its file. The README swaps the names of tasks 1 and 2,
+the folders are right.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from photon_data.datasets.base import DataSet, Found, OnFile, read_rows
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
 from photon_data.datasets.ct_rate_tree import SUFFIX, VOLUME, find_volumes, split_and_patient
+from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.questions.table import Problem, refuse
 
@@ -33,16 +35,14 @@ PUBLISHED = {
 MEASUREMENT = "3"
 
 
-def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the volumes of CT-RATE below the entry's roots and all questions; UsageError."""
     files: list[Path] = []
     for folder in entry.annotations.get("questions", ()):
         paths = [path for split in PREFIXES for path in (folder / split).glob("Task*/*.csv")]
         ours = sorted(path for path in paths if not path.name.startswith("."))
         if not ours:
-            raise entry.error(
-                f"expected the folder 3DRAD, with train/Task.../*.csv and test/Task.../*.csv, found none in {folder}"
-            )
+            raise entry.error(f"expected the folder 3DRAD, with train/Task*/*.csv or test/Task*/*.csv, found {folder}")
         files += ours
     found = find_volumes(entry, on_file)  # before the questions: its tables are freed before those fill the memory
     questions = with_made_ids([question for file in files for question in read_subtask(file)])
@@ -50,11 +50,10 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
 
 
 def read_subtask(file: Path) -> Iterator[Question]:
-    """Yield the questions of one csv, without ids, texts unchanged; UsageError with every row that is not as published."""
+    """Yield the questions of one csv, without ids; UsageError with all rows that are not as published."""
     split, folder = file.parts[-3], TASK.fullmatch(file.parts[-2])
     if not folder:
-        text = f"expected a folder like Task4_Existence_Detection, found {file.parts[-2]!r}"
-        refuse(file, [Problem("file", "no task", text)])
+        raise UsageError(f"{file}: expected a folder like Task4_Existence_Detection, found {file.parts[-2]!r}")
     number, task = folder.groups()
     problems: list[Problem] = []
     for _, row in read_rows([file], COLUMNS):

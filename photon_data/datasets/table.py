@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fnmatch import fnmatch
 
-from photon_data.datasets.base import DataSet, Found, OnFile, SourceVolume
+from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, SourceVolume
 from photon_data.questions.question import Question
 from photon_data.questions.question_table import read_questions
 from photon_data.readers.find import find_scans, left_alone
@@ -13,27 +13,27 @@ from photon_data.readers.find import find_scans, left_alone
 SCANS, QUESTIONS = "scans", "questions.jsonl"
 
 
-def read_tables(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read_tables(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the scans of folders and the questions of tables, whose columns the option `columns` can map."""
     paths = entry.annotations.get("questions", ())
     questions = [q for path in paths for q in read_questions(path, entry.options.get("columns"))]
     return _scans(entry, on_file), questions
 
 
-def read_folder(entry: DataSet, on_file: OnFile) -> tuple[Found, None]:
+def read_folder(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, None]:
     """Return the scans of folders; each gets the instruction as its question."""
     return _scans(entry, on_file), None
 
 
-def read_phantoms(entry: DataSet, on_file: OnFile) -> tuple[Found, list[Question]]:
+def read_phantoms(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return what `photon-data phantom ROOT` made: scans, and questions whose task is their kind."""
     questions = [q for root in entry.roots for q in read_questions(root / QUESTIONS)]
     scans = _scans(replace(entry, roots=tuple(root / SCANS for root in entry.roots)), on_file)
     return scans, [replace(question, task=question.extra.get("kind")) for question in questions]
 
 
-def _scans(entry: DataSet, on_file: OnFile) -> Found:
-    """Return the scans below the roots whose path matches the option `pattern`, with ids that begin with `id_prefix`."""
+def _scans(entry: DataSet, on_file: OnFile) -> FoundVolumes:
+    """Return the scans below the roots whose path matches the option `pattern`; `id_prefix` begins their ids."""
     pattern, id_from = entry.options.get("pattern", "*"), entry.options.get("id_from", "path")
     prefix = entry.options.get("id_prefix", "")
     volumes, notes = [], []
@@ -45,6 +45,6 @@ def _scans(entry: DataSet, on_file: OnFile) -> Found:
     ids = {volume.source.id for volume in volumes}
     if len(ids) < len(volumes):
         raise entry.error(
-            f"expected an id of its own for each of {len(volumes)} scans, found {len(ids)} ids; declare one data set per root"
+            f"expected an id for each of {len(volumes)} scans, found {len(ids)} ids; declare one data set per root"
         )
-    return Found(volumes, notes=notes)
+    return FoundVolumes(volumes, notes=notes)

@@ -1,8 +1,8 @@
 """Synthetic raw CT scans with known answers, for the demo, the tests and the benchmarks.
 
 DIR/scans/<id>.nii[.gz]             the raw scans, and nothing else: point `prepare` here
-DIR/masks/<id>/<structure>.nii.gz   uint8 in the scan's own geometry. Organs are 1, the lesions of a finding 1, 2, 3 (1 is
-                                    the largest). A lesion also belongs to its organ. Absent findings have no file
+DIR/masks/<id>/<structure>.nii.gz   uint8 in the scan's own geometry. Organs are 1, the lesions of a finding 1, 2, 3 in
+                                    order of size. A lesion also belongs to its organ. Absent findings have no file
 DIR/questions.jsonl                 one row per question, see `questions.question_rows`
 """
 
@@ -34,18 +34,9 @@ class Phantom:
     layers: tuple[Layer, ...]
     questions: list[dict[str, Any]]
 
-    @property
-    def volume(self) -> str:
-        """Id of the scan."""
-        return self.slot.volume
-
     def scan_path(self, directory: Path) -> Path:
         """The path of its scan under the directory of all phantoms."""
-        return directory / "scans" / f"{self.volume}{self.scan.suffix}"
-
-    def mask_path(self, directory: Path, structure: str) -> Path:
-        """The path of the mask of one of its structures."""
-        return directory / "masks" / self.volume / f"{structure}.nii.gz"
+        return directory / "scans" / f"{self.slot.volume}{self.scan.suffix}"
 
 
 def make_phantoms(
@@ -59,9 +50,9 @@ def make_phantoms(
 ) -> list[Phantom]:
     """Write n phantoms and their questions.jsonl; `progress` is called after each. The same seed gives the same bytes.
 
-    Phantom i is the same whatever n is. `size` is the number of voxels across a slice; it changes no body, field of view
-    or answer. `easy` phantoms have whole organs affected, and are asked only whether they are; those of the training
-    split have captions too.
+    Phantom i is the same whatever n is. `size` is the number of voxels across a slice; it changes no body, field of
+    view or answer. `easy` phantoms have whole organs affected, and are asked only whether they are; those of the
+    training split have captions too.
     FileExistsError if the directory holds scans of another seed or a larger n: `prepare` would take them too, without
     questions.
     """
@@ -115,7 +106,7 @@ def write_phantom(directory: Path, phantom: Phantom) -> None:
             if structure:
                 mask_values.setdefault(structure, np.zeros(1 + len(layers), np.uint8))[value] = label
     for structure, values in mask_values.items():
-        path = phantom.mask_path(directory, structure)
+        path = directory / "masks" / phantom.slot.volume / f"{structure}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         slabs = (values[painted[start : start + SLAB]] for start in range(0, len(painted), SLAB))
         write_nifti(path, nifti_header(geometry, "<u1"), slabs)

@@ -1,4 +1,4 @@
-"""Bodies, their organs and lesions, as shapes in LPS millimetres (+x to the patient's left, +y to the back, +z to the head).
+"""Bodies, their organs and lesions, as shapes in LPS mm (+x to the patient's left, +y to the back, +z to the head).
 
 A shape is a function of world points, so that a scan of any geometry samples the same body.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from photon_data.phantom.plan import Occurrence
+from photon_data.phantom.plan import Occurrence, Occurrences
 
 Vector = tuple[float, float, float]
 EVERYWHERE = np.array([[-np.inf] * 3, [np.inf] * 3])
@@ -58,14 +58,14 @@ class Shape:
     contains: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
     def __and__(self, other: Shape) -> Shape:
-        low = np.maximum(self.bounds_lps[0], other.bounds_lps[0])
-        high = np.minimum(self.bounds_lps[1], other.bounds_lps[1])
-        return Shape(np.array([low, high]), lambda x, y, z: self.contains(x, y, z) & other.contains(x, y, z))
+        (low, high), (other_low, other_high) = self.bounds_lps, other.bounds_lps
+        bounds = np.array([np.maximum(low, other_low), np.minimum(high, other_high)])
+        return Shape(bounds, lambda x, y, z: self.contains(x, y, z) & other.contains(x, y, z))
 
     def __or__(self, other: Shape) -> Shape:
-        low = np.minimum(self.bounds_lps[0], other.bounds_lps[0])
-        high = np.maximum(self.bounds_lps[1], other.bounds_lps[1])
-        return Shape(np.array([low, high]), lambda x, y, z: self.contains(x, y, z) | other.contains(x, y, z))
+        (low, high), (other_low, other_high) = self.bounds_lps, other.bounds_lps
+        bounds = np.array([np.minimum(low, other_low), np.maximum(high, other_high)])
+        return Shape(bounds, lambda x, y, z: self.contains(x, y, z) | other.contains(x, y, z))
 
     def __sub__(self, other: Shape) -> Shape:
         return Shape(self.bounds_lps, lambda x, y, z: self.contains(x, y, z) & ~other.contains(x, y, z))
@@ -96,7 +96,7 @@ def half_space(point_lps: Vector, normal: Vector) -> Shape:
 
 
 def bands(point_lps: Vector, normal: Vector, period_mm: float, share: float) -> Shape:
-    """Endless parallel slabs: one every `period_mm` along the unit `normal`, which fills `share` of it. Ribs, vertebrae."""
+    """Endless parallel slabs: one every `period_mm` along the unit `normal`, which fills `share` of it (ribs)."""
     (px, py, pz), (nx, ny, nz) = point_lps, normal
 
     def contains(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -155,17 +155,10 @@ class Frame(NamedTuple):
         x, y, z = (o + s * c for o, s, c in zip(self.origin_lps, self.scale, centre, strict=True))
         return x, y, z
 
-    def ellipsoid(self, centre: Vector, semi_axes: Vector) -> Shape:
-        """An ellipsoid of the standard body, in this patient."""
-        return ellipsoid(self.point(centre), self._scaled(semi_axes))
-
-    def column(self, centre: Vector, semi_axes: Vector) -> Shape:
-        """A column of the standard body, in this patient."""
-        return column(self.point(centre), self._scaled(semi_axes))
-
-    def _scaled(self, semi_axes: Vector) -> Vector:
-        x, y, z = (s * a for s, a in zip(self.scale, semi_axes, strict=True))
-        return x, y, z
+    def place(self, shape: Callable[[Vector, Vector], Shape], centre: Vector, semi_axes: Vector) -> Shape:
+        """An ellipsoid or a column of the standard body, in this patient."""
+        a, b, c = (s * axis for s, axis in zip(self.scale, semi_axes, strict=True))
+        return shape(self.point(centre), (a, b, c))
 
 
 def draw_body(rng: np.random.Generator) -> Body:
@@ -186,9 +179,9 @@ def _draw_organs(frame: Frame, rng: np.random.Generator) -> tuple[dict[str, Shap
         x, y, z = (np.array(centre) + rng.uniform(-4, 4, 3)).tolist()
         a, b, c = (np.array(semi_axes) * rng.uniform(0.96, 1.04)).tolist()
         middles_lps.setdefault(name, frame.point((x, y, z)))
-        return frame.ellipsoid((x, y, z), (a, b, c))
+        return frame.place(ellipsoid, (x, y, z), (a, b, c))
 
-    spine, aorta = frame.column((0, 66, 10), (22, 19, 320)), frame.column((17, 38, 10), (10, 10, 320))
+    spine, aorta = frame.place(column, (0, 66, 10), (22, 19, 320)), frame.place(column, (17, 38, 10), (10, 10, 320))
     spleen = near("spleen", (97, 30, -40), (31, 46, 50))
     lobes = near("liver", (-72, -2, -44), (70, 80, 66)) | near("liver", (8, -34, -22), (80, 46, 42))
     heart = near("heart", (22, -28, 48), (52, 44, 52)) - lobes
@@ -223,11 +216,11 @@ def _trunk(frame: Frame) -> list[Layer]:
     """Skin and fat, muscle, fat between the bowels, soft tissue between the lungs, trachea."""
     a, b, c = CAGE_MM
     return [
-        Layer(frame.column((0, 0, 0), TORSO_MM), -100),
-        Layer(frame.column((0, 0, 0), (a + 8, b + 3, c)), 50),
-        Layer(frame.column((0, -6, -190), (a - 14, b - 18, 160)), -95),
-        Layer(frame.column((0, 0, 130), (a - 10, b - 8, 160)), 45),
-        Layer(frame.column((0, 18, 250), (8, 8, 160)), -1000),
+        Layer(frame.place(column, (0, 0, 0), TORSO_MM), -100),
+        Layer(frame.place(column, (0, 0, 0), (a + 8, b + 3, c)), 50),
+        Layer(frame.place(column, (0, -6, -190), (a - 14, b - 18, 160)), -95),
+        Layer(frame.place(column, (0, 0, 130), (a - 10, b - 8, 160)), 45),
+        Layer(frame.place(column, (0, 18, 250), (8, 8, 160)), -1000),
     ]
 
 
@@ -237,20 +230,20 @@ def _draw_bowel(frame: Frame, rng: np.random.Generator) -> list[Layer]:
     for hu in [25] * 6 + [-1000] * 3:
         x, y, z = rng.uniform((-95, -65, -230), (95, -5, -95)).tolist()
         a, b, c = (rng.uniform(14, 26, 3) if hu > 0 else rng.uniform(6, 11, 3)).tolist()
-        loops.append(Layer(frame.ellipsoid((x, y, z), (a, b, c)), hu))
+        loops.append(Layer(frame.place(ellipsoid, (x, y, z), (a, b, c)), hu))
     return loops
 
 
 def _skeleton(frame: Frame, organs: Mapping[str, Shape]) -> list[Layer]:
     """Ribs slanting down to the front, sternum, and the spine: vertebrae with discs between and the canal behind."""
     a, b, c = CAGE_MM
-    cage = frame.column((0, 0, 130), (a, b, 220)) - frame.column((0, 0, 0), (a - 7, b - 6, c))
+    cage = frame.place(column, (0, 0, 130), (a, b, 220)) - frame.place(column, (0, 0, 0), (a - 7, b - 6, c))
     vertebrae = bands(frame.origin_lps, (0, 0, 1), 30 * frame.scale[2], 0.8)
     return [
         Layer(cage & bands(frame.origin_lps, (0, -0.35, 0.94), 26, 0.4), 450),
-        Layer(frame.column((0, -93, 100), (18, 6, 85)), 350),
-        Layer(frame.column((0, 92, 10), (16, 13, 320)), 400),
-        Layer(frame.column((0, 92, 10), (9, 7, 320)), 30),
+        Layer(frame.place(column, (0, -93, 100), (18, 6, 85)), 350),
+        Layer(frame.place(column, (0, 92, 10), (16, 13, 320)), 400),
+        Layer(frame.place(column, (0, 92, 10), (9, 7, 320)), 30),
         Layer(organs["spine"], 90, "spine"),
         Layer(organs["spine"] & vertebrae, 280, "spine"),
     ]
@@ -277,10 +270,12 @@ class Lesion(NamedTuple):
     organ_mask: str
 
 
-def draw_lesions(
-    rng: np.random.Generator, body: Body, visible: Shape, occurrences: Mapping[str, Occurrence]
-) -> dict[str, tuple[Lesion, ...]]:
-    """The lesions of every finding, by its name, the largest first. Round ones lie whole within `visible`."""
+# The lesions of every finding, by its name, the largest first.
+Lesions = dict[str, tuple[Lesion, ...]]
+
+
+def draw_lesions(rng: np.random.Generator, body: Body, visible: Shape, occurrences: Occurrences) -> Lesions:
+    """The lesions of what occurs. Round ones lie whole within `visible`."""
     for _ in range(ATTEMPTS):
         try:
             return _draw_all(rng, body, visible, occurrences)
@@ -289,10 +284,8 @@ def draw_lesions(
     raise NoRoomError(f"expected room for {list(occurrences)}, found none in {ATTEMPTS} attempts")
 
 
-def _draw_all(
-    rng: np.random.Generator, body: Body, visible: Shape, occurrences: Mapping[str, Occurrence]
-) -> dict[str, tuple[Lesion, ...]]:
-    lesions: dict[str, tuple[Lesion, ...]] = {}
+def _draw_all(rng: np.random.Generator, body: Body, visible: Shape, occurrences: Occurrences) -> Lesions:
+    lesions: Lesions = {}
     free = visible
     if "pleural_effusion" in occurrences:
         effusion = _draw_effusion(rng, body, occurrences["pleural_effusion"])

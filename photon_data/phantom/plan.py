@@ -2,8 +2,8 @@
 
 Volumes come in blocks of twelve scans of ten patients (two patients are scanned twice). Within one split, findings are
 dealt like cards: of every two volumes one has the finding; of every two volumes that have it one shows it left and one
-right; of every three, one shows 1, one 2 and one 3 of it; and so on. A deck is shuffled with the seed (seed, split, what
-is dealt, number of the deck): volume i depends on (seed, i) only, and more volumes may be added later.
+right; of every three, one shows 1, one 2 and one 3 of it; and so on. A deck is shuffled with a seed of its own (seed,
+split, what is dealt, number of the deck): volume i depends on (seed, i) only, and more volumes may be added later.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """A finding as one volume shows it. All its lesions share side, place and substance; the size is that of the largest."""
+    """A finding as one volume shows it. Its lesions share side, place and substance; the size is the largest one's."""
 
     finding: Finding
     side: str
@@ -83,6 +83,9 @@ class Occurrence:
         """The mask of the organ, or of the organ on the affected side."""
         return next(mask for mask in self.finding.organ_masks if mask.endswith(self.side))
 
+
+# What one volume shows, by the name of the finding.
+Occurrences = dict[str, Occurrence]
 
 LUNGS = ("lung_left", "lung_right")
 SIDES = ("left", "right")

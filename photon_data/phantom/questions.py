@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from photon_data.phantom.body import Lesion
-from photon_data.phantom.plan import Finding, Occurrence, Slot
+from photon_data.phantom.body import Lesion, Lesions
+from photon_data.phantom.plan import Finding, Occurrence, Occurrences, Slot
 
 CAPTION = "What does this scan show?"
 WORDINGS = {
@@ -56,6 +56,9 @@ WORDINGS = {
 }
 
 
+QuestionRow = dict[str, Any]
+
+
 class Item(NamedTuple):
     """One thing to ask of one volume: `form` is a key of WORDINGS. An open question has no choices."""
 
@@ -67,11 +70,8 @@ class Item(NamedTuple):
 
 
 def question_rows(
-    slot: Slot,
-    findings: Sequence[Finding],
-    occurrences: Mapping[str, Occurrence],
-    lesions: Mapping[str, tuple[Lesion, ...]],
-) -> list[dict[str, Any]]:
+    slot: Slot, findings: Sequence[Finding], occurrences: Occurrences, lesions: Lesions
+) -> list[QuestionRow]:
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
     for finding in findings:
@@ -80,24 +80,14 @@ def question_rows(
             items += _items(occurrences[finding.name], lesions[finding.name][0])
         for item in items:
             row = _row(slot, f"{finding.name}-{item.form}", _wording(slot, finding, item), item.answer)
-            rows.append(
-                row
-                | {
-                    "kind": item.form.removesuffix("-class"),  # the same for the open question and the one with choices
-                    "organ": finding.organ,
-                    "choices": list(item.choices),
-                    "lesion": finding.name,
-                    "organ_masks": list(finding.organ_masks),
-                    "answer_value": item.value,
-                    "unit": item.unit,
-                }
-            )
+            row["kind"] = item.form.removesuffix("-class")  # the same for the open question and the one with choices
+            row |= {"organ": finding.organ, "choices": list(item.choices), "lesion": finding.name}
+            row |= {"organ_masks": list(finding.organ_masks), "answer_value": item.value, "unit": item.unit}
+            rows.append(row)
     return rows
 
 
-def caption_rows(
-    slot: Slot, findings: Sequence[Finding], occurrences: Mapping[str, Occurrence]
-) -> list[dict[str, Any]]:
+def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> list[QuestionRow]:
     """The captions of a training volume: every finding, present or not, once with each finding first. Others have none.
 
     They say in one text what the questions ask: after the name of an organ comes what is seen there.
@@ -110,7 +100,7 @@ def caption_rows(
     return [row | {"kind": "caption"} for row in rows]
 
 
-def _row(slot: Slot, name: str, question: str, answer: str) -> dict[str, Any]:
+def _row(slot: Slot, name: str, question: str, answer: str) -> QuestionRow:
     return {
         "id": f"{slot.volume}-{name}",
         "volume": slot.volume,
@@ -121,7 +111,7 @@ def _row(slot: Slot, name: str, question: str, answer: str) -> dict[str, Any]:
     }
 
 
-def _yes_no(finding: Finding, occurrences: Mapping[str, Occurrence]) -> str:
+def _yes_no(finding: Finding, occurrences: Occurrences) -> str:
     return "yes" if finding.name in occurrences else "no"
 
 

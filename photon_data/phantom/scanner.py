@@ -43,7 +43,7 @@ SLICES = ((1, 5.0), (1, 4.0), (1, 3.0), (1, 2.5), (2 / 3, 1.5), (2 / 3, 1.0))
 
 @dataclass(frozen=True)
 class SimulatedScan:
-    """One acquisition. `axes` are the scanner axes (0 x, 1 y, 2 z) of the array axes; axis 0 is the slowest in the file.
+    """One acquisition. `axes` are the scanner axes (0 x, 1 y, 2 z) of the array axes, the slowest of the file first.
 
     `visible` is what the scan shows and the standard crop of it keeps.
     """

@@ -52,8 +52,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def validate(
     manifest: Sequence[Mapping[str, Any]] | Path, *, root: Path | str | None = None, look: bool = True
-) -> list[str]:
-    """Return the problems of rows or of a file, each with line and id; empty for a sound manifest.
+) -> list[Problem]:
+    """Return the problems of rows or of a file, by line; empty for a sound manifest.
 
     `root` is the folder that relative stores lie in; without it every store must be an absolute path or a URL.
     `look=False` does not look whether the stores exist (they may lie on another machine). UsageError for a file that
@@ -64,29 +64,22 @@ def validate(
         _, rows, problems = read_table(manifest)
     else:
         rows = [TableRow(f"line {number}", dict(row)) for number, row in enumerate(manifest, 1)]
-    problems = problems + check_rows(rows, None if root is None else str(root), look=look)
-    return [f"{problem.place}: {problem.text}" for problem in sorted(problems, key=lambda problem: problem.number)]
-
-
-def check_rows(rows: Sequence[TableRow], root: str | None, *, look: bool) -> list[Problem]:
-    """Return the problems of the rows, in their order; `root` and `look` are those of `validate`."""
-    problems: list[Problem] = []
-    first_place: dict[str, str] = {}
+    first_places: dict[str, str] = {}
     video_problems: dict[str, str | None] = {}
     types = _types(rows[0].values) if rows else {}
     for place, row in rows:
-        found = [*_check_types(row, types)] or [*_check_columns(row)]
+        found = [*_compare_types(_types(row), types)] or [*_check_columns(row)]
         if not found:
             found += _check_messages(row)
             for video in row["videos"]:
                 if video not in video_problems:
-                    video_problems[video] = _problem_of_video(video, root, look)
+                    video_problems[video] = _problem_of_video(video, None if root is None else str(root), look)
                 found += filter(None, [video_problems[video]])
-            earlier = first_place.setdefault(row["id"], place)
+            earlier = first_places.setdefault(row["id"], place)
             if earlier != place:
                 found.append(f"expected an id that occurs once, found it at {earlier} too")
         problems += [Problem(place, "unsound row", f"id {row.get('id')!r}: {text}") for text in found]
-    return problems
+    return sorted(problems, key=lambda problem: problem.number)
 
 
 def _types(value: Any) -> Any:
@@ -96,26 +89,11 @@ def _types(value: Any) -> Any:
     return type(value).__name__
 
 
-def _check_types(row: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the columns that are not there, or not of the type, as in the first row; `first` is its `_types`."""
-    if _has_types(row, first):
-        return
-    own = _types(row)
-    for name in first.keys() | own.keys():
-        if first.get(name) != own.get(name):
+def _compare_types(own: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
+    for name in own.keys() | first.keys() if own != first else ():
+        if own.get(name) != first.get(name):
             expected, found = first.get(name, "no such column"), own.get(name, "none")
             yield f"expected column {name!r} as in the first row ({expected}), found {found}"
-
-
-def _has_types(row: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
-    """Tell whether `_types(row) == types` without the cost of making it: manifests have 100,000s of rows."""
-    own = {name: type(value).__name__ for name, value in row.items()}
-    if own == types:
-        return True
-    inner = {name: expected for name, expected in types.items() if isinstance(expected, dict)}
-    objects = [row[name] for name in inner if isinstance(row.get(name), Mapping)]
-    same = {**own, **inner} == types and len(objects) == len(inner)
-    return same and all(map(_has_types, objects, inner.values()))
 
 
 def _check_columns(row: Mapping[str, Any]) -> Iterator[str]:

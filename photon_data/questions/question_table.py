@@ -79,21 +79,12 @@ def _to_question(
 
     # A "?" is not empty, so that a text of a wrong type is one problem, not two.
     texts = {name: read(name, column, _to_text, "?") for name, column in fields.items()}
+    texts |= {name: text.strip() for name, text in texts.items() if name not in ("question", "answer")}
+    optional = {name: text if text.strip() else None for name, text in texts.items() if name not in ("id", *REQUIRED)}
     extra = {name: row.values[column] for name, column in extra_columns.items() if column in row.values}
     if "choices" in extra_columns:
         extra["choices"] = read("choices", extra_columns["choices"], _to_choices, [])
-    names = {name: texts.get(name, "").strip() for name in FIELDS if name not in ("question", "answer")}
-    answer = texts.get("answer", "")
-    return Question(
-        id=names["id"],
-        volume=names["volume"],
-        question=texts["question"],
-        answer=answer if answer.strip() else None,
-        split=names["split"] or None,
-        patient=names["patient"] or None,
-        task=names["task"] or None,
-        extra=extra,
-    )
+    return Question(texts.get("id", ""), texts["volume"], texts["question"], **optional, extra=extra)
 
 
 def _to_text(value: Any) -> str:

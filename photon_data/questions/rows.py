@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError
 from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.join import by_name
-from photon_data.questions.manifest import FOLDER, SUFFIX, VIDEO_TAG, check_rows, is_manifest, manifest_names
+from photon_data.questions.manifest import FOLDER, SUFFIX, VIDEO_TAG, is_manifest, manifest_names, validate
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
-from photon_data.questions.table import TableRow, refuse
+from photon_data.questions.table import refuse
 from photon_data.records import VolumeRecord
 
 # Keys of Question.extra that are columns of a row; the other keys share the column "extra".
@@ -139,14 +139,12 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
 
     Each manifest is whole or not there. Manifests of splits without rows are removed after the others are in place, so
     that no run trains on old rows; other files in manifests/ stay. UsageError, and nothing is written, for rows that
-    `manifest.check_rows` has a problem with.
+    `manifest.validate` has a problem with.
     """
     place = Location(str(out))
     named = {f"{FOLDER}/{split}{SUFFIX}": rows for split, rows in manifests.rows.items()}
     for name, rows in named.items():
-        problems = check_rows(
-            [TableRow(f"line {number}", row) for number, row in enumerate(rows, 1)], place.url, look=False
-        )
+        problems = validate(rows, root=place.url, look=False)
         if problems:
             refuse(name, problems)
     for name, rows in named.items():

@@ -33,6 +33,9 @@ class Problem(NamedTuple):
     kind: str
     text: str
 
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}"
+
     @property
     def number(self) -> int:
         """The number of the line or item, to sort by; 0 for the file as a whole."""
@@ -88,7 +91,7 @@ def read_text(path: Path, suffixes: Collection[str]) -> str:
 def refuse(source: Path | str, problems: list[Problem]) -> NoReturn:
     """Raise the UsageError of all problems of `source`: counts by kind, then the first ten problems."""
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(p.kind for p in problems).most_common())
-    lines = [f"  {problem.place}: {problem.text}" for problem in problems[:SHOWN_PROBLEMS]]
+    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > len(lines):
         lines.append(f"  and {len(problems) - len(lines)} more")
     number = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"

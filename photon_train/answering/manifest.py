@@ -1,4 +1,4 @@
-"""Rows of a manifest -> predictions in a file: volume by volume, resumable, and one failure does not stop the others."""
+"""Rows of a manifest -> predictions in a file: volume by volume, resumable; a failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shard(NamedTuple):
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % self.parts == self.number
 
     def path(self, output: Path) -> Path:
-        """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl; `output` itself where there is one part."""
+        """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl; `output` itself for one part."""
         return (
             output
             if self.parts == 1
@@ -67,8 +67,9 @@ def predict_rows(
 ) -> Outcome:
     """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
 
-    The same rows in any order, in one run or several, give the same predictions. An answer to another question than the row
-    of its id asks now does not count. A row or volume that fails is written with its `error`; the next call tries it again.
+    The same rows in any order, in one run or several, give the same predictions. An answer to another question than
+    the row of its id asks now does not count. A row or volume that fails is written with its `error`; the next call
+    tries it again.
 
     `on_start` is called with the numbers of rows in all and answered before; `on_batch` after each batch is on disk.
     UsageError for rows without an id of their own, and as `prediction_file`.
@@ -99,9 +100,7 @@ def predict_rows(
 def _check_ids(rows: Sequence[Row]) -> None:
     without = sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows)
     if without:
-        raise UsageError(
-            f"expected a text in 'id' of every row, found that {without} of {len(rows)} have none; predictions are joined by id"
-        )
+        raise UsageError(f"expected a text in 'id' of every row, found that {without} of {len(rows)} have none")
     twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
         raise UsageError(f"expected ids that occur once, found {len(twice)} that occur more often, {twice[0]!r} first")

@@ -1,7 +1,7 @@
-"""What a row asks, one answer to it (a prediction), and the file of predictions that `photon predict` gives to `photon eval`.
+"""What a row asks, one answer to it (a prediction), and the file that takes predictions to `photon eval`.
 
-The file has one JSON object a line and no header. While it grows it holds whole lines only, of one run at a time. The settings
-that it was made with stand beside it, in `<name>.settings.json`.
+The file has one JSON object a line and no header. While it grows it holds whole lines only, of one run at a time. The
+settings that it was made with stand beside it, in `<name>.settings.json`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def question_digest(row: Row) -> str:
 
 
 def organ_masks_of(row: Row) -> tuple[str, ...]:
-    """Return the names of the masks a row asks about: a JSON list in its `extra`. UsageError for anything else there."""
+    """Return the names of the masks a row asks about: a JSON list in its `extra`. UsageError for anything else."""
     listed = (row.get("extra") or {}).get("organ_masks") or "[]"
     try:
         names = json.loads(listed)
@@ -56,7 +56,7 @@ def organ_masks_of(row: Row) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer to one question. Scoring needs only `id` and `response`; the rest describes the question and the cost."""
+    """An answer to one question. Scoring needs `id` and `response`; the rest is for diagnosis and costs."""
 
     id: str
     response: str = ""
@@ -69,12 +69,12 @@ class Prediction:
     text_tokens: int = 0
     threshold: float | None = None  # None for a scheduler without one
     kept: str = ""  # which visual tokens were kept, see `pack_mask`; "" when nothing was scheduled
-    choice_scores: dict[str, float] = field(default_factory=dict)  # log-probability of each choice as the answer, by its text
+    choice_scores: dict[str, float] = field(default_factory=dict)  # log-probability of each choice as the answer
     seconds: dict[str, float] = field(default_factory=dict)  # by stage; shared stages are divided among their questions
     peak_memory_mib: float = 0.0  # the most that the process had used by then; 0 when it is not known
 
     def can_answer(self, digest: str | None) -> bool:
-        """Return False if this answers another question than that of the `question_digest`; None stands for any question."""
+        """Return False if this answers another question than that of the digest; None stands for any."""
         return not self.asked or digest is None or digest == self.asked
 
     def to_json(self) -> str:
@@ -135,9 +135,9 @@ class PredictionFile:
 def prediction_file(path: Path, settings: Mapping[str, Any], digests: Mapping[str, str]) -> Iterator[PredictionFile]:
     """Open a file of predictions, new or not, and remove what has to be answered again.
 
-    Removed are a line that a kill cut off, lines with an error, and answers to other questions than those of `digests`
-    ({id: `question_digest`}). UsageError for a file that was made with other settings, that another process writes, or that
-    holds something else than predictions.
+    Removed are a line that a kill cut off, lines with an error, and answers to other questions than those of
+    `digests` ({id: `question_digest`}). UsageError for a file that was made with other settings, that another process
+    writes, or that holds something else than predictions.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _match_settings(path, settings)
@@ -146,7 +146,7 @@ def prediction_file(path: Path, settings: Mapping[str, Any], digests: Mapping[st
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"{path}: expected a file of this run's own, found that another run is writing it; wait or choose another"
+                f"{path}: expected a file of its own, found that another run is writing it; wait or choose another"
             ) from None
         done, changed = _repair(path, digests)
         with path.open("a", encoding="utf-8") as lines:
@@ -179,7 +179,7 @@ def answered_ids(path: Path, settings: Mapping[str, Any], digests: Mapping[str, 
 def merge_parts(
     parts: Iterable[Path], output: Path, settings: Mapping[str, Any], ids: set[str], digests: Mapping[str, str]
 ) -> bool:
-    """Write the predictions of `output` and all parts into `output`, by id, if these have all `ids`; return whether they do."""
+    """Write the predictions of all parts (and `output`) into `output`, if these have all `ids`; return whether."""
     try:
         found = {
             p.id: p
@@ -220,5 +220,5 @@ def _match_settings(path: Path, settings: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise UsageError(
-            f"{path}: expected the settings it was made with, found that {'; '.join(differences)}; choose another --output"
+            f"{path}: expected the same settings as before, found {'; '.join(differences)}; choose another --output"
         )

@@ -1,10 +1,10 @@
 """Predictor: a loaded model that encodes a volume once, then generates answers about it or scores given ones.
 
-A request is a row to answer. Requests that share a prefix form a group: the prefix is encoded once for all of them. They are
-answered in batches, which are the same whatever the order of the rows.
+A request is a row to answer. Requests that share a prefix form a group: the prefix is encoded once for all of them.
+They are answered in batches, which are the same whatever the order of the rows.
 
-Legend: V visual tokens of a row, B rows, L tokens of a padded row, M tokens of a row after pruning; of scored answers: R answers
-of all rows together, N tokens of the longest answer, C tokens of the vocabulary.
+Legend: V visual tokens of a row, B rows, L tokens of a padded row, M tokens of a row after pruning; of scored
+answers: R answers of all rows together, N tokens of the longest answer, C tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Predictor:
 
     @torch.no_grad()
     def answer(self, encoded: Encoded, requests: Sequence[Request], streamer: Any = None) -> list[Reply]:
-        """Return a reply to each request of the group. A `streamer` (of transformers) gets the tokens of a single request."""
+        """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request."""
 
         def is_scored(request: Request) -> bool:
             return bool(self.settings.choices and request.row.get("choices"))
@@ -148,9 +148,8 @@ class Predictor:
         for b, request in enumerate(requests):
             keep_V, saliency_V = np.zeros(0, bool), np.zeros(0, np.float32)
             if scheduled is not None:
-                keep_V, saliency_V = (
-                    x_BL[b][visual_BL[b]].detach().cpu().numpy() for x_BL in (scheduled.keep_BL, scheduled.selection.saliency_BL)
-                )
+                both = (scheduled.keep_BL[b], scheduled.selection.saliency_BL[b])
+                keep_V, saliency_V = (x_L[visual_BL[b]].detach().cpu().numpy() for x_L in both)
             prediction = Prediction(
                 id=request.id,
                 response=texts[b],
@@ -183,7 +182,7 @@ class Predictor:
         # Nothing is left to the generation config of the model.
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.sample:
-            # The seed depends on the run's and on the ids alone: the order of batches has no influence on what is drawn.
+            # The seed is made of the run's and the ids: the order of batches has no influence on what is drawn.
             text = "\n".join([str(settings.seed), *(request.id for request in requests)])
             torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
             options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -203,10 +202,7 @@ class Predictor:
         self, inputs: dict[str, Any], requests: Sequence[Request]
     ) -> tuple[list[dict[str, float]], Scheduled | None]:
         choices = [[str(choice) for choice in request.row["choices"]] for request in requests]
-        ids = [
-            [answer_ids(request, text, self.processor) for text in own]
-            for request, own in zip(requests, choices, strict=True)
-        ]
+        ids = [[answer_ids(r, text, self.processor) for text in own] for r, own in zip(requests, choices, strict=True)]
         scores, scheduled = score_choices(self.model, inputs, ids)
         return [dict(zip(own, values, strict=True)) for own, values in zip(choices, scores, strict=True)], scheduled
 
@@ -241,7 +237,8 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
 def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[RequestGroup], dict[str, str]]:
     """Return the groups of rows that share a prefix, and why a row is in none: {id: reason}.
 
-    Every row has an `id` of its own. The order of the groups, and of the requests in them, does not depend on that of the rows.
+    Every row has an `id` of its own. The order of the groups, and of the requests in them, does not depend on that of
+    the rows.
     """
     requests: dict[tuple[Any, ...], list[Request]] = defaultdict(list)
     problems: dict[str, str] = {}
@@ -313,7 +310,7 @@ def score_choices(
 
 
 class ScanAnswers(NamedTuple):
-    """Replies in the order of the questions, and the seconds of all together, by stage: read, prepare, encode, answer."""
+    """Replies in the order of the questions, and their seconds in all: read, prepare, encode, answer."""
 
     replies: list[Reply]
     seconds: dict[str, float]
@@ -366,7 +363,7 @@ def load_predictor(
     revision: str | None = None,
     **photon: Any,
 ) -> Predictor:
-    """Return the model of a directory or hub id, ready to answer; `photon` are settings of PhotonConfig, None for its own.
+    """Return the model of a directory or hub id, ready to answer; `photon`: settings of PhotonConfig, None for its own.
 
     device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32), float32, ...
     UsageError for what cannot be loaded.
@@ -385,7 +382,7 @@ def load_predictor(
 
 
 def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, int]:
-    """Return the voxels (z, y, x) of the grid that a model reads, from its configuration alone; UsageError as load_predictor."""
+    """Return the shape (z, y, x) of the grid that a model reads, from its configuration. UsageError as above."""
     with _loading(model):
         depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
     return depth, height, width
@@ -413,7 +410,7 @@ def _device(name: str) -> torch.device:
 
 
 def settings_of(predictor: Predictor) -> dict[str, Any]:
-    """Return all that predictions depend on besides their rows: settings, dtype, and digests of configuration and weights."""
+    """Return what predictions depend on besides their rows: settings, dtype, digests of configuration and weights."""
     config = predictor.model.config
     # The same model may have another name or come from another version of the library.
     decisive = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}

@@ -30,7 +30,7 @@ class ScanInput(NamedTuple):
 
 
 def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> ScanInput:
-    """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
+    """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused for one that must not become a store, with the words of `prepare`.

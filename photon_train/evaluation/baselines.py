@@ -1,4 +1,4 @@
-"""What can be reached without looking at a scan: one answer for everything, one per subtask, rules on the question's text."""
+"""What can be reached without a scan: one answer for everything, one per subtask, rules on the question's text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Baseline:
 
 
 class Baselines(NamedTuple):
-    """All baselines, the best constant answer by kind of question, and where these were chosen (a phrase for the reader)."""
+    """All baselines, the best constant answer by kind of question, and the rows it was chosen on."""
 
     baselines: list[Baseline]
     constants: dict[str, str]
@@ -62,7 +62,7 @@ class Baselines(NamedTuple):
 
 
 def fit_baselines(training: Sequence[Case], evaluated: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Baselines:
-    """Return baselines with constants chosen on the training cases; of kinds that these do not have, on the evaluated ones.
+    """Return baselines with constants chosen on the training cases; of kinds that these lack, on the evaluated ones.
 
     A subtask that the training cases do not have gets its kind's best constant as its majority.
     """
@@ -101,9 +101,9 @@ def _kind_of(case: Case) -> Kind:
 def best_constant(cases: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Constant:
     """Return the answer that scores highest when it is always given.
 
-    Closed and yes-no questions: the most frequent text or letter. Numbers and text: of the most frequent answers (and the
-    median of numbers) the one that is best by the first metric that applies. Ties go to the more frequent, then to the first
-    in the alphabet: the order of cases does not matter.
+    Closed and yes-no questions: the most frequent text or letter. Numbers and text: of the most frequent answers (and
+    the median of numbers) the one that is best by the first metric that applies. Ties go to the more frequent, then
+    to the first in the alphabet: the order of cases does not matter.
     """
     first, answers = cases[0], _ranked(case.answer for case in cases)
     if first.closed or first.form == "yes-no":
@@ -135,7 +135,8 @@ def answered(case: Case, metric: Metric[Case], answer: str) -> Case:
 def last_prior(case: Case) -> str | None:
     """Answer 3D-RAD's longitudinal questions by the history that they tell: a list of 0 and 1.
 
-    No prior is 1 -> "No Abnormality", the last is 1 -> "Refractory", else "Resolved". The rule was found on the training split.
+    No prior is 1 -> "No Abnormality", the last is 1 -> "Refractory", else "Resolved". The rule was found on the
+    training split.
     """
     priors = _priors(case)
     return priors and _choice_named(

@@ -1,4 +1,4 @@
-"""Cases: a question of the data with the response it got, joined by id. What cannot be joined is an error, or is counted."""
+"""A case: a question of the data with its response, joined by id. What cannot be joined is an error, or is counted."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def join(
 ) -> Joined:
     """Return a case for every question with a prediction, sorted by id: the order of neither file matters.
 
-    UsageError, which lists ids, for a question that occurs twice, and for gaps. With `allow_partial` questions with gaps are
-    left out; UsageError if then nothing is left.
+    UsageError, which lists ids, for a question that occurs twice, and for gaps. With `allow_partial` questions with
+    gaps are left out; UsageError if then nothing is left.
     """
     questions = rows_by_id(rows)
     all_predictions = list(predictions)
@@ -110,12 +110,9 @@ def join(
         unknown=tuple(sorted(times.keys() - questions.keys())),
     )
     if gaps and not allow_partial:
-        listed = (_listed(what, getattr(gaps, field)) for field, (_, what) in _GAPS.items())
-        lines = "\n  ".join(line for line in listed if line)
-        raise UsageError(
-            f"expected one prediction for each of {gaps.questions} questions, found ids\n  {lines}\n"
-            "allow partial results to leave them out"
-        )
+        listed = [_listed(what, ids) for field, (_, what) in _GAPS.items() if (ids := getattr(gaps, field))]
+        expected = f"expected one prediction for each of {gaps.questions} questions, found ids"
+        raise UsageError("\n  ".join([expected, *listed]) + "\nallow partial results to leave them out")
     cases = [case_of(questions[id], single[id]) for id in sorted(single.keys() - failed - changed)]
     if not cases:
         raise UsageError(f"expected predictions of the data's questions, found none. {gaps.sentence()}")
@@ -124,27 +121,19 @@ def join(
 
 def rows_by_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Return the rows by id; UsageError for an id that occurs twice, or a row without an answer to compare with."""
-    found: dict[str, Mapping[str, Any]] = {}
-    repeated, blank = set(), set()
-    for row in rows:
-        if row["id"] in found:
-            repeated.add(row["id"])
-        if not row["answer"]:
-            blank.add(row["id"])
-        found[row["id"]] = row
-    for ids, expected, what in (
-        (repeated, "every question once", "that occur again"),
-        (blank, "questions with an answer", "without one"),
-    ):
-        if ids:
-            raise UsageError(f"expected {expected} in the data, found {_listed(what, sorted(ids))}")
-    return found
+    found = list(rows)
+    repeated = sorted(id for id, count in Counter(row["id"] for row in found).items() if count > 1)
+    if repeated:
+        raise UsageError(f"expected every question once in the data, found {_listed('that occur again', repeated)}")
+    blank = sorted(row["id"] for row in found if not row["answer"])
+    if blank:
+        raise UsageError(f"expected questions with an answer in the data, found {_listed('without one', blank)}")
+    return {row["id"]: row for row in found}
 
 
 def _listed(what: str, ids: Sequence[str], most: int = 10) -> str:
-    """Return "2 what: a, b", "" for no ids."""
     rest = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return f"{len(ids)} {what}: {', '.join(ids[:most])}{rest}" if ids else ""
+    return f"{len(ids)} {what}: {', '.join(ids[:most])}{rest}"
 
 
 # What 3D-RAD's own prompt puts before the answer of an open question.
@@ -161,9 +150,8 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
     answer = (extra.get("plain_answer") or label).strip()
     choices = tuple(row["choices"])
     closed = bool(choices)
-    if choices and extra.get(
-        "mc_question"
-    ):  # DeepTumorVQA has choices for its free-text questions too, which do not show them
+    # DeepTumorVQA's free-text questions have choices too, which they do not show.
+    if choices and extra.get("mc_question"):
         closed = label != answer or f"\nA. {choices[0]}" in text
     response = prediction.response.strip()
     if not closed and label.startswith(_OPEN_ANSWER):

@@ -1,7 +1,7 @@
-"""Scores of answers that can be parsed: choices, yes and no, numbers, sizes; and of free text that must equal the answer.
+"""Scores of answers that can be parsed (choices, yes and no, numbers, sizes), and of free text that must match.
 
-Accuracy of closed questions is published in four ways, which differ in what counts as the letter. Two different scores of
-numbers are published as "MRA". Each of these has a name of its own here.
+Accuracy of closed questions is published in four ways, which differ in what counts as the letter. Two different
+scores of numbers are published as "MRA". Each of these has a name of its own here.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _has_letter(case: Case) -> bool:
     return contains_letter(case.response, case.letter)
 
 
-def _best_scored_is_right(case: Case) -> bool:
-    return max(case.choices, key=lambda text: case.prediction.choice_scores[text]) == case.answer
+def _best_scored(case: Case) -> str:
+    return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
 
 
 ACCURACIES: tuple[Metric[Case], ...] = (
@@ -98,7 +98,7 @@ ACCURACIES: tuple[Metric[Case], ...] = (
     # They are equal to the letter (Photon on DeepTumorVQA v1).
     mean_of("accuracy_strict", _is_closed, lambda case: case.response == case.label, as_label),
     # The choice with the highest log-probability; of predictions that have them.
-    mean_of("accuracy_scored_choice", _has_choice_scores, _best_scored_is_right),
+    mean_of("accuracy_scored_choice", _has_choice_scores, lambda case: _best_scored(case) == case.answer),
 )
 # Multiple choice of DeepTumorVQA v2.
 ACCURACY_LETTER_V2 = mean_of(
@@ -112,19 +112,17 @@ def _is_equal_normalised(case: Case) -> bool:
     return without_punctuation(case.response) == without_punctuation(case.answer)
 
 
-def _contains_answer(case: Case) -> bool:
-    return without_punctuation(case.answer) in without_punctuation(case.response)
-
-
-# Free text that equals the answer to the letter (DeepTumorVQA v1); without punctuation and case, and free text that contains it
+# Free text that equals the answer to the letter (DeepTumorVQA v1), or without punctuation and case, or that contains it
 # so (both DeepTumorVQA v2).
 EXACT_STRICT = mean_of("exact_strict", is_free_text, lambda case: case.response == case.answer)
 EXACT_NORMALISED = mean_of("exact_normalised", is_free_text, _is_equal_normalised)
-PARTIAL_MATCH = mean_of("partial_match", is_free_text, _contains_answer)
+PARTIAL_MATCH = mean_of(
+    "partial_match", is_free_text, lambda case: without_punctuation(case.answer) in without_punctuation(case.response)
+)
 
 
 def _confusion(cases: Sequence[Case]) -> np.ndarray:
-    """Return float[n, 5]: yes that is right, yes that is wrong, no that is right, no that is wrong, of which unparsed."""
+    """Return float[n, 5] of the answers: yes right, yes wrong, no right, no wrong, of which unparsed."""
     rows = []
     for case in cases:
         is_yes, right = _true_answer(case) == "yes", _is_right(case)
@@ -187,7 +185,7 @@ MOST_CLASSES = 12
 
 
 def _by_class(cases: Sequence[Case]) -> np.ndarray:
-    """Return float[n, 3 * classes]: the answer is the class, so is the response too, the response is; [n, 0] for too many."""
+    """Return float[n, 3 * classes]: the answer is the class, so are both, the response is; [n, 0] for too many."""
     classes = sorted({case.answer for case in cases})
     if len(classes) > MOST_CLASSES:
         return np.zeros((len(cases), 0))
@@ -197,7 +195,7 @@ def _by_class(cases: Sequence[Case]) -> np.ndarray:
 
 
 def _mean_of_classes(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
-    """Return the mean, over the answers that occur, of a formula of cases of the class, right ones, responses of the class."""
+    """Return the mean over occurring answers of a formula of their counts: as answer, right, as response."""
 
     def mean(sums: np.ndarray) -> np.ndarray:
         true, right, given = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
@@ -218,15 +216,15 @@ def relative_error(value: float, true: float) -> float:
     return abs(value - true) / max(abs(true), 1e-6)
 
 
-# As decimals: 1 - 0.70 is 0.30000000000000004, so that an error of exactly 0.30 passes, as it does where this was published.
+# As decimals: 1 - 0.70 is 0.30000000000000004. An error of exactly 0.30 passes, as it does where this was published.
 MRA_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 
 
 def mra_thresholds(response: str, answer: str) -> float:
     """Return the share of thresholds t = .50, .55 ... .95 for which the relative error is below 1 - t.
 
-    Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. Numbers by `parse_number`; no number is 0. A relative
-    error of 0.30 gives 0.5.
+    Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. Numbers by `parse_number`; no number is 0. A
+    relative error of 0.30 gives 0.5.
     """
     value, true = parse_number(response), parse_number(answer)
     if value is None or true is None:
@@ -236,7 +234,7 @@ def mra_thresholds(response: str, answer: str) -> float:
 
 
 def mra_linear(response: str, answer: str) -> float:
-    """Return max(0, 1 - relative error): mean relative accuracy of DeepTumorVQA v2. A relative error of 0.30 gives 0.7."""
+    """Return max(0, 1 - relative error): mean relative accuracy of DeepTumorVQA v2. An error of 0.30 gives 0.7."""
     error = _error_v2(response, answer)
     return 0.0 if error is None else max(0.0, 1 - error)
 
@@ -253,7 +251,7 @@ def _error_v2(response: str, answer: str) -> float | None:
 
 
 def same_size(response: str, answer: str, band: float) -> float:
-    """Return 1 for as many sides, each within `band` of its own, else 0; "2 cm" is "20 mm", and "20x15 mm" is "1.5 x 2 cm"."""
+    """Return 1 for as many sides, each within `band` of its own, else 0; "20x15 mm" is "1.5 x 2 cm"."""
     sides, true = parse_size_mm(response), parse_size_mm(answer)
     if sides is None or true is None or len(sides) != len(true):
         return 0.0
@@ -292,10 +290,8 @@ def _score_v2(case: Case) -> float:
     return float(_is_equal_normalised(case))
 
 
-def _written_v2(case: Case, answer: str) -> str:
-    return as_letter(case, answer) if case.closed else as_label(case, answer)
-
-
 # What each version of DeepTumorVQA averages over all its questions.
 SCORE_V1 = mean_of("score_v1", any_question, _score_v1, as_label)
-SCORE_V2 = mean_of("score_v2", any_question, _score_v2, _written_v2)
+SCORE_V2 = mean_of(
+    "score_v2", any_question, _score_v2, lambda case, answer: (as_letter if case.closed else as_label)(case, answer)
+)

@@ -1,4 +1,4 @@
-"""Rows and predictions -> an evaluation: scores by the metrics of a benchmark, intervals, baselines, costs, kept tokens.
+"""Rows and predictions -> an evaluation: scores by a benchmark, intervals, baselines, costs, kept tokens.
 
 Reads and writes no files.
 """
@@ -31,14 +31,7 @@ from photon_train.evaluation.tables import (
     scores_of,
     table_of,
 )
-from photon_train.evaluation.text_metrics import (
-    bertscore,
-    bleu,
-    constant_labels,
-    label_metrics,
-    meteor_exact_stem,
-    rouge,
-)
+from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
@@ -86,13 +79,13 @@ def evaluate(
     """Return the scores of each named set of predictions of the rows, and of each later set against the first.
 
     benchmark  a key of BENCHMARKS
-    rows       of a manifest; `train`: those that constant answers are chosen on (the evaluated ones where there are none)
+    rows       of a manifest; `train`: those that constant answers are chosen on (none: the evaluated ones)
     config     the model's, to count FLOPs
     masks      of volumes, by id, to see what was kept of them
 
-    Without any predictions, only the baselines are scored, under the name BLIND. The same rows and predictions, in whatever
-    order, give the same result. UsageError for predictions that do not match the rows (see `join`), an unknown benchmark, rows
-    without answers, and rows that the benchmark has no metric for.
+    Without any predictions, only the baselines are scored, under the name BLIND. The same rows and predictions, in
+    whatever order, give the same result. UsageError for predictions that do not match the rows (see `join`), an
+    unknown benchmark, rows without answers, and rows that the benchmark has no metric for.
     """
     settings = settings or Settings()
     metrics = _metrics(benchmark, settings)
@@ -138,7 +131,7 @@ class _Scoring:
             name=name,
             gaps=joined.gaps,
             scores=scores_of(table_of(cases, self.metrics, self.patients), self.baseline_tables(cases)),
-            unparsed=dict(sorted(Counter(case.task for case in cases if is_unparsed(case)).items())),
+            unparsed=dict(sorted(Counter(case.task for case in cases if _is_unparsed(case)).items())),
             scored_cases=tuple(self.scored(case) for case in cases),
             costs=summarise_costs(cases, self.config),
             kept=summarise_kept(cases, self.settings.grid_zyx),
@@ -156,7 +149,7 @@ class _Scoring:
         if self.settings.labels:
             reference, responses = self.settings.labels
             for name, value in (("labels_all_negative", 0), ("labels_all_positive", 1)):
-                constant = label_metrics(reference, constant_labels(responses, value))
+                constant = label_metrics(reference, responses.constant(value))
                 tables[name] = table_of(cases, constant, self.patients)
         return tables
 
@@ -174,7 +167,7 @@ class _Scoring:
 
 
 def check(benchmark: str, rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """Raise the UsageError that `evaluate` would raise whatever the predictions are: worth knowing before a model makes them."""
+    """Raise the UsageError that `evaluate` would raise for any predictions: useful before a model makes them."""
     _metrics(benchmark, settings)
     rows_by_id(rows)
 
@@ -195,7 +188,7 @@ def _check_all_scored(benchmark: str, cases: Sequence[Case], metrics: Sequence[M
         )
 
 
-def is_unparsed(case: Case) -> bool:
+def _is_unparsed(case: Case) -> bool:
     """Tell whether a response means no answer of the expected form; text always means something."""
     if case.closed or case.form == "yes-no":
         return choice.parsed_answer(case) is None

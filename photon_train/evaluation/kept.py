@@ -1,7 +1,7 @@
-"""Which tokens were kept: how many, where, whether the question made a difference, and how much of organs and lesions they hold.
+"""Which tokens were kept: how many, where, by which question, and how much of organs and lesions they hold.
 
-Legend: n predictions, or pairs of a question and a mask of its volume; V visual tokens of a volume; W ways of weighting the
-patients (see `metric`).
+Legend: n predictions, or pairs of a question and a mask of its volume; V visual tokens of a volume; W ways of
+weighting the patients (see `metric`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Kept:
 
 
 def summarise_kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 10, 10)) -> Kept | None:
-    """Return what was kept, None where no prediction counts visual tokens. Masks of another size than the grid have no slabs."""
+    """Return what was kept, None where no prediction counts visual tokens. Slabs are of masks that fit the grid."""
     counted = [case for case in cases if case.prediction.visual_tokens]
     if not counted:
         return None
@@ -169,7 +169,7 @@ class MaskRecalls:
 
 
 class Pair(NamedTuple):
-    """A question, a mask of its volume, and the shares (0 to 1) of it that the kept tokens hold, and would by chance."""
+    """A question, a mask of its volume, and the share of it (0 to 1) in the kept tokens, and by chance."""
 
     case: Case
     mask: VolumeMask
@@ -180,23 +180,17 @@ class Pair(NamedTuple):
 def mask_recalls(
     cases: Sequence[Case], masks: Mapping[str, Sequence[VolumeMask]], patients: Patients
 ) -> MaskRecalls | None:
-    """Return the recalls of `masks` (by volume id), None where no prediction has a mask of kept tokens on their grid.
-
-    Empty masks are left out.
-    """
+    """Return the recalls of `masks` (by volume id) that are not empty, None where no prediction fits their grid."""
     pairs = [pair for case in cases for pair in _pairs(case, masks.get(case.volume_id, ()))]
     if not pairs:
         return None
-    by_mask, by_size = (
-        grouped(pairs, key) for key in (lambda pair: pair.mask.name, lambda pair: size_of(pair.mask.ml))
-    )
-    sizes = [size_of(low) for low in SIZES_ML[:-1]]
+    by_mask = dict(sorted(grouped(pairs, lambda pair: pair.mask.name).items()))
+    sizes = grouped(pairs, lambda pair: size_of(pair.mask.ml))
+    by_size = {size: sizes[size] for size in map(size_of, SIZES_ML[:-1]) if size in sizes}
     return MaskRecalls(
         predictions=len({pair.case.id for pair in pairs}),
-        by_mask=tuple(_recall(name, by_mask[name], _replicates(by_mask[name], patients)) for name in sorted(by_mask)),
-        by_size=tuple(
-            _recall(size, by_size[size], _replicates(by_size[size], patients)) for size in sizes if size in by_size
-        ),
+        by_mask=tuple(_recall(name, group, _replicates(group, patients)) for name, group in by_mask.items()),
+        by_size=tuple(_recall(size, group, _replicates(group, patients)) for size, group in by_size.items()),
         organs=tuple(_contrasts(by_mask, organ_relation, patients)),
         lesions=tuple(_contrasts(by_mask, _lesion_relation(cases), patients)),
     )
@@ -228,7 +222,7 @@ def organ_relation(case: Case, mask: str) -> Relation | None:
 
 
 def _lesion_relation(cases: Sequence[Case]) -> Callable[[Case, str], Relation | None]:
-    """Return the same for a lesion's mask: a question is about another organ if none of its organs ever has this lesion."""
+    """Return the same for lesions: a question is about another organ if none of its organs ever has this lesion."""
     organs: dict[str, set[str]] = {}
     for case in cases:
         if case.lesion:
@@ -247,8 +241,8 @@ def _contrasts(
 ) -> Iterator[RecallContrast]:
     """Yield the masks that some questions are about and others are not; first the mean over them."""
     pairs: dict[str, tuple[list[Pair], list[Pair]]] = {}
-    for name in sorted(by_mask):
-        by_relation = grouped(by_mask[name], lambda pair: relation(pair.case, pair.mask.name))
+    for name, group in by_mask.items():
+        by_relation = grouped(group, lambda pair: relation(pair.case, pair.mask.name))
         if "own" in by_relation and "other" in by_relation:
             pairs[name] = by_relation["own"], by_relation["other"]
     if not pairs:
@@ -257,10 +251,8 @@ def _contrasts(
     # The mean over masks; a resampling that lacks one has none.
     means = [np.mean(parts, axis=0) for parts in zip(*values.values(), strict=True)]
     pooled = [[pair for part in parts for pair in part] for parts in zip(*pairs.values(), strict=True)]
-    for name, own_other, replicates in [
-        (ALL_MASKS, pooled, means),
-        *((name, pairs[name], values[name]) for name in pairs),
-    ]:
+    lines = [(ALL_MASKS, pooled, means), *((name, pairs[name], values[name]) for name in pairs)]
+    for name, own_other, replicates in lines:
         own, other = (_recall(name, part, value) for part, value in zip(own_other, replicates, strict=True))
         (own_recall, own_chance), (other_recall, other_chance) = replicates
         difference = (own_recall - own_chance) - (other_recall - other_chance)

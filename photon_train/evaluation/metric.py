@@ -2,7 +2,8 @@
 
 A metric is sums over questions and a formula of these sums. The sums of resampled patients are then one matrix product.
 
-Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then the resampled ones).
+Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then the
+resampled ones).
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ POINTS = 100.0
 INTERVAL = (2.5, 97.5)
 
 
+def as_text(case: object, answer: str) -> str:
+    """Return an answer as its text alone."""
+    return answer
+
+
 @dataclass(frozen=True)
 class Metric(Generic[Case]):
     """A score between 0 and 1 of a set of questions."""
@@ -26,7 +32,7 @@ class Metric(Generic[Case]):
     applies: Callable[[Case], bool]  # which questions it is for
     observe: Callable[[Sequence[Case]], np.ndarray]  # n cases -> float[n, k], what each of them adds
     formula: Callable[[np.ndarray], np.ndarray]  # sums float[..., k] -> float[...], NaN where it is not defined
-    written: Callable[[Case, str], str] = lambda case, answer: answer  # an answer as this metric reads it; baselines answer so
+    written: Callable[[Case, str], str] = as_text  # an answer as this metric reads it; baselines answer so
     of_text: bool = True  # it reads the text of a response; a metric of other data has baselines of its own
 
     def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
@@ -47,7 +53,7 @@ def mean_of(
     name: str,
     applies: Callable[[Case], bool],
     score: Callable[[Case], float],
-    written: Callable[[Case, str], str] = lambda case, answer: answer,
+    written: Callable[[Case, str], str] = as_text,
 ) -> Metric[Case]:
     """Return the metric that is the mean of a score per question."""
     return Metric(name, applies, lambda cases: with_ones(score(case) for case in cases), ratio, written)

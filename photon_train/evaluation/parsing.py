@@ -37,8 +37,8 @@ _IN_BRACKETS = re.compile(r"\s*\([^)]*\)")
 def parse_choice(response: str, choices: tuple[str, ...]) -> int | None:
     """Return the index of the one choice that a response means, however it is written; None where that cannot be told.
 
-    In this order: the choice's text, a letter ("B", "B.", "(B)", "B. No"), a text it begins with, "the answer is B", the one
-    text that it contains. A letter whose text contradicts it ("A. No", of A. Yes B. No) means neither.
+    In this order: the choice's text, a letter ("B", "B.", "(B)", "B. No"), a text it begins with, "the answer is B",
+    the one text that it contains. A letter whose text contradicts it ("A. No", of A. Yes B. No) means neither.
     """
     text = without_thinking(response)
     spellings = _spellings(choices)
@@ -60,14 +60,14 @@ def parse_choice(response: str, choices: tuple[str, ...]) -> int | None:
 
 @lru_cache(maxsize=4096)
 def _spellings(choices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """Return how each choice may be written: in full, and without its brackets if no other choice reads the same then."""
+    """Return how each choice may be written: in full, and without its brackets if that tells it apart."""
     full = [without_punctuation(text) for text in choices]
     short = [without_punctuation(_IN_BRACKETS.sub("", text)) for text in choices]
     return tuple((a, b) if b and short.count(b) == 1 else (a,) for a, b in zip(full, short, strict=True))
 
 
 def _contained(plain: str, spellings: Sequence[Sequence[str]]) -> int | None:
-    """Return the choice whose text a response begins with (the longest), or else the only one whose text it contains."""
+    """Return the choice that a response begins with (the longest), or else the only one that it contains."""
     pairs = [(text, i) for i, texts in enumerate(spellings) for text in texts if text]
     begun = [(len(text), i) for text, i in pairs if f"{plain} ".startswith(f"{text} ")]
     if begun:
@@ -113,7 +113,7 @@ def parse_number_v2(response: str) -> float | None:
     return float(found[0]) if found else None
 
 
-# "30x13 mm", "2 cm x 15 mm": lengths with a sign of multiplication between; a unit counts for those before it that have none.
+# "30x13 mm", "2 cm x 15 mm": lengths with a multiplication sign between; a unit counts for those before it without one.
 _LENGTH = r"\d+(?:[.,]\d+)?"
 _UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b"
 _SIZE = re.compile(rf"{_LENGTH}\s*(?:{_UNIT})?(?:\s*[x×*]\s*{_LENGTH}\s*(?:{_UNIT})?)*", re.IGNORECASE)
@@ -122,7 +122,7 @@ _SIDE = re.compile(rf"({_LENGTH})\s*({_UNIT})?", re.IGNORECASE)
 
 @lru_cache(maxsize=1 << 16)
 def parse_size_mm(text: str) -> tuple[float, ...] | None:
-    """Return the first size in mm, the longest side first: "15 x 20 mm" and "2x1.5 cm" -> (20, 15); None without a unit."""
+    """Return the first size in mm, longest side first: "15 x 20 mm", "2x1.5 cm" -> (20, 15); None without a unit."""
     for found in _SIZE.finditer(without_thinking(text)):
         mm_per_unit, sides = 0.0, []
         for length, unit in reversed(_SIDE.findall(found[0])):

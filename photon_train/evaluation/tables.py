@@ -1,4 +1,4 @@
-"""Scores over tasks and subtasks with both averages, intervals and baselines; and the results of an evaluation that hold them.
+"""Scores over tasks and subtasks with both averages, intervals and baselines; and the results that hold them.
 
 Legend: W ways of weighting the patients (see `metric`).
 """

@@ -1,10 +1,12 @@
-"""Scores of text: BLEU, ROUGE, METEOR, BERTScore as the libraries of the field compute them, and tables of findings. All 0 to 1.
+"""Scores of text, 0 to 1: BLEU, ROUGE, METEOR, BERTScore as the libraries of the field have them; tables of findings.
 
-BLEU is that of Hugging Face evaluate's "bleu" (max_order=N, smooth=False): of the whole corpus, tokenizer 13a, case kept,
-with brevity penalty. Counts are sacrebleu's. ROUGE is rouge-score's F-measure without stemmer, its mean over questions
-(evaluate prints the median of unseeded bootstrap means instead, so that its last digits change from run to run).
+BLEU is that of Hugging Face evaluate's "bleu" (max_order=N, smooth=False): of the whole corpus, tokenizer 13a, case
+kept, with brevity penalty. Counts are sacrebleu's. ROUGE is rouge-score's F-measure without stemmer, its mean over
+questions (evaluate prints the median of unseeded bootstrap means instead, so that its last digits change from run to
+run).
 
-Findings in reports are compared by tables of labels: F1 and CRG. What makes the labels (RadBERT, a person) is not part of this.
+Findings in reports are compared by tables of labels: F1 and CRG. What makes the labels (RadBERT, a person) is not
+part of this.
 """
 
 from __future__ import annotations
@@ -120,9 +122,13 @@ class LabelTable:
         """Return the labels of a case, None where the table has none."""
         return self.rows.get(case.id, self.rows.get(case.volume_id))
 
+    def constant(self, value: int) -> LabelTable:
+        """Return a table with the same label for every finding: the baselines of label metrics."""
+        return LabelTable(self.names, dict.fromkeys(self.rows, (value,) * len(self.names)))
+
 
 def read_labels(path: Path) -> LabelTable:
-    """Return a table of labels: a column id, volume_id or VolumeName, and one column of 0 and 1 per finding. UsageError."""
+    """Return a table: a column id, volume_id or VolumeName, and one column of 0 and 1 per finding. UsageError."""
     table = read_table(path)
     key = next((name for name in ID_COLUMNS if name in table.columns), None)
     if key is None:
@@ -148,13 +154,8 @@ def _label(value: object) -> int:
     raise ValueError(f"expected labels of 0 and 1, found {value!r}")
 
 
-def constant_labels(like: LabelTable, value: int) -> LabelTable:
-    """Return a table with the same label for every finding: the baselines of label metrics."""
-    return LabelTable(like.names, dict.fromkeys(like.rows, (value,) * len(like.names)))
-
-
 def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Case]]:
-    """Return precision, recall and F1 over all labels, F1 as a mean over findings, and CRG, of cases that both tables have.
+    """Return precision, recall, F1 over all labels, F1 as a mean over findings, and CRG, of cases in both tables.
 
     UsageError for tables of different findings.
     """
@@ -203,10 +204,10 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
 
 
 def crg(found: np.ndarray, missed: np.ndarray, false: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the VLM3D challenge's CRG: U / (2 U - s), s = r found - r missed - false, r = (X - A) / 2A, U = (X - A) / 2.
+    """Return CRG of the VLM3D challenge: U / (2 U - s), s = r found - r missed - false, r = U / A, U = (X - A) / 2.
 
-    X is the number of labels, A of those that are 1. Perfect is 1; all negative and all positive are both exactly 1/3. A
-    missed finding costs r false ones. NaN without any positive or negative label.
+    X is the number of labels, A of those that are 1. Perfect is 1; all negative and all positive are both exactly
+    1/3. A missed finding costs r false ones. NaN without any positive or negative label.
     """
     positives = found + missed
     half = (labels - positives) / 2

@@ -26,7 +26,9 @@ def cli(*words):
 
 @pytest.fixture
 def files(tmp_path):
-    rows = [row(f"q{i}", YES_NO[i % 2], YES_NO, patient=f"p{i // 2}", kind=f"k{i % 3}", task=f"t{i % 2}") for i in range(12)]
+    rows = [
+        row(f"q{i}", YES_NO[i % 2], YES_NO, patient=f"p{i // 2}", kind=f"k{i % 3}", task=f"t{i % 2}") for i in range(12)
+    ]
     rows += [row(f"w{i}", "upper lobe <b>", kind="words", task="words") for i in range(3)]
     put(tmp_path / "data.jsonl", rows)
     put(tmp_path / "preds.jsonl", [Prediction(one["id"], "Yes" if one["choices"] else "upper lobe") for one in rows])
@@ -58,7 +60,9 @@ def test_scores_are_told_on_the_terminal_and_written(files):
     assert "other minus preds" in text
     scores = json.loads((files / "out" / "scores.json").read_text())
     assert [answers["name"] for answers in scores["predictions"]] == ["preds", "other"]
-    (score,) = [s for s in scores["predictions"][0]["scores"] if (s["metric"], s["task"]) == ("accuracy_robust", "all")][1:]
+    (score,) = [
+        s for s in scores["predictions"][0]["scores"] if (s["metric"], s["task"]) == ("accuracy_robust", "all")
+    ][1:]
     assert (score["average"], score["value"], score["questions"], score["patients"]) == ("question_weighted", 50, 12, 6)
     assert scores["differences"][0]["questions"] == 15
 
@@ -71,7 +75,9 @@ def test_predictions_that_do_not_match_are_misuse_or_partial(files):
     assert not (files / "out").exists()
     code, text = ask(files, "--allow-partial")
     assert code == 1
-    assert "PARTIAL: 1 of 15 questions are scored; predictions: 13 missing, 1 failed, 1 of unknown ids" in text.replace("\n", " ")
+    assert "PARTIAL: 1 of 15 questions are scored; predictions: 13 missing, 1 failed, 1 of unknown ids" in text.replace(
+        "\n", " "
+    )
     page = (files / "out" / "report.html").read_text()
     assert page.count("PARTIAL: 1 of 15 questions") >= 3
 
@@ -81,7 +87,7 @@ def test_predictions_that_do_not_match_are_misuse_or_partial(files):
     [
         (["vqa", "--predictions", "no.jsonl"], "no.jsonl"),
         (["mmlu"], "one of 3d-rad"),
-        (["vqa", "--labels", "a.csv"], "two tables of labels wanted"),
+        (["vqa", "--labels", "a.csv"], "expected two tables of labels"),
     ],
 )
 def test_what_cannot_be_followed_is_said_and_nothing_is_written(files, words, said):
@@ -132,13 +138,12 @@ def test_with_the_models_config_flops_and_its_own_grid_are_told(files):
 
 def test_without_the_extra_it_is_named(files):
     words = ["eval", "vqa", "--data", str(files / "data.jsonl"), "--output", str(files / "out")]
-    code = (
-        f"import sys; sys.modules['sacrebleu'] = None; sys.argv = ['photon', *{words}]; import photon_cli.photon as p; p.main()"
-    )
+    code = f"import sys; sys.modules['sacrebleu'] = None; sys.argv = ['photon', *{words}]; "
+    code += "import photon_cli.photon as p; p.main()"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("pip install 'photon-ct[eval]'")) == (2, 1)
 
 
 def test_evaluating_files_does_not_wait_for_torch():
-    code = "import sys; import photon_cli.eval_command; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys; import photon_cli.eval; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

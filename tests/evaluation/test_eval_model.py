@@ -31,7 +31,12 @@ def data(tmp_path_factory):
     for number in range(2):
         place = store(folder, f"v{number}", number)
         for k, question in enumerate(QUESTIONS[:3]):
-            more = {"question": question, "volume_id": f"v{number}", "patient": f"p{number}", "extra": {"organ_masks": organs[k]}}
+            more = {
+                "question": question,
+                "volume_id": f"v{number}",
+                "patient": f"p{number}",
+                "extra": {"organ_masks": organs[k]},
+            }
             rows.append(row(f"{number}-{k}", YES_NO[k % 2], YES_NO, videos=[place], **more))
     put(folder / "rows.jsonl", rows)
     return folder
@@ -98,12 +103,12 @@ def test_a_share_of_ones_own_needs_no_its(model_dir, data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--schedulers", "none,random"], "'its' among --schedulers wanted"),
-        (["--schedulers", "its,best"], "got 'best'"),
+        (["--schedulers", "none,random"], "expected 'its' among --schedulers"),
+        (["--schedulers", "its,best"], "found 'best'"),
         (["--schedulers", "random", "--keep", "2"], "a share above 0"),
-        (["--keep", "0.4"], "one of random, uniform, foreground wanted among --schedulers"),
-        (["--predictions", "preds.jsonl"], "--predictions: no --model wanted beside it"),
-        (["--config", "model"], "--config: no --model wanted beside it"),
+        (["--keep", "0.4"], "expected one of random, uniform, foreground among --schedulers"),
+        (["--predictions", "preds.jsonl"], "--predictions: expected no --model beside it"),
+        (["--config", "model"], "--config: expected no --model beside it"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_the_model_answers(model_dir, data, tmp_path, words, said):
@@ -116,7 +121,7 @@ def test_what_cannot_be_compared_is_refused_before_the_model_answers(model_dir, 
 def test_options_of_a_model_need_one(data, tmp_path):
     code, text = cli("--data", data / "rows.jsonl", "--output", tmp_path / "out", "--schedulers", "its,none")
     assert code == 2
-    assert "--schedulers: --model wanted beside it" in text
+    assert "--schedulers: expected --model beside it" in text
 
 
 def test_a_model_without_threshold_predictor_has_no_its_to_match(data, tmp_path):
@@ -149,7 +154,9 @@ def test_masks_and_pictures_come_from_the_kept_tokens_of_every_volume(model_dir,
         "liver": (2, 4),
         "lungs": (4, 2),
     }
-    kept = [unpack_mask(p.kept, TOKENS)[TOKENS // 2] for id, p in read(tmp_path / "out", "its").items() if id.endswith("-0")]
+    kept = [
+        unpack_mask(p.kept, TOKENS)[TOKENS // 2] for id, p in read(tmp_path / "out", "its").items() if id.endswith("-0")
+    ]
     assert organs["liver"]["own"]["recall"]["value"] == pytest.approx(100 * sum(kept) / 2)
     assert (answers["masks"]["by_size"][0]["name"], answers["masks"]["by_size"][0]["pairs"]) == ("below 1 ml", 12)
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 3

@@ -77,7 +77,7 @@ def test_every_way_of_writing_a_choice_is_read_as_it(choices, data):
         choices[index],
         choices[index].upper() + ".",
     ]
-    assert [parse_choice(way, choices) for way in ways] == [index] * len(ways)
+    assert [parse_choice(way, tuple(choices)) for way in ways] == [index] * len(ways)
 
 
 def test_the_published_letters_are_read_as_their_authors_do():

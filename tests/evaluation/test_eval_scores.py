@@ -167,7 +167,7 @@ def test_unparsed_responses_are_wrong_and_counted():
 
 
 def together(size, count, same):
-    """Cases of `count` patients with `size` questions each, right or wrong together, under one patient's name or many."""
+    """Cases of `count` patients with `size` questions each, right or wrong together, under one name or many."""
     rnd = random.Random(0)
     right = [rnd.random() < 0.6 for _ in range(count)]
     return [

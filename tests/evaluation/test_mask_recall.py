@@ -11,7 +11,7 @@ from photon_train.evaluation.kept import mask_recalls, organ_relation, size_of
 from photon_train.evaluation.metric import draw_patients
 from photon_train.kept_tokens import CountedMask
 
-# Four tokens. Of the liver's 10 voxels one lies beyond the grid; the spleen fills the last token; the lesion lies in the first.
+# Four tokens. Of the liver's 10 voxels one lies beyond the grid. The spleen fills the last, the lesion is in the first.
 LIVER = CountedMask("liver", np.array([6, 3, 0, 0]), 10, 1500.0)
 SPLEEN = CountedMask("spleen", np.array([0, 0, 0, 4]), 4, 150.0)
 LESION = CountedMask("liver_lesion", np.array([2, 0, 0, 0]), 2, 0.5)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from askable import asker, lively_model
+from askable import lively_model, predictor
 
 from photon_train.answering.predictor import Predictor
 
@@ -15,7 +15,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(model_dir: Path) -> Predictor:
-    return asker(model_dir)
+    return predictor(model_dir)
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +25,4 @@ def published_shape_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def published_shape(published_shape_dir: Path) -> Predictor:
-    return asker(published_shape_dir)
+    return predictor(published_shape_dir)

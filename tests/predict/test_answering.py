@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from askable import QUESTIONS, TOKENS, asker, blocks, row
+from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
 from photon_train.answering.prediction import unpack_mask
 from photon_train.answering.predictor import AnswerSettings, Request, answer_ids, group_rows, score_choices
@@ -95,13 +95,13 @@ def test_a_follow_up_turn_and_its_earlier_answers_stay_in_the_prompt(model):
 
 @pytest.mark.parametrize("scheduler", ["none", "random", "uniform", "foreground"])
 def test_every_scheduler_says_what_it_kept(model_dir, scheduler):
-    model = asker(model_dir, scheduler=scheduler, keep_ratio=0.4)
+    model = predictor(model_dir, scheduler=scheduler, keep_ratio=0.4)
     reply = answered(model, [row("r", QUESTIONS[0], blocks(1))])["r"].prediction
     assert (reply.kept_tokens, reply.threshold) == (TOKENS if scheduler == "none" else 50, None)
 
 
 def test_choices_have_the_probabilities_that_generation_gives_them(model_dir):
-    model = asker(model_dir, AnswerSettings(choices=True))
+    model = predictor(model_dir, AnswerSettings(choices=True))
     choices = ["Yes", "No", "It cannot be said"]
     rows = [row("q", QUESTIONS[0], blocks(1), choices=choices), row("t", "Is water wet?", choices=choices[:2])]
     replies = answered(model, rows)
@@ -143,7 +143,7 @@ def test_an_answer_of_the_end_marker_alone_is_scored(model):
 
 
 def test_a_row_without_choices_is_answered_in_words(model_dir):
-    model = asker(model_dir, AnswerSettings(max_new_tokens=6, choices=True))
+    model = predictor(model_dir, AnswerSettings(max_new_tokens=6, choices=True))
     volume = blocks(1)
     replies = answered(
         model, [row("open", QUESTIONS[0], volume), row("closed", QUESTIONS[1], volume, choices=["A", "B"])]
@@ -155,7 +155,7 @@ def test_a_row_without_choices_is_answered_in_words(model_dir):
 
 def test_drawn_answers_depend_on_the_seed_and_on_nothing_that_ran_before(model_dir):
     def drawn(seed):
-        model = asker(model_dir, AnswerSettings(max_new_tokens=6, sample=True, temperature=2.0, seed=seed))
+        model = predictor(model_dir, AnswerSettings(max_new_tokens=6, sample=True, temperature=2.0, seed=seed))
         torch.rand(seed + 1)
         return answered(model, [row("r", QUESTIONS[0], blocks(1))])["r"].prediction.response
 

@@ -100,25 +100,26 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
     for words, said in (
         ((), "SCAN"),
         ((scan,), "SCAN"),
-        ((scan, "?", "--manifest", "rows.jsonl", "--output", "p.jsonl"), "SCAN"),
-        ((scan, "?", "--choices"), "--choices: --manifest wanted"),
-        (("--manifest", "rows.jsonl"), "--output"),
-        (("--manifest", "rows.jsonl", "--output", "p.jsonl", "--stream"), "--stream: SCAN wanted"),
-        (("--manifest", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
-        ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: 3 numbers"),
-        ((scan, " ", *FAST, *COARSE), "question wanted"),
+        ((scan, "?", "--data", "rows.jsonl", "--output", "p.jsonl"), "SCAN"),
+        ((scan, "?", "--choices"), "--choices: expected --data"),
+        (("--data", "rows.jsonl"), "--output"),
+        (("--manifest", "rows.jsonl", "--output", "p.jsonl"), "--data rows.jsonl"),
+        (("--data", "rows.jsonl", "--output", "p.jsonl", "--stream"), "--stream: expected SCAN"),
+        (("--data", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
+        ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: expected 3 numbers"),
+        ((scan, " ", *FAST, *COARSE), "expected a question"),
         ((scan, "?", *COARSE, "--window", "lungs"), "expected a window, full, lung"),
         ((scan, "?", *COARSE, "--window", "5,1"), "low < high"),
-        ((scan, "?", *COARSE, "--device", "gpu"), "cuda:N wanted, got 'gpu'"),
-        ((scan, "?", *COARSE, "--device", "cuda:99"), "one that is here wanted"),
-        (("--manifest", "rows.jsonl", "--output", "p.jsonl", "--masks", tmp_path), "--overlay wanted beside it"),
+        ((scan, "?", *COARSE, "--device", "gpu"), "or cuda:N, found 'gpu'"),
+        ((scan, "?", *COARSE, "--device", "cuda:99"), "expected one of this machine"),
+        (("--data", "rows.jsonl", "--output", "p.jsonl", "--masks", tmp_path), "expected --overlay beside it"),
     ):
         code, text = cli("--model", model_dir, *words)
         assert code == 2 and said in " ".join(text.split()), text
 
 
 def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_path):
-    words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    words = ("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     code, text = cli(*words, "--overlay", tmp_path / "ov")
     assert code == 0 and "4 answered, 0 before, 0 failed" in text
     found = {p.id: p for p in read_predictions(tmp_path / "p.jsonl")}
@@ -136,7 +137,7 @@ def test_a_volume_that_cannot_be_shown_is_answered_and_listed_with_exit_code_1(m
     masks = tmp_path / "masks" / "a"
     masks.mkdir(parents=True)
     (masks / "liver.nii.gz").write_bytes(b"no mask")
-    words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    words = ("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     code, text = cli(*words, "--overlay", tmp_path / "ov", "--masks", tmp_path / "masks")
     assert code == 1 and "4 answered" in text and "a.ome.zarr: liver.nii.gz: gzip data wanted" in text
     assert not (tmp_path / "ov" / "a0").exists() and (tmp_path / "ov" / "b0" / "kept.nii.gz").exists()
@@ -155,14 +156,14 @@ def test_a_picture_can_be_taken_through_a_point(model_dir, scan, tmp_path):
 def test_rows_that_fail_are_listed_with_exit_code_1(model_dir, manifest, tmp_path):
     rows = [json.loads(line) for line in manifest.open()]
     put(tmp_path / "rows.jsonl", [*rows, row("lost", QUESTIONS[0], str(tmp_path / "lost.ome.zarr"))])
-    code, text = cli("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    code, text = cli("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     assert code == 1
-    assert "4 answered, 0 before, 1 failed" in text and "failed lost: a store of photon-data" in text
+    assert "4 answered, 0 before, 1 failed" in text and "failed lost: expected a store of photon-data" in text
 
 
 def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
     put(tmp_path / "rows.jsonl", [{**json.loads(line), "choices": ["Yes", "No"]} for line in manifest.open()])
-    words = ("--model", model_dir, "--manifest", manifest, "--output", tmp_path / "p.jsonl", "--choices", *FAST)
+    words = ("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", "--choices", *FAST)
     assert [cli(*words, "--shard", part)[0] for part in ("1/2", "0/2")] == [0, 0]
     found = read_predictions(tmp_path / "p.jsonl")
     assert len(found) == 4 and all(set(p.choice_scores) == {"Yes", "No"} for p in found)
@@ -177,7 +178,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_predictions(model_dir, tmp_pa
     words = [
         "--model",
         model_dir,
-        "--manifest",
+        "--data",
         put(tmp_path / "rows.jsonl", rows),
         "--questions-per-batch",
         4,
@@ -202,5 +203,5 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_predictions(model_dir, tmp_pa
 
 
 def test_help_answers_without_torch():
-    check = "import sys; from photon_cli.photon import app; import photon_cli.predict_command; assert 'torch' not in sys.modules"
+    check = "import sys; from photon_cli.photon import app; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from answers import put
-from askable import QUESTIONS, SHORT, asker, row, store
+from askable import QUESTIONS, SHORT, predictor, row, store
 
 from photon_data.errors import UsageError
 from photon_train.answering.manifest import Shard, predict_rows
@@ -111,7 +111,7 @@ def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, r
 
 
 def test_one_row_that_fails_does_not_take_its_batch_with_it(model_dir, rows, tmp_path):
-    model = asker(model_dir, replace(SHORT, choices=True))
+    model = predictor(model_dir, replace(SHORT, choices=True))
     rows = [{**one, "choices": ["Yes", "No"]} for one in rows]
     rows[1]["choices"] = ["Yes", "<|im_end|>"]
     outcome = predict_rows(model, rows, tmp_path / "p.jsonl")
@@ -121,22 +121,22 @@ def test_one_row_that_fails_does_not_take_its_batch_with_it(model_dir, rows, tmp
 
 def test_other_settings_another_model_or_an_unknown_file_are_refused(model_dir, rows, tmp_path):
     path = tmp_path / "p.jsonl"
-    predict_rows(asker(model_dir), rows[:1], path)
+    predict_rows(predictor(model_dir), rows[:1], path)
     lines = path.read_bytes()
     for other, said in (
-        (asker(model_dir, replace(SHORT, max_new_tokens=7)), "max_new_tokens was 6 and is 7"),
-        (asker(model_dir, scheduler="random"), "scheduler was 'its' and is 'random'"),
+        (predictor(model_dir, replace(SHORT, max_new_tokens=7)), "max_new_tokens was 6 and is 7"),
+        (predictor(model_dir, scheduler="random"), "scheduler was 'its' and is 'random'"),
     ):
         with pytest.raises(UsageError, match=said):
             predict_rows(other, rows, path)
-    other = asker(model_dir)
+    other = predictor(model_dir)
     other.model.lm_head.weight.data += 1
     with pytest.raises(UsageError, match="weights was"):
         predict_rows(other, rows, path)
     assert path.read_bytes() == lines
     (tmp_path / "p.jsonl.settings.json").unlink()
     with pytest.raises(UsageError, match=r"p.jsonl.settings.json beside it"):
-        predict_rows(asker(model_dir), rows, path)
+        predict_rows(predictor(model_dir), rows, path)
 
 
 def test_two_runs_do_not_write_one_file(model, rows, tmp_path):

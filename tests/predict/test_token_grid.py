@@ -1,8 +1,8 @@
 """Which token a voxel belongs to, against arithmetic by hand and against the tokens that the model really makes.
 
-By hand: the prepared grid is a cube of 364 mm, centred on the scan's field of view, along the axes of the world; ten tokens a
-side, 36.4 mm each. Token = 100 * slab + 10 * row + column; slabs from the feet up, rows from the front to the back, columns
-from the LEFT to the right.
+By hand: the prepared grid is a cube of 364 mm, centred on the scan's field of view, along the axes of the world; ten
+tokens a side, 36.4 mm each. Token = 100 * slab + 10 * row + column; slabs from the feet up, rows from the front to the
+back, columns from the LEFT to the right.
 """
 
 import nibabel
@@ -54,7 +54,7 @@ SCANS = {
 
 
 def nifti_of(path, geometry, seed=0):
-    """Write a CT-like scan on that grid with nibabel alone; return its affine and shape (x, y, z) as the file has them."""
+    """Write a CT-like scan on that grid with nibabel alone; return the affine and shape (x, y, z) of the file."""
     write_scan(path, seed=seed, shape_zyx=geometry.shape_zyx, affine=geometry.affine_ras)
     image = nibabel.load(path)
     return image.affine, image.shape

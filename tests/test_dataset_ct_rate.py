@@ -1,4 +1,4 @@
-"""CT-RATE: two versions of a file under one name, several reconstructions of a scan, reports, labels and conversations."""
+"""CT-RATE: two versions of a file under one name, reconstructions of a scan, reports, labels and conversations."""
 
 import json
 
@@ -13,7 +13,7 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import Job, prepare_file
-from photon_pipelines.plan import Order, gather, one_recipe
+from photon_pipelines.plan import ManifestRequest, gather, one_recipe
 
 REPORT = ("VolumeName", *REPORT_COLUMNS)
 
@@ -21,7 +21,7 @@ REPORT = ("VolumeName", *REPORT_COLUMNS)
 def prepared(folder, **entry):
     """{id: record} of the volumes of a CT-RATE tree, each prepared in this process."""
     manifest = read_data_manifest(declare(folder, ct_rate={"adapter": "ct-rate", "root": "dataset", **entry}))
-    order = Order(folder, Location(str(folder / "out")), one_recipe(manifest.datasets), datasets=manifest.datasets)
+    order = ManifestRequest(folder, Location(str(folder / "out")), one_recipe(manifest.datasets), datasets=manifest.datasets)
     return {job.source.id: prepare_file(Job.from_json(job.to_json())) for job in gather(order).jobs}
 
 
@@ -43,7 +43,11 @@ def test_v1_and_v2_of_one_tree_give_the_same_hounsfield_units_and_the_same_grid(
     records = prepared(tmp_path, annotations={"metadata": str(table)})
     assert states(records) == dict.fromkeys(("train_1_a_1", "train_3_a_1", "valid_2_b_1"), "prepared")
     facts = {name: record.facts for name, record in records.items()}
-    assert [facts[n]["rescale"] for n in ("train_1_a_1", "valid_2_b_1", "train_3_a_1")] == ["metadata", "metadata", "header"]
+    assert [facts[n]["rescale"] for n in ("train_1_a_1", "valid_2_b_1", "train_3_a_1")] == [
+        "metadata",
+        "metadata",
+        "header",
+    ]
     assert all(f["geometry"]["spacing_zyx_mm"] == list(SPACING) for f in facts.values())
     assert all(f["geometry"]["orientation_zyx"] == "SPL" for f in facts.values())
     arrays = [open_volume(tmp_path / "out" / record.store).numpy() for record in records.values()]
@@ -82,7 +86,9 @@ def test_v1_without_a_row_lying_feet_first_or_with_nan_is_refused_by_itself(tmp_
     array = np.asarray(image.dataobj).copy()
     array[3, 3, 3] = np.nan
     nibabel.save(nibabel.Nifti1Image(array, None, image.header), path)
-    table = write_metadata(tmp_path / "metadata.csv", valid_1_a_1={}, valid_2_a_1={"PatientPosition": "FFS"}, valid_4_a_1={})
+    table = write_metadata(
+        tmp_path / "metadata.csv", valid_1_a_1={}, valid_2_a_1={"PatientPosition": "FFS"}, valid_4_a_1={}
+    )
     records = prepared(tmp_path, annotations={"metadata": str(table)})
     assert states(records) == {
         "valid_1_a_1": "prepared",
@@ -91,12 +97,12 @@ def test_v1_without_a_row_lying_feet_first_or_with_nan_is_refused_by_itself(tmp_
         "valid_4_a_1": "non-finite",
     }
     assert "head first" in records["valid_2_a_1"].reason
-    assert "metadata wanted" in records["valid_3_a_1"].reason
+    assert "expected a row in CT-RATE's metadata" in records["valid_3_a_1"].reason
 
 
 def test_a_path_that_names_no_version_is_refused_until_a_person_says_it(tmp_path):
     write_v2(tmp_path / "dataset" / "flat" / "train_1_a_1.nii.gz")
-    with pytest.raises(UsageError, match=r"that of 1, flat/train_1_a_1.nii.gz first; .* `version: v1`"):
+    with pytest.raises(UsageError, match=r"in 1, flat/train_1_a_1.nii.gz first; .* `version: v1`"):
         prepared(tmp_path)
     assert states(prepared(tmp_path, options={"version": "v2"})) == {"train_1_a_1": "prepared"}
 
@@ -108,7 +114,7 @@ def reports(path, **texts):
 
 @pytest.fixture
 def reconstructions(tmp_path):
-    """Three reconstructions of train_1_a, one of train_2_a, a brain and a report without volume; v1 and v2 of train_1_a_2."""
+    """Three reconstructions of train_1_a (2 as v1 and v2), one of train_2_a, a brain and a report without volume."""
     for name in ("train_1_a_1", "train_1_a_2", "train_1_a_10", "train_2_a_1", "train_3_a_1"):
         write_v2(place(tmp_path / "dataset", name, "v2"))
     write_v1(place(tmp_path / "dataset", "train_1_a_2", "v1"))
@@ -131,7 +137,7 @@ def reconstructions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policy", "wanted"),
+    ("reconstruction", "expected"),
     [
         ("all", ["train_1_a_1", "train_1_a_10", "train_1_a_2", "train_2_a_1"]),
         ("first", ["train_1_a_1", "train_2_a_1"]),
@@ -139,20 +145,20 @@ def reconstructions(tmp_path):
         ("sharpest", ["train_1_a_2", "train_2_a_1"]),
     ],
 )
-def test_of_a_scan_the_reconstruction_that_is_asked_for_makes_the_questions(reconstructions, policy, wanted):
+def test_of_a_scan_the_reconstruction_that_is_asked_for_makes_the_questions(reconstructions, reconstruction, expected):
     part = collected(
         reconstructions,
         adapter="ct-rate",
         root="dataset",
-        volumes=policy,
+        volumes=reconstruction,
         annotations={"metadata": "metadata.csv", "no_chest": "no_chest.txt", "reports": "reports.csv"},
         questions={"report": ["Findings_EN", "Impressions_EN"], "instruction": "Write the report."},
     )
-    assert sorted(question.volume for question in part.questions) == wanted
+    assert sorted(question.volume for question in part.questions) == expected
     assert [missing.volume for missing in part.unmatched] == ["train_4_a_1"]
     answers = {question.volume: question.answer for question in part.questions}
     assert answers["train_2_a_1"] == "Normal."
-    assert answers[wanted[0]] == "Trachea “open”, no nodule."
+    assert answers[expected[0]] == "Trachea “open”, no nodule."
     assert {question.patient for question in part.questions} == {"ct-rate:train_1", "ct-rate:train_2"}
     assert {question.question for question in part.questions} == {"Write the report."}
     assert "1 volumes are there as v1 and as v2, train_1_a_2 first; v2 is taken" in part.notes
@@ -184,7 +190,7 @@ def test_a_kernel_nobody_knows_is_not_ranked(reconstructions):
         reconstructions / "metadata.csv",
         **{name: {"ConvolutionKernel": "Q!"} for name in ("train_1_a_1", "train_1_a_10", "train_1_a_2")},
     )
-    with pytest.raises(UsageError, match=r"kernels of known sharpness wanted, got 'Q!' \(3\)"):
+    with pytest.raises(UsageError, match=r"expected kernels of known sharpness, found 'Q!' \(3\)"):
         collected(
             reconstructions,
             adapter="ct-rate",
@@ -206,7 +212,9 @@ def test_labels_make_eighteen_questions_and_conversations_one_per_turn(tmp_path)
     ]
     text_only = {"id": 2, "conversations": turns[:2]}
     write_json(tmp_path / "vqa.json", [{"id": 1, "image": "valid_1_a_1.nii.gz", "conversations": turns}, text_only])
-    part = collected(tmp_path, adapter="ct-rate", root="dataset", annotations={"labels": "labels.csv", "vqa": "vqa.json"})
+    part = collected(
+        tmp_path, adapter="ct-rate", root="dataset", annotations={"labels": "labels.csv", "vqa": "vqa.json"}
+    )
     labels = [question for question in part.questions if question.task == "abnormality"]
     assert len(labels) == 18
     assert [question.extra["subtask"] for question in labels if question.answer == "Yes"] == ["Lung nodule"]
@@ -225,6 +233,8 @@ def test_a_conversation_file_that_is_cut_off_is_refused_and_not_read_half(tmp_pa
 
 def test_a_renamed_column_is_named_with_the_one_that_may_be_meant(tmp_path):
     write_v2(place(tmp_path / "dataset", "valid_1_a_1", "v2"))
-    write_csv(tmp_path / "r.csv", ("VolumeName", "Finding_EN"), [{"VolumeName": "valid_1_a_1.nii.gz", "Finding_EN": "x"}])
-    with pytest.raises(UsageError, match="column 'Findings_EN' wanted, not found; is 'Finding_EN' meant"):
+    write_csv(
+        tmp_path / "r.csv", ("VolumeName", "Finding_EN"), [{"VolumeName": "valid_1_a_1.nii.gz", "Finding_EN": "x"}]
+    )
+    with pytest.raises(UsageError, match="expected a column 'Findings_EN', found none; did you mean 'Finding_EN'"):
         collected(tmp_path, adapter="ct-rate", root="dataset", annotations={"reports": "r.csv"})

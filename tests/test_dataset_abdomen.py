@@ -7,7 +7,7 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.datasets.deeptumorvqa import parse_choices
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_pipelines.plan import Order, gather, one_recipe
+from photon_pipelines.plan import ManifestRequest, gather, one_recipe
 
 SPACED = [
     "Question ID",
@@ -73,14 +73,21 @@ def tumors(tmp_path):
         write_v2(tmp_path / "cts" / ct / "ct.nii.gz", n)
         (tmp_path / "cts" / ct / "segmentations").mkdir()
         write_v2(tmp_path / "cts" / ct / "segmentations" / "liver.nii.gz", n)
-    numeric = v1_row(2, A, **{"question subtype": "organ hu  measurement", "answer": "1e3", "multiple-choice question": ""})
+    numeric = v1_row(
+        2, A, **{"question subtype": "organ hu  measurement", "answer": "1e3", "multiple-choice question": ""}
+    )
     write_csv(tmp_path / "train_qa.csv", SPACED, [v1_row(1, A), numeric])
     write_json(tmp_path / "test_qa.json", {"version": "2", "num_questions": 1, "questions": [BENCH]})
     return tmp_path
 
 
 def deeptumorvqa(**more):
-    return {"adapter": "deeptumorvqa", "root": "cts", "annotations": {"questions": ["train_qa.csv", "test_qa.json"]}, **more}
+    return {
+        "adapter": "deeptumorvqa",
+        "root": "cts",
+        "annotations": {"questions": ["train_qa.csv", "test_qa.json"]},
+        **more,
+    }
 
 
 def test_spaced_and_snake_case_headers_give_the_same_fields(tumors):
@@ -89,7 +96,11 @@ def test_spaced_and_snake_case_headers_give_the_same_fields(tumors):
     assert first.extra["subtask"] == "liver lesion existence"
     assert (first.extra["choices"], first.extra["letter"]) == (["No", "Yes"], "B")
     assert (first.extra["sex"], first.extra["age"]) == ("F", "61")
-    assert (numeric.answer, numeric.extra["answer_type"], numeric.extra["subtask"]) == ("1e3", "number", "organ HU measurement")
+    assert (numeric.answer, numeric.extra["answer_type"], numeric.extra["subtask"]) == (
+        "1e3",
+        "number",
+        "organ HU measurement",
+    )
     assert "choices" not in numeric.extra
     assert (bench.split, bench.answer, bench.extra["publisher_id"]) == ("test", "204.5", "bench_00017")
     assert bench.extra["choices"] == ["204.5 cm³", "98", "310", "12"]
@@ -120,25 +131,25 @@ def test_choices_are_taken_out_of_the_text(text, choices):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        ({"correct option": "D"}, "an option of A to B wanted, got 'D'"),
-        ({"Image ID": "train_1_a_2"}, "an image id like BDMAP_00000001 wanted"),
+        ({"correct option": "D"}, "expected an option of A to B, found 'D'"),
+        ({"Image ID": "train_1_a_2"}, "expected an image id like BDMAP_00000001"),
         ({"multiple-choice question": "A - yes, B - no"}, "choices 'A: .. B: ..'"),
-        ({"answer": ""}, "a question and an answer wanted"),
+        ({"answer": ""}, "expected a question and an answer, found none"),
     ],
 )
-def test_a_row_that_is_not_as_published_is_refused_by_id_and_line(tumors, more, said):
+def test_a_row_that_is_not_as_published_is_refused_by_id_and_line(tumors, more, message):
     write_csv(tumors / "train_qa.csv", SPACED, [v1_row(1, A), v1_row(7, A, **more)])
     with pytest.raises(UsageError, match=r"train_qa.csv: 1 problem .*\n  line 3: 7: ") as error:
         collected(tumors, **deeptumorvqa())
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_the_multiple_choice_form_has_the_letter_as_its_answer(tumors):
     path = declare(tumors, tumor=deeptumorvqa(questions={"prompt": "deeptumorvqa", "choices": "shown"}))
     datasets = read_data_manifest(path).datasets
-    data = gather(Order(path, Location(str(tumors / "out")), one_recipe(datasets), datasets=datasets))
+    data = gather(ManifestRequest(path, Location(str(tumors / "out")), one_recipe(datasets), datasets=datasets))
     bench = next(question for question in data.questions or [] if question.split == "test")
     assert bench.question == (
         "You are given the full 3D abdominal CT volume (NIfTI, native voxel spacing).\n"
@@ -153,7 +164,9 @@ ATLAS = ("BDMAP ID", "sex", "age", "radiologist note", "structured report", "nar
 
 
 def atlas(tmp_path, **more):
-    rows = [{"BDMAP ID": ct, "sex": "M", "structured report": f"Liver volume: {n} cc."} for n, ct in enumerate((A, B), 1)]
+    rows = [
+        {"BDMAP ID": ct, "sex": "M", "structured report": f"Liver volume: {n} cc."} for n, ct in enumerate((A, B), 1)
+    ]
     write_csv(tmp_path / "meta.csv", ATLAS, [*rows, {"BDMAP ID": C, "structured report": "nan"}])
     annotations = {"reports": "meta.csv", **more.pop("annotations", {})}
     return {
@@ -167,7 +180,7 @@ def atlas(tmp_path, **more):
 
 
 def test_a_report_column_has_to_be_chosen(tumors):
-    with pytest.raises(UsageError, match=r"radiologist note, structured report, .* wanted, got none"):
+    with pytest.raises(UsageError, match=r"expected some of radiologist note, structured report, .*, found none"):
         collected(tumors, **atlas(tumors, questions={}))
     part = collected(tumors, **atlas(tumors))
     assert [(q.volume, q.answer) for q in part.questions] == [(A, "Liver volume: 1 cc."), (B, "Liver volume: 2 cc.")]
@@ -177,7 +190,7 @@ def test_a_report_column_has_to_be_chosen(tumors):
 def order(folder, **datasets):
     path = declare(folder, **datasets)
     declared = read_data_manifest(path).datasets
-    return Order(path, Location(str(folder / "out")), one_recipe(declared), datasets=declared)
+    return ManifestRequest(path, Location(str(folder / "out")), one_recipe(declared), datasets=declared)
 
 
 def test_reports_of_benchmark_scans_leak_into_its_test_split_unless_they_are_left_out(tumors):
@@ -204,12 +217,14 @@ def test_the_publishers_split_lists_are_followed_and_may_not_contradict(tumors):
     lists = {"splits": ["IID_train.csv", "IID_test.csv"]}
     part = collected(tumors, **atlas(tumors, annotations=lists, splits=["train", "test"]))
     assert {question.volume: question.split for question in part.questions} == {A: "train", B: "test"}
-    with pytest.raises(UsageError, match=f"one split per CT wanted, got 1 in several, {A} first"):
+    with pytest.raises(UsageError, match=f"expected one split per CT, found 1 in several \\({A}\\)"):
         collected(tumors, **atlas(tumors, annotations={"splits": [*lists["splits"], "OOD_test.csv"]}))
 
 
 def test_archives_that_nobody_asked_to_unpack_are_spoken_of(tumors):
     (tumors / "empty").mkdir()
     (tumors / "empty" / "AbdomenAtlas_part1.tar.gz").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"found none in .*1 archives are not read, AbdomenAtlas_part1.tar.gz first: .*unpack"):
+    with pytest.raises(
+        UsageError, match=r"found none in .*1 archives are not read, AbdomenAtlas_part1.tar.gz first: .*unpack"
+    ):
         collected(tumors, **atlas(tumors, root="empty"))

@@ -63,8 +63,12 @@ def test_splits_tasks_subtasks_and_patients_are_those_of_the_folders_and_names(r
     assert {q.extra["publisher_subtask"] for q in static.values()} == {"1"}
     assert all(q.patient == "ct-rate:" + q.volume.rsplit("_", 2)[0] for q in part.questions)
     assert len({question.id for question in part.questions}) == len(part.questions)
-    assert any("1 of" in note and "have no question and are not prepared, valid_1304_c_2 first" in note for note in part.notes)
-    assert any("train, task 5 (Static_Temporal_Diagnosis): 13158 questions were published, 4 are here" in n for n in part.notes)
+    assert any(
+        "1 of" in note and "have no question and are not prepared, valid_1304_c_2 first" in note for note in part.notes
+    )
+    assert any(
+        "train, task 5 (Static_Temporal_Diagnosis): 13158 questions were published, 4 are here" in n for n in part.notes
+    )
 
 
 def test_rows_that_repeat_are_kept_with_ids_of_their_own_unless_they_are_to_be_dropped(rad3d):
@@ -83,26 +87,26 @@ def edit(file, old, new):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
-        ("VolumeName", "volume", "column 'VolumeName' wanted, not found; is 'volume' meant"),
+        ("VolumeName", "volume", "expected a column 'VolumeName', found none; did you mean 'volume'"),
         (",Close,A,Yes", ",Close,B,Yes", "answer is not its choice"),
-        ("test_1000_a_1", "train_1000_a_1", "a volume like test_1_a_1.nii.gz wanted, got 'train_1000_a_1.nii.gz'"),
-        ("\n4,10,", "\n5,10,", "task 4, as its folder is called, wanted, got '5'"),
+        ("test_1000_a_1", "train_1000_a_1", "expected a volume like test_1_a_1.nii.gz, found 'train_1000_a_1.nii.gz'"),
+        ("\n4,10,", "\n5,10,", "expected task 4, as its folder is called, found '5'"),
         (",Yes,No,-,-\n", ",Yes,No\n", "expected 11 cells, found 9"),
     ],
 )
-def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d, old, new, said):
+def test_a_file_that_is_not_as_published_is_refused_with_counts_and_lines(rad3d, old, new, message):
     folder, _ = rad3d
     edit(folder / "3DRAD" / "test" / "Task4_Existence_Detection" / "Lung nodule.csv", old, new)
     with pytest.raises(UsageError, match=r"Lung nodule.csv: \d+ problem") as error:
         collected(folder, **entry())
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_annotations_of_another_data_set_are_refused(rad3d):
     folder, _ = rad3d
-    with pytest.raises(UsageError, match=r"line \d+, data set data: the folder 3DRAD"):
+    with pytest.raises(UsageError, match=r"line \d+, data set data: expected the folder 3DRAD"):
         collected(folder, **entry(annotations={"questions": "CT-RATE"}))
 
 
@@ -110,5 +114,5 @@ def test_a_root_without_any_of_the_volumes_is_refused_with_what_was_asked_for(ra
     folder, _ = rad3d
     shutil.rmtree(folder / "CT-RATE")
     write_v2(place(folder / "CT-RATE", "valid_1304_c_2", "v2"))
-    with pytest.raises(UsageError, match=r"found none for any of \d+; .* is asked for first"):
+    with pytest.raises(UsageError, match=r"found none for any of \d+; the first question is about "):
         collected(folder, **entry())

@@ -1,0 +1,227 @@
+"""The body of `photon eval`: files -> an evaluation -> files, and its tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from photon_cli.terminal import ProgressBar, console
+from photon_data.errors import UsageError
+from photon_data.questions.manifest import read
+from photon_data.recipe import Recipe
+from photon_train.answering.prediction import read_predictions, unpack_mask
+from photon_train.answering.scan import open_input
+from photon_train.evaluation.baselines import CONSTANT, MAJORITY
+from photon_train.evaluation.cases import grouped
+from photon_train.evaluation.evaluate import check, evaluate
+from photon_train.evaluation.report import cases_to_picture, recall_tables, trade_off_table, trade_offs, write_report
+from photon_train.evaluation.tables import (
+    Answers,
+    Comparison,
+    Evaluation,
+    FormattedTable,
+    Settings,
+    both_averages,
+    formatted,
+    formatted_interval,
+    formatted_value,
+)
+from photon_train.evaluation.text_metrics import read_labels
+from photon_train.kept_tokens import CountedMask, counted_by_volume, volumes_with_masks
+from photon_train.overlay import PICTURE, Canvas, folders_of, picture
+from photon_train.rows import read_rows
+
+if TYPE_CHECKING:
+    from photon_train.configuration_photon import PhotonConfig
+
+# Rows -> the files of their predictions, and the configuration of the model that made them, if it is known.
+Answering = Callable[[list[dict[str, Any]]], tuple[Sequence[Path], "PhotonConfig | None"]]
+
+
+def answered_before(predictions: Sequence[Path], model: str | None) -> Answering:
+    """Return the answering of files that exist, with the configuration of the model directory, if one is named."""
+    config = None
+    if model:
+        from photon_train.configuration_photon import PhotonConfig
+
+        config = PhotonConfig.from_pretrained(model)
+    return lambda rows: (predictions, config)
+
+
+def score(
+    benchmark: str,
+    answering: Answering,
+    data: Sequence[Path],
+    output: Path,
+    *,
+    train: Sequence[Path] = (),
+    labels: Sequence[Path] = (),
+    masks: Path | None = None,
+    overlays: int = 0,
+    with_volumes: bool = False,
+    settings: Settings,
+) -> Evaluation:
+    """Read rows, have them answered, evaluate, write and print; return the evaluation.
+
+    What can be refused is refused before a model answers.
+
+    labels         two tables: the labels of the references, and of the responses
+    masks          a folder per volume id: the recall of its masks by kept tokens is measured
+    overlays       so many cases of the first file get pictures
+    with_volumes   the rows' volumes are needed: relative paths are looked for where training looks for them
+    """
+    if len(labels) not in (0, 2):
+        raise UsageError(f"expected two tables of labels, the references' and the responses', found {len(labels)}")
+    settings = replace(settings, labels=(read_labels(labels[0]), read_labels(labels[1])) if labels else None)
+    rows = [row for path in data for row in (read_rows(path) if with_volumes else read(path))]
+    training_rows = [row for path in train for row in read(path)]
+    check(benchmark, rows, settings)
+    volumes = volumes_with_masks(masks, rows) if masks else {}
+    files, config = answering(rows)
+    if config:
+        settings = replace(settings, grid_zyx=config.tokens_thw)
+    predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
+    counted = _counted(masks, volumes, settings) if masks else {}
+    evaluation = evaluate(
+        benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
+    )
+    paths = write_report(evaluation, output, overlays=_pictures(evaluation, rows, overlays, output / "overlays"))
+    print_evaluation(evaluation)
+    if masks and not any(answers.mask_recalls for answers in evaluation.answers):
+        grid = " x ".join(map(str, settings.grid_zyx))
+        console.print(
+            f"no recall of masks: no prediction says which of {grid} tokens it kept; --config MODEL says the grid"
+        )
+    console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
+    return evaluation
+
+
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its stem, or with its folders where two stems are the same."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("--predictions: expected different files, found one of them twice")
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [path.with_suffix("").as_posix() for path in paths]
+
+
+def _counted(folder: Path, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
+    """Return the masks of the volumes, counted on the tokens; print which could not be read."""
+    with ProgressBar("masks of volumes") as bar:
+        bar.update(total=len(volumes))
+        found = counted_by_volume(folder, volumes, settings.grid_zyx, lambda: bar.update(advance=1))
+    console.print(f"masks of {len(found.masks)} of {len(volumes)} volumes")
+    for volume_id, reason in found.unread.items():
+        console.print(f"no masks of {volume_id}: {reason}", soft_wrap=True)
+    return found.masks
+
+
+def _pictures(
+    evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: int, folder: Path
+) -> dict[str, dict[str, Path]]:
+    """Write pictures of cases of the first file of predictions; return {name of the file: {question id: picture}}.
+
+    Predictions do not have the saliency of tokens: the planes go through the kept token nearest to the middle. Each volume
+    is opened once. One that cannot be shown is named, and does not stop the others.
+    """
+    if not most:
+        return {}
+    first, tokens_zyx, pictures = evaluation.answers[0], evaluation.settings.grid_zyx, dict[str, Path]()
+    volumes = {row["id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
+    cases = [case for case in cases_to_picture(first, most) if case.id in volumes]
+    fitting = [case for case in cases if case.prediction.visual_tokens == prod(tokens_zyx)]
+    for volume, group in grouped(fitting, lambda case: volumes[case.id]).items():
+        try:
+            scan = open_input(volume, Recipe())
+            canvas = Canvas(scan.volume, scan.native, tokens_zyx)
+            for case in group:
+                keep_V = unpack_mask(case.prediction.kept, case.prediction.visual_tokens)
+                path = folders_of(folder, case.id, 1)[0] / PICTURE
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(canvas, keep_V, keep_V.astype(np.float32), case.question).save(path)
+                pictures[case.id] = path
+        except (ValueError, OSError) as error:
+            console.print(f"no overlay of {volume}: {error}", soft_wrap=True)
+    return {first.name: pictures}
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the averages of every file of predictions, and the differences between them."""
+    console.print(f"{evaluation.benchmark}: {evaluation.questions:,} questions, {evaluation.patients:,} patients")
+    console.print(
+        f"constant answers were chosen on {evaluation.learned_on}; scores in points, 95 % intervals by patient"
+    )
+    for answers in evaluation.answers:
+        console.print(_scores(answers))
+        if answers.unparsed:
+            counts = ", ".join(f"{count} of {task}" for task, count in answers.unparsed.items())
+            console.print(f"responses that mean no answer, counted as wrong: {counts}")
+        _print_costs(answers)
+        for table in recall_tables(answers.mask_recalls) if answers.mask_recalls else []:
+            console.print(_rich_table(table))
+    for comparison in evaluation.comparisons:
+        console.print(_differences(comparison))
+    for trade_off in trade_offs(evaluation):
+        console.print(_rich_table(trade_off_table(trade_off)))
+
+
+def _scores(answers: Answers) -> Table:
+    title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
+    columns = ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients")
+    table = _score_table(title, columns)
+    for score, weighted in both_averages(answers.scores):
+        blind = [formatted_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
+        rules = [formatted_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
+        cells = [formatted(score.estimate), formatted_interval(score.estimate), *blind, " ".join(rules)]
+        counts = (f"{score.questions}", f"{score.patients}")
+        table.add_row(score.task, score.metric, *cells, formatted(weighted.estimate), *counts)
+    return table
+
+
+def _differences(comparison: Comparison) -> Table:
+    title = f"{comparison.second} minus {comparison.first}"
+    table = _score_table(title, ("macro", "95 %", "by question", "95 %", "n"))
+    for score, weighted in both_averages(comparison.scores):
+        cells = [
+            text for one in (score, weighted) for text in (formatted(one.estimate), formatted_interval(one.estimate))
+        ]
+        table.add_row(score.task, score.metric, *cells, f"{score.questions}")
+    return table
+
+
+def _score_table(title: str, numbers: Iterable[str]) -> Table:
+    table = Table(title=title)
+    for name in ("task", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _rich_table(sheet: FormattedTable) -> Table:
+    table = Table(title=sheet.title)
+    for number, name in enumerate(sheet.headings):
+        table.add_column(name, justify="right" if number else "left")
+    for line in sheet.lines:
+        table.add_row(*line)
+    return table
+
+
+def _print_costs(answers: Answers) -> None:
+    costs = answers.costs
+    if costs and costs.questions_per_second:
+        stages = ", ".join(f"{stage} {seconds.mean:.3f}" for stage, seconds in costs.seconds.items())
+        console.print(f"seconds per question: {stages}; {costs.questions_per_second:.2f} questions per second")
+    if costs and costs.prefill_tflop is not None:
+        console.print(
+            f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} unpruned"
+        )
+    if costs and costs.peak_memory_mib:
+        console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
+    if answers.kept:
+        console.print(f"visual tokens kept: {answers.kept.mean_ratio:.1%}")

@@ -1,0 +1,348 @@
+"""The bodies of `photon predict`, and of the answering in `photon eval --model`.
+
+One scan and some questions -> answers on the terminal. Rows of manifests -> a file of predictions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import TextStreamer
+from transformers.utils.logging import disable_progress_bar
+
+from photon_cli.options import numbers, window_of
+from photon_cli.terminal import ProgressBar, console
+from photon_data.errors import UsageError
+from photon_data.picture import AUTO, resolve_window
+from photon_data.recipe import Policy, Recipe
+from photon_train.answering import manifest
+from photon_train.answering.manifest import WHOLE, Outcome, Shard
+from photon_train.answering.prediction import read_predictions
+from photon_train.answering.predictor import (
+    AnswerSettings,
+    Predictor,
+    Reply,
+    RequestGroup,
+    answer_questions,
+    load_predictor,
+    model_shape_of,
+)
+from photon_train.answering.scan import ScanInput, open_input
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.kept_tokens import counted_masks
+from photon_train.overlay import Canvas, View, folders_of, write_overlay
+from photon_train.rows import TAG, Row, read_rows
+from photon_train.scheduling import SCHEDULERS
+
+RECALL = "recall.json"
+SHOWN_FAILURES = 10
+ITS, MATCH_ITS = "its", "match-its"
+BUDGETED = ("random", "uniform", "foreground")  # these schedulers keep the share that they are given
+
+Load = Callable[..., Predictor]
+
+
+def loading(model: str, answers: AnswerSettings, dtype: str, revision: str | None, **options: Any) -> Load:
+    """Return the function that loads the model of the command's options; its keywords replace some of them."""
+    disable_progress_bar()
+    return partial(load_predictor, model, answers, dtype=dtype, revision=revision, **options)
+
+
+class Overlays(NamedTuple):
+    """The folder for pictures of kept tokens, how they are taken, and the folder of masks whose recall is measured."""
+
+    folder: Path | None
+    view: View
+    masks: Path | None
+
+
+def overlays_of(folder: Path | None, window: str, at: str | None, masks: Path | None) -> Overlays:
+    """Return what --overlay, --window, --at and --masks say; UsageError now, not when everything is answered."""
+    window_hu = window_of(window)
+    if window_hu != AUTO:
+        resolve_window(window_hu, [])
+    return Overlays(folder, View(window_hu, numbers(at, 3, "--at") if at else None), masks)
+
+
+# One scan
+
+
+def open_for_model(path: str, made_by: tuple[Recipe, Policy], model: str, revision: str | None) -> ScanInput:
+    """Return the scan on the grid that the model reads, whatever the recipe's.
+
+    It is read before the model is loaded: most of what can be wrong is wrong with the scan.
+    """
+    recipe, policy = made_by
+    return open_input(path, replace(recipe, model_shape_zyx=model_shape_of(model, revision)), policy)
+
+
+def predict_scan(
+    load: Load, model: str, scan: ScanInput, questions: list[str], overlays: Overlays, *, as_json: bool, stream: bool
+) -> None:
+    """Answer questions about a scan, and print the answers, what was kept and what it took."""
+    predictor = load()
+    shown = _ShownScan(overlays, scan, predictor.processor.config.tokens_thw, overlays.masks)
+    streamer = _streamer(predictor, questions) if stream and not as_json else None
+    replies, seconds = answer_questions(predictor, questions, scan.model, scan.id, scan.seconds, streamer)
+    recalls = []
+    for question, reply in zip(questions, replies, strict=True):
+        folder = folders_of(overlays.folder, reply.prediction.id, 1)[0] if overlays.folder else None
+        recalls.append(shown.write(folder, question, reply.keep_V, reply.saliency_V))
+    if as_json:
+        rows = [
+            {"question": question, **asdict(reply.prediction), "recall": recall}
+            for question, reply, recall in zip(questions, replies, recalls, strict=True)
+        ]
+        print(json.dumps({"model": model, "volume_id": scan.id, "seconds": seconds, "predictions": rows}, indent=1))
+        return
+    for question, reply, recall in zip(questions, replies, recalls, strict=True):
+        _print_reply(question, reply, recall, with_answer=not stream)
+    if overlays.folder:
+        console.print(f"overlays: {overlays.folder}", soft_wrap=True)
+    console.print(f"{scan.id}: " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
+
+
+def _streamer(predictor: Predictor, questions: Sequence[str]) -> TextStreamer:
+    """Return a streamer that prints each question, then its answer while it is generated."""
+    questions_left = iter(questions)
+
+    class Streamer(TextStreamer):
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt:
+                console.print(next(questions_left), style="bold", soft_wrap=True)
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            console.print(text, end="\n" if stream_end else "", soft_wrap=True)
+
+    return Streamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _print_reply(question: str, reply: Reply, recalls: dict[str, Any], *, with_answer: bool) -> None:
+    prediction = reply.prediction
+    if with_answer:
+        console.print(question, style="bold", soft_wrap=True)
+        console.print(prediction.response, soft_wrap=True)
+    kept = f"{prediction.kept_tokens} of {prediction.visual_tokens} tokens kept"
+    console.print(f"{prediction.id}: {kept} ({prediction.scheduler})", style="dim")
+    for name, recall in recalls.items():
+        console.print(
+            f"  {name}: {recall['recall']:.1%} of {recall['voxels']} voxels kept, chance {recall['chance']:.1%}"
+        )
+
+
+class _ShownScan:
+    """A scan on which the kept tokens of several questions are drawn and measured."""
+
+    def __init__(
+        self, overlays: Overlays, scan: ScanInput, tokens_zyx: tuple[int, int, int], masks: Path | None
+    ) -> None:
+        self.view = overlays.view
+        self.canvas = Canvas(scan.volume, scan.native, tokens_zyx)
+        self.masks = counted_masks(masks, self.canvas.cells) if masks else []
+
+    def write(self, folder: Path | None, title: str, keep_V: np.ndarray, saliency_V: np.ndarray) -> dict[str, Any]:
+        """Write the overlay of one question into a folder, if given, and return the recall of each mask by name."""
+        recalls = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        if folder:
+            write_overlay(folder, self.canvas, keep_V, saliency_V, title, self.view)
+            if recalls:
+                (folder / RECALL).write_text(json.dumps(recalls, indent=1) + "\n")
+        return recalls
+
+
+# Rows of manifests
+
+
+def predict_rows(
+    load: Load, device: str, data: Sequence[Path], output: Path, shard: str | None, overlays: Overlays
+) -> bool:
+    """Answer the rows into a file, with progress; return whether all of this part have an answer."""
+    rows = [row for path in data for row in read_rows(path)]
+    part, local_rank = _shard_of(shard)
+    if local_rank is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local_rank}"
+    predictor = load(device=device)
+    unshown: dict[str, str] = {}
+
+    def on_replies(group: RequestGroup, replies: Sequence[Reply]) -> None:
+        bar.on_replies(group, replies)
+        if overlays.folder:
+            try:
+                _write_overlays(overlays, group, replies, predictor.processor.config.tokens_thw)
+            except (
+                ValueError,
+                OSError,
+            ) as error:  # a volume that cannot be shown is no reason not to answer the others
+                unshown[group.name] = str(error)
+
+    with _AnsweringBar() as bar:
+        outcome = manifest.predict_rows(predictor, rows, output, part, on_start=bar.on_start, on_batch=on_replies)
+    _print_outcome(
+        outcome,
+        bar,
+        output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}",
+        unshown,
+    )
+    return not (outcome.failed or unshown)
+
+
+def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
+    """Return this process's part of the rows, and its local rank under torchrun; UsageError for what is no I/N."""
+    if shard is None and "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        rank = int(os.environ["RANK"])
+        return Shard(rank, int(os.environ["WORLD_SIZE"])), int(os.environ.get("LOCAL_RANK", rank))
+    if shard is None:
+        return WHOLE, None
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--shard: expected I/N with I from 0 to N - 1, for example 0/4, found {shard!r}")
+    return Shard(int(index), int(count)), None
+
+
+def _write_overlays(
+    overlays: Overlays, group: RequestGroup, replies: Sequence[Reply], tokens_zyx: tuple[int, int, int]
+) -> None:
+    """Write what was kept of each volume of a group; a volume with a folder of masks has their recall beside it."""
+    assert overlays.folder is not None
+    titles = {request.id: _question_of(request.row) for request in group.requests}
+    count = len(group.videos)
+    for number, video in enumerate(group.videos):
+        scan = open_input(str(video), Recipe())
+        masks = overlays.masks / scan.id if overlays.masks else None
+        shown = _ShownScan(overlays, scan, tokens_zyx, masks if masks and masks.exists() else None)
+        for reply in replies:
+            if not reply.prediction.error:
+                name = reply.prediction.id
+                keep_V, saliency_V = (np.split(values, count)[number] for values in (reply.keep_V, reply.saliency_V))
+                shown.write(folders_of(overlays.folder, name, count)[number], titles[name], keep_V, saliency_V)
+
+
+def _question_of(row: Row) -> str:
+    text: str = next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
+    return text.replace(TAG, "").strip()
+
+
+class _AnsweringBar(ProgressBar):
+    """Counts the rows that are answered, and the visual tokens that are kept."""
+
+    def __init__(self) -> None:
+        super().__init__("answering")
+        self.start_s = time.monotonic()
+        self.total = self.done = self.kept = self.visual = 0
+
+    def on_start(self, total: int, done_before: int) -> None:
+        self.total, self.done = total, done_before
+        console.print(f"{total} rows, {done_before} of them answered before", soft_wrap=True)
+        self.update(total=total, completed=done_before)
+
+    def on_replies(self, group: RequestGroup, replies: Sequence[Reply]) -> None:
+        self.done += len(replies)
+        self.kept += sum(reply.prediction.kept_tokens for reply in replies)
+        self.visual += sum(reply.prediction.visual_tokens for reply in replies)
+        self.update(completed=self.done, detail=self.kept_share())
+        self.line(f"{self.done} of {self.total} {self.kept_share()}")
+
+    def kept_share(self) -> str:
+        return f"{self.kept / self.visual:.1%} of visual tokens kept" if self.visual else ""
+
+
+def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: object, unshown: dict[str, str]) -> None:
+    """Print how many rows were answered, why some were not, and where the predictions are."""
+    rate = f", {outcome.answered / (time.monotonic() - bar.start_s):.2f} questions/s" if outcome.answered else ""
+    counts = f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed"
+    console.print(f"{counts}{rate} {bar.kept_share()}")
+    if outcome.changed:
+        console.print(f"{outcome.changed} of them again: their questions or volumes changed since they were answered")
+    for title, reasons, rest in (
+        ("failed", outcome.failed, "their lines have an error"),
+        ("no overlay of", unshown, "none of these has an overlay"),
+    ):
+        for name, reason in list(reasons.items())[:SHOWN_FAILURES]:
+            console.print(f"{title} {name}: {reason}", soft_wrap=True)
+        if len(reasons) > SHOWN_FAILURES:
+            console.print(f"and {len(reasons) - SHOWN_FAILURES} more; {rest}")
+    console.print(f"predictions: {place}", soft_wrap=True)
+
+
+# Rows of a benchmark, under several schedulers
+
+
+def answer_benchmark(
+    load: Load, schedulers: str, keep: str, folder: Path
+) -> Callable[[Sequence[Row]], tuple[list[Path], PhotonConfig]]:
+    """Return the function rows -> (a file of predictions in `folder` for each scheduler, the model's configuration).
+
+    "its" goes first, since `keep` "match-its" gives the others the share of tokens that it kept. UsageError for
+    schedulers that do not exist and for no budget to match; later, for "its" without a threshold predictor.
+    """
+    names = list(dict.fromkeys(name.strip() for name in schedulers.split(",") if name.strip()))
+    unknown = [name for name in names if name not in SCHEDULERS]
+    if unknown:
+        raise UsageError(f"--schedulers: expected some of {', '.join(SCHEDULERS)}, found {unknown[0]!r}")
+    is_budgeted = bool(set(names) & set(BUDGETED))
+    given_share = None if keep == MATCH_ITS else _share_of(keep)
+    if given_share is not None and not is_budgeted:
+        raise UsageError(
+            f"--keep: expected one of {', '.join(BUDGETED)} among --schedulers, found {schedulers or 'none'}"
+        )
+    if given_share is None and is_budgeted and ITS not in names:
+        raise UsageError(
+            f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; add it, or say --keep 0.4"
+        )
+
+    def answer(rows: Sequence[Row]) -> tuple[list[Path], PhotonConfig]:
+        share, files, configs = given_share, [], []
+        in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
+        for name in in_order or [None]:  # None: the model's own
+            predictor = load(scheduler=name, keep_ratio=share if name in BUDGETED else None)
+            path, config = _answer_rows(predictor, rows, folder)
+            del predictor  # frees the model before the next is loaded
+            files.append(path)
+            configs.append(config)
+            if name == ITS and share is None and is_budgeted:
+                share = _kept_share(path, {row["id"] for row in rows})
+        return files, configs[0]
+
+    return answer
+
+
+def _share_of(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--keep: expected {MATCH_ITS} or a share above 0, at most 1, found {text!r}")
+    return share
+
+
+def _answer_rows(predictor: Predictor, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
+    """Answer the rows into the file of the model's scheduler."""
+    config = predictor.model.config
+    path = folder / f"{config.scheduler}.jsonl"
+    console.print(
+        f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else "")
+    )
+    with _AnsweringBar() as bar:
+        outcome = manifest.predict_rows(predictor, rows, path, on_start=bar.on_start, on_batch=bar.on_replies)
+    _print_outcome(outcome, bar, path, {})
+    return path, config
+
+
+def _kept_share(path: Path, ids: set[str]) -> float:
+    """Return the mean share of visual tokens that the predictions of these rows kept."""
+    shares = [p.kept_tokens / p.visual_tokens for p in read_predictions(path) if p.visual_tokens and p.id in ids]
+    if not any(shares):
+        raise UsageError(f"{path}: expected predictions that keep visual tokens, found none; say --keep 0.4 instead")
+    return fmean(shares)
