@@ -17,7 +17,7 @@ from photon_data.questions import manifest
 from photon_data.store import read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
 
-TAG = "<video>"
+TAG = manifest.VIDEO_TAG
 NIFTI = (".nii", ".nii.gz")  # files that stand in place of a store
 MAX_NAMED = 10  # ids in a message
 

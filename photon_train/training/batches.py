@@ -119,22 +119,14 @@ def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, ready for the model.
+    """A micro-batch, ready for the model."""
 
-    inputs   of PhotonForConditionalGeneration.forward; `prefix` is there when the rows share a volume's encoding
-    flips    bool[K], rows to flip once the curriculum flips
-    ids      of its rows
-    weight   what its loss counts: 0 for one that only fills up a step, or that could not be read
-    volumes  how many volumes were read
-    error    why it could not be read, "" if it could
-    """
-
-    inputs: dict[str, Any]
-    flips: Tensor
-    ids: list[str]
-    weight: float
-    volumes: int = 0
-    error: str = ""
+    inputs: dict[str, Any]  # of the model's forward; `prefix` is there when the rows share a volume's encoding
+    flips: Tensor  # bool[K], rows to flip once the curriculum flips
+    ids: list[str]  # of its rows
+    weight: float  # what its loss counts: 0 for one that only fills up a step, or that could not be read
+    volumes: int = 0  # how many were read
+    error: str = ""  # why it could not be read
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on the device."""
@@ -146,6 +138,7 @@ class Batch:
         return replace(self, inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
 
 
+@dataclass(frozen=True, eq=False)
 class MicroBatches(Dataset[Batch]):
     """The micro-batches of one rank and epoch. Nothing is random unless `training`.
 
@@ -154,24 +147,13 @@ class MicroBatches(Dataset[Batch]):
     an idle volume.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[TrainRow],
-        micro_batches: Sequence[MicroBatch],
-        processor: PhotonProcessor,
-        config: TrainConfig,
-        *,
-        training: bool,
-        epoch: int = 0,
-        same_calls: bool = False,
-    ) -> None:
-        self.rows = rows
-        self.micro_batches = micro_batches
-        self.processor = processor
-        self.config = config
-        self.training = training
-        self.epoch = epoch
-        self.same_calls = same_calls
+    rows: Sequence[TrainRow]
+    micro_batches: Sequence[MicroBatch]
+    processor: PhotonProcessor
+    config: TrainConfig
+    training: bool
+    epoch: int = 0
+    same_calls: bool = False
 
     def __len__(self) -> int:
         return len(self.micro_batches)

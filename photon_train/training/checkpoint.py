@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from photon_data.files import replace_folder, sync_tree
 from photon_train.training.sharding import OptimizerState
@@ -77,11 +77,6 @@ def read_optimizer_state(checkpoint: Path) -> OptimizerState:
         name, of_weight = key.split("|")
         found.setdefault(name, {})[of_weight] = value
     return found
-
-
-def load_adapter(model: nn.Module, checkpoint: Path) -> None:
-    """Set the weights of a model with LoRA, not yet prepared, to those that a checkpoint holds."""
-    model.load_state_dict(load_file(checkpoint / ADAPTER), strict=False)
 
 
 def save_merged(model: Any, processor: Any, checkpoint: Path) -> None:

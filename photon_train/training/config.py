@@ -15,77 +15,54 @@ from photon_train.configuration_photon import PhotonConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. A step is an optimizer step. A group, one volume with its questions, is a micro-batch.
+    """A training run. A step is an optimizer step. A group, one volume with its questions, is a micro-batch."""
 
-    stage                    s1 (patch embedding), s1c (everything, no pruning), s2 (everything, with pruning)
-    model                    checkpoint to start from: a directory or a hub id
-    revision                 of a hub id
-    data, eval               manifests to train on; to evaluate on after `eval_every` steps and at the end
-    output                   the run's folder
-    lr_*                     learning rate of a module at its peak; 0 freezes it
-    freeze                   glob patterns of further parameters to freeze, e.g. "*.bias"
-    lora_rank                above 0: train low-rank updates of the language model's linear layers, not its weights
-    groups_per_step          groups of an optimizer step, over all devices and accumulation steps together
-    questions_per_volume     at most this many questions share one encoding of their volume
-    share_prefix             False: encode the volume for every question anew (same loss, for comparison)
-    epochs, max_steps        length of the run; max_steps (0: none) ends it earlier, and is what schedules count to
-    warmup                   share of the run in which the learning rate rises
-    max_grad_norm            gradients are scaled down to this norm; 0: never
-    precision                fp32, or bf16 (autocast; weights and optimizer state stay in float32)
-    gradient_checkpointing, vision_gradient_checkpointing
-                             recompute the language model's, the vision tower's activations in the backward pass
-    grounding                folder of masks by volume id: scores learn to point at the masks that a row names in
-                             `organ_masks`. For models that start from nothing; not part of the published recipe
-    augment                  torchio on training volumes: none, intensity, affine (without reflections), both
-    workers, prefetch        processes that read stores, batches that each keeps ready; workers -1: by the CPUs
-    eval_every, save_every   in steps; 0: at the end only
-    keep_checkpoints         older ones are removed
-    on_bad_row, on_nan       stop or skip: a row that cannot be read; a loss that is not finite
-    track                    names of accelerate trackers: tensorboard, wandb, ...
-    photon                   settings of PhotonConfig by name: its_layer, soft_start, hard_start, band_low, ...
-    """
+    stage: str = "s1"  # s1 (patch embedding), s1c (everything, no pruning), s2 (everything, with pruning)
+    model: str = ""  # checkpoint to start from: a directory or a hub id
+    revision: str = ""  # of a hub id
+    data: tuple[str, ...] = ()  # manifests to train on
+    eval: tuple[str, ...] = ()  # manifests to evaluate on, after `eval_every` steps and at the end
+    output: str = ""  # the run's folder
 
-    stage: str = "s1"
-    model: str = ""
-    revision: str = ""
-    data: tuple[str, ...] = ()
-    eval: tuple[str, ...] = ()
-    output: str = ""
+    # Learning rate of each module at its peak; 0 freezes it.
     lr_patch_embedding: float = 1e-5
     lr_vision: float = 5e-6
     lr_merger: float = 5e-6
     lr_language_model: float = 1e-5
     lr_threshold: float = 1e-5
-    freeze: tuple[str, ...] = ()
-    lora_rank: int = 0
+    freeze: tuple[str, ...] = ()  # glob patterns of further parameters to freeze, e.g. "*.bias"
+    lora_rank: int = 0  # above 0: train low-rank updates of the language model's linear layers, not its weights
     lora_alpha: int = 16
-    groups_per_step: int = 2
-    questions_per_volume: int = 8
-    share_prefix: bool = True
+
+    groups_per_step: int = 2  # over all devices and accumulation steps together
+    questions_per_volume: int = 8  # at most this many share one encoding of their volume
+    share_prefix: bool = True  # False: encode the volume for every question anew (same loss, for comparison)
     epochs: int = 3
-    max_steps: int = 0
-    schedule: str = "cosine"
-    warmup: float = 0.05
+    max_steps: int = 0  # ends the run earlier, and is what schedules count to; 0: none
+    schedule: str = "cosine"  # of the learning rates
+    warmup: float = 0.05  # share of the run in which the learning rates rise
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    precision: str = "bf16"
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    precision: str = "bf16"  # fp32, or bf16 (autocast; weights and optimizer state stay in float32)
     attention: str = "sdpa"
-    gradient_checkpointing: bool = True
-    vision_gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # compute the language model's activations again in the backward pass
+    vision_gradient_checkpointing: bool = True  # and those of the vision tower
+    # Folder of masks by volume id: scores learn to point at the masks that a row names in `organ_masks`. For models
+    # that start from nothing; not part of the published recipe.
     grounding: str = ""
-    augment: str = "none"
-    max_length: int = 4096
-    workers: int = -1
-    prefetch: int = 2
-    eval_every: int = 0
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    on_bad_row: str = "stop"
-    on_nan: str = "stop"
-    track: tuple[str, ...] = ("tensorboard",)
+    augment: str = "none"  # torchio on training volumes: none, intensity, affine (without reflections), both
+    max_length: int = 4096  # tokens of a row
+    workers: int = -1  # processes that read stores; -1: by the number of CPUs
+    prefetch: int = 2  # batches that each of them keeps ready
+    eval_every: int = 0  # steps; 0: at the end only
+    save_every: int = 500  # steps; 0: at the end only
+    keep_checkpoints: int = 2  # older ones are removed
+    on_bad_row: str = "stop"  # or skip: a row that cannot be read
+    on_nan: str = "stop"  # or skip: a loss that is not finite
+    track: tuple[str, ...] = ("tensorboard",)  # names of accelerate trackers: tensorboard, wandb, ...
     seed: int = 0
-    photon: dict[str, Any] = field(default_factory=dict)
+    photon: dict[str, Any] = field(default_factory=dict)  # of PhotonConfig: its_layer, soft_start, band_low, ...
 
     def __post_init__(self) -> None:
         """UsageError for a setting that no run can have."""

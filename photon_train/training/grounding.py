@@ -30,14 +30,13 @@ from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment
 from photon_train.surrogate import gather_of
 from photon_train.training.batches import Batch
+from photon_train.training.setup import LossFactory
 
 logger = logging.getLogger(__name__)
 Callback = Callable[[int, int], object]  # volumes whose masks are counted, of how many
 
 
-def grounding_of(
-    folder: str, callback: Callback | None = None
-) -> Callable[[Any, Sequence[TrainRow]], GroundingLoss] | None:
+def grounding_of(folder: str, callback: Callback | None = None) -> LossFactory | None:
     """Return what `setup.start` makes the loss with, for the folder in `TrainConfig.grounding`; None for no folder."""
 
     def made(model: Any, rows: Sequence[TrainRow]) -> GroundingLoss:
@@ -80,8 +79,8 @@ def mask_shares(
 class GroundingLoss:
     """The loss of a model's scores, given the shares of `mask_shares`. Call it between a forward and its backward.
 
-    The hook stays on the layer: gradient checkpointing runs the layer again during backward, hook included. What the
-    hook computes then is not recorded.
+    The hook stays on the layer: some versions of transformers run it again when a checkpointed layer is computed again
+    during backward. What it computes then is not recorded.
     """
 
     def __init__(self, model: nn.Module, shares: Mapping[str, Tensor]) -> None:
@@ -99,9 +98,7 @@ class GroundingLoss:
             self._qk = qk if self._in_forward else None
 
     def __call__(self, batch: Batch) -> Tensor | None:
-        """Return the mean loss, 0-d, of the rows of the batch whose masks are known. None where no masks are known,
-        for perturbed volumes, and in evaluation.
-        """
+        """Return the mean loss, 0-d, of the rows whose masks are known; None without any, and for perturbed volumes."""
         qk, self._qk, self._in_forward = self._qk, None, False
         known = [None if batch.error else self._shares.get(id) for id in batch.ids]
         first = next((share_V for share_V in known if share_V is not None), None)

@@ -10,8 +10,8 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_
 from photon_train.training.checkpoint import checkpoints, save_checkpoint, save_merged
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import Log, Sums, means, read_log, sums_of, write_summary
-from photon_train.training.setup import LANGUAGE_MODEL, MODULES, AddedLoss, Run, load_model, module_of, start
+from photon_train.training.setup import LANGUAGE_MODEL, MODULES, LossFactory, Run, load_model, module_of, start
 from photon_train.training.sharding import gather_optimizer_state, gather_weights, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -36,40 +36,21 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on under its settings: a row that cannot be read, a loss that is not finite. Names the rows."""
 
 
-class Timer:
-    """Seconds since the last restart, and how many of them were waits for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a step."""
-        self._started, self._waited = time.perf_counter(), 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count what happens within as waiting."""
-        started = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - started
-
-    def row(self, questions: float, volumes: float) -> dict[str, float]:
-        """Return the timing of the step, for the questions and volumes of all devices."""
-        seconds = time.perf_counter() - self._started
-        return {
-            "seconds": seconds,
-            "questions_per_second": questions / seconds,
-            "volumes_per_second": volumes / seconds,
-            "data_wait_share": self._waited / seconds,
-        }
-
-
 def run_steps(run: Run) -> dict[str, Any]:
     """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written."""
     log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
-    started, timer = time.perf_counter(), Timer()
-    for batches in _steps_left(run, timer):
-        row = _step(run, batches, timer)
+    session = started = time.perf_counter()
+    for batches in _steps_left(run):
+        waited = time.perf_counter() - started
+        row = _step(run, batches)
+        seconds = time.perf_counter() - started
+        row |= {
+            "seconds": seconds,
+            "questions_per_second": row["questions"] / seconds,
+            "volumes_per_second": row["volumes"] / seconds,
+            "data_wait_share": waited / seconds,
+            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+        }
         last = run.state["step"] == run.total_steps
         if run.eval_rows and (last or _is_due(run, run.config.eval_every)):
             row |= validate(run)
@@ -82,15 +63,15 @@ def run_steps(run: Run) -> dict[str, Any]:
             _save(run)
         if last:
             break
-        timer.restart()
-    return _finish(run, time.perf_counter() - started)
+        started = time.perf_counter()
+    return _finish(run, time.perf_counter() - session)
 
 
 def _is_due(run: Run, every: int) -> bool:
     return every > 0 and run.state["step"] % every == 0
 
 
-def _steps_left(run: Run, timer: Timer) -> Iterator[list[Batch]]:
+def _steps_left(run: Run) -> Iterator[list[Batch]]:
     """Yield this rank's batches of each step that is left, and count the epochs in `run.state`."""
     config, state = run.config, run.state
     per_rank = config.groups_per_step // run.accelerator.num_processes
@@ -99,9 +80,7 @@ def _steps_left(run: Run, timer: Timer) -> Iterator[list[Batch]]:
         steps = plan[state["step_in_epoch"] :]
         batches = _read(run, run.rows, steps, training=True, epoch=epoch)
         for _ in steps:
-            with timer.waiting():
-                step = [next(batches) for _ in range(per_rank)]
-            yield step
+            yield [next(batches) for _ in range(per_rank)]
         state |= {"epoch": epoch + 1, "step_in_epoch": 0}
 
 
@@ -122,7 +101,7 @@ def _read(
         yield batch
 
 
-def _step(run: Run, batches: list[Batch], timer: Timer) -> dict[str, Any]:
+def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
     """Make one optimizer step; return its row of the log."""
     step, sums = run.state["step"], Sums()
     phase = phase_at(run.model_config, step, run.total_steps) if run.schedules else Phase.DENSE
@@ -132,8 +111,7 @@ def _step(run: Run, batches: list[Batch], timer: Timer) -> dict[str, Any]:
         with nullcontext() if is_last else run.accelerator.no_sync(run.model):
             sums.add(_micro_batch(run, batch.to(run.accelerator.device), phase, len(batches)))
     norms = gradient_norms(run.model)
-    total = sums.over(run.accelerator)
-    row = means(total, run.config.groups_per_step)
+    row = means(sums.over(run.accelerator), run.config.groups_per_step)
     if _is_finite(run, row["loss"], norms, batches):
         if run.config.max_grad_norm:
             run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
@@ -147,8 +125,6 @@ def _step(run: Run, batches: list[Batch], timer: Timer) -> dict[str, Any]:
         **row,
         **{f"grad_norm/{module}": norm for module, norm in norms.items()},
         **{f"lr/{module}": learning_rate for module, learning_rate in learning_rates.items()},
-        **timer.row(total["questions"], total["volumes"]),
-        "peak_memory_mib": peak_memory_mib(run.accelerator.device),
     }
 
 
@@ -283,7 +259,7 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     return summary
 
 
-def dry_run(config: TrainConfig, grounding: Callable[[Any, Sequence[TrainRow]], AddedLoss] | None = None) -> str:
+def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
     """Return a description of the run, after one step of it on real rows in a temporary folder.
 
     Every row is checked against its store, as at the start of a run. Raises what that raises. "" but in the main

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
@@ -27,7 +28,7 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training.batches import Batch, steps_per_epoch
-from photon_train.training.checkpoint import ADAPTER, checkpoints, load_adapter, read_optimizer_state, read_state
+from photon_train.training.checkpoint import ADAPTER, checkpoints, read_optimizer_state, read_state
 from photon_train.training.config import TrainConfig, with_values
 from photon_train.training.sharding import load_optimizer_state, make_accelerator
 
@@ -60,6 +61,7 @@ LORA_TARGETS = r".*language_model\.layers\..*_proj"
 UNUSED = ".atp.pos_proj."  # stored, never used
 
 AddedLoss = Callable[[Batch], Tensor | None]  # called after each forward; None: nothing to add
+LossFactory = Callable[[Any, Sequence[TrainRow]], AddedLoss]  # of the model, and the rows it is trained on
 
 
 @dataclass
@@ -99,7 +101,7 @@ def start(
     *,
     resume: bool,
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
-    grounding: Callable[[Any, Sequence[TrainRow]], AddedLoss] | None = None,
+    grounding: LossFactory | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
@@ -166,7 +168,7 @@ def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProce
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS)
         model = get_peft_model(model, lora)
     if last is not None and with_adapter:
-        load_adapter(model, last)
+        model.load_state_dict(load_file(last / ADAPTER), strict=False)
     return model, processor
 
 
