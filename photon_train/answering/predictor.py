@@ -290,10 +290,11 @@ class Asker:
         text_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
         if scheduled is None:
             return [_Kept(np.zeros(0, bool), np.zeros(0, np.float32), float("nan"), text) for text in text_B]
+        saliency_BL, threshold_B = scheduled.selection.saliency_BL, scheduled.selection.threshold_B
         return [
             _Kept(_numpy(keep_L[visual_L]), _numpy(saliency_L[visual_L]), threshold, text)
             for keep_L, saliency_L, visual_L, threshold, text in zip(
-                scheduled.keep_BL, scheduled.selection.saliency_BL, visual_BL, scheduled.selection.threshold_B.tolist(), text_B, strict=True
+                scheduled.keep_BL, saliency_BL, visual_BL, threshold_B.tolist(), text_B, strict=True
             )
         ]
 

@@ -276,7 +276,7 @@ class GroupDataset(Dataset[Batch]):
 
 
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return inputs of rows that begin alike up to the end of their last volume, which they bring once: see `prefix.with_suffixes`."""
+    """Return inputs of rows that begin alike up to the end of their last volume, given once; see `with_suffixes`."""
     first = processor(rows=rows[:1], for_training=True)
     encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
