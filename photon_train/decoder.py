@@ -142,8 +142,8 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             lower_cache = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
             lower_position_3BL = position_3BL[..., prefix.length :]
         attend = self._attend(inputs_embeds, attention_mask, lower_position_3BL, lower_cache, first_layer=0)
-        seen = {"scheduling": scheduling, "prefix": prefix}
-        h_BLD, selection = self._lower(inputs_embeds, seen, checkpoint=prefix is None, **attend, **kwargs)
+        its_arguments = {"scheduling": scheduling, "prefix": prefix}
+        h_BLD, selection = self._lower(inputs_embeds, its_arguments, checkpoint=prefix is None, **attend, **kwargs)
         if prefix is not None:
             h_BLD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BLD], dim=1)
 
