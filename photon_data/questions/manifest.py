@@ -84,9 +84,7 @@ def validate(
 
 def _types(value: Any) -> Any:
     """Return the name of a value's type; for an object, those of its values: ms-swift gives each column one type."""
-    if isinstance(value, Mapping):
-        return {key: _types(item) for key, item in value.items()}
-    return type(value).__name__
+    return {key: _types(item) for key, item in value.items()} if type(value) is dict else type(value).__name__
 
 
 def _compare_types(own: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
