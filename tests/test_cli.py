@@ -44,7 +44,7 @@ def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--set", "spacing=1,1,1"], "did you mean spacing_mm"),
+        (["--set", "spacing=1,1,1"], "did you mean 'spacing_mm'"),
         (["--recipe", "chest"], "one of chest_ct"),
         (["--hu-source", "nowhere.csv"], "expected header, stored or a table"),
         (["--columns", "volume"], "expected name=value"),
@@ -166,3 +166,13 @@ def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
 def test_heavy_libraries_are_not_imported_where_they_are_not_needed(code, absent):
     script = f"{code}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect"])
+def test_other_numbers_of_paths_than_the_command_takes_are_misuse_that_says_which_it_takes(raw, tmp_path, command):
+    (tmp_path / "data_manifest.yaml").write_text("datasets: {}\n")
+    for words in ((), (raw, raw, raw), (raw, raw, "--manifest", tmp_path / "data_manifest.yaml")):
+        code, text = cli(command, *words)
+        assert code == 2
+        assert "expected SOURCE" in text and "or --manifest data_manifest.yaml [OUT], found" in text
+    assert list(tmp_path.rglob("volumes.jsonl")) == []
