@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import fields
 from pathlib import Path
 
 from photon_train import flops as costs
@@ -33,7 +32,7 @@ QWEN_3B = {
 }
 
 
-def table(config: PhotonConfig, prompt: costs.Prompt, keep_ratio: float, questions: int) -> str:
+def table(config: PhotonConfig, prompt: costs.PromptSize, keep_ratio: float, questions: int) -> str:
     """One line per way of asking, in TFLOP; bytes behind."""
     grid, kept = config.patches_thw, round(keep_ratio * prompt.visual)
     short = prompt.length - prompt.visual + kept
@@ -48,7 +47,7 @@ def table(config: PhotonConfig, prompt: costs.Prompt, keep_ratio: float, questio
             questions * costs.cache_bytes(config, short),
         ),
     }
-    names = [field.name for field in fields(costs.Flops)]
+    names = costs.Flops._fields
     lines = [f"{'TFLOP of prefill':34}" + "".join(f"{n:>9}" for n in (*names, "total")) + f"{'KV MiB':>10}"]
     for way, (flops, cache) in ways.items():
         numbers = [getattr(flops, name) for name in names] + [flops.total()]
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--question-tokens", type=int, default=32)
     args = parser.parse_args()
     config = PhotonConfig.from_pretrained(args.config) if args.config else PhotonConfig(**QWEN_3B, stage=2)
-    prompt = costs.prompt_of(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
+    prompt = costs.prompt_size(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
     print(table(config, prompt, args.keep_ratio, args.questions))
 
 

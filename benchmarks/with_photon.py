@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from photon_data.prepare_file import Job, prepare_file
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import PREPARED
 from photon_data.scan import Source

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.table import Table
 
 from photon_cli.terminal import ProgressBar, console
 from photon_data.errors import UsageError
 from photon_data.questions.manifest import read
-from photon_train.answering.prediction import read_predictions
+from photon_data.recipe import Recipe
+from photon_train.answering.prediction import read_predictions, unpack_mask
+from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.evaluate import Answers, Comparison, Evaluation, Settings, check, evaluate
-from photon_train.evaluation.report import pictured, sheet, sheets, trade_offs, write, write_pictures
-from photon_train.evaluation.tables import Sheet, both_averages, told, told_interval, told_value
+from photon_train.evaluation.cases import grouped
+from photon_train.evaluation.evaluate import check, evaluate
+from photon_train.evaluation.report import cases_to_picture, recall_tables, trade_off_table, trade_offs, write_report
+from photon_train.evaluation.tables import (
+    Answers,
+    Comparison,
+    Evaluation,
+    FormattedTable,
+    Settings,
+    both_averages,
+    formatted,
+    formatted_interval,
+    formatted_value,
+)
 from photon_train.evaluation.text_metrics import read_labels
-from photon_train.kept_tokens import CountedMask
+from photon_train.kept_tokens import CountedMask, counted_by_volume, volumes_with_masks
+from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 from photon_train.rows import read_rows
 
 if TYPE_CHECKING:
@@ -66,8 +82,6 @@ def score(
     rows = [row for path in data for row in (read_rows(path) if with_volumes else read(path))]
     training_rows = [row for path in train for row in read(path)]
     check(benchmark, rows, settings)
-    if masks:
-        from photon_train.answering.scan import volumes_with_masks
     volumes = volumes_with_masks(masks, rows) if masks else {}
     files, config = answering(rows)
     if config:
@@ -77,7 +91,7 @@ def score(
     evaluation = evaluate(
         benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
     )
-    paths = write(evaluation, output, overlays=_pictures(evaluation, rows, overlays, output / "overlays"))
+    paths = write_report(evaluation, output, overlays=_pictures(evaluation, rows, overlays, output / "overlays"))
     print_evaluation(evaluation)
     if masks and not any(answers.mask_recalls for answers in evaluation.answers):
         grid = " x ".join(map(str, settings.grid_zyx))
@@ -98,8 +112,6 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
 
 def _counted(folder: Path, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
     """Return the masks of the volumes, counted on the tokens; print which could not be read."""
-    from photon_train.answering.scan import counted_by_volume
-
     with ProgressBar("masks of volumes") as bar:
         bar.update(total=len(volumes))
         found = counted_by_volume(folder, volumes, settings.grid_zyx, lambda: bar.update(advance=1))
@@ -112,15 +124,30 @@ def _counted(folder: Path, volumes: Mapping[str, str], settings: Settings) -> di
 def _pictures(
     evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], most: int, folder: Path
 ) -> dict[str, dict[str, Path]]:
-    """Write pictures of cases of the first file of predictions; return {name of the file: {question id: picture}}."""
+    """Write pictures of cases of the first file of predictions; return {name of the file: {question id: picture}}.
+
+    Predictions do not have the saliency of tokens: the planes go through the kept token nearest to the middle. Each volume
+    is opened once. One that cannot be shown is named, and does not stop the others.
+    """
     if not most:
         return {}
-    first = evaluation.answers[0]
+    first, tokens_zyx, pictures = evaluation.answers[0], evaluation.settings.grid_zyx, dict[str, Path]()
     volumes = {row["id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
-    found = write_pictures(pictured(first, most), volumes, evaluation.settings.grid_zyx, folder)
-    for volume, reason in found.unshown.items():
-        console.print(f"no overlay of {volume}: {reason}", soft_wrap=True)
-    return {first.name: found.pictures}
+    cases = [case for case in cases_to_picture(first, most) if case.id in volumes]
+    fitting = [case for case in cases if case.prediction.visual_tokens == prod(tokens_zyx)]
+    for volume, group in grouped(fitting, lambda case: volumes[case.id]).items():
+        try:
+            scan = open_input(volume, Recipe())
+            canvas = Canvas(scan.volume, scan.native, tokens_zyx)
+            for case in group:
+                keep_V = unpack_mask(case.prediction.kept, case.prediction.visual_tokens)
+                path = folders_of(folder, case.id, 1)[0] / PICTURE
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(canvas, keep_V, keep_V.astype(np.float32), case.question).save(path)
+                pictures[case.id] = path
+        except (ValueError, OSError) as error:
+            console.print(f"no overlay of {volume}: {error}", soft_wrap=True)
+    return {first.name: pictures}
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -135,12 +162,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
             counts = ", ".join(f"{count} of {task}" for task, count in answers.unparsed.items())
             console.print(f"responses that mean no answer, counted as wrong: {counts}")
         _print_costs(answers)
-        for table in sheets(answers.mask_recalls) if answers.mask_recalls else []:
+        for table in recall_tables(answers.mask_recalls) if answers.mask_recalls else []:
             console.print(_rich_table(table))
     for comparison in evaluation.comparisons:
         console.print(_differences(comparison))
     for trade_off in trade_offs(evaluation):
-        console.print(_rich_table(sheet(trade_off)))
+        console.print(_rich_table(trade_off_table(trade_off)))
 
 
 def _scores(answers: Answers) -> Table:
@@ -148,10 +175,11 @@ def _scores(answers: Answers) -> Table:
     columns = ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients")
     table = _score_table(title, columns)
     for score, weighted in both_averages(answers.scores):
-        blind = [told_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
-        rules = [told_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
-        cells = [told(score.estimate), told_interval(score.estimate), *blind, " ".join(rules), told(weighted.estimate)]
-        table.add_row(score.task, score.metric, *cells, f"{score.questions}", f"{score.patients}")
+        blind = [formatted_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
+        rules = [formatted_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
+        cells = [formatted(score.estimate), formatted_interval(score.estimate), *blind, " ".join(rules)]
+        counts = (f"{score.questions}", f"{score.patients}")
+        table.add_row(score.task, score.metric, *cells, formatted(weighted.estimate), *counts)
     return table
 
 
@@ -159,7 +187,9 @@ def _differences(comparison: Comparison) -> Table:
     title = f"{comparison.second} minus {comparison.first}"
     table = _score_table(title, ("macro", "95 %", "by question", "95 %", "n"))
     for score, weighted in both_averages(comparison.scores):
-        cells = [text for one in (score, weighted) for text in (told(one.estimate), told_interval(one.estimate))]
+        cells = [
+            text for one in (score, weighted) for text in (formatted(one.estimate), formatted_interval(one.estimate))
+        ]
         table.add_row(score.task, score.metric, *cells, f"{score.questions}")
     return table
 
@@ -173,7 +203,7 @@ def _score_table(title: str, numbers: Iterable[str]) -> Table:
     return table
 
 
-def _rich_table(sheet: Sheet) -> Table:
+def _rich_table(sheet: FormattedTable) -> Table:
     table = Table(title=sheet.title)
     for number, name in enumerate(sheet.headings):
         table.add_column(name, justify="right" if number else "left")

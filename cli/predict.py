@@ -26,10 +26,18 @@ from photon_data.errors import UsageError
 from photon_data.picture import AUTO, resolve_window
 from photon_data.recipe import Policy, Recipe
 from photon_train.answering import manifest
-from photon_train.answering.manifest import WHOLE, Outcome, Shard, Watch
+from photon_train.answering.manifest import WHOLE, Outcome, Shard
 from photon_train.answering.prediction import read_predictions
-from photon_train.answering.predictor import AnswerSettings, Asker, Group, Reply, grid_read_by, load_asker
-from photon_train.answering.scan import ScanInput, ask_scan, open_input
+from photon_train.answering.predictor import (
+    AnswerSettings,
+    Predictor,
+    Reply,
+    RequestGroup,
+    answer_questions,
+    load_predictor,
+    model_shape_of,
+)
+from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import counted_masks
 from photon_train.overlay import Canvas, View, folders_of, write_overlay
@@ -41,13 +49,13 @@ SHOWN_FAILURES = 10
 ITS, MATCH_ITS = "its", "match-its"
 BUDGETED = ("random", "uniform", "foreground")  # these schedulers keep the share that they are given
 
-Load = Callable[..., Asker]
+Load = Callable[..., Predictor]
 
 
 def loading(model: str, answers: AnswerSettings, dtype: str, revision: str | None, **options: Any) -> Load:
     """Return the function that loads the model of the command's options; its keywords replace some of them."""
     disable_progress_bar()
-    return partial(load_asker, model, answers, dtype=dtype, revision=revision, **options)
+    return partial(load_predictor, model, answers, dtype=dtype, revision=revision, **options)
 
 
 class Overlays(NamedTuple):
@@ -75,17 +83,17 @@ def open_for_model(path: str, made_by: tuple[Recipe, Policy], model: str, revisi
     It is read before the model is loaded: most of what can be wrong is wrong with the scan.
     """
     recipe, policy = made_by
-    return open_input(path, replace(recipe, model_shape_zyx=grid_read_by(model, revision)), policy)
+    return open_input(path, replace(recipe, model_shape_zyx=model_shape_of(model, revision)), policy)
 
 
 def predict_scan(
     load: Load, model: str, scan: ScanInput, questions: list[str], overlays: Overlays, *, as_json: bool, stream: bool
 ) -> None:
     """Answer questions about a scan, and print the answers, what was kept and what it took."""
-    asker = load()
-    shown = _ShownScan(overlays, scan, asker.processor.config.tokens_thw, overlays.masks)
-    streamer = _streamer(asker, questions) if stream and not as_json else None
-    replies, seconds = ask_scan(asker, scan, questions, streamer)
+    predictor = load()
+    shown = _ShownScan(overlays, scan, predictor.processor.config.tokens_thw, overlays.masks)
+    streamer = _streamer(predictor, questions) if stream and not as_json else None
+    replies, seconds = answer_questions(predictor, questions, scan.model, scan.id, scan.seconds, streamer)
     recalls = []
     for question, reply in zip(questions, replies, strict=True):
         folder = folders_of(overlays.folder, reply.prediction.id, 1)[0] if overlays.folder else None
@@ -104,7 +112,7 @@ def predict_scan(
     console.print(f"{scan.id}: " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
 
 
-def _streamer(asker: Asker, questions: Sequence[str]) -> TextStreamer:
+def _streamer(predictor: Predictor, questions: Sequence[str]) -> TextStreamer:
     """Return a streamer that prints each question, then its answer while it is generated."""
     questions_left = iter(questions)
 
@@ -117,7 +125,7 @@ def _streamer(asker: Asker, questions: Sequence[str]) -> TextStreamer:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             console.print(text, end="\n" if stream_end else "", soft_wrap=True)
 
-    return Streamer(asker.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return Streamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _print_reply(question: str, reply: Reply, recalls: dict[str, Any], *, with_answer: bool) -> None:
@@ -164,14 +172,14 @@ def predict_rows(
     part, local_rank = _shard_of(shard)
     if local_rank is not None and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local_rank}"
-    asker = load(device=device)
+    predictor = load(device=device)
     unshown: dict[str, str] = {}
 
-    def on_replies(group: Group, replies: Sequence[Reply]) -> None:
+    def on_replies(group: RequestGroup, replies: Sequence[Reply]) -> None:
         bar.on_replies(group, replies)
         if overlays.folder:
             try:
-                _write_overlays(overlays, group, replies, asker.processor.config.tokens_thw)
+                _write_overlays(overlays, group, replies, predictor.processor.config.tokens_thw)
             except (
                 ValueError,
                 OSError,
@@ -179,7 +187,7 @@ def predict_rows(
                 unshown[group.name] = str(error)
 
     with _AnsweringBar() as bar:
-        outcome = manifest.predict_rows(asker, rows, output, part, Watch(bar.on_start, on_replies))
+        outcome = manifest.predict_rows(predictor, rows, output, part, on_start=bar.on_start, on_batch=on_replies)
     _print_outcome(
         outcome,
         bar,
@@ -203,11 +211,11 @@ def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
 
 
 def _write_overlays(
-    overlays: Overlays, group: Group, replies: Sequence[Reply], tokens_zyx: tuple[int, int, int]
+    overlays: Overlays, group: RequestGroup, replies: Sequence[Reply], tokens_zyx: tuple[int, int, int]
 ) -> None:
     """Write what was kept of each volume of a group; a volume with a folder of masks has their recall beside it."""
     assert overlays.folder is not None
-    titles = {prompt.id: _question_of(prompt.row) for prompt in group.prompts}
+    titles = {request.id: _question_of(request.row) for request in group.requests}
     count = len(group.videos)
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe())
@@ -238,7 +246,7 @@ class _AnsweringBar(ProgressBar):
         console.print(f"{total} rows, {done_before} of them answered before", soft_wrap=True)
         self.update(total=total, completed=done_before)
 
-    def on_replies(self, group: Group, replies: Sequence[Reply]) -> None:
+    def on_replies(self, group: RequestGroup, replies: Sequence[Reply]) -> None:
         self.done += len(replies)
         self.kept += sum(reply.prediction.kept_tokens for reply in replies)
         self.visual += sum(reply.prediction.visual_tokens for reply in replies)
@@ -297,9 +305,9 @@ def answer_benchmark(
         share, files, configs = given_share, [], []
         in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
         for name in in_order or [None]:  # None: the model's own
-            asker = load(scheduler=name, keep_ratio=share if name in BUDGETED else None)
-            path, config = _answer_rows(asker, rows, folder)
-            del asker  # frees the model before the next is loaded
+            predictor = load(scheduler=name, keep_ratio=share if name in BUDGETED else None)
+            path, config = _answer_rows(predictor, rows, folder)
+            del predictor  # frees the model before the next is loaded
             files.append(path)
             configs.append(config)
             if name == ITS and share is None and is_budgeted:
@@ -319,15 +327,15 @@ def _share_of(text: str) -> float:
     return share
 
 
-def _answer_rows(asker: Asker, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
+def _answer_rows(predictor: Predictor, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
     """Answer the rows into the file of the model's scheduler."""
-    config = asker.model.config
+    config = predictor.model.config
     path = folder / f"{config.scheduler}.jsonl"
     console.print(
         f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else "")
     )
     with _AnsweringBar() as bar:
-        outcome = manifest.predict_rows(asker, rows, path, watch=Watch(bar.on_start, bar.on_replies))
+        outcome = manifest.predict_rows(predictor, rows, path, on_start=bar.on_start, on_batch=bar.on_replies)
     _print_outcome(outcome, bar, path, {})
     return path, config
 

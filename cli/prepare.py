@@ -26,7 +26,7 @@ from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Recipe
 from photon_data.records import READY, VolumeRecord
-from photon_data.remarks import duplicates, problems
+from photon_data.remarks import duplicates, all_remarks
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import (
     Callback,
@@ -257,7 +257,7 @@ def print_findings(
     if ignored:
         console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
     if json_file:
-        json_file.write_bytes(jsonl_bytes({**record.to_json(), "findings": problems(record)} for record in records))
+        json_file.write_bytes(jsonl_bytes({**record.to_json(), "findings": all_remarks(record)} for record in records))
     return all(record.state == READY for record in records)
 
 
@@ -273,7 +273,7 @@ def _cells(record: VolumeRecord) -> list[str]:
         " ".join(f"{s:.2f}" for s in geometry["spacing_zyx_mm"]),
         geometry["orientation_zyx"],
         f"{hu['min']:.0f} to {hu['max']:.0f}",
-        "; ".join(problems(record)) or "fine",
+        "; ".join(all_remarks(record)) or "fine",
     ]
 
 

@@ -1,7 +1,7 @@
-"""A volume as a picture: axial, coronal and sagittal slice side by side, upright, to scale, with letters that say where is what.
+"""A volume as a picture: axial, coronal and sagittal slice side by side, upright, to scale, with letters for sides.
 
 Radiological convention: the patient's right is on the image's left, the head is up; sagittal slices face left.
-A tilted scan is shown in the planes of its own grid, each with the letters its axes really have.
+A tilted scan is shown in the planes of its own grid, each with the letters of its own axes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from photon_data.errors import UsageError
-from photon_data.volume import BodyAxes, Geometry, Volume, body_axes, direction_letters, position_text, tilt_degrees
+from photon_data.volume import Geometry, Volume, body_axes, direction_letters, position_text, tilt_degrees
 
 Window = tuple[float, float]
 WINDOWS: dict[str, Window] = {
@@ -24,35 +24,39 @@ WINDOWS: dict[str, Window] = {
     "mediastinum": (-125, 225),
     "bone": (-450, 1050),
 }
-# Not CT, or not in HU: from the darkest to the brightest percent of what is shown.
+# The window of data that is not CT, or not in HU: the percentiles 1 and 99 of what is shown.
 AUTO = "auto"
 
-SCALE_BAR_MM = 50
-_SHORTER_BARS_MM = (20, 10, 5, 2, 1)
-_TILT_WORTH_SAYING = 1.0
+# The scale bar has the first of these lengths that fits into half a panel.
+SCALE_BARS_MM = (50, 20, 10, 5, 2, 1)
+_SMALLEST_PANEL_PX = 96
+_TILT_SHOWN_DEGREES = 1.0
 
 _BACKGROUND, _TEXT, _MUTED, _OUTLINE = "#0b0d10", "#e8eaed", "#9aa0a6", "#ff5d8f"
 _DIMMED = 0.6
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
 
 class Plane(NamedTuple):
-    """One of the three slices, in world axes (0 L, 1 P, 2 S): the axis through it, and those its rows and columns follow.
-
-    Columns always grow rightwards with `right`; rows grow downwards with `down` (down_sign +1) or against it (-1).
-    """
+    """One of the three slices of an upright grid (see `Upright`), by array axes: through it, downwards, rightwards."""
 
     name: str
     normal: int
     down: int
-    down_sign: int
     right: int
     colour: str
 
+    @property
+    def down_sign(self) -> int:
+        """-1 where indices decrease downwards: the head is up."""
+        return -1 if self.down == 0 else 1
+
 
 PLANES = (
-    Plane("axial", 2, 1, +1, 0, "#f2b84b"),
-    Plane("coronal", 1, 2, -1, 0, "#6fcf97"),
-    Plane("sagittal", 0, 2, -1, 1, "#6ab7ff"),
+    Plane("axial", 0, 1, 2, "#f2b84b"),
+    Plane("coronal", 1, 0, 2, "#6fcf97"),
+    Plane("sagittal", 2, 0, 1, "#6ab7ff"),
 )
 
 
@@ -68,8 +72,8 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, size_px: int) -> Layout:
         """Return the layout for panels of `size_px`; UsageError below 96, where no letter can be read."""
-        if size_px < 96:
-            raise UsageError(f"size_px: 96 or more wanted, got {size_px}")
+        if size_px < _SMALLEST_PANEL_PX:
+            raise UsageError(f"size_px: expected {_SMALLEST_PANEL_PX} or more, found {size_px}")
         font = max(10, size_px // 24)
         return cls(size_px, gutter=round(font * 1.7), font=font, line=round(font * 1.7), gap=max(2, size_px // 64))
 
@@ -84,6 +88,34 @@ class Layout(NamedTuple):
         return 3 * self.panel + 2 * self.gap, self.panel + 2 * self.line + self.gap
 
 
+class Upright:
+    """A volume as if its array axes 0, 1, 2 ran to the head, the back and the left of the patient.
+
+    `geometry` is that of the upright grid. Only the slices that are asked for are read from the array.
+    """
+
+    def __init__(self, volume: Volume) -> None:
+        axes, native = body_axes(volume.geometry), volume.geometry
+        self._array, self._stored_axis, self._sign = volume.array_zyx, axes.array_axis[::-1], axes.sign[::-1]
+        stored = list(self._stored_axis)
+        corner = [0, 0, 0]
+        for axis, sign in zip(stored, self._sign, strict=True):
+            corner[axis] = 0 if sign > 0 else native.shape_zyx[axis] - 1
+        steps = np.asarray(native.steps_lps)[stored] * np.asarray(self._sign)[:, None]
+        self.geometry = Geometry.from_arrays(np.asarray(native.shape_zyx)[stored], native.world(corner), steps)
+
+    def slice(self, plane: Plane, at: tuple[int, int, int]) -> np.ndarray:
+        """Return the slice of `plane` through voxel `at` of the upright grid, as seen: [down, right]."""
+        index: list[int | slice] = [slice(None)] * 3
+        through = at[plane.normal]
+        last = self.geometry.shape_zyx[plane.normal] - 1
+        index[self._stored_axis[plane.normal]] = through if self._sign[plane.normal] > 0 else last - through
+        values = np.asarray(self._array[tuple(index)])
+        if self._stored_axis[plane.down] > self._stored_axis[plane.right]:
+            values = values.T
+        return values[:: plane.down_sign * self._sign[plane.down], :: self._sign[plane.right]]
+
+
 def three_planes(
     volume: Volume,
     *,
@@ -93,47 +125,50 @@ def three_planes(
     title: str | None = None,
     outlined_zyx: np.ndarray | None = None,
 ) -> Image.Image:
-    """Return an RGB picture of the axial, coronal and sagittal slice through `at_lps` (mm; the middle of the grid if None).
+    """Return an RGB picture of the axial, coronal and sagittal slice through `at_lps` (None: the middle of the grid).
 
-    All three share one scale, so a thin slab looks thin; each panel is `size_px` wide and high. `window_hu` is (low, high),
-    a name of WINDOWS, or "auto". Three slices are read from `volume.array_zyx`, nothing else. `outlined_zyx` are voxels of
-    it (bool) around which a line is drawn; the others are dimmed.
+    All three share one scale, so a thin slab looks thin. Each panel is `size_px` wide and high.
+    `window_hu` is (low, high), a name of WINDOWS, or "auto". Only three slices are read from `volume.array_zyx`.
+    `outlined_zyx` (bool) marks voxels of it: a line is drawn around them, and the others are dimmed.
     UsageError for an unknown window or a point outside of the volume.
     """
-    layout, axes = Layout.of(size_px), body_axes(volume.geometry)
-    at = slice_indices(volume.geometry, axes, at_lps)
-    slices = [plane_slice(volume, axes, plane, at) for plane in PLANES]
+    layout, upright = Layout.of(size_px), Upright(volume)
+    grid = upright.geometry
+    at = voxel_at(grid, at_lps)
+    slices = [upright.slice(plane, at) for plane in PLANES]
     window = resolve_window(window_hu, slices)
-    px_per_mm = layout.room / max(_extents_mm(volume.geometry))
+    px_per_mm = layout.room / max(_extents_mm(grid))
     canvas = Image.new("RGB", layout.canvas, _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for number, (plane, values) in enumerate(zip(PLANES, slices, strict=True)):
         left = number * (layout.panel + layout.gap)
-        box = _paste_slice(
-            canvas, layout, left, to_grey(values, window), _size_px(volume.geometry, axes, plane, px_per_mm)
-        )
+        box = _slice_box(layout, left, plane, grid, px_per_mm)
+        size = (box[2] - box[0], box[3] - box[1])
+        grey = Image.fromarray(np.ascontiguousarray(to_grey(values, window)))
+        canvas.paste(grey.resize(size, Image.Resampling.BILINEAR).convert("RGB"), box)
         if outlined_zyx is not None:
-            _draw_outline(canvas, layout, box, plane_slice(Volume(outlined_zyx, volume.geometry), axes, plane, at))
-        _draw_letters(draw, layout, box, volume.geometry, axes, plane)
-        _draw_ticks(draw, layout, box, volume.geometry, axes, plane, at)
-        _draw_caption(draw, layout, left, plane, float(volume.geometry.world(at)[plane.normal]))
+            marked = Upright(Volume(outlined_zyx, volume.geometry)).slice(plane, at)
+            _draw_outline(canvas, box, marked, thickness=max(1, layout.panel // 240))
+        _draw_letters(draw, layout, box, plane, grid)
+        _draw_ticks(draw, layout, box, plane, grid, at)
+        _draw_caption(draw, layout, left, plane, float(grid.world(at)[2 - plane.normal]))
     _draw_scale_bar(draw, layout, px_per_mm)
     _draw_footer(draw, layout, title or "", _window_text(window_hu, window, volume.geometry))
     return canvas
 
 
 def resolve_window(window_hu: Window | str, slices: Sequence[np.ndarray]) -> Window:
-    """Return (low, high) of a pair, a name of WINDOWS, or "auto" (the percentiles 1 and 99 of `slices`); else UsageError."""
+    """Return (low, high) of a pair, a name, or "auto" (percentiles 1 and 99 of `slices`); UsageError for others."""
     if window_hu == AUTO:
         values = np.concatenate([np.ravel(values) for values in slices])
         low, high = np.percentile(values[np.isfinite(values)], (1, 99)) if np.isfinite(values).any() else (0, 1)
         return float(low), float(max(high, low + 1))
     if isinstance(window_hu, str):
         if window_hu not in WINDOWS:
-            raise UsageError(f"a window wanted, {', '.join([*WINDOWS, AUTO])} or two numbers, got {window_hu!r}")
+            raise UsageError(f"expected a window, {', '.join([*WINDOWS, AUTO])} or two numbers; found {window_hu!r}")
         return WINDOWS[window_hu]
     if len(window_hu) != 2 or not window_hu[0] < window_hu[1]:
-        raise UsageError(f"a window of two numbers, low < high, wanted, got {tuple(window_hu)}")
+        raise UsageError(f"expected a window of two numbers, low < high; found {tuple(window_hu)}")
     return float(window_hu[0]), float(window_hu[1])
 
 
@@ -144,85 +179,52 @@ def to_grey(values: np.ndarray, window: Window) -> np.ndarray:
     return np.rint(np.clip(np.nan_to_num(share, nan=0.0), 0, 1) * 255).astype(np.uint8)
 
 
-def slice_indices(geometry: Geometry, axes: BodyAxes, at_lps: Sequence[float] | None) -> tuple[int, int, int]:
-    """Return the voxel (z, y, x) at a world point, or in the middle; between two voxels the one further left, back or up.
+def voxel_at(grid: Geometry, at_lps: Sequence[float] | None) -> tuple[int, int, int]:
+    """Return the voxel of an upright grid at a world point, or in the middle.
 
-    The tie is broken in the world, not in the array: the same slices are shown whatever way an axis is stored.
+    Between two voxels it is the one further left, back or up: the same slices are shown whatever way an axis is stored.
     """
-    shape = np.asarray(geometry.shape_zyx)
-    fraction = np.round((shape - 1) / 2 if at_lps is None else geometry.index(at_lps), 6)
+    shape = np.asarray(grid.shape_zyx)
+    fraction = np.round((shape - 1) / 2 if at_lps is None else grid.index(at_lps), 6)
     if not ((fraction >= -0.5) & (fraction <= shape - 0.5)).all():
-        ends = np.stack([geometry.corners_lps().min(0), geometry.corners_lps().max(0)]).round(1).T.tolist()
-        raise UsageError(
-            f"a point within the volume wanted, L, P, S in {ends} mm, got {[float(v) for v in at_lps or ()]}"
-        )
-    nearest = np.zeros(3, int)
-    for axis, sign in zip(axes.array_axis, axes.sign, strict=True):
-        nearest[axis] = np.floor(fraction[axis] + 0.5) if sign > 0 else np.ceil(fraction[axis] - 0.5)
-    z, y, x = (int(v) for v in np.clip(nearest, 0, shape - 1))
+        ends = np.stack([grid.corners_lps().min(0), grid.corners_lps().max(0)]).round(1).T.tolist()
+        found = [float(mm) for mm in at_lps or ()]
+        raise UsageError(f"expected a point within the volume, L, P, S in {ends} mm; found {found}")
+    z, y, x = (int(i) for i in np.clip(np.floor(fraction + 0.5), 0, shape - 1))
     return z, y, x
-
-
-def plane_slice(volume: Volume, axes: BodyAxes, plane: Plane, at: tuple[int, int, int]) -> np.ndarray:
-    """Return the slice of `plane` through voxel `at`, as seen: [down, right]. Reads this slice only."""
-    index: list[int | slice] = [slice(None)] * 3
-    index[axes.array_axis[plane.normal]] = at[axes.array_axis[plane.normal]]
-    values = np.asarray(volume.array_zyx[tuple(index)])
-    if axes.array_axis[plane.down] > axes.array_axis[plane.right]:
-        values = values.T
-    return values[:: plane.down_sign * axes.sign[plane.down], :: axes.sign[plane.right]]
 
 
 def _extents_mm(geometry: Geometry) -> list[float]:
     return [n * s for n, s in zip(geometry.shape_zyx, geometry.spacing_zyx_mm, strict=True)]
 
 
-def _size_px(geometry: Geometry, axes: BodyAxes, plane: Plane, px_per_mm: float) -> tuple[int, int]:
-    """Return width and height of a plane's slice on the picture."""
-    extents = _extents_mm(geometry)
-    width, height = (max(1, round(extents[axes.array_axis[w]] * px_per_mm)) for w in (plane.right, plane.down))
-    return width, height
+def _slice_box(layout: Layout, panel_left: int, plane: Plane, grid: Geometry, px_per_mm: float) -> Box:
+    """Return where a plane's slice lies: in the middle of its panel."""
+    width, height = (max(1, round(_extents_mm(grid)[axis] * px_per_mm)) for axis in (plane.right, plane.down))
+    left, top = panel_left + (layout.panel - width) // 2, (layout.panel - height) // 2
+    return left, top, left + width, top + height
 
 
-def _paste_slice(
-    canvas: Image.Image, layout: Layout, panel_left: int, grey: np.ndarray, size: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Draw a slice in the middle of its panel and return where it lies: left, top, right, bottom."""
-    left, top = panel_left + (layout.panel - size[0]) // 2, (layout.panel - size[1]) // 2
-    image = Image.fromarray(np.ascontiguousarray(grey)).resize(size, Image.Resampling.BILINEAR)
-    canvas.paste(image.convert("RGB"), (left, top))
-    return left, top, left + size[0], top + size[1]
+def _draw_outline(canvas: Image.Image, box: Box, marked: np.ndarray, thickness: int) -> None:
+    """Draw the inner edge of the marked voxels of a slice, and dim the other voxels."""
+    size = (box[2] - box[0], box[3] - box[1])
+    inside = np.asarray(Image.fromarray(marked.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), bool)
+    eroded = inside
+    for _ in range(thickness):
+        padded = np.pad(eroded, 1)
+        eroded = eroded & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    pixels = np.array(canvas.crop(box))
+    pixels[~inside] = pixels[~inside] * _DIMMED
+    canvas.paste(Image.fromarray(pixels), box)
+    canvas.paste(_OUTLINE, box, Image.fromarray((inside & ~eroded).astype(np.uint8) * 255))
 
 
-def _draw_outline(canvas: Image.Image, layout: Layout, box: tuple[int, int, int, int], inside: np.ndarray) -> None:
-    """Draw the edge of what is True in a slice, on its own side, and dim the rest."""
-    enlarged = Image.fromarray(inside.astype(np.uint8)).resize(
-        (box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST
-    )
-    marked = np.asarray(enlarged, bool)
-    deep = marked
-    for _ in range(max(1, layout.panel // 240)):
-        within = np.pad(deep, 1)
-        deep = deep & within[:-2, 1:-1] & within[2:, 1:-1] & within[1:-1, :-2] & within[1:-1, 2:]
-    shown = np.array(canvas.crop(box))
-    shown[~marked] = shown[~marked] * _DIMMED
-    canvas.paste(Image.fromarray(shown), box)
-    canvas.paste(_OUTLINE, box, Image.fromarray((marked & ~deep).astype(np.uint8) * 255))
-
-
-def _draw_letters(
-    draw: ImageDraw.ImageDraw,
-    layout: Layout,
-    box: tuple[int, int, int, int],
-    geometry: Geometry,
-    axes: BodyAxes,
-    plane: Plane,
-) -> None:
-    """Write at each edge of a slice where in the body that side is, from the steps of its own axes."""
+def _draw_letters(draw: ImageDraw.ImageDraw, layout: Layout, box: Box, plane: Plane, grid: Geometry) -> None:
+    """Write at each edge of a slice which side of the body is there, from the steps of the slice's own axes."""
     left, top, right, bottom = box
     away, centre = layout.gutter / 2, ((left + right) / 2, (top + bottom) / 2)
-    to_right = axes.sign[plane.right] * np.asarray(geometry.steps_lps[axes.array_axis[plane.right]])
-    to_bottom = plane.down_sign * axes.sign[plane.down] * np.asarray(geometry.steps_lps[axes.array_axis[plane.down]])
+    to_right = np.asarray(grid.steps_lps[plane.right])
+    to_bottom = plane.down_sign * np.asarray(grid.steps_lps[plane.down])
     for place, direction in (
         ((right + away, centre[1]), to_right),
         ((left - away, centre[1]), -to_right),
@@ -233,46 +235,33 @@ def _draw_letters(
 
 
 def _draw_ticks(
-    draw: ImageDraw.ImageDraw,
-    layout: Layout,
-    box: tuple[int, int, int, int],
-    geometry: Geometry,
-    axes: BodyAxes,
-    plane: Plane,
-    at: tuple[int, int, int],
+    draw: ImageDraw.ImageDraw, layout: Layout, box: Box, plane: Plane, grid: Geometry, at: tuple[int, int, int]
 ) -> None:
     """Mark at the edges of a slice, each in its colour, where the other two planes cut it."""
     left, top, right, bottom = box
     length = layout.gutter // 3
     for other in PLANES:
+        share = (at[other.normal] + 0.5) / grid.shape_zyx[other.normal]
         if other.normal == plane.right:
-            x = left + int((right - left) * _share(geometry, axes, plane.right, +1, at))
+            x = left + int((right - left) * share)
             draw.line([(x, top), (x, top + length)], other.colour)
             draw.line([(x, bottom - 1 - length), (x, bottom - 1)], other.colour)
         elif other.normal == plane.down:
-            y = top + int((bottom - top) * _share(geometry, axes, plane.down, plane.down_sign, at))
+            y = top + int((bottom - top) * (share if plane.down_sign > 0 else 1 - share))
             draw.line([(left, y), (left + length, y)], other.colour)
             draw.line([(right - 1 - length, y), (right - 1, y)], other.colour)
-
-
-def _share(geometry: Geometry, axes: BodyAxes, world_axis: int, image_sign: int, at: tuple[int, int, int]) -> float:
-    """Return how far along the picture's own direction (0 to 1) voxel `at` lies on a world axis."""
-    axis = axes.array_axis[world_axis]
-    count, index = geometry.shape_zyx[axis], at[axis]
-    return ((index if axes.sign[world_axis] == image_sign else count - 1 - index) + 0.5) / count
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, layout: Layout, panel_left: int, plane: Plane, mm: float) -> None:
     middle = layout.panel + layout.line // 2
     draw.text((panel_left + layout.gutter / 2, middle), plane.name, plane.colour, _font(layout.font), anchor="lm")
     place = (panel_left + layout.panel - layout.gutter / 2, middle)
-    draw.text(place, position_text(plane.normal, mm), _MUTED, _font(layout.font), anchor="rm")
+    draw.text(place, position_text(2 - plane.normal, mm), _MUTED, _font(layout.font), anchor="rm")
 
 
 def _draw_scale_bar(draw: ImageDraw.ImageDraw, layout: Layout, px_per_mm: float) -> None:
-    """Draw the bar into the lower left corner of the first panel: 50 mm, or less where the scan is too small for it."""
     longest_mm = layout.room / px_per_mm / 2
-    mm = next((mm for mm in (SCALE_BAR_MM, *_SHORTER_BARS_MM) if mm <= longest_mm), _SHORTER_BARS_MM[-1])
+    mm = next((mm for mm in SCALE_BARS_MM if mm <= longest_mm), SCALE_BARS_MM[-1])
     left, y = layout.gutter // 2, layout.panel - layout.gutter // 2
     right = left + max(1, round(mm * px_per_mm))
     draw.line([(left, y), (right, y)], _TEXT, width=2)
@@ -292,7 +281,7 @@ def _draw_footer(draw: ImageDraw.ImageDraw, layout: Layout, title: str, window: 
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """Return one line of `text` that is no wider than `room` pixels, its middle left out if it must be."""
+    """Return one line of `text` that is no wider than `room` pixels; its middle is left out where it must be."""
     text = " ".join(text.split())
     if font.getlength(text) <= room:
         return text
@@ -300,11 +289,11 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     return text[:keep] + "..." + text[-keep:] if keep else ""
 
 
-def _window_text(asked: Window | str, window: Window, geometry: Geometry) -> str:
-    name = f"{asked} " if isinstance(asked, str) else ""
-    unit = "" if asked == AUTO else " HU"
+def _window_text(window_hu: Window | str, window: Window, geometry: Geometry) -> str:
+    name = f"{window_hu} " if isinstance(window_hu, str) else ""
+    unit = "" if window_hu == AUTO else " HU"
     tilt = tilt_degrees(geometry)
-    tilted = f"own planes of a scan tilted by {tilt:.0f}°, " if tilt >= _TILT_WORTH_SAYING else ""
+    tilted = f"own planes of a scan tilted by {tilt:.0f}°, " if tilt >= _TILT_SHOWN_DEGREES else ""
     return f"{tilted}{name}window {window[0]:g} to {window[1]:g}{unit}"
 
 

@@ -76,7 +76,7 @@ class Job:
         choices  those of the policy that mattered
         digest   of the recipe, where it is not this one's: stores of earlier versions
         """
-        parts = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
+        parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
         parts += [dict(choices)] if choices else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -150,7 +150,7 @@ def _prepare(job: Job) -> VolumeRecord:
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     key = job.key(content, prepared.facts.get("policy", {}))
-    identity = {"id": source.id, "key": key, "fingerprint": content}
+    identity: dict[str, Any] = {"id": source.id, "key": key, "fingerprint": content}
     identity |= {"recipe": job.recipe.to_json(), "digest": job.recipe.digest}
     name = store_name(source.id)
     written = write_store(prepared, Location(job.out), name, identity)

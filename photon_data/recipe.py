@@ -151,7 +151,7 @@ def _convert(owner: type, key: str, value: Any) -> Any:
     if kind is None:
         known = [field.name for kind in (Recipe, Policy) for field in fields(kind)]
         raise UsageError(f"expected a field of the recipe or policy, found {key!r}; {name_hint(key, known)}")
-    items = getattr(kind, "__args__", ())
+    items: tuple[type, ...] = getattr(kind, "__args__", ())
     expected = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}.get(kind)
     expected = expected or f"{len(items)} {'whole ' if items[0] is int else ''}numbers with commas between"
     try:

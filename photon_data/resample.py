@@ -120,10 +120,11 @@ def _resample_whole(
     """Resample a scan of any affine geometry with SimpleITK: its grid becomes index space, the affine a transform."""
     import SimpleITK as sitk
 
-    whole = None
-    for k, plane in enumerate(planes):
-        if whole is None:
-            whole = np.empty(native.shape_zyx, np.float32 if plane.dtype.kind == "f" else plane.dtype)
+    planes = iter(planes)
+    first = next(planes)
+    whole = np.empty(native.shape_zyx, np.float32 if first.dtype.kind == "f" else first.dtype)
+    whole[0] = first
+    for k, plane in enumerate(planes, 1):
         whole[k] = plane
     image = sitk.GetImageFromArray(whole)  # origin 0, spacing 1: its coordinates are voxel indices
     del whole

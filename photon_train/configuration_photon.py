@@ -12,16 +12,17 @@ from typing import Any, ClassVar
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
-SCHEDULERS = ("its", "none", "random", "uniform", "foreground")
+SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground")
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
-POSITIVE = (
+ABOVE_0 = (
     *("centrality_floor", "saliency_epsilon", "threshold_max", "keep_temperature", "flip_epsilon"),
     *("sgp_sigma_floor", "sgp_z_clip", "sgp_beta", "sgp_scale_floor", "sgp_scale_max"),
 )
-SHARES = (
+FROM_0_TO_1 = (
     *("keep_probability", "robustness_probability", "flip_probability", "foreground_level", "band_low", "band_high"),
-    *("sgp_saturation_floor", "perturb_kept_patches", "perturb_kept_voxels", *(f"perturb_{kind}" for kind in PERTURBATIONS)),
+    *("sgp_saturation_floor", "perturb_kept_patches", "perturb_kept_voxels"),
+    *(f"perturb_{kind}" for kind in PERTURBATIONS),
 )
 
 
@@ -48,13 +49,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     """Qwen2.5-VL's configuration and Photon's. Reads the published flat layout and writes it back."""
 
     keys_to_ignore_at_inference = [  # noqa: RUF012 - as in transformers
-        "past_key_values",
-        "scheduled",
-        "rope_deltas",
-        "ce",
-        "band",
-        "robustness",
-        "flip",
+        *("past_key_values", "scheduled", "rope_deltas", "ce", "band", "robustness", "flip")
     ]
     # Both names: transformers renamed `sub_configs` to `sub_configs_defaults` after 5.17.
     sub_configs: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
@@ -76,10 +71,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
 
     # Which tokens stay. None: "its" in stage 2, "none" in stage 1.
     scheduler: str | None = None
-    its_layer: int | None = None  # l, the layer after which tokens are dropped. None: int(n_layers / 4 - 1)
+    its_layer: Any = None  # int, l: tokens are dropped after this layer. None becomes int(n_layers / 4 - 1)
     keep_ratio: float = 0.39  # of the visual tokens, for random, uniform and foreground (ITS kept about 390 of 1000)
     scheduler_seed: int = 0  # random
-    foreground_level: float = 0.25  # foreground: a voxel brighter than this is body; 0.25 is -500 HU of [-1000, 1000]
+    foreground_level: float = 0.25  # a voxel is foreground above this; 0.25 is -500 HU of [-1000, 1000]
 
     # Instruction-conditioned token scheduling (ITS).
     centrality_floor: float = 1.0  # w_t = c_t / max(sum of c, floor); no symbol
@@ -128,18 +123,14 @@ class PhotonConfig(Qwen2_5_VLConfig):
         super().__post_init__(**kwargs)
         if self.scheduler is None:
             self.scheduler = "its" if self.stage == 2 else "none"
+        if self.its_layer is None:
+            self.its_layer = int(self.text_config.num_hidden_layers / 4 - 1)
         self._check()
 
     @property
     def perturbation_chances(self) -> dict[str, float]:
         """The chance of each kind of perturbation, by its name in lower case."""
         return {kind: getattr(self, f"perturb_{kind}") for kind in PERTURBATIONS}
-
-    @property
-    def its(self) -> int:
-        """The layer after which tokens are dropped."""
-        layers: int = self.text_config.num_hidden_layers
-        return int(layers / 4 - 1) if self.its_layer is None else self.its_layer
 
     @property
     def patches_thw(self) -> tuple[int, int, int]:
@@ -154,39 +145,43 @@ class PhotonConfig(Qwen2_5_VLConfig):
         return t, h // merge, w // merge
 
     def _check(self) -> None:
-        """Raise ValueError for settings that contradict each other."""
-        _want("stage", self.stage, self.stage in (1, 2), "1 or 2")
-        _want("scheduler", self.scheduler, self.scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
-        _want("intensity", self.intensity, self.intensity in INTENSITIES, f"one of {', '.join(INTENSITIES)}")
+        """Raise ValueError for settings out of range or in contradiction."""
+
+        def expect(name: str, holds: bool, expected: str) -> None:
+            if not holds:
+                found = getattr(self, name) if hasattr(self, name) else getattr(self.text_config, name)
+                raise ValueError(f"{name}: expected {expected}, found {found!r}")
+
+        for name, choices in (("scheduler", SCHEDULER_NAMES), ("intensity", INTENSITIES)):
+            expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        expect("stage", self.stage in (1, 2), "1 or 2")
         slides = getattr(self.text_config, "use_sliding_window", False)
-        _want("use_sliding_window", slides, not slides, "False (every layer attends to all that was kept)")
+        expect("use_sliding_window", not slides, "False: every layer attends to all tokens that were kept")
         last = self.text_config.num_hidden_layers - 1
-        _want("its_layer", self.its, 0 <= self.its < max(last, 1), f"a layer from 0 to {last - 1}")
-        _want("keep_ratio", self.keep_ratio, 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
-        inside = 0 < self.initial_threshold < self.threshold_max
-        _want("initial_threshold", self.initial_threshold, inside, f"a value between 0 and {self.threshold_max}")
-        self._check_numbers()
+        expect("its_layer", 0 <= self.its_layer < max(last, 1), f"a layer from 0 to {last - 1}")
+        for name in ABOVE_0:
+            expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in FROM_0_TO_1:
+            expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        expect("keep_ratio", 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
+        below_max = f"a value between 0 and {self.threshold_max}"
+        expect("initial_threshold", 0 < self.initial_threshold < self.threshold_max, below_max)
+        expect("predictor_width", (self.predictor_width or 1) > 0, "a width above 0, or None")
+        expect("band_low", self.band_low <= self.band_high, f"at most band_high = {self.band_high}")
+        expect("sgp_scale_min", 0 <= self.sgp_scale_min <= self.sgp_scale_max, "from 0 to sgp_scale_max")
+        expect("window_hu", self.window_hu[0] < self.window_hu[1], "two rising HU values")
         for name in ("soft_start", "hard_start", "flip_start"):
             start = getattr(self, name)
             fits = start >= 0 if isinstance(start, int) else 0.0 <= start <= 1.0
-            _want(name, start, fits, "an optimizer step (int) or a fraction of the run (float from 0 to 1)")
+            expect(name, fits, "an optimizer step (int) or a fraction of the run (float from 0 to 1)")
+        total = sum(self.perturbation_chances.values())
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"sum of perturb_{', '.join(PERTURBATIONS)}: expected 1, found {total!r}")
         if self.scheduler == "its" and self.stage == 1:
             raise ValueError(
-                "scheduler 'its' wants a threshold predictor, stage 1 has none; load with stage=2 to add a fresh one"
+                "scheduler 'its': expected stage 2, found stage 1, which has no threshold predictor; "
+                "load with stage=2 to add a fresh one"
             )
-
-    def _check_numbers(self) -> None:
-        for name in POSITIVE:
-            _want(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in SHARES:
-            _want(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        _want("predictor_width", self.predictor_width, (self.predictor_width or 1) > 0, "a width above 0, or None")
-        _want("band_low", self.band_low, self.band_low <= self.band_high, f"at most band_high = {self.band_high}")
-        _want("sgp_scale_min", self.sgp_scale_min, 0 <= self.sgp_scale_min <= self.sgp_scale_max, "from 0 to sgp_scale_max")
-        low, high = self.window_hu
-        _want("window_hu", self.window_hu, low < high, "two rising HU values")
-        total = sum(self.perturbation_chances.values())
-        _want("sum of perturb_ " + ", ".join(PERTURBATIONS), total, math.isclose(total, 1.0, abs_tol=1e-6), "1")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what config.json holds: the published layout, text settings at the top level, not nested."""
@@ -197,6 +192,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
             **text,
             **{k: v for k, v in nested.items() if k != "text_config"},
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],  # the authors' class of that name
+            "its_layer": self.its_layer,  # even where it is also the default of a configuration without settings
         }
         if "mrope_section" in rope:  # a configuration without it is no model's, but can be printed
             flat["rope_theta"] = rope["rope_theta"]
@@ -205,8 +201,3 @@ class PhotonConfig(Qwen2_5_VLConfig):
             flat["torch_dtype"] = flat["dtype"]  # the name the authors' transformers reads
         flat["vision_config"] = {**flat["vision_config"], "in_chans": self.vision_config.in_channels}
         return flat
-
-
-def _want(name: str, found: object, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: {wanted} wanted, got {found!r}")

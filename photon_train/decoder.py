@@ -8,8 +8,7 @@ of a shared prefix, H query heads, K key heads, d head_dim; axis 3 is (t, h, w).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +29,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import Phase
-from photon_train.packing import Gather, gather_of
 from photon_train.prefix import Prefix
 from photon_train.scheduling import (
     SCHEDULERS,
@@ -40,11 +38,9 @@ from photon_train.scheduling import (
     Selection,
     ThresholdHead,
     ThresholdPredictor,
-    grounding_losses,
-    instruction_scores,
     warn_of_undecided,
 )
-from photon_train.surrogate import SurrogateRule, prune
+from photon_train.surrogate import Gather, gather_of, prune
 
 
 @dataclass
@@ -55,12 +51,17 @@ class PhotonTextOutput(BaseModelOutputWithPast):
 
 
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
-    """Decoder layer `its`: also says which visual tokens to keep, from its own queries and keys."""
+    """Decoder layer `its`: also says which visual tokens to keep, from its own queries and keys.
 
-    def __init__(self, photon: PhotonConfig) -> None:
-        super().__init__(photon.text_config, photon.its)
-        self.photon = photon
-        self.atp = ThresholdPredictor(photon) if photon.stage == 2 else None
+    To train scores from outside the model, register a forward pre-hook with kwargs on this layer. There `rotated_qk`
+    of the layer's arguments gives q and k with their gradients, whether tokens are dropped or not. Leave the hook in
+    place during backward: some versions of transformers run hooks again when a checkpointed layer is recomputed.
+    """
+
+    def __init__(self, config: PhotonConfig) -> None:
+        super().__init__(config.text_config, config.its_layer)
+        self.config = config
+        self.atp = ThresholdPredictor(config) if config.stage == 2 else None
 
     def forward(  # type: ignore[override]
         self,
@@ -70,49 +71,41 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         with_qk: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, Tensor, Tensor]:
-        """Return h_BLD and, given `scheduling`, the selection for whole rows (prefix included); with_qk, rotated q and k."""
-        if with_qk:  # within this forward, where sharded weights are whole
-            q_BHLd, k_BKLd = self.rotated_qk(hidden_states, kwargs["position_embeddings"])
+        """Return h_BLD; given `scheduling`, also the selection for whole rows (prefix included); with_qk, also q and k.
+
+        q and k are computed within this forward, where sharded weights are whole.
+        """
+        rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
+        if with_qk:
+            q_BHLd, k_BKLd = rotated_qk()
             return super().forward(hidden_states, **kwargs), q_BHLd, k_BKLd
         if scheduling is None:
             return super().forward(hidden_states, **kwargs)
-        rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
-        context = SchedulerContext(scheduling, rotated_qk, self.atp, self.photon)
-        selection = SCHEDULERS[str(self.photon.scheduler)](context)
-        if scheduling.grounding_BL is not None:
-            selection = selection._replace(grounding_B=self._grounding_losses(scheduling, *rotated_qk()))
+        context = SchedulerContext(scheduling, rotated_qk, self.atp, self.config)
+        selection = SCHEDULERS[str(self.config.scheduler)](context)
         return super().forward(hidden_states, **kwargs), selection
-
-    def _grounding_losses(self, scheduling: SchedulingInputs, q_BHLd: Tensor, k_BKLd: Tensor) -> Tensor:
-        """Return float32[B]. The one place where scores have a gradient: here q and k learn what to point at."""
-        visual_BL, question_BL = scheduling.visual_BL, scheduling.question_BL
-        assert scheduling.grounding_BL is not None, "asked for"
-        with torch.autocast(q_BHLd.device.type, enabled=False):
-            score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, centrality_floor=None)
-            return grounding_losses(score_BL, visual_BL, scheduling.grounding_BL)
 
     def rotated_qk(
         self, h_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: Prefix | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return q[B, H, L, d] and k[B, K, L, d] of this layer for its input, behind the prefix's if any."""
+        """Return q[B, H, L, d] and k[B, K, L, d] of this layer for its input, those of the prefix before them."""
         attention, normed_BLD = self.self_attn, self.input_layernorm(h_BLD)
         q_BHLd = attention.q_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         k_BKLd = attention.k_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         q_BHLd, k_BKLd = apply_rotary_pos_emb(q_BHLd, k_BKLd, *position_embeddings)
         if prefix is not None:
-            rows = len(h_BLD)
-            q_BHLd = torch.cat([prefix.q_1HPd.expand(rows, -1, -1, -1), q_BHLd], dim=2)
-            k_BKLd = torch.cat([prefix.k_1KPd.expand(rows, -1, -1, -1), k_BKLd], dim=2)
+            q_BHLd = torch.cat([prefix.q_1HPd.expand(len(h_BLD), -1, -1, -1), q_BHLd], dim=2)
+            k_BKLd = torch.cat([prefix.k_1KPd.expand(len(h_BLD), -1, -1, -1), k_BKLd], dim=2)
         return q_BHLd, k_BKLd
 
 
 class PhotonTextModel(Qwen2_5_VLTextModel):
     """The decoder. Given `scheduling` it drops tokens after layer `its`; else it is the stock one."""
 
-    def __init__(self, config: Any, photon: PhotonConfig) -> None:
+    def __init__(self, config: Any, photon_config: PhotonConfig) -> None:
         super().__init__(config)
-        self.photon = photon
-        self.layers[photon.its] = PhotonDecoderLayer(photon)
+        self.photon_config = photon_config
+        self.layers[photon_config.its_layer] = PhotonDecoderLayer(photon_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,52 +133,50 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> PhotonTextOutput:
-        position_3BL = position_ids[-3:]
-        present_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
+        position_3BL, rows = position_ids[-3:], len(inputs_embeds)
+        mask_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
-        its = self.photon.its
 
-        below, own_3BL = cache, position_3BL
-        keeping: AbstractContextManager[None] = nullcontext()
+        lower_cache, lower_position_3BL = cache, position_3BL
+        if prefix is not None:  # inputs_embeds are of the suffixes
+            lower_cache = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
+            lower_position_3BL = position_3BL[..., prefix.length :]
+        attend = self._attend(inputs_embeds, attention_mask, lower_position_3BL, lower_cache, first_layer=0)
+        its_arguments = {"scheduling": scheduling, "prefix": prefix}
+        h_BLD, selection = self._lower(inputs_embeds, its_arguments, checkpoint=prefix is None, **attend, **kwargs)
         if prefix is not None:
-            below = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows=len(inputs_embeds))
-            own_3BL, keeping = position_3BL[..., prefix.length :], self._keeping_keys()
-        attend = self._attend(inputs_embeds, attention_mask, own_3BL, below, first_layer=0)
-        with keeping:
-            h_BLD = self._through(self.layers[:its], inputs_embeds, **attend, **kwargs)
-            h_BLD, selection = self.layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend, **kwargs)
-        if prefix is not None:
-            h_BLD = torch.cat([prefix.h_1PD.expand(len(h_BLD), -1, -1), h_BLD], dim=1)
+            h_BLD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BLD], dim=1)
 
-        scheduled, kept, h_BMD = self._drop(h_BLD, selection, scheduling, present_BL)
-        _prune_cache(cache, kept, layers=its + 1)
+        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL)
+        kept, first = scheduled.kept, self.photon_config.its_layer + 1
+        _prune_cache(cache, kept, layers=first)
         position_3BM = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
-        attend = self._attend(h_BMD, kept.present_BM, position_3BM, cache, first_layer=its + 1)
-        h_BMD = self._through(self.layers[its + 1 :], h_BMD, **attend, **kwargs)
+        attend = self._attend(h_BMD, kept.mask_BM, position_3BM, cache, first_layer=first)
+        h_BMD = _through(self.layers[first:], h_BMD, **attend, **kwargs)
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
     def through_its(self, h_1PD: Tensor, position_31P: Tensor) -> tuple[Tensor, Tensor, Tensor, Cache]:
         """Return h_1PD after layer its, that layer's rotated q and k, and the cache of layers 0..its. For a prefix."""
-        its, cache = self.photon.its, DynamicCache(config=self.config)
-        scheduler: Any = self.layers[its]
+        cache = DynamicCache(config=self.config)
         attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
-        with self._keeping_keys():
-            h_1PD = self._through(self.layers[:its], h_1PD, **attend)
-            h_1PD, q_1HPd, k_1KPd = scheduler(h_1PD, with_qk=True, **attend)
+        h_1PD, q_1HPd, k_1KPd = self._lower(h_1PD, {"with_qk": True}, checkpoint=False, **attend)
         return h_1PD, q_1HPd, k_1KPd, cache
 
-    @contextmanager
-    def _keeping_keys(self) -> Iterator[None]:
-        """Run layers 0..its without gradient checkpointing, which would throw away the keys that a prefix shares."""
-        layers: list[Any] = list(self.layers[: self.photon.its + 1])
-        checkpointed = [layer.gradient_checkpointing for layer in layers]
+    def _lower(self, h_BLD: Tensor, its_arguments: dict[str, Any], checkpoint: bool, **kwargs: Any) -> Any:
+        """Return what layer its returns; it alone gets `its_arguments`.
+
+        Gradient checkpointing would throw away the keys that a prefix shares: with one, `checkpoint` is False.
+        """
+        layers: list[Any] = list(self.layers[: self.photon_config.its_layer + 1])
+        settings = [layer.gradient_checkpointing for layer in layers]
         try:
             for layer in layers:
-                layer.gradient_checkpointing = False
-            yield
+                layer.gradient_checkpointing &= checkpoint
+            h_BLD = _through(layers[:-1], h_BLD, **kwargs)
+            return layers[-1](h_BLD, **its_arguments, **kwargs)
         finally:
-            for layer, flag in zip(layers, checkpointed, strict=True):
-                layer.gradient_checkpointing = flag
+            for layer, setting in zip(layers, settings, strict=True):
+                layer.gradient_checkpointing = setting
 
     def _attend(
         self, h_BLD: Tensor, mask_BL: Tensor | None, position_3BL: Tensor, cache: Cache | None, first_layer: int
@@ -201,48 +192,39 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         rotary = self.rotary_emb(h_BLD, position_3BL)
         return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
 
-    @staticmethod
-    def _through(layers: Iterable[nn.Module], h_BLD: Tensor, **attend: Any) -> Tensor:
-        for layer in layers:
-            h_BLD = layer(h_BLD, **attend)
-        return h_BLD
-
     def _drop(
-        self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, present_BL: Tensor
-    ) -> tuple[Scheduled, Gather, Tensor]:
-        """Return what was scheduled, the gather of the kept tokens, and their hidden states h_BMD."""
-        visual_BL, phase = scheduling.visual_BL, scheduling.phase
-        p_BL = torch.where(scheduling.detached_B[:, None], selection.probability_BL.detach(), selection.probability_BL)
-        if phase is Phase.SOFT:
+        self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, mask_BL: Tensor
+    ) -> tuple[Tensor, Scheduled]:
+        """Return the hidden states h_BMD of the tokens that stay, and what was scheduled."""
+        visual_BL, drops = scheduling.visual_BL, scheduling.phase in (Phase.HARD, Phase.FLIP)
+        p_BL = selection.probability_BL
+        p_BL = torch.where(scheduling.detached_B[:, None], p_BL.detach(), p_BL)
+        if scheduling.phase is Phase.SOFT:
             h_BLD = h_BLD * p_BL[..., None].to(h_BLD.dtype)
-        drops = phase in (Phase.HARD, Phase.FLIP)
         flipped_B = scheduling.flip_B & ~selection.threshold_B.isnan()
         kept_visual_BL = selection.keep_BL ^ (visual_BL & flipped_B[:, None]) if drops else visual_BL
-        keep_BL = present_BL & (kept_visual_BL | ~visual_BL)
+        keep_BL = mask_BL & (kept_visual_BL | ~visual_BL)
         kept = gather_of(keep_BL)
-        if self.photon.scheduler == "its":
-            warn_of_undecided(selection, visual_BL & present_BL & ~scheduling.perturbed_B[:, None])
-        surrogate_p_BL = p_BL if drops else p_BL.detach()
-        rule = SurrogateRule.of(self.photon)
-        rule = rule._replace(loss_scale=scheduling.loss_scale)
-        h_BMD = prune(h_BLD, surrogate_p_BL, visual_BL, kept, rule)
-        scheduled = Scheduled(
-            selection.score_BL,
-            selection.saliency_BL,
-            selection.threshold_B,
-            p_BL,
-            keep_BL,
-            kept.index_BM,
-            kept.present_BM,
-            selection.grounding_B,
-        )
-        return scheduled, kept, h_BMD
+        if self.photon_config.scheduler == "its":
+            warn_of_undecided(selection, visual_BL & mask_BL & ~scheduling.perturbed_B[:, None])
+        taught_p_BL = p_BL if drops else p_BL.detach()
+        h_BMD = prune(h_BLD, taught_p_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale)
+        return h_BMD, Scheduled(selection._replace(probability_BL=p_BL), flipped_B, keep_BL, kept)
+
+
+def _through(layers: Iterable[nn.Module], h_BLD: Tensor, **kwargs: Any) -> Tensor:
+    for layer in layers:
+        h_BLD = layer(h_BLD, **kwargs)
+    return h_BLD
 
 
 def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
     """Shorten the first `layers` layers to the kept tokens. Raises ValueError for caches of fixed length."""
     for layer in [] if cache is None else cache.layers[:layers]:
         if not isinstance(layer, DynamicLayer):
-            raise ValueError(f"a cache of DynamicLayers wanted, which can be shortened, got {type(layer).__name__}")
+            raise ValueError(
+                f"expected a cache of DynamicLayers, which can be shortened, found {type(layer).__name__}; "
+                "pass a DynamicCache"
+            )
         assert layer.keys is not None and layer.values is not None, "the layer has just run"
         layer.keys, layer.values = kept(layer.keys, dim=2), kept(layer.values, dim=2)

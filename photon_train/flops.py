@@ -1,31 +1,34 @@
-"""FLOPs and bytes of one answered volume, from the configuration alone: no weights, no GPU.
+"""What an answer costs: FLOPs and bytes of one volume from the configuration alone, and the memory a process used.
 
-A multiply-add is two FLOPs; attention is counted over all pairs, as torch's counter does (a causal kernel does about half).
-Norms, activations and softmax are left out. Bytes: weights read by a prefill, and the KV cache that it leaves behind.
-tests/model/test_flops.py holds the counts against torch's counter on a small model.
+A multiply-add is two FLOPs. Attention is counted over all pairs, as torch's counter does (a causal kernel does about
+half). Norms, activations and softmax are left out. Bytes: weights read by a prefill, and the KV cache that it leaves.
+tests/model/test_flops.py compares the counts with torch's counter on a small model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import resource
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
+
     from photon_train.configuration_photon import PhotonConfig
 
 BF16 = 2
-# Tokens of the prompt's frame: system turn and start of the volume before it, its end and the assistant's header after it.
+# Tokens around volume and question: system turn and start of the volume; its end and the assistant's header.
 BEFORE, FRAME_AFTER = 15, 6
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptSize:
     """Token counts of one prompt: text, volume, question with the assistant's header."""
 
-    before: int  # up to and with <|vision_start|>
+    before: int  # up to <|vision_start|>, included
     visual: int
     after: int  # from <|vision_end|> on
-    question: int  # of which the scheduler looks at
+    question: int  # those after, that the scheduler scores by
 
     @property
     def length(self) -> int:
@@ -34,18 +37,17 @@ class Prompt:
 
     @property
     def prefix(self) -> int:
-        """Tokens up to and with <|vision_end|>."""
+        """Tokens up to <|vision_end|>, included."""
         return self.before + self.visual + 1
 
 
-def prompt_of(text: int, visual: int) -> Prompt:
-    """Return the prompt of a question about one volume, with so many tokens of text in all."""
+def prompt_size(text: int, visual: int) -> PromptSize:
+    """Return the size of a prompt about one volume, with so many tokens of text in all."""
     after = max(text - BEFORE, 0)
-    return Prompt(before=text - after, visual=visual, after=after, question=max(after - FRAME_AFTER, 0))
+    return PromptSize(before=text - after, visual=visual, after=after, question=max(after - FRAME_AFTER, 0))
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """Of one prefill, by part."""
 
     vision: int = 0
@@ -56,14 +58,11 @@ class Flops:
 
     def total(self) -> int:
         """Sum of the parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return sum(self)
 
     def times(self, n: int) -> Flops:
         """The same done n times."""
-        return Flops(*(n * getattr(self, f.name) for f in fields(self)))
+        return Flops(*(n * part for part in self))
 
 
 def vision(config: PhotonConfig, grid_thw: tuple[int, int, int]) -> int:
@@ -124,11 +123,11 @@ def layer_weights(config: PhotonConfig) -> int:
     return c.hidden_size * (2 * c.hidden_size + 2 * _kv_width(config) + 3 * c.intermediate_size)
 
 
-def scoring(config: PhotonConfig, own: int, length: int, question: int) -> int:
-    """FLOPs of ITS: q and k once more for `own` tokens, centrality, alignment with a row of `length`, the threshold."""
+def scoring(config: PhotonConfig, tokens: int, length: int, question: int) -> int:
+    """FLOPs of ITS: q and k again of `tokens` tokens, centrality, alignment with a row of `length`, the threshold."""
     d = config.text_config.hidden_size
-    predictor = 2 * 13 * (d // 8)
-    return 2 * own * d * (d + _kv_width(config)) + 2 * question * question * d + 2 * question * d + 2 * length * d + predictor
+    qk, predictor = 2 * tokens * d * (d + _kv_width(config)), 2 * 13 * (d // 8)
+    return qk + 2 * question * question * d + 2 * question * d + 2 * length * d + predictor
 
 
 def head(config: PhotonConfig) -> int:
@@ -136,14 +135,14 @@ def head(config: PhotonConfig) -> int:
     return 2 * config.text_config.hidden_size * config.text_config.vocab_size
 
 
-def without_scheduling(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, int]) -> Flops:
+def without_scheduling(config: PhotonConfig, prompt: PromptSize, grid_thw: tuple[int, int, int]) -> Flops:
     """FLOPs of a prefill that keeps everything."""
-    return replace(with_its(config, prompt, grid_thw, kept=prompt.visual), scoring=0)
+    return with_its(config, prompt, grid_thw, kept=prompt.visual)._replace(scoring=0)
 
 
-def with_its(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, int], kept: int) -> Flops:
+def with_its(config: PhotonConfig, prompt: PromptSize, grid_thw: tuple[int, int, int], kept: int) -> Flops:
     """FLOPs of a prefill that keeps `kept` visual tokens above layer its."""
-    below, n = config.its + 1, prompt.length
+    below, n = config.its_layer + 1, prompt.length
     above, m = config.text_config.num_hidden_layers - below, prompt.length - prompt.visual + kept
     return Flops(
         vision(config, grid_thw),
@@ -154,9 +153,11 @@ def with_its(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, int
     )
 
 
-def on_a_prefix(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, int], kept: int, questions: int) -> Flops:
-    """FLOPs of K prefills that share the prefix: it once, then each question's own tokens below and its kept row above."""
-    below, p, q = config.its + 1, prompt.prefix, prompt.length - prompt.prefix
+def on_a_prefix(
+    config: PhotonConfig, prompt: PromptSize, grid_thw: tuple[int, int, int], kept: int, questions: int
+) -> Flops:
+    """FLOPs of K prefills that share the prefix: it once, then each question's suffix below and its kept row above."""
+    below, p, q = config.its_layer + 1, prompt.prefix, prompt.length - prompt.prefix
     c = config.text_config
     shared = Flops(
         vision=vision(config, grid_thw),
@@ -170,7 +171,7 @@ def on_a_prefix(config: PhotonConfig, prompt: Prompt, grid_thw: tuple[int, int, 
         above=layers(config, c.num_hidden_layers - below, m, m),
         head=head(config),
     )
-    return shared + each.times(questions)
+    return Flops(*map(sum, zip(shared, each.times(questions), strict=True)))
 
 
 def weight_bytes(config: PhotonConfig) -> int:
@@ -184,6 +185,15 @@ def weight_bytes(config: PhotonConfig) -> int:
 def cache_bytes(config: PhotonConfig, length: int) -> int:
     """Bytes of the bf16 keys and values of `length` tokens in all layers."""
     return BF16 * 2 * config.text_config.num_hidden_layers * _kv_width(config) * length
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        import torch  # late: counting FLOPs does not wait for it
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _kv_width(config: PhotonConfig) -> int:

@@ -1,6 +1,6 @@
-"""When pruning starts: the phase of a training run, from the optimizer step that the trainer restores on resume.
+"""What stage 2 is trained for: the phases of a run, its losses, and the perturbations of volumes.
 
-What is added to cross entropy in stage 2 or stands instead of it; and how volumes are perturbed.
+The phase follows from the optimizer step, which the trainer restores on resume.
 
 Legend: B rows, L tokens, N answer tokens of the batch, V vocabulary, P patch rows, X voxels of a patch.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from photon_train.configuration_photon import PhotonConfig
+
+IGNORED = -100  # the label of what is not to be learned
 
 
 class Phase(Enum):
@@ -31,43 +33,45 @@ def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) ->
 
     Raises ValueError when a start is a fraction of the run and `total_steps` is not given.
     """
-    starts = {
-        Phase.FLIP: config.flip_start,
-        Phase.HARD: config.hard_start,
-        Phase.SOFT: config.soft_start,
-    }
-    return next((phase for phase, start in starts.items() if step >= _in_steps(start, total_steps)), Phase.DENSE)
+    for phase, start in (
+        (Phase.FLIP, config.flip_start),
+        (Phase.HARD, config.hard_start),
+        (Phase.SOFT, config.soft_start),
+    ):
+        if isinstance(start, float):
+            if total_steps is None:
+                raise ValueError(f"expected total_steps, found None: a phase starts at the fraction {start}; pass it")
+            start *= total_steps
+        if step >= start:
+            return phase
+    return Phase.DENSE
 
 
-def _in_steps(start: int | float, total_steps: int | None) -> float:
-    if isinstance(start, int):
-        return start
-    if total_steps is None:
-        raise ValueError(f"total_steps wanted, got None: the curriculum starts a phase at the fraction {start}; pass it")
-    return start * total_steps
-
-
-class Objective(NamedTuple):
-    """What each row is trained for. Both False: to answer."""
-
-    perturbed_B: Tensor  # bool: its volume was perturbed; be unsure
-    flipped_B: Tensor  # bool: the wrong tokens were kept; do not answer
+def next_labels(labels_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """Return what each position should predict, int64[B, L]: the next token's label; IGNORED at padding."""
+    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
+    is_followed_BL = F.pad(mask_BL[:, 1:], (0, 1)).bool()
+    return next_BL.masked_fill(~(mask_BL.bool() & is_followed_BL), IGNORED)
 
 
 class AnswerLosses(NamedTuple):
-    """Mean over all answer tokens of the batch, split by what their row is trained for; the sum is the batch's loss."""
+    """Means over all answer tokens of the batch, by what their row is trained for; the sum is the batch's loss."""
 
     ce: Tensor
     robustness: Tensor
     flip: Tensor
 
 
-def answer_losses(logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, objective: Objective, flip_epsilon: float) -> AnswerLosses:
+def answer_losses(
+    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, perturbed_B: Tensor, flipped_B: Tensor, flip_epsilon: float
+) -> AnswerLosses:
     """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
 
+    perturbed_B: rows whose volume was perturbed, trained to be unsure; flipped_B: rows that kept the complement, trained
+    not to answer; the others are trained to answer.
     ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + flip_epsilon).
     """
-    perturbed_N, flipped_N = objective.perturbed_B[rows_N], objective.flipped_B[rows_N]
+    perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
     count = max(len(labels_N), 1)
     logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
     logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)

@@ -14,33 +14,33 @@ import numpy as np
 from PIL.Image import Image
 
 from photon_data.export import nifti_header, write_nifti
+from photon_data.grid import model_grid
 from photon_data.picture import Window, three_planes
 from photon_data.volume import Geometry, Volume
-from photon_train.kept_tokens import kept_voxels, token_cells, token_centres, token_map, value_planes
+from photon_train.kept_tokens import kept_voxels, token_centres, token_map
 
 LONGEST_NAME = 80
 PICTURE, KEPT, SALIENCY = "planes.png", "kept.nii.gz", "saliency.nii.gz"
 
 
 class View(NamedTuple):
-    """How pictures are taken: HU window (a pair or a name), the point that the planes go through (LPS mm), panel size.
-
-    Without a point they go through the most salient kept token.
-    """
+    """How pictures are made."""
 
     window_hu: Window | str = "full"
-    at_lps: Sequence[float] | None = None
-    size_px: int = 480
+    at_lps: Sequence[float] | None = (
+        None  # the point (mm) that the planes go through; None: the most salient kept token
+    )
+    size_px: int = 480  # side of a panel
 
 
-USUAL = View()
+DEFAULT_VIEW = View()
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What overlays are drawn on: the prepared volume, the grid of the raw scan, and how many tokens there are along z, y, x.
+    """What overlays are drawn on: the prepared volume, the grid of the raw scan, the numbers of tokens.
 
-    One for all questions on a scan: which voxel belongs to which token is worked out once.
+    One canvas serves all questions on a scan: which voxel belongs to which token is computed once.
     """
 
     volume: Volume
@@ -50,7 +50,7 @@ class Canvas:
     @cached_property
     def cells(self) -> Geometry:
         """The boxes of the tokens."""
-        return token_cells(self.volume.geometry, self.tokens_zyx)
+        return model_grid(self.volume.geometry, self.tokens_zyx)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -59,22 +59,23 @@ class Canvas:
 
 
 def write_overlay(
-    folder: Path, canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = USUAL
+    folder: Path, canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = DEFAULT_VIEW
 ) -> None:
     """Write planes.png, kept.nii.gz (uint8) and saliency.nii.gz (float32) into the folder.
 
-    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but that grid.
-    Voxels beyond the prepared grid are 0. UsageError for a window or a point that cannot be.
+    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but
+    that grid. Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the
+    volume.
     """
     folder.mkdir(parents=True, exist_ok=True)
     picture(canvas, keep_V, saliency_V, title, view).save(folder / PICTURE)
     for name, dtype, values_V in ((KEPT, "<u1", keep_V), (SALIENCY, "<f4", saliency_V)):
-        planes = value_planes(values_V.astype(dtype), canvas.tokens)
-        write_nifti(folder / name, nifti_header(canvas.native, dtype), planes)
+        by_token = np.append(values_V, [0]).astype(dtype)  # kept_tokens.OUTSIDE is the last of these
+        write_nifti(folder / name, nifti_header(canvas.native, dtype), (by_token[plane] for plane in canvas.tokens))
 
 
-def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = USUAL) -> Image:
-    """Return three planes of the prepared volume, kept tokens outlined, the question as title."""
+def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = DEFAULT_VIEW) -> Image:
+    """Return three planes of the prepared volume with the kept tokens outlined, and the question as title."""
     at = salient_point(canvas.cells, keep_V, saliency_V) if view.at_lps is None else view.at_lps
     outlined = kept_voxels(keep_V, canvas.volume.geometry, canvas.cells)
     return three_planes(
@@ -83,7 +84,10 @@ def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: s
 
 
 def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -> list[float] | None:
-    """Return the LPS centre of the most salient kept token, of equals the one nearest to the middle; None where none is kept."""
+    """Return the LPS centre of the most salient kept token, None where none is kept.
+
+    Of equally salient tokens it is the one nearest to the middle of the grid.
+    """
     if not keep_V.any():
         return None
     best = token_centres(cells)[keep_V & (saliency_V == saliency_V[keep_V].max())]
@@ -93,7 +97,7 @@ def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -
 
 
 def folders_of(directory: Path, name: str, volumes: int) -> list[Path]:
-    """Return a folder for each volume of the row of that id; an id that names no folder becomes one that does."""
+    """Return a folder for each volume of the row `name`; an id that is no folder name is changed into one."""
     plain = re.sub(r"[^\w.=-]+", "_", name).lstrip(".")
     if plain != name or len(name) > LONGEST_NAME:
         plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

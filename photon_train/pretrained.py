@@ -1,4 +1,4 @@
-"""Telling the four kinds of checkpoint apart, and refusing what does not fit."""
+"""Checkpoints: their published key names, which of the three layouts they have, and what does not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATCH_EMBEDDING = "model.visual.patch_embed.proj.weight"
 
 
 class Layout(Enum):
-    """What a checkpoint was trained for."""
+    """What a checkpoint was trained as."""
 
     STOCK = "Qwen2.5-VL"
     STAGE1 = "Photon stage 1"
@@ -41,7 +41,7 @@ def register_published_names(class_name: str) -> None:
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the arguments of from_pretrained that say where on the hub to look."""
+    """Return the arguments of from_pretrained that say where on the hub to look."""
     return {k: v for k, v in kwargs.items() if k in HUB_OPTIONS and v is not None}
 
 
@@ -51,7 +51,7 @@ def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
     Raises ValueError when there is no whole safetensors file: pickles are never opened.
     """
     if Path(path_or_id).is_absolute() and not Path(path_or_id).is_dir():
-        raise ValueError(f"a model directory or a hub id wanted, {path_or_id} is neither; check the path")
+        raise ValueError(f"expected a model directory or a hub id, found neither at {path_or_id}; check the path")
     options = hub_options(kwargs)
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
     index = cached_file(path_or_id, "model.safetensors.index.json", **options, **optional)
@@ -63,9 +63,11 @@ def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
             with safe_open(single, framework="pt") as tensors:
                 return set(tensors.keys())
         except SafetensorError as error:
-            raise ValueError(f"a complete safetensors file wanted, {single} is none ({error}); fetch it again") from error
+            raise ValueError(
+                f"{single}: expected a complete safetensors file, found {error}; fetch it again"
+            ) from error
     raise ValueError(
-        f"model.safetensors or its index wanted, none found in {path_or_id}; pickled weights (.bin, .pt) are not read, "
+        f"expected model.safetensors or its index, found none in {path_or_id}; pickled weights (.bin, .pt) are not read, "
         "because loading one can run code: convert them to safetensors on a machine you can lose"
     )
 
@@ -79,7 +81,7 @@ def layout_of(keys: set[str]) -> Layout:
     if any("visual.patch_embed." in key for key in keys):
         return Layout.STOCK
     raise ValueError(
-        f"a Qwen2.5-VL or Photon checkpoint wanted, found neither patch_embed nor vision_patch_embed "
+        f"expected a Qwen2.5-VL or Photon checkpoint, found neither patch_embed nor vision_patch_embed "
         f"among {len(keys)} keys, such as {sorted(keys)[:3]}; check the path"
     )
 
@@ -93,45 +95,37 @@ def config_for(path_or_id: str, layout: Layout, stage: int | None, **settings: A
     stage = own_stage if stage is None else stage
     if stage < own_stage:
         raise ValueError(
-            f"stage {own_stage} wanted for a {layout.value} checkpoint, got {stage}; for no pruning say scheduler='none'"
+            f"{layout.value} checkpoint: expected stage {own_stage}, found {stage}; for no pruning set scheduler='none'"
         )
     saved, _ = PhotonConfig.get_config_dict(path_or_id, **hub_options(settings))
     settings = {name: value for name, value in settings.items() if name not in HUB_OPTIONS}
     if layout is Layout.STOCK:
-        settings = {"vision_config": _volume_tower(saved["vision_config"]), **settings}
+        # one channel and cubic patches in place of RGB frames
+        rgb, fresh = saved["vision_config"], PhotonVisionConfig()
+        cubic = {"in_channels": 1, "in_chans": 1, "temporal_patch_size": rgb.get("patch_size", fresh.patch_size)}
+        settings = {"vision_config": {**rgb, **cubic, "tokens_per_second": fresh.tokens_per_second}, **settings}
     if stage == 2 and layout is not Layout.STAGE2:
         settings = {"scheduler": "its", **settings}
     return PhotonConfig.from_dict({**saved, **settings, "stage": stage})
 
 
-def _volume_tower(rgb: dict[str, Any]) -> dict[str, Any]:
-    """Return the vision settings of a stock checkpoint with one channel and cubic patches in place of RGB frames."""
-    fresh = PhotonVisionConfig()
-    cubic = {
-        "in_channels": fresh.in_channels,
-        "in_chans": fresh.in_channels,
-        "tokens_per_second": fresh.tokens_per_second,
-    }
-    return {**rgb, **cubic, "temporal_patch_size": rgb.get("patch_size", fresh.patch_size)}
-
-
 def check_loaded(info: dict[str, Any], layout: Layout, stage: int) -> None:
-    """Raise ValueError listing every key that is missing, unexpected or of another shape, save those made afresh."""
-    fresh = {PATCH_EMBEDDING} if layout is Layout.STOCK else set()
+    """Raise ValueError listing every key that is missing, unexpected or of another shape, save fresh weights."""
 
     def is_fresh(key: str) -> bool:
-        return key in fresh or (stage == 2 and layout is not Layout.STAGE2 and ".atp." in key)
+        fresh_predictor = stage == 2 and layout is not Layout.STAGE2 and ".atp." in key
+        return fresh_predictor or (layout is Layout.STOCK and key == PATCH_EMBEDDING)
 
     problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not is_fresh(key)]
     problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
     problems += [
-        f"{key}: shape {tuple(wanted)} wanted, {tuple(found)} found"
-        for key, found, wanted in sorted(info["mismatched_keys"])
+        f"{key}: expected shape {tuple(expected)}, found {tuple(found)}"
+        for key, found, expected in sorted(info["mismatched_keys"])
         if not is_fresh(key)
     ]
     if problems:
         listed = "\n  ".join(problems)
         raise ValueError(
-            f"a complete {layout.value} checkpoint wanted, {len(problems)} keys do not fit:\n  {listed}\n"
+            f"expected a complete {layout.value} checkpoint, found {len(problems)} keys that do not fit:\n  {listed}\n"
             "Check that config.json belongs to these weights and that no shard is cut off."
         )

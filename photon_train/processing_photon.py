@@ -1,21 +1,16 @@
-"""A volume as the rows of patches that the vision tower reads.
+"""A volume and a conversation -> what the model takes: patches, token ids, labels, masks, rotary positions.
 
-Multimodal rotary positions by the rule the published weights were trained with.
+volume -> model grid -> [0, 1] -> last axis flipped -> patches; messages -> chat template -> ids, with one
+<|video_pad|> per visual token where the text says <video>.
 
-After a volume, text resumes at (max over t, h, w) + 1. transformers v5 resumes at start + max(h, w),
-which for 10 slabs is 243 positions earlier.
-
-A volume and a conversation -> what the model takes.
-
-volume -> model grid -> [0, 1] -> last axis flipped -> patches; messages -> chat template -> ids, with one <|video_pad|> per
-visual token where the text says <video>.
+Legend: B rows, L tokens of a row, P patches, X voxels of a patch; axis 3 is (t, h, w).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -26,65 +21,26 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
+from photon_data.store import open_volume
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.packing import IGNORED, ROLE_LINE, prefix_length, question_mask, visual_mask
+from photon_train.losses import IGNORED
 from photon_train.pretrained import hub_options
-from photon_train.rows import NIFTI, TAG
 
-
-def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[Tensor, Tensor]:
-    """Return the patches float[P, slices * patch ** 2] and their grid int64[3] (t, h, w).
-
-    Rows go slab by slab, and within a slab by blocks of merge x merge patches, because each block becomes one token; a row
-    is (d, h, w) flattened. Raises ValueError when the volume is not a whole number of blocks.
-    """
-    block = (slices, patch * merge, patch * merge)
-    if volume_zyx.ndim != 3 or any(n == 0 or n % b for n, b in zip(volume_zyx.shape, block, strict=True)):
-        raise ValueError(
-            f"a volume of whole blocks wanted, a multiple of {block} voxels (z, y, x), got {tuple(volume_zyx.shape)}; "
-            "resample it, or crop it"
-        )
-    t, h, w = (n // size for n, size in zip(volume_zyx.shape, (slices, patch, patch), strict=True))
-    blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
-    rows = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
-    return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
-
-
-PADDING_POSITION = 1
-
-
-def row_positions(kinds: list[int], next_volume: Callable[[int], Tensor]) -> Tensor:
-    """Return int64[3, L], the (t, h, w) positions of a row of L tokens of kind 0 (text), 1 (image) or 2 (volume).
-
-    `next_volume(kind)` is called once for each run that is not text, and returns its int64[3, n] counted from 0.
-    Raises ValueError for a run of another length than its volume's.
-    """
-    pieces, start = [], 0
-    for kind, run in itertools.groupby(kinds):
-        length = sum(1 for _ in run)
-        piece_3L = torch.arange(length).expand(3, -1) if kind == 0 else next_volume(kind)
-        if piece_3L.shape[1] != length:
-            raise ValueError(
-                f"{piece_3L.shape[1]} visual tokens wanted for a volume, got {length}: was the prompt cut off inside it? "
-                "Shorten the text, not the volume"
-            )
-        pieces.append(piece_3L + start)
-        start = int(pieces[-1].max()) + 1
-    return torch.cat(pieces, dim=1)
-
-
-def volume_positions(grid_thw: list[int], merge: int, positions_per_slab: float) -> Tensor:
-    """Return int64[3, n] from 0: t advances by positions_per_slab (truncated), h and w by merged patch."""
-    t, h, w = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
-    slabs = (torch.arange(t, dtype=torch.float32) * positions_per_slab).long()
-    axes = torch.meshgrid(slabs, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(axes).reshape(3, -1)
-
-
+TAG = "<video>"  # stands in a message where a volume does
+NIFTI = (".nii", ".nii.gz")
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
-SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>", "<image>")
-LPS = ("L", "P", "S")
+SPECIALS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<|image_pad|>",
+    "<image>",
+)
+ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
+PADDING_POSITION = 1
 FPS = 1.0
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -109,8 +65,7 @@ class PhotonProcessor:
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
         """Return the processor of a model directory or hub id. Settings of PhotonConfig may be given by name."""
-        where = hub_options(kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), **where)
+        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), **hub_options(kwargs))
         return cls(tokenizer, PhotonConfig.from_pretrained(str(path_or_id), **kwargs))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -130,55 +85,62 @@ class PhotonProcessor:
     ) -> BatchFeature:
         """Return model inputs for one conversation, for a list of them, or for ms-swift `rows`.
 
-        volumes: one volume or a list of them for one conversation; for a list of conversations, a list of such. A volume is
-        a path (store of photon-data, or .nii.gz of the stored grid), a Volume, or an array [z, y, x] in HU.
-        messages: chat messages, or a plain question, which is put behind the volumes. Text is a string with <video> tags
-        or a list of parts ({"type": "text"}, {"type": "video"}; a part may carry its own volume).
+        volumes: one volume or a list of them for one conversation; for a list of conversations, a list of such. A
+        volume is a path (store of photon-data, or .nii.gz of the stored grid), a Volume, or an array [z, y, x] in HU.
+        messages: chat messages, or a plain question, which is put behind the volumes. Text is a string with <video>
+        tags or a list of parts ({"type": "text"}, {"type": "video"}; a part may carry its own volume).
         for_training: end with the given answer and add labels; else end where the assistant is to speak.
 
         Gives input_ids, attention_mask, mm_token_type_ids int64[B, L], question_mask bool[B, L]; with volumes also
-        pixel_values_videos float32[P, X], video_grid_thw int64[V, 3], second_per_grid_ts float32[V]; labels int64[B, L], -100
-        but for the answers and their end markers.
+        pixel_values_videos float32[P, X], video_grid_thw int64[V, 3], second_per_grid_ts float32[V]; labels
+        int64[B, L], -100 but for the answers and their end markers.
         Raises ValueError for tags that do not match the volumes, images, empty questions, special tokens in text, rows
         over max_length, and volumes of another shape.
         """
         samples = _samples(volumes, messages, rows)
         ids = [self._ids(sample, for_training, max_length) for sample in samples]
-        inputs = self._padded(ids, padding_side)
+
+        def padded(rows: list[Tensor], value: int) -> Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
+
+        input_ids = padded(ids, self.tokenizer.pad_token_id)
+        attention_mask = padded([torch.ones_like(row) for row in ids], 0)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": 2 * visual_mask(input_ids, self.config).long(),
+            "question_mask": question_mask(input_ids, self.config) & attention_mask.bool(),
+        }
         if for_training:
-            labels = [self._labels(row, sample) for row, sample in zip(ids, samples, strict=True)]
-            inputs["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED, padding_side=padding_side)
+            inputs["labels"] = padded(list(map(self._labels, ids, samples)), IGNORED)
         encoded = [self.patches(volume) for sample in samples for volume in sample.volumes]
         if encoded:
+            seconds = self.config.vision_config.temporal_patch_size / FPS
             inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in encoded])
             inputs["video_grid_thw"] = torch.stack([grid for _, grid in encoded])
-            inputs["second_per_grid_ts"] = torch.full((len(encoded),), self.config.vision_config.temporal_patch_size / FPS)
+            inputs["second_per_grid_ts"] = torch.full((len(encoded),), seconds)
         return BatchFeature(inputs)
 
     def questions(self, texts: Sequence[str]) -> list[Tensor]:
         """Return for each text the ids that follow a prefix: the question, its end, and where the assistant begins."""
-        found = []
-        for text in texts:
-            row = self._ids(_sample([None], text, f"question {text!r}"), for_training=False, max_length=None)
-            found.append(row[prefix_length(row, self.config) :])
-        return found
+        samples = [_sample([None], text, f"question {text!r}") for text in texts]
+        rows = [self._ids(sample, for_training=False) for sample in samples]
+        return [row[prefix_length(row, self.config) :] for row in rows]
 
     def ids(self, row: Mapping[str, Any], for_training: bool = False) -> Tensor:
         """Return int64[L] of one ms-swift row as `__call__` makes them, without reading its volumes."""
-        return self._ids(_samples(None, None, [row])[0], for_training, max_length=None)
+        return self._ids(_sample_of_row(row, "row 0"), for_training)
 
     def training_ids(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the ids int64[L] of one ms-swift row and its labels, as a call with for_training gives them, without voxels."""
-        (sample,) = _samples(None, None, [row])
-        ids = self._ids(sample, for_training=True, max_length=None)
+        """Return ids and labels int64[L] of one ms-swift row as `__call__` makes them, without reading its volumes."""
+        sample = _sample_of_row(row, "row 0")
+        ids = self._ids(sample, for_training=True)
         return ids, self._labels(ids, sample)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of each row of ids, special tokens left out."""
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts
-
-    # --- voxels
 
     def patches(self, volume: Any) -> tuple[Tensor, Tensor]:
         """Return the patches float32[P, X] of a volume (path, Volume or array) and its grid int64[3]."""
@@ -189,17 +151,19 @@ class PhotonProcessor:
     def scaled(self, hu_zyx: np.ndarray | Tensor) -> Tensor:
         """Return float32 on the model grid, in [0, 1], not flipped. Raises ValueError for another shape and for NaN."""
         hu = torch.as_tensor(np.ascontiguousarray(hu_zyx) if isinstance(hu_zyx, np.ndarray) else hu_zyx).float()
-        shape, wanted = tuple(hu.shape), tuple(self.config.model_shape_zyx)
-        if shape not in (wanted, tuple(self.config.stored_shape_zyx)):
+        found, model, stored = map(tuple, (hu.shape, self.config.model_shape_zyx, self.config.stored_shape_zyx))
+        if found not in (model, stored):
             raise ValueError(
-                f"a volume of shape {wanted} or {tuple(self.config.stored_shape_zyx)} (z, y, x) wanted, got {shape}; "
+                f"expected a volume of shape {model} or {stored} (z, y, x), found {found}; "
                 "photon-data prepare makes both from any scan"
             )
-        if shape != wanted:
-            hu = F.interpolate(hu[None, None], size=wanted, mode="trilinear", align_corners=False)[0, 0]
+        if found != model:
+            hu = F.interpolate(hu[None, None], size=model, mode="trilinear", align_corners=False)[0, 0]
         darkest, brightest = hu.aminmax()  # NaN if any voxel is, in one pass
         if not (darkest.isfinite() and brightest.isfinite()):
-            raise ValueError("finite voxels wanted, got NaN or infinity; photon-data prepare says which scan has them")
+            raise ValueError(
+                "expected finite voxels, found NaN or infinity; photon-data prepare says which scan has them"
+            )
         low, high = (darkest, brightest) if self.config.intensity == "minmax" else self.config.window_hu
         return (hu - low).div_(max(float(high - low), 1e-6)).clamp_(0.0, 1.0)
 
@@ -207,42 +171,24 @@ class PhotonProcessor:
         """Return how many tokens a volume becomes."""
         return math.prod(self.config.tokens_thw)
 
-    # --- text
-
-    def _ids(self, sample: Sample, for_training: bool, max_length: int | None) -> Tensor:
+    def _ids(self, sample: Sample, for_training: bool, max_length: int | None = None) -> Tensor:
         """Return int64[L] of one sample, a <|video_pad|> for every visual token."""
         text = self.tokenizer.apply_chat_template(
-            [
-                {**m, "content": m["content"].replace(TAG, VOLUME_TEXT) if m["role"] == "user" else m["content"]}
-                for m in sample.messages
-            ],
+            [{**m, "content": m["content"].replace(TAG, VOLUME_TEXT)} for m in sample.messages],
             tokenize=False,
             add_generation_prompt=not for_training,
         )
         short = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        repeats = torch.where(visual_mask(short, self.config), self.visual_tokens(), 1)
-        ids = short.repeat_interleave(repeats)
+        ids = short.repeat_interleave(torch.where(visual_mask(short, self.config), self.visual_tokens(), 1))
         if max_length is not None and len(ids) > max_length:
             raise ValueError(
-                f"{sample.name}: at most {max_length} tokens wanted, got {len(ids)}; raise max_length (a volume alone takes "
-                f"{self.visual_tokens()}) or leave the row out: cutting it would cut off the question"
+                f"{sample.name}: expected at most {max_length} tokens, found {len(ids)}; raise max_length (a volume "
+                f"alone takes {self.visual_tokens()}) or leave the row out: cutting it would cut off the question"
             )
         return ids
 
-    def _padded(self, ids: list[Tensor], side: str) -> dict[str, Tensor]:
-        ones = [torch.ones_like(row) for row in ids]
-        padding = self.tokenizer.pad_token_id
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side)
-        attention_mask = pad_sequence(ones, batch_first=True, padding_side=side)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "mm_token_type_ids": 2 * visual_mask(input_ids, self.config).long(),
-            "question_mask": question_mask(input_ids, self.config) & attention_mask.bool(),
-        }
-
     def _labels(self, ids: Tensor, sample: Sample) -> Tensor:
-        """Return int64[L]: the ids of the assistant's words and end markers, IGNORED elsewhere and where `loss` is false."""
+        """Return int64[L]: the assistant's words and end markers; IGNORED elsewhere and where `loss` is false."""
         starts = (ids == self.config.im_start_token_id).nonzero().flatten().tolist()
         ends = (ids == self.config.im_end_token_id).nonzero().flatten().tolist()
         labels = torch.full_like(ids, IGNORED)
@@ -254,21 +200,23 @@ class PhotonProcessor:
 
     def _check_tokens(self) -> None:
         """Raise ValueError unless tokenizer and configuration agree on the special tokens and the role line."""
-        wanted = {
-            "<|im_start|>": self.config.im_start_token_id,
-            "<|im_end|>": self.config.im_end_token_id,
-            "<|vision_start|>": self.config.vision_start_token_id,
-            "<|vision_end|>": self.config.vision_end_token_id,
-            "<|video_pad|>": self.config.video_token_id,
-        }
-        for token, number in wanted.items():
-            if (found := self.tokenizer.convert_tokens_to_ids(token)) != number:
+        for name, expected in (
+            ("<|im_start|>", self.config.im_start_token_id),
+            ("<|im_end|>", self.config.im_end_token_id),
+            ("<|vision_start|>", self.config.vision_start_token_id),
+            ("<|vision_end|>", self.config.vision_end_token_id),
+            ("<|video_pad|>", self.config.video_token_id),
+        ):
+            if (found := self.tokenizer.convert_tokens_to_ids(name)) != expected:
                 raise ValueError(
-                    f"{token} has id {number} in the configuration, {found} in the tokenizer; take both of one model"
+                    f"{name}: expected id {expected}, as in the configuration, found {found} in the tokenizer; "
+                    "take both of one model"
                 )
         line = self.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
         if len(line) != ROLE_LINE:
-            raise ValueError(f"a role line of {ROLE_LINE} tokens wanted, this tokenizer makes {len(line)}; use Qwen's")
+            raise ValueError(
+                f"expected a tokenizer with role lines of {ROLE_LINE} tokens, found {len(line)}; use Qwen's"
+            )
 
 
 def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:
@@ -276,77 +224,66 @@ def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:
     if rows is None and messages is None and isinstance(volumes, Mapping):
         rows = [volumes]
     if rows is not None:
-        return [
-            _sample(row.get("videos") or [], row["messages"], str(row.get("id", f"row {i}")), row.get("images"))
-            for i, row in enumerate(rows)
-        ]
+        return [_sample_of_row(row, f"row {i}") for i, row in enumerate(rows)]
     if messages is None:
-        raise ValueError("messages wanted, got None; pass a question or chat messages")
+        raise ValueError("expected messages, found None; pass a question or chat messages")
     if isinstance(messages, str) or not messages or isinstance(messages[0], Mapping):
-        return [_sample(_listed(volumes), messages, "row 0")]
-    per_row = [None] * len(messages) if volumes is None else volumes
-    if len(per_row) != len(messages):
-        raise ValueError(f"volumes for {len(messages)} conversations wanted, got {len(per_row)}; None stands for text only")
-    return [_sample(_listed(v), m, f"row {i}") for i, (v, m) in enumerate(zip(per_row, messages, strict=True))]
+        volumes, messages = [volumes], [messages]
+    volumes = [None] * len(messages) if volumes is None else volumes
+    if len(volumes) != len(messages):
+        raise ValueError(
+            f"expected volumes for {len(messages)} conversations, found {len(volumes)}; give None for text only"
+        )
+    of_each = [[] if v is None else list(v) if isinstance(v, list | tuple) else [v] for v in volumes]
+    return [_sample(v, m, f"row {i}") for i, (v, m) in enumerate(zip(of_each, messages, strict=True))]
 
 
-def _listed(volumes: Any) -> list[Any]:
-    if volumes is None:
-        return []
-    return list(volumes) if isinstance(volumes, list | tuple) else [volumes]
+def _sample_of_row(row: Mapping[str, Any], name: str) -> Sample:
+    name = str(row.get("id", name))
+    if row.get("images"):
+        raise ValueError(f"{name}: expected a CT volume, found images {row['images']}; Photon reads 3D volumes")
+    return _sample(row.get("videos") or [], row["messages"], name)
 
 
-def _sample(volumes: list[Any], messages: Messages, name: str, images: Any = None) -> Sample:
+def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
     """Return a checked sample; a system message goes in front where there is none."""
-    if images:
-        raise ValueError(f"{name}: a CT volume wanted, got images {images}; Photon reads 3D volumes, not pictures")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": TAG * len(volumes) + messages}]
     volumes, plain = list(volumes), []
     for message in messages:
-        text, own = _text_of(message, name)
-        volumes += own
+        parts = message["content"]
+        text = ""
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            kind = part.get("type")
+            if kind not in ("text", "video", "volume"):
+                raise ValueError(
+                    f"{name}: expected parts of type text or video, found {kind!r}; Photon reads CT volumes"
+                )
+            text += part["text"] if kind == "text" else TAG
+            if kind != "text" and part.get(kind) is not None:  # the part carries its volume
+                volumes.append(part[kind])
         plain.append({**message, "content": text})
     _check(plain, len(volumes), name)
     return Sample(volumes, plain if plain[0]["role"] == "system" else [SYSTEM, *plain], name)
 
 
-def _text_of(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
-    """Return the message's text, tags for its volumes, and those volumes it carries itself."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content, []
-    text, own = "", []
-    for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            text += part["text"]
-        elif kind in ("video", "volume"):
-            text += TAG
-            own += [part[kind]] if part.get(kind) is not None else []
-        else:
-            raise ValueError(f"{name}: parts of type text or video wanted, got {kind!r}; Photon reads CT volumes, not pictures")
-    return text, own
-
-
 def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> None:
     """Raise ValueError for text that would say something else than it seems to."""
     if not messages:
-        raise ValueError(f"{name}: at least one message wanted, got none")
-    for message in messages:
-        found = [token for token in SPECIALS if token in message["content"]]
-        if found:
+        raise ValueError(f"{name}: expected at least one message, found none; add a question")
+    for role, content in ((message["role"], message["content"]) for message in messages):
+        if special := [token for token in SPECIALS if token in content]:
             raise ValueError(
-                f"{name}: plain text and <video> wanted, got {', '.join(found)}; leave special tokens to the template"
+                f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the template"
             )
-        if TAG in message["content"] and message["role"] != "user":
-            raise ValueError(f"{name}: <video> wanted in user turns only, got one in a {message['role']} turn; remove it")
-        if message["role"] == "user" and not message["content"].replace(TAG, "").strip():
-            raise ValueError(f"{name}: a question wanted, got an empty one; say what is asked of the volume")
+        if TAG in content and role != "user":
+            raise ValueError(f"{name}: expected <video> in user turns only, found one in a {role} turn; remove it")
+        if role == "user" and not content.replace(TAG, "").strip():
+            raise ValueError(f"{name}: expected a question, found an empty one; say what is asked of the volume")
     tags = sum(message["content"].count(TAG) for message in messages)
     if tags != volumes:
         raise ValueError(
-            f"{name}: as many volumes as <video> tags wanted, got {volumes} volumes for {tags} tags; add or remove one"
+            f"{name}: expected as many volumes as <video> tags, found {volumes} volumes for {tags} tags; add or remove one"
         )
 
 
@@ -357,20 +294,127 @@ def _read(volume: Any) -> np.ndarray | Tensor:
     if isinstance(volume, str | Path):
         if str(volume).endswith(NIFTI):
             return _read_nifti(volume)
-        from photon_data import open_volume
-
         volume = open_volume(volume, grid="model")
     voxels: np.ndarray = np.asarray(volume.array_zyx[...])
     return voxels
 
 
 def _read_nifti(path: str | Path) -> np.ndarray:
-    """Return [z, y, x] of a file prepared as the authors do: axes to the left, to the back, up. Others are refused."""
+    """Return [z, y, x] of a file prepared as the authors do: axes to the left, to the back, up. Refuse others."""
     import nibabel
 
     image: Any = nibabel.load(path)
     axes = nibabel.orientations.aff2axcodes(image.affine)
-    if axes != LPS:
-        raise ValueError(f"{path}: axes L, P, S (ITK's RAI) wanted, got {', '.join(axes)}; photon-data prepare resamples scans")
+    if axes != ("L", "P", "S"):
+        raise ValueError(
+            f"{path}: expected axes L, P, S (ITK's RAI), found {', '.join(axes)}; photon-data prepare resamples scans"
+        )
     voxels: np.ndarray = np.asarray(image.dataobj, dtype=np.float32)
     return voxels.transpose(2, 1, 0)
+
+
+def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Return the patches float[P, slices * patch ** 2] and their grid int64[3] (t, h, w).
+
+    Rows go slab by slab, and within a slab by blocks of merge x merge patches, because each block becomes one token.
+    A row is (d, h, w) flattened. Raises ValueError when the volume is not a whole number of blocks.
+    """
+    block = (slices, patch * merge, patch * merge)
+    if volume_zyx.ndim != 3 or any(n == 0 or n % b for n, b in zip(volume_zyx.shape, block, strict=True)):
+        raise ValueError(
+            f"expected a volume of whole blocks, a multiple of {block} voxels (z, y, x), found {tuple(volume_zyx.shape)}; "
+            "resample it, or crop it"
+        )
+    t, h, w = (n // size for n, size in zip(volume_zyx.shape, (slices, patch, patch), strict=True))
+    blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
+    rows = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
+
+
+# --- masks and positions of token ids
+
+
+def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
+    """Return bool[B, L], True at the tokens that stand for a part of a volume."""
+    return input_ids_BL == config.video_token_id
+
+
+def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
+    """Return how many tokens there are to the end of the last volume, which rows may share; 0 for text alone."""
+    ends = (ids_L == config.vision_end_token_id).nonzero()
+    return int(ends[-1]) + 1 if len(ends) else 0
+
+
+def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
+    """Return bool[B, L], True at the text of a user turn that holds a volume, wherever in the turn it stands.
+
+    The first volume with its two markers is not part of the question. Of further volumes the markers are, the patches
+    are not: the published weights were trained so. A turn without end marker runs to the end of the row.
+    """
+    starts_turn_BL = input_ids_BL == config.im_start_token_id
+    turn_BL = starts_turn_BL.cumsum(1)
+
+    def so_far_in_turn(flag_BL: Tensor) -> Tensor:
+        count_BL = flag_BL.cumsum(1)
+        before_turn_BL = torch.where(starts_turn_BL, count_BL - flag_BL.long(), 0).cummax(1).values
+        return count_BL - before_turn_BL
+
+    visual_BL, turn_index_BL = visual_mask(input_ids_BL, config), turn_BL.clamp_max(turn_BL.shape[1] - 1)
+    visual_in_turn = torch.zeros_like(turn_BL).scatter_add(1, turn_index_BL, visual_BL.long())
+    has_volume_BL = visual_in_turn.gather(1, turn_index_BL) > 0
+    in_role_line_BL = so_far_in_turn(torch.ones_like(starts_turn_BL)) <= ROLE_LINE
+    ended_BL = so_far_in_turn(input_ids_BL == config.im_end_token_id) > 0
+    volume_ends_BL = input_ids_BL == config.vision_end_token_id
+    begun_BL = so_far_in_turn(input_ids_BL == config.vision_start_token_id)
+    closed_before_BL = so_far_in_turn(volume_ends_BL) - volume_ends_BL.long()
+    in_first_volume_BL = (begun_BL >= 1) & (closed_before_BL == 0)
+    outside_BL = in_role_line_BL | ended_BL | in_first_volume_BL | visual_BL | (turn_BL == 0)
+    return has_volume_BL & ~outside_BL
+
+
+Grid = tuple[list[int], float]  # (t, h, w) in patches, and by how much the temporal position grows per slab
+
+
+def rope_positions(
+    kind_BL: Tensor, mask_BL: Tensor, images: Sequence[Grid], volumes: Sequence[Grid], merge: int
+) -> tuple[Tensor, Tensor]:
+    """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
+
+    kind_BL: 0 text, 1 image, 2 volume; mask_BL: attention mask. After a volume, text resumes at (max over t, h, w) + 1,
+    as the published weights were trained; transformers v5 resumes at start + max(h, w).
+    Raises ValueError for a run of visual tokens without a volume, or of another length than its volume's.
+    """
+    left = {1: iter(images), 2: iter(volumes)}
+    position_3BL = torch.full((3, *kind_BL.shape), PADDING_POSITION)
+    delta_B1 = torch.zeros(len(kind_BL), 1, dtype=torch.int64)
+    for row, mask_L in enumerate(mask_BL):
+        pieces, start = [], 0
+        for kind, run in itertools.groupby(kind_BL[row, mask_L].tolist()):
+            length = len(list(run))
+            if kind == 0:
+                piece_3L = torch.arange(length).expand(3, -1)
+            elif (grid := next(left[kind], None)) is not None:
+                piece_3L = _grid_positions(*grid, merge)
+            else:
+                raise ValueError(
+                    f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "
+                    "pixel_values_videos and video_grid_thw of all of them"
+                )
+            if piece_3L.shape[1] != length:
+                raise ValueError(
+                    f"expected {piece_3L.shape[1]} visual tokens for a volume, found {length}: was the prompt cut off "
+                    "inside it? Shorten the text, not the volume"
+                )
+            pieces.append(piece_3L + start)
+            start = int(pieces[-1].max()) + 1
+        position_3BL[:, row, mask_L] = torch.cat(pieces, dim=1)
+        delta_B1[row] = start - kind_BL.shape[1]
+    return position_3BL, delta_B1
+
+
+def _grid_positions(grid_thw: list[int], positions_per_slab: float, merge: int) -> Tensor:
+    """Return int64[3, n] from 0: t grows by positions_per_slab (truncated), h and w by merged patch."""
+    t, h, w = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
+    slabs = (torch.arange(t, dtype=torch.float32) * positions_per_slab).long()
+    axes = torch.meshgrid(slabs, torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack(axes).reshape(3, -1)

@@ -1,7 +1,10 @@
 """Instruction-conditioned token scheduling (ITS), and the schedulers it is compared with.
 
-Legend: B rows, L tokens, H query heads, K key heads, G = H / K, Q question tokens, d head_dim, F descriptors.
-All statistics are over the visual tokens of one row, in float32: a row never sees its batch mates.
+A scheduler is a function SchedulerContext -> Selection. A new one: a function here, in `SCHEDULERS`, and its name in
+configuration_photon.SCHEDULER_NAMES.
+
+Legend: B rows, L tokens, M tokens after pruning, H query heads, K key heads, G = H / K, Q question tokens, d head_dim,
+F descriptors. All statistics are over the visual tokens of one row, in float32: a row never sees its batch mates.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from torch.nn import functional as F
 
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import Phase
-from photon_train.packing import gather_of
+from photon_train.surrogate import Gather, gather_of, mean_std
 
 logger = logging.getLogger(__name__)
 
-NEVER = float("nan")  # the threshold of a row that has none
+NO_THRESHOLD = float("nan")
 
 
 class SchedulingInputs(NamedTuple):
@@ -29,12 +32,11 @@ class SchedulingInputs(NamedTuple):
 
     visual_BL: Tensor  # bool, True at visual tokens
     question_BL: Tensor  # bool, True at question tokens
-    body_BL: Tensor  # float, share of bright voxels in a visual token; foreground scheduler only
+    foreground_BL: Tensor  # float, share of foreground voxels of a visual token; for the foreground scheduler
     phase: Phase
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
     loss_scale: float = 1.0  # what the trainer multiplies the loss by
-    grounding_BL: Tensor | None = None  # float, share of what a row asks about that lies in a visual token
 
     @property
     def detached_B(self) -> Tensor:
@@ -52,31 +54,26 @@ class SchedulerContext(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a scheduler decided about the visual tokens; text positions hold 0, 0, 1, False."""
+    """What a scheduler decided about the visual tokens; at text the values are 0, 0, 1, False."""
 
     score_BL: Tensor  # float32, u for ITS, else the scheduler's own ranking
     saliency_BL: Tensor  # float32, rho in [0, 1]
     probability_BL: Tensor  # float32, p
     keep_BL: Tensor  # bool
     threshold_B: Tensor  # float32, theta; NaN where nothing was compared with a threshold
-    grounding_B: Tensor | None = None  # float32, grounding loss of each row, where its grounding was given
 
 
 class Scheduled(NamedTuple):
-    """What was scheduled: the selection, and what became of the row."""
+    """What became of the rows: the scheduler's selection, and the tokens that stayed."""
 
-    score_BL: Tensor  # float32
-    saliency_BL: Tensor  # float32, rho
-    threshold_B: Tensor  # float32, theta (NaN: none)
-    probability_BL: Tensor  # float32, p; 1 at text
+    selection: Selection
+    flipped_B: Tensor  # bool, True where the complement of the selection was to be kept
     keep_BL: Tensor  # bool, True for text and kept visual tokens, False for dropped ones and padding
-    position_BM: Tensor  # int64, where each remaining token stood; rows are packed against the right edge
-    present_BM: Tensor  # bool, False at the empty slots of rows with fewer tokens
-    grounding_B: Tensor | None = None  # float32, as in Selection
+    kept: Gather  # where each token that stayed stood, and the attention mask of the shorter rows
 
     def detached(self) -> Scheduled:
-        """Return it without gradients: what is reported keeps no graph alive and no DDP bucket waiting."""
-        return self._replace(**{name: x.detach() for name, x in self._asdict().items() if x is not None})
+        """Return it without gradients: a report keeps no graph alive, and no DDP bucket waits for it."""
+        return self._replace(selection=Selection(*(x.detach() for x in self.selection)))
 
 
 class Float32Linear(nn.Linear):
@@ -89,7 +86,7 @@ class Float32Linear(nn.Linear):
 
 
 class ThresholdHead(Float32Linear):
-    """The last layer of the predictor: starts at `initial_threshold` whatever the scores are."""
+    """The last layer of the predictor: it starts at `initial_threshold` whatever the scores are."""
 
     def __init__(self, width: int, config: PhotonConfig) -> None:
         super().__init__(width, 1)
@@ -97,17 +94,9 @@ class ThresholdHead(Float32Linear):
         self.initial_bias = math.log(share / (1.0 - share))
 
     def initialise(self) -> None:
-        """Set the weight to zero and the bias so that sigmoid gives the threshold."""
+        """Set the weight to zero and the bias so that the sigmoid gives the threshold."""
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.initial_bias)
-
-
-class ThresholdMLP(nn.Module):
-    """Twelve descriptors -> one number. A module of its own for the sake of the published key names."""
-
-    def __init__(self, width: int, config: PhotonConfig) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(Float32Linear(12, width), nn.GELU(), ThresholdHead(width, config))
 
 
 class ThresholdPredictor(nn.Module):
@@ -116,45 +105,42 @@ class ThresholdPredictor(nn.Module):
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__()
         hidden = config.text_config.hidden_size
+        width = config.predictor_width or hidden // 8
         self.threshold_max = config.threshold_max
-        self.predictor = ThresholdMLP(config.predictor_width or hidden // 8, config)
+        mlp = nn.Sequential(Float32Linear(12, width), nn.GELU(), ThresholdHead(width, config))
+        self.predictor = nn.ModuleDict({"mlp": mlp})
         self.pos_proj = nn.Linear(1, hidden, bias=False).requires_grad_(False)
 
     def forward(self, features_BF: Tensor) -> Tensor:
         """Return theta float32[B] from float32[B, 12]."""
-        return self.threshold_max * torch.sigmoid(self.predictor.mlp(features_BF).squeeze(-1))
-
-
-Scheduler = Callable[[SchedulerContext], Selection]
+        return self.threshold_max * torch.sigmoid(self.predictor["mlp"](features_BF).squeeze(-1))
 
 
 def its(context: SchedulerContext) -> Selection:
     """Keep what the question attends to: u -> rho -> p = sigmoid((rho - theta) / 0.2) -> keep iff p > 0.5.
 
-    A score without contrast (no or one question token) decides nothing: such a row keeps all,
-    with a warning.
+    Where a question has no or one token, all scores are equal. Such a row has no threshold and keeps all tokens.
     """
-    visual_BL, question_BL = context.inputs.visual_BL, context.inputs.question_BL
+    visual_BL, config = context.inputs.visual_BL, context.config
     assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
-    config = context.config
-    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):  # which would round float32 products to bfloat16
+    # Autocast would round products of float32 to bfloat16.
+    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
         q_BHLd, k_BKLd = context.rotated_qk()
-        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, config.centrality_floor)
+        score_BL = instruction_scores(q_BHLd, k_BKLd, context.inputs.question_BL, visual_BL, config.centrality_floor)
         saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
         features_BF = descriptors(score_BL, saliency_BL, visual_BL)
+        low_B1, high_B1 = _extremes(score_BL, visual_BL)
     threshold_B = context.predictor(features_BF)
-    decided_B = _has_contrast(score_BL, visual_BL, config.saliency_epsilon)
+    decided_B1 = high_B1 - low_B1 > config.saliency_epsilon
     p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / config.keep_temperature)
-    p_BL = torch.where(visual_BL & decided_B[:, None], p_BL, 1.0)
-    keep_BL = visual_BL & (p_BL > config.keep_probability)
-    return Selection(
-        score_BL, saliency_BL, p_BL, keep_BL | (visual_BL & ~decided_B[:, None]), torch.where(decided_B, threshold_B, NEVER)
-    )
+    p_BL = torch.where(visual_BL & decided_B1, p_BL, 1.0)
+    keep_BL = visual_BL & ((p_BL > config.keep_probability) | ~decided_B1)
+    return Selection(score_BL, saliency_BL, p_BL, keep_BL, torch.where(decided_B1[:, 0], threshold_B, NO_THRESHOLD))
 
 
-def keep_all(context: SchedulerContext) -> Selection:
+def none(context: SchedulerContext) -> Selection:
     """Keep every visual token."""
-    return _highest(torch.zeros_like(context.inputs.body_BL), context, keep_ratio=1.0)
+    return _highest(torch.zeros_like(context.inputs.foreground_BL), context, keep_ratio=1.0)
 
 
 def random(context: SchedulerContext) -> Selection:
@@ -162,72 +148,105 @@ def random(context: SchedulerContext) -> Selection:
     rank_BL = context.inputs.visual_BL.cumsum(1)
     generator = torch.Generator().manual_seed(context.config.scheduler_seed)
     draw_L = torch.rand(rank_BL.shape[1] + 1, generator=generator).to(rank_BL.device)
-    return _highest(draw_L[rank_BL], context)
+    return _highest(draw_L[rank_BL], context, context.config.keep_ratio)
 
 
 def uniform(context: SchedulerContext) -> Selection:
     """Keep `keep_ratio` of each row, evenly spaced in sequence order."""
     visual_BL = context.inputs.visual_BL
     count_B1 = visual_BL.sum(1, keepdim=True).clamp_min(1)
-    wanted_B1 = _wanted(count_B1, context.config.keep_ratio)
+    number_B1 = _number_to_keep(count_B1, context.config.keep_ratio)
     rank_BL = visual_BL.cumsum(1)
-    steps_BL = (rank_BL * wanted_B1) // count_B1 > ((rank_BL - 1) * wanted_B1) // count_B1
-    return _highest(steps_BL.float(), context)
+    steps_BL = (rank_BL * number_B1) // count_B1 > ((rank_BL - 1) * number_B1) // count_B1
+    return _highest(steps_BL.float(), context, context.config.keep_ratio)
 
 
 def foreground(context: SchedulerContext) -> Selection:
-    """Keep `keep_ratio` of each row: tokens with most voxels of the body first, ties in sequence order."""
-    return _highest(context.inputs.body_BL, context)
+    """Keep `keep_ratio` of each row: tokens with most foreground voxels first, ties in sequence order."""
+    return _highest(context.inputs.foreground_BL, context, context.config.keep_ratio)
 
 
-SCHEDULERS: dict[str, Scheduler] = {
-    "its": its,
-    "none": keep_all,
-    "random": random,
-    "uniform": uniform,
-    "foreground": foreground,
+def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: PhotonConfig) -> Tensor:
+    """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
+    share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
+    if patches_PX is None:
+        raise ValueError(
+            "scheduler 'foreground': expected pixel_values_videos, found encoded volumes, which do not tell "
+            "foreground from air; pass the volumes"
+        )
+    patches_per_token = config.vision_config.spatial_merge_size**2
+    share_P = (patches_PX > config.foreground_level).float().mean(1)
+    return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))
+
+
+SCHEDULERS: dict[str, Callable[[SchedulerContext], Selection]] = {
+    scheduler.__name__: scheduler for scheduler in (its, none, random, uniform, foreground)
 }
 
 
-def instruction_scores(
-    q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor, centrality_floor: float | None
-) -> Tensor:
-    """Return u float32[B, L], 0 off the visual tokens: how well each is aligned with the question.
+def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float) -> Selection:
+    """Return the selection of the `keep_ratio` highest scores of each row, ties in sequence order. p is 1."""
+    visual_BL = context.inputs.visual_BL
+    number_B1 = _number_to_keep(visual_BL.sum(1, keepdim=True), keep_ratio)
+    order_BL = score_BL.masked_fill(~visual_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    keep_BL = visual_BL & (order_BL.argsort(dim=1) < number_B1)
+    score_BL = score_BL.float().masked_fill(~visual_BL, 0.0)
+    saliency_BL = min_max(score_BL, visual_BL, context.config.saliency_epsilon)
+    threshold_B = torch.full_like(score_BL[:, 0], NO_THRESHOLD)
+    return Selection(score_BL, saliency_BL, torch.ones_like(score_BL), keep_BL, threshold_B)
 
-    q and k are the layer's own, rotated. w_t = centrality of question token t among the question tokens; u_j = mean
-    over heads of sum over t of w_t q_t . k_j / sqrt(d). No softmax, no causal mask. Rounded to q's
-    dtype, as when trained. Without a floor all question tokens weigh alike: centrality can die, all of it cut off at 0.
+
+def _number_to_keep(count_B1: Tensor, keep_ratio: float) -> Tensor:
+    return (count_B1 * keep_ratio).round().long().clamp_min(1)
+
+
+def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
+    """Log the rows whose scores are all equal. One host sync."""
+    rows = (visual_BL.any(1) & selection.threshold_B.isnan()).nonzero().flatten().tolist()
+    if rows:
+        reason = "no visual token stands out for their question (none, or one token long)"
+        logger.warning("rows %s: %s: all are kept", rows, reason)
+
+
+# --- scores of ITS
+
+
+def instruction_scores(
+    q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor, centrality_floor: float
+) -> Tensor:
+    """Return u float32[B, L], 0 off the visual tokens: how well each one is aligned with the question.
+
+    q and k are those of layer its, rotated. A question token weighs as much as its centrality.
     """
     question = gather_of(question_BL)
-    scale = q_BHLd.shape[-1] ** -0.5
-    q_BKGQd = question(q_BHLd, dim=2).float().unflatten(1, (k_BKLd.shape[1], -1))
-    k_BKQd = question(k_BKLd, dim=2).float()
-    asked_BQ = question.present_BM.float()
-    if centrality_floor is None:
-        w_BQ = asked_BQ / asked_BQ.sum(-1, keepdim=True).clamp_min(1)
-    else:
-        w_BQ = _centrality(q_BKGQd, k_BKQd, asked_BQ, scale, centrality_floor)
-    asked_BKGd = torch.einsum("bq,bkgqd->bkgd", w_BQ, q_BKGQd)
-    per_head = torch.einsum("bkgd,bkld->bkgl", asked_BKGd, k_BKLd.float()).mul(scale)
-    score_BL = per_head.mean(dim=(1, 2)).to(q_BHLd.dtype).float()
-    return score_BL.masked_fill(~visual_BL, 0.0)
+    q_BHQd, k_BKQd = question(q_BHLd, dim=2), question(k_BKLd, dim=2)
+    w_BQ = centrality(q_BHQd, k_BKQd, question.mask_BM, centrality_floor)
+    return alignment(q_BHQd, k_BKLd, w_BQ, visual_BL)
 
 
-def _centrality(q_BKGQd: Tensor, k_BKQd: Tensor, asked_BQ: Tensor, scale: float, floor: float) -> Tensor:
-    """Return float32[B, Q], the weight of each question token: how much the other ones attend to it, at most 1 in sum."""
-    pairs_BQQ = asked_BQ[:, :, None] * asked_BQ[:, None, :] * (1 - torch.eye(asked_BQ.shape[1], device=asked_BQ.device))
-    affinity_BQQ = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd).mul(scale).relu().mean(dim=(1, 2))
-    centrality_BQ = (affinity_BQQ * pairs_BQQ).sum(-1)
-    return centrality_BQ / centrality_BQ.sum(-1, keepdim=True).clamp_min(floor)
+def centrality(q_BHQd: Tensor, k_BKQd: Tensor, mask_BQ: Tensor, floor: float) -> Tensor:
+    """Return w float32[B, Q]: how much the other question tokens attend to each one, w_t = c_t / max(sum c, floor).
 
-
-def grounding_losses(score_BL: Tensor, visual_BL: Tensor, grounding_BL: Tensor) -> Tensor:
-    """Return float32[B]: cross entropy of the scores' softmax over the visual tokens with where a row's subject lies.
-
-    0 for rows whose `grounding_BL` is 0 everywhere: nothing is known of them.
+    c_t = mean over heads of the sum over t' != t of relu(q_t . k_t' / sqrt(d)).
     """
-    logp_BL = score_BL.masked_fill(~visual_BL, -torch.inf).log_softmax(1).masked_fill(~visual_BL, 0.0)
-    return -(grounding_BL * logp_BL).sum(1)
+    others_QQ = 1 - torch.eye(mask_BQ.shape[1], device=mask_BQ.device)
+    pairs_BQQ = mask_BQ.float()[:, :, None] * mask_BQ.float()[:, None, :] * others_QQ
+    q_BKGQd = q_BHQd.float().unflatten(1, (k_BKQd.shape[1], -1))
+    product = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd.float()).mul(q_BHQd.shape[-1] ** -0.5)
+    c_BQ = (product.relu().mean(dim=(1, 2)) * pairs_BQQ).sum(-1)
+    return c_BQ / c_BQ.sum(-1, keepdim=True).clamp_min(floor)
+
+
+def alignment(q_BHQd: Tensor, k_BKLd: Tensor, w_BQ: Tensor, visual_BL: Tensor) -> Tensor:
+    """Return u float32[B, L], 0 off the visual tokens: mean over heads of the sum over t of w_t q_t . k_j / sqrt(d).
+
+    No softmax, no causal mask. The result is rounded to q's dtype, as the published weights were trained.
+    """
+    q_BKGQd = q_BHQd.float().unflatten(1, (k_BKLd.shape[1], -1))
+    weighted_BKGd = torch.einsum("bq,bkgqd->bkgd", w_BQ, q_BKGQd)
+    per_head = torch.einsum("bkgd,bkld->bkgl", weighted_BKGd, k_BKLd.float()).mul(q_BHQd.shape[-1] ** -0.5)
+    score_BL = per_head.mean(dim=(1, 2)).to(q_BHQd.dtype).float()
+    return score_BL.masked_fill(~visual_BL, 0.0)
 
 
 def min_max(score_BL: Tensor, visual_BL: Tensor, epsilon: float) -> Tensor:
@@ -241,33 +260,25 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
 
     rho: mean, biased std, min, max, lower quartile, median; u: mean, std, min, max; sign(u) log1p|u|: mean, max.
     """
-    count_B1 = visual_BL.sum(1, keepdim=True)
     log_BL = score_BL.sign() * score_BL.abs().log1p()
     columns = [
-        *_mean_std(saliency_BL, visual_BL),
+        *mean_std(saliency_BL, visual_BL),
         *_extremes(saliency_BL, visual_BL),
         _quantile(saliency_BL, visual_BL, 0.25),
         _quantile(saliency_BL, visual_BL, 0.5),
-        *_mean_std(score_BL, visual_BL),
+        *mean_std(score_BL, visual_BL),
         *_extremes(score_BL, visual_BL),
-        _mean_std(log_BL, visual_BL)[0],
+        mean_std(log_BL, visual_BL)[0],
         _extremes(log_BL, visual_BL)[1],
     ]
-    return torch.cat(columns, dim=1).masked_fill(count_B1 == 0, 0.0)
-
-
-def _mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
-    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
-    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
-    return mean_B1, variance_B1.sqrt()
+    return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
 
 
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     low_B1 = x_BL.masked_fill(~mask_BL, torch.inf).amin(1, keepdim=True)
     high_B1 = x_BL.masked_fill(~mask_BL, -torch.inf).amax(1, keepdim=True)
-    none_B1 = ~mask_BL.any(1, keepdim=True)
-    return low_B1.masked_fill(none_B1, 0.0), high_B1.masked_fill(none_B1, 0.0)
+    empty_B1 = ~mask_BL.any(1, keepdim=True)
+    return low_B1.masked_fill(empty_B1, 0.0), high_B1.masked_fill(empty_B1, 0.0)
 
 
 def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
@@ -277,33 +288,3 @@ def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
     below_B1 = sorted_BL.gather(1, rank_B1.floor().long())
     above_B1 = sorted_BL.gather(1, rank_B1.ceil().long())
     return torch.lerp(below_B1, above_B1, rank_B1 - rank_B1.floor())
-
-
-def _has_contrast(score_BL: Tensor, visual_BL: Tensor, epsilon: float) -> Tensor:
-    low_B1, high_B1 = _extremes(score_BL, visual_BL)
-    return (high_B1 - low_B1).squeeze(1) > epsilon
-
-
-def _wanted(count_B1: Tensor, keep_ratio: float) -> Tensor:
-    """Return how many visual tokens to keep, at least one: round(keep_ratio x count)."""
-    return (count_B1 * keep_ratio).round().long().clamp_min(1)
-
-
-def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float | None = None) -> Selection:
-    """Return the selection of the `keep_ratio` highest scores of each row, ties in sequence order. p is 1."""
-    visual_BL = context.inputs.visual_BL
-    wanted_B1 = _wanted(visual_BL.sum(1, keepdim=True), keep_ratio or context.config.keep_ratio)
-    order_BL = score_BL.masked_fill(~visual_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank_BL = order_BL.argsort(dim=1)
-    score_BL = score_BL.float().masked_fill(~visual_BL, 0.0)
-    ones_BL = torch.ones_like(score_BL)
-    no_threshold_B = torch.full_like(score_BL[:, 0], NEVER)
-    saliency_BL = min_max(score_BL, visual_BL, context.config.saliency_epsilon)
-    return Selection(score_BL, saliency_BL, ones_BL, visual_BL & (rank_BL < wanted_B1), no_threshold_B)
-
-
-def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
-    """Log the rows whose question gave no contrast. One host sync; call it where there is one already."""
-    rows = (visual_BL.any(1) & selection.threshold_B.isnan()).nonzero().flatten().tolist()
-    if rows:
-        logger.warning("rows %s: no visual token stands out for their question (none, or one token long): all are kept", rows)

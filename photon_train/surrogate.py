@@ -1,7 +1,9 @@
-"""Surrogate gradient propagation (SGP): a gradient for the keep probability of tokens kept or dropped for good.
+"""Dropping tokens for good: the gather of those that stay, and the surrogate gradient (SGP) of the keep probability.
 
 Legend: B rows, L tokens before pruning, M after, D features.
 """
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -9,91 +11,96 @@ import torch
 from torch import Tensor
 
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.packing import Gather
 
 
-class SurrogateRule(NamedTuple):
-    """The constants of SGP; the fields of PhotonConfig named sgp_*."""
+class Gather(NamedTuple):
+    """The chosen positions of every row, in order, against the right edge.
 
-    strict: bool
-    sigma_floor: float
-    z_clip: float
-    beta: float
-    scale_floor: float
-    scale_min: float
-    scale_max: float
-    saturation_floor: float
-    loss_scale: float = 1.0  # what the loss was multiplied by, e.g. 1 / accumulation steps
+    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b]
+    """
 
-    @classmethod
-    def of(cls, config: PhotonConfig) -> "SurrogateRule":
-        """Return the rule that the configuration describes."""
-        return cls(**{name: getattr(config, f"sgp_{name}") for name in cls._fields if name != "loss_scale"})
+    index_BM: Tensor  # int64, position in the row before (any position in an empty slot)
+    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots, on the left of shorter rows
+
+    def __call__(self, x_BL: Tensor, dim: int = 1) -> Tensor:
+        """Return `x_BL[b, index_BM[b]]` along `dim`; dimension 0 of x is the row. Empty slots hold any value."""
+        shape = [1] * x_BL.ndim
+        shape[0], shape[dim] = self.index_BM.shape
+        index = self.index_BM.view(shape).expand(*(n if d != dim else -1 for d, n in enumerate(x_BL.shape)))
+        return x_BL.gather(dim, index)
 
 
-def prune(h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, rule: SurrogateRule) -> Tensor:
+def gather_of(mask_BL: Tensor) -> Gather:
+    """Return the gather that packs the True positions of each row together. One host sync: the longest row."""
+    longest = int(mask_BL.sum(1).max())
+    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
+    index_BM = order_BL[:, mask_BL.shape[1] - longest :]
+    return Gather(index_BM, mask_BL.gather(1, index_BM))
+
+
+def prune(
+    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, config: PhotonConfig, loss_scale: float = 1.0
+) -> Tensor:
     """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
 
-    Backwards h gets the upstream gradient at the kept positions and 0 at the dropped, p gets `surrogate_gradient`.
+    Backwards, h gets the upstream gradient at kept positions and 0 at dropped ones; p gets `surrogate_gradient`.
     """
-    pruned: Tensor = _Prune.apply(h_BLD, p_BL, visual_BL, kept.index_BM, kept.present_BM, rule)
+    pruned: Tensor = _Prune.apply(h_BLD, p_BL, visual_BL, *kept, config, loss_scale)
     return pruned
-
-
-def surrogate_gradient(x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, rule: SurrogateRule) -> Tensor:
-    """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
-
-    g_BLD is the upstream gradient, 0 at dropped tokens. eta = <x, g>, standardised and clipped; direction d = 0.5 - r,
-    r = 0.5 + 0.5 tanh(z); magnitude s = sum |x g| over its mean, clipped; gradient = beta d s max(p (1 - p), floor).
-
-    Both are relative to the row: a row of a batch counts as much for p as a row alone. Where the floor of sigma is reached
-    the size of the loss matters, hence `loss_scale`: the gradient is that of the loss before scaling, times the scale, so
-    that a step does not depend on how its rows are spread over accumulation steps and devices.
-    """
-    if rule.loss_scale == 0:
-        return torch.zeros_like(p_BL)
-    xg_BLD = x_BLD.float() * (g_BLD.float() / rule.loss_scale)
-    eta_BL = xg_BLD.sum(-1) * (-1.0 if rule.strict else 1.0)
-    mean_B1, sigma_B1 = _mean_sigma(eta_BL, visual_BL)
-    z_BL = ((eta_BL - mean_B1) / sigma_B1.clamp_min(rule.sigma_floor)).clamp(-rule.z_clip, rule.z_clip)
-    direction_BL = -0.5 * torch.tanh(z_BL)
-    if not rule.strict:
-        direction_BL = direction_BL - _mean_sigma(direction_BL, visual_BL)[0]
-    size_BL = xg_BLD.abs().sum(-1)
-    scale_BL = size_BL / _mean_sigma(size_BL, visual_BL)[0].clamp_min(rule.scale_floor)
-    scale_BL = scale_BL.clamp(rule.scale_min, rule.scale_max)
-    slope_BL = (p_BL * (1 - p_BL)).clamp_min(rule.saturation_floor)
-    return (rule.loss_scale * rule.beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
-
-
-def _mean_sigma(x_BL: Tensor, visual_BL: Tensor) -> tuple[Tensor, Tensor]:
-    count_B1 = visual_BL.sum(1, keepdim=True).clamp_min(1)
-    mean_B1 = (x_BL * visual_BL).sum(1, keepdim=True) / count_B1
-    variance_B1 = ((x_BL - mean_B1).square() * visual_BL).sum(1, keepdim=True) / count_B1
-    return mean_B1, variance_B1.sqrt()
 
 
 class _Prune(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_BLD: Tensor,
-        p_BL: Tensor,
-        visual_BL: Tensor,
-        index_BM: Tensor,
-        present_BM: Tensor,
-        rule: SurrogateRule,
-    ) -> Tensor:
-        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, present_BM)
-        ctx.rule = rule
-        return Gather(index_BM, present_BM)(h_BLD) * present_BM[..., None]
+    def forward(ctx: Any, h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, *how: Any) -> Tensor:
+        index_BM, mask_BM, *ctx.constants = how
+        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, mask_BM)
+        return Gather(index_BM, mask_BM)(h_BLD) * mask_BM[..., None]
 
     @staticmethod
     def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:
-        h_BLD, p_BL, visual_BL, index_BM, present_BM = ctx.saved_tensors
+        h_BLD, p_BL, visual_BL, index_BM, mask_BM = ctx.saved_tensors
         index_BMD = index_BM[..., None].expand_as(g_BMD)
-        grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * present_BM[..., None])
+        grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * mask_BM[..., None])
         grad_p_BL = None
         if ctx.needs_input_grad[1]:
-            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, ctx.rule)
-        return grad_h_BLD, grad_p_BL, None, None, None, None
+            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, *ctx.constants)
+        return grad_h_BLD, grad_p_BL, None, None, None, None, None
+
+
+def surrogate_gradient(
+    x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, config: PhotonConfig, loss_scale: float
+) -> Tensor:
+    """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
+
+    g_BLD is the upstream gradient, 0 at dropped tokens. z is eta = <x, g>, standardised and clipped.
+    Direction d = 0.5 - r, r = 0.5 + 0.5 tanh(z). Magnitude s = sum |x g| over its mean, clipped.
+    Gradient = beta d s max(p (1 - p), floor).
+
+    Mean and sigma are those of the row: a row of a batch counts as much for p as the row alone. Where sigma is at
+    its floor, the gradient depends on the size of the loss. So g is divided by `loss_scale`, which the loss was
+    multiplied by, and the result is multiplied by it: how rows are spread over accumulation steps does not matter.
+    """
+    if loss_scale == 0:
+        return torch.zeros_like(p_BL)
+    xg_BLD = x_BLD.float() * (g_BLD.float() / loss_scale)
+    eta_BL = xg_BLD.sum(-1) * (-1.0 if config.sgp_strict else 1.0)
+    mean_B1, sigma_B1 = mean_std(eta_BL, visual_BL)
+    z_BL = ((eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)).clamp(
+        -config.sgp_z_clip, config.sgp_z_clip
+    )
+    direction_BL = -0.5 * torch.tanh(z_BL)
+    if not config.sgp_strict:
+        direction_BL = direction_BL - mean_std(direction_BL, visual_BL)[0]
+    size_BL = xg_BLD.abs().sum(-1)
+    scale_BL = size_BL / mean_std(size_BL, visual_BL)[0].clamp_min(config.sgp_scale_floor)
+    scale_BL = scale_BL.clamp(config.sgp_scale_min, config.sgp_scale_max)
+    slope_BL = (p_BL * (1 - p_BL)).clamp_min(config.sgp_saturation_floor)
+    return (loss_scale * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
+
+
+def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
+    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
+    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
+    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
+    return mean_B1, variance_B1.sqrt()

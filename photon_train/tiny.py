@@ -1,4 +1,4 @@
-"""Models to start from: stage 1 on a Qwen2.5-VL checkpoint, and a tiny random one for trying things out."""
+"""Models to start from: stage 1 on a Qwen2.5-VL checkpoint, and a tiny random one to try things out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORD_PIECES = 400  # more than the phantoms' texts have words
+WORD_TOKENS = 400  # more than the phantoms' texts have words
 INITIAL_STD = 0.12  # of weights: about 1 / sqrt(64), not the 0.02 that suits thousands of features
 PATCH_STD = 0.01  # of the patch embedding, which sums over 2744 voxels
 BIAS_STD = 0.3
@@ -29,7 +29,9 @@ PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def start_from(path_or_id: str, output: Path, revision: str | None = None, seed: int = 0) -> PhotonForConditionalGeneration:
+def start_from(
+    path_or_id: str, output: Path, revision: str | None = None, seed: int = 0
+) -> PhotonForConditionalGeneration:
     """Return the stage-1 start of a Qwen2.5-VL checkpoint, and write it with its tokenizer to `output`.
 
     The fresh 3D patch embedding is drawn with `seed`. Raises ValueError as from_pretrained does.
@@ -37,7 +39,9 @@ def start_from(path_or_id: str, output: Path, revision: str | None = None, seed:
     torch.manual_seed(seed)
     model = PhotonForConditionalGeneration.from_pretrained(path_or_id, revision=revision)
     if model.config.stage != 1:
-        raise ValueError(f"a Qwen2.5-VL or stage-1 checkpoint wanted, {path_or_id} is of stage 2; start from what it was made of")
+        raise ValueError(
+            f"expected a Qwen2.5-VL or stage-1 checkpoint, found one of stage 2 at {path_or_id}; start from what it was made of"
+        )
     processor = PhotonProcessor(AutoTokenizer.from_pretrained(path_or_id, revision=revision), model.config)
     model.save_pretrained(output)
     processor.tokenizer.save_pretrained(output)
@@ -48,36 +52,31 @@ def tiny(output: Path, stage: int = 1, seed: int = 0, **settings: Any) -> Photon
     """Return a random model of 4 small layers that reads real stores, and write it with a byte-level tokenizer.
 
     `settings` are PhotonConfig's, e.g. model_shape_zyx=(70, 140, 140) for an eighth of the visual tokens.
+    The vision tower gets weights that can be trained in minutes: the patch embedding has no bias and every block
+    normalises its input, so a patch of one brightness always has the same direction. Only what the blocks add tells how
+    bright it was, if that is not small beside it.
     """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(phantom_texts())
     model = PhotonForConditionalGeneration(tiny_config(tokenizer, stage, **settings))
-    _make_brightness_visible(model)
+    visual = model.model.visual
+    with torch.no_grad():
+        visual.patch_embed.proj.weight.normal_(0, PATCH_STD)
+        for name, parameter in visual.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, BIAS_STD)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return model
 
 
-@torch.no_grad()
-def _make_brightness_visible(model: PhotonForConditionalGeneration) -> None:
-    """Give the vision tower weights that can be trained in minutes.
-
-    The patch embedding has no bias and every block normalises its input: of a patch of one brightness the direction is always
-    the same, and only what the blocks add, if that is not small beside it, tells how bright it was.
-    """
-    visual = model.model.visual
-    visual.patch_embed.proj.weight.normal_(0, PATCH_STD)
-    for name, parameter in visual.named_parameters():
-        if name.endswith("bias"):
-            parameter.normal_(0, BIAS_STD)
-
-
 def phantom_texts() -> list[str]:
-    """Return every question and answer there can be about a phantom's findings: what the tiny model's words are made of."""
+    """Return every question and answer there can be about a phantom's findings; their words become tokens."""
     texts = [CAPTION]
     for finding in (*FINDINGS, *EASY_FINDINGS):
-        names = {"noun": finding.noun, "plural": finding.plural, "organ": finding.organ, "choices": ", ".join(finding.places)}
+        names = {"noun": finding.noun, "plural": finding.plural, "organ": finding.organ}
+        names["choices"] = ", ".join(finding.places)
         texts += [wording.format(**names) for wordings in WORDINGS.values() for wording in wordings]
         texts += [*finding.sides, *finding.places, *finding.substances, "yes", "no"]
     return texts
@@ -91,7 +90,7 @@ def byte_tokenizer(texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = len(alphabet) + (WORD_PIECES if texts else 0)
+    size = len(alphabet) + (WORD_TOKENS if texts else 0)
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()

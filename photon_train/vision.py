@@ -1,7 +1,7 @@
 """The vision tower, with windows of one length attended to in one call.
 
-The stock layer makes one call per window: 2560 small ones for a volume of 140 x 280 x 280 in the 3B model, here 88, to the same
-bits. Flash attention takes all windows in one call anyway and runs the stock layer.
+The stock layer makes one call per window: 2560 small ones for a volume of 140 x 280 x 280 in the 3B model, here 88,
+with the same bits. Flash attention takes all windows in one call and runs the stock layer.
 
 Legend: P patches, W windows of one length, N patches of such a window, H heads, d head_dim.
 """
@@ -22,7 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     is_flash_attention_requested,
 )
 
-_KNOWN = WeakTensorKeyDictionary()  # cu_seqlens, which all layers of a forward share -> windows
+_WINDOWS = WeakTensorKeyDictionary()  # cu_seqlens, which all layers of a forward share -> windows
 
 
 class GroupedWindowAttention(Qwen2_5_VLVisionAttention):
@@ -42,15 +42,15 @@ class GroupedWindowAttention(Qwen2_5_VLVisionAttention):
         q_PHd, k_PHd, v_PHd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        places, pieces = [], []
+        indices, outputs = [], []
         for index_WN in _by_length(cu_seqlens):
             windows_WHNd = (x_PHd[index_WN].transpose(1, 2) for x_PHd in (q_PHd, k_PHd, v_PHd))
             out_WNHd, _ = attend(
                 self, *windows_WHNd, attention_mask=None, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
             )
-            places.append(index_WN.flatten())
-            pieces.append(out_WNHd.flatten(0, 1).flatten(1))
-        out_PD: Tensor = self.proj(torch.cat(pieces)[torch.cat(places).argsort()])
+            indices.append(index_WN.flatten())
+            outputs.append(out_WNHd.flatten(0, 1).flatten(1))
+        out_PD: Tensor = self.proj(torch.cat(outputs)[torch.cat(indices).argsort()])
         return out_PD
 
 
@@ -64,23 +64,24 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         self.post_init()
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        """Return the stock output for patches float[P, X]. Raises ValueError when they do not fit the grids int64[V, 3]."""
+        """Return the stock output for patches float[P, X]. Raises ValueError if they do not fit the grids int64[V, 3]."""
         config: Any = self.config
-        wanted = (int(grid_thw.prod(-1).sum()), config.in_channels * config.temporal_patch_size * config.patch_size**2)
-        if tuple(hidden_states.shape) != wanted:
+        voxels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        expected, found = (int(grid_thw.prod(-1).sum()), voxels), tuple(hidden_states.shape)
+        if found != expected:
             raise ValueError(
-                f"patches of shape {wanted} wanted for the grids {grid_thw.tolist()}, got {tuple(hidden_states.shape)}; "
+                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; "
                 "make them with the PhotonProcessor of this model"
             )
         return super().forward(hidden_states, grid_thw, **kwargs)
 
 
 def _by_length(cu_seqlens: Tensor) -> list[Tensor]:
-    """Return for each window length the patches of its windows, int64[W, N]. Only the first layer that asks waits for them."""
-    if cu_seqlens not in _KNOWN:
+    """Return for each window length the patches of its windows, int64[W, N]. Only the first layer waits for the device."""
+    if cu_seqlens not in _WINDOWS:
         ends = cu_seqlens.cpu()
         starts, lengths = ends[:-1], ends.diff()
         windows = [starts[lengths == n, None] + torch.arange(n) for n in lengths.unique().tolist() if n > 0]
-        _KNOWN[cu_seqlens] = [index_WN.long().to(cu_seqlens.device) for index_WN in windows]
-    found: list[Tensor] = _KNOWN[cu_seqlens]
+        _WINDOWS[cu_seqlens] = [index_WN.long().to(cu_seqlens.device) for index_WN in windows]
+    found: list[Tensor] = _WINDOWS[cu_seqlens]
     return found

@@ -63,5 +63,7 @@ def rad3d_rows(split: str) -> list[dict[str, Any]]:
 
 def put(path: Path, rows: Any) -> Path:
     """Write rows or predictions as JSON lines."""
-    path.write_text("".join(one.to_json() if isinstance(one, Prediction) else to_jsonl([one]) for one in rows), encoding="utf-8")
+    path.write_text(
+        "".join(one.to_json() if isinstance(one, Prediction) else to_jsonl([one]) for one in rows), encoding="utf-8"
+    )
     return path

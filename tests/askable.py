@@ -9,7 +9,7 @@ from photon_data.files import Location
 from photon_data.recipe import Recipe
 from photon_data.store import store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
-from photon_train.answering.predictor import AnswerSettings, Asker, load_asker
+from photon_train.answering.predictor import AnswerSettings, Predictor, load_predictor
 from photon_train.tiny import tiny
 
 SHORT = AnswerSettings(max_new_tokens=6)
@@ -20,12 +20,14 @@ QUESTIONS = ("Is there a nodule?", "Where is it, in which lobe of which lung?", 
 
 def lively_model(directory: Path, **settings: Any) -> Path:
     """Weights large enough for the answers, and a threshold in the middle for the keep sets, to differ."""
-    tiny(directory, stage=2, initial_threshold=0.45, initializer_range=0.3, **{"model_shape_zyx": MODEL_SHAPE} | settings)
+    tiny(
+        directory, stage=2, initial_threshold=0.45, initializer_range=0.3, **{"model_shape_zyx": MODEL_SHAPE} | settings
+    )
     return directory
 
 
-def asker(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Asker:
-    return load_asker(str(directory), settings, device="cpu", **photon)
+def predictor(directory: Path, settings: AnswerSettings = SHORT, **photon: Any) -> Predictor:
+    return load_predictor(str(directory), settings, device="cpu", **photon)
 
 
 def blocks(seed: int) -> Volume:

@@ -57,7 +57,9 @@ def save(ds, path, syntax="explicit"):
     """Write a data set that `set_pixels` filled under one of PLAIN, SITK_COMPRESSORS or "rle"."""
     ds.file_meta.TransferSyntaxUID = PLAIN.get(syntax, ExplicitVRLittleEndian)
     if syntax == "big-endian":
-        ds.PixelData = np.frombuffer(ds.PixelData, f"<u{ds.BitsAllocated // 8}").astype(f">u{ds.BitsAllocated // 8}").tobytes()
+        ds.PixelData = (
+            np.frombuffer(ds.PixelData, f"<u{ds.BitsAllocated // 8}").astype(f">u{ds.BitsAllocated // 8}").tobytes()
+        )
     elif syntax == "rle":
         ds.compress(RLELossless, generate_instance_uid=False)
     elif syntax in SITK_COMPRESSORS:
@@ -126,10 +128,14 @@ def write_series(
     return paths
 
 
-def write_enhanced(path, stored, *, step_lps=(0, 0, 2.5), first_lps=(-30.5, -40.25, 100.0), order=None, compressed=False):
+def write_enhanced(
+    path, stored, *, step_lps=(0, 0, 2.5), first_lps=(-30.5, -40.25, 100.0), order=None, compressed=False
+):
     """Write `stored` [z, y, x] as one Enhanced CT file whose frames come in `order`."""
     order = list(range(len(stored))) if order is None else order
-    ds = header(generate_uid(), EnhancedCTImageStorage, NumberOfFrames=len(stored), ImageType=["ORIGINAL", "PRIMARY", "VOLUME"])
+    ds = header(
+        generate_uid(), EnhancedCTImageStorage, NumberOfFrames=len(stored), ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]
+    )
     shared = Dataset()
     shared.PlaneOrientationSequence = Sequence([item(ImageOrientationPatient=decimals(AXIAL))])
     shared.PixelMeasuresSequence = Sequence([item(PixelSpacing=decimals((0.8, 0.7)))])

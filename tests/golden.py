@@ -91,4 +91,6 @@ def published_name(name: str) -> str:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by published name; 0 where there is none."""
-    return {published_name(name): torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {
+        published_name(name): torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+    }

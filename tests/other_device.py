@@ -1,6 +1,6 @@
 """A device beside the CPU, for machines without a GPU: it computes on the CPU, and refuses what a GPU refuses.
 
-What is refused is tensors of both in one operation, and numpy of its own. Only the place of tensors is pretended: neither
+It refuses tensors of both in one operation, and numpy of its own. Only the place of tensors is pretended: neither
 autocast nor a kernel of a GPU can be tried so. Once it is there, its process has it for good: use `elsewhere`.
 """
 
@@ -67,7 +67,7 @@ class There(Tensor):
         return self.cpu().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        raise TypeError(f"a tensor on the CPU wanted to make numpy's of, got one on {NAME}")
+        raise TypeError(f"expected a tensor on the CPU to make numpy's of, found one on {NAME}")
 
 
 def device() -> torch.device:
@@ -90,11 +90,11 @@ def _computed(func: Any, *args: Any, **kwargs: Any) -> Any:
     name = f"{func._schema.name}.{func._schema.overload_name}"
     there = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, There)]
     _refuse_mixture(name, args, kwargs)
-    wanted = kwargs.get("device")
-    is_there = torch.device(wanted).type == NAME if wanted is not None else bool(there)
+    device = kwargs.get("device")
+    is_there = torch.device(device).type == NAME if device is not None else bool(there)
     if name.startswith("aten::copy_"):
         is_there = isinstance(args[0], There)
-    if wanted is not None:
+    if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     args, kwargs = pytree.tree_map(lambda x: x.here if isinstance(x, There) else x, (args, kwargs))
     result = func(*args, **kwargs)
@@ -118,11 +118,11 @@ def _refuse_mixture(name: str, args: Any, kwargs: Any) -> None:
     here = [tuple(x.shape) for x in tensors if not isinstance(x, There) and x.dim()]
     there = [tuple(x.shape) for x in tensors if isinstance(x, There)]
     if here and there:
-        raise RuntimeError(f"{name}: tensors on one device wanted, got {there} on {NAME} and {here} on the CPU")
+        raise RuntimeError(f"{name}: expected tensors on one device, found {there} on {NAME} and {here} on the CPU")
 
 
 @contextmanager
 def elsewhere() -> Iterator[Callable[..., Any]]:
-    """Give a function that calls a function of a module in a process that may have the device, and returns what it returns."""
+    """Give a function that calls another in a process that may have the device, and returns what that returns."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()

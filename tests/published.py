@@ -70,7 +70,7 @@ def place(root, name, version):
 
 
 def write_v2(path, seed=0, spacing=SPACING, raw=0, blank=False):
-    """A volume whose header is right and whose values are HU; `raw` is what is added to them, `blank` takes the header away."""
+    """A volume whose header is right and whose values are HU; `raw` is added to them, `blank` takes the header away."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = (ct_like(SHAPE, seed).astype(np.float32) + raw).transpose(2, 1, 0)
     affine = np.eye(4) if blank else np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
@@ -101,7 +101,9 @@ def write_metadata(path, **rows):
         "NumberofSlices": SHAPE[0],
         "ZSpacing": SPACING[0],
     }
-    return write_csv(path, METADATA_HEADER, [{**plain, "VolumeName": f"{name}.nii.gz", **row} for name, row in rows.items()])
+    return write_csv(
+        path, METADATA_HEADER, [{**plain, "VolumeName": f"{name}.nii.gz", **row} for name, row in rows.items()]
+    )
 
 
 def write_csv(path, header, rows):

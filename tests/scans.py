@@ -52,7 +52,9 @@ def on_grid_by_itk(image, grid, transform=None, pad_hu=-1000.0):
     """What ITK makes of an image on an axis-aligned grid: an array of float64."""
     size, spacing = grid.shape_zyx[::-1], grid.spacing_zyx_mm[::-1]
     identity, transform = np.eye(3).ravel().tolist(), transform or sitk.Transform()
-    out = sitk.Resample(image, size, transform, sitk.sitkLinear, grid.origin_lps, spacing, identity, pad_hu, sitk.sitkFloat64)
+    out = sitk.Resample(
+        image, size, transform, sitk.sitkLinear, grid.origin_lps, spacing, identity, pad_hu, sitk.sitkFloat64
+    )
     return sitk.GetArrayFromImage(out)
 
 

@@ -27,11 +27,18 @@ TOKENS = {
 }
 SLICES, PATCH, MERGE, PACE = 4, 7, 3, 3 * 5.0  # tokens_per_second x second_per_grid_ts
 LAYERS, ITS = 13, 2
-GRIDS = {"b1": [(3, 6, 9)], "two_vol": [(2, 3, 6), (1, 9, 3)], "text_only": [], "vision_windows": [(2, 9, 12), (1, 3, 15)]}
+GRIDS = {
+    "b1": [(3, 6, 9)],
+    "two_vol": [(2, 3, 6), (1, 9, 3)],
+    "text_only": [],
+    "vision_windows": [(2, 9, 12), (1, 3, 15)],
+}
 TEXT = {
-    "vocab_size": 160, "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    "rope_theta": 5e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 6, 4]}, "bos_token_id": 3, "eos_token_id": 9,
+    "vocab_size": 160, "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 5e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 6, 4]},
+    "bos_token_id": 3, "eos_token_id": 9,
     **{f"{name}_token_id": TOKENS[name] for name in ("vision_start", "vision_end", "vision_token", "image", "video")},
 }  # fmt: skip
 VISION = {
@@ -49,7 +56,9 @@ def build(directory: Path) -> None:
     mlp |= {"mlp.2.weight": torch.randn(1, 12) * 0.2, "mlp.2.bias": torch.zeros(1)}
     write_models(directory, stock, mlp)
     rows = {name: row_of(grids) for name, grids in GRIDS.items()}
-    rows |= {f"{name}_prompt": {**rows[name], "input_ids": rows[name]["input_ids"][:, :-7]} for name in ("b1", "text_only")}
+    rows |= {
+        f"{name}_prompt": {**rows[name], "input_ids": rows[name]["input_ids"][:, :-7]} for name in ("b1", "text_only")
+    }
     write_inputs(directory, rows)
     cases = {**units(mlp), **stage1(stock, rows), **stage2(stock, mlp, rows)}
     for name, (meta, tensors) in cases.items():
@@ -79,7 +88,12 @@ def write_models(directory: Path, stock: Any, mlp: dict[str, Tensor]) -> None:
     weights = {published(k): v for k, v in stock.state_dict().items()}
     atp = f"model.layers.{ITS}.atp"
     predictor = {f"{atp}.predictor.{k}": v for k, v in mlp.items()} | {f"{atp}.pos_proj.weight": torch.zeros(96, 1)}
-    config = {**TEXT, "model_type": "qwen2_5_vl", "vision_config": {**VISION, "in_chans": 1}, "use_sliding_window": False}
+    config = {
+        **TEXT,
+        "model_type": "qwen2_5_vl",
+        "vision_config": {**VISION, "in_chans": 1},
+        "use_sliding_window": False,
+    }
     for stage, tensors in {"s1": weights, "s2": weights | predictor}.items():
         write(directory / "models" / stage / "model", {}, tensors)
         (directory / "models" / stage / "config.json").write_text(json.dumps(config))
@@ -115,7 +129,9 @@ def write_inputs(directory: Path, rows: dict[str, dict[str, Any]]) -> None:
             found["second_per_grid_ts"] = torch.full((len(row["grids"]),), 5.0)
         if not name.endswith("prompt"):
             found["labels"] = row["labels"]
-        write(directory / "inputs" / name, {"volumes": [{"key": f"{name}{i}"} for i in range(len(row["grids"]))]}, found)
+        write(
+            directory / "inputs" / name, {"volumes": [{"key": f"{name}{i}"} for i in range(len(row["grids"]))]}, found
+        )
     write(directory / "inputs" / "volumes", {}, volumes)
 
 
@@ -179,7 +195,15 @@ def units(mlp: dict[str, Tensor]) -> dict[str, Any]:
         ):
             sgp[f"strict_{strict}{name}.grad_p"] = slow.surrogate_of(x[0], whole[0] * scale, p[0], where, strict)[None]
             sgp[f"strict_{strict}{name}.grad_x"] = whole
-    constants = {"eps": 1e-6, "min_sigma": 3e-3, "z_clip": 1.5, "beta_const": 0.8, "smin": 0.5, "smax": 2.0, "sat_floor": 5e-3}
+    constants = {
+        "eps": 1e-6,
+        "min_sigma": 3e-3,
+        "z_clip": 1.5,
+        "beta_const": 0.8,
+        "smin": 0.5,
+        "smax": 2.0,
+        "sat_floor": 5e-3,
+    }
     return {
         "patchify": ({}, patchify),
         "visual_score_unit": ({"runs": {key: {} for key in score_runs}}, flat(score_runs)),

@@ -20,7 +20,9 @@ def patches_of(volume: Tensor, slices: int, patch: int, merge: int) -> Tensor:
             for block_x in range(0, w, merge):
                 for y in range(block_y, block_y + merge):
                     for x in range(block_x, block_x + merge):
-                        cut = volume[z * slices : (z + 1) * slices, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
+                        cut = volume[
+                            z * slices : (z + 1) * slices, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch
+                        ]
                         rows.append(cut.flatten())
     return torch.stack(rows)
 
@@ -37,7 +39,9 @@ def positions_of(ids: list[int], video: int, grids: list[list[int]], paces: list
             t, h, w = grids[volume]
             for z in range(t):
                 found += [
-                    (start + int(z * paces[volume]), start + y, start + x) for y in range(h // merge) for x in range(w // merge)
+                    (start + int(z * paces[volume]), start + y, start + x)
+                    for y in range(h // merge)
+                    for x in range(w // merge)
                 ]
             volume += 1
         at = len(found)
@@ -59,7 +63,12 @@ def scores_of(q_HLd: Tensor, k_KLd: Tensor, question: list[int], visual: list[in
     heads, _, d = q_HLd.shape
     k_HLd = k_KLd.repeat_interleave(heads // len(k_KLd), dim=0)
     centrality = [
-        sum(float((q_HLd[h, t] @ k_HLd[h, s] / math.sqrt(d)).clamp_min(0)) for h in range(heads) for s in question if s != t)
+        sum(
+            float((q_HLd[h, t] @ k_HLd[h, s] / math.sqrt(d)).clamp_min(0))
+            for h in range(heads)
+            for s in question
+            if s != t
+        )
         / heads
         for t in question
     ]
@@ -132,7 +141,8 @@ def stage2(
     text, cache, hidden, seen = stock.model.language_model, DynamicCache(), [h], {}
     attention = text.layers[its].self_attn
     hooks = [
-        getattr(attention, n).register_forward_hook(lambda _m, _i, out, n=n: seen.update({n: out})) for n in ("q_proj", "k_proj")
+        getattr(attention, n).register_forward_hook(lambda _m, _i, out, n=n: seen.update({n: out}))
+        for n in ("q_proj", "k_proj")
     ]
     h = through(text, range(its + 1), h, position, cache, hidden)
     for hook in hooks:
@@ -148,7 +158,12 @@ def stage2(
         p_full, presence = torch.ones(h.shape[1]), torch.zeros(h.shape[1], dtype=torch.bool)
         p_full[visual], presence[kept] = p, True
         scheduled = {"score_u": u[None], "saliency_norm": rho_of(u)[None], "threshold": theta[None, None]}
-        scheduled |= {"soft_p_full": p_full[None], "presence": presence[None], "orig_idx": kept[None], "h_before_prune": h}
+        scheduled |= {
+            "soft_p_full": p_full[None],
+            "presence": presence[None],
+            "orig_idx": kept[None],
+            "h_before_prune": h,
+        }
     for layer in cache.layers[: its + 1]:
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
     h = through(text, range(its + 1, len(text.layers)), h[:, kept], position[..., kept], cache, hidden)
@@ -161,7 +176,12 @@ def step(stock: Any, token: int, position: int, cache: DynamicCache) -> Tensor:
     """Logits after one more token."""
     text = stock.model.language_model
     h = through(
-        text, range(len(text.layers)), text.embed_tokens(torch.tensor([[token]])), torch.full((3, 1, 1), position), cache, []
+        text,
+        range(len(text.layers)),
+        text.embed_tokens(torch.tensor([[token]])),
+        torch.full((3, 1, 1), position),
+        cache,
+        [],
     )
     logits: Tensor = stock.lm_head(text.norm(h))[0, -1]
     return logits

@@ -21,7 +21,9 @@ REPORT = ("VolumeName", *REPORT_COLUMNS)
 def prepared(folder, **entry):
     """{id: record} of the volumes of a CT-RATE tree, each prepared in this process."""
     manifest = read_data_manifest(declare(folder, ct_rate={"adapter": "ct-rate", "root": "dataset", **entry}))
-    order = ManifestRequest(folder, Location(str(folder / "out")), one_recipe(manifest.datasets), datasets=manifest.datasets)
+    order = ManifestRequest(
+        folder, Location(str(folder / "out")), one_recipe(manifest.datasets), datasets=manifest.datasets
+    )
     return {job.source.id: prepare_file(Job.from_json(job.to_json())) for job in gather(order).jobs}
 
 

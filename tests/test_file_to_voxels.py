@@ -8,7 +8,8 @@ from raw import write_scan
 from scans import on_grid_by_itk
 
 from photon_data.prepare_volume import prepare_volume
-from photon_data.readers import find_scans, open_scan
+from photon_data.readers import open_scan
+from photon_data.readers.find import find_scans
 from photon_data.recipe import Policy, Recipe
 
 RECIPE = Recipe(shape_zyx=(64, 360, 360), model_shape_zyx=(10, 20, 20))

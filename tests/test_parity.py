@@ -15,11 +15,10 @@ from torch.testing import assert_close
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import Objective, answer_losses, band_losses
+from photon_train.losses import answer_losses, band_losses
 from photon_train.modeling_photon import PhotonForConditionalGeneration
-from photon_train.packing import gather_of, question_mask
-from photon_train.processing_photon import patchify
-from photon_train.surrogate import SurrogateRule, prune
+from photon_train.processing_photon import patchify, question_mask
+from photon_train.surrogate import gather_of, prune
 
 LOSS = {"rtol": 0, "atol": 1e-5}
 STATES = {"rtol": 0, "atol": 2e-4}
@@ -68,7 +67,9 @@ def config(golden: Golden) -> PhotonConfig:
 def test_patchify(golden: Golden, config: PhotonConfig) -> None:
     e = golden.expected("patchify")
     vision = config.vision_config
-    patches_PX, grid = patchify(e["volume"][:, 0], vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
+    patches_PX, grid = patchify(
+        e["volume"][:, 0], vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    )
     assert grid.tolist() == e["video_grid_thw"][0].tolist()
     assert_close(patches_PX.double().sum(1), e["pixel_values_checksum_row_sums"], rtol=1e-6, atol=1e-6)
     stored, sums = e["pixel_values_rows"], e["pixel_values_checksum_row_sums"]
@@ -152,7 +153,9 @@ def test_units_question_masks(golden: Golden, config: PhotonConfig) -> None:
         ids_BL = e[f"{run}.input_ids"]
         ours_BL = question_mask(ids_BL, config)
         visual_BL = (ids_BL == golden.tokens["video"]) | (ids_BL == golden.tokens["image"])
-        if run in golden.meta("units")["question_mask_errors"]:  # cut off: theirs raises, ours goes to the end of the row
+        if (
+            run in golden.meta("units")["question_mask_errors"]
+        ):  # cut off: theirs raises, ours goes to the end of the row
             last_end = (ids_BL[0] == golden.tokens["vision_end"]).nonzero()[-1]
             assert ours_BL[0].nonzero().flatten().tolist() == list(range(int(last_end) + 1, ids_BL.shape[1]))
             continue
@@ -183,18 +186,18 @@ def test_units_losses(golden: Golden, config: PhotonConfig, kind: str) -> None:
     logits, labels = e["logits"].requires_grad_(), e["labels"]
     rows = torch.full((len(labels),), kind == "mismatch"), torch.full((len(labels),), kind == "flip")
     index = (labels != -100).nonzero(as_tuple=True)
-    losses = answer_losses(logits[index], labels[index], index[0], Objective(*rows), config.flip_epsilon)
+    losses = answer_losses(logits[index], labels[index], index[0], *rows, config.flip_epsilon)
     loss = sum(losses)
     loss.backward()
     assert_close(loss, e[f"{kind}.loss"], **LOSS)
     assert_close(logits.grad, e[f"{kind}.grad"], rtol=1e-4, atol=1e-7)
-    nothing = answer_losses(logits[:0, 0], labels[:0, 0], index[0][:0], Objective(*rows), config.flip_epsilon)
+    nothing = answer_losses(logits[:0, 0], labels[:0, 0], index[0][:0], *rows, config.flip_epsilon)
     assert sum(nothing) == 0
     assert kind == "ce" or e[f"{kind}_all_ignored"] == 0
 
 
 def test_units_gather(golden: Golden) -> None:
-    """Theirs packs to the left with zeros behind; ours to the right. Their 4-D mask has no counterpart: ours is made anew."""
+    """Theirs packs to the left with zeros behind; ours to the right. Their 4-D mask has no counterpart here."""
     e = of_run(golden, "units", "gather")
     kept = gather_of(e["mask"])
     for row, count in enumerate(e["mask"].sum(1).tolist()):
@@ -206,21 +209,22 @@ def test_units_gather(golden: Golden) -> None:
 @pytest.mark.parametrize("variant", ["", "_vmNone", "_tiny"])
 def test_sgp_unit(golden: Golden, strict: bool, variant: str) -> None:
     e, constants = golden.expected("sgp_unit"), golden.meta("sgp_unit")["constants"]
-    rule = SurrogateRule(
-        strict=strict,
-        sigma_floor=constants["min_sigma"],
-        z_clip=constants["z_clip"],
-        beta=constants["beta_const"],
-        scale_floor=constants["eps"],
-        scale_min=constants["smin"],
-        scale_max=constants["smax"],
-        saturation_floor=constants["sat_floor"],
+    config = golden.config(
+        "s2",
+        sgp_strict=strict,
+        sgp_sigma_floor=constants["min_sigma"],
+        sgp_z_clip=constants["z_clip"],
+        sgp_beta=constants["beta_const"],
+        sgp_scale_floor=constants["eps"],
+        sgp_scale_min=constants["smin"],
+        sgp_scale_max=constants["smax"],
+        sgp_saturation_floor=constants["sat_floor"],
     )
     kept = gather_of(e["presence_mask"])
     x, p = e["x"].requires_grad_(), e["p_full"].requires_grad_()
     visual_BL = e["presence_mask"] if variant == "_vmNone" else e["vision_mask"]
-    out = prune(x, p, visual_BL, kept, rule)
-    shift = [kept.index_BM.shape[1] - int(n) for n in kept.present_BM.sum(1)]
+    out = prune(x, p, visual_BL, kept, config)
+    shift = [kept.index_BM.shape[1] - int(n) for n in kept.mask_BM.sum(1)]
     upstream = torch.stack([g.roll(s, 0) for g, s in zip(e["upstream_grad"], shift, strict=True)])
     out.backward(upstream * (1e-6 if variant == "_tiny" else 1.0))
     name = f"strict_{strict}{variant}"
@@ -286,7 +290,7 @@ def test_s2_eval_forward(golden: Golden, s2: PhotonForConditionalGeneration, s2_
         return
     check_schedule(out.scheduled, e, theirs["vision_mask"])
     its = golden.meta("s2_eval_forward")["its_layer"]
-    assert s2.config.its == its
+    assert s2.config.its_layer == its
     assert_close(out.hidden_states[its + 1], e["h_before_prune"], **STATES)
     for layer in range(its + 2, len(out.hidden_states)):
         if f"hidden.{layer}" in e:
@@ -334,7 +338,7 @@ def test_s2_train_step(golden: Golden, s2_train_step_run: str) -> None:
     meta = golden.meta("s2_train_step")
     variant, e = meta["variants"][s2_train_step_run], of_run(golden, "s2_train_step", s2_train_step_run)
     model = golden.model("s2", sgp_strict=variant["strict_rules"]).train()
-    predictor = model.model.language_model.layers[model.config.its].atp.predictor
+    predictor = model.model.language_model.layers[model.config.its_layer].atp.predictor
     with torch.no_grad():
         predictor.mlp[-1].bias += variant["predictor_bias_offset"]
     out = train_step(golden, model, variant, next(iter(meta["inputs"])))
@@ -343,9 +347,9 @@ def test_s2_train_step(golden: Golden, s2_train_step_run: str) -> None:
     assert_close(out.band, torch.tensor(variant["atp_loss"] or 0.0), **LOSS)
     if variant["mllm_loss"] is not None:
         assert_close(out.ce, e["mllm_loss"], **LOSS)
-    assert_close(out.scheduled.threshold_B, e["threshold"][:, 0], **LOSS)
+    assert_close(out.scheduled.selection.threshold_B, e["threshold"][:, 0], **LOSS)
     if "orig_idx" in e:
-        assert_close(out.scheduled.position_BM, e["orig_idx"], **EXACT)
+        assert_close(out.scheduled.kept.index_BM, e["orig_idx"], **EXACT)
     if "logits" in e:
         predicts = e["labels_out"][:, 1:] != -100
         assert_close(out.logits, e["logits"][:, :-1][predicts], **STATES)
@@ -360,7 +364,7 @@ def test_s2_train_step_changes_phase_where_theirs_does(golden: Golden) -> None:
         with torch.no_grad():
             out = train_step(golden, model, step, next(iter(meta["inputs"])))
         assert_close(out.loss, torch.tensor(step["loss"]), **LOSS, msg=lambda m, step=step: f"{step}: {m}")
-        assert out.scheduled.present_BM.shape[1] == step["L_out"]
+        assert out.scheduled.kept.mask_BM.shape[1] == step["L_out"]
 
 
 def test_s2_train_step_of_text_only(golden: Golden) -> None:
@@ -388,14 +392,14 @@ def train_step(golden: Golden, model: PhotonForConditionalGeneration, step: dict
 
 
 def check_schedule(scheduled: scheduling.Scheduled, e: dict[str, Tensor], visual_BL: Tensor) -> None:
-    assert_close(scheduled.threshold_B, e["threshold"][:, 0], **LOSS)
-    assert_close(scheduled.probability_BL, e["soft_p_full"], **LOSS)
+    assert_close(scheduled.selection.threshold_B, e["threshold"][:, 0], **LOSS)
+    assert_close(scheduled.selection.probability_BL, e["soft_p_full"], **LOSS)
     assert_close(scheduled.keep_BL, e["presence"], **EXACT)
     for row, visual_L in enumerate(visual_BL):
-        assert_close(scheduled.score_BL[row, visual_L], e["score_u"][row], rtol=1e-4, atol=1e-5)
-        assert_close(scheduled.saliency_BL[row, visual_L], e["saliency_norm"][row], **LOSS)
+        assert_close(scheduled.selection.score_BL[row, visual_L], e["score_u"][row], rtol=1e-4, atol=1e-5)
+        assert_close(scheduled.selection.saliency_BL[row, visual_L], e["saliency_norm"][row], **LOSS)
         count = int(e["presence"][row].sum())
-        assert_close(scheduled.position_BM[row, -count:], e["orig_idx"][row, :count], **EXACT)
+        assert_close(scheduled.kept.index_BM[row, -count:], e["orig_idx"][row, :count], **EXACT)
 
 
 def check_gradients(model: PhotonForConditionalGeneration, e: dict[str, Tensor], norms: dict[str, float]) -> None:

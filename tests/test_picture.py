@@ -6,7 +6,7 @@ from PIL import Image
 from scans import AXIS_ORDERS, rotated
 
 from photon_data.errors import UsageError
-from photon_data.picture import PLANES, WINDOWS, Layout, plane_slice, resolve_window, slice_indices, three_planes, to_grey
+from photon_data.picture import PLANES, WINDOWS, Layout, Upright, resolve_window, three_planes, to_grey, voxel_at
 from photon_data.volume import Geometry, Volume, body_axes, direction_letters, position_text, tilt_degrees
 
 IDENTITY = ((0, 0, 1), (0, 1, 0), (1, 0, 0))
@@ -114,24 +114,27 @@ def test_the_marked_corner_is_shown_on_the_side_of_its_letters():
 def test_all_48_axis_orders_of_a_volume_give_the_same_picture(at):
     volume = marked()
     point = None if at is None else volume.geometry.world(at)
-    wanted = np.asarray(three_planes(volume, at_lps=point, size_px=160))
+    expected = np.asarray(three_planes(volume, at_lps=point, size_px=160))
     assert len(AXIS_ORDERS) == 48
     for order, flips in AXIS_ORDERS:
         other = three_planes(reordered(volume, order, flips), at_lps=point, size_px=160)
-        assert np.array_equal(np.asarray(other), wanted), (order, flips)
+        assert np.array_equal(np.asarray(other), expected), (order, flips)
 
 
 def test_all_48_axis_orders_of_a_tilted_volume_give_the_same_picture():
     volume = tilted(marked(), 20)
-    wanted = np.asarray(three_planes(volume, size_px=160))
+    expected = np.asarray(three_planes(volume, size_px=160))
     for order, flips in AXIS_ORDERS:
-        assert np.array_equal(np.asarray(three_planes(reordered(volume, order, flips), size_px=160)), wanted), (order, flips)
+        assert np.array_equal(np.asarray(three_planes(reordered(volume, order, flips), size_px=160)), expected), (
+            order,
+            flips,
+        )
 
 
 def test_a_slice_holds_the_voxels_of_its_plane_seen_from_the_right_side():
     array = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     volume = Volume(array, Geometry.from_arrays(array.shape, (0, 0, 0), IDENTITY))
-    axial, coronal, sagittal = (plane_slice(volume, body_axes(volume.geometry), plane, (1, 2, 3)) for plane in PLANES)
+    axial, coronal, sagittal = (Upright(volume).slice(plane, (1, 2, 3)) for plane in PLANES)
     assert np.array_equal(axial, array[1])
     assert np.array_equal(coronal, array[::-1, 2])
     assert np.array_equal(sagittal, array[::-1, :, 3])
@@ -158,9 +161,8 @@ def test_voxels_are_shown_in_their_physical_proportions():
 def test_the_middle_between_two_voxels_is_the_same_place_whatever_way_the_axis_is_stored():
     volume = marked()
     for order, flips in AXIS_ORDERS:
-        geometry = reordered(volume, order, flips).geometry
-        at = slice_indices(geometry, body_axes(geometry), None)
-        assert np.allclose(geometry.world(at), volume.geometry.world((10, 15, 22)))
+        grid = Upright(reordered(volume, order, flips)).geometry
+        assert np.allclose(grid.world(voxel_at(grid, None)), volume.geometry.world((10, 15, 22)))
 
 
 def test_only_three_slices_are_read():
@@ -171,7 +173,7 @@ def test_only_three_slices_are_read():
 
 
 def test_a_point_outside_of_the_volume_is_an_error():
-    with pytest.raises(UsageError, match="point within the volume wanted"):
+    with pytest.raises(UsageError, match="expected a point within the volume"):
         three_planes(marked(), at_lps=(1000, 0, 0))
 
 

@@ -4,9 +4,11 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from photon_data import report
@@ -14,9 +16,8 @@ from photon_data.grid import margins_mm, model_grid, target_grid
 from photon_data.recipe import Recipe
 from photon_data.records import FAILED, PREPARED, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.report import fair_shares, render_report
-from photon_data.report import volumes as report_volumes
-from photon_data.report.charts import Mark, Spot, binned, histogram, spread
-from photon_data.report.page import element, without_folders
+from photon_data.report.charts import Chart, Mark, ScatterPoint, binned, histogram, scatter_plot
+from photon_data.report.page import render, without_folders
 from photon_data.volume import Geometry, Volume
 
 RECIPE = Recipe()
@@ -79,7 +80,13 @@ class Reader(HTMLParser):
 
 
 def test_counts_add_up():
-    records = [there("a"), there("b"), there("c", state=UNCHANGED), lost("d"), lost("e", state=FAILED, code="MemoryError")]
+    records = [
+        there("a"),
+        there("b"),
+        there("c", state=UNCHANGED),
+        lost("d"),
+        lost("e", state=FAILED, code="MemoryError"),
+    ]
     text = Reader(page_of(records)).text
     assert "5 inputs = 2 prepared + 1 unchanged + 1 refused + 1 failed. 50 bytes read, 15 bytes of stores." in text
 
@@ -116,7 +123,9 @@ def test_a_store_that_is_gone_costs_its_picture_only():
 
 
 def test_pictures_are_images_with_words_and_no_more_than_asked_for():
-    images = [attributes for tag, attributes in Reader(page_of([there(n) for n in "abc"], pictures=2)).tags if tag == "img"]
+    images = [
+        attributes for tag, attributes in Reader(page_of([there(n) for n in "abc"], pictures=2)).tags if tag == "img"
+    ]
     assert [image["alt"][-1] for image in images] == ["a", "b"]
     data = base64.b64decode(images[0]["src"].removeprefix("data:image/jpeg;base64,"))
     assert Image.open(io.BytesIO(data)).width == int(images[0]["width"])
@@ -130,7 +139,7 @@ def test_volumes_that_lose_most_come_first():
 
 def test_long_lists_say_how_much_is_left_out(monkeypatch):
     monkeypatch.setattr(report, "MOST_REFUSED_LINES", 5)
-    monkeypatch.setattr(report_volumes, "MOST_LINES", 3)
+    monkeypatch.setattr(report, "MOST_VOLUME_LINES", 3)
     many = [lost(f"r{i}") for i in range(9)] + [lost("f", "hung", state=FAILED)] + [there(f"v{i}") for i in range(8)]
     text = Reader(page_of(many, pictures=1)).text
     assert "truncated: 9 refused" in text and "5 more with this code are not listed here" in text
@@ -180,8 +189,19 @@ def test_duplicates_are_listed():
     assert "Same content more than once" in text and "a, b" in text
 
 
-def test_attributes_are_escaped():
-    assert element("p", "<", title='"><b>') == '<p title="&quot;&gt;&lt;b&gt;">&lt;</p>'
+def rendered(folder: Path, template: str, **values) -> str:
+    (folder / "page.html.j2").write_text(template)
+    return render(folder / "page.html.j2", values, {}).decode()
+
+
+def test_texts_and_attributes_are_escaped(tmp_path):
+    page = rendered(tmp_path, '<p title="{{ words }}">{{ words }}</p>', words='"><b>')
+    assert page == '<p title="&#34;&gt;&lt;b&gt;">&#34;&gt;&lt;b&gt;</p>'
+
+
+def test_a_value_that_the_template_lacks_is_an_error(tmp_path):
+    with pytest.raises(UndefinedError, match="words"):
+        rendered(tmp_path, "<p>{{ words }}</p>", word="")
 
 
 @pytest.mark.parametrize(
@@ -198,15 +218,23 @@ def test_an_outlier_does_not_flatten_a_chart():
     assert bins.is_open and bins.edges[-1] < 10
 
 
-def test_a_chart_reaches_to_its_mark_and_says_what_it_shows():
-    drawn = histogram([100, 120, 150], name="z", unit="mm", mark=Mark(364, "grid 364 mm"))
+def drawn_figure(folder: Path, chart: Chart) -> str:
+    return rendered(folder, '{% from "macros.html.j2" import figure %}{{ figure(chart) }}', chart=chart)
+
+
+def test_a_chart_reaches_to_its_mark_and_says_what_it_shows(tmp_path):
+    drawn = drawn_figure(tmp_path, histogram([100, 120, 150], name="z", unit="mm", mark=Mark(364, "grid 364 mm")))
     assert binned([100, 120, 150], include=[364]).edges[-1] >= 364
     assert "grid 364 mm" in drawn and 'aria-label="Histogram, z: 100 to 150 mm, middle 120"' in drawn
 
 
-def test_spots_of_equal_shares_stand_side_by_side_and_the_highest_is_named_first():
-    spots = [Spot("low", 0.4, 20, 10, 30), Spot("<high>", 0.4, 80, None, None), Spot("all", 1.0, 50, 40, 60)]
-    drawn = str(spread(spots, name="score", words="against share kept"))
+def test_points_of_equal_shares_stand_side_by_side_and_the_highest_is_named_first(tmp_path):
+    points = [
+        ScatterPoint("low", 0.4, 20, 10, 30),
+        ScatterPoint("<high>", 0.4, 80, None, None),
+        ScatterPoint("all", 1.0, 50, 40, 60),
+    ]
+    drawn = drawn_figure(tmp_path, scatter_plot(points, name="score", words="against share kept"))
     places = [float(found) for found in re.findall(r'<circle cx="([\d.]+)"', drawn)]
     assert len(set(places)) == 3
     assert drawn.index("&lt;high&gt; 80.0") < drawn.index("all 50.0") < drawn.index("low 20.0")

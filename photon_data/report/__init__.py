@@ -1,94 +1,171 @@
-"""The report's charts over all volumes: spacing, field of view, what is cut off, intensities.
+"""The report of a prepared folder: one HTML page that opens offline and shows in a minute what became of the scans.
 
-The QC report: one HTML page that opens offline, so that a person sees in a minute what became of a folder of scans.
+This file works out what the page shows; report.html.j2 lays it out.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from photon_data.errors import first_few
 from photon_data.hounsfield import HISTOGRAM_RANGE
+from photon_data.picture import AUTO, Window, three_planes
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
-from photon_data.remarks import AXES, CUT_WORTH_SAYING_MM, duplicates
-from photon_data.report.charts import Mark, histogram, hu_profile
-from photon_data.report.page import Html, document, element, encoded, joined, table, without_folders
-from photon_data.report.volumes import OpenVolume, Row, rows_of, volumes_section
-from photon_data.volume import WAYS
+from photon_data.remarks import (
+    AXES,
+    SMALLEST_CUT_MM,
+    attention,
+    cut_mm,
+    cut_remarks,
+    duplicates,
+    is_hu,
+    other_remarks,
+)
+from photon_data.report.charts import Chart, Mark, histogram, hu_profile, sparkline
+from photon_data.report.page import data_url, render, without_folders
+from photon_data.volume import LETTERS, WAYS, Geometry, Volume, body_axes
 
-_NAMES = tuple(f"{axis}, {way}" for axis, way in zip(AXES, WAYS, strict=True))
+log = logging.getLogger(__name__)
+
+OpenVolume = Callable[[VolumeRecord], Volume]
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+MOST_VOLUME_LINES = 5_000
+MOST_REFUSED_LINES = 2_000
+MOST_DUPLICATE_LINES = 200
+PANEL_PX = 240
+JPEG_QUALITY = 80
+# Lung, soft tissue and bone can all be told apart in it.
+CT_WINDOW: Window = (-1000, 500)
 
 
-def summary_section(rows: Sequence[Row], recipe: Recipe) -> Html:
-    """Return the charts of all volumes that were measured."""
-    measured = [row for row in rows if row.spacing_lps_mm and row.extent_lps_mm]
-    if not measured:
-        return element(
-            "section", element("h2", "What the scans are like"), element("p", "No volume was measured."), id="summary"
-        )
-    return element(
-        "section",
-        element("h2", "What the scans are like"),
-        element(
-            "p",
-            f"{len(measured):,} volumes, as they were before resampling; axes are the body's, not the file's.",
-            class_="muted",
-        ),
-        *_chapter("Native spacing", _spacing_charts(measured)),
-        *_chapter("Extent, and the size of the grid", _extent_charts(measured, recipe)),
-        *_chapter("Cut off, because it lies outside of the grid", _cut_charts(measured)),
-        *_chapter("Intensities before resampling", _hu_charts(measured)),
-        id="summary",
+def render_report(
+    records: Sequence[VolumeRecord],
+    *,
+    recipe: Recipe,
+    open_volume: OpenVolume,
+    title: str,
+    source: str,
+    pictures: int = 48,
+    tools: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return the page as UTF-8: the same bytes for the same records, recipe and stores.
+
+    `open_volume` returns the model grid of a record; it is called for at most `pictures` of them, and what it raises is
+    shown in that volume's place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part
+    is shown.
+    """
+    volumes = reported_volumes(records)
+    measured = [volume for volume in volumes if volume.extent_lps_mm]
+    counts = Counter(record.state for record in records)
+    listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
+    same_content = [(len(group), first_few([record.id for record in group], 10)) for group in duplicates(records)]
+    values = {
+        "title": title,
+        "source": re.sub(r"//[^/@]*@", "//", source) if "://" in source else Path(source).name or source,
+        "inputs": len(records),
+        "counts": {state: counts[state] for state in [*STATES, *sorted(set(counts) - set(STATES))]},
+        "bytes_read": sum(record.bytes_in for record in records),
+        "bytes_of_stores": sum(record.store_bytes or 0 for record in records),
+        "recipe": recipe,
+        "tools": tools or {},
+        "measured": len(measured),
+        "chapters": summary_charts(measured, recipe) if measured else {},
+        "lost": lost_groups(records),
+        "same_content": same_content[:MOST_DUPLICATE_LINES],
+        "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
+        "volumes": len(volumes),
+        "cards": [_card(volume, open_volume) for volume in volumes[:pictures]],
+        "lines": listed,
+        "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
+        "cut_shown_mm": SMALLEST_CUT_MM,
+    }
+    return render(
+        TEMPLATE, values, {"times": _times, "setting": _setting, "size": _size, "hu_range": _hu_range, "hu": _hu}
     )
 
 
-def _chapter(heading: str, charts: list[Html]) -> tuple[Html, Html]:
-    return element("h3", heading), element("div", *charts, class_="columns")
+class ReportedVolume(NamedTuple):
+    """A volume: its record, remarks, and its measures along the world axes L, P, S (None where not measured)."""
+
+    record: VolumeRecord
+    cut_remarks: list[str]
+    other_remarks: list[str]
+    attention: float
+    spacing_lps_mm: tuple[float, ...] | None
+    extent_lps_mm: tuple[float, ...] | None
+    cut_mm: list[tuple[float, float]]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was measured, empty where nothing was."""
+        return self.record.facts or {}
+
+    @property
+    def sides_mm(self) -> list[tuple[str, float]]:
+        """The mm cut off at each side of the body, by its letter: R, L, A, P, I, S."""
+        return [
+            pair for letters, ends in zip(LETTERS, self.cut_mm, strict=True) for pair in zip(letters, ends, strict=True)
+        ]
 
 
-def _spacing_charts(rows: Sequence[Row]) -> list[Html]:
-    spacings = [row.spacing_lps_mm for row in rows if row.spacing_lps_mm]
-    return [histogram([s[axis] for s in spacings], name=name, unit="mm") for axis, name in enumerate(_NAMES)]
+def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
+    """Return the volumes that are there, those that most need eyes first."""
+    volumes = []
+    for record in records:
+        if record.is_there:
+            facts, other = record.facts or {}, other_remarks(record)
+            spacing, extent = _measures(facts["geometry"]) if facts.get("geometry") else (None, None)
+            needs = attention(record, other)
+            volumes.append(ReportedVolume(record, cut_remarks(record), other, needs, spacing, extent, cut_mm(facts)))
+    return sorted(volumes, key=lambda volume: (-volume.attention, volume.record.id))
 
 
-def _extent_charts(rows: Sequence[Row], recipe: Recipe) -> list[Html]:
-    sizes_mm = [n * s for n, s in zip(recipe.shape_zyx, recipe.spacing_mm, strict=True)][::-1]
-    extents = [row.extent_lps_mm for row in rows if row.extent_lps_mm]
-    return [
-        histogram(
-            [e[axis] for e in extents], name=name, unit="mm", mark=Mark(sizes_mm[axis], f"grid {sizes_mm[axis]:g} mm")
-        )
-        for axis, name in enumerate(_NAMES)
-    ]
+def _measures(native: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return spacing and extent in mm along L, P, S; the extent of a tilted scan is that of the box around it."""
+    geometry = Geometry.from_json(native)
+    spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
+    return spacing, tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
 
 
-def _cut_charts(rows: Sequence[Row]) -> list[Html]:
-    """Return, per axis, how much (both ends together) is lost by the volumes that lose anything."""
-    charts = []
-    for axis, name in enumerate(_NAMES):
-        lost = [mm for mm in (sum(row.cut_mm[axis]) for row in rows) if mm >= CUT_WORTH_SAYING_MM]
-        who = f"{len(lost):,} of {len(rows):,} volumes lose something"
-        if lost:
-            charts.append(histogram(lost, name=f"{name}: {who}", unit="mm"))
-        else:
-            charts.append(
-                element(
-                    "figure",
-                    element("figcaption", element("b", f"{name}:"), " no volume loses anything"),
-                    class_="panel",
-                )
-            )
-    return charts
+def summary_charts(volumes: Sequence[ReportedVolume], recipe: Recipe) -> dict[str, list[Chart]]:
+    """Return the charts of all volumes that were measured, by the heading that they stand under."""
+    grid_mm = [n * s for n, s in zip(recipe.shape_zyx, recipe.spacing_mm, strict=True)][::-1]
+    spacings, extents, cuts = [], [], []
+    for axis, (letter, way) in enumerate(zip(AXES, WAYS, strict=True)):
+        name = f"{letter}, {way}"
+        spacings.append(histogram([v.spacing_lps_mm[axis] for v in volumes if v.spacing_lps_mm], name=name, unit="mm"))
+        mark = Mark(grid_mm[axis], f"grid {grid_mm[axis]:g} mm")
+        sizes = [v.extent_lps_mm[axis] for v in volumes if v.extent_lps_mm]
+        extents.append(histogram(sizes, name=name, unit="mm", mark=mark))
+        cuts.append(_cut_chart(volumes, axis, name))
+    return {
+        "Native spacing": spacings,
+        "Extent, and the size of the grid": extents,
+        "Cut off, because it lies outside of the grid": cuts,
+        "Intensities before resampling": _hu_charts(volumes),
+    }
 
 
-def _hu_charts(rows: Sequence[Row]) -> list[Html]:
-    statistics = [row.facts["hu_before"] for row in rows if row.facts.get("hu_before")]
+def _cut_chart(volumes: Sequence[ReportedVolume], axis: int, name: str) -> Chart:
+    """Return how much (both ends together) is lost by the volumes that lose anything."""
+    lost = [mm for mm in (sum(volume.cut_mm[axis]) for volume in volumes) if mm >= SMALLEST_CUT_MM]
+    if not lost:
+        return Chart(f"{name}:", "no volume loses anything")
+    return histogram(lost, name=f"{name}: {len(lost):,} of {len(volumes):,} volumes lose something", unit="mm")
+
+
+def _hu_charts(volumes: Sequence[ReportedVolume]) -> list[Chart]:
+    statistics = [volume.facts["hu_before"] for volume in volumes if volume.facts.get("hu_before")]
     counts = [np.asarray(s["histogram"], float) for s in statistics if s.get("histogram")]
     shares = [count / count.sum() for count in counts if count.sum()]
     charts = []
@@ -104,109 +181,27 @@ def _hu_charts(rows: Sequence[Row]) -> list[Html]:
     return charts
 
 
-MOST_REFUSED_LINES = 2_000
-MOST_DUPLICATE_LINES = 200
-_LONGEST_REASON = 600
-# Longer lists of one code are folded up.
-_SHORT_LIST = 25
+class LostGroup(NamedTuple):
+    """Inputs that were refused, or that failed, for the same reason (`code`). The page has room for those `listed`."""
+
+    state: str
+    code: str
+    inputs: int
+    listed: Sequence[VolumeRecord]
 
 
-def render_report(
-    records: Sequence[VolumeRecord],
-    *,
-    recipe: Recipe,
-    open_volume: OpenVolume,
-    title: str,
-    source: str,
-    pictures: int = 48,
-    tools: Mapping[str, str] | None = None,
-) -> bytes:
-    """Return the page as UTF-8: the same bytes for the same records, recipe and stores.
-
-    `open_volume` gives the model grid of a record, for at most `pictures` of them; what it raises is said in that volume's
-    place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part is shown.
-    """
-    rows = rows_of(records)
-    page = document(
-        title,
-        _header(records, recipe, title, source),
-        summary_section(rows, recipe),
-        _lost_section(records),
-        _duplicates_section(records),
-        volumes_section(rows, open_volume, pictures),
-        _recipe_section(recipe, tools or {}),
-    )
-    return encoded(page)
-
-
-def _header(records: Sequence[VolumeRecord], recipe: Recipe, title: str, source: str) -> Html:
-    counts = Counter(record.state for record in records)
-    states = [*STATES, *sorted(set(counts) - set(STATES))]
-    tiles = [_tile(state, counts[state]) for state in states]
-    sums = f"{len(records):,} inputs = " + " + ".join(f"{counts[state]:,} {state}" for state in states)
-    read, kept = sum(record.bytes_in for record in records), sum(record.store_bytes or 0 for record in records)
-    links = (
-        ("summary", "what the scans are like"),
-        ("lost", "refused and failed"),
-        ("volumes", "volumes"),
-        ("recipe", "recipe"),
-    )
-    return element(
-        "header",
-        element("h1", title),
-        element("p", f"from {_shown_source(source)}", class_="source"),
-        element("div", _tile("inputs", len(records)), *tiles, class_="tiles"),
-        element("p", f"{sums}. {_size(read)} read, {_size(kept)} of stores.", class_="muted"),
-        element("p", _recipe_words(recipe), class_="muted"),
-        element("nav", *(element("a", text, href=f"#{name}") for name, text in links)),
-    )
-
-
-def _recipe_words(recipe: Recipe) -> str:
-    shape, spacing = (" × ".join(f"{value:g}" for value in triple) for triple in (recipe.shape_zyx, recipe.spacing_mm))
-    low, high = recipe.window_hu
-    return f"Recipe {recipe.name}: {shape} voxels of {spacing} mm (z, y, x), HU {low:g} to {high:g}, digest {recipe.digest}."
-
-
-def _tile(name: str, count: int) -> Html:
-    return element("div", element("b", f"{count:,}"), name, class_=f"tile {name}")
-
-
-def _lost_section(records: Sequence[VolumeRecord]) -> Html:
-    """Return every refused and failed input with its reason, by code, the most frequent first."""
+def lost_groups(records: Sequence[VolumeRecord]) -> list[LostGroup]:
+    """Return every refused and failed input by code, the most frequent first."""
     groups = defaultdict(list)
     for record in records:
         if not record.is_there:
             groups[record.state, record.code or "no code"].append(record)
-    parts = [element("h2", "Refused and failed")]
-    if not groups:
-        parts.append(
-            element("p", "None: every input became a volume." if records else "There was no input.", class_="muted")
-        )
     shares = fair_shares([len(group) for group in groups.values()], MOST_REFUSED_LINES)
-    together = list(zip(groups.items(), shares, strict=True))
-    for ((state, code), group), share in sorted(together, key=lambda item: (-len(item[0][1]), item[0][0])):
-        parts.append(_lost_group(state, code, group, share))
-    return element("section", *parts, id="lost")
-
-
-def _lost_group(state: str, code: str, group: Sequence[VolumeRecord], lines: int) -> Html:
-    told = element("span", state, class_=f"state {state}")
-    shown = [(record.id, without_folders(record.source), _reason(record)) for record in group[:lines]]
-    parts = [
-        element("summary", f"{code}: {len(group):,} ", told),
-        table(("volume", "source", "reason"), shown, class_="reasons"),
+    lost = [
+        LostGroup(state, code, len(group), group[:share])
+        for ((state, code), group), share in zip(groups.items(), shares, strict=True)
     ]
-    if len(group) > lines:
-        parts.append(
-            element("p", f"{len(group) - lines:,} more with this code are not listed here; volumes.jsonl has them all.")
-        )
-    return element("details", *parts, open="" if len(group) <= _SHORT_LIST else None)
-
-
-def _reason(record: VolumeRecord) -> str:
-    reason = without_folders(record.reason or "no reason was recorded")
-    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON] + "..."
+    return sorted(lost, key=lambda group: (-group.inputs, group.state, group.code))
 
 
 def fair_shares(counts: Sequence[int], total: int) -> list[int]:
@@ -222,38 +217,52 @@ def fair_shares(counts: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _duplicates_section(records: Sequence[VolumeRecord]) -> Html:
-    """Return the groups of inputs with the very same content; nothing where there are none."""
-    groups = duplicates(records)
-    if not groups:
-        return Html("")
-    lines = [(len(group), first_few([record.id for record in group], 10)) for group in groups]
-    parts = [element("h2", "Same content more than once"), table(("files", "volumes"), lines[:MOST_DUPLICATE_LINES])]
-    if len(lines) > MOST_DUPLICATE_LINES:
-        parts.append(element("p", f"{len(lines) - MOST_DUPLICATE_LINES:,} more groups are not listed here."))
-    return element("section", *parts, id="duplicates")
+class Card(NamedTuple):
+    """A volume with the curve of its intensities, and its picture (data: URL, width, height) or why it has none."""
+
+    volume: ReportedVolume
+    picture: tuple[str, int, int] | None
+    no_picture: str
+    spark: Chart | None
 
 
-def _recipe_section(recipe: Recipe, tools: Mapping[str, str]) -> Html:
-    settings = [(name, _setting(value)) for name, value in recipe.to_json().items()]
-    panels = [table(("setting", "value"), [*settings, ("digest", recipe.digest)])]
-    panels += [table(("tool", "version"), tools.items())] if tools else []
-    text = element("p", "Triples are in z, y, x order.", class_="muted")
-    return element("section", element("h2", "Recipe"), text, element("div", *panels, class_="columns"), id="recipe")
+def _card(volume: ReportedVolume, open_volume: OpenVolume) -> Card:
+    counts = (volume.facts.get("hu_before") or {}).get("histogram")
+    spark = sparkline(counts, words="HU before, -1100 to 1100, logarithmic") if counts else None
+    try:
+        window = CT_WINDOW if is_hu(volume.facts) else AUTO
+        image = three_planes(open_volume(volume.record), window_hu=window, size_px=PANEL_PX)
+    except Exception as error:
+        # One store that is damaged or gone must not cost the whole page.
+        log.warning("no picture of %s: %s", volume.record.id, error)
+        return Card(volume, None, f"{type(error).__name__}: {without_folders(str(error))}"[:300], spark)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return Card(volume, (data_url(file.getvalue(), "image/jpeg"), image.width, image.height), "", spark)
 
 
-def _setting(value: object) -> Html:
+def _times(values: Sequence[float], form: str) -> str:
+    return " × ".join(form % value for value in values)
+
+
+def _hu(statistics: Mapping[str, Any]) -> str:
+    percentiles = (("p01", "1 %"), ("p50", "median"), ("p99", "99 %"))
+    known = (f"{name} {statistics[key]:.0f}" for key, name in percentiles if statistics.get(key) is not None)
+    return f"{_hu_range(statistics)}; {', '.join(known)}"
+
+
+def _hu_range(statistics: Mapping[str, Any] | None) -> str:
+    low, high = (statistics.get("min"), statistics.get("max")) if statistics else (None, None)
+    return "" if low is None or high is None else f"{low:.0f} to {high:.0f}"
+
+
+def _setting(value: object) -> str:
     values = value if isinstance(value, list | tuple) else [value]
-    return joined((f"{v:g}" if isinstance(v, float) else v for v in values), ", ")
-
-
-def _shown_source(source: str) -> str:
-    """Return a folder's name without its path, a URL without its user."""
-    return re.sub(r"//[^/@]*@", "//", source) if "://" in source else Path(source).name or source
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def _size(count: int) -> str:
-    """Return bytes as people say them."""
+    """Return a number of bytes with its unit: 1230000 -> "1.23 MB"."""
     value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]

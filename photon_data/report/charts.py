@@ -1,36 +1,60 @@
-"""Small charts as inline SVG: coloured by the page's style, and saying in words what they show."""
+"""Small charts: values -> shapes with their places in pixels. The macro `figure` (macros.html.j2) writes them as SVG.
+
+Every chart says in words what it shows. Colours come from the page's style, by the class of a shape.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from photon_data.report.page import Html, element
-
 _WIDTH, _HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 22
-_LINE = 32
-# Room for names on the right of a spread, and the distance of spots that would cover each other.
+_FOREST_ROW = 32
+# On a scatter plot: the room for names on the right, and the distance of points that would cover each other.
 _NAMES, _BESIDE = 104, 8
-# Where the highest value is beyond this many times the 95th percentile, the last bar holds all that is beyond.
+_SPARK_WIDTH, _SPARK_HEIGHT = 260, 40
+# Where the highest value is beyond this many times the 95th percentile, the last bin holds all that is beyond.
 _FAR = 2.5
 _MOST_BINS = 24
 # Shares of voxels are drawn on a logarithmic axis that starts here.
 _LEAST_SHARE = 1e-5
 
 
+class Shape(NamedTuple):
+    """An SVG element. `words`: the text of a `text`; of any other shape, what is said when one points at it."""
+
+    tag: str
+    attributes: Mapping[str, Any]
+    words: str = ""
+
+
+class Chart(NamedTuple):
+    """A drawing of width x height pixels. `words` is its caption; `kind` stands before it where it is read aloud.
+
+    Without shapes only name and words are shown.
+    """
+
+    name: str
+    words: str
+    kind: str = ""
+    shapes: Sequence[Shape] = ()
+    width: int = _WIDTH
+    height: int = _HEIGHT
+
+
 class Mark(NamedTuple):
-    """A vertical line at a value, and what it says."""
+    """A vertical line at a value, and its label."""
 
     at: float
     label: str
 
 
-class Dot(NamedTuple):
-    """A value with its interval (None: not known) on a line of its own, and other values to see it against, by name."""
+class ForestRow(NamedTuple):
+    """A value with its interval (None: not known), and other values to compare it with, by name."""
 
     label: str
     value: float
@@ -39,7 +63,7 @@ class Dot(NamedTuple):
     marks: Mapping[str, float]
 
 
-class Spot(NamedTuple):
+class ScatterPoint(NamedTuple):
     """A share from 0 to 1 (across) and a value (up) with its interval (None: not known), by name."""
 
     label: str
@@ -50,7 +74,7 @@ class Spot(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """Edges of equal bins on round numbers, and the number of values in each; `is_open`: the last also holds what is beyond."""
+    """Edges of equal bins on round numbers, and the number of values in each. If `is_open`, the last has no end."""
 
     edges: np.ndarray
     counts: np.ndarray
@@ -58,7 +82,7 @@ class Bins(NamedTuple):
 
 
 def binned(values: Sequence[float], *, include: Sequence[float] = ()) -> Bins:
-    """Return at most about 24 equal bins on round edges that hold all `values` (at least one), and reach to `include`."""
+    """Return about 24 equal bins or fewer, on round edges, that hold all `values` (not none) and reach to `include`."""
     data = np.round(np.asarray(values, float), 6)
     far = max(_FAR * float(np.percentile(data, 95)), *include, -np.inf)
     is_open = bool(data.max() > far > data.min() >= 0)
@@ -71,117 +95,34 @@ def binned(values: Sequence[float], *, include: Sequence[float] = ()) -> Bins:
     return Bins(edges, np.histogram(np.minimum(shown, edges[-1]), edges)[0], is_open)
 
 
-def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | None = None) -> Html:
-    """Return a figure: how many of `values` lie where, with a caption that says their range and middle."""
-    if not len(values):
-        return _figure(name, "nothing measured", Html(""))
-    bins = binned(values, include=[mark.at] if mark else [])
-    low, middle, high = (f"{v:.3g}" for v in (np.min(values), np.median(values), np.max(values)))
-    words = f"{low} to {high} {unit}, middle {middle}" if low != high else f"{low} {unit}"
-    x = _Scale(bins.edges[0], bins.edges[-1], _LEFT, _WIDTH - _RIGHT)
-    y = _Scale(0, bins.counts.max(), _HEIGHT - _BOTTOM, _TOP)
-    parts = [
-        *_bars(bins, x, y, unit),
-        _baseline(),
-        *_x_labels(_ticks(bins), x),
-        _text(_LEFT - 5, y(y.high) + 4, int(y.high), "end"),
-    ]
-    parts += [*_mark(mark, x)] if mark else []
-    return _figure(name, words, _svg(f"Histogram, {name}: {words}", *parts))
-
-
-def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) -> Html:
-    """Return a figure of the share of voxels [n] between `edges` [n + 1] HU, on a logarithmic axis."""
-    x = _Scale(edges[0], edges[-1], _LEFT, _WIDTH - _RIGHT)
-    y = _Scale(np.log10(_LEAST_SHARE), 0, _HEIGHT - _BOTTOM, _TOP)
-    labels = [_text(_LEFT - 5, y(power) + 4, text, "end") for power, text in ((0, "100%"), (-2, "1%"), (-4, ".01%"))]
-    curve = _curve(np.log10(np.maximum(shares, _LEAST_SHARE)), x, y)
-    ticks = [v for v in (-1000, -500, 0, 500, 1000) if edges[0] <= v <= edges[-1]]
-    return _figure(name, words, _svg(f"{name}: {words}", *curve, _baseline(), *_x_labels(ticks, x), *labels))
-
-
-def sparkline(counts: Sequence[float], *, words: str) -> Html:
-    """Return a histogram as a curve the height of two lines of text, logarithmic, without axes."""
-    total = float(np.sum(counts)) or 1.0
-    levels = np.log10(np.maximum(np.asarray(counts, float) / total, _LEAST_SHARE))
-    curve = _curve(levels, _Scale(0, len(counts), 0, 260), _Scale(np.log10(_LEAST_SHARE), 0, 39, 1))
-    return element(
-        "svg", *curve, viewBox="0 0 260 40", preserveAspectRatio="none", role="img", aria_label=words, class_="spark"
-    )
-
-
-def dots(lines: Sequence[Dot], *, name: str, words: str) -> Html:
-    """Return a figure with a line from 0 to 100 per dot, its interval drawn through it; marks are strokes that say a name."""
-    x = _Scale(0, 100, _LEFT, _WIDTH - _RIGHT)
-    height = _LINE * len(lines) + _BOTTOM + 6
-    parts = [part for number, dot in enumerate(lines) for part in _dot(dot, x, _LINE * (number + 1))]
-    base = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=height - _BOTTOM, y2=height - _BOTTOM, class_="base")
-    labels = [_text(x(value), height - 6, f"{value:g}", "middle") for value in (0, 25, 50, 75, 100)]
-    return _figure(name, words, _svg(f"{name}: {words}", *parts, base, *labels, height=height))
-
-
-def spread(spots: Sequence[Spot], *, name: str, words: str) -> Html:
-    """Return a figure of values against shares, with their intervals; their names on the right, the highest first.
-
-    Spots of nearly equal shares are drawn side by side; what they say when pointed at is exact.
-    """
-    ends = [end for spot in spots for end in (spot.low, spot.value, spot.high) if end is not None]
-    low, high = (10 * math.floor(min(ends) / 10), 10 * math.ceil(max(ends) / 10)) if ends else (0, 100)
-    x = _Scale(0, 1, _LEFT, _WIDTH - _NAMES)
-    y = _Scale(low, max(high, low + 10), _HEIGHT - _BOTTOM, _TOP)
-    named = sorted(spots, key=lambda spot: (-spot.value, spot.label))
-    parts = [
-        part for row, spot in enumerate(named) for part in _spot(spot, x(spot.share) + _aside(spot, spots, x), y, row)
-    ]
-    base = element("line", x1=_LEFT, x2=_WIDTH - _NAMES, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="base")
-    labels = [_text(_LEFT - 5, y(value) + 4, f"{value:g}", "end") for value in (y.low, y.high)]
-    labels += [_text(x(share), _HEIGHT - 6, f"{share:.0%}", "middle") for share in (0, 0.5, 1)]
-    return _figure(name, words, _svg(f"{name}: {words}", base, *labels, *parts))
-
-
-def bars(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) -> Html:
-    """Return a figure with one bar per share, 0 to `top`."""
-    x = _Scale(0, len(shares), _LEFT, _WIDTH - _RIGHT)
-    y = _Scale(0, top, _HEIGHT - _BOTTOM, _TOP)
-    parts = []
-    for number, share in enumerate(shares):
-        box = {
-            "x": x(number) + 1,
-            "y": y(share),
-            "width": round(x(1) - x(0) - 2, 1),
-            "height": round(y(0) - y(share), 1),
-        }
-        parts.append(element("rect", element("title", f"{number}: {share:.1%}"), class_="bar", **box))
-    labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, top)]
-    return _figure(name, words, _svg(f"{name}: {words}", *parts, _baseline(), *labels))
-
-
-class _Scale(NamedTuple):
-    """A straight line from values onto pixels."""
-
-    low: float
-    high: float
-    at_low: float
-    at_high: float
-
-    def __call__(self, value: float) -> float:
-        """Return the pixel of a value."""
-        share = (value - self.low) / ((self.high - self.low) or 1.0)
-        return round(float(self.at_low + share * (self.at_high - self.at_low)), 1)
-
-
 def _round_step(least: float) -> float:
     """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is not below `least`."""
     power = 10.0 ** np.floor(np.log10(least))
     return float(next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9)))
 
 
-def _ticks(bins: Bins) -> list[float]:
+def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | None = None) -> Chart:
+    """Return how many of `values` lie where; the words say their range and median."""
+    if not len(values):
+        return Chart(name, "nothing measured")
+    bins = binned(values, include=[mark.at] if mark else [])
+    low, middle, high = (f"{v:.3g}" for v in (np.min(values), np.median(values), np.max(values)))
+    words = f"{low} to {high} {unit}, middle {middle}" if low != high else f"{low} {unit}"
+    x, y = _Scale(bins.edges[0], bins.edges[-1]), _up(0, bins.counts.max())
+    shapes = [*_histogram_bars(bins, x, y, unit), _baseline()]
     every = max(1, -(-(len(bins.edges) - 1) // 5))
-    return [float(edge) for edge in bins.edges[::every]]
+    shapes += [*_x_labels(bins.edges[::every].tolist(), x), _text(_LEFT - 5, y(y.high) + 4, str(int(y.high)), "end")]
+    if mark:
+        at = x(mark.at)
+        side = "end" if at > _WIDTH / 2 else "start"
+        shapes += [
+            _line(at, at, _TOP - 6, _HEIGHT - _BOTTOM, "mark"),
+            _text(at, _TOP - 9, mark.label, side, "mark-label"),
+        ]
+    return Chart(name, words, "Histogram", shapes)
 
 
-def _bars(bins: Bins, x: _Scale, y: _Scale, unit: str) -> list[Html]:
+def _histogram_bars(bins: Bins, x: _Scale, y: _Scale, unit: str) -> list[Shape]:
     bars = []
     for number, count in enumerate(bins.counts):
         if count:
@@ -189,79 +130,126 @@ def _bars(bins: Bins, x: _Scale, y: _Scale, unit: str) -> list[Html]:
             beyond = bins.is_open and number == len(bins.counts) - 1
             words = f"{low:g} {unit} or more: {count}" if beyond else f"{low:g} to {high:g} {unit}: {count}"
             height = max(1.0, y(0) - y(count))
-            width = max(1.0, x(high) - x(low) - 1)
-            box = {
-                "x": x(low) + 0.5,
-                "y": round(y(0) - height, 1),
-                "width": round(width, 1),
-                "height": round(height, 1),
-            }
-            bars.append(element("rect", element("title", words), class_="bar", **box))
+            bars.append(_bar(x(low) + 0.5, y(0) - height, max(1.0, x(high) - x(low) - 1), height, words))
     return bars
 
 
-def _dot(dot: Dot, x: _Scale, at: float) -> list[Html]:
-    """Return the label above a line at height `at`, and on it interval, marks and dot."""
-    said = ", ".join([f"{dot.label}: {dot.value:.2f}", *(f"{name} {value:.2f}" for name, value in dot.marks.items())])
-    parts = [_text(_LEFT, at - 9, f"{dot.label}  {dot.value:.2f}", "start")]
-    if dot.low is not None and dot.high is not None:
-        parts.append(element("line", x1=x(dot.low), x2=x(dot.high), y1=at, y2=at, class_="curve"))
-    for name, value in dot.marks.items():
-        title = element("title", f"{name} {value:.2f}")
-        parts.append(element("line", title, x1=x(value), x2=x(value), y1=at - 6, y2=at + 6, class_="mark"))
-    return [*parts, element("circle", element("title", said), cx=x(dot.value), cy=at, r=3.5, class_="bar")]
+def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) -> Chart:
+    """Return the share of voxels [n] between `edges` [n + 1] HU, on a logarithmic axis."""
+    x, y = _Scale(edges[0], edges[-1]), _up(np.log10(_LEAST_SHARE), 0)
+    curve = _curve(np.log10(np.maximum(shares, _LEAST_SHARE)), x, y)
+    ticks = [v for v in (-1000, -500, 0, 500, 1000) if edges[0] <= v <= edges[-1]]
+    labels = [_text(_LEFT - 5, y(power) + 4, text, "end") for power, text in ((0, "100%"), (-2, "1%"), (-4, ".01%"))]
+    return Chart(name, words, "Profile", [*curve, _baseline(), *_x_labels(ticks, x), *labels])
 
 
-def _spot(spot: Spot, at: float, y: _Scale, row: int) -> list[Html]:
-    """Return interval, circle and name of a spot `at` across; the name in a row of its own, with a line to it."""
-    said = element("title", f"{spot.label}: {spot.value:.2f} at {spot.share:.1%}")
-    name_y = _TOP + 14 * row
-    parts = [element("line", x1=at, x2=_WIDTH - _NAMES + 8, y1=y(spot.value), y2=name_y - 4, class_="base")]
-    if spot.low is not None and spot.high is not None:
-        parts.append(element("line", x1=at, x2=at, y1=y(spot.low), y2=y(spot.high), class_="curve"))
-    name = _text(_WIDTH - _NAMES + 10, name_y, f"{spot.label} {spot.value:.1f}", "start")
-    return [*parts, element("circle", said, cx=at, cy=y(spot.value), r=3.5, class_="bar"), name]
+def sparkline(counts: Sequence[float], *, words: str) -> Chart:
+    """Return a histogram as a curve the height of two lines of text, logarithmic, without axes."""
+    total = float(np.sum(counts)) or 1.0
+    levels = np.log10(np.maximum(np.asarray(counts, float) / total, _LEAST_SHARE))
+    x = _Scale(0, len(counts), 0, _SPARK_WIDTH)
+    y = _Scale(np.log10(_LEAST_SHARE), 0, _SPARK_HEIGHT - 1, 1)
+    return Chart("", words, "Histogram", _curve(levels, x, y), _SPARK_WIDTH, _SPARK_HEIGHT)
 
 
-def _aside(spot: Spot, spots: Sequence[Spot], x: _Scale) -> float:
-    """Return by how many pixels a spot moves aside, so that those at nearly the same place all are seen."""
-    near = [other for other in spots if abs(x(other.share) - x(spot.share)) < _BESIDE]
-    return round((near.index(spot) - (len(near) - 1) / 2) * _BESIDE, 1)
-
-
-def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Html]:
+def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Shape]:
     """Return an area and its outline over equal bins from x.low to x.high."""
     step = (x.high - x.low) / len(levels)
     points = " ".join(f"{x(x.low + (i + 0.5) * step)},{y(float(level))}" for i, level in enumerate(levels))
     feet = f"{x(x.high - step / 2)},{y(y.low)} {x(x.low + step / 2)},{y(y.low)}"
     return [
-        element("polygon", points=f"{points} {feet}", class_="area"),
-        element("polyline", points=points, class_="curve"),
+        Shape("polygon", {"points": f"{points} {feet}", "class": "area"}),
+        Shape("polyline", {"points": points, "class": "curve"}),
     ]
 
 
-def _mark(mark: Mark, x: _Scale) -> list[Html]:
-    at = x(mark.at)
-    line = element("line", x1=at, x2=at, y1=_TOP - 6, y2=_HEIGHT - _BOTTOM, class_="mark")
-    return [line, _text(at, _TOP - 9, mark.label, "end" if at > _WIDTH / 2 else "start", "mark-label")]
+def forest_plot(rows: Sequence[ForestRow], *, name: str, words: str) -> Chart:
+    """Return a line from 0 to 100 per row: a circle at its value, its interval through it, strokes at its marks."""
+    x, height = _Scale(0, 100), _FOREST_ROW * len(rows) + _BOTTOM + 6
+    shapes = []
+    for number, row in enumerate(rows, start=1):
+        at, marks = _FOREST_ROW * number, [(f"{mark} {value:.2f}", x(value)) for mark, value in row.marks.items()]
+        shapes.append(_text(_LEFT, at - 9, f"{row.label}  {row.value:.2f}", "start"))
+        if row.low is not None and row.high is not None:
+            shapes.append(_line(x(row.low), x(row.high), at, at, "curve"))
+        shapes += [_line(place, place, at - 6, at + 6, "mark", said) for said, place in marks]
+        said = ", ".join([f"{row.label}: {row.value:.2f}", *(said for said, _ in marks)])
+        shapes.append(_circle(x(row.value), at, said))
+    labels = [_text(x(value), height - 6, f"{value:g}", "middle") for value in (0, 25, 50, 75, 100)]
+    return Chart(name, words, "Intervals", [*shapes, _baseline(height), *labels], height=height)
 
 
-def _baseline() -> Html:
-    return element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="base")
+def scatter_plot(points: Sequence[ScatterPoint], *, name: str, words: str) -> Chart:
+    """Return values against shares, with their intervals; their names on the right, the highest first.
+
+    Points of nearly equal shares are drawn side by side; the number said when one points at them is exact.
+    """
+    ends = [end for point in points for end in (point.low, point.value, point.high) if end is not None]
+    low, high = (10 * math.floor(min(ends) / 10), 10 * math.ceil(max(ends) / 10)) if ends else (0, 100)
+    x, y = _Scale(0, 1, _LEFT, _WIDTH - _NAMES), _up(low, max(high, low + 10))
+    shapes = [_baseline(right=_NAMES)]
+    shapes += [_text(_LEFT - 5, y(value) + 4, f"{value:g}", "end") for value in (y.low, y.high)]
+    shapes += [_text(x(share), _HEIGHT - 6, f"{share:.0%}", "middle") for share in (0, 0.5, 1)]
+    for row, point in enumerate(sorted(points, key=lambda point: (-point.value, point.label))):
+        near = [other for other in points if abs(x(other.share) - x(point.share)) < _BESIDE]
+        at = x(point.share) + round((near.index(point) - (len(near) - 1) / 2) * _BESIDE, 1)
+        name_y = _TOP + 14 * row
+        shapes.append(_line(at, _WIDTH - _NAMES + 8, y(point.value), name_y - 4, "base"))
+        if point.low is not None and point.high is not None:
+            shapes.append(_line(at, at, y(point.low), y(point.high), "curve"))
+        shapes.append(_circle(at, y(point.value), f"{point.label}: {point.value:.2f} at {point.share:.1%}"))
+        shapes.append(_text(_WIDTH - _NAMES + 10, name_y, f"{point.label} {point.value:.1f}", "start"))
+    return Chart(name, words, "Scatter plot", shapes)
 
 
-def _x_labels(values: Sequence[float], x: _Scale) -> list[Html]:
+def bar_chart(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) -> Chart:
+    """Return one bar per share, 0 to `top`."""
+    x, y = _Scale(0, len(shares)), _up(0, top)
+    bars = [
+        _bar(x(number) + 1, y(share), x(1) - x(0) - 2, y(0) - y(share), f"{number}: {share:.1%}")
+        for number, share in enumerate(shares)
+    ]
+    labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, top)]
+    return Chart(name, words, "Bars", [*bars, _baseline(), *labels])
+
+
+class _Scale(NamedTuple):
+    """A linear map from values to pixels."""
+
+    low: float
+    high: float
+    at_low: float = _LEFT
+    at_high: float = _WIDTH - _RIGHT
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return round(float(self.at_low + share * (self.at_high - self.at_low)), 1)
+
+
+def _up(low: float, high: float) -> _Scale:
+    return _Scale(low, high, _HEIGHT - _BOTTOM, _TOP)
+
+
+def _x_labels(values: Sequence[float], x: _Scale) -> list[Shape]:
     return [_text(x(value), _HEIGHT - 6, f"{value:g}", "middle") for value in values]
 
 
-def _text(x: float, y: float, words: object, anchor: str, class_: str | None = None) -> Html:
-    return element("text", words, x=x, y=y, text_anchor=anchor, class_=class_)
+def _baseline(height: int = _HEIGHT, right: int = _RIGHT) -> Shape:
+    return _line(_LEFT, _WIDTH - right, height - _BOTTOM, height - _BOTTOM, "base")
 
 
-def _svg(words: str, *parts: Html, height: int = _HEIGHT) -> Html:
-    return element("svg", *parts, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=words)
+def _bar(x: float, y: float, width: float, height: float, words: str) -> Shape:
+    box = {"x": round(x, 1), "y": round(y, 1), "width": round(width, 1), "height": round(height, 1)}
+    return Shape("rect", {**box, "class": "bar"}, words)
 
 
-def _figure(name: str, words: str, drawing: Html) -> Html:
-    caption = element("figcaption", element("b", name), element("span", words))
-    return element("figure", caption, drawing, class_="panel")
+def _circle(x: float, y: float, words: str) -> Shape:
+    return Shape("circle", {"cx": x, "cy": y, "r": 3.5, "class": "bar"}, words)
+
+
+def _line(x1: float, x2: float, y1: float, y2: float, class_: str, words: str = "") -> Shape:
+    return Shape("line", {"x1": x1, "x2": x2, "y1": y1, "y2": y2, "class": class_}, words)
+
+
+def _text(x: float, y: float, words: str, anchor: str, class_: str | None = None) -> Shape:
+    return Shape("text", {"x": x, "y": y, "text-anchor": anchor, "class": class_}, words)

@@ -1,4 +1,4 @@
-"""Rows of a manifest -> predictions in a file: grouped by volume, resumable, each failure at its own cost."""
+"""Rows of a manifest -> predictions in a file: volume by volume, resumable; a failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -12,47 +12,41 @@ import numpy as np
 import torch
 
 from photon_data.errors import UsageError, unforeseen
-from photon_train.answering.prediction import Prediction, PredictionFile, answered, merge, prediction_file
-from photon_train.answering.predictor import Asker, Encoded, Group, Prompt, Reply, group_rows, settings_of, with_seconds
+from photon_train.answering.prediction import Prediction, answered_ids, merge_parts, prediction_file
+from photon_train.answering.predictor import Encoded, Predictor, Reply, Request, RequestGroup, group_rows, settings_of
 from photon_train.rows import Row
 
 T = TypeVar("T")
 
 
 class Shard(NamedTuple):
-    """Part `number` (from 0) of `parts`: a volume's rows go to the part that the hash of its name says."""
+    """Part `number` (from 0) of `parts`. A hash of a volume's path says which part its rows belong to."""
 
     number: int
     parts: int
 
-    def has(self, group: Group) -> bool:
-        """Tell whether the group is this part's."""
-        name = group.name or group.prompts[0].id
+    def holds(self, group: RequestGroup) -> bool:
+        """Return whether the group belongs to this part."""
+        name = group.name or group.requests[0].id
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % self.parts == self.number
 
     def path(self, output: Path) -> Path:
-        """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl, or `output` itself where there is one part."""
-        return output if self.parts == 1 else output.with_name(f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}")
+        """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl; `output` itself for one part."""
+        return (
+            output
+            if self.parts == 1
+            else output.with_name(f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}")
+        )
 
 
 WHOLE = Shard(0, 1)
 
 
-class Watch(NamedTuple):
-    """Who is told what: the numbers of rows to do and done before; every batch when it is on disk."""
-
-    on_start: Callable[[int, int], object] = lambda todo, done: None
-    on_replies: Callable[[Group, Sequence[Reply]], object] = lambda group, replies: None
-
-
-SILENT = Watch()
-
-
 class Outcome(NamedTuple):
-    """What became of the rows of this part: answered now, answered before, and failed {id: reason}.
+    """What became of the rows of this part: how many were answered now and before, and which failed ({id: reason}).
 
-    `changed`: how many were answered before, to another question or of another volume, and are done again.
-    `merged`: the output holds all rows. Always so with one part; else the last part to end sees to it.
+    merged   the output holds all rows: always with one part, else once the last part has ended
+    changed  how many rows had an answer to another question, or about another volume, and were answered again
     """
 
     answered: int
@@ -63,72 +57,84 @@ class Outcome(NamedTuple):
 
 
 def predict_rows(
-    asker: Asker,
+    predictor: Predictor,
     rows: Sequence[Row],
     output: Path,
     shard: Shard = WHOLE,
-    watch: Watch = SILENT,
+    *,
+    on_start: Callable[[int, int], object] = lambda total, before: None,
+    on_batch: Callable[[RequestGroup, Sequence[Reply]], object] = lambda group, replies: None,
 ) -> Outcome:
     """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
 
-    An answer to another question than the row of its id asks now is no answer. The same rows in any order, in one run or
-    several, give the same predictions. A row or volume that fails is written with its `error` and tried again by the next call.
+    The same rows in any order, in one run or several, give the same predictions. An answer to another question than
+    the row of its id asks now does not count. A row or volume that fails is written with its `error`; the next call
+    tries it again.
+
+    `on_start` is called with the numbers of rows in all and answered before; `on_batch` after each batch is on disk.
     UsageError for rows without an id of their own, and as `prediction_file`.
     """
     _check_ids(rows)
-    grouped = group_rows(rows, asker.processor)
-    groups = [group for group in grouped.groups if shard.has(group)]
-    problems = grouped.problems if shard.number == 0 else {}
-    mine = {prompt.id for group in groups for prompt in group.prompts} | problems.keys()
-    asked = {prompt.id: prompt.asked for group in grouped.groups for prompt in group.prompts}
-    settings, path = settings_of(asker), shard.path(output)
-    failed: dict[str, str] = {}
-    with prediction_file(path, settings, asked) as file:
-        file.done |= answered(output, settings, asked) if path != output else set()
-        before = len(mine & file.done)
-        watch.on_start(len(mine), before)
-        file.append(Prediction(id=name, error=reason) for name, reason in sorted(problems.items()))
-        failed |= problems
+    groups, problems = group_rows(rows, predictor.processor)
+    digests = {request.id: request.digest for group in groups for request in group.requests}
+    groups = [group for group in groups if shard.holds(group)]
+    failed = dict(problems) if shard.number == 0 else {}
+    ids = {request.id for group in groups for request in group.requests} | failed.keys()
+    settings, path = settings_of(predictor), shard.path(output)
+    with prediction_file(path, settings, digests) as file:
+        if path != output:
+            file.done |= answered_ids(output, settings, digests)
+        before = len(ids & file.done)
+        on_start(len(ids), before)
+        file.append(Prediction(id=id, error=reason) for id, reason in sorted(failed.items()))
         for group in groups:
-            for replies in _new_replies(asker, group, file):
+            for replies in _new_replies(predictor, group, file.done):
+                file.append(reply.prediction for reply in replies)
                 failed |= {reply.prediction.id: reply.prediction.error for reply in replies if reply.prediction.error}
-                watch.on_replies(group, replies)
+                on_batch(group, replies)
     parts = [Shard(number, shard.parts).path(output) for number in range(shard.parts)]
-    merged = shard.parts == 1 or merge(parts, output, settings, {str(row["id"]) for row in rows}, asked)
-    return Outcome(len(mine) - before - len(failed), before, failed, merged, len(file.changed))
+    merged = shard.parts == 1 or merge_parts(parts, output, settings, {str(row["id"]) for row in rows}, digests)
+    return Outcome(len(ids) - before - len(failed), before, failed, merged, len(file.changed))
 
 
-def _new_replies(asker: Asker, group: Group, file: PredictionFile) -> Iterator[list[Reply]]:
-    """Yield the replies of a group that were not in the file, batch by batch, when they are.
+def _check_ids(rows: Sequence[Row]) -> None:
+    without = sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows)
+    if without:
+        raise UsageError(f"expected a text in 'id' of every row, found that {without} of {len(rows)} have none")
+    twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if twice:
+        raise UsageError(f"expected ids that occur once, found {len(twice)} that occur more often, {twice[0]!r} first")
 
-    A batch is answered whole, even for one missing row: what a row's answer is computed with does not depend on where an
-    earlier run was cut off.
+
+def _new_replies(predictor: Predictor, group: RequestGroup, done: set[str]) -> Iterator[list[Reply]]:
+    """Yield, batch by batch, the replies to those requests of a group that are not `done`.
+
+    A whole batch is computed even for one missing row: where an earlier run was cut off has no influence on an answer.
     """
-    batches = [b for b in group.batches(asker.settings.questions_per_batch) if not {p.id for p in b} <= file.done]
+    batches = [
+        b for b in group.batches(predictor.settings.questions_per_batch) if not {request.id for request in b} <= done
+    ]
     if not batches:
         return
-    encoded = _tried(lambda: asker.encode(group))
+    encoded = _result_or_reason(lambda: predictor.encode(group))
     for batch in batches:
-        missing = {prompt.id for prompt in batch} - file.done
-        replies = _failures(batch, encoded) if isinstance(encoded, str) else _answers(asker, encoded, batch)
-        shared = {} if isinstance(encoded, str) else {k: s / len(group.prompts) for k, s in encoded.seconds.items()}
-        new = [with_seconds(reply, shared) for reply in replies if reply.prediction.id in missing]
-        file.append(reply.prediction for reply in new)
-        yield new
+        missing = {request.id for request in batch} - done
+        replies = _failures(batch, encoded) if isinstance(encoded, str) else _replies(predictor, encoded, batch)
+        yield [reply for reply in replies if reply.prediction.id in missing]
 
 
-def _answers(asker: Asker, encoded: Encoded, prompts: list[Prompt]) -> list[Reply]:
-    """Return a reply to each prompt; where they fail together each is tried alone."""
-    replies = _tried(lambda: asker.answer(encoded, prompts))
+def _replies(predictor: Predictor, encoded: Encoded, requests: list[Request]) -> list[Reply]:
+    """Return a reply to each request; where they fail together each is tried alone."""
+    replies = _result_or_reason(lambda: predictor.answer(encoded, requests))
     if not isinstance(replies, str):
         return replies
-    if len(prompts) == 1:
-        return _failures(prompts, replies)
-    return [reply for prompt in prompts for reply in _answers(asker, encoded, [prompt])]
+    if len(requests) == 1:
+        return _failures(requests, replies)
+    return [reply for request in requests for reply in _replies(predictor, encoded, [request])]
 
 
-def _tried(work: Callable[[], T]) -> T | str:
-    """Return what the work returns, or why it failed: this is the edge of a work item, and the reason goes into the file."""
+def _result_or_reason(work: Callable[[], T]) -> T | str:
+    """Return what the work returns, or why it failed: the edge of a work item, whose reason goes into the file."""
     try:
         return work()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -137,16 +143,7 @@ def _tried(work: Callable[[], T]) -> T | str:
         return unforeseen(error)
 
 
-def _failures(prompts: Sequence[Prompt], reason: str) -> list[Reply]:
-    none = np.zeros(0, np.float32)
-    rows = [Prediction(id=p.id, error=reason, volume_id=str(p.row.get("volume_id", ""))) for p in prompts]
-    return [Reply(row, none.astype(bool), none) for row in rows]
-
-
-def _check_ids(rows: Sequence[Row]) -> None:
-    without = sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows)
-    if without:
-        raise UsageError(f"a text in 'id' of every row wanted, {without} of {len(rows)} have none; predictions are joined by id")
-    twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if twice:
-        raise UsageError(f"ids that occur once wanted, {len(twice)} occur more often, {twice[0]!r} first")
+def _failures(requests: Sequence[Request], reason: str) -> list[Reply]:
+    nothing = np.zeros(0, np.float32)
+    rows = [Prediction(id=r.id, error=reason, volume_id=str(r.row.get("volume_id", ""))) for r in requests]
+    return [Reply(row, nothing.astype(bool), nothing) for row in rows]

@@ -1,32 +1,21 @@
-"""How much memory was needed.
+"""Predictor: a loaded model that encodes a volume once, then generates answers about it or scores given ones.
 
-How likely each of a few given answers is: closed questions scored without generating.
+A request is a row to answer. Requests that share a prefix form a group: the prefix is encoded once for all of them.
+They are answered in batches, which are the same whatever the order of the rows.
 
-Legend: B questions, R answers of all of them together, N tokens of the longest, L tokens of a padded prompt, M after pruning,
-V vocabulary; axis 3 is (t, h, w).
-
-Rows -> groups that share a prefix -> batches: the same batches whatever the order of the rows.
-
-A group is all rows that show the same volumes with the same text before the end of the last one (system message, what stands
-before <video>); what follows is their own. Rows without volumes are one group, with nothing shared.
-
-A prefix, once; then answers to questions on it, with what was kept for each.
-
-Legend: V visual tokens of a row, B rows, L tokens of a padded row.
-
-A model directory or hub id -> something that answers, and what tells one such thing from another.
+Legend: V visual tokens of a row, B rows, L tokens of a padded row, M tokens of a row after pruning; of scored
+answers: R answers of all rows together, N tokens of the longest answer, C tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,79 +25,38 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from photon_data.errors import UsageError
-from photon_train.answering.prediction import Prediction, pack_mask
+from photon_data.volume import Volume
+from photon_train.answering.prediction import Prediction, pack_mask, question_digest, without_answer
 from photon_train.configuration_photon import PhotonConfig
+from photon_train.flops import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
-from photon_train.packing import prefix_length, visual_mask
 from photon_train.prefix import Prefix
-from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row, asked_of, without_answer
+from photon_train.processing_photon import PhotonProcessor, prefix_length, visual_mask
+from photon_train.rows import TAG, Row, prefix_of
 from photon_train.scheduling import Scheduled
 
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Scored(NamedTuple):
-    """Log-probabilities of each question's choices, in their order, and what was scheduled for the questions."""
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How questions are answered."""
 
-    scores: list[list[float]]
-    scheduled: Scheduled | None
-
-
-@torch.no_grad()
-def score_choices(
-    model: PhotonForConditionalGeneration, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
-) -> Scored:
-    """Return log p(answer | question) of each answer, the sum over its tokens, for B prompts with some answers each.
-
-    inputs: of the prompts, as `Prefix.followed_by` or the processor gives them. An answer is int64[n], n > 0, its end marker
-    included. The probabilities are those that generation has: answers see the kept tokens only. The prompts run once.
-    """
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    row_R = torch.tensor([row for row, answers in enumerate(choices) for _ in answers], device=model.device)
-    ids = [ids_N.to(model.device) for answers in choices for ids_N in answers]
-    token_RN, here_RN = (pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(ids_N) for ids_N in ids]))
-    first_RV = out.logits[row_R, -1].float().log_softmax(-1)
-    log_RN = torch.cat([first_RV[:, None], _later(model, inputs, out, row_R, token_RN, here_RN)], dim=1)
-    score_R = (log_RN.gather(2, token_RN[..., None])[..., 0] * here_RN).sum(1).cpu()
-    counts = [len(answers) for answers in choices]
-    return Scored([part.tolist() for part in score_R.split(counts)], out.scheduled)
+    max_new_tokens: int = 512
+    sample: bool = False  # draw from the distribution (temperature, top_p) instead of taking the likeliest token
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    choices: bool = False  # score the row's `choices` where it has some, instead of generating
+    questions_per_batch: int = 16  # on one volume, answered together
 
 
-def _later(
-    model: PhotonForConditionalGeneration, inputs: Mapping[str, Any], out: Any, row_R: Tensor, token_RN: Tensor, here_RN: Tensor
-) -> Tensor:
-    """Return float32[R, N - 1, V]: log-probabilities behind each token but the last, on the pruned cache of the prompts."""
-    length = inputs["input_ids"].shape[1]
-    if token_RN.shape[1] == 1:
-        return torch.zeros(len(token_RN), 0, model.config.text_config.vocab_size, device=token_RN.device)
-    present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.present_BM
-    out.past_key_values.batch_select_indices(row_R)
-    position_RN = (length + out.rope_deltas.to(row_R.device))[row_R] + torch.arange(token_RN.shape[1] - 1, device=row_R.device)
-    later = model(
-        input_ids=token_RN[:, :-1],
-        attention_mask=torch.cat([present_BM[row_R].long(), here_RN[:, :-1]], dim=1),
-        position_ids=position_RN.expand(3, -1, -1),
-        past_key_values=out.past_key_values,
-    )
-    log_RNV: Tensor = later.logits.float().log_softmax(-1)
-    return log_RNV
-
-
-WORST_AS_TEXT = (ValueError, KeyError, TypeError, AttributeError)  # what a row that is no row can raise
-
-
-class Prompt(NamedTuple):
-    """A row to answer: its given answer is left out; own_L are the ids int64[L] behind the shared prefix; asked: `asked_of`."""
+class Request(NamedTuple):
+    """A row to answer, without its given answer."""
 
     row: Row
-    own_L: Tensor
-    asked: str
+    suffix_L: Tensor  # int64, the ids behind the shared prefix
+    digest: str  # the `question_digest` of the row
 
     @property
     def id(self) -> str:
@@ -116,115 +64,41 @@ class Prompt(NamedTuple):
         return str(self.row["id"])
 
 
-class Group(NamedTuple):
-    """Prompts on one prefix, by id. `videos` are the row's (paths or Volumes), none for text alone."""
+class RequestGroup(NamedTuple):
+    """Requests on one prefix, by id."""
 
-    videos: tuple[Any, ...]
-    prompts: list[Prompt]
+    videos: tuple[Any, ...]  # paths or Volumes; none for text alone
+    requests: list[Request]
 
     @property
     def name(self) -> str:
-        """Say which volumes it is about; "" for text alone, or for volumes that are in memory."""
+        """The paths of the volumes; "" for text alone, and for volumes in memory."""
         return "\n".join(str(video) for video in self.videos if isinstance(video, str | Path))
 
-    def batches(self, most: int) -> Iterator[list[Prompt]]:
-        """Yield the prompts, at most `most` at a time."""
-        for at in range(0, len(self.prompts), most):
-            yield self.prompts[at : at + most]
-
-
-class Grouped(NamedTuple):
-    """The groups, in an order of their own, and why a row is in none: {id: reason}."""
-
-    groups: list[Group]
-    problems: dict[str, str]
-
-
-def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> Grouped:
-    """Return the groups of rows (each with an `id` of its own), in an order that does not depend on the rows' order."""
-    prompts: dict[tuple[Any, ...], list[Prompt]] = defaultdict(list)
-    videos: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    problems: dict[str, str] = {}
-    for row in rows:
-        try:
-            key, prompt = _prompt(row, processor)
-        except WORST_AS_TEXT as error:
-            problems[str(row["id"])] = _reason(error)
-        else:
-            prompts[key].append(prompt)
-            videos.setdefault(key, tuple(prompt.row.get("videos") or ()))
-    groups = [Group(videos[key], sorted(found, key=lambda prompt: prompt.id)) for key, found in prompts.items()]
-    return Grouped(sorted(groups, key=lambda group: (group.name, group.prompts[0].id)), problems)
-
-
-def _prompt(row: Row, processor: PhotonProcessor) -> tuple[tuple[Any, ...], Prompt]:
-    asked = without_answer(row)
-    ids_L = processor.ids(asked)
-    shared = prefix_length(ids_L, processor.config)
-    digest = hashlib.sha256(ids_L[:shared].numpy().tobytes()).hexdigest() if shared else ""
-    volumes = (video if isinstance(video, str | Path) else id(video) for video in asked.get("videos") or ())
-    return (*volumes, digest), Prompt(asked, ids_L[shared:].clone(), asked_of(row))
-
-
-def answer_ids(prompt: Prompt, text: str, processor: PhotonProcessor) -> Tensor:
-    """Return int64[n]: the ids that the assistant says when it answers `text`, with the end marker, as training sees them.
-
-    ValueError where the text changes how the prompt itself becomes ids.
-    """
-    said = {**prompt.row, "messages": [*prompt.row["messages"], {"role": "assistant", "content": text}]}
-    ids_L, asked_L = processor.ids(said, for_training=True), processor.ids(prompt.row)
-    if not ids_L[: len(asked_L)].equal(asked_L):
-        raise ValueError(f"{prompt.id}: an answer that stands for itself wanted, got {text!r}; remove space at its start")
-    end = int((ids_L == processor.config.im_end_token_id).nonzero()[-1]) + 1
-    return ids_L[len(asked_L) : end]
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if type(error) is ValueError else f"a row of messages and videos wanted ({type(error).__name__}: {error})"
-
-
-def seed_of(seed: int, prompts: Sequence[Prompt]) -> int:
-    """Return a seed for one batch, from the run's and the ids: sampling does not depend on the order of batches."""
-    text = "\n".join([str(seed), *(prompt.id for prompt in prompts)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How questions are answered.
-
-    sample               draw from the distribution (temperature, top_p) instead of taking the likeliest token
-    choices              score the row's `choices` where it has some, instead of generating
-    questions_per_batch  questions on one volume that are answered together
-    """
-
-    max_new_tokens: int = 512
-    sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    choices: bool = False
-    questions_per_batch: int = 16
-
-
-class Reply(NamedTuple):
-    """A prediction, and of each visual token whether it was kept (bool[V]) and how salient it is (float32[V])."""
-
-    prediction: Prediction
-    keep_V: np.ndarray
-    saliency_V: np.ndarray
+    def batches(self, size: int) -> Iterator[list[Request]]:
+        """Yield the requests, at most `size` at a time."""
+        for start in range(0, len(self.requests), size):
+            yield self.requests[start : start + size]
 
 
 class Encoded(NamedTuple):
-    """What the questions of a group share: the prefix (None for text alone), and the seconds it took."""
+    """What a group shares."""
 
-    prefix: Prefix | None
-    seconds: dict[str, float]
+    prefix: Prefix | None  # None for text alone
+    seconds_each: dict[str, float]  # by stage, each request's share
+
+
+class Reply(NamedTuple):
+    """A prediction, and what it says of the visual tokens."""
+
+    prediction: Prediction
+    keep_V: np.ndarray  # bool, True for kept ones
+    saliency_V: np.ndarray  # float32
 
 
 @dataclass
-class Asker:
-    """A model that answers. `encodings` counts how often a prefix was computed."""
+class Predictor:
+    """A model that answers. `encodings` counts the prefixes that were computed."""
 
     model: PhotonForConditionalGeneration
     processor: PhotonProcessor
@@ -232,124 +106,110 @@ class Asker:
     encodings: int = 0
 
     @torch.no_grad()
-    def encode(self, group: Group) -> Encoded:
+    def encode(self, group: RequestGroup) -> Encoded:
         """Return what the group shares, computed once. Raises what reading its volumes raises."""
         if not group.videos:
             return Encoded(None, {"read": 0.0, "encode": 0.0})
         with _timed(self.model) as read:
-            inputs = self.processor(rows=[group.prompts[0].row])
+            inputs = self.processor(rows=[group.requests[0].row])
         with _timed(self.model) as encode:
             prefix = self.model.encode_prefix(inputs)
         self.encodings += 1
-        return Encoded(prefix, {"read": read[0], "encode": encode[0]})
+        count = len(group.requests)
+        return Encoded(prefix, {"read": read[0] / count, "encode": encode[0] / count})
 
     @torch.no_grad()
-    def answer(self, encoded: Encoded, prompts: Sequence[Prompt], streamer: Any = None) -> list[Reply]:
-        """Return a reply for each prompt of the group; `streamer` (of transformers) is given the tokens of a single prompt.
+    def answer(self, encoded: Encoded, requests: Sequence[Request], streamer: Any = None) -> list[Reply]:
+        """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request."""
 
-        Seconds to read and encode are left to the caller, who knows how many share them; those to answer are shared here.
-        """
-        closed = {prompt.id for prompt in prompts if self.settings.choices and prompt.row.get("choices")}
-        scored = [prompt for prompt in prompts if prompt.id in closed]
-        others = [prompt for prompt in prompts if prompt.id not in closed]
+        def is_scored(request: Request) -> bool:
+            return bool(self.settings.choices and request.row.get("choices"))
+
         replies: dict[str, Reply] = {}
-        for part, respond in ((scored, self._choose), (others, self._generate)):
+        for scored in (True, False):
+            part = [request for request in requests if is_scored(request) == scored]
             if part:
-                with _timed(self.model) as seconds:
-                    inputs = self._inputs(encoded, part)
-                    responses, scores, scheduled = respond(inputs, part, streamer)
-                kept = self._kept(inputs, scheduled)
-                for prompt, response, score, what in zip(part, responses, scores, kept, strict=True):
-                    replies[prompt.id] = self._reply(prompt, response, score, what, seconds[0] / len(part))
-        return [replies[prompt.id] for prompt in prompts]
+                replies |= {reply.prediction.id: reply for reply in self._replies(encoded, part, scored, streamer)}
+        return [replies[request.id] for request in requests]
 
-    def _inputs(self, encoded: Encoded, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Return model inputs of whole rows, left-padded where the questions begin."""
-        padding = self.processor.tokenizer.pad_token_id
+    def _replies(self, encoded: Encoded, requests: Sequence[Request], scored: bool, streamer: Any) -> Iterator[Reply]:
+        with _timed(self.model) as seconds:
+            inputs = self._inputs(encoded, requests)
+            if scored:
+                scores, scheduled = self._score(inputs, requests)
+                texts = [max(each, key=each.__getitem__) for each in scores]
+            else:
+                texts, scheduled = self._generate(inputs, requests, streamer)
+                scores = [{} for _ in requests]
+        seconds_each = {**encoded.seconds_each, "answer": seconds[0] / len(requests)}
+        visual_BL = visual_mask(inputs["input_ids"], self.model.config)
+        text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
+        threshold_B = [float("nan")] * len(requests) if scheduled is None else scheduled.selection.threshold_B.tolist()
+        for b, request in enumerate(requests):
+            keep_V, saliency_V = np.zeros(0, bool), np.zeros(0, np.float32)
+            if scheduled is not None:
+                both = (scheduled.keep_BL[b], scheduled.selection.saliency_BL[b])
+                keep_V, saliency_V = (x_L[visual_BL[b]].detach().cpu().numpy() for x_L in both)
+            prediction = Prediction(
+                id=request.id,
+                response=texts[b],
+                asked=request.digest,
+                volume_id=str(request.row.get("volume_id", "")),
+                scheduler=str(self.model.config.scheduler),
+                visual_tokens=len(keep_V),
+                kept_tokens=int(keep_V.sum()),
+                text_tokens=text_tokens_B[b],
+                threshold=None if np.isnan(threshold_B[b]) else threshold_B[b],
+                kept=pack_mask(keep_V),
+                choice_scores=scores[b],
+                seconds={stage: round(value, 6) for stage, value in seconds_each.items()},
+                peak_memory_mib=round(peak_memory_mib(self.model.device), 1),
+            )
+            yield Reply(prediction, keep_V, saliency_V)
+
+    def _inputs(self, encoded: Encoded, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the model inputs of whole rows, left-padded where the questions begin."""
         if encoded.prefix is not None:
-            return encoded.prefix.followed_by([prompt.own_L for prompt in prompts], padding)
-        inputs = self.processor(rows=[prompt.row for prompt in prompts])
+            suffixes = [request.suffix_L for request in requests]
+            return encoded.prefix.followed_by(suffixes, self.processor.tokenizer.pad_token_id)
+        inputs = self.processor(rows=[request.row for request in requests])
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def _generate(self, inputs: dict[str, Any], prompts: Sequence[Prompt], streamer: Any) -> _Responses:
-        how = self.settings
-        if how.sample:
-            torch.manual_seed(seed_of(how.seed, prompts))
+    def _generate(
+        self, inputs: dict[str, Any], requests: Sequence[Request], streamer: Any
+    ) -> tuple[list[str], Scheduled | None]:
+        settings = self.settings
+        # Nothing is left to the generation config of the model.
+        options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if settings.sample:
+            # The seed is made of the run's and the ids: the order of batches has no influence on what is drawn.
+            text = "\n".join([str(settings.seed), *(request.id for request in requests)])
+            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+            options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         with _recorded(self.model) as recorded:
             ids_BL = self.model.generate(
                 **inputs,
-                max_new_tokens=how.max_new_tokens,
+                **options,
+                max_new_tokens=settings.max_new_tokens,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 streamer=streamer,
-                repetition_penalty=1.0,  # Qwen's own would also punish what stands in the padding
-                **_drawing(how),
+                repetition_penalty=1.0,  # that of Qwen's own generation config depends on the padding
             )
         texts = self.processor.decode(ids_BL[:, inputs["input_ids"].shape[1] :])
-        return _Responses(texts, [{} for _ in prompts], recorded[0] if recorded else None)
+        return texts, recorded[0] if recorded else None
 
-    def _choose(self, inputs: dict[str, Any], prompts: Sequence[Prompt], streamer: Any) -> _Responses:
-        texts = [[str(choice) for choice in prompt.row["choices"]] for prompt in prompts]
-        ids = [[answer_ids(prompt, text, self.processor) for text in own] for prompt, own in zip(prompts, texts, strict=True)]
-        found = score_choices(self.model, inputs, ids)
-        scores = [dict(zip(own, score, strict=True)) for own, score in zip(texts, found.scores, strict=True)]
-        return _Responses([max(score, key=score.__getitem__) for score in scores], scores, found.scheduled)
-
-    def _kept(self, inputs: dict[str, Any], scheduled: Scheduled | None) -> list[_Kept]:
-        """Return what was kept of each row."""
-        visual_BL = visual_mask(inputs["input_ids"], self.model.config)
-        text_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
-        if scheduled is None:
-            return [_Kept(np.zeros(0, bool), np.zeros(0, np.float32), float("nan"), text) for text in text_B]
-        return [
-            _Kept(_numpy(keep_L[visual_L]), _numpy(saliency_L[visual_L]), threshold, text)
-            for keep_L, saliency_L, visual_L, threshold, text in zip(
-                scheduled.keep_BL, scheduled.saliency_BL, visual_BL, scheduled.threshold_B.tolist(), text_B, strict=True
-            )
-        ]
-
-    def _reply(self, prompt: Prompt, response: str, scores: dict[str, float], kept: _Kept, seconds: float) -> Reply:
-        row = Prediction(
-            id=prompt.id,
-            response=response,
-            asked=prompt.asked,
-            volume_id=str(prompt.row.get("volume_id", "")),
-            scheduler=str(self.model.config.scheduler),
-            visual_tokens=len(kept.keep_V),
-            kept_tokens=int(kept.keep_V.sum()),
-            text_tokens=kept.text_tokens,
-            threshold=None if np.isnan(kept.threshold) else kept.threshold,
-            kept=pack_mask(kept.keep_V),
-            choice_scores=scores,
-            seconds={"answer": seconds},
-            peak_memory_mib=round(peak_memory_mib(self.model.device), 1),
-        )
-        return Reply(row, kept.keep_V, kept.saliency_V)
-
-
-def with_seconds(reply: Reply, seconds: Mapping[str, float]) -> Reply:
-    """Return the reply with these seconds before its own; a failed one has none."""
-    if reply.prediction.error:
-        return reply
-    merged = {**seconds, **reply.prediction.seconds}
-    return reply._replace(prediction=replace(reply.prediction, seconds={name: round(s, 6) for name, s in merged.items()}))
-
-
-class _Responses(NamedTuple):
-    texts: list[str]
-    scores: list[dict[str, float]]
-    scheduled: Scheduled | None
-
-
-class _Kept(NamedTuple):
-    keep_V: np.ndarray
-    saliency_V: np.ndarray
-    threshold: float
-    text_tokens: int
+    def _score(
+        self, inputs: dict[str, Any], requests: Sequence[Request]
+    ) -> tuple[list[dict[str, float]], Scheduled | None]:
+        choices = [[str(choice) for choice in request.row["choices"]] for request in requests]
+        ids = [[answer_ids(r, text, self.processor) for text in own] for r, own in zip(requests, choices, strict=True)]
+        scores, scheduled = score_choices(self.model, inputs, ids)
+        return [dict(zip(own, values, strict=True)) for own, values in zip(choices, scores, strict=True)], scheduled
 
 
 @contextmanager
 def _recorded(model: torch.nn.Module) -> Iterator[list[Scheduled]]:
-    """Give a list that what the model schedules is put into: `generate` does not return it."""
+    """Yield a list, to which every forward pass of the block adds what it scheduled: `generate` does not return it."""
     found: list[Scheduled] = []
 
     def note(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -365,7 +225,7 @@ def _recorded(model: torch.nn.Module) -> Iterator[list[Scheduled]]:
 
 @contextmanager
 def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
-    """Give a list that holds the seconds of the block when it is left, work queued on a GPU included."""
+    """Yield a list that holds the seconds of the block after it, work queued on a GPU included."""
     seconds: list[float] = []
     start = time.perf_counter()
     yield seconds
@@ -374,23 +234,127 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-def _drawing(how: AnswerSettings) -> dict[str, Any]:
-    """Return generate's options for the likeliest token, or for a drawn one; nothing is left to the model's own defaults."""
-    if how.sample:
-        return {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[RequestGroup], dict[str, str]]:
+    """Return the groups of rows that share a prefix, and why a row is in none: {id: reason}.
+
+    Every row has an `id` of its own. The order of the groups, and of the requests in them, does not depend on that of
+    the rows.
+    """
+    requests: dict[tuple[Any, ...], list[Request]] = defaultdict(list)
+    problems: dict[str, str] = {}
+    for row in rows:
+        try:
+            question = without_answer(row)
+            ids_L = processor.ids(question)
+            suffix_L = ids_L[prefix_length(ids_L, processor.config) :].clone()
+            request, prefix = Request(question, suffix_L, question_digest(row)), prefix_of(question)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a row that is no row can raise
+            reason = f"expected a row of messages and videos, found one that gives {type(error).__name__}: {error}"
+            problems[str(row["id"])] = str(error) if type(error) is ValueError else reason
+        else:
+            requests[prefix].append(request)
+    groups = [
+        RequestGroup(tuple(found[0].row.get("videos") or ()), sorted(found, key=lambda request: request.id))
+        for found in requests.values()
+    ]
+    return sorted(groups, key=lambda group: (group.name, group.requests[0].id)), problems
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    array: np.ndarray = x.detach().cpu().numpy()
-    return array
+def answer_ids(request: Request, text: str, processor: PhotonProcessor) -> Tensor:
+    """Return int64[N]: the ids that the assistant answers `text` with, the end marker included, as training sees them.
+
+    ValueError where the text changes how the prompt itself becomes ids.
+    """
+    answered = {**request.row, "messages": [*request.row["messages"], {"role": "assistant", "content": text}]}
+    ids_L, prompt_L = processor.ids(answered, for_training=True), processor.ids(request.row)
+    if not ids_L[: len(prompt_L)].equal(prompt_L):
+        raise ValueError(
+            f"{request.id}: expected an answer that leaves the prompt's tokens as they are, found {text!r}; "
+            "remove space at its start"
+        )
+    end = int((ids_L == processor.config.im_end_token_id).nonzero()[-1]) + 1
+    return ids_L[len(prompt_L) : end]
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-NOT_SETTINGS = ("_name_or_path", "transformers_version")  # of the configuration: the same model under another name
+@torch.no_grad()
+def score_choices(
+    model: PhotonForConditionalGeneration, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
+) -> tuple[list[list[float]], Scheduled | None]:
+    """Return log p(answer | prompt) of each answer of each prompt, the sum over its tokens, and what was scheduled.
+
+    inputs   of B prompts, as `Prefix.followed_by` or the processor gives them; they run once
+    choices  of each prompt, its answers: int64[n] ids, n > 0, the end marker included
+
+    The probabilities are those of generation: answers see the kept tokens only.
+    """
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    row_R = torch.tensor([row for row, answers in enumerate(choices) for _ in answers], device=model.device)
+    ids = [ids_N.to(model.device) for answers in choices for ids_N in answers]
+    token_RN, mask_RN = (pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(ids_N) for ids_N in ids]))
+    log_RNC = out.logits[row_R, -1].float().log_softmax(-1)[:, None]
+    if token_RN.shape[1] > 1:
+        # The other tokens follow on the pruned cache of the prompts, one copy for each answer.
+        present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.kept.mask_BM
+        out.past_key_values.batch_select_indices(row_R)
+        next_B = inputs["input_ids"].shape[1] + out.rope_deltas.to(row_R.device)
+        position_RN = next_B[row_R] + torch.arange(token_RN.shape[1] - 1, device=row_R.device)
+        later = model(
+            input_ids=token_RN[:, :-1],
+            attention_mask=torch.cat([present_BM[row_R].long(), mask_RN[:, :-1]], dim=1),
+            position_ids=position_RN.expand(3, -1, -1),
+            past_key_values=out.past_key_values,
+        )
+        log_RNC = torch.cat([log_RNC, later.logits.float().log_softmax(-1)], dim=1)
+    score_R = (log_RNC.gather(2, token_RN[..., None])[..., 0] * mask_RN).sum(1).cpu()
+    return [part.tolist() for part in score_R.split([len(answers) for answers in choices])], out.scheduled
 
 
-def load_asker(
+class ScanAnswers(NamedTuple):
+    """Replies in the order of the questions, and their seconds in all: read, prepare, encode, answer."""
+
+    replies: list[Reply]
+    seconds: dict[str, float]
+
+
+def answer_questions(
+    predictor: Predictor,
+    questions: Sequence[str],
+    volume: Volume,
+    volume_id: str,
+    seconds: Mapping[str, float],
+    streamer: Any = None,
+) -> ScanAnswers:
+    """Return the answers to questions about one volume, which is encoded once; their ids are q1, q2, ...
+
+    volume    int16 HU on the grid that the model reads; `seconds`: what it took to "read" and "prepare" it
+    streamer  of transformers: the questions are answered one by one, and it is given their tokens
+
+    UsageError for a question that is empty or holds special tokens, and for a volume on another grid.
+    """
+    messages = ([{"role": "user", "content": TAG + question}] for question in questions)
+    rows = [
+        {"id": f"q{number}", "volume_id": volume_id, "videos": [volume], "messages": each}
+        for number, each in enumerate(messages, start=1)
+    ]
+    groups, problems = group_rows(rows, predictor.processor)
+    if problems:
+        raise UsageError(next(iter(problems.values())))
+    (group,) = groups
+    try:
+        encoded = predictor.encode(group)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    seconds_each = {stage: value / len(questions) for stage, value in seconds.items()}
+    seconds_each["prepare"] += encoded.seconds_each["read"]
+    encoded = encoded._replace(seconds_each={**seconds_each, "encode": encoded.seconds_each["encode"]})
+    size = predictor.settings.questions_per_batch if streamer is None else 1
+    found = [reply for batch in group.batches(size) for reply in predictor.answer(encoded, batch, streamer)]
+    replies = sorted(found, key=lambda reply: int(reply.prediction.id.removeprefix("q")))
+    stages = replies[0].prediction.seconds
+    return ScanAnswers(replies, {stage: sum(reply.prediction.seconds[stage] for reply in replies) for stage in stages})
+
+
+def load_predictor(
     model: str,
     settings: AnswerSettings = AnswerSettings(),
     *,
@@ -398,69 +362,73 @@ def load_asker(
     dtype: str = "auto",
     revision: str | None = None,
     **photon: Any,
-) -> Asker:
-    """Return the model at a directory or hub id, ready to answer; `photon` are settings of PhotonConfig, None for its own.
+) -> Predictor:
+    """Return the model of a directory or hub id, ready to answer; `photon`: settings of PhotonConfig, None for its own.
 
     device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32), float32, ...
     UsageError for what cannot be loaded.
     """
     place = _device(device)
     if dtype not in DTYPES:
-        raise UsageError(f"dtype: one of {', '.join(DTYPES)} wanted, got {dtype!r}")
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
-    chosen = {key: value for key, value in photon.items() if value is not None}
-    try:
-        loaded = PhotonForConditionalGeneration.from_pretrained(model, revision=revision, dtype=getattr(torch, name), **chosen)
-        tokenizer = PhotonProcessor.from_pretrained(model, revision=revision, **chosen).tokenizer
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{model}: a model that can be loaded wanted: {error}") from None
-    return Asker(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
+    changed = {key: value for key, value in photon.items() if value is not None}
+    with _loading(model):
+        loaded = PhotonForConditionalGeneration.from_pretrained(
+            model, revision=revision, dtype=getattr(torch, name), **changed
+        )
+        tokenizer = PhotonProcessor.from_pretrained(model, revision=revision, **changed).tokenizer
+    return Predictor(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
 
 
-def grid_read_by(model: str, revision: str | None = None) -> tuple[int, int, int]:
-    """Return the voxels (z, y, x) of the grid that a model reads, from its configuration alone; UsageError as load_asker."""
-    try:
+def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, int]:
+    """Return the shape (z, y, x) of the grid that a model reads, from its configuration. UsageError as above."""
+    with _loading(model):
         depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{model}: a model that can be loaded wanted: {error}") from None
     return depth, height, width
 
 
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{model}: expected a model that can be loaded, found: {error}") from None
+
+
 def _device(name: str) -> torch.device:
-    """Return the device of that name; UsageError for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device: auto, cpu, cuda or cuda:N wanted, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device: one that is here wanted, got {name!r} where torch sees {torch.cuda.device_count()} GPUs")
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UsageError(f"device: expected one of this machine, found {name!r} where torch sees {gpus} GPUs; try cpu")
     return device
 
 
-def settings_of(asker: Asker) -> dict[str, Any]:
-    """Return all that predictions depend on besides their rows: settings, dtype, and digests of configuration and weights."""
-    config = asker.model.config
-    told = {name: value for name, value in config.to_dict().items() if name not in NOT_SETTINGS}
-    named = {"scheduler": str(config.scheduler), "keep_ratio": config.keep_ratio, "dtype": str(asker.model.dtype)}
+def settings_of(predictor: Predictor) -> dict[str, Any]:
+    """Return what predictions depend on besides their rows: settings, dtype, digests of configuration and weights."""
+    config = predictor.model.config
+    # The same model may have another name or come from another version of the library.
+    decisive = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return {
-        **asdict(asker.settings),
-        **named,
-        "config": _digest(json.dumps(told, sort_keys=True, default=str)),
-        "weights": weights_digest(asker.model),
+        **asdict(predictor.settings),
+        "scheduler": str(config.scheduler),
+        "keep_ratio": config.keep_ratio,
+        "dtype": str(predictor.model.dtype),
+        "config": hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "weights": _weights_digest(predictor.model),
     }
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Return sixteen hex digits of up to 64 evenly spaced values of every tensor: other weights have others."""
-    sums = hashlib.sha256()
+def _weights_digest(model: torch.nn.Module) -> str:
+    """Return sixteen hexadecimal digits of up to 64 evenly spaced values of every tensor."""
+    digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         flat = value.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
-        sums.update(name.encode() + sample.tobytes())
-    return sums.hexdigest()[:16]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest.update(name.encode() + sample.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,41 +1,39 @@
-"""What can be reached without looking at a scan: one answer for everything, one per subtask, rules on the question's words."""
+"""What can be reached without a scan: one answer for everything, one per subtask, rules on the question's text."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from photon_data.questions.question import LETTERS
 from photon_train.answering.prediction import Prediction
-from photon_train.evaluation.cases import Case, Form
+from photon_train.evaluation.cases import Case, Form, grouped
 from photon_train.evaluation.metric import Metric
-from photon_train.evaluation.parsing import number
-
-K = TypeVar("K")
-V = TypeVar("V")
+from photon_train.evaluation.parsing import parse_number
 
 CONSTANT, MAJORITY = "best_constant", "majority_per_subtask"
 # So many of the most frequent answers are tried as the constant of an open question.
 MOST_TRIED = 10
-_HISTORY = re.compile(r"\[([01](?:\s*,\s*[01])*)\]")
-_LONGITUDINAL = "longitudinal"
 
 
 class Kind(NamedTuple):
-    """Questions that may share one constant answer: of one task, and one form of answer, with or without choices."""
+    """Questions that may share one constant answer: of one task and one form of answer, with or without choices."""
 
     task: str
     form: Form
     closed: bool
 
+    def __str__(self) -> str:
+        return f"{self.task}, {self.form}, {'choices shown' if self.closed else 'open'}"
+
 
 @dataclass(frozen=True)
 class Constant:
-    """One answer for all: its text, or a choice by its place ("A") where that is right more often."""
+    """One answer for all: its text, or the letter of a choice ("A") where that is right more often."""
 
     answer: str
     by_letter: bool = False
@@ -44,122 +42,119 @@ class Constant:
         """Return the answer to this case, as its text."""
         if not self.by_letter:
             return self.answer
-        place = LETTERS.index(self.answer)
-        return case.choices[min(place, len(case.choices) - 1)]
+        return case.choices[min(LETTERS.index(self.answer), len(case.choices) - 1)]
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way of answering without the scan; None where it has nothing to say."""
+    """A way of answering without the scan; `answer` gives None where it has no answer."""
 
     name: str
     answer: Callable[[Case], str | None]
 
 
-@dataclass(frozen=True)
-class Learned:
-    """All baselines, the best constant of each kind of question, and the kinds that the training cases do not have."""
+class Baselines(NamedTuple):
+    """All baselines, the best constant answer by kind of question, and the rows it was chosen on."""
 
     baselines: list[Baseline]
-    constants: dict[Kind, Constant]
-    not_in_training: set[Kind]
+    constants: dict[str, str]
+    learned_on: str
 
 
-def learn(training: Sequence[Case], evaluated: Sequence[Case], metrics: Sequence[Metric]) -> Learned:
-    """Return baselines with constants chosen on the training cases; of kinds that these do not have, on the evaluated ones.
+def fit_baselines(training: Sequence[Case], evaluated: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Baselines:
+    """Return baselines with constants chosen on the training cases; of kinds that these lack, on the evaluated ones.
 
     A subtask that the training cases do not have gets its kind's best constant as its majority.
     """
-    known = {kind_of(case) for case in training}
-    cases = [*training, *(case for case in evaluated if kind_of(case) not in known)]
-    constants = {kind: best_constant(group, metrics) for kind, group in grouped(cases, kind_of).items()}
-    by_subtask = grouped(cases, lambda case: (kind_of(case), case.subtask))
+    known = {_kind_of(case) for case in training}
+    cases = [*training, *(case for case in evaluated if _kind_of(case) not in known)]
+    constants = {kind: best_constant(group, metrics) for kind, group in grouped(cases, _kind_of).items()}
+    by_subtask = grouped(cases, lambda case: (_kind_of(case), case.subtask))
     majority = {key: best_constant(group, metrics) for key, group in by_subtask.items()}
 
     def constant_answer(case: Case) -> str:
-        return constants[kind_of(case)].of(case)
+        return constants[_kind_of(case)].of(case)
 
     def majority_answer(case: Case) -> str:
-        return majority.get((kind_of(case), case.subtask), constants[kind_of(case)]).of(case)
+        kind = _kind_of(case)
+        return majority.get((kind, case.subtask), constants[kind]).of(case)
 
-    blind = [Baseline(CONSTANT, constant_answer), Baseline(MAJORITY, majority_answer), *TEXT_RULES]
-    return Learned(blind, constants, constants.keys() - known)
+    baselines = [
+        Baseline(CONSTANT, constant_answer),
+        Baseline(MAJORITY, majority_answer),
+        Baseline("text_rule_last_prior", last_prior),
+        Baseline("text_rule_any_prior", any_prior),
+    ]
+    lacking = ", ".join(sorted({kind.task for kind in constants.keys() - known}))
+    learned_on = "the training rows" + (f", which lack {lacking}: there on the evaluated rows" if lacking else "")
+    return Baselines(
+        baselines,
+        {str(kind): constant.answer for kind, constant in sorted(constants.items())},
+        learned_on if training else "the evaluated rows themselves",
+    )
 
 
-def kind_of(case: Case) -> Kind:
-    """Return what kind of question a case is."""
+def _kind_of(case: Case) -> Kind:
     return Kind(case.task, case.form, case.closed)
 
 
-def grouped(values: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
-    """Return the values (cases, say) by key, in order of first appearance."""
-    groups: dict[K, list[V]] = defaultdict(list)
-    for value in values:
-        groups[key(value)].append(value)
-    return dict(groups)
+def best_constant(cases: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Constant:
+    """Return the answer that scores highest when it is always given.
 
-
-def best_constant(cases: Sequence[Case], metrics: Sequence[Metric]) -> Constant:
-    """Return the answer that, always given, scores highest: for closed and yes-no questions, the most frequent text or letter.
-
-    For numbers and words, the one of the most frequent answers (of numbers, their median too) that is best by the first metric
-    that applies. Ties go to the more frequent, then to the first in the alphabet: the order of cases does not matter.
+    Closed and yes-no questions: the most frequent text or letter. Numbers and text: of the most frequent answers (and
+    the median of numbers) the one that is best by the first metric that applies. Ties go to the more frequent, then
+    to the first in the alphabet: the order of cases does not matter.
     """
-    tried = ranked(case.answer for case in cases)
-    if cases[0].closed or cases[0].form == "yes-no":
-        letters = ranked(case.letter for case in cases if case.letter and case.closed)
-        if letters and letters[0][1] > tried[0][1]:
+    first, answers = cases[0], _ranked(case.answer for case in cases)
+    if first.closed or first.form == "yes-no":
+        letters = _ranked(case.letter for case in cases if case.letter and case.closed)
+        if letters and letters[0][1] > answers[0][1]:
             return Constant(letters[0][0], by_letter=True)
-        return Constant(tried[0][0])
-    answers = [answer for answer, _ in tried[:MOST_TRIED]]
-    if cases[0].form == "number":
-        answers += _middle(cases)
-    metric = next((metric for metric in metrics if metric.applies(cases[0])), None)
-    if metric is None or len(answers) == 1:
-        return Constant(answers[0])
-    scores = [metric.value([answering(case, metric, answer) for case in cases]) for answer in answers]
-    return Constant(answers[scores.index(max(scores))])
+        return Constant(answers[0][0])
+    tried = [answer for answer, _ in answers[:MOST_TRIED]]
+    if first.form == "number":
+        numbers = [value for case in cases if (value := parse_number(case.answer)) is not None]
+        tried += [f"{median(numbers):g}"] if numbers else []
+    metric = next((metric for metric in metrics if metric.applies(first)), None)
+    if metric is None or len(tried) == 1:
+        return Constant(tried[0])
+    scores = [metric.value([answered(case, metric, answer) for case in cases]) for answer in tried]
+    return Constant(tried[scores.index(max(scores))])
 
 
-def answering(case: Case, metric: Metric, answer: str) -> Case:
+def _ranked(answers: Iterable[str]) -> list[tuple[str, int]]:
+    """Return answers with their counts, the most frequent first, equals by the alphabet."""
+    return sorted(Counter(answers).items(), key=lambda item: (-item[1], item[0]))
+
+
+def answered(case: Case, metric: Metric[Case], answer: str) -> Case:
     """Return the case with another answer, written as the metric reads it, and nothing of the model's prediction."""
     return replace(case, response=metric.written(case, answer), prediction=Prediction(case.id))
 
 
-def ranked(answers: Iterable[str]) -> list[tuple[str, int]]:
-    """Return answers with their numbers, the most frequent first, equals by the alphabet."""
-    return sorted(Counter(answers).items(), key=lambda item: (-item[1], item[0]))
-
-
 def last_prior(case: Case) -> str | None:
-    """By the history in 3D-RAD's longitudinal questions: no prior 1 -> "No Abnormality", last 1 -> "Refractory", else "Resolved".
+    """Answer 3D-RAD's longitudinal questions by the history that they tell: a list of 0 and 1.
 
-    The rule was found on the training split.
+    No prior is 1 -> "No Abnormality", the last is 1 -> "Refractory", else "Resolved". The rule was found on the
+    training split.
     """
     priors = _priors(case)
-    if priors is None:
-        return None
-    return _starting(case, "Refractory" if priors[-1] else "Resolved" if any(priors) else "No Abnormality")
+    return priors and _choice_named(
+        case, "Refractory" if priors[-1] == "1" else "Resolved" if "1" in priors else "No Abnormality"
+    )
 
 
 def any_prior(case: Case) -> str | None:
-    """By the same history: any prior 1 -> "Resolved", else "No Abnormality"."""
+    """Answer the same questions by another rule: any prior is 1 -> "Resolved", else "No Abnormality"."""
     priors = _priors(case)
-    return None if priors is None else _starting(case, "Resolved" if any(priors) else "No Abnormality")
+    return priors and _choice_named(case, "Resolved" if "1" in priors else "No Abnormality")
 
 
-TEXT_RULES = (Baseline("text_rule_last_prior", last_prior), Baseline("text_rule_any_prior", any_prior))
+def _priors(case: Case) -> str | None:
+    """Return the history of a longitudinal question: "Emphysema: [0, 1]." -> "01"; None where it has none."""
+    found = re.search(r"\[([01](?:\s*,\s*[01])*)\]", case.question) if "longitudinal" in case.task.lower() else None
+    return "".join(re.findall("[01]", found[1])) if found else None
 
 
-def _priors(case: Case) -> list[bool] | None:
-    found = _HISTORY.search(case.question) if _LONGITUDINAL in case.task.lower() else None
-    return [digit == "1" for digit in re.findall("[01]", found[1])] if found else None
-
-
-def _starting(case: Case, words: str) -> str | None:
-    return next((choice for choice in case.choices if choice.startswith(words)), None)
-
-
-def _middle(cases: Sequence[Case]) -> list[str]:
-    values = [value for case in cases if (value := number(case.answer)) is not None]
-    return [f"{median(values):g}"] if values else []
+def _choice_named(case: Case, start: str) -> str | None:
+    return next((choice for choice in case.choices if choice.startswith(start)), None)

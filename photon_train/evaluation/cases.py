@@ -1,42 +1,57 @@
-"""Questions and predictions, joined by id: what is missing, repeated or too much is an error, or counted and said.
-
-A question and the answer it got, as every metric sees it.
-"""
+"""A case: a question of the data with its response, joined by id. What cannot be joined is an error, or is counted."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from photon_data.errors import UsageError
 from photon_data.questions.manifest import VIDEO_TAG
 from photon_data.questions.question import LETTERS
-from photon_train.answering.prediction import Prediction
-from photon_train.rows import asked_of, organ_masks_of
+from photon_train.answering.prediction import Prediction, organ_masks_of, question_digest
 
-SHOWN = 10
+K = TypeVar("K")
+V = TypeVar("V")
+
+# A size is lengths with units, "30x13 mm"; it is scored as text too.
+Form = Literal["yes-no", "choice", "number", "size", "text"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with its response."""
+
+    id: str
+    patient: str
+    volume_id: str
+    task: str
+    subtask: str
+    form: Form  # what kind of answer is expected
+    closed: bool  # the question showed its choices
+    question: str
+    label: str  # the answer as the row has it ("B. No", "B" or "No"), which a strict comparison is made with
+    answer: str  # its text ("No")
+    letter: str  # of the answer, "" for a question without choices
+    choices: tuple[str, ...]
+    response: str
+    prediction: Prediction  # that the response is from; of a baseline, an empty one
+    organ_masks: tuple[str, ...] = ()  # names of the masks it asks about, where the row names some
+    lesion: str = ""  # name of the mask of a lesion, likewise
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """Ids, sorted, of what could not be joined.
-
-    missing     questions without a prediction
-    failed      questions whose prediction is an error
-    repeated    questions with more than one prediction: none of them counts
-    changed     questions whose prediction answers another question, or the same of another volume
-    unknown     predictions of questions that are not in the data
-    """
+    """Ids, sorted, of what could not be joined, and the number of questions."""
 
     questions: int
-    missing: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
-    repeated: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # questions without a prediction
+    failed: tuple[str, ...] = ()  # questions whose prediction is an error
+    repeated: tuple[str, ...] = ()  # questions with more than one prediction: none of them counts
+    changed: tuple[str, ...] = ()  # questions whose prediction answers another question, or is about another volume
+    unknown: tuple[str, ...] = ()  # predictions of questions that are not in the data
 
     @property
     def unscored(self) -> int:
@@ -47,137 +62,100 @@ class Gaps:
         return bool(self.unscored or self.unknown)
 
     def sentence(self) -> str:
-        """What every table says of them; "" where there are none."""
+        """Return what every table says of the gaps; "" where there are none."""
         if not self:
             return ""
-        parts = {
-            "missing": self.missing,
-            "failed": self.failed,
-            "repeated": self.repeated,
-            "of other questions": self.changed,
-            "of unknown ids": self.unknown,
-        }
-        counts = ", ".join(f"{len(ids)} {name}" for name, ids in parts.items() if ids)
-        return f"PARTIAL: {self.questions - self.unscored} of {self.questions} questions are scored; predictions: {counts}"
+        counts = ", ".join(f"{len(ids)} {name}" for field, (name, _) in _GAPS.items() if (ids := getattr(self, field)))
+        scored = self.questions - self.unscored
+        return f"PARTIAL: {scored} of {self.questions} questions are scored; predictions: {counts}"
 
 
-@dataclass(frozen=True)
-class Joined:
+# How the sentence of a table and the list of an error name each kind of gap.
+_GAPS = {
+    "missing": ("missing", "without a prediction"),
+    "failed": ("failed", "whose prediction is an error"),
+    "repeated": ("repeated", "predicted more than once"),
+    "changed": ("of other questions", "whose prediction answers another question or volume"),
+    "unknown": ("of unknown ids", "not in the data"),
+}
+
+
+class Joined(NamedTuple):
     """Cases by id, and what is not among them."""
 
     cases: tuple[Case, ...]
     gaps: Gaps
 
 
-def join(rows: Iterable[Mapping[str, Any]], predictions: Iterable[Prediction], *, allow_partial: bool = False) -> Joined:
+def join(
+    rows: Iterable[Mapping[str, Any]], predictions: Iterable[Prediction], *, allow_partial: bool = False
+) -> Joined:
     """Return a case for every question with a prediction, sorted by id: the order of neither file matters.
 
-    UsageError, listing ids, for a question that occurs twice; for missing, failed, repeated and unknown predictions, and those
-    that say they answer another question, too unless `allow_partial`, which leaves those questions out. UsageError if then
-    nothing is left.
+    UsageError, which lists ids, for a question that occurs twice, and for gaps. With `allow_partial` questions with
+    gaps are left out; UsageError if then nothing is left.
     """
-    asked = by_id(rows)
-    answers = list(predictions)
-    times = Counter(prediction.id for prediction in answers)
-    given = {prediction.id: prediction for prediction in answers if times[prediction.id] == 1}
-    failed = {id for id, prediction in given.items() if prediction.error and id in asked}
-    changed = {id for id, p in given.items() if p.asked and id in asked and not p.answers(asked_of(asked[id]))} - failed
+    questions = rows_by_id(rows)
+    all_predictions = list(predictions)
+    times = Counter(prediction.id for prediction in all_predictions)
+    single = {p.id: p for p in all_predictions if times[p.id] == 1 and p.id in questions}
+    failed = {id for id, p in single.items() if p.error}
+    changed = {id for id, p in single.items() if p.asked and not p.can_answer(question_digest(questions[id]))} - failed
     gaps = Gaps(
-        questions=len(asked),
-        missing=tuple(sorted(asked.keys() - times.keys())),
+        questions=len(questions),
+        missing=tuple(sorted(questions.keys() - times.keys())),
         failed=tuple(sorted(failed)),
-        repeated=tuple(sorted(id for id, count in times.items() if count > 1 and id in asked)),
+        repeated=tuple(sorted(id for id, count in times.items() if count > 1 and id in questions)),
         changed=tuple(sorted(changed)),
-        unknown=tuple(sorted(times.keys() - asked.keys())),
+        unknown=tuple(sorted(times.keys() - questions.keys())),
     )
     if gaps and not allow_partial:
-        raise UsageError(_complaint(gaps))
-    cases = [case_of(asked[id], given[id]) for id in sorted(asked.keys() & given.keys() - failed - changed)]
+        listed = [_listed(what, ids) for field, (_, what) in _GAPS.items() if (ids := getattr(gaps, field))]
+        expected = f"expected one prediction for each of {gaps.questions} questions, found ids"
+        raise UsageError("\n  ".join([expected, *listed]) + "\nallow partial results to leave them out")
+    cases = [case_of(questions[id], single[id]) for id in sorted(single.keys() - failed - changed)]
     if not cases:
-        raise UsageError(f"predictions of the data's questions wanted, got none. {gaps.sentence()}")
+        raise UsageError(f"expected predictions of the data's questions, found none. {gaps.sentence()}")
     return Joined(tuple(cases), gaps)
 
 
-def by_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def rows_by_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Return the rows by id; UsageError for an id that occurs twice, or a row without an answer to compare with."""
-    asked: dict[str, Mapping[str, Any]] = {}
-    twice, blank = [], []
-    for row in rows:
-        twice += [row["id"]] if row["id"] in asked else []
-        blank += [] if row["answer"] else [row["id"]]
-        asked[row["id"]] = row
-    for ids, wanted in ((twice, "every question once"), (blank, "questions with an answer")):
-        if ids:
-            raise UsageError(f"{wanted} wanted in the data, got {_listed('otherwise', sorted(set(ids)))}")
-    return asked
+    found = list(rows)
+    repeated = sorted(id for id, count in Counter(row["id"] for row in found).items() if count > 1)
+    if repeated:
+        raise UsageError(f"expected every question once in the data, found {_listed('that occur again', repeated)}")
+    blank = sorted(row["id"] for row in found if not row["answer"])
+    if blank:
+        raise UsageError(f"expected questions with an answer in the data, found {_listed('without one', blank)}")
+    return {row["id"]: row for row in found}
 
 
-def _complaint(gaps: Gaps) -> str:
-    lists = [
-        _listed("without a prediction", gaps.missing),
-        _listed("whose prediction is an error", gaps.failed),
-        _listed("predicted more than once", gaps.repeated),
-        _listed("whose prediction answers another question or volume", gaps.changed),
-        _listed("not in the data", gaps.unknown),
-    ]
-    found = "\n  ".join(line for line in lists if line)
-    return f"one prediction for each of {gaps.questions} questions wanted, got ids\n  {found}\nallow partial results to go on"
+def _listed(what: str, ids: Sequence[str], most: int = 10) -> str:
+    rest = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return f"{len(ids)} {what}: {', '.join(ids[:most])}{rest}"
 
-
-def _listed(what: str, ids: Sequence[str]) -> str:
-    """Return "2 what: a, b", "" for no ids."""
-    rest = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
-    return f"{len(ids)} {what}: {', '.join(ids[:SHOWN])}{rest}" if ids else ""
-
-
-# A size is lengths with units, "30x13 mm"; it is scored as words too.
-Form = Literal["yes-no", "choice", "number", "size", "text"]
 
 # What 3D-RAD's own prompt puts before the answer of an open question.
-_NO_CHOICE = "-. "
-_SAID: dict[str, Form] = {"number": "number", "yes-no": "yes-no", "measurement": "size"}
+_OPEN_ANSWER = "-. "
+_FORMS: dict[str, Form] = {"number": "number", "yes-no": "yes-no", "measurement": "size"}  # by the row's "answer_type"
 _NUMBER_AND_UNIT = re.compile(r"[-+]?\d+(?:\.\d+)?\s*(?:mm|cm|HU|%|ml|cc|cm\^3)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One question with its response.
-
-    form        what kind of answer is wanted; `closed`: its choices were put to the model
-    label       the answer as the row has it ("B. No", "B" or "No"), what a strict comparison is made with
-    answer      the answer's text ("No"); letter: its letter, "" for a question without choices
-    prediction  where the response is from; of a baseline, an empty one
-    organ_masks, lesion   names of the masks it asks about, where the row names some
-    """
-
-    id: str
-    patient: str
-    volume_id: str
-    task: str
-    subtask: str
-    form: Form
-    closed: bool
-    question: str
-    label: str
-    answer: str
-    letter: str
-    choices: tuple[str, ...]
-    response: str
-    prediction: Prediction
-    organ_masks: tuple[str, ...] = ()
-    lesion: str = ""
-
-
 def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
-    """Return the case of a manifest's row; a row without a patient stands for itself by its volume."""
+    """Return the case of a manifest's row; a row without a patient counts its volume as its patient."""
     extra = row.get("extra") or {}
+    text = str(row["messages"][0]["content"]).replace(VIDEO_TAG, "")
     label = str(row["answer"]).strip()
     answer = (extra.get("plain_answer") or label).strip()
     choices = tuple(row["choices"])
-    closed = _is_closed(row, label, answer, choices)
+    closed = bool(choices)
+    # DeepTumorVQA's free-text questions have choices too, which they do not show.
+    if choices and extra.get("mc_question"):
+        closed = label != answer or f"\nA. {choices[0]}" in text
     response = prediction.response.strip()
-    if not closed and label.startswith(_NO_CHOICE):
-        label, response = label.removeprefix(_NO_CHOICE), response.removeprefix(_NO_CHOICE)
+    if not closed and label.startswith(_OPEN_ANSWER):
+        label, response = label.removeprefix(_OPEN_ANSWER), response.removeprefix(_OPEN_ANSWER)
     return Case(
         id=row["id"],
         patient=row["patient"] or row["volume_id"],
@@ -186,7 +164,7 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
         subtask=extra.get("subtask") or row["kind"],
         form=_form(extra.get("answer_type", ""), answer, choices, closed),
         closed=closed,
-        question=extra.get("plain_question") or text_of(row),
+        question=extra.get("plain_question") or text,
         label=label,
         answer=answer,
         letter=extra.get("letter") or (LETTERS[choices.index(answer)] if answer in choices else ""),
@@ -198,31 +176,14 @@ def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
     )
 
 
-def text_of(row: Mapping[str, Any]) -> str:
-    """Return the text of the user's turn, without the volume."""
-    return str(row["messages"][0]["content"]).replace(VIDEO_TAG, "")
-
-
-def _is_closed(row: Mapping[str, Any], label: str, answer: str, choices: tuple[str, ...]) -> bool:
-    """Tell whether the choices were put: DeepTumorVQA has them for its free-text questions too, which do not show them."""
-    if not choices or not (row.get("extra") or {}).get("mc_question"):
-        return bool(choices)
-    return label != answer or f"\nA. {choices[0]}" in text_of(row)
-
-
-def _form(said: str, answer: str, choices: tuple[str, ...], closed: bool) -> Form:
+def _form(answer_type: str, answer: str, choices: tuple[str, ...], closed: bool) -> Form:
     if {choice.lower() for choice in choices} == {"yes", "no"} or (not choices and answer.lower() in ("yes", "no")):
         return "yes-no"
     if closed:
         return "choice"
-    if said in _SAID:
-        return _SAID[said]
-    return "number" if not said and _NUMBER_AND_UNIT.fullmatch(answer) else "text"
-
-
-def as_text(case: Case, answer: str) -> str:
-    """Return an answer as its text alone."""
-    return answer
+    if answer_type in _FORMS:
+        return _FORMS[answer_type]
+    return "number" if not answer_type and _NUMBER_AND_UNIT.fullmatch(answer) else "text"
 
 
 def as_letter(case: Case, answer: str) -> str:
@@ -240,3 +201,11 @@ def as_label(case: Case, answer: str) -> str:
     if case.letter and case.label == case.letter:
         return as_letter(case, answer)
     return as_letter_and_text(case, answer) if case.letter and case.label.startswith(f"{case.letter}. ") else answer
+
+
+def grouped(values: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
+    """Return the values (cases, say) by key, in order of first appearance."""
+    groups: dict[K, list[V]] = defaultdict(list)
+    for value in values:
+        groups[key(value)].append(value)
+    return dict(groups)

@@ -1,6 +1,7 @@
-"""Scores of numbers. Two different ones are published as "MRA"; here each has a name of its own.
+"""Scores of answers that can be parsed (choices, yes and no, numbers, sizes), and of free text that must match.
 
-Scores of closed questions: four accuracies that differ in what counts as the letter, and what accuracy hides.
+Accuracy of closed questions is published in four ways, which differ in what counts as the letter. Two different
+scores of numbers are published as "MRA". Each of these has a name of its own here.
 """
 
 from __future__ import annotations
@@ -13,49 +14,227 @@ import numpy as np
 from photon_train.evaluation.cases import Case, as_label, as_letter, as_letter_and_text
 from photon_train.evaluation.metric import Metric, mean_of
 from photon_train.evaluation.parsing import (
-    choice,
     collapsed,
     contains_letter,
-    letter_v2,
-    number,
-    number_v2,
-    size_mm,
+    parse_choice,
+    parse_letter_v2,
+    parse_number,
+    parse_number_v2,
+    parse_size_mm,
+    parse_yes_no,
     without_punctuation,
-    yes_no,
 )
 
-# As decimals: 1 - 0.70 is 0.30000000000000004, so that an error of exactly 0.30 passes, as it does where this was published.
-THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
-BANDS = (0.05, 0.10, 0.20, 0.50)
-SIZE_BANDS = (0.10, 0.20)
-_LEAST = 1e-6
+
+def any_question(case: Case) -> bool:
+    """Return True: the metric is for every question."""
+    return True
 
 
-def is_number(case: Case) -> bool:
-    """A number was asked for, without choices."""
+def is_free_text(case: Case) -> bool:
+    """Return whether text is expected, without choices."""
+    return case.form in ("text", "size") and not case.closed
+
+
+def _is_closed(case: Case) -> bool:
+    return case.closed
+
+
+def _is_yes_no(case: Case) -> bool:
+    return case.form == "yes-no"
+
+
+def _is_choice(case: Case) -> bool:
+    return case.form == "choice"
+
+
+def _is_number(case: Case) -> bool:
     return case.form == "number"
 
 
-def relative_error(said: float, true: float) -> float:
-    """Return |said - true| / |true|, of which |true| is taken to be at least 1e-6: with a truth of 0 every miss is enormous."""
-    return abs(said - true) / max(abs(true), _LEAST)
+def _is_size(case: Case) -> bool:
+    return not case.closed and case.form in ("size", "number") and parse_size_mm(case.answer) is not None
+
+
+def _has_choice_scores(case: Case) -> bool:
+    scores = case.prediction.choice_scores
+    return case.closed and bool(scores) and all(choice in scores for choice in case.choices)
+
+
+def parsed_answer(case: Case) -> str | None:
+    """Return the answer that a response means, as its text; None where it cannot be told. Yes and no in lower case."""
+    if case.choices and case.closed:
+        index = parse_choice(case.response, case.choices)
+        if index is not None:
+            return case.choices[index].lower() if _is_yes_no(case) else case.choices[index]
+    return parse_yes_no(case.response) if _is_yes_no(case) else None
+
+
+def _true_answer(case: Case) -> str:
+    return case.answer.lower() if _is_yes_no(case) else case.answer
+
+
+def _is_right(case: Case) -> bool:
+    return parsed_answer(case) == _true_answer(case)
+
+
+def _has_letter(case: Case) -> bool:
+    return contains_letter(case.response, case.letter)
+
+
+def _best_scored(case: Case) -> str:
+    return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
+
+
+ACCURACIES: tuple[Metric[Case], ...] = (
+    # The letter, "B. No", or the text, read by `parse_choice`.
+    mean_of("accuracy_robust", _is_closed, _is_right, as_label),
+    # "B." stands in the response (3D-RAD, M3D).
+    mean_of("accuracy_contains_letter", _is_closed, _has_letter, as_letter_and_text),
+    # Response and label are equal, case and white space apart (Photon on 3D-RAD).
+    mean_of(
+        "accuracy_normalised", _is_closed, lambda case: collapsed(case.response) == collapsed(case.label), as_label
+    ),
+    # They are equal to the letter (Photon on DeepTumorVQA v1).
+    mean_of("accuracy_strict", _is_closed, lambda case: case.response == case.label, as_label),
+    # The choice with the highest log-probability; of predictions that have them.
+    mean_of("accuracy_scored_choice", _has_choice_scores, lambda case: _best_scored(case) == case.answer),
+)
+# Multiple choice of DeepTumorVQA v2.
+ACCURACY_LETTER_V2 = mean_of(
+    "accuracy_letter_v2", _is_closed, lambda case: parse_letter_v2(case.response) == case.letter, as_letter
+)
+# Yes-no questions that show no choices; a response that is neither is wrong.
+ACCURACY_YES_NO = mean_of("accuracy_yes_no", lambda case: _is_yes_no(case) and not case.closed, _is_right)
+
+
+def _is_equal_normalised(case: Case) -> bool:
+    return without_punctuation(case.response) == without_punctuation(case.answer)
+
+
+# Free text that equals the answer to the letter (DeepTumorVQA v1), or without punctuation and case, or that contains it
+# so (both DeepTumorVQA v2).
+EXACT_STRICT = mean_of("exact_strict", is_free_text, lambda case: case.response == case.answer)
+EXACT_NORMALISED = mean_of("exact_normalised", is_free_text, _is_equal_normalised)
+PARTIAL_MATCH = mean_of(
+    "partial_match", is_free_text, lambda case: without_punctuation(case.answer) in without_punctuation(case.response)
+)
+
+
+def _confusion(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 5] of the answers: yes right, yes wrong, no right, no wrong, of which unparsed."""
+    rows = []
+    for case in cases:
+        is_yes, right = _true_answer(case) == "yes", _is_right(case)
+        outcomes = (is_yes and right, is_yes and not right, not is_yes and right, not is_yes and not right)
+        rows.append((*outcomes, not is_yes and parsed_answer(case) is None))
+    return np.array(rows, float)
+
+
+def _scores_and_labels(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 2]: log-probability of yes over no, and 1 for a yes."""
+    rows = []
+    for case in cases:
+        scores = {text.lower(): score for text, score in case.prediction.choice_scores.items()}
+        rows.append((scores["yes"] - scores["no"], _true_answer(case) == "yes"))
+    return np.array(rows, float)
+
+
+@dataclass(frozen=True)
+class Auroc(Metric[Case]):
+    """The chance that a random yes has a higher score than a random no, half of it for a tie."""
+
+    def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
+        """Return float[W]; NaN where all answers are the same."""
+        observed = self.observe(cases)
+        order = np.argsort(observed[:, 0], kind="stable")
+        scores, is_yes, patients = observed[order, 0], observed[order, 1], patient_n[order]
+        starts = np.flatnonzero(np.r_[True, np.diff(scores) > 0])  # where a new score begins
+        found = []
+        for at in range(0, len(weights_WP), 64):  # all of them at once would be gigabytes
+            weights_Wn = weights_WP[at : at + 64, patients]
+            yes = np.add.reduceat(weights_Wn * is_yes, starts, axis=1)
+            no = np.add.reduceat(weights_Wn * (1 - is_yes), starts, axis=1)
+            no_below = np.cumsum(no, axis=1) - no
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found.append((yes * (no_below + no / 2)).sum(axis=1) / (yes.sum(axis=1) * no.sum(axis=1)))
+        return np.concatenate(found)
+
+
+def _of_confusion(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
+    """Return the metric with a formula of yes right, yes wrong, no right, no wrong, and unparsed answers to a no."""
+    return Metric(name, _is_yes_no, _confusion, lambda sums: formula(*np.moveaxis(sums, -1, 0)))
+
+
+# A response that is neither yes nor no is wrong: a missed yes, or a false one. DeepTumorVQA v2 takes it for a no.
+YES_NO_METRICS = (
+    _of_confusion("sensitivity", lambda yes, missed, no, false, unparsed: yes / (yes + missed)),
+    _of_confusion("specificity", lambda yes, missed, no, false, unparsed: no / (no + false)),
+    _of_confusion(
+        "specificity_unparsed_is_no", lambda yes, missed, no, false, unparsed: (no + unparsed) / (no + false)
+    ),
+    _of_confusion(
+        "balanced_accuracy", lambda yes, missed, no, false, unparsed: (yes / (yes + missed) + no / (no + false)) / 2
+    ),
+    _of_confusion("f1_yes", lambda yes, missed, no, false, unparsed: 2 * yes / (2 * yes + missed + false)),
+    Auroc("auroc", lambda case: _is_yes_no(case) and _has_choice_scores(case), _scores_and_labels, lambda sums: sums),
+)
+
+# A question with more different answers than this has no confusion table.
+MOST_CLASSES = 12
+
+
+def _by_class(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 3 * classes]: the answer is the class, so are both, the response is; [n, 0] for too many."""
+    classes = sorted({case.answer for case in cases})
+    if len(classes) > MOST_CLASSES:
+        return np.zeros((len(cases), 0))
+    pairs = [(case.answer, parsed_answer(case)) for case in cases]
+    rows = [[(true == name, true == name == parsed, parsed == name) for name in classes] for true, parsed in pairs]
+    return np.array(rows, float).reshape(len(cases), -1)
+
+
+def _mean_of_classes(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
+    """Return the mean over occurring answers of a formula of their counts: as answer, right, as response."""
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        true, right, given = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+        return np.asarray(np.where(true > 0, formula(true, right, given), 0.0).sum(axis=-1) / (true > 0).sum(axis=-1))
+
+    return Metric(name, _is_choice, _by_class, mean, as_label)
+
+
+# Of choices other than yes and no.
+CLASS_METRICS = (
+    _mean_of_classes("balanced_accuracy_classes", lambda true, right, given: right / true),
+    _mean_of_classes("macro_f1_classes", lambda true, right, given: 2 * right / (true + given)),
+)
+
+
+def relative_error(value: float, true: float) -> float:
+    """Return |value - true| / |true|. |true| counts as at least 1e-6: with a truth of 0 every miss is enormous."""
+    return abs(value - true) / max(abs(true), 1e-6)
+
+
+# As decimals: 1 - 0.70 is 0.30000000000000004. An error of exactly 0.30 passes, as it does where this was published.
+MRA_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 
 
 def mra_thresholds(response: str, answer: str) -> float:
     """Return the share of thresholds t = .50, .55 ... .95 for which the relative error is below 1 - t.
 
-    Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. Numbers by `parsing.number`; no number is 0. A relative
-    error of 0.30 gives 0.5.
+    Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. Numbers by `parse_number`; no number is 0. A
+    relative error of 0.30 gives 0.5.
     """
-    said, true = number(response), number(answer)
-    if said is None or true is None:
+    value, true = parse_number(response), parse_number(answer)
+    if value is None or true is None:
         return 0.0
-    error = relative_error(said, true)
-    return sum(error < 1 - threshold for threshold in THRESHOLDS) / len(THRESHOLDS)
+    error = relative_error(value, true)
+    return sum(error < 1 - threshold for threshold in MRA_THRESHOLDS) / len(MRA_THRESHOLDS)
 
 
 def mra_linear(response: str, answer: str) -> float:
-    """Return max(0, 1 - relative error): mean relative accuracy of DeepTumorVQA v2. A relative error of 0.30 gives 0.7."""
+    """Return max(0, 1 - relative error): mean relative accuracy of DeepTumorVQA v2. An error of 0.30 gives 0.7."""
     error = _error_v2(response, answer)
     return 0.0 if error is None else max(0.0, 1 - error)
 
@@ -66,249 +245,53 @@ def within(response: str, answer: str, band: float) -> float:
     return float(error is not None and error <= band)
 
 
-def numeric_metrics() -> list[Metric]:
-    """Return both MRAs and the tolerance bands."""
-
-    def in_band(band: float) -> Metric:
-        return mean_of(f"within_{round(100 * band)}_percent", is_number, lambda case: within(case.response, case.answer, band))
-
-    return [
-        mean_of("mra_thresholds", is_number, lambda case: mra_thresholds(case.response, case.answer)),
-        mean_of("mra_linear", is_number, lambda case: mra_linear(case.response, case.answer)),
-        *map(in_band, BANDS),
-    ]
-
-
-def is_size(case: Case) -> bool:
-    """Lengths with units are the answer."""
-    return not case.closed and case.form in ("size", "number") and size_mm(case.answer) is not None
+def _error_v2(response: str, answer: str) -> float | None:
+    value, true = parse_number_v2(response), parse_number_v2(answer)
+    return None if value is None or true is None else relative_error(value, true)
 
 
 def same_size(response: str, answer: str, band: float) -> float:
-    """Return 1 for as many sides, each within `band` of its own, else 0; "2 cm" is "20 mm", and "20x15 mm" is "1.5 x 2 cm"."""
-    said, true = size_mm(response), size_mm(answer)
-    if said is None or true is None or len(said) != len(true):
+    """Return 1 for as many sides, each within `band` of its own, else 0; "20x15 mm" is "1.5 x 2 cm"."""
+    sides, true = parse_size_mm(response), parse_size_mm(answer)
+    if sides is None or true is None or len(sides) != len(true):
         return 0.0
-    return float(all(relative_error(a, b) <= band for a, b in zip(said, true, strict=True)))
+    return float(all(relative_error(a, b) <= band for a, b in zip(sides, true, strict=True)))
 
 
-def size_metrics() -> list[Metric]:
-    """Return how often a size is right to 10 and to 20 percent, whatever its unit and the order of its sides."""
+def _in_band(
+    prefix: str, applies: Callable[[Case], bool], score: Callable[[str, str, float], float], band: float
+) -> Metric[Case]:
+    name = f"{prefix}within_{round(100 * band)}_percent"
+    return mean_of(name, applies, lambda case: score(case.response, case.answer, band))
 
-    def in_band(band: float) -> Metric:
-        name = f"size_within_{round(100 * band)}_percent"
-        return mean_of(name, is_size, lambda case: same_size(case.response, case.answer, band))
 
-    return [*map(in_band, SIZE_BANDS)]
+NUMERIC_METRICS: tuple[Metric[Case], ...] = (
+    mean_of("mra_thresholds", _is_number, lambda case: mra_thresholds(case.response, case.answer)),
+    mean_of("mra_linear", _is_number, lambda case: mra_linear(case.response, case.answer)),
+    *(_in_band("", _is_number, within, band) for band in (0.05, 0.10, 0.20, 0.50)),
+)
+# How often a size is right, whatever its unit and the order of its sides.
+SIZE_METRICS = tuple(_in_band("size_", _is_size, same_size, band) for band in (0.10, 0.20))
 
 
-def _error_v2(response: str, answer: str) -> float | None:
-    said, true = number_v2(response), number_v2(answer)
-    return None if said is None or true is None else relative_error(said, true)
+def _score_v1(case: Case) -> float:
+    if case.form == "number" and not case.closed:
+        return mra_thresholds(case.response, case.answer)
+    return float(case.response == case.label)
 
 
-# Of a question with more different answers than this, no confusion table is made.
-MOST_CLASSES = 12
-_BLOCK = 64
+def _score_v2(case: Case) -> float:
+    if case.closed:
+        return float(parse_letter_v2(case.response) == case.letter)
+    if case.form == "number":
+        return mra_linear(case.response, case.answer)
+    if case.form == "yes-no":
+        return float(parse_yes_no(case.response) == case.answer.lower())
+    return float(_is_equal_normalised(case))
 
 
-def is_closed(case: Case) -> bool:
-    """Choices were put."""
-    return case.closed
-
-
-def is_yes_no(case: Case) -> bool:
-    """The answer is yes or no."""
-    return case.form == "yes-no"
-
-
-def is_choice(case: Case) -> bool:
-    """Choices were put, other than yes and no."""
-    return case.form == "choice"
-
-
-def is_free_text(case: Case) -> bool:
-    """Words were asked for, without choices."""
-    return case.form in ("text", "size") and not case.closed
-
-
-def meant(case: Case) -> str | None:
-    """Return the answer that a response means, as its text; None where it cannot be told. Yes and no in lower case."""
-    if case.choices and case.closed:
-        index = choice(case.response, case.choices)
-        if index is not None:
-            return case.choices[index].lower() if is_yes_no(case) else case.choices[index]
-    return yes_no(case.response) if is_yes_no(case) else None
-
-
-def truth(case: Case) -> str:
-    """Return the answer in the words of `meant`."""
-    return case.answer.lower() if is_yes_no(case) else case.answer
-
-
-def accuracies() -> list[Metric]:
-    """Return the accuracies of closed questions, the robust one first.
-
-    accuracy_robust             the letter, "B. No", or the text, read by `parsing.choice`
-    accuracy_contains_letter    "B." stands in the response (3D-RAD, M3D)
-    accuracy_normalised         response and label are equal, case and white space apart (Photon on 3D-RAD)
-    accuracy_strict             they are equal to the letter (Photon on DeepTumorVQA v1)
-    accuracy_scored_choice      the choice with the highest log-probability; of predictions that have them
-    """
-    return [
-        mean_of("accuracy_robust", is_closed, _is_right, as_label),
-        mean_of("accuracy_contains_letter", is_closed, _contains_letter, as_letter_and_text),
-        mean_of("accuracy_normalised", is_closed, lambda case: collapsed(case.response) == collapsed(case.label), as_label),
-        mean_of("accuracy_strict", is_closed, lambda case: case.response == case.label, as_label),
-        mean_of("accuracy_scored_choice", has_scores, lambda case: _best_scored(case) == case.answer),
-    ]
-
-
-def accuracy_letter_v2() -> Metric:
-    """Return the multiple-choice accuracy of DeepTumorVQA v2."""
-    return mean_of("accuracy_letter_v2", is_closed, lambda case: letter_v2(case.response) == case.letter, as_letter)
-
-
-def accuracy_yes_no() -> Metric:
-    """Return the accuracy of yes-no questions that were put without choices; a response that is neither is wrong."""
-    return mean_of("accuracy_yes_no", lambda case: is_yes_no(case) and not case.closed, _is_right)
-
-
-def exact() -> Metric:
-    """Return the share of free-text responses that equal the answer to the letter (DeepTumorVQA v1)."""
-    return mean_of("exact_strict", is_free_text, lambda case: case.response == case.answer)
-
-
-def exact_normalised() -> Metric:
-    """Return the share that equal it without punctuation and case (DeepTumorVQA v2, categorical)."""
-    return mean_of("exact_normalised", is_free_text, equal_normalised)
-
-
-def partial_match() -> Metric:
-    """Return the share of free-text responses that hold the answer, without punctuation and case (DeepTumorVQA v2)."""
-    return mean_of(
-        "partial_match", is_free_text, lambda case: without_punctuation(case.answer) in without_punctuation(case.response)
-    )
-
-
-def equal_normalised(case: Case) -> float:
-    """1 for a response that equals the answer without punctuation and case, else 0."""
-    return float(without_punctuation(case.response) == without_punctuation(case.answer))
-
-
-def yes_no_metrics() -> list[Metric]:
-    """Return sensitivity, specificity, their mean, F1 of "yes", and AUROC of predictions with scores.
-
-    A response that is neither yes nor no is wrong: a missed yes, or a false one. DeepTumorVQA v2 takes it for a no, which is
-    `specificity_unparsed_is_no`.
-    """
-
-    def metric(name: str, formula: Callable[[np.ndarray], np.ndarray]) -> Metric:
-        return Metric(name, is_yes_no, _confusion, formula)
-
-    return [
-        metric("sensitivity", lambda s: s[..., 0] / (s[..., 0] + s[..., 1])),
-        metric("specificity", lambda s: s[..., 2] / (s[..., 2] + s[..., 3])),
-        metric("specificity_unparsed_is_no", lambda s: (s[..., 2] + s[..., 4]) / (s[..., 2] + s[..., 3])),
-        metric("balanced_accuracy", lambda s: (s[..., 0] / (s[..., 0] + s[..., 1]) + s[..., 2] / (s[..., 2] + s[..., 3])) / 2),
-        metric("f1_yes", lambda s: 2 * s[..., 0] / (2 * s[..., 0] + s[..., 1] + s[..., 3])),
-        Auroc("auroc", lambda case: is_yes_no(case) and has_scores(case), _scores_and_labels, lambda sums: sums),
-    ]
-
-
-def class_metrics() -> list[Metric]:
-    """Return the mean recall and the mean F1 over the answers that occur, of choices other than yes and no."""
-    return [
-        Metric("balanced_accuracy_classes", is_choice, _by_class, _mean_recall, as_label),
-        Metric("macro_f1_classes", is_choice, _by_class, _mean_f1, as_label),
-    ]
-
-
-def has_scores(case: Case) -> bool:
-    """All choices have a log-probability."""
-    scores = case.prediction.choice_scores
-    return case.closed and bool(scores) and all(choice in scores for choice in case.choices)
-
-
-@dataclass(frozen=True)
-class Auroc(Metric):
-    """The chance that a random yes has a higher score than a random no, half of it for a tie."""
-
-    def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
-        """Return float[W]; NaN where all answers are the same."""
-        observed = self.observe(cases)
-        order = np.argsort(observed[:, 0], kind="stable")
-        scores, labels, patients = observed[order, 0], observed[order, 1], patient_n[order]
-        starts = np.flatnonzero(np.r_[True, np.diff(scores) > 0])
-        blocks = range(0, len(weights_WP), _BLOCK)  # all of them at once would be gigabytes
-        return np.concatenate([_auroc(weights_WP[at : at + _BLOCK, patients], labels, starts) for at in blocks])
-
-
-def _auroc(weights_Wn: np.ndarray, labels: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the AUROC of each weighting; cases by rising score, `starts` where a new score begins."""
-    yes = np.add.reduceat(weights_Wn * labels, starts, axis=1)
-    no = np.add.reduceat(weights_Wn * (1 - labels), starts, axis=1)
-    below = np.cumsum(no, axis=1) - no
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((yes * (below + no / 2)).sum(axis=1) / (yes.sum(axis=1) * no.sum(axis=1)))
-
-
-def _scores_and_labels(cases: Sequence[Case]) -> np.ndarray:
-    """Return float[n, 2]: log-probability of yes over no, and 1 for a yes."""
-    return np.array([(_yes_over_no(case), truth(case) == "yes") for case in cases], float)
-
-
-def _yes_over_no(case: Case) -> float:
-    scores = {text.lower(): score for text, score in case.prediction.choice_scores.items()}
-    return scores["yes"] - scores["no"]
-
-
-def _best_scored(case: Case) -> str:
-    return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
-
-
-def _is_right(case: Case) -> float:
-    return float(meant(case) == truth(case))
-
-
-def _contains_letter(case: Case) -> float:
-    return float(contains_letter(case.response, case.letter))
-
-
-def _confusion(cases: Sequence[Case]) -> np.ndarray:
-    """Return float[n, 5]: found yes, missed yes, right no, false yes or neither, of which neither."""
-    rows = []
-    for case in cases:
-        said, is_yes = meant(case), truth(case) == "yes"
-        right = said == truth(case)
-        outcomes = (is_yes and right, is_yes and not right, not is_yes and right, not is_yes and not right)
-        rows.append((*outcomes, not is_yes and said is None))
-    return np.array(rows, float)
-
-
-def _by_class(cases: Sequence[Case]) -> np.ndarray:
-    """Return float[n, 3 * classes]: is of the class, and was said to be, was said to be; [n, 0] for too many classes."""
-    classes = sorted({case.answer for case in cases})
-    if len(classes) > MOST_CLASSES:
-        return np.zeros((len(cases), 0))
-    said = [meant(case) for case in cases]
-    table = [
-        [(case.answer == name, case.answer == name == word, word == name) for name in classes]
-        for case, word in zip(cases, said, strict=True)
-    ]
-    return np.array(table, float).reshape(len(cases), -1)
-
-
-def _mean_recall(sums: np.ndarray) -> np.ndarray:
-    parts = sums.reshape(*sums.shape[:-1], -1, 3)
-    return _mean_where(parts[..., 0] > 0, parts[..., 1] / parts[..., 0])
-
-
-def _mean_f1(sums: np.ndarray) -> np.ndarray:
-    parts = sums.reshape(*sums.shape[:-1], -1, 3)
-    return _mean_where(parts[..., 0] > 0, 2 * parts[..., 1] / (parts[..., 0] + parts[..., 2]))
-
-
-def _mean_where(there: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the mean over the last axis of the values that are there."""
-    return np.asarray(np.where(there, values, 0.0).sum(axis=-1) / there.sum(axis=-1))
+# What each version of DeepTumorVQA averages over all its questions.
+SCORE_V1 = mean_of("score_v1", any_question, _score_v1, as_label)
+SCORE_V2 = mean_of(
+    "score_v2", any_question, _score_v2, lambda case, answer: (as_letter if case.closed else as_label)(case, answer)
+)

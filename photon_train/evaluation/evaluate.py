@@ -1,4 +1,7 @@
-"""Rows and predictions -> everything there is to say about them. Reads and writes no files."""
+"""Rows and predictions -> an evaluation: scores by a benchmark, intervals, baselines, costs, kept tokens.
+
+Reads and writes no files.
+"""
 
 from __future__ import annotations
 
@@ -9,98 +12,58 @@ from typing import TYPE_CHECKING, Any
 
 from photon_data.errors import UsageError
 from photon_train.answering.prediction import Prediction
-from photon_train.evaluation.baselines import Baseline, Kind, Learned, learn
-from photon_train.evaluation.benchmarks import METRICS, anything
-from photon_train.evaluation.cases import Case, Gaps, Joined, by_id, case_of, join
-from photon_train.evaluation.choice_metrics import meant
-from photon_train.evaluation.costs import Costs, costs
-from photon_train.evaluation.kept import Kept, MaskRecalls, kept, mask_recalls
-from photon_train.evaluation.metric import Metric, Patients, draw
-from photon_train.evaluation.parsing import number
-from photon_train.evaluation.tables import POINTS, Score, Table, differences, scores_of, table_of, table_of_baseline
-from photon_train.evaluation.text_metrics import LabelTable, bertscore, constant_labels, label_metrics
-from photon_train.kept_tokens import CountedMask
+from photon_train.evaluation import choice_metrics as choice
+from photon_train.evaluation.baselines import CONSTANT, Baseline, fit_baselines
+from photon_train.evaluation.cases import Case, Gaps, Joined, case_of, join, rows_by_id
+from photon_train.evaluation.choice_metrics import any_question, is_free_text
+from photon_train.evaluation.costs import summarise_costs
+from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_kept
+from photon_train.evaluation.metric import POINTS, Metric, Patients, draw_patients
+from photon_train.evaluation.parsing import parse_number
+from photon_train.evaluation.tables import (
+    Answers,
+    Comparison,
+    Evaluation,
+    ScoredCase,
+    ScoreTable,
+    Settings,
+    differences,
+    scores_of,
+    table_of,
+)
+from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
 BLIND = "blind baselines"
-LABEL_BASELINES = {"labels_all_negative": 0, "labels_all_positive": 1}
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to evaluate.
-
-    allow_partial   leave questions without a prediction out, and say so, instead of refusing
-    bootstrap       resamplings of the patients; seed: of them
-    labels          findings of the reference reports and of the responses, for the benchmark "report"
-    with_bertscore  needs the package bert-score and its weights
-    grid_zyx        of visual tokens, for the share that is kept of each slab
-    """
-
-    allow_partial: bool = False
-    bootstrap: int = 1000
-    seed: int = 0
-    labels: tuple[LabelTable, LabelTable] | None = None
-    with_bertscore: bool = False
-    grid_zyx: tuple[int, int, int] = (10, 10, 10)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A case and its score by the first metric that applies to it, in points."""
-
-    case: Case
-    metric: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What became of one file of predictions.
-
-    unparsed    by task, how many responses mean no choice, no yes or no, no number; they count as wrong
-    judged      every case, by id
-    """
-
-    name: str
-    gaps: Gaps
-    scores: tuple[Score, ...]
-    unparsed: dict[str, int]
-    judged: tuple[Judged, ...]
-    costs: Costs | None
-    kept: Kept | None
-    mask_recalls: MaskRecalls | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """second - first, patients resampled together, over the questions that both answered."""
-
-    first: str
-    second: str
-    questions: int
-    scores: tuple[Score, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All results. `constants`: the best constant answer by kind of question; `learned_on`: where it was chosen."""
-
-    benchmark: str
-    settings: Settings
-    questions: int
-    patients: int
-    answers: tuple[Answers, ...]
-    comparisons: tuple[Comparison, ...]
-    constants: dict[str, str]
-    learned_on: str
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether any file of predictions lacks questions or has others."""
-        return any(answers.gaps for answers in self.answers)
+_CLOSED = (*choice.ACCURACIES, choice.ACCURACY_YES_NO, *choice.YES_NO_METRICS, *choice.CLASS_METRICS)
+_EXACT = choice.EXACT_NORMALISED
+_BLEU_1, _ROUGE_1 = bleu(1, is_free_text), rouge("rouge1", is_free_text)
+# Which metrics each benchmark is scored by. The first one that applies to a question is its main one.
+BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
+    # Accuracies of closed questions, corpus BLEU-1 and ROUGE-1 of open ones; sizes as sizes too.
+    "3d-rad": (*_CLOSED, _BLEU_1, _ROUGE_1, _EXACT, *choice.SIZE_METRICS),
+    # As scored by Photon: strict equality, and mra_thresholds of numbers.
+    "deeptumorvqa-v1": (choice.SCORE_V1, *_CLOSED, *choice.NUMERIC_METRICS, choice.EXACT_STRICT, _EXACT),
+    # Its own letter, mra_linear and bands of numbers, yes and no, and text without punctuation and case.
+    "deeptumorvqa-v2": (
+        *(choice.SCORE_V2, choice.ACCURACY_LETTER_V2),
+        *(*_CLOSED, *choice.NUMERIC_METRICS, _EXACT, choice.PARTIAL_MATCH),
+    ),
+    # Corpus BLEU-1 to 4, ROUGE-1 and L, METEOR of words and stems.
+    "report": (
+        rouge("rouge1", any_question),
+        *(bleu(order, any_question) for order in (1, 2, 3, 4)),
+        *(rouge("rougeL", any_question), meteor_exact_stem(any_question)),
+    ),
+    # Any questions: the metrics that suit the form of each.
+    "vqa": (
+        *(*_CLOSED, *choice.NUMERIC_METRICS),
+        *(_BLEU_1, _ROUGE_1, rouge("rougeL", is_free_text), _EXACT, *choice.SIZE_METRICS),
+    ),
+}
 
 
 def evaluate(
@@ -111,134 +74,122 @@ def evaluate(
     train: Sequence[Mapping[str, Any]] = (),
     settings: Settings | None = None,
     config: PhotonConfig | None = None,
-    masks: Mapping[str, Sequence[CountedMask]] | None = None,
+    masks: Mapping[str, Sequence[VolumeMask]] | None = None,
 ) -> Evaluation:
     """Return the scores of each named set of predictions of the rows, and of each later set against the first.
 
-    `benchmark` is a key of METRICS. Rows are a manifest's; `train` those that constant answers are chosen on (the evaluated
-    ones where there are none). `config` is the model's, to count FLOPs; `masks` those of volumes,
-    by id, to see what was kept of them. Without any predictions, only the blind baselines are
-    scored, under the name BLIND. The same rows and predictions, in whatever order, give the same result. UsageError for
-    predictions that do not match the rows (see `joining.join`), an unknown benchmark, rows without
-    answers, and rows that the benchmark has no metric for.
+    benchmark  a key of BENCHMARKS
+    rows       of a manifest; `train`: those that constant answers are chosen on (none: the evaluated ones)
+    config     the model's, to count FLOPs
+    masks      of volumes, by id, to see what was kept of them
+
+    Without any predictions, only the baselines are scored, under the name BLIND. The same rows and predictions, in
+    whatever order, give the same result. UsageError for predictions that do not match the rows (see `join`), an
+    unknown benchmark, rows without answers, and rows that the benchmark has no metric for.
     """
     settings = settings or Settings()
     metrics = _metrics(benchmark, settings)
     if settings.labels and len(predictions) > 1:
-        raise UsageError(f"one file of predictions wanted beside labels of its responses, got {len(predictions)}")
-    asked = by_id(rows)
-    joined = {name: join(rows, given, allow_partial=settings.allow_partial) for name, given in predictions.items()}
-    everything = [case_of(asked[id], Prediction(id)) for id in sorted(asked)]
-    _check_scored(benchmark, everything, metrics)
-    training = [case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"]) if row["answer"]]
-    learned = learn(training, everything, metrics)
-    patients = draw([case.patient for case in everything], settings.bootstrap, settings.seed)
-    answers = [
-        _answers(name, one, metrics, learned.baselines, patients, settings, config, masks or {}) for name, one in joined.items()
+        raise UsageError(f"expected one file of predictions beside labels of its responses, found {len(predictions)}")
+    questions = rows_by_id(rows)
+    joined = {name: join(rows, found, allow_partial=settings.allow_partial) for name, found in predictions.items()}
+    cases = [case_of(questions[id], Prediction(id)) for id in sorted(questions)]
+    _check_all_scored(benchmark, cases, metrics)
+    training = [
+        case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"]) if row["answer"]
     ]
-    first, *others = joined or [""]
+    fitted = fit_baselines(training, cases, metrics)
+    patients = draw_patients([case.patient for case in cases], settings.bootstrap, settings.seed)
+    scoring = _Scoring(metrics, fitted.baselines, patients, settings, config, masks or {})
+    files = list(joined.items())
     return Evaluation(
         benchmark=benchmark,
         settings=settings,
-        questions=len(everything),
+        questions=len(cases),
         patients=len(patients.index),
-        answers=tuple(answers or [_blind_alone(everything, metrics, learned.baselines, patients, settings)]),
-        comparisons=tuple(_compare((first, joined[first]), (name, joined[name]), metrics, patients) for name in others),
-        constants={_words(kind): constant.answer for kind, constant in sorted(learned.constants.items())},
-        learned_on=_learned_on(learned) if training else "the evaluated rows themselves",
+        answers=tuple(scoring.answers(*file) for file in files) or (scoring.baselines_alone(cases),),
+        comparisons=tuple(scoring.comparison(*files[0], *other) for other in files[1:]),
+        constants=fitted.constants,
+        learned_on=fitted.learned_on,
     )
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How the cases of every file of predictions are scored: `masks` by volume id, `config` of the model."""
+
+    metrics: Sequence[Metric[Case]]
+    baselines: Sequence[Baseline]
+    patients: Patients
+    settings: Settings
+    config: PhotonConfig | None
+    masks: Mapping[str, Sequence[VolumeMask]]
+
+    def answers(self, name: str, joined: Joined) -> Answers:
+        cases = joined.cases
+        return Answers(
+            name=name,
+            gaps=joined.gaps,
+            scores=scores_of(table_of(cases, self.metrics, self.patients), self.baseline_tables(cases)),
+            unparsed=dict(sorted(Counter(case.task for case in cases if _is_unparsed(case)).items())),
+            scored_cases=tuple(self.scored(case) for case in cases),
+            costs=summarise_costs(cases, self.config),
+            kept=summarise_kept(cases, self.settings.grid_zyx),
+            mask_recalls=mask_recalls(cases, self.masks, self.patients) if self.masks else None,
+        )
+
+    def baselines_alone(self, cases: Sequence[Case]) -> Answers:
+        """Return the best constant answers as if a model had given them."""
+        tables = self.baseline_tables(cases)
+        return Answers(BLIND, Gaps(len(cases)), scores_of(tables[CONSTANT], tables), {}, (), None, None)
+
+    def baseline_tables(self, cases: Sequence[Case]) -> dict[str, ScoreTable]:
+        of_text = [metric for metric in self.metrics if metric.of_text]
+        tables = {baseline.name: table_of(cases, of_text, self.patients, baseline) for baseline in self.baselines}
+        if self.settings.labels:
+            reference, responses = self.settings.labels
+            for name, value in (("labels_all_negative", 0), ("labels_all_positive", 1)):
+                constant = label_metrics(reference, responses.constant(value))
+                tables[name] = table_of(cases, constant, self.patients)
+        return tables
+
+    def scored(self, case: Case) -> ScoredCase:
+        metric = next(metric for metric in self.metrics if metric.applies(case))
+        return ScoredCase(case, metric.name, round(POINTS * metric.value([case]), 4))
+
+    def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
+        both = {case.id for case in one.cases} & {case.id for case in other.cases}
+        tables = (
+            table_of([case for case in joined.cases if case.id in both], self.metrics, self.patients)
+            for joined in (one, other)
+        )
+        return Comparison(first, second, len(both), differences(*tables))
 
 
 def check(benchmark: str, rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """UsageError for what `evaluate` would refuse whatever the predictions are: worth knowing before a model makes them."""
+    """Raise the UsageError that `evaluate` would raise for any predictions: useful before a model makes them."""
     _metrics(benchmark, settings)
-    by_id(rows)
+    rows_by_id(rows)
 
 
-def _metrics(benchmark: str, settings: Settings) -> list[Metric]:
-    if benchmark not in METRICS:
-        raise UsageError(f"one of {', '.join(METRICS)} wanted as benchmark, got {benchmark!r}")
-    extra = label_metrics(*settings.labels) if settings.labels else []
-    return [*METRICS[benchmark](), *extra, *([bertscore(anything)] if settings.with_bertscore else [])]
+def _metrics(benchmark: str, settings: Settings) -> list[Metric[Case]]:
+    if benchmark not in BENCHMARKS:
+        raise UsageError(f"expected one of {', '.join(BENCHMARKS)} as benchmark, found {benchmark!r}")
+    of_labels = label_metrics(*settings.labels) if settings.labels else []
+    return [*BENCHMARKS[benchmark], *of_labels, *([bertscore(any_question)] if settings.with_bertscore else [])]
 
 
-def _check_scored(benchmark: str, cases: Sequence[Case], metrics: Sequence[Metric]) -> None:
+def _check_all_scored(benchmark: str, cases: Sequence[Case], metrics: Sequence[Metric[Case]]) -> None:
     without = [case for case in cases if not any(metric.applies(case) for metric in metrics)]
     if without:
-        found = f"{len(without)} that want a {without[0].form}, {without[0].id!r} first"
-        raise UsageError(f"questions that {benchmark} has metrics for wanted, got {found}; vqa has metrics for all")
+        raise UsageError(
+            f"expected questions that {benchmark} has metrics for, found {len(without)} that need a {without[0].form}, "
+            f"{without[0].id!r} first; vqa has metrics for all"
+        )
 
 
-def _answers(
-    name: str,
-    joined: Joined,
-    metrics: Sequence[Metric],
-    blind: Sequence[Baseline],
-    patients: Patients,
-    settings: Settings,
-    config: PhotonConfig | None,
-    masks: Mapping[str, Sequence[CountedMask]],
-) -> Answers:
-    cases = joined.cases
-    scores = scores_of(table_of(cases, metrics, patients), _blind_tables(cases, metrics, blind, patients, settings))
-    judged = tuple(_judged(cases, metrics))
-    return Answers(
-        name=name,
-        gaps=joined.gaps,
-        scores=tuple(scores),
-        unparsed=dict(sorted(Counter(case.task for case in cases if is_unparsed(case)).items())),
-        judged=judged,
-        costs=costs(cases, config),
-        kept=kept(cases, settings.grid_zyx),
-        mask_recalls=mask_recalls(cases, masks, patients) if masks else None,
-    )
-
-
-def _blind_tables(
-    cases: Sequence[Case], metrics: Sequence[Metric], blind: Sequence[Baseline], patients: Patients, settings: Settings
-) -> dict[str, Table]:
-    words = [metric for metric in metrics if metric.of_words]
-    tables = {baseline.name: table_of_baseline(cases, baseline, words, patients) for baseline in blind}
-    if settings.labels:
-        reference, said = settings.labels
-        for name, value in LABEL_BASELINES.items():
-            tables[name] = table_of(cases, label_metrics(reference, constant_labels(said, value)), patients)
-    return tables
-
-
-def _blind_alone(
-    cases: Sequence[Case], metrics: Sequence[Metric], blind: Sequence[Baseline], patients: Patients, settings: Settings
-) -> Answers:
-    """Return the best constant answers as if a model had given them."""
-    tables = _blind_tables(cases, metrics, blind, patients, settings)
-    scores = scores_of(tables[blind[0].name], tables)
-    return Answers(BLIND, Gaps(len(cases)), tuple(scores), {}, (), None, None)
-
-
-def is_unparsed(case: Case) -> bool:
-    """Tell whether a response means no answer of the wanted form; words always mean something."""
+def _is_unparsed(case: Case) -> bool:
+    """Tell whether a response means no answer of the expected form; text always means something."""
     if case.closed or case.form == "yes-no":
-        return meant(case) is None
-    return case.form == "number" and number(case.response) is None
-
-
-def _judged(cases: Sequence[Case], metrics: Sequence[Metric]) -> Iterable[Judged]:
-    for case in cases:
-        metric = next((metric for metric in metrics if metric.applies(case)), None)
-        if metric is not None:
-            yield Judged(case, metric.name, round(POINTS * float(metric.of_sums(metric.observe([case]))[0]), 4))
-
-
-def _compare(first: tuple[str, Joined], second: tuple[str, Joined], metrics: Sequence[Metric], patients: Patients) -> Comparison:
-    both = {case.id for case in first[1].cases} & {case.id for case in second[1].cases}
-    tables = [table_of([case for case in one.cases if case.id in both], metrics, patients) for _, one in (first, second)]
-    return Comparison(first[0], second[0], len(both), tuple(differences(*tables)))
-
-
-def _learned_on(learned: Learned) -> str:
-    rest = ", ".join(sorted({kind.task for kind in learned.not_in_training}))
-    return "the training rows" + (f", which lack {rest}: there on the evaluated rows" if rest else "")
-
-
-def _words(kind: Kind) -> str:
-    return f"{kind.task}, {kind.form}, {'choices shown' if kind.closed else 'open'}"
+        return choice.parsed_answer(case) is None
+    return case.form == "number" and parse_number(case.response) is None

@@ -1,73 +1,62 @@
-"""What was kept of the volumes: how much, where, and whether the question made a difference.
+"""Which tokens were kept: how many, where, by which question, and how much of organs and lesions they hold.
 
-Legend: n predictions, V visual tokens of a volume.
-
-How much of organs and lesions lies in the kept tokens, against as many tokens drawn at random.
-
-Legend: n pairs of a question and a mask of its volume, W ways of weighting the patients (see `metric`).
+Legend: n predictions, or pairs of a question and a mask of its volume; V visual tokens of a volume; W ways of
+weighting the patients (see `metric`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from photon_train.answering.prediction import unpack_mask
-from photon_train.evaluation.baselines import grouped
-from photon_train.evaluation.cases import Case
-from photon_train.evaluation.metric import Patients, resampled_sums
-from photon_train.evaluation.tables import Estimate, estimate_of
-from photon_train.kept_tokens import CountedMask
+from photon_train.evaluation.cases import Case, grouped
+from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
 
-# Groups of more masks than this are compared by their first ones, by id.
+# Larger groups of kept sets are compared by their first ones, by id.
 MOST_COMPARED = 400
 BINS = 20
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Mean overlap (intersection / union) of the kept sets of pairs; None where there are no pairs.
-
-    chance: of random sets of the same sizes, on average. pairs: how many pairs; groups: volumes (or questions) with any.
-    """
+    """Mean overlap (intersection / union) of the kept sets of pairs; None where there are no pairs."""
 
     jaccard: float | None
-    chance: float | None
+    chance: float | None  # of random sets of the same sizes
     pairs: int
-    groups: int
+    groups: int  # volumes (or questions) with any pair
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Kept tokens of the predictions that say them.
-
-    ratio_edges, ratio_counts   histogram of kept / visual tokens
-    tokens      by task: mean tokens of text, of the volume, of those kept
-    questions_on_a_volume       overlap of different questions on one volume
-    volumes_of_a_question       overlap of the same words asked about different volumes
-    slabs       the share that is kept of each z slab, foot to head; [] for a grid that is not known
-    """
+    """Kept tokens of the predictions that count them."""
 
     predictions: int
     mean_ratio: float
-    ratio_edges: tuple[float, ...]
+    ratio_edges: tuple[float, ...]  # of the histogram of kept / visual tokens
     ratio_counts: tuple[int, ...]
-    tokens: dict[str, dict[str, float]]
-    questions_on_a_volume: Overlap
-    volumes_of_a_question: Overlap
-    slabs: tuple[float, ...]
+    tokens: dict[str, dict[str, float]]  # by task: mean tokens of text, of the volume, of those kept
+    questions_on_a_volume: Overlap  # of different questions on one volume
+    volumes_of_a_question: Overlap  # of the same question about different volumes
+    slabs: tuple[float, ...]  # the share that is kept of each z slab, foot to head; () for a grid that is not known
 
 
-def kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 10, 10)) -> Kept | None:
-    """Return what was kept, None where no prediction counts visual tokens. Masks of another size than the grid have no slabs."""
+def summarise_kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 10, 10)) -> Kept | None:
+    """Return what was kept, None where no prediction counts visual tokens. Slabs are of masks that fit the grid."""
     counted = [case for case in cases if case.prediction.visual_tokens]
     if not counted:
         return None
+
+    def mean_tokens(group: Sequence[Case]) -> dict[str, float]:
+        names = ("text_tokens", "visual_tokens", "kept_tokens")
+        return {name: float(np.mean([getattr(case.prediction, name) for case in group])) for name in names}
+
     ratios = np.array([case.prediction.kept_tokens / case.prediction.visual_tokens for case in counted])
     counts, edges = np.histogram(ratios, BINS, (0, 1))
     masked = [case for case in counted if case.prediction.kept]
@@ -76,11 +65,25 @@ def kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 10, 10)) -
         mean_ratio=float(ratios.mean()),
         ratio_edges=tuple(map(float, edges)),
         ratio_counts=tuple(map(int, counts)),
-        tokens={task: _tokens(group) for task, group in sorted(grouped(counted, lambda case: case.task).items())},
-        questions_on_a_volume=_overlap(masked, by="volume_id", unlike="question"),
-        volumes_of_a_question=_overlap(masked, by="question", unlike="volume_id"),
+        tokens={task: mean_tokens(group) for task, group in sorted(grouped(counted, lambda case: case.task).items())},
+        questions_on_a_volume=_overlap(masked, same="volume_id", different="question"),
+        volumes_of_a_question=_overlap(masked, same="question", different="volume_id"),
         slabs=_slabs(masked, grid_zyx),
     )
+
+
+def _overlap(cases: Sequence[Case], *, same: str, different: str) -> Overlap:
+    """Return the overlap of pairs with the same attribute `same` that differ in the attribute `different`."""
+    sums = np.zeros(3)
+    groups = 0
+    for group in grouped(cases, lambda case: (getattr(case, same), case.prediction.visual_tokens)).values():
+        first = group[:MOST_COMPARED]
+        values = np.array([getattr(case, different) for case in first])
+        found = overlap_of(_masks(first), values[:, None] != values[None, :])
+        sums += found
+        groups += found[2] > 0
+    jaccard, chance = (sums[:2] / sums[2]).tolist() if sums[2] else (None, None)
+    return Overlap(jaccard, chance, int(sums[2]), groups)
 
 
 def overlap_of(masks_nV: np.ndarray, different_nn: np.ndarray) -> tuple[float, float, int]:
@@ -97,32 +100,15 @@ def overlap_of(masks_nV: np.ndarray, different_nn: np.ndarray) -> tuple[float, f
     return float(found[pairs].sum()), float(chance[pairs].sum()), int(pairs.sum())
 
 
-def _tokens(cases: Sequence[Case]) -> dict[str, float]:
-    names = ("text_tokens", "visual_tokens", "kept_tokens")
-    return {name: float(np.mean([getattr(case.prediction, name) for case in cases])) for name in names}
-
-
-def _overlap(cases: Sequence[Case], *, by: str, unlike: str) -> Overlap:
-    """Return the overlap within groups that have `by` in common, of pairs that differ in `unlike`."""
-    sums = np.zeros(3)
-    groups = 0
-    for group in grouped(cases, lambda case: (getattr(case, by), case.prediction.visual_tokens)).values():
-        first = group[:MOST_COMPARED]
-        other = np.array([getattr(case, unlike) for case in first])
-        found = overlap_of(_masks(first), other[:, None] != other[None, :])
-        sums += found
-        groups += found[2] > 0
-    jaccard, chance = (sums[:2] / sums[2]).tolist() if sums[2] else (None, None)
-    return Overlap(jaccard, chance, int(sums[2]), groups)
-
-
 def _slabs(cases: Sequence[Case], grid_zyx: tuple[int, int, int]) -> tuple[float, ...]:
     tokens = int(np.prod(grid_zyx))
-    total = np.zeros(grid_zyx)
     fitting = [case for case in cases if case.prediction.visual_tokens == tokens]
-    for start, end in pairwise([*range(0, len(fitting), 1000), len(fitting)]):
-        total += _masks(fitting[start:end]).sum(axis=0).reshape(grid_zyx)
-    return tuple((total / max(len(fitting), 1)).mean(axis=(1, 2)).tolist()) if fitting else ()
+    if not fitting:
+        return ()
+    total = np.zeros(grid_zyx)
+    for start in range(0, len(fitting), 1000):
+        total += _masks(fitting[start : start + 1000]).sum(axis=0).reshape(grid_zyx)
+    return tuple((total / len(fitting)).mean(axis=(1, 2)).tolist())
 
 
 def _masks(cases: Sequence[Case]) -> np.ndarray:
@@ -130,8 +116,21 @@ def _masks(cases: Sequence[Case]) -> np.ndarray:
     return np.stack([unpack_mask(case.prediction.kept, case.prediction.visual_tokens) for case in cases])
 
 
+class VolumeMask(Protocol):
+    """A mask of a volume, counted on its tokens: `photon_train.kept_tokens.CountedMask`."""
+
+    name: str
+    counts_V: np.ndarray
+    voxels: int
+    ml: float
+
+    def recall(self, keep_V: np.ndarray) -> Any:
+        """Return shares of the mask, `recall` and `chance`."""
+
+
+# Bins of the volumes of masks.
 SIZES_ML = (0.0, 1.0, 10.0, 100.0, inf)
-ALL_ALIKE = "all, each alike"
+ALL_MASKS = "all, each alike"
 Relation = Literal["own", "other"]
 
 
@@ -149,7 +148,7 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecallContrast:
     """A mask in questions about it, and in questions about another organ; the difference is of what is above chance."""
 
     name: str
@@ -160,48 +159,59 @@ class Asked:
 
 @dataclass(frozen=True)
 class MaskRecalls:
-    """Recall of masks over the predictions that say which tokens they kept, of one volume that has masks.
-
-    by_mask, by_size   over all questions; sizes in ml
-    organs, lesions    by the masks that rows name as theirs; the first line is the mean over the masks
-    """
+    """Recall of masks, of predictions with a mask of kept tokens on a volume that has masks."""
 
     predictions: int
-    by_mask: tuple[Recall, ...]
+    by_mask: tuple[Recall, ...]  # over all questions
     by_size: tuple[Recall, ...]
-    organs: tuple[Asked, ...]
-    lesions: tuple[Asked, ...]
+    organs: tuple[RecallContrast, ...]  # by the masks that rows name as theirs; first the mean over the masks
+    lesions: tuple[RecallContrast, ...]
 
 
 class Pair(NamedTuple):
-    """A question, a mask of its volume, and what the kept tokens hold of it: shares from 0 to 1."""
+    """A question, a mask of its volume, and the share of it (0 to 1) in the kept tokens, and by chance."""
 
     case: Case
-    mask: CountedMask
+    mask: VolumeMask
     recall: float
     chance: float
 
 
-def mask_recalls(cases: Sequence[Case], masks: Mapping[str, Sequence[CountedMask]], patients: Patients) -> MaskRecalls | None:
-    """Return the recalls of `masks` (by volume id), None where no prediction says what it kept on their grid.
-
-    Empty masks are left out.
-    """
+def mask_recalls(
+    cases: Sequence[Case], masks: Mapping[str, Sequence[VolumeMask]], patients: Patients
+) -> MaskRecalls | None:
+    """Return the recalls of `masks` (by volume id) that are not empty, None where no prediction fits their grid."""
     pairs = [pair for case in cases for pair in _pairs(case, masks.get(case.volume_id, ()))]
     if not pairs:
         return None
+    by_mask = dict(sorted(grouped(pairs, lambda pair: pair.mask.name).items()))
+    sizes = grouped(pairs, lambda pair: size_of(pair.mask.ml))
+    by_size = {size: sizes[size] for size in map(size_of, SIZES_ML[:-1]) if size in sizes}
     return MaskRecalls(
         predictions=len({pair.case.id for pair in pairs}),
-        by_mask=tuple(_by(pairs, lambda pair: pair.mask.name, patients)),
-        by_size=tuple(_by(pairs, lambda pair: size_of(pair.mask.ml), patients, [_size(*ends) for ends in pairwise(SIZES_ML)])),
-        organs=tuple(_asked(pairs, organ_relation, patients)),
-        lesions=tuple(_asked(pairs, _LesionRelation(cases), patients)),
+        by_mask=tuple(_recall(name, group, _replicates(group, patients)) for name, group in by_mask.items()),
+        by_size=tuple(_recall(size, group, _replicates(group, patients)) for size, group in by_size.items()),
+        organs=tuple(_contrasts(by_mask, organ_relation, patients)),
+        lesions=tuple(_contrasts(by_mask, _lesion_relation(cases), patients)),
     )
+
+
+def _pairs(case: Case, masks: Sequence[VolumeMask]) -> Iterator[Pair]:
+    kept, tokens = case.prediction.kept, case.prediction.visual_tokens
+    fitting = [mask for mask in masks if kept and mask.voxels and len(mask.counts_V) == tokens]
+    if fitting:
+        keep_V = unpack_mask(kept, tokens)
+        for mask in fitting:
+            found = mask.recall(keep_V)
+            yield Pair(case, mask, found.recall, found.chance)
 
 
 def size_of(ml: float) -> str:
     """Return the bin of a volume: 10 ml and 99 ml are "10 to 100 ml"."""
-    return next(_size(low, high) for low, high in pairwise(SIZES_ML) if ml < high)
+    low, high = next((low, high) for low, high in pairwise(SIZES_ML) if ml < high)
+    if high == inf:
+        return f"{low:g} ml or more"
+    return f"{low:g} to {high:g} ml" if low else f"below {high:g} ml"
 
 
 def organ_relation(case: Case, mask: str) -> Relation | None:
@@ -211,91 +221,54 @@ def organ_relation(case: Case, mask: str) -> Relation | None:
     return "own" if mask in case.organ_masks else "other"
 
 
-class _LesionRelation:
-    """Tells the same of a lesion's mask: a question is about another organ if none of its organs ever has this lesion."""
+def _lesion_relation(cases: Sequence[Case]) -> Callable[[Case, str], Relation | None]:
+    """Return the same for lesions: a question is about another organ if none of its organs ever has this lesion."""
+    organs: dict[str, set[str]] = {}
+    for case in cases:
+        if case.lesion:
+            organs.setdefault(case.lesion, set()).update(case.organ_masks)
 
-    def __init__(self, cases: Iterable[Case]) -> None:
-        self.organs: dict[str, set[str]] = {}
-        for case in cases:
-            if case.lesion:
-                self.organs.setdefault(case.lesion, set()).update(case.organ_masks)
-
-    def __call__(self, case: Case, mask: str) -> Relation | None:
+    def relation(case: Case, mask: str) -> Relation | None:
         if case.lesion == mask:
             return "own"
-        return "other" if mask in self.organs and case.organ_masks and self.organs[mask].isdisjoint(case.organ_masks) else None
+        return "other" if mask in organs and case.organ_masks and organs[mask].isdisjoint(case.organ_masks) else None
+
+    return relation
 
 
-class _Replicates(NamedTuple):
-    """float[W] each: mean recall and chance under every weighting of the patients."""
-
-    recall: np.ndarray
-    chance: np.ndarray
-
-    @property
-    def above(self) -> np.ndarray:
-        return np.asarray(self.recall - self.chance)
-
-
-def _pairs(case: Case, masks: Sequence[CountedMask]) -> Iterable[Pair]:
-    said = case.prediction
-    fitting = [mask for mask in masks if said.kept and mask.voxels and len(mask.counts_V) == said.visual_tokens]
-    if fitting:
-        keep_V = unpack_mask(said.kept, said.visual_tokens)
-        for mask in fitting:
-            found = mask.recall(keep_V)
-            yield Pair(case, mask, found.recall, found.chance)
-
-
-def _by(
-    pairs: Sequence[Pair], key: Callable[[Pair], str], patients: Patients, names: Sequence[str] | None = None
-) -> Iterable[Recall]:
-    groups = grouped(pairs, key)
-    for name in names or sorted(groups):
-        if name in groups:
-            yield _recall(name, groups[name], _replicates(groups[name], patients))
-
-
-def _asked(pairs: Sequence[Pair], relation: Callable[[Case, str], Relation | None], patients: Patients) -> Iterable[Asked]:
+def _contrasts(
+    by_mask: Mapping[str, Sequence[Pair]], relation: Callable[[Case, str], Relation | None], patients: Patients
+) -> Iterator[RecallContrast]:
     """Yield the masks that some questions are about and others are not; first the mean over them."""
-    by_mask = sorted(grouped(pairs, lambda pair: pair.mask.name).items())
-    groups = {name: grouped(part, lambda pair: relation(pair.case, pair.mask.name)) for name, part in by_mask}
-    both = {name: {how: group[how] for how in _HOW} for name, group in groups.items() if group.keys() >= {*_HOW}}
-    values = {name: {how: _replicates(part, patients) for how, part in group.items()} for name, group in both.items()}
-    if both:
-        pooled = {how: [pair for group in both.values() for pair in group[how]] for how in _HOW}
-        yield _one(ALL_ALIKE, pooled, {how: _mean([value[how] for value in values.values()]) for how in _HOW})
-    for name in both:
-        yield _one(name, both[name], values[name])
+    pairs: dict[str, tuple[list[Pair], list[Pair]]] = {}
+    for name, group in by_mask.items():
+        by_relation = grouped(group, lambda pair: relation(pair.case, pair.mask.name))
+        if "own" in by_relation and "other" in by_relation:
+            pairs[name] = by_relation["own"], by_relation["other"]
+    if not pairs:
+        return
+    values = {name: [_replicates(part, patients) for part in own_other] for name, own_other in pairs.items()}
+    # The mean over masks; a resampling that lacks one has none.
+    means = [np.mean(parts, axis=0) for parts in zip(*values.values(), strict=True)]
+    pooled = [[pair for part in parts for pair in part] for parts in zip(*pairs.values(), strict=True)]
+    lines = [(ALL_MASKS, pooled, means), *((name, pairs[name], values[name]) for name in pairs)]
+    for name, own_other, replicates in lines:
+        own, other = (_recall(name, part, value) for part, value in zip(own_other, replicates, strict=True))
+        (own_recall, own_chance), (other_recall, other_chance) = replicates
+        difference = (own_recall - own_chance) - (other_recall - other_chance)
+        yield RecallContrast(name, own, other, estimate_of(difference))
 
 
-_HOW: tuple[Relation, ...] = ("own", "other")
-
-
-def _one(name: str, pairs: Mapping[Relation, Sequence[Pair]], values: Mapping[Relation, _Replicates]) -> Asked:
-    own, other = (_recall(name, pairs[how], values[how]) for how in _HOW)
-    return Asked(name, own, other, estimate_of(values["own"].above - values["other"].above))
-
-
-def _recall(name: str, pairs: Sequence[Pair], values: _Replicates) -> Recall:
+def _recall(name: str, pairs: Sequence[Pair], replicates_2W: np.ndarray) -> Recall:
+    recall_W, chance_W = replicates_2W
+    recall, chance, above = (estimate_of(values_W) for values_W in (recall_W, chance_W, recall_W - chance_W))
     volumes, people = ({getattr(pair.case, key) for pair in pairs} for key in ("volume_id", "patient"))
-    recall, chance, above = (estimate_of(each) for each in (values.recall, values.chance, values.above))
     return Recall(name, recall, chance, above, len(pairs), len(volumes), len(people))
 
 
-def _replicates(pairs: Sequence[Pair], patients: Patients) -> _Replicates:
+def _replicates(pairs: Sequence[Pair], patients: Patients) -> np.ndarray:
+    """Return float[2, W]: mean recall and mean chance under every weighting of the patients."""
     observed = np.array([(pair.recall, pair.chance, 1.0) for pair in pairs])
     sums_Wk = resampled_sums(observed, patients.of([pair.case.patient for pair in pairs]), patients.weights)
     with np.errstate(invalid="ignore"):  # a resampling without any of these patients has no mean
-        return _Replicates(sums_Wk[:, 0] / sums_Wk[:, 2], sums_Wk[:, 1] / sums_Wk[:, 2])
-
-
-def _mean(values: Sequence[_Replicates]) -> _Replicates:
-    """Return the mean over masks; a resampling that lacks one has none."""
-    return _Replicates(*(np.mean([getattr(value, name) for value in values], axis=0) for name in _Replicates._fields))
-
-
-def _size(low: float, high: float) -> str:
-    if high == inf:
-        return f"{low:g} ml or more"
-    return f"{low:g} to {high:g} ml" if low else f"below {high:g} ml"
+        return np.asarray((sums_Wk[:, :2] / sums_Wk[:, 2:]).T)

@@ -1,78 +1,46 @@
-"""95 % intervals by resampling patients: questions about one person are right or wrong together.
+"""What a metric is, and 95 % intervals by resampling patients: questions about one person are right or wrong together.
 
-What a metric is: sums over questions and a formula of them, so that a resampled patient is a row of a matrix product.
+A metric is sums over questions and a formula of these sums. The sums of resampled patients are then one matrix product.
 
-Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then resampled ones).
+Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then the
+resampled ones).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from photon_train.evaluation.cases import Case, as_text
-
+Case = TypeVar("Case")
+POINTS = 100.0
 INTERVAL = (2.5, 97.5)
 
 
-@dataclass(frozen=True)
-class Patients:
-    """All patients of an evaluation, and how often each is drawn.
-
-    weights: float[1 + replicates, patients]; the first row is all ones (nothing resampled), every other adds up to their number.
-    """
-
-    index: dict[str, int]
-    weights: np.ndarray
-
-    def of(self, patients: Sequence[str]) -> np.ndarray:
-        """Return int[n], the column of each."""
-        return np.array([self.index[patient] for patient in patients], int)
-
-
-def draw(patients: Sequence[str], replicates: int, seed: int) -> Patients:
-    """Return the patients, each once, drawn `replicates` times with replacement; their order does not matter."""
-    names = sorted(set(patients))
-    chances = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), chances, size=replicates)
-    return Patients({name: i for i, name in enumerate(names)}, np.vstack([np.ones(len(names)), drawn]))
-
-
-def interval(replicates: np.ndarray) -> tuple[float, float]:
-    """Return the 2.5th and 97.5th percentile of the resampled values (all but the first), NaN where there are none."""
-    resampled = replicates[1:][np.isfinite(replicates[1:])]
-    if not len(resampled):
-        return float("nan"), float("nan")
-    low, high = np.percentile(resampled, INTERVAL)
-    return float(low), float(high)
+def as_text(case: object, answer: str) -> str:
+    """Return an answer as its text alone."""
+    return answer
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A score between 0 and 1 of a set of questions.
-
-    applies     which questions it is for
-    observe     n cases -> float[n, k], what each of them adds
-    formula     sums float[..., k] -> float[...], NaN where it is not defined
-    written     how an answer has to be written for this metric to see it; blind baselines are written so
-    of_words    whether it looks at the response's words; what looks elsewhere has other baselines
-    """
+class Metric(Generic[Case]):
+    """A score between 0 and 1 of a set of questions."""
 
     name: str
-    applies: Callable[[Case], bool]
-    observe: Callable[[Sequence[Case]], np.ndarray]
-    formula: Callable[[np.ndarray], np.ndarray]
-    written: Callable[[Case, str], str] = as_text
-    of_words: bool = True
+    applies: Callable[[Case], bool]  # which questions it is for
+    observe: Callable[[Sequence[Case]], np.ndarray]  # n cases -> float[n, k], what each of them adds
+    formula: Callable[[np.ndarray], np.ndarray]  # sums float[..., k] -> float[...], NaN where it is not defined
+    written: Callable[[Case, str], str] = as_text  # an answer as this metric reads it; baselines answer so
+    of_text: bool = True  # it reads the text of a response; a metric of other data has baselines of its own
 
     def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
         """Return float[W], the score of the cases under every weighting of their patients."""
         return self.of_sums(resampled_sums(self.observe(cases), patient_n, weights_WP))
 
     def of_sums(self, sums: np.ndarray) -> np.ndarray:
-        """Return the formula's value; what is divided by nothing is NaN."""
+        """Return the formula's value; a division by zero gives NaN."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(self.formula(sums), float)
 
@@ -81,20 +49,12 @@ class Metric:
         return float(self.replicates(cases, np.zeros(len(cases), int), np.ones((1, 1)))[0])
 
 
-def resampled_sums(observed_nk: np.ndarray, patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
-    """Return float[W, k], the sums of what was observed under every weighting of the patients (columns) it is of."""
-    sums_Pk = np.zeros((weights_WP.shape[1], observed_nk.shape[1]))
-    np.add.at(sums_Pk, patient_n, observed_nk)
-    sums_Wk: np.ndarray = weights_WP @ sums_Pk
-    return sums_Wk
-
-
 def mean_of(
     name: str,
     applies: Callable[[Case], bool],
     score: Callable[[Case], float],
     written: Callable[[Case, str], str] = as_text,
-) -> Metric:
+) -> Metric[Case]:
     """Return the metric that is the mean of a score per question."""
     return Metric(name, applies, lambda cases: with_ones(score(case) for case in cases), ratio, written)
 
@@ -108,3 +68,58 @@ def with_ones(scores: Iterable[float]) -> np.ndarray:
 def ratio(sums: np.ndarray) -> np.ndarray:
     """Return first sum / second sum."""
     return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+@dataclass(frozen=True)
+class Patients:
+    """All patients of an evaluation, and how often each is drawn."""
+
+    index: dict[str, int]
+    weights: np.ndarray  # float[W, P]; the first row is all ones (nothing resampled), every other row sums to P
+
+    def of(self, patients: Sequence[str]) -> np.ndarray:
+        """Return int[n], the column of each."""
+        return np.array([self.index[patient] for patient in patients], int)
+
+
+def draw_patients(patients: Sequence[str], replicates: int, seed: int) -> Patients:
+    """Return the patients, each once, drawn `replicates` times with replacement; their order does not matter."""
+    names = sorted(set(patients))
+    chances = np.full(len(names), 1 / len(names))
+    drawn = np.random.default_rng(seed).multinomial(len(names), chances, size=replicates)
+    return Patients({name: i for i, name in enumerate(names)}, np.vstack([np.ones(len(names)), drawn]))
+
+
+def resampled_sums(observed_nk: np.ndarray, patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
+    """Return float[W, k], the sums of the observations under every weighting of their patients (columns)."""
+    sums_Pk = np.zeros((weights_WP.shape[1], observed_nk.shape[1]))
+    np.add.at(sums_Pk, patient_n, observed_nk)
+    sums_Wk: np.ndarray = weights_WP @ sums_Pk
+    return sums_Wk
+
+
+class Estimate(NamedTuple):
+    """A number in points and its 95 % interval; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def estimate_of(replicates_W: np.ndarray) -> Estimate:
+    """Return the first replicate in points, with the interval of the others."""
+    return Estimate(points(float(replicates_W[0])), *map(points, interval(replicates_W)))
+
+
+def interval(replicates_W: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5th and 97.5th percentile of the resampled values (all but the first), NaN where there are none."""
+    resampled = replicates_W[1:][np.isfinite(replicates_W[1:])]
+    if not len(resampled):
+        return float("nan"), float("nan")
+    low, high = np.percentile(resampled, INTERVAL)
+    return float(low), float(high)
+
+
+def points(share: float) -> float | None:
+    """Return a share in points with four decimals, None for NaN."""
+    return round(POINTS * share, 4) if np.isfinite(share) else None

@@ -1,22 +1,23 @@
-"""Rows -> the groups of an epoch, in the order of its steps. The same for any number of devices.
+"""Rows -> the micro-batches of an epoch, in the order of its steps -> model inputs, read by worker processes.
+
+A micro-batch is what settings call a group: one volume with some of its questions. An epoch has every row once.
 
 [a1 a2 a3 b1 c1 c2] (letter: volume), 2 questions per volume, 2 groups per step -> [a3 a1 | b1] [c2 c1 | a2]
 
-Augmentation of training volumes with torchio: never a reflection, which would swap left and right.
+What is random in a micro-batch (perturbation, flips, augmentation) is drawn from the seed, the epoch and the number
+of the micro-batch. The number of workers or devices changes nothing, nor does a restart.
 
-Groups -> model inputs, read and cut into patches in worker processes.
-
-What is random in a group (perturbation, flips, augmentation) is drawn from (seed, epoch, number of the group): neither the
-number of workers or devices nor a restart changes it.
+Legend: K rows of a micro-batch, L tokens of a padded row, P tokens of a prefix.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,70 +25,91 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from photon_data import open_volume
+from photon_data.store import open_volume
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import draw_perturbation, perturb
-from photon_train.packing import IGNORED, behind, prefix_length
-from photon_train.processing_photon import PhotonProcessor
+from photon_train.losses import IGNORED, draw_perturbation, perturb
+from photon_train.prefix import with_suffixes
+from photon_train.processing_photon import PhotonProcessor, prefix_length
 from photon_train.rows import NIFTI, Row, TrainRow
-from photon_train.training.grounding import of_rows
+from photon_train.training.config import TrainConfig
 
-VOLUME_COST = 4000  # characters of text that cost as much as a volume, roughly; it only balances devices
-WINDOW = 32  # steps within which groups of about equal cost are brought together
-ALIKE = 1.25  # costs within this factor are
+VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
+WINDOW = 32  # steps within which micro-batches of similar cost are brought together
+SIMILAR = 1.25  # costs within this factor
+STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # for rows that cannot be read
+
+AIR_HU = -1000
+SCALE, DEGREES, SHIFT_MM = 0.1, 5.0, 10.0
+NOISE_HU = 25.0
+LOG_GAMMA = 0.1
 
 
-class Group(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows that are computed together: indices into the manifest's rows.
 
-    weight: what its loss counts, 1 but in the last step of an epoch: [g g g .] of 4 slots -> 4/3, 4/3, 4/3, 0.
+    weight: what its loss counts, 1 but in the last step of an epoch: 3 micro-batches for 4 slots -> 4/3, 4/3, 4/3, 0.
     """
 
     rows: tuple[int, ...]
-    number: int  # within its epoch: what random draws are seeded with
+    number: int  # within its epoch; seeds what is random
     weight: float = 1.0
-
-
-def group_indices(rows: Sequence[TrainRow], questions_per_volume: int, rng: random.Random | None = None) -> list[tuple[int, ...]]:
-    """Return every row index once, rows of one prefix together, at most `questions_per_volume`, as evenly as can be.
-
-    With `rng`, which questions go together is drawn; else they keep their order. Rows without a volume are grouped as if
-    they shared one.
-    """
-    shelves: dict[Hashable, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        shelves[index if row.answers_before_head else (row.videos, row.head if row.videos else "")].append(index)
-    groups = []
-    for shelf in shelves.values():
-        if rng:
-            rng.shuffle(shelf)
-        parts = -(-len(shelf) // questions_per_volume)
-        groups += [tuple(shelf[part::parts]) for part in range(parts)]
-    return groups
 
 
 def plan_epoch(
     rows: Sequence[TrainRow], questions_per_volume: int, groups_per_step: int, seed: int, epoch: int
-) -> list[list[Group]]:
-    """Return the steps of an epoch, each of exactly `groups_per_step` groups. Every row is in one group of weight above 0.
+) -> list[list[MicroBatch]]:
+    """Return the steps of an epoch, each of exactly `groups_per_step` micro-batches. Every row is in one.
 
-    Groups of about equal cost share a step, so that devices do not wait for each other; which, and in what order, is drawn
-    from (seed, epoch). About: sorted by their exact length, volumes whose answers are "yes" would meet in one step, those of
-    "no" in another, and a model would learn neither. The last step is filled up with groups of weight 0.
+    Micro-batches of similar cost share a step, so that devices do not wait for each other. Which ones do, and in what
+    order they come, is drawn from the seed and the epoch. Costs are compared coarsely: sorted by exact length,
+    volumes with the answer "yes" would be in one step and those with "no" in another, and a model would learn
+    neither. The last step is filled up with micro-batches of weight 0, which repeat its last one.
     """
     rng = random.Random(f"{seed} {epoch}")
-    groups = group_indices(rows, questions_per_volume, rng)
+    groups = group_rows(rows, questions_per_volume, rng)
     rng.shuffle(groups)
+    steps: list[list[tuple[int, ...]]] = []
     size = WINDOW * groups_per_step
-    steps = [step for at in range(0, len(groups), size) for step in _window(rows, groups[at : at + size], groups_per_step, rng)]
+    for at in range(0, len(groups), size):
+        offset = rng.random()  # so that no two lengths are told apart in every epoch
+        alike = sorted(
+            groups[at : at + size], key=lambda group: math.floor(math.log(cost(rows, group), SIMILAR) + offset)
+        )
+        window = [alike[i : i + groups_per_step] for i in range(0, len(alike), groups_per_step)]
+        rng.shuffle(window)
+        steps += window
     steps.sort(key=len, reverse=True)  # stable: the short one goes last
-    numbered = iter(range(len(groups)))
-    return [_filled([Group(group, next(numbered)) for group in step], groups_per_step) for step in steps]
+    numbers = iter(range(len(groups)))
+    plan = []
+    for step in steps:
+        weight = groups_per_step / len(step)
+        own = [MicroBatch(group, next(numbers), weight) for group in step]
+        plan.append(own + [own[-1]._replace(weight=0.0)] * (groups_per_step - len(own)))
+    return plan
 
 
 def steps_per_epoch(rows: Sequence[TrainRow], questions_per_volume: int, groups_per_step: int) -> int:
-    """Return how many steps any epoch has."""
-    return -(-len(group_indices(rows, questions_per_volume)) // groups_per_step)
+    """Return the number of steps of any epoch."""
+    return -(-len(group_rows(rows, questions_per_volume)) // groups_per_step)
+
+
+def group_rows(
+    rows: Sequence[TrainRow], questions_per_volume: int, rng: random.Random | None = None
+) -> list[tuple[int, ...]]:
+    """Return groups of row indices: rows of one prefix together, at most `questions_per_volume`, about equally many.
+
+    With `rng`, which questions go together is drawn; else they keep their order. Rows without a volume have one prefix.
+    """
+    by_prefix: dict[Hashable, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_prefix[row.prefix].append(index)
+    groups = []
+    for indices in by_prefix.values():
+        if rng:
+            rng.shuffle(indices)
+        parts = -(-len(indices) // questions_per_volume)
+        groups += [tuple(indices[part::parts]) for part in range(parts)]
+    return groups
 
 
 def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
@@ -95,91 +117,16 @@ def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
     return sum(rows[index].size + VOLUME_COST * len(rows[index].videos) for index in group)
 
 
-def _window(
-    rows: Sequence[TrainRow], groups: list[tuple[int, ...]], groups_per_step: int, rng: random.Random
-) -> list[list[tuple[int, ...]]]:
-    offset = rng.random()  # no two lengths are told apart in every epoch
-    ordered = sorted(groups, key=lambda group: math.floor(math.log(cost(rows, group), ALIKE) + offset))
-    steps = [ordered[at : at + groups_per_step] for at in range(0, len(ordered), groups_per_step)]
-    rng.shuffle(steps)
-    return steps
-
-
-def _filled(step: list[Group], slots: int) -> list[Group]:
-    empty = slots - len(step)
-    weight = slots / len(step)
-    return [group._replace(weight=weight) for group in step] + [step[-1]._replace(weight=0.0)] * empty
-
-
-AIR_HU = -1000
-
-
-@dataclass(frozen=True)
-class Augment:
-    """What is done to a volume, drawn anew for every reading. kind: none, intensity, affine or both."""
-
-    kind: str = "none"
-    degrees: float = 5.0
-    translation_mm: float = 10.0
-    scale: float = 0.1
-    noise_hu: float = 25.0
-    log_gamma: float = 0.1
-
-    def __call__(self, path: str, rng: random.Random) -> Any:
-        """Return the path when nothing is to be done, else int16 HU [z, y, x] on the model grid."""
-        if self.kind == "none" or path.endswith(NIFTI):
-            return path
-        volume = open_volume(path, grid="model")
-        return self.applied(volume.numpy(), volume.geometry.spacing_zyx_mm, rng)
-
-    def applied(self, hu_zyx: np.ndarray, spacing_zyx_mm: tuple[float, float, float], rng: random.Random) -> np.ndarray:
-        """Return the augmented array. torchio draws from torch's generator, which is left as it was."""
-        import torchio  # an extra
-
-        image = torchio.ScalarImage(
-            tensor=torch.from_numpy(hu_zyx[None].astype(np.float32)), affine=np.diag([*spacing_zyx_mm, 1.0])
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.getrandbits(63))
-            for transform in self._transforms(torchio):
-                image = transform(image)
-        low, high = float(hu_zyx.min()), float(hu_zyx.max())
-        return np.rint(image.data[0].numpy()).clip(low, high).astype(np.int16)
-
-    def _transforms(self, torchio: Any) -> list[Any]:
-        found = []
-        if self.kind in ("affine", "both"):
-            found.append(
-                torchio.RandomAffine(
-                    scales=self.scale, degrees=self.degrees, translation=self.translation_mm, default_pad_value=AIR_HU
-                )
-            )
-        if self.kind in ("intensity", "both"):
-            found += [torchio.RandomGamma(log_gamma=self.log_gamma), torchio.RandomNoise(std=(0, self.noise_hu))]
-        return found
-
-
-STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
-
-
 @dataclass(frozen=True)
 class Batch:
-    """A group, ready for the model.
+    """A micro-batch, ready for the model."""
 
-    inputs   of PhotonForConditionalGeneration.forward; `prefix_length` is there when the rows share a volume's encoding
-    flips    bool[K], rows to flip once the curriculum flips
-    ids      of its rows
-    weight   what its loss counts: 0 for one that only fills up a step, or that could not be read
-    volumes  how many volumes were read
-    error    why it could not be read, "" if it could
-    """
-
-    inputs: dict[str, Any]
-    flips: Tensor
-    ids: list[str]
-    weight: float
-    volumes: int = 0
-    error: str = ""
+    inputs: dict[str, Any]  # of the model's forward; `prefix` is there when the rows share a volume's encoding
+    flips: Tensor  # bool[K], rows to flip once the curriculum flips
+    ids: list[str]  # of its rows
+    weight: float  # what its loss counts: 0 for one that only fills up a step, or that could not be read
+    volumes: int = 0  # how many were read
+    error: str = ""  # why it could not be read
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on the device."""
@@ -187,109 +134,135 @@ class Batch:
         return replace(self, inputs=moved, flips=self.flips.to(device))
 
     def pin_memory(self) -> Batch:
-        """Return the batch with its inputs where a GPU fetches them from; torch's DataLoader calls it in a thread of its own."""
+        """Return the batch with its inputs in pinned memory; torch's DataLoader calls it in a thread of its own."""
         return replace(self, inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How groups are read. robustness: chance of a perturbed volume; flip: of a flipped row; both 0 in evaluation.
+@dataclass(frozen=True, eq=False)
+class MicroBatches(Dataset[Batch]):
+    """The micro-batches of one rank and epoch. Nothing is random unless `training`.
 
-    same_calls: every group calls the same modules in the same order and gives the same weights a gradient, as processes must
-    that share weights: volumes are encoded ahead of one question too, and rows without one get an idle one.
+    same_calls: every micro-batch calls the same modules in the same order and gives the same weights a gradient.
+    Processes that share weights need it. A volume is then encoded ahead of one question too, and rows without one get
+    an idle volume.
     """
 
-    share_prefix: bool = True
-    max_length: int | None = None
-    robustness: float = 0.0
-    flip: float = 0.0
-    augment: Augment = field(default_factory=Augment)
-    groundings: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Sequence[TrainRow]
+    micro_batches: Sequence[MicroBatch]
+    processor: PhotonProcessor
+    config: TrainConfig
+    training: bool
+    epoch: int = 0
     same_calls: bool = False
-    seed: int = 0
-
-
-class GroupDataset(Dataset[Batch]):
-    """The groups of one epoch; item i is group i of `groups`."""
-
-    def __init__(
-        self, rows: Sequence[TrainRow], groups: Sequence[Group], processor: PhotonProcessor, reading: Reading, epoch: int = 0
-    ) -> None:
-        self.rows = rows
-        self.groups = groups
-        self.processor = processor
-        self.reading = reading
-        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.micro_batches)
 
     def __getitem__(self, index: int) -> Batch:
-        """Return the batch of a group. One that cannot be read comes back with `error` set and weight 0."""
-        group = self.groups[index]
-        rows = [self.rows[i] for i in group.rows]
+        """Return a batch. One that cannot be read comes back with `error` set and weight 0."""
+        micro_batch = self.micro_batches[index]
+        rows = [self.rows[i] for i in micro_batch.rows]
         try:
-            return self._read(group, rows)
+            return self._read(micro_batch, rows)
         except Exception as error:  # the edge of a work item: the loop stops or skips, by name
-            inputs = self._inputs([{"messages": STAND_IN}], shares=False)
+            inputs = self._inputs([{"messages": STAND_IN}], shared=False)
             reason = f"{rows[0].id}: {error}"
             return Batch(inputs, torch.zeros(1, dtype=torch.bool), [row.id for row in rows], 0.0, 0, reason)
 
-    def _read(self, group: Group, rows: list[TrainRow]) -> Batch:
-        rng = random.Random(f"{self.reading.seed} {self.epoch} {group.number}")
-        shares = bool(rows[0].videos) and (self.reading.same_calls or (len(rows) > 1 and self.reading.share_prefix))
-        read = {path: self.reading.augment(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)}
-        asked = [{"id": row.id, "messages": row.messages, "videos": [read[video] for video in row.videos]} for row in rows]
-        inputs = self._inputs(asked, shares)
+    def _read(self, micro_batch: MicroBatch, rows: list[TrainRow]) -> Batch:
+        rng = random.Random(f"{self.config.seed} {self.epoch} {micro_batch.number}")
+        videos = rows[0].videos
+        shared = bool(videos) and (self.same_calls or (len(rows) > 1 and self.config.share_prefix))
+        volumes = {
+            path: self._volume(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)
+        }
+        inputs = self._inputs(
+            [
+                {"id": row.id, "messages": row.messages, "videos": [volumes[video] for video in row.videos]}
+                for row in rows
+            ],
+            shared,
+        )
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        if rng.random() < self.reading.robustness and rows[0].videos:
+        photon = self.processor.config
+        robustness, flip = photon.robustness_probability, photon.flip_probability
+        if not self.training or photon.scheduler != "its":
+            robustness = flip = 0.0
+        if rng.random() < robustness and videos:
             self._perturb(inputs, len(rows), generator)
-        elif self.reading.groundings and rows[0].videos:
-            visual_KL = inputs["input_ids"] == self.processor.config.video_token_id
-            inputs["grounding"] = of_rows(rows, self.reading.groundings, visual_KL)
         longest = int(inputs["attention_mask"].sum(1).max())
-        if self.reading.max_length is not None and longest > self.reading.max_length:
-            raise ValueError(f"at most {self.reading.max_length} tokens wanted, got {longest}; raise max_length")
-        flips = torch.rand(len(rows), generator=generator) < self.reading.flip
-        volumes = len(rows[0].videos) if shares else sum(len(row.videos) for row in rows)
-        return Batch(inputs, flips, [row.id for row in rows], group.weight, volumes)
+        if longest > self.config.max_length:
+            raise ValueError(f"expected at most {self.config.max_length} tokens, found {longest}; raise max_length")
+        flips = torch.rand(len(rows), generator=generator) < flip
+        read = len(videos) if shared else sum(len(row.videos) for row in rows)
+        return Batch(inputs, flips, [row.id for row in rows], micro_batch.weight, read)
 
-    def _inputs(self, asked: Sequence[Row], shares: bool) -> dict[str, Any]:
-        if shares:
-            return shared_inputs(self.processor, asked)
-        inputs = dict(self.processor(rows=asked, for_training=True))
-        return inputs | behind_idle_volume(inputs, self.processor.config) if self.reading.same_calls else inputs
+    def _volume(self, path: str, rng: random.Random) -> Any:
+        """Return what the processor reads: the path, or an augmented volume, int16 HU [z, y, x] on the model grid."""
+        if not self.training or self.config.augment == "none" or path.endswith(NIFTI):
+            return path
+        volume = open_volume(path, grid="model")
+        return augmented(volume.numpy(), volume.geometry.spacing_zyx_mm, self.config.augment, rng)
+
+    def _inputs(self, rows: Sequence[Row], shared: bool) -> dict[str, Any]:
+        if shared:
+            return shared_inputs(self.processor, rows)
+        inputs = dict(self.processor(rows=rows, for_training=True))
+        return inputs | behind_idle_volume(inputs, self.processor.config) if self.same_calls else inputs
 
     def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
-        """Perturb every volume of the group in one way; all its rows are then trained to be unsure."""
-        config = self.processor.config
-        how, patches = draw_perturbation(config, generator), inputs["pixel_values_videos"]
+        """Perturb every volume in one way; all rows are then trained to be unsure."""
+        photon = self.processor.config
+        how, patches = draw_perturbation(photon, generator), inputs["pixel_values_videos"]
         sizes = inputs["video_grid_thw"].prod(1).tolist()
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        parts = [perturb(part, how, config, torch.Generator().manual_seed(seed)) for part in patches.split(sizes)]
+        parts = [perturb(part, how, photon, torch.Generator().manual_seed(seed)) for part in patches.split(sizes)]
         inputs["pixel_values_videos"] = torch.cat(parts)
         inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
 
 
+def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rng: random.Random) -> np.ndarray:
+    """Return int16 HU of the same shape, changed at random by torchio (an extra). kind: intensity, affine or both.
+
+    torchio draws from torch's own generator, which is left as it was.
+    """
+    import torchio
+
+    transforms: list[Any] = []
+    if kind in ("affine", "both"):
+        affine = torchio.RandomAffine(scales=SCALE, degrees=DEGREES, translation=SHIFT_MM, default_pad_value=AIR_HU)
+        transforms.append(affine)  # never a reflection: left stays left
+    if kind in ("intensity", "both"):
+        transforms += [torchio.RandomGamma(log_gamma=LOG_GAMMA), torchio.RandomNoise(std=(0, NOISE_HU))]
+    image = torchio.ScalarImage(
+        tensor=torch.from_numpy(hu_zyx[None].astype(np.float32)), affine=np.diag([*spacing_zyx_mm, 1.0])
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.getrandbits(63))
+        for transform in transforms:
+            image = transform(image)
+    return np.rint(image.data[0].numpy()).clip(float(hu_zyx.min()), float(hu_zyx.max())).astype(np.int16)
+
+
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return inputs of rows that begin alike up to the end of their last volume, which they bring once: see `layout.behind`."""
+    """Return inputs of rows that share a prefix: the ids as `with_suffixes` lays them out, the volumes once."""
     first = processor(rows=rows[:1], for_training=True)
     encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
-    shared_P = first["input_ids"][0, :length]
-    assert all(ids[:length].equal(shared_P) for ids, _ in encoded), "rows of one group begin alike"
-    own = [ids[length:] for ids, _ in encoded]
+    prefix_P = first["input_ids"][0, :length]
+    assert all(ids[:length].equal(prefix_P) for ids, _ in encoded), "rows of one micro-batch share a prefix"
+    suffixes = [ids[length:] for ids, _ in encoded]
     return {
-        "input_ids": behind(shared_P, own, processor.tokenizer.pad_token_id),
-        "attention_mask": behind(torch.ones_like(shared_P), [torch.ones_like(ids) for ids in own], 0),
-        "labels": behind(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
-        "prefix_length": length,
+        "input_ids": with_suffixes(prefix_P, suffixes, processor.tokenizer.pad_token_id),
+        "attention_mask": with_suffixes(torch.ones_like(prefix_P), [torch.ones_like(ids) for ids in suffixes], 0),
+        "labels": with_suffixes(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
+        "prefix": length,
         **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
     }
 
 
 def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
-    """Return what to change of inputs without a volume: one of air and one token stands first, which nothing attends to."""
+    """Return what changes in inputs without a volume: one of air and one token stands first. Nothing attends to it."""
     vision, rows = config.vision_config, len(inputs["input_ids"])
     side, voxels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
@@ -302,24 +275,17 @@ def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
     }
     return {
         **{name: torch.cat([value_P.expand(rows, -1), inputs[name]], dim=1) for name, value_P in first.items()},
-        "prefix_length": len(ids_P),
+        "prefix": len(ids_P),
         "pixel_values_videos": torch.zeros(side**2, voxels),
         "video_grid_thw": torch.tensor([[1, side, side]]),
     }
 
 
-class Turn(NamedTuple):
-    """The micro-batches of one rank: which groups, in order."""
-
-    rank: int
-    world: int
-
-    def of(self, steps: Sequence[Sequence[Group]]) -> list[Group]:
-        """Return this rank's groups: of every step each world-th."""
-        return [group for step in steps for group in step[self.rank :: self.world]]
-
-
-def batches(dataset: GroupDataset, workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
-    """Yield the batches in order, read ahead by `workers` processes (0: in this one)."""
-    ahead: dict[str, Any] = {"prefetch_factor": prefetch} if workers else {}
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **ahead)
+def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one."""
+    config, workers = dataset.config, dataset.config.workers
+    if workers < 0:  # up to 8 of the CPUs that the compute leaves over
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = max(min((os.cpu_count() or 1) // processes - 1, 8), 1)
+    ahead: dict[str, Any] = {"prefetch_factor": config.prefetch} if workers else {}
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda", **ahead)

@@ -1,7 +1,4 @@
-"""What a training run is: one frozen value, saved beside the run and read back when it goes on.
-
-Ready training runs, as functions; variants derive from one another.
-"""
+"""What a training run is: one frozen value, saved beside the run and read back when it goes on; and the ready runs."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from photon_data.errors import UsageError
@@ -17,97 +15,78 @@ from photon_train.configuration_photon import PhotonConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. A step is an optimizer step; a group is one volume with its questions, the unit that a device takes.
+    """A training run. A step is an optimizer step. A group, one volume with its questions, is a micro-batch."""
 
-    stage                    s1 (patch embedding), s1c (everything, no pruning), s2 (everything, with pruning)
-    model                    checkpoint to start from: a directory or a hub id
-    revision                 of a hub id
-    data, eval               manifests to train on; to evaluate on after `eval_every` steps and at the end
-    output                   the run's folder
-    lr_*                     learning rate of a module at its peak; 0 freezes it
-    freeze                   glob patterns of further parameters to freeze, e.g. "*.bias"
-    lora_rank                above 0: train low-rank updates of the language model's linear layers instead of its weights
-    groups_per_step          groups of an optimizer step, over all devices and accumulation steps together
-    questions_per_volume     at most this many questions share one encoding of their volume
-    share_prefix             False: encode the volume for every question anew (same loss, for comparison)
-    epochs, max_steps        length of the run; max_steps (0: none) ends it earlier, and is what schedules count to
-    warmup                   share of the run in which the learning rate rises
-    max_grad_norm            gradients are scaled down to this norm; 0: never
-    precision                fp32, or bf16 (autocast, weights and optimizer in float32)
-    gradient_checkpointing, vision_gradient_checkpointing
-                             recompute the language model's, the vision tower's activations in the backward pass
-    grounding                folder of masks by volume id: scores learn to point at the masks that a row names (`organ_masks`).
-                             For models that start from nothing; not part of the published recipe
-    augment                  torchio on training volumes: none, intensity, affine (without reflections), both
-    workers, prefetch        processes that read stores, and batches each keeps ready; workers -1: from the number of CPUs
-    eval_every, save_every   in steps; 0: at the end only
-    keep_checkpoints         older ones are removed
-    on_bad_row, on_nan       stop or skip: a row that cannot be read; a loss that is not finite
-    track                    names of accelerate trackers: tensorboard, wandb, ...
-    photon                   settings of PhotonConfig by name: its_layer, soft_start, hard_start, band_low, ...
-    """
+    stage: str = "s1"  # s1 (patch embedding), s1c (everything, no pruning), s2 (everything, with pruning)
+    model: str = ""  # checkpoint to start from: a directory or a hub id
+    revision: str = ""  # of a hub id
+    data: tuple[str, ...] = ()  # manifests to train on
+    eval: tuple[str, ...] = ()  # manifests to evaluate on, after `eval_every` steps and at the end
+    output: str = ""  # the run's folder
 
-    stage: str = "s1"
-    model: str = ""
-    revision: str = ""
-    data: tuple[str, ...] = ()
-    eval: tuple[str, ...] = ()
-    output: str = ""
+    # Learning rate of each module at its peak; 0 freezes it.
     lr_patch_embedding: float = 1e-5
     lr_vision: float = 5e-6
     lr_merger: float = 5e-6
     lr_language_model: float = 1e-5
     lr_threshold: float = 1e-5
-    freeze: tuple[str, ...] = ()
-    lora_rank: int = 0
+    freeze: tuple[str, ...] = ()  # glob patterns of further parameters to freeze, e.g. "*.bias"
+    lora_rank: int = 0  # above 0: train low-rank updates of the language model's linear layers, not its weights
     lora_alpha: int = 16
-    groups_per_step: int = 2
-    questions_per_volume: int = 8
-    share_prefix: bool = True
+
+    groups_per_step: int = 2  # over all devices and accumulation steps together
+    questions_per_volume: int = 8  # at most this many share one encoding of their volume
+    share_prefix: bool = True  # False: encode the volume for every question anew (same loss, for comparison)
     epochs: int = 3
-    max_steps: int = 0
-    schedule: str = "cosine"
-    warmup: float = 0.05
+    max_steps: int = 0  # ends the run earlier, and is what schedules count to; 0: none
+    schedule: str = "cosine"  # of the learning rates
+    warmup: float = 0.05  # share of the run in which the learning rates rise
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    precision: str = "bf16"
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    precision: str = "bf16"  # fp32, or bf16 (autocast; weights and optimizer state stay in float32)
     attention: str = "sdpa"
-    gradient_checkpointing: bool = True
-    vision_gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # compute the language model's activations again in the backward pass
+    vision_gradient_checkpointing: bool = True  # and those of the vision tower
+    # Folder of masks by volume id: scores learn to point at the masks that a row names in `organ_masks`. For models
+    # that start from nothing; not part of the published recipe.
     grounding: str = ""
-    augment: str = "none"
-    max_length: int = 4096
-    workers: int = -1
-    prefetch: int = 2
-    eval_every: int = 0
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    on_bad_row: str = "stop"
-    on_nan: str = "stop"
-    track: tuple[str, ...] = ("tensorboard",)
+    augment: str = "none"  # torchio on training volumes: none, intensity, affine (without reflections), both
+    max_length: int = 4096  # tokens of a row
+    workers: int = -1  # processes that read stores; -1: by the number of CPUs
+    prefetch: int = 2  # batches that each of them keeps ready
+    eval_every: int = 0  # steps; 0: at the end only
+    save_every: int = 500  # steps; 0: at the end only
+    keep_checkpoints: int = 2  # older ones are removed
+    on_bad_row: str = "stop"  # or skip: a row that cannot be read
+    on_nan: str = "stop"  # or skip: a loss that is not finite
+    track: tuple[str, ...] = ("tensorboard",)  # names of accelerate trackers: tensorboard, wandb, ...
     seed: int = 0
-    photon: dict[str, Any] = field(default_factory=dict)
+    photon: dict[str, Any] = field(default_factory=dict)  # of PhotonConfig: its_layer, soft_start, band_low, ...
 
     def __post_init__(self) -> None:
         """UsageError for a setting that no run can have."""
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            _want(name, value, value in choices, f"one of {', '.join(choices)}")
+            _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name, least in LEAST.items():
-            _want(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-        _want("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
-        still = self.augment in ("none", "intensity") or not self.grounding
-        _want("augment", self.augment, still, "none or intensity beside grounding, whose masks do not move with the volume")
+            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        _check("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
+        in_place = self.augment in ("none", "intensity") or not self.grounding
+        _check(
+            "augment",
+            self.augment,
+            in_place,
+            "none or intensity with grounding, whose masks do not move with the volume",
+        )
         for name in self.photon:
             if name not in PhotonConfig.__dataclass_fields__:
                 raise UsageError(
-                    f"photon.{name}: a setting of PhotonConfig wanted{_near(name, PhotonConfig.__dataclass_fields__)}"
+                    _unknown("a setting of PhotonConfig", f"photon.{name}", PhotonConfig.__dataclass_fields__)
                 )
 
     @property
-    def rates(self) -> dict[str, float]:
-        """Peak learning rate of each module, by its name in `parameters.MODULES`."""
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rate of each module, by its name in `setup.MODULES`."""
         return {f.name.removeprefix("lr_"): getattr(self, f.name) for f in fields(self) if f.name.startswith("lr_")}
 
     def to_json(self) -> dict[str, Any]:
@@ -126,15 +105,48 @@ CHOICES = {
 LEAST = {
     **dict.fromkeys(("lora_rank", "max_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm", "seed"), 0),
     **{f.name: 0 for f in fields(TrainConfig) if f.name.startswith("lr_")},
-    **dict.fromkeys(("groups_per_step", "questions_per_volume", "epochs", "keep_checkpoints", "max_length", "prefetch"), 1),
+    **dict.fromkeys(
+        ("groups_per_step", "questions_per_volume", "epochs", "keep_checkpoints", "max_length", "prefetch"), 1
+    ),
     "workers": -1,
 }
 
 
-def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return the config with fields set by name, "photon.soft_start" for one of PhotonConfig; UsageError for unknown names.
+def _check(name: str, value: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise UsageError(f"{name}: expected {expected}, found {value!r}")
 
-    Values are of a JSON or YAML file, or texts of a command line.
+
+def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
+    """Return the sentence about a name that does not exist, with the nearest one that does."""
+    known = list(names)
+    near = difflib.get_close_matches(name.removeprefix("photon."), known, n=1, cutoff=0.5)
+    return f"expected {kind}, found {name!r}; " + (
+        f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings of a .json or .yaml file. UsageError for a file that holds no object."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path}: expected a YAML or JSON file of settings, found one that cannot be read: {error}"
+        ) from None
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{path}: expected settings by name, found {type(found).__name__}; write lines of `name: value`"
+        )
+    return found
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return the config with fields set by name; "photon.soft_start" is of PhotonConfig. UsageError for unknown names.
+
+    Values come from a JSON or YAML file, or are texts of a command line.
     """
     changes: dict[str, Any] = {}
     photon = dict(config.photon)
@@ -142,17 +154,26 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         if name == "photon" and isinstance(value, Mapping):
             photon.update(value)
         elif name.startswith("photon."):
-            photon[name.removeprefix("photon.")] = _parsed(value)
+            photon[name.removeprefix("photon.")] = _from_json(value)
         else:
-            changes[name] = _convert(name, value)
+            changes[name] = _converted(name, value)
     return replace(config, **changes, photon=photon)
 
 
-def _convert(name: str, value: Any) -> Any:
-    hints = get_type_hints(TrainConfig)
-    if name not in hints:
-        raise UsageError(f"a setting of a training run wanted, got {name!r}{_near(name, hints)}")
-    kind = hints[name]
+def _from_json(value: Any) -> Any:
+    """Return a text as JSON reads it: 3 is a number of steps, 0.25 a share of the run."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _converted(name: str, value: Any) -> Any:
+    """Return the value in the type of the field."""
+    types = get_type_hints(TrainConfig)
+    if name not in types:
+        raise UsageError(_unknown("a setting of a training run", name, types))
+    kind = types[name]
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
@@ -161,28 +182,8 @@ def _convert(name: str, value: Any) -> Any:
         parts: Iterable[Any] = value.split(",") if isinstance(value, str) else list(value)
         return tuple(str(part) for part in parts if str(part))
     except (KeyError, ValueError, TypeError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list of texts")
-        raise UsageError(f"{name}: {wanted} wanted, got {value!r}") from None
-
-
-def _parsed(value: Any) -> Any:
-    """Return a text of a command line as JSON reads it: 3 is a number of steps, 0.25 a share of the run."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", got {name!r}; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
-
-
-def _want(name: str, value: Any, good: bool, wanted: str) -> None:
-    if not good:
-        raise UsageError(f"{name}: {wanted} wanted, got {value!r}")
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list of texts")
+        raise UsageError(f"{name}: expected {expected}, found {value!r}") from None
 
 
 def s1() -> TrainConfig:
@@ -221,11 +222,12 @@ def s2() -> TrainConfig:
 
 
 def tiny_s1() -> TrainConfig:
-    """Return a first stage that the tiny model learns easy phantoms with, in minutes on a CPU: it has nothing to start from,
-    so everything is trained. Give it the phantoms' masks too (`grounding`): Qwen2.5-VL was shown where things are, it was not.
+    """Return a first stage in which the tiny model learns easy phantoms, in minutes on a CPU.
 
-    The patch embedding sums over 2744 voxels that rise and fall together: it learns a hundredth as fast. Steps of fewer
-    volumes, and deeper models, stay at chance for long.
+    The model has nothing to start from, so everything is trained. Give it the masks of the phantoms too
+    (`grounding`): Qwen2.5-VL was shown where things are, the tiny model was not. The patch embedding sums over 2744
+    voxels that rise and fall together, so its learning rate is a hundredth. With fewer volumes a step, or with more
+    layers, the model stays at chance for long.
     """
     return TrainConfig(
         stage="s1",
@@ -247,7 +249,7 @@ def tiny_s1() -> TrainConfig:
 
 
 def tiny_s2() -> TrainConfig:
-    """Return a second stage for what `tiny_s1` made: the whole curriculum in a dozen epochs, keeping about half of the tokens."""
+    """Return a second stage after `tiny_s1`: the whole curriculum in 12 epochs. It keeps about half of the tokens."""
     settings = {"soft_start": 0.1, "hard_start": 0.3, "flip_start": 0.9, "band_high": 0.5}
     return replace(
         tiny_s1(),
@@ -268,5 +270,5 @@ RUNS: dict[str, Callable[[], TrainConfig]] = {"s1": s1, "s1c": s1c, "s2": s2, "t
 def named_run(name: str) -> TrainConfig:
     """Return the ready run of that name; UsageError for others."""
     if name not in RUNS:
-        raise UsageError(f"a stage wanted, one of {', '.join(RUNS)}, got {name!r}")
+        raise UsageError(f"stage: expected one of {', '.join(RUNS)}, found {name!r}")
     return RUNS[name]()

@@ -1,7 +1,4 @@
-"""What is logged of an optimizer step: sums over its groups and devices, then means.
-
-What a run leaves for people: log.jsonl (a line a step), curves.png, summary.json.
-"""
+"""What a run leaves for people: log.jsonl (a line a step), curves.png and summary.json; and the sums behind a line."""
 
 from __future__ import annotations
 
@@ -16,98 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from photon_data.files import Location
+from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.packing import visual_mask
+from photon_train.processing_photon import visual_mask
 from photon_train.training.batches import Batch
-
-PARTS = ("ce", "band", "robustness", "flip", "grounding")
-# Sums over the rows of a step; `kept_square` gives the spread of the keep ratio between rows.
-SUMS = (
-    "loss",
-    *PARTS,
-    "groups",
-    "questions",
-    "volumes",
-    "tokens",
-    "scheduled_rows",
-    "kept_share",
-    "kept_square",
-    "threshold",
-    "decided_rows",
-    "visual_tokens",
-    "visual_tokens_kept",
-    "right",
-    "skipped_groups",
-)
-
-
-def sums_of(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor | float]:
-    """Return the sums of one group; of a group with weight 0, nothing but that it was skipped."""
-    if batch.weight == 0:
-        return {"skipped_groups": float(bool(batch.error))}
-    rows = len(batch.ids)
-    losses: dict[str, Any] = {"loss": output.loss, **{name: getattr(output, name) for name in PARTS}}
-    found = {name: value.detach() * batch.weight for name, value in losses.items()}
-    tokens = batch.inputs["attention_mask"].sum()
-    return {
-        **found,
-        "groups": 1.0,
-        "questions": rows,
-        "volumes": batch.volumes,
-        "tokens": tokens,
-        **_of_schedule(output, batch, config),
-    }
-
-
-def _of_schedule(output: PhotonOutput, batch: Batch, config: Any) -> dict[str, Tensor | float]:
-    """Return sums over rows: what p says would be kept, whatever the phase, and what was."""
-    visual_BL = visual_mask(batch.inputs["input_ids"], config) & batch.inputs["attention_mask"].bool()
-    count_B = visual_BL.sum(1)
-    scheduled = output.scheduled
-    if scheduled is None or config.scheduler != "its":
-        return {"visual_tokens": count_B.sum(), "visual_tokens_kept": count_B.sum()}
-    share_B = ((scheduled.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
-    decided_B = ~scheduled.threshold_B.isnan()
-    return {
-        "visual_tokens": count_B.sum(),
-        "visual_tokens_kept": (scheduled.keep_BL & visual_BL).sum(),
-        "scheduled_rows": (count_B > 0).sum(),
-        "kept_share": share_B.sum(),
-        "kept_square": share_B.square().sum(),
-        "threshold": scheduled.threshold_B.nan_to_num(0.0).sum(),
-        "decided_rows": decided_B.sum(),
-    }
-
-
-class Sums:
-    """Adds up `SUMS`, here and over all processes."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Any] = dict.fromkeys(SUMS, 0.0)
-
-    def add(self, sums: dict[str, Tensor | float]) -> None:
-        """Add the sums of one group, without waiting for the device."""
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value
-
-    def over(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the sums over all processes."""
-        own = torch.tensor([float(self._sums[name]) for name in SUMS], dtype=torch.float64, device=accelerator.device)
-        return dict(zip(SUMS, accelerator.reduce(own, "sum").tolist(), strict=True))
-
-
-def means(sums: dict[str, float], slots: int) -> dict[str, float]:
-    """Return the row of the log: losses as means over the groups of a step, keep ratio and threshold over its rows."""
-    rows = {name: sums[name] / slots for name in ("loss", *PARTS)}
-    if sums["scheduled_rows"]:
-        mean = sums["kept_share"] / sums["scheduled_rows"]
-        rows["keep_ratio"] = mean
-        rows["keep_ratio_spread"] = max(sums["kept_square"] / sums["scheduled_rows"] - mean**2, 0.0) ** 0.5
-    if sums["decided_rows"]:
-        rows["threshold"] = sums["threshold"] / sums["decided_rows"]
-    counts = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept", "skipped_groups")
-    return {**rows, **{name: sums[name] for name in counts}}
-
 
 LOG = "log.jsonl"
 CURVES = "curves.png"
@@ -120,10 +29,86 @@ PANELS = {
     "kept share of visual tokens": ("keep_ratio", "eval_keep_ratio"),
     "threshold": ("threshold",),
     "evaluation": ("eval_loss", "eval_exact"),
-    "gradient norms": ("grad_norm/patch_embedding", "grad_norm/vision", "grad_norm/language_model", "grad_norm/threshold"),
+    "gradient norms": (
+        "grad_norm/patch_embedding",
+        "grad_norm/vision",
+        "grad_norm/language_model",
+        "grad_norm/threshold",
+    ),
     "questions per second": ("questions_per_second",),
     "share of time waiting for data": ("data_wait_share",),
 }
+
+LOSSES = ("loss", "ce", "band", "robustness", "flip", "grounding")
+COUNTS = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept", "skipped_groups")
+# Sums over rows: kept_square gives the spread of the keep ratio between them; right are those answered exactly.
+OF_ROWS = ("scheduled_rows", "kept_share", "kept_square", "threshold", "decided_rows", "right")
+SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS)
+
+
+def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:
+    """Return what one micro-batch adds to `Sums`; of one with weight 0, nothing but that it was skipped.
+
+    loss: all of it, the model's and what was added. The keep ratio is what p says, whatever the phase.
+    """
+    if batch.weight == 0:
+        return {"skipped_groups": float(bool(batch.error))}
+    losses: dict[str, Any] = {
+        "loss": loss,
+        **{name: getattr(output, name) for name in ("ce", "band", "robustness", "flip")},
+    }
+    visual_BL = visual_mask(batch.inputs["input_ids"], config) & batch.inputs["attention_mask"].bool()
+    count_B = visual_BL.sum(1)
+    sums = {
+        **{name: value.detach() * batch.weight for name, value in losses.items()},
+        "groups": 1.0,
+        "questions": len(batch.ids),
+        "volumes": batch.volumes,
+        "tokens": batch.inputs["attention_mask"].sum(),
+        "visual_tokens": count_B.sum(),
+        "visual_tokens_kept": count_B.sum(),
+    }
+    scheduled = output.scheduled
+    if scheduled is None or config.scheduler != "its":
+        return sums
+    share_B = ((scheduled.selection.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
+    return {
+        **sums,
+        "visual_tokens_kept": (scheduled.keep_BL & visual_BL).sum(),
+        "scheduled_rows": (count_B > 0).sum(),
+        "kept_share": share_B.sum(),
+        "kept_square": share_B.square().sum(),
+        "threshold": scheduled.selection.threshold_B.nan_to_num(0.0).sum(),
+        "decided_rows": (~scheduled.selection.threshold_B.isnan()).sum(),
+    }
+
+
+class Sums:
+    """Adds up `SUMS`, in this process and over all processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = dict.fromkeys(SUMS, 0.0)
+
+    def add(self, sums: dict[str, Any]) -> None:
+        """Add the sums of one micro-batch, without waiting for the device."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value
+
+    def over(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the sums over all processes."""
+        own = torch.tensor([float(self._sums[name]) for name in SUMS], dtype=torch.float64, device=accelerator.device)
+        return dict(zip(SUMS, accelerator.reduce(own, "sum").tolist(), strict=True))
+
+
+def means(sums: dict[str, float], groups: int) -> dict[str, float]:
+    """Return the row of the log: losses as means over the groups of a step, keep ratio and threshold over its rows."""
+    row = {name: sums[name] / groups for name in LOSSES}
+    if rows := sums["scheduled_rows"]:
+        row["keep_ratio"] = mean = sums["kept_share"] / rows
+        row["keep_ratio_spread"] = max(sums["kept_square"] / rows - mean**2, 0.0) ** 0.5
+    if rows := sums["decided_rows"]:
+        row["threshold"] = sums["threshold"] / rows
+    return {**row, **{name: sums[name] for name in COUNTS}}
 
 
 class Log:
@@ -137,22 +122,25 @@ class Log:
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
         with self.path.open("a") as file:
-            file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
+            file.write(json.dumps(_without_nan(row)) + "\n")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's log; a last line that was cut off is left out."""
     path = run / LOG
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text().split("\n") if path.is_file() else []
     return [json.loads(line) for line in lines[:-1] if line]
 
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
     """Write summary.json and curves.png."""
-    Location(str(run)).write(SUMMARY, json.dumps({k: _plain(v) for k, v in summary.items()}, indent=1).encode())
+    Location(str(run)).write(SUMMARY, json.dumps(_without_nan(summary), indent=1).encode())
     draw_curves(read_log(run), run / CURVES)
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -162,7 +150,11 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {title: found for title, names in PANELS.items() if (found := [n for n in names if any(n in row for row in rows)])}
+    panels = {
+        title: found
+        for title, names in PANELS.items()
+        if (found := [n for n in names if any(n in row for row in rows)])
+    }
     columns = 2
     figure, axes = pyplot.subplots(
         math.ceil(len(panels) / columns), columns, figsize=(11, 2.6 * len(panels) / columns + 1), squeeze=False
@@ -181,8 +173,3 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

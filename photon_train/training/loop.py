@@ -1,14 +1,6 @@
-"""How long a step took, and how much of it went by waiting for data.
+"""The training loop.
 
-Learning rates as a function of the step: nothing to save, nothing to restore.
-
-How a model in training does on rows it is not trained on.
-
-The training loop.
-
-for every step: for every group of this device: loss, backward; then clip, move, log; now and then evaluate and save.
-
-One step of a run that leaves nothing behind: what would be trained, for how long, in how much memory.
+for every step: for every micro-batch of this rank: loss, backward; then clip, step, log; now and then validate, save.
 """
 
 from __future__ import annotations
@@ -17,56 +9,156 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from photon_train.answering.predictor import peak_memory_mib
+from photon_train.flops import peak_memory_mib
 from photon_train.losses import Phase, phase_at
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.training.batches import Batch, plan_epoch
+from photon_train.rows import TrainRow
+from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
 from photon_train.training.checkpoint import checkpoints, save_checkpoint, save_merged
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import Log, Sums, means, read_log, sums_of, write_summary
-from photon_train.training.setup import Run, TrainingStopped, check_read, load_model, read_ahead, start
-from photon_train.training.sharding import LANGUAGE_MODEL, MODULES, module_of
+from photon_train.training.setup import LANGUAGE_MODEL, MODULES, LossFactory, Run, load_model, module_of, start
+from photon_train.training.sharding import gather_optimizer_state, gather_weights, is_sharded
+
+logger = logging.getLogger(__name__)
 
 
-class Clock:
-    """Seconds since the last restart, and how many of them were waits."""
+class TrainingStopped(RuntimeError):
+    """The run cannot go on under its settings: a row that cannot be read, a loss that is not finite. Names the rows."""
 
-    def __init__(self) -> None:
-        self.restart()
 
-    def restart(self) -> None:
-        """Begin a step."""
-        self._started, self._waited = time.perf_counter(), 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count what happens within as waiting."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - started
-
-    def row(self, questions: float, volumes: float) -> dict[str, float]:
-        """Return the timing of the step, with rates from the questions and volumes of all devices."""
-        seconds = time.perf_counter() - self._started
-        return {
+def run_steps(run: Run) -> dict[str, Any]:
+    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written."""
+    log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
+    session = started = time.perf_counter()
+    for batches in _steps_left(run):
+        waited = time.perf_counter() - started
+        row = _step(run, batches)
+        seconds = time.perf_counter() - started
+        row |= {
             "seconds": seconds,
-            "questions_per_second": questions / seconds,
-            "volumes_per_second": volumes / seconds,
-            "data_wait_share": self._waited / seconds,
+            "questions_per_second": row["questions"] / seconds,
+            "volumes_per_second": row["volumes"] / seconds,
+            "data_wait_share": waited / seconds,
+            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
         }
+        last = run.state["step"] == run.total_steps
+        if run.eval_rows and (last or _is_due(run, run.config.eval_every)):
+            row |= validate(run)
+        if log is not None:
+            log.write(row)
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            run.accelerator.log(numbers, step=row["step"])
+            run.callback(row)
+        if last or _is_due(run, run.config.save_every):
+            _save(run)
+        if last:
+            break
+        started = time.perf_counter()
+    return _finish(run, time.perf_counter() - session)
 
 
-def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Return what every peak rate is multiplied by in optimizer step `step`, counted from 0.
+def _is_due(run: Run, every: int) -> bool:
+    return every > 0 and run.state["step"] % every == 0
+
+
+def _steps_left(run: Run) -> Iterator[list[Batch]]:
+    """Yield this rank's batches of each step that is left, and count the epochs in `run.state`."""
+    config, state = run.config, run.state
+    per_rank = config.groups_per_step // run.accelerator.num_processes
+    for epoch in range(state["epoch"], config.epochs) if state["step"] < run.total_steps else ():
+        plan = plan_epoch(run.rows, config.questions_per_volume, config.groups_per_step, config.seed, epoch)
+        steps = plan[state["step_in_epoch"] :]
+        batches = _read(run, run.rows, steps, training=True, epoch=epoch)
+        for _ in steps:
+            yield [next(batches) for _ in range(per_rank)]
+        state |= {"epoch": epoch + 1, "step_in_epoch": 0}
+
+
+def _read(
+    run: Run, rows: Sequence[TrainRow], steps: Sequence[Sequence[MicroBatch]], *, training: bool, epoch: int = 0
+) -> Iterator[Batch]:
+    """Yield this rank's batches of the steps. One that cannot be read stops the run, or is named and has weight 0."""
+    rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
+    own = [micro_batch for step in steps for micro_batch in step[rank::world_size]]
+    same_calls = is_sharded(run.accelerator)
+    dataset = MicroBatches(rows, own, run.processor, run.config, training=training, epoch=epoch, same_calls=same_calls)
+    for batch in read_ahead(dataset, run.accelerator.device):
+        if batch.error:
+            message = f"{len(batch.ids)} rows ({', '.join(batch.ids)}) cannot be read: {batch.error}"
+            if run.config.on_bad_row == "stop":
+                raise TrainingStopped(f"{message}. Repair the store, or leave such rows out with on_bad_row=skip")
+            logger.warning("skipped: %s", message)
+        yield batch
+
+
+def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
+    """Make one optimizer step; return its row of the log."""
+    step, sums = run.state["step"], Sums()
+    phase = phase_at(run.model_config, step, run.total_steps) if run.schedules else Phase.DENSE
+    learning_rates = set_learning_rates(run.optimizer, run.config, step, run.total_steps)
+    for batch in batches:
+        is_last = batch is batches[-1]  # its backward makes gradients known to all processes
+        with nullcontext() if is_last else run.accelerator.no_sync(run.model):
+            sums.add(_micro_batch(run, batch.to(run.accelerator.device), phase, len(batches)))
+    norms = gradient_norms(run.model)
+    row = means(sums.over(run.accelerator), run.config.groups_per_step)
+    if _is_finite(run, row["loss"], norms, batches):
+        if run.config.max_grad_norm:
+            run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state |= {"step": step + 1, "step_in_epoch": run.state["step_in_epoch"] + 1}
+    return {
+        "step": step + 1,
+        "epoch": run.state["epoch"],
+        "phase": phase.value,
+        **row,
+        **{f"grad_norm/{module}": norm for module, norm in norms.items()},
+        **{f"lr/{module}": learning_rate for module, learning_rate in learning_rates.items()},
+    }
+
+
+def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, Any]:
+    """Add the gradients of a micro-batch; return its sums."""
+    scale = batch.weight / accumulated
+    inputs = dict(batch.inputs)
+    if run.schedules:
+        inputs |= {"step": run.state["step"], "total_steps": run.total_steps, "loss_scale": scale}
+        inputs["flip"] = batch.flips if phase is Phase.FLIP else torch.zeros_like(batch.flips)
+    with run.accelerator.autocast():
+        output = run.model(**inputs)
+    grounding = run.grounding(batch) if run.grounding else None
+    loss = output.loss if grounding is None else output.loss + grounding
+    run.accelerator.backward(loss * scale)
+    sums = sums_of(loss, output, batch, run.model_config)
+    return sums if grounding is None else sums | {"grounding": grounding.detach() * batch.weight}
+
+
+def _is_finite(run: Run, loss: float, norms: dict[str, float], batches: list[Batch]) -> bool:
+    """Tell whether loss and gradients are finite in all processes; where they are not, stop or warn."""
+    bad = torch.tensor(float(not all(map(math.isfinite, (loss, *norms.values())))), device=run.accelerator.device)
+    if not run.accelerator.reduce(bad, "sum"):
+        return True
+    ids = ", ".join(id for batch in batches for id in batch.ids)
+    message = f"step {run.state['step'] + 1}: expected a finite loss, found {loss} for the rows {ids}"
+    if run.config.on_nan == "stop":
+        raise TrainingStopped(f"{message}; lower the learning rate, or leave such steps out with on_nan=skip")
+    logger.warning("%s; the step is skipped", message)
+    return False
+
+
+def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return what every peak learning rate is multiplied by in optimizer step `step`, counted from 0.
 
     Rises in a line over the warm-up (the last step of which has 1), then falls to 0 along a cosine or a line, or stays.
     """
@@ -77,162 +169,77 @@ def rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
 
 
-def set_rates(optimizer: Any, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
-    """Set the optimizer's rates for a step and return them by module."""
-    factor = rate_factor(config, step, total_steps)
+def set_learning_rates(optimizer: Any, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Set the optimizer's learning rates for a step and return them by module."""
+    factor = learning_rate_factor(config, step, total_steps)
     for group in optimizer.param_groups:
-        group["lr"] = config.rates[group["module"]] * factor
+        group["lr"] = config.learning_rates[group["module"]] * factor
     return {group["module"]: group["lr"] for group in optimizer.param_groups}
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Return the mean loss over groups, the share of rows whose answer would be decoded exactly, and the keep ratio.
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the norm of the gradients of each module that has any, of all processes."""
+    squares: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm: Any = torch.linalg.vector_norm(parameter.grad.float())
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # where processes share the weight
+            squares[module_of(name)].append(whole.square())
+    return {module: float(torch.stack(values).sum().sqrt()) for module, values in squares.items()}
 
-    An answer counts when every token of it, end marker included, is the likeliest after those before it.
+
+def validate(run: Run) -> dict[str, float]:
+    """Return how the model does on `eval_rows`: mean loss over groups, share of rows answered exactly, keep ratio.
+
+    A row is answered exactly when every token of its answer, end marker included, is the likeliest after the true ones
+    before it.
     """
-    groups = [
-        group for step in plan_epoch(run.eval_rows, run.config.questions_per_volume, run.turn.world, 0, 0) for group in step
-    ]
+    world_size = run.accelerator.num_processes
+    steps = plan_epoch(run.eval_rows, run.config.questions_per_volume, world_size, 0, 0)
     sums = Sums()
     run.model.eval()
     with torch.no_grad(), run.accelerator.autocast():
-        for batch in read_ahead(run, run.turn.of([groups]), training=False):
+        for batch in _read(run, run.eval_rows, steps, training=False):
             batch = batch.to(run.accelerator.device)
-            check_read(run, batch)
-            output = run.model(**batch.inputs, answers_only=True) if batch.weight or run.is_sharded else None
+            output = None
+            if batch.weight or is_sharded(run.accelerator):
+                output = run.model(**batch.inputs, answers_only=True)
             if output is None or batch.weight == 0:
                 sums.add({"skipped_groups": float(bool(batch.error))})
                 continue
-            sums.add(sums_of(output, replace(batch, weight=1.0), run.photon) | {"right": _right(output, len(batch.ids))})
+            right = {"right": _exact_answers(output, len(batch.ids))}
+            sums.add(sums_of(output.loss, output, replace(batch, weight=1.0), run.model_config) | right)
     run.model.train()
     total = sums.over(run.accelerator)
-    found = {"eval_loss": total["loss"] / max(total["groups"], 1), "eval_exact": total["right"] / max(total["questions"], 1)}
+    found = {
+        "eval_loss": total["loss"] / max(total["groups"], 1),
+        "eval_exact": total["right"] / max(total["questions"], 1),
+    }
     if total["visual_tokens"]:
         found["eval_keep_ratio"] = total["visual_tokens_kept"] / total["visual_tokens"]
     return found | {"eval_questions": total["questions"], "eval_skipped_groups": total["skipped_groups"]}
 
 
-def _right(output: PhotonOutput, rows: int) -> torch.Tensor:
-    """Return how many rows have all their answer tokens right."""
+def _exact_answers(output: PhotonOutput, rows: int) -> Tensor:
+    """Return how many of the rows have the likeliest token everywhere in their answer."""
     logits_NV, labels_N, rows_N = output.logits, output.answer_labels_N, output.answer_rows_N
     assert logits_NV is not None and labels_N is not None and rows_N is not None, "the batch has labels"
     wrong_N = (logits_NV.argmax(-1) != labels_N).float()
     return (torch.zeros(rows, device=rows_N.device).index_add_(0, rows_N, wrong_N) == 0).sum()
 
 
-logger = logging.getLogger(__name__)
-
-
-def run_steps(run: Run) -> dict[str, Any]:
-    """Train from `run.state` to the end, evaluating and saving on the way; return the summary, which is also written."""
-    log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
-    started, clock = time.perf_counter(), Clock()
-    for step_batches in _steps_left(run, clock):
-        row = _step(run, step_batches, clock)
-        last = run.state["step"] == run.total_steps
-        if run.eval_rows and (last or _is_due(run, run.config.eval_every)):
-            row |= evaluate(run)
-        _report(run, log, row)
-        if last or _is_due(run, run.config.save_every):
-            _save(run)
-        if last:
-            break
-        clock.restart()
-    return _finish(run, time.perf_counter() - started)
-
-
-def _is_due(run: Run, every: int) -> bool:
-    return every > 0 and run.state["step"] % every == 0
-
-
-def _steps_left(run: Run, clock: Clock) -> Iterator[list[Batch]]:
-    """Yield this process's batches of each step that is left, and count the steps in `run.state`."""
-    left = range(run.state["epoch"], run.config.epochs) if run.state["step"] < run.total_steps else ()
-    for epoch in left:
-        yield from _steps_of(run, epoch, run.state["step_in_epoch"], clock)
-        run.state |= {"epoch": epoch + 1, "step_in_epoch": 0}
-
-
-def _steps_of(run: Run, epoch: int, done: int, clock: Clock) -> Iterator[list[Batch]]:
-    """Yield this process's batches of each step of the epoch that is left."""
-    steps = plan_epoch(run.rows, run.config.questions_per_volume, run.config.groups_per_step, run.config.seed, epoch)[done:]
-    read = read_ahead(run, run.turn.of(steps), training=True, epoch=epoch)
-    per_step = run.config.groups_per_step // run.turn.world
-    for _ in steps:
-        with clock.waiting():
-            step = [next(read) for _ in range(per_step)]
-        yield step
-
-
-def _step(run: Run, step_batches: list[Batch], clock: Clock) -> dict[str, Any]:
-    """Make one optimizer step; return its row of the log."""
-    step, sums = run.state["step"], Sums()
-    phase = phase_at(run.photon, step, run.total_steps) if run.is_stage_2 else Phase.DENSE
-    rates = set_rates(run.engine.optimizer, run.config, step, run.total_steps)
-    for number, batch in enumerate(step_batches):
-        check_read(run, batch)
-        last = number == len(step_batches) - 1
-        with run.engine.group(last):
-            sums.add(_group(run, batch.to(run.accelerator.device), phase, len(step_batches)))
-    norms = run.engine.gradient_norms()
-    total = sums.over(run.accelerator)
-    row = means(total, run.config.groups_per_step)
-    if _may_move(run, row, step_batches, norms):
-        run.engine.move(run.config.max_grad_norm)
-    run.engine.forget()
-    run.state |= {"step": step + 1, "step_in_epoch": run.state["step_in_epoch"] + 1}
-    timing = clock.row(total["questions"], total["volumes"])
-    return {
-        "step": step + 1,
-        "epoch": run.state["epoch"],
-        "phase": phase.value,
-        **row,
-        **{f"grad_norm/{module}": norm for module, norm in norms.items()},
-        **{f"lr/{module}": rate for module, rate in rates.items()},
-        **timing,
-        "peak_memory_mib": peak_memory_mib(run.accelerator.device),
-    }
-
-
-def _group(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, Any]:
-    """Add a group's gradients; return its sums."""
-    scale = batch.weight / accumulated
-    inputs = dict(batch.inputs)
-    if run.is_stage_2:
-        inputs |= {"step": run.state["step"], "total_steps": run.total_steps, "loss_scale": scale}
-        inputs["flip"] = batch.flips if phase is Phase.FLIP else torch.zeros_like(batch.flips)
-    with run.accelerator.autocast():
-        output = run.model(**inputs)
-    run.engine.backward(output.loss * scale)
-    return sums_of(output, batch, run.photon)
-
-
-def _may_move(run: Run, row: dict[str, Any], step_batches: list[Batch], norms: dict[str, float]) -> bool:
-    """Tell whether loss and gradients are finite; stop, or say so, if not. All processes decide alike."""
-    bad = not all(map(math.isfinite, (row["loss"], *norms.values())))
-    if not run.accelerator.reduce(torch.tensor(float(bad), device=run.accelerator.device), "sum"):
-        return True
-    ids = ", ".join(id for batch in step_batches for id in batch.ids)
-    named = f"step {run.state['step'] + 1}: a finite loss wanted, got {row['loss']} for the rows {ids}"
-    if run.config.on_nan == "stop":
-        raise TrainingStopped(f"{named}. Lower the learning rate or go on without such steps with on_nan=skip")
-    logger.warning("%s; the step is skipped", named)
-    return False
-
-
-def _report(run: Run, log: Log | None, row: dict[str, Any]) -> None:
-    if log is not None:
-        log.write(row)
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        run.accelerator.log(numbers, step=row["step"])
-        run.watch(row)
-
-
 def _save(run: Run) -> None:
-    save_checkpoint(run.engine, run.processor, run.folder, dict(run.state), run.config.keep_checkpoints)
+    unwrapped: Any = run.accelerator.unwrap_model(run.model)
+    weights = gather_weights(run.model, unwrapped)
+    state = gather_optimizer_state(run.model, run.optimizer.optimizer)
+    if run.accelerator.is_main_process:
+        keep = run.config.keep_checkpoints
+        save_checkpoint(run.folder, dict(run.state), unwrapped, weights, state, run.processor, keep)
+    run.accelerator.wait_for_everyone()
 
 
 def _finish(run: Run, seconds: float) -> dict[str, Any]:
+    """Write what a run leaves at its end; return the summary, {} but in the main process."""
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return {}
@@ -240,21 +247,26 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
         checkpoint = checkpoints(run.folder)[-1]
         save_merged(load_model(run.config, checkpoint)[0], run.processor, checkpoint)
     rows = read_log(run.folder)
-    last = rows[-1]
-    summary = {"steps": run.state["step"], "seconds_of_this_session": seconds, "first": rows[0], "last": last}
-    summary["questions_trained"] = sum(row["questions"] for row in rows)
-    summary["groups_skipped"] = sum(row["skipped_groups"] for row in rows)
+    summary = {
+        "steps": run.state["step"],
+        "seconds_of_this_session": seconds,
+        "first": rows[0],
+        "last": rows[-1],
+        "questions_trained": sum(row["questions"] for row in rows),
+        "groups_skipped": sum(row["skipped_groups"] for row in rows),
+    }
     write_summary(run.folder, summary)
     return summary
 
 
-def dry_run(config: TrainConfig) -> str:
-    """Return a description of the run, after one step of it on real rows in a temporary folder; "" but in the main process.
+def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
+    """Return a description of the run, after one step of it on real rows in a temporary folder.
 
-    Every row is checked against its store, as at the start of a run. Raises what that raises.
+    Every row is checked against its store, as at the start of a run. Raises what that raises. "" but in the main
+    process.
     """
     with tempfile.TemporaryDirectory(prefix="photon-") as folder:
-        trial = start(replace(config, output=folder, track=()), resume=False)
+        trial = start(replace(config, output=folder, track=()), resume=False, grounding=grounding)
         whole = trial.total_steps
         trial.total_steps, trial.eval_rows = 1, []
         started = time.perf_counter()
@@ -275,19 +287,12 @@ def dry_run(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _modules(run: Run) -> list[str]:
-    """Return a line per module: how much of it is trained, at which peak rate."""
-    model = run.accelerator.unwrap_model(run.model)
-    lines = []
+def _modules(run: Run) -> Iterator[str]:
+    """Yield a line per module: how much of it is trained, at which peak learning rate."""
+    named = list(run.accelerator.unwrap_model(run.model).named_parameters())
     for module in (*MODULES, LANGUAGE_MODEL):
-        own = [parameter for name, parameter in model.named_parameters() if module_of(name) == module]
-        trained = sum(_size(p) for p in own if p.requires_grad)
-        if own:
-            rate = f"learning rate {run.config.rates[module]:g}" if trained else "frozen"
-            lines.append(f"  {module:16} {trained:,} of {sum(map(_size, own)):,} parameters, {rate}")
-    return lines
-
-
-def _size(parameter: Any) -> int:
-    """Return how many numbers a weight has, of which this process may hold none."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+        sizes = [(p.numel(), p.requires_grad) for name, p in named if module_of(name) == module]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        if sizes:
+            how = f"learning rate {run.config.learning_rates[module]:g}" if trained else "frozen"
+            yield f"  {module:16} {trained:,} of {sum(size for size, _ in sizes):,} parameters, {how}"

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_train.answering.prediction import Prediction, pack_mask
-from photon_train.evaluation.evaluate import Settings, evaluate
-from photon_train.evaluation.report import write
+from photon_train.evaluation.evaluate import evaluate
+from photon_train.evaluation.report import write_report
+from photon_train.evaluation.tables import Settings
 
 YES_NO = ("Yes", "No")
 
@@ -25,7 +26,9 @@ def cli(*words):
 
 @pytest.fixture
 def files(tmp_path):
-    rows = [row(f"q{i}", YES_NO[i % 2], YES_NO, patient=f"p{i // 2}", kind=f"k{i % 3}", task=f"t{i % 2}") for i in range(12)]
+    rows = [
+        row(f"q{i}", YES_NO[i % 2], YES_NO, patient=f"p{i // 2}", kind=f"k{i % 3}", task=f"t{i % 2}") for i in range(12)
+    ]
     rows += [row(f"w{i}", "upper lobe <b>", kind="words", task="words") for i in range(3)]
     put(tmp_path / "data.jsonl", rows)
     put(tmp_path / "preds.jsonl", [Prediction(one["id"], "Yes" if one["choices"] else "upper lobe") for one in rows])
@@ -57,7 +60,9 @@ def test_scores_are_told_on_the_terminal_and_written(files):
     assert "other minus preds" in text
     scores = json.loads((files / "out" / "scores.json").read_text())
     assert [answers["name"] for answers in scores["predictions"]] == ["preds", "other"]
-    (score,) = [s for s in scores["predictions"][0]["scores"] if (s["metric"], s["task"]) == ("accuracy_robust", "all")][1:]
+    (score,) = [
+        s for s in scores["predictions"][0]["scores"] if (s["metric"], s["task"]) == ("accuracy_robust", "all")
+    ][1:]
     assert (score["average"], score["value"], score["questions"], score["patients"]) == ("question_weighted", 50, 12, 6)
     assert scores["differences"][0]["questions"] == 15
 
@@ -70,7 +75,9 @@ def test_predictions_that_do_not_match_are_misuse_or_partial(files):
     assert not (files / "out").exists()
     code, text = ask(files, "--allow-partial")
     assert code == 1
-    assert "PARTIAL: 1 of 15 questions are scored; predictions: 13 missing, 1 failed, 1 of unknown ids" in text.replace("\n", " ")
+    assert "PARTIAL: 1 of 15 questions are scored; predictions: 13 missing, 1 failed, 1 of unknown ids" in text.replace(
+        "\n", " "
+    )
     page = (files / "out" / "report.html").read_text()
     assert page.count("PARTIAL: 1 of 15 questions") >= 3
 
@@ -101,7 +108,7 @@ def test_the_page_is_one_file_with_the_pictures_of_its_cases(files, tmp_path):
     rows = [json.loads(line) for line in (files / "data.jsonl").read_text().splitlines()]
     said = [Prediction(one["id"], "Yes", visual_tokens=10, kept_tokens=4, seconds={"answer": 0.5}) for one in rows]
     done = evaluate("vqa", rows, {"<m>": said}, settings=Settings(bootstrap=20))
-    scores, report = write(done, tmp_path / "page", overlays={"<m>": {"q1": tmp_path / "q1.png"}})
+    scores, report = write_report(done, tmp_path / "page", overlays={"<m>": {"q1": tmp_path / "q1.png"}})
     page = report.read_text()
     assert "data:image/png;base64," in page
     assert "&lt;m&gt;" in page
@@ -131,9 +138,8 @@ def test_with_the_models_config_flops_and_its_own_grid_are_told(files):
 
 def test_without_the_extra_it_is_named(files):
     words = ["eval", "vqa", "--data", str(files / "data.jsonl"), "--output", str(files / "out")]
-    code = (
-        f"import sys; sys.modules['sacrebleu'] = None; sys.argv = ['photon', *{words}]; import photon_cli.photon as p; p.main()"
-    )
+    code = f"import sys; sys.modules['sacrebleu'] = None; sys.argv = ['photon', *{words}]; "
+    code += "import photon_cli.photon as p; p.main()"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("pip install 'photon-ct[eval]'")) == (2, 1)
 

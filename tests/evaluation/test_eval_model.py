@@ -31,7 +31,12 @@ def data(tmp_path_factory):
     for number in range(2):
         place = store(folder, f"v{number}", number)
         for k, question in enumerate(QUESTIONS[:3]):
-            more = {"question": question, "volume_id": f"v{number}", "patient": f"p{number}", "extra": {"organ_masks": organs[k]}}
+            more = {
+                "question": question,
+                "volume_id": f"v{number}",
+                "patient": f"p{number}",
+                "extra": {"organ_masks": organs[k]},
+            }
             rows.append(row(f"{number}-{k}", YES_NO[k % 2], YES_NO, videos=[place], **more))
     put(folder / "rows.jsonl", rows)
     return folder
@@ -149,7 +154,9 @@ def test_masks_and_pictures_come_from_the_kept_tokens_of_every_volume(model_dir,
         "liver": (2, 4),
         "lungs": (4, 2),
     }
-    kept = [unpack_mask(p.kept, TOKENS)[TOKENS // 2] for id, p in read(tmp_path / "out", "its").items() if id.endswith("-0")]
+    kept = [
+        unpack_mask(p.kept, TOKENS)[TOKENS // 2] for id, p in read(tmp_path / "out", "its").items() if id.endswith("-0")
+    ]
     assert organs["liver"]["own"]["recall"]["value"] == pytest.approx(100 * sum(kept) / 2)
     assert (answers["masks"]["by_size"][0]["name"], answers["masks"]["by_size"][0]["pairs"]) == ("below 1 ml", 12)
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 3

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon_train.evaluation.parsing import choice, contains_letter, letter_v2, number, number_v2, without_punctuation, yes_no
+from photon_train.evaluation.parsing import (
+    contains_letter,
+    parse_choice,
+    parse_letter_v2,
+    parse_number,
+    parse_number_v2,
+    parse_yes_no,
+    without_punctuation,
+)
 
 YES_NO = ("Yes", "No")
 TEMPORAL = (
@@ -46,12 +54,13 @@ LUNGS = ("lung", "left lung", "both lungs", "A large cyst")
     ],
 )
 def test_a_response_means_one_choice_or_none(response, choices, meant):
-    assert choice(response, choices) == meant
+    assert parse_choice(response, choices) == meant
 
 
 TEXTS = st.lists(st.text(string.ascii_lowercase + " -,", min_size=4, max_size=30), min_size=2, max_size=6).filter(
     lambda texts: (
-        len({without_punctuation(t) for t in texts}) == len(texts) and all(len(without_punctuation(t)) > 2 for t in texts)
+        len({without_punctuation(t) for t in texts}) == len(texts)
+        and all(len(without_punctuation(t)) > 2 for t in texts)
     )
 )
 
@@ -60,15 +69,28 @@ TEXTS = st.lists(st.text(string.ascii_lowercase + " -,", min_size=4, max_size=30
 def test_every_way_of_writing_a_choice_is_read_as_it(choices, data):
     index = data.draw(st.integers(0, len(choices) - 1))
     letter = "ABCDEF"[index]
-    ways = [letter, f"{letter}.", f" ({letter}) ", f"{letter}. {choices[index]}", choices[index], choices[index].upper() + "."]
-    assert [choice(way, choices) for way in ways] == [index] * len(ways)
+    ways = [
+        letter,
+        f"{letter}.",
+        f" ({letter}) ",
+        f"{letter}. {choices[index]}",
+        choices[index],
+        choices[index].upper() + ".",
+    ]
+    assert [parse_choice(way, tuple(choices)) for way in ways] == [index] * len(ways)
 
 
 def test_the_published_letters_are_read_as_their_authors_do():
     assert contains_letter("A. Yes or B. No", "B")
     assert not contains_letter("B", "B")
-    assert [letter_v2(text) for text in ("b", "A large cyst", "Both", "the answer is c", "none")] == ["B", "A", "B", "C", None]
-    assert letter_v2("<think>A</think>\nD") == "D"
+    assert [parse_letter_v2(text) for text in ("b", "A large cyst", "Both", "the answer is c", "none")] == [
+        "B",
+        "A",
+        "B",
+        "C",
+        None,
+    ]
+    assert parse_letter_v2("<think>A</think>\nD") == "D"
 
 
 @pytest.mark.parametrize(
@@ -84,11 +106,11 @@ def test_the_published_letters_are_read_as_their_authors_do():
     ],
 )
 def test_the_first_number_counts(text, v1, v2):
-    assert (number(text), number_v2(text)) == (v1, v2)
+    assert (parse_number(text), parse_number_v2(text)) == (v1, v2)
 
 
 def test_yes_and_no_are_words():
-    assert [yes_no(t) for t in ("Yes.", "There is no nodule, yes", "normal", "NO", "Yesterday")] == [
+    assert [parse_yes_no(t) for t in ("Yes.", "There is no nodule, yes", "normal", "NO", "Yesterday")] == [
         "yes",
         "no",
         None,

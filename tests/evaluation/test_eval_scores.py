@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 
 from photon_data.errors import UsageError
 from photon_data.questions.question import PROMPTS, Question
-from photon_train.answering.prediction import Prediction, pack_mask
+from photon_train.answering.prediction import Prediction, pack_mask, question_digest
 from photon_train.evaluation.cases import join
-from photon_train.evaluation.choice_metrics import accuracies, yes_no_metrics
-from photon_train.evaluation.costs import costs
-from photon_train.evaluation.evaluate import BLIND, Settings, evaluate
-from photon_train.evaluation.kept import kept, overlap_of
-from photon_train.evaluation.metric import draw, interval
-from photon_train.evaluation.tables import table_of
+from photon_train.evaluation.choice_metrics import ACCURACIES, YES_NO_METRICS
+from photon_train.evaluation.costs import summarise_costs
+from photon_train.evaluation.evaluate import BLIND, evaluate
+from photon_train.evaluation.kept import overlap_of, summarise_kept
+from photon_train.evaluation.metric import draw_patients, interval
+from photon_train.evaluation.tables import Settings, table_of
 from photon_train.evaluation.text_metrics import LabelTable
-from photon_train.rows import asked_of
 
 YES_NO = ("Yes", "No")
 RAD3D_QUESTIONS = rad3d_questions("test")[::5]
@@ -45,8 +44,8 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
     rows = [row(id, "No", YES_NO) for id in ("a", "b", "c", "d", "e", "f")]
     answers = [
         Prediction("a", "No"),
-        Prediction("e", "No", asked=asked_of(row("e", "No", YES_NO, question="Where?"))),
-        Prediction("f", "No", asked=asked_of(row("f", "Yes", YES_NO))),
+        Prediction("e", "No", asked=question_digest(row("e", "No", YES_NO, question="Where?"))),
+        Prediction("f", "No", asked=question_digest(row("f", "Yes", YES_NO))),
         Prediction("b", "No"),
         Prediction("b", "Yes"),
         Prediction("c", error="x"),
@@ -65,19 +64,25 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
     joined = join(rows, answers, allow_partial=True)
     assert [case.id for case in joined.cases] == ["a", "f"]
     gaps = joined.gaps
-    assert (gaps.missing, gaps.failed, gaps.repeated, gaps.changed, gaps.unknown) == (("d",), ("c",), ("b",), ("e",), ("z",))
+    assert (gaps.missing, gaps.failed, gaps.repeated, gaps.changed, gaps.unknown) == (
+        ("d",),
+        ("c",),
+        ("b",),
+        ("e",),
+        ("z",),
+    )
     assert gaps.sentence().startswith("PARTIAL: 2 of 6 questions are scored")
 
 
 def test_rows_that_repeat_or_have_no_answer_are_refused():
-    with pytest.raises(UsageError, match="every question once wanted in the data, got 1 otherwise: a"):
+    with pytest.raises(UsageError, match="expected every question once in the data, found 1 that occur again: a"):
         join([row("a", "No"), row("a", "No")], [Prediction("a", "No")])
     with pytest.raises(UsageError, match="questions with an answer"):
         join([row("a", "")], [Prediction("a", "No")])
 
 
 def test_partial_predictions_of_nothing_are_refused():
-    with pytest.raises(UsageError, match="got none"):
+    with pytest.raises(UsageError, match="found none"):
         join([row("a", "No")], [Prediction("b", "No")], allow_partial=True)
 
 
@@ -95,7 +100,9 @@ def test_the_order_of_rows_and_predictions_does_not_matter(rnd):
 
 
 def test_macro_and_question_weighted_averages_by_hand():
-    rows = [row(f"a{i}", "No", YES_NO, task="t", kind="big") for i in range(3)] + [row("b", "No", YES_NO, task="t", kind="small")]
+    rows = [row(f"a{i}", "No", YES_NO, task="t", kind="big") for i in range(3)] + [
+        row("b", "No", YES_NO, task="t", kind="small")
+    ]
     rows.append(row("c", "Yes", YES_NO, task="u", kind="only"))
     said = {"a0": "No", "a1": "No", "a2": "Yes", "b": "Yes", "c": "Yes"}
     done = evaluate("vqa", rows, {"m": [Prediction(id, text) for id, text in said.items()]}, settings=FEW)
@@ -112,8 +119,12 @@ def test_macro_and_question_weighted_averages_by_hand():
 TUMOUR = {"mc_question": "Where? A: head B: tail C: body", "choices": ["head", "tail", "body"], "letter": "B"}
 FREE = [
     Question("d0", "v0", "How large?", "12.5", extra={"answer_type": "number", "subtask": "largest lesion diameter"}),
-    Question("d1", "v1", "Is there a lesion?", "no", extra={"answer_type": "yes-no", "subtask": "liver lesion existence"}),
-    Question("d2", "v1", "Where?", "tail", extra={"answer_type": "text", "subtask": "largest lesion location", **TUMOUR}),
+    Question(
+        "d1", "v1", "Is there a lesion?", "no", extra={"answer_type": "yes-no", "subtask": "liver lesion existence"}
+    ),
+    Question(
+        "d2", "v1", "Where?", "tail", extra={"answer_type": "text", "subtask": "largest lesion location", **TUMOUR}
+    ),
 ]
 
 
@@ -128,7 +139,15 @@ def test_the_label_itself_is_right_however_the_question_was_put(benchmark, style
     done = evaluate(
         benchmark, rows, {"m": [Prediction(one["id"], one["answer"]) for one in rows]}, settings=Settings(bootstrap=0)
     )
-    right = ("accuracy_robust", "accuracy_normalised", "accuracy_strict", "score_v1", "mra_thresholds", "mra_linear", "rouge1")
+    right = (
+        "accuracy_robust",
+        "accuracy_normalised",
+        "accuracy_strict",
+        "score_v1",
+        "mra_thresholds",
+        "mra_linear",
+        "rouge1",
+    )
     scores = [score for score in done.answers[0].scores if score.metric in right]
     assert scores
     assert {(score.metric, score.estimate.value) for score in scores} == {(score.metric, 100) for score in scores}
@@ -137,7 +156,9 @@ def test_the_label_itself_is_right_however_the_question_was_put(benchmark, style
 
 def test_unparsed_responses_are_wrong_and_counted():
     rows = [row(f"q{i}", "No", YES_NO) for i in range(4)]
-    done = evaluate("vqa", rows, {"m": [Prediction(f"q{i}", "No" if i else "cannot say") for i in range(4)]}, settings=FEW)
+    done = evaluate(
+        "vqa", rows, {"m": [Prediction(f"q{i}", "No" if i else "cannot say") for i in range(4)]}, settings=FEW
+    )
     assert done.answers[0].unparsed == {"task": 1}
     assert found(done, "accuracy_robust", "task").estimate.value == 75
 
@@ -146,7 +167,7 @@ def test_unparsed_responses_are_wrong_and_counted():
 
 
 def together(size, count, same):
-    """Cases of `count` patients with `size` questions each, right or wrong together, under one patient's name or many."""
+    """Cases of `count` patients with `size` questions each, right or wrong together, under one name or many."""
     rnd = random.Random(0)
     right = [rnd.random() < 0.6 for _ in range(count)]
     return [
@@ -157,15 +178,15 @@ def together(size, count, same):
 
 
 def widths(cases, metric):
-    patients = draw([one.patient for one in cases], 1000, seed=0)
+    patients = draw_patients([one.patient for one in cases], 1000, seed=0)
     (replicated,) = [one for key, one in table_of(cases, [metric], patients).items() if key.average == "subtask"]
     low, high = interval(replicated.values)
     return high - low
 
 
 def test_an_interval_of_clustered_answers_is_as_wide_as_that_of_their_patients():
-    naive, clustered = widths(together(10, 60, False), accuracies()[0]), widths(together(10, 60, True), accuracies()[0])
-    single = widths(together(1, 60, True), accuracies()[0])
+    naive, clustered = widths(together(10, 60, False), ACCURACIES[0]), widths(together(10, 60, True), ACCURACIES[0])
+    single = widths(together(1, 60, True), ACCURACIES[0])
     assert clustered == pytest.approx(single)
     assert clustered == pytest.approx(naive * 10**0.5, rel=0.15)
     normal = 2 * 1.96 * (0.6 * 0.4 / 60) ** 0.5
@@ -173,14 +194,19 @@ def test_an_interval_of_clustered_answers_is_as_wide_as_that_of_their_patients()
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(-2, 2)), min_size=4, max_size=25), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(-2, 2)), min_size=4, max_size=25),
+    st.integers(0, 99),
+)
 def test_every_resampled_value_is_that_of_the_patients_drawn(answers, seed):
     cases = [
-        case("Yes" if is_yes else "No", "Yes", YES_NO, id=str(i), patient=f"p{patient}", scores={"Yes": score, "No": 0.0})
+        case(
+            "Yes" if is_yes else "No", "Yes", YES_NO, id=str(i), patient=f"p{patient}", scores={"Yes": score, "No": 0.0}
+        )
         for i, (patient, is_yes, score) in enumerate(answers)
     ]
-    patients = draw([one.patient for one in cases], 5, seed)
-    for metric in [accuracies()[0], *yes_no_metrics()]:
+    patients = draw_patients([one.patient for one in cases], 5, seed)
+    for metric in [ACCURACIES[0], *YES_NO_METRICS]:
         values = metric.replicates(cases, patients.of([one.patient for one in cases]), patients.weights)
         for weights, value in zip(patients.weights, values, strict=True):
             again = [one for one in cases for _ in range(int(weights[patients.index[one.patient]]))]
@@ -225,7 +251,9 @@ def test_without_predictions_the_best_constant_is_scored(blind):
     assert score.estimate.value == score.baselines["best_constant"] > 0
 
 
-@pytest.mark.parametrize("task", ["Existence_Detection", "Static_Temporal_Diagnosis", "Longitudinal_Temporal_Diagnosis"])
+@pytest.mark.parametrize(
+    "task", ["Existence_Detection", "Static_Temporal_Diagnosis", "Longitudinal_Temporal_Diagnosis"]
+)
 def test_constants_on_3d_rads_rows_are_those_counted_in_its_files(blind, task):
     parts = {stem: letters(rows) for stem, rows in csv_rows(f"Task?_{task}/*.csv")}
     best, _ = sum(parts.values(), Counter()).most_common(1)[0]
@@ -242,7 +270,9 @@ def test_text_rules_on_3d_rads_rows_are_those_counted_in_its_file(blind):
     right = Counter()
     for one in rows:
         priors = re.search(r"\[(.*?)\]", one["Question"])[1].split(", ")
-        right["text_rule_last_prior"] += one["AnswerChoice"] == ("D" if "1" not in priors else "A" if priors[-1] == "1" else "B")
+        right["text_rule_last_prior"] += one["AnswerChoice"] == (
+            "D" if "1" not in priors else "A" if priors[-1] == "1" else "B"
+        )
         right["text_rule_any_prior"] += one["AnswerChoice"] == ("B" if "1" in priors else "D")
     score = found(blind, "accuracy_contains_letter", "Longitudinal_Temporal_Diagnosis")
     for rule, count in right.items():
@@ -251,13 +281,16 @@ def test_text_rules_on_3d_rads_rows_are_those_counted_in_its_file(blind):
 
 
 @pytest.mark.parametrize(
-    ("history", "last", "any_"), [("0", "D", "D"), ("1", "A", "B"), ("0, 0", "D", "D"), ("1, 0", "B", "B"), ("0, 1", "A", "B")]
+    ("history", "last", "any_"),
+    [("0", "D", "D"), ("1", "A", "B"), ("0, 0", "D", "D"), ("1, 0", "B", "B"), ("0, 1", "A", "B")],
 )
 def test_text_rules_read_longer_histories(history, last, any_):
     from photon_train.evaluation.baselines import any_prior, last_prior
 
     choices = ("Refractory Lesion (x)", "Resolved Lesion (y)", "New Lesion (z)", "No Abnormality (w)")
-    one = case(choices[0], "", choices, question=f"Emphysema: [{history}]. Now?", task="Longitudinal_Temporal_Diagnosis")
+    one = case(
+        choices[0], "", choices, question=f"Emphysema: [{history}]. Now?", task="Longitudinal_Temporal_Diagnosis"
+    )
     assert (last_prior(one), any_prior(one)) == (choices["ABCD".index(last)], choices["ABCD".index(any_)])
 
 
@@ -283,7 +316,7 @@ def test_label_metrics_stand_beside_constant_labels():
     assert score.estimate.value > 33.4
     assert found(done, "bleu4", "task").estimate.value == 0  # three words hold no four
     assert found(done, "rougel", "task").baselines["best_constant"] == 100
-    with pytest.raises(UsageError, match="one file of predictions wanted beside labels"):
+    with pytest.raises(UsageError, match="expected one file of predictions beside labels"):
         evaluate("report", rows, {"m": answers, "n": answers}, settings=Settings(labels=(reference, said)))
 
 
@@ -312,24 +345,31 @@ def test_what_was_kept_is_told_by_task_slab_and_pair():
     def one(id, volume, question, slabs):
         mask = np.zeros((4, 1, 2), bool)
         mask[slabs] = True
-        said = Prediction(id, "Yes", volume_id=volume, visual_tokens=8, kept_tokens=int(mask.sum()), kept=pack_mask(mask.ravel()))
+        said = Prediction(
+            id, "Yes", volume_id=volume, visual_tokens=8, kept_tokens=int(mask.sum()), kept=pack_mask(mask.ravel())
+        )
         return row(id, "Yes", YES_NO, question=question, volume_id=volume), said
 
-    made = [one("a", "v", "Q1", [0, 1]), one("b", "v", "Q2", [1, 2]), one("c", "w", "Q1", [0, 1]), one("d", "x", "Q3", [3])]
+    made = [
+        one("a", "v", "Q1", [0, 1]),
+        one("b", "v", "Q2", [1, 2]),
+        one("c", "w", "Q1", [0, 1]),
+        one("d", "x", "Q3", [3]),
+    ]
     rows, said = zip(*made, strict=True)
-    result = kept(join(rows, said).cases, grid_zyx=(4, 1, 2))
+    result = summarise_kept(join(rows, said).cases, grid_zyx=(4, 1, 2))
     assert result.questions_on_a_volume.jaccard == pytest.approx(2 / 6)
     assert result.volumes_of_a_question.jaccard == 1
     assert result.slabs == (0.5, 0.75, 0.25, 0.25)
     assert result.mean_ratio == pytest.approx((0.5 * 3 + 0.25) / 4)
     assert result.tokens["task"]["kept_tokens"] == 3.5
-    assert kept(join(rows, [Prediction(one["id"], "Yes") for one in rows]).cases) is None
+    assert summarise_kept(join(rows, [Prediction(one["id"], "Yes") for one in rows]).cases) is None
 
 
 def test_costs_add_up_over_stages():
     slow = Prediction("b", "Yes", seconds={"answer": 5.0}, peak_memory_mib=700)
     said = [Prediction("a", "Yes", seconds={"read": 1.0, "answer": 2.0}, peak_memory_mib=300), slow]
-    result = costs(join([row(id, "Yes") for id in "ab"], said).cases)
+    result = summarise_costs(join([row(id, "Yes") for id in "ab"], said).cases)
     assert result.seconds["total"].total == 8
     assert (result.seconds["read"].mean, result.seconds["answer"].median) == (0.5, 3.5)
     assert result.questions_per_second == 2 / 8
@@ -341,7 +381,7 @@ def test_flops_fall_with_what_is_kept():
     from photon_train import PhotonConfig
 
     said = [Prediction("a", "Yes", visual_tokens=1000, kept_tokens=400, text_tokens=50)]
-    result = costs(join([row("a", "Yes")], said).cases, PhotonConfig(stage=2))
+    result = summarise_costs(join([row("a", "Yes")], said).cases, PhotonConfig(stage=2))
     assert 0 < result.prefill_tflop < result.prefill_tflop_unpruned
 
 
@@ -356,14 +396,18 @@ def test_every_question_is_judged_by_a_number(benchmark):
         row("f", "x", ("x", "y")),
     ]
     rows.append(row("g", "2x3 mm", extra={"answer_type": "measurement"}))
-    judged = evaluate(benchmark, rows, {"m": [Prediction(one["id"], "no") for one in rows]}, settings=FEW).answers[0].judged
+    judged = (
+        evaluate(benchmark, rows, {"m": [Prediction(one["id"], "no") for one in rows]}, settings=FEW)
+        .answers[0]
+        .scored_cases
+    )
     assert [one.case.id for one in judged] == [one["id"] for one in rows]
     assert all(0 <= one.score <= 100 for one in judged)
     assert judged[0].score > 0
 
 
 def test_questions_that_a_benchmark_cannot_score_are_refused():
-    with pytest.raises(UsageError, match="1 that want a number, 'a' first; vqa has metrics for all"):
+    with pytest.raises(UsageError, match="1 that need a number, 'a' first; vqa has metrics for all"):
         evaluate("3d-rad", [row("a", "12"), row("b", "No", YES_NO)], {}, settings=FEW)
 
 

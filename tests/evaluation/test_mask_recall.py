@@ -8,10 +8,10 @@ from photon_data.errors import UsageError
 from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.kept import mask_recalls, organ_relation, size_of
-from photon_train.evaluation.metric import draw
+from photon_train.evaluation.metric import draw_patients
 from photon_train.kept_tokens import CountedMask
 
-# Four tokens. Of the liver's 10 voxels one lies beyond the grid; the spleen fills the last token; the lesion lies in the first.
+# Four tokens. Of the liver's 10 voxels one lies beyond the grid. The spleen fills the last, the lesion is in the first.
 LIVER = CountedMask("liver", np.array([6, 3, 0, 0]), 10, 1500.0)
 SPLEEN = CountedMask("spleen", np.array([0, 0, 0, 4]), 4, 150.0)
 LESION = CountedMask("liver_lesion", np.array([2, 0, 0, 0]), 2, 0.5)
@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.fixture
 def recalls():
-    return mask_recalls(CASES, MASKS, draw([case.patient for case in CASES], 200, seed=0))
+    return mask_recalls(CASES, MASKS, draw_patients([case.patient for case in CASES], 200, seed=0))
 
 
 def values(recall):
@@ -95,11 +95,11 @@ def test_a_question_without_an_organ_is_about_no_organ_and_no_other():
 
 
 def test_predictions_without_kept_tokens_or_on_another_grid_have_no_recall():
-    patients = draw(["p-v0"], 0, 0)
+    patients = draw_patients(["p-v0"], 0, 0)
     assert mask_recalls([asked("x", "v0", "liver", [1] * 5)], MASKS, patients) is None
     assert mask_recalls([case_of(row("y", "Yes", volume_id="v0"), Prediction("y"))], MASKS, patients) is None
 
 
 def test_names_of_masks_that_are_no_list_are_refused():
-    with pytest.raises(UsageError, match="a JSON list of names wanted"):
+    with pytest.raises(UsageError, match="expected a JSON list of names"):
         case_of(row("x", "Yes", extra={"organ_masks": "liver"}), Prediction("x"))

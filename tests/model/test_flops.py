@@ -6,7 +6,7 @@ from golden import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
 from photon_train import flops as costs
-from photon_train.packing import question_mask
+from photon_train.processing_photon import question_mask
 
 
 def counted(call) -> tuple[int, object]:
@@ -17,9 +17,11 @@ def counted(call) -> tuple[int, object]:
 
 def prompt_of(model, x):
     ids = x["input_ids"][0]
-    start, end = ((ids == t).nonzero()[0].item() for t in (model.config.vision_start_token_id, model.config.vision_end_token_id))
+    start, end = (
+        (ids == t).nonzero()[0].item() for t in (model.config.vision_start_token_id, model.config.vision_end_token_id)
+    )
     asked = int(question_mask(x["input_ids"], model.config).sum())
-    return costs.Prompt(before=start + 1, visual=end - start - 1, after=len(ids) - end, question=asked)
+    return costs.PromptSize(before=start + 1, visual=end - start - 1, after=len(ids) - end, question=asked)
 
 
 @pytest.mark.parametrize("name", ["b1", "text_first"])
@@ -33,7 +35,7 @@ def test_flops_are_those_that_torch_counts(golden: Golden, name: str) -> None:
         if scheduler == "none":
             expected = costs.without_scheduling(model.config, prompt, grid)
         else:
-            kept = out.scheduled.present_BM.shape[1] - (prompt.length - prompt.visual)
+            kept = out.scheduled.kept.mask_BM.shape[1] - (prompt.length - prompt.visual)
             expected = costs.with_its(model.config, prompt, grid, kept)
         assert expected.total() == pytest.approx(flops, rel=1e-3)
 
@@ -55,6 +57,6 @@ def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden) -> None:
         return model(**prefix.followed_by([question] * 3), logits_to_keep=1)
 
     flops, out = counted(ask)
-    kept = out.scheduled.present_BM.shape[1] - (prompt.length - prompt.visual)
+    kept = out.scheduled.kept.mask_BM.shape[1] - (prompt.length - prompt.visual)
     expected = costs.on_a_prefix(model.config, prompt, tuple(x["video_grid_thw"][0].tolist()), kept, questions=3)
     assert expected.total() == pytest.approx(flops, rel=1e-3)

@@ -58,13 +58,13 @@ def test_stage_1_becomes_stage_2_with_a_predictor_that_keeps_nearly_everything(g
     out = model(**golden.batch("b1"))
     visual = golden.inputs("b1")["vision_mask"]
     assert model.config.scheduler == "its"
-    assert_close(out.scheduled.threshold_B, torch.tensor([0.9 / (1 + 2.718281828459045**5)]))
+    assert_close(out.scheduled.selection.threshold_B, torch.tensor([0.9 / (1 + 2.718281828459045**5)]))
     assert out.scheduled.keep_BL[visual].float().mean() > 0.95
 
 
 def test_the_authors_effective_start_is_a_setting_away(golden: Golden) -> None:
     model = golden.model("s1", stage=2, initial_threshold=0.45)
-    assert_close(model(**golden.batch("b1")).scheduled.threshold_B, torch.tensor([0.45]))
+    assert_close(model(**golden.batch("b1")).scheduled.selection.threshold_B, torch.tensor([0.45]))
 
 
 @pytest.mark.parametrize("stage", ["s1", "s2"])
@@ -148,12 +148,14 @@ def test_a_key_too_few_or_too_many_is_an_error_that_lists_it(golden, tmp_path, d
 def test_a_weight_of_another_shape_is_an_error_that_lists_it(golden: Golden, tmp_path: Path) -> None:
     config, weights = published(golden, "s1")
     weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
-    with pytest.raises(ValueError, match=re.escape("model.language_model.norm.weight: shape (64,) wanted, (63,) found")):
+    with pytest.raises(
+        ValueError, match=re.escape("model.language_model.norm.weight: expected shape (64,), found (63,)")
+    ):
         PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, weights))
 
 
 def test_a_stage_2_checkpoint_is_not_loaded_for_stage_1(golden: Golden) -> None:
-    with pytest.raises(ValueError, match="stage 2 wanted"):
+    with pytest.raises(ValueError, match="expected stage 2, found 1"):
         golden.model("s2", stage=1)
 
 
@@ -169,13 +171,15 @@ def test_a_file_cut_off_and_a_path_that_is_not_there_say_what_to_do(golden: Gold
     path = write(tmp_path / "m", *published(golden, "s1"))
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"complete safetensors file wanted, .* fetch it again"):
+    with pytest.raises(ValueError, match=r"expected a complete safetensors file, .* fetch it again"):
         PhotonForConditionalGeneration.from_pretrained(path)
     with pytest.raises(ValueError, match="check the path"):
         PhotonForConditionalGeneration.from_pretrained(tmp_path / "elsewhere")
 
 
-def test_a_tied_checkpoint_needs_no_lm_head_and_saves_none_and_an_untied_one_does(golden: Golden, tmp_path: Path) -> None:
+def test_a_tied_checkpoint_needs_no_lm_head_and_saves_none_and_an_untied_one_does(
+    golden: Golden, tmp_path: Path
+) -> None:
     """Qwen2.5-VL-3B and the published Photon tie the head to the embeddings, larger Qwens do not."""
     config, weights = published(golden, "s1")
     embedded = weights["model.embed_tokens.weight"]
@@ -236,7 +240,8 @@ def test_grouped_windows_give_what_the_stock_vision_tower_gives_to_the_bit(golde
     stock = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation=attention).eval()
     stock.load_state_dict(photon.model.visual.state_dict())
     ours, theirs = (
-        tower(x["pixel_values_videos"], grid_thw=x["video_grid_thw"]).pooler_output for tower in (photon.model.visual, stock)
+        tower(x["pixel_values_videos"], grid_thw=x["video_grid_thw"]).pooler_output
+        for tower in (photon.model.visual, stock)
     )
     assert_close(ours, theirs, rtol=0, atol=0 if attention == "sdpa" else 1e-5)
 
@@ -245,7 +250,9 @@ def test_one_call_per_window_length_is_made(golden: Golden, monkeypatch: pytest.
     photon, x = golden.model("s1", attn_implementation="eager"), golden.inputs("vision_windows")
     calls = []
     stock = vision.eager_attention_forward
-    monkeypatch.setattr(vision, "eager_attention_forward", lambda *a, **k: calls.append(a[1].shape[2]) or stock(*a, **k))
+    monkeypatch.setattr(
+        vision, "eager_attention_forward", lambda *a, **k: calls.append(a[1].shape[2]) or stock(*a, **k)
+    )
     photon.model.visual(x["pixel_values_videos"], grid_thw=x["video_grid_thw"])
     # Windows of 8 x 8 patches on slabs of 12 x 10 and (twice) 4 x 8: lengths 64, 32, 16 and 8; whole slabs: 120 and 32.
     full = len(photon.config.vision_config.fullatt_block_indexes)

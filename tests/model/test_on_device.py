@@ -17,12 +17,16 @@ pytestmark = pytest.mark.slow
 def waits_of_a_step(vision_layers, layers):
     """Return for which operations a forward and backward of a model of so many layers would wait for a GPU."""
     tokenizer = byte_tokenizer()
-    config = tiny_config(tokenizer, stage=2, num_hidden_layers=layers, initial_threshold=0.45, model_shape_zyx=(28, 56, 56))
+    config = tiny_config(
+        tokenizer, stage=2, num_hidden_layers=layers, initial_threshold=0.45, model_shape_zyx=(28, 56, 56)
+    )
     config.vision_config.depth = vision_layers
     model = PhotonForConditionalGeneration(config).to(device()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     volume = np.random.default_rng(0).integers(-1000, 1000, (28, 56, 56), np.int16)
-    asked = row("q", QUESTIONS[0], Volume(volume, Geometry.axis_aligned(volume.shape, (1, 1, 1), (0, 0, 0))), answer="no")
+    asked = row(
+        "q", QUESTIONS[0], Volume(volume, Geometry.axis_aligned(volume.shape, (1, 1, 1), (0, 0, 0))), answer="no"
+    )
     inputs = PhotonProcessor(tokenizer, config)(rows=[asked], for_training=True)
     inputs = {name: value.to(device()) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     other_device.waits.clear()
@@ -49,7 +53,14 @@ def refused():
         "values of here": lambda: there.index_put((order.to(device()),), here[:2]),
         "numpy": lambda: there.numpy(),
     }
-    allowed = (there + 1.0, there + here[0], there[order], there.cpu() + here, here.copy_(there), there.clone().copy_(here))
+    allowed = (
+        there + 1.0,
+        there + here[0],
+        there[order],
+        there.cpu() + here,
+        here.copy_(there),
+        there.clone().copy_(here),
+    )
     assert [x.device.type for x in allowed] == ["other"] * 3 + ["cpu"] * 2 + ["other"]
     return {name for name, call in tried.items() if _raises(call)} ^ tried.keys()
 

@@ -9,10 +9,10 @@ import torch
 from golden import Golden
 from torch.testing import assert_close
 
-from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import Objective, Perturbation, Phase, answer_losses, draw_perturbation, perturb, phase_at
-from photon_train.packing import gather_of
+from photon_train.configuration_photon import SCHEDULER_NAMES, PhotonConfig
+from photon_train.losses import Perturbation, Phase, answer_losses, draw_perturbation, perturb, phase_at
 from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
+from photon_train.surrogate import gather_of
 from photon_train.tiny import byte_tokenizer, tiny_config
 
 KEPT_CHANCES = ("perturb_shuffle_patches", "perturb_shuffle_voxels", "perturb_keep_patches", "perturb_keep_voxels")
@@ -24,7 +24,14 @@ def config(**settings) -> PhotonConfig:
 
 @pytest.mark.parametrize(
     ("step", "phase"),
-    [(0, Phase.DENSE), (3999, Phase.DENSE), (4000, Phase.SOFT), (8000, Phase.HARD), (8999, Phase.HARD), (9000, Phase.FLIP)],
+    [
+        (0, Phase.DENSE),
+        (3999, Phase.DENSE),
+        (4000, Phase.SOFT),
+        (8000, Phase.HARD),
+        (8999, Phase.HARD),
+        (9000, Phase.FLIP),
+    ],
 )
 def test_phases_start_at_the_published_steps(step: int, phase: Phase) -> None:
     assert phase_at(config(), step) is phase
@@ -34,20 +41,23 @@ def test_phases_can_start_at_fractions_of_the_run() -> None:
     fractions = config(soft_start=0.25, hard_start=0.5, flip_start=0.75)
     found = [phase_at(fractions, step, total_steps=8) for step in range(8)]
     assert found == [p for p in (Phase.DENSE, Phase.SOFT, Phase.HARD, Phase.FLIP) for _ in range(2)]
-    with pytest.raises(ValueError, match="total_steps wanted, got None"):
+    with pytest.raises(ValueError, match="expected total_steps, found None"):
         phase_at(fractions, 3)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scheduler": "best"}, "scheduler: one of its, none, .* wanted, got 'best'"),
-        ({"its_layer": 8}, "its_layer: a layer from 0 to 2 wanted, got 8"),
+        ({"scheduler": "best"}, "scheduler: expected one of its, none, .*, found 'best'"),
+        ({"its_layer": 8}, "its_layer: expected a layer from 0 to 2, found 8"),
         ({"keep_ratio": 0.0}, "keep_ratio"),
-        ({"initial_threshold": 0.95}, "initial_threshold: a value between 0 and 0.9 wanted"),
-        ({"hard_start": 8000.0}, "hard_start: an optimizer step .int. or a fraction of the run .* wanted, got 8000.0"),
-        ({"use_sliding_window": True}, "use_sliding_window: False"),
-        ({"intensity": "zscore"}, "intensity: one of minmax, window wanted"),
+        ({"initial_threshold": 0.95}, "initial_threshold: expected a value between 0 and 0.9"),
+        (
+            {"hard_start": 8000.0},
+            "hard_start: expected an optimizer step .int. or a fraction of the run .*, found 8000.0",
+        ),
+        ({"use_sliding_window": True}, "use_sliding_window: expected False.*, found True"),
+        ({"intensity": "zscore"}, "intensity: expected one of minmax, window"),
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict, message: str) -> None:
@@ -58,13 +68,13 @@ def test_contradicting_settings_are_refused(settings: dict, message: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"perturb_noise": 0.5}, "sum of perturb_.*: 1 wanted, got 1.34"),
-        ({"perturb_kept_voxels": 10.0}, "perturb_kept_voxels: a share from 0 to 1 wanted, got 10.0"),
-        ({"keep_temperature": 0.0}, "keep_temperature: a number above 0 wanted"),
-        ({"saliency_epsilon": -1e-8}, "saliency_epsilon: a number above 0 wanted"),
-        ({"band_low": 0.9}, "band_low: at most band_high = 0.8 wanted, got 0.9"),
-        ({"sgp_scale_min": 3.0}, "sgp_scale_min: from 0 to sgp_scale_max wanted, got 3.0"),
-        ({"window_hu": (400.0, -100.0)}, "window_hu: two rising HU values wanted"),
+        ({"perturb_noise": 0.5}, "sum of perturb_.*: expected 1, found 1.34"),
+        ({"perturb_kept_voxels": 10.0}, "perturb_kept_voxels: expected a share from 0 to 1, found 10.0"),
+        ({"keep_temperature": 0.0}, "keep_temperature: expected a number above 0"),
+        ({"saliency_epsilon": -1e-8}, "saliency_epsilon: expected a number above 0"),
+        ({"band_low": 0.9}, "band_low: expected at most band_high = 0.8, found 0.9"),
+        ({"sgp_scale_min": 3.0}, "sgp_scale_min: expected from 0 to sgp_scale_max, found 3.0"),
+        ({"window_hu": (400.0, -100.0)}, "window_hu: expected two rising HU values"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings: dict, message: str) -> None:
@@ -94,9 +104,9 @@ def test_keep_probability_and_predictor_width_do_what_they_say(golden: Golden) -
     x, visual = golden.batch("b1", "labels"), golden.inputs("b1")["vision_mask"]
     with torch.no_grad():
         scheduled = golden.model("s2", keep_probability=0.7)(**x).scheduled
-    assert scheduled.keep_BL[visual].equal(scheduled.probability_BL[visual] > 0.7)
+    assert scheduled.keep_BL[visual].equal(scheduled.selection.probability_BL[visual] > 0.7)
     fresh = golden.model("s1", stage=2, predictor_width=3)
-    assert fresh.model.language_model.layers[fresh.config.its].atp.predictor.mlp[0].weight.shape == (3, 12)
+    assert fresh.model.language_model.layers[fresh.config.its_layer].atp.predictor.mlp[0].weight.shape == (3, 12)
 
 
 def test_stage_1_has_no_threshold_to_schedule_by() -> None:
@@ -104,14 +114,20 @@ def test_stage_1_has_no_threshold_to_schedule_by() -> None:
         tiny_config(byte_tokenizer(), stage=1, scheduler="its")
 
 
-def selected(name: str, visual: list[list[int]], body: list[list[float]] | None = None, **settings) -> list[list[int]]:
+def selected(name: str, visual: list[list[int]], share: list[list[float]] | None = None, **settings) -> list[list[int]]:
     """The kept positions of each row."""
     visual_BL = torch.tensor(visual).bool()
     no_B = torch.zeros(len(visual), dtype=torch.bool)
-    body_BL = torch.tensor(body) if body else torch.zeros(visual_BL.shape)
-    inputs = SchedulingInputs(visual_BL, ~visual_BL, body_BL, Phase.HARD, no_B, no_B)
-    context = SchedulerContext(inputs, lambda: pytest.fail("no need of q and k"), None, config(scheduler=name, **settings))
+    foreground_BL = torch.tensor(share) if share else torch.zeros(visual_BL.shape)
+    inputs = SchedulingInputs(visual_BL, ~visual_BL, foreground_BL, Phase.HARD, no_B, no_B)
+    context = SchedulerContext(
+        inputs, lambda: pytest.fail("no need of q and k"), None, config(scheduler=name, **settings)
+    )
     return [row.nonzero().flatten().tolist() for row in SCHEDULERS[name](context).keep_BL]
+
+
+def test_every_scheduler_has_its_name_in_the_configuration() -> None:
+    assert tuple(SCHEDULERS) == SCHEDULER_NAMES
 
 
 def test_uniform_keeps_every_other_token_of_each_row() -> None:
@@ -119,9 +135,9 @@ def test_uniform_keeps_every_other_token_of_each_row() -> None:
     assert selected("uniform", visual, keep_ratio=0.5) == [[2, 4, 6], [1, 3], []]
 
 
-def test_foreground_keeps_the_tokens_with_most_body_ties_in_order() -> None:
-    visual, body = [[0, 1, 1, 1, 1]], [[0.9, 0.0, 0.5, 0.5, 0.7]]
-    assert selected("foreground", visual, body, keep_ratio=0.5) == [[2, 4]]
+def test_foreground_keeps_the_tokens_with_most_foreground_ties_in_order() -> None:
+    visual, share = [[0, 1, 1, 1, 1]], [[0.9, 0.0, 0.5, 0.5, 0.7]]
+    assert selected("foreground", visual, share, keep_ratio=0.5) == [[2, 4]]
 
 
 def test_random_keeps_the_stated_share_and_repeats_by_seed() -> None:
@@ -139,8 +155,8 @@ def test_none_keeps_all() -> None:
 def test_gather_packs_to_the_right() -> None:
     gather = gather_of(torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool())
     x = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
-    assert gather.present_BM.tolist() == [[True, True, True], [False, False, True]]
-    assert gather(x)[gather.present_BM].tolist() == [10, 11, 13, 21]
+    assert gather.mask_BM.tolist() == [[True, True, True], [False, False, True]]
+    assert gather(x)[gather.mask_BM].tolist() == [10, 11, 13, 21]
 
 
 def test_descriptors_of_a_row_are_those_torch_computes_on_it_alone() -> None:
@@ -164,7 +180,7 @@ def test_a_one_token_question_keeps_everything_and_warns(golden: Golden, caplog:
         with caplog.at_level(logging.WARNING, logger="photon_train.scheduling"), torch.no_grad():
             scheduled = model(**x, question_mask=asked).scheduled
         assert scheduled.keep_BL.all()
-        assert scheduled.threshold_B.isnan().all()
+        assert scheduled.selection.threshold_B.isnan().all()
         assert "no visual token stands out" in caplog.text
         caplog.clear()
 
@@ -172,8 +188,8 @@ def test_a_one_token_question_keeps_everything_and_warns(golden: Golden, caplog:
 def test_losses_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]).requires_grad_()
     labels, rows = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
-    objective = Objective(torch.tensor([True, False, False]), torch.tensor([False, True, False]))
-    losses = answer_losses(logits, labels, rows, objective, 1e-6)
+    perturbed, flipped = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    losses = answer_losses(logits, labels, rows, perturbed, flipped, 1e-6)
     p = torch.tensor([2.0]).sigmoid()
     assert_close(losses.robustness, -torch.tensor(2.0).log() / 3)  # minus the entropy of (1/2, 1/2)
     assert_close(losses.flip, -torch.log(1 - p + 1e-6)[0] / 3)

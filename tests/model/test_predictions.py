@@ -9,7 +9,9 @@ from photon_train.answering.prediction import Prediction, pack_mask, read_predic
 def test_a_prediction_is_read_back_as_it_was_written(tmp_path):
     path = tmp_path / "preds.jsonl"
     rows = [
-        Prediction("q1", "ja, Ödem", kept="c1", kept_tokens=3, visual_tokens=8, choice_scores={"yes": -0.5}, threshold=0.25),
+        Prediction(
+            "q1", "ja, Ödem", kept="c1", kept_tokens=3, visual_tokens=8, choice_scores={"yes": -0.5}, threshold=0.25
+        ),
         Prediction("q2", error="no such volume"),
     ]
     path.write_text("".join(row.to_json() for row in rows), encoding="utf-8")
@@ -22,7 +24,9 @@ def test_another_models_answers_need_an_id_and_a_response_only(tmp_path):
     assert read_predictions(path) == [Prediction("q1", "no")]
 
 
-@pytest.mark.parametrize("line", ['{"id": "q1", "resp', '["q1"]', '{"id": 1, "response": "no"}', '{"id": "q", "response": null}'])
+@pytest.mark.parametrize(
+    "line", ['{"id": "q1", "resp', '["q1"]', '{"id": 1, "response": "no"}', '{"id": "q", "response": null}']
+)
 def test_a_line_that_is_no_prediction_is_named(tmp_path, line):
     path = tmp_path / "preds.jsonl"
     path.write_text('{"id": "q0", "response": "no"}\n' + line)

@@ -15,7 +15,7 @@ def row(golden: Golden) -> dict[str, Tensor]:
 
 
 def questions(golden: Golden, row: dict[str, Tensor]) -> list[Tensor]:
-    """Three questions of other lengths to follow the last volume, each with its end-of-turn and the assistant's header."""
+    """Three questions of other lengths to follow the last volume, each with its end of turn and the next header."""
     ids = row["input_ids"][0]
     rest = ids[int((ids == golden.tokens["vision_end"]).nonzero()[-1]) + 1 :]
     header = rest[: int((rest == golden.tokens["im_end"]).nonzero()[0]) + 1][-1:]
@@ -37,7 +37,7 @@ def test_questions_on_a_prefix_keep_and_say_what_they_do_alone(golden: Golden, r
     out = model(**prefix.followed_by(asked))
     for i, question in enumerate(asked):
         alone = model(**whole_row(row, prefix.length, question))
-        length, here = prefix.length + len(question), out.scheduled.present_BM[i]
+        length, here = prefix.length + len(question), out.scheduled.kept.mask_BM[i]
         own = torch.ones(length, dtype=torch.bool) if alone.scheduled is None else alone.scheduled.keep_BL[0]
         kept = out.scheduled.keep_BL[i]
         assert torch.cat([kept[: prefix.length], kept[-len(question) :]]).equal(own)
@@ -94,9 +94,9 @@ def test_training_on_a_prefix_has_the_losses_and_gradients_of_separate_rows(
 
 def test_a_batch_or_a_row_without_volume_is_no_prefix(golden: Golden) -> None:
     model = golden.model("s2")
-    with pytest.raises(ValueError, match="one row wanted, got 2"):
+    with pytest.raises(ValueError, match="expected one row, found 2"):
         model.encode_prefix(golden.batch("b2_left", "labels"))
-    with pytest.raises(ValueError, match="whole volume wanted"):
+    with pytest.raises(ValueError, match="expected a row with a whole volume"):
         model.encode_prefix(golden.batch("text_only", "labels"))
 
 

@@ -145,7 +145,7 @@ def test_a_nifti_of_the_stored_grid_reads_like_its_array_and_other_axes_are_refu
     nibabel.Nifti1Image(hu.transpose(2, 1, 0), lps).to_filename(tmp_path / "a.nii.gz")
     assert processor.patches(tmp_path / "a.nii.gz")[0].equal(processor.patches(hu)[0])
     nibabel.Nifti1Image(hu.transpose(2, 1, 0), np.eye(4)).to_filename(tmp_path / "ras.nii.gz")
-    with pytest.raises(ValueError, match=r"axes L, P, S .* wanted, got R, A, S"):
+    with pytest.raises(ValueError, match=r"expected axes L, P, S .*, found R, A, S"):
         processor.patches(tmp_path / "ras.nii.gz")
 
 
@@ -182,40 +182,40 @@ def with_one_voxel(value):
 @pytest.mark.parametrize(
     ("volumes", "messages", "message"),
     [
-        (np.zeros((28, 56, 57)), "Where?", r"shape \(28, 56, 56\) or \(42, 84, 84\) .* wanted, got \(28, 56, 57\)"),
-        (with_one_voxel(np.nan), "Where?", "finite voxels wanted"),
-        (with_one_voxel(-np.inf), "Where?", "finite voxels wanted"),
-        (volume(), [{"role": "user", "content": "<video><video>Where?"}], "got 1 volumes for 2 tags"),
-        (None, [USER], "got 0 volumes for 1 tags"),
-        ([volume(), volume()], [USER], "got 2 volumes for 1 tags"),
-        (volume(), [{"role": "user", "content": "<video>  "}], "a question wanted, got an empty one"),
-        (volume(), "", "a question wanted, got an empty one"),
-        (volume(), [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "got 'image'"),
-        (volume(), [USER, {"role": "assistant", "content": "<video>"}], "<video> wanted in user turns only"),
-        (volume(), [{"role": "user", "content": "<video>A?<|im_end|>"}], r"got <\|im_end\|>"),
-        (volume(), [], "at least one message wanted"),
+        (np.zeros((28, 56, 57)), "Where?", r"shape \(28, 56, 56\) or \(42, 84, 84\) .*, found \(28, 56, 57\)"),
+        (with_one_voxel(np.nan), "Where?", "expected finite voxels"),
+        (with_one_voxel(-np.inf), "Where?", "expected finite voxels"),
+        (volume(), [{"role": "user", "content": "<video><video>Where?"}], "found 1 volumes for 2 tags"),
+        (None, [USER], "found 0 volumes for 1 tags"),
+        ([volume(), volume()], [USER], "found 2 volumes for 1 tags"),
+        (volume(), [{"role": "user", "content": "<video>  "}], "expected a question, found an empty one"),
+        (volume(), "", "expected a question, found an empty one"),
+        (volume(), [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "found 'image'"),
+        (volume(), [USER, {"role": "assistant", "content": "<video>"}], "expected <video> in user turns only"),
+        (volume(), [{"role": "user", "content": "<video>A?<|im_end|>"}], r"found <\|im_end\|>"),
+        (volume(), [], "expected at least one message"),
         (
             {"messages": [USER], "videos": [volume()], "images": ["a.png"], "id": "r7"},
             None,
-            r"r7: a CT volume wanted, got images",
+            r"r7: expected a CT volume, found images",
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_wanted_found_and_remedy(processor, volumes, messages, message) -> None:
+def test_what_makes_no_sense_is_refused_with_expected_found_and_remedy(processor, volumes, messages, message) -> None:
     with pytest.raises(ValueError, match=message):
         processor(volumes, messages)
 
 
 def test_a_row_that_is_too_long_is_refused_by_its_id_not_cut(processor: PhotonProcessor) -> None:
     row = {"id": "scan_9/3", "messages": [USER], "videos": [volume()]}
-    with pytest.raises(ValueError, match=r"scan_9/3: at most 40 tokens wanted, got \d+"):
+    with pytest.raises(ValueError, match=r"scan_9/3: expected at most 40 tokens, found \d+"):
         processor(rows=[row], max_length=40)
 
 
 def test_a_tokenizer_of_another_model_is_refused(processor: PhotonProcessor) -> None:
     config = tiny_config(processor.tokenizer, stage=1, **SMALL)
     config.video_token_id = 5
-    with pytest.raises(ValueError, match=r"<\|video_pad\|> has id 5 in the configuration"):
+    with pytest.raises(ValueError, match=r"<\|video_pad\|>: expected id 5, as in the configuration"):
         PhotonProcessor(processor.tokenizer, config)
 
 

@@ -19,8 +19,14 @@ LAYOUTS = ("after", "before", "around", "turns")
 def random_row(golden: Golden, model: Any, rng: random.Random) -> dict[str, Tensor]:
     vision, tokens = model.config.vision_config, golden.tokens
     merge, start, end = vision.spatial_merge_size, tokens["im_start"], tokens["im_end"]
-    grids = [(rng.randint(1, 3), merge * rng.randint(1, 4), merge * rng.randint(1, 4)) for _ in range(rng.choice([0, 1, 1, 2]))]
-    volumes = [[tokens["vision_start"], *[tokens["video"]] * (t * h * w // merge**2), tokens["vision_end"]] for t, h, w in grids]
+    grids = [
+        (rng.randint(1, 3), merge * rng.randint(1, 4), merge * rng.randint(1, 4))
+        for _ in range(rng.choice([0, 1, 1, 2]))
+    ]
+    volumes = [
+        [tokens["vision_start"], *[tokens["video"]] * (t * h * w // merge**2), tokens["vision_end"]]
+        for t, h, w in grids
+    ]
 
     def words(low: int, high: int) -> list[int]:
         return [rng.randint(20, 100) for _ in range(rng.randint(low, high))]
@@ -71,7 +77,7 @@ def check_logits(model: Any, rows: list[dict[str, Tensor]], batch: dict[str, Ten
     out = model(**batch)
     for i, row in enumerate(rows):
         alone, real = model(**row), batch["attention_mask"][i].bool()
-        here = real if out.scheduled is None else out.scheduled.present_BM[i]
+        here = real if out.scheduled is None else out.scheduled.kept.mask_BM[i]
         assert_close(out.logits[i, here], alone.logits[0], rtol=0, atol=2e-5)
         if alone.scheduled is not None:
             assert out.scheduled.keep_BL[i, real].equal(alone.scheduled.keep_BL[0])
@@ -94,7 +100,9 @@ def check_gradients(model: Any, rows: list[dict[str, Tensor]], batch: dict[str, 
     model.zero_grad()
     counts = torch.tensor([float((row["labels"] != -100).sum()) for row in rows])
     one = [slice(i, i + 1) for i in range(len(rows))]
-    alone = [model(**row, step=step, perturbed=perturbed[i], flip=flip[i]).loss for row, i in zip(rows, one, strict=True)]
+    alone = [
+        model(**row, step=step, perturbed=perturbed[i], flip=flip[i]).loss for row, i in zip(rows, one, strict=True)
+    ]
     expected = (counts / counts.sum() * torch.stack(alone)).sum()
     expected.backward()
     assert_close(loss, expected, rtol=0, atol=1e-5)

@@ -47,7 +47,7 @@ def test_logits_and_keep_sets_equal_those_of_the_row_alone(golden: Golden, rows,
         if out.scheduled is None:
             assert_close(out.logits[i, real], alone.logits[0], rtol=0, atol=1e-5)
             continue
-        here = out.scheduled.present_BM[i]
+        here = out.scheduled.kept.mask_BM[i]
         assert_close(out.logits[i, here], alone.logits[0], rtol=0, atol=1e-5)
         if alone.scheduled is None:  # text only
             assert out.scheduled.keep_BL[i].equal(real)
@@ -157,7 +157,7 @@ def test_eager_attention_gives_what_sdpa_gives(golden: Golden, rows) -> None:
     batch = batch_of(rows, "left")
     sdpa, other = (golden.model("s2", attn_implementation=name)(**batch) for name in ("sdpa", "eager"))
     assert other.scheduled.keep_BL.equal(sdpa.scheduled.keep_BL)
-    here = sdpa.scheduled.present_BM
+    here = sdpa.scheduled.kept.mask_BM
     assert_close(other.logits[here], sdpa.logits[here], rtol=0, atol=5e-5)
 
 
@@ -174,5 +174,5 @@ def test_gradient_checkpointing_changes_nothing(model, rows, phase: str) -> None
 
 
 def test_the_reentrant_kind_of_checkpointing_is_refused(model) -> None:
-    with pytest.raises(ValueError, match="without reentry wanted"):
+    with pytest.raises(ValueError, match="expected gradient checkpointing without reentry"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

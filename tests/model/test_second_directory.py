@@ -15,4 +15,6 @@ def test_parity_holds_at_other_sizes_ids_grids_and_patches(tmp_path: Path) -> No
     command = [sys.executable, "-m", "pytest", "-q", str(parity), "--parity-dir", str(tmp_path / "second")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
-    assert "41 passed, 5 skipped" in done.stdout  # skipped: gradients and padded batches of stage 2, which only the authors have
+    assert (
+        "41 passed, 5 skipped" in done.stdout
+    )  # skipped: gradients and padded batches of stage 2, which only the authors have

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from askable import asker, lively_model
+from askable import lively_model, predictor
 
-from photon_train.answering.predictor import Asker
+from photon_train.answering.predictor import Predictor
 
 
 @pytest.fixture(scope="session")
@@ -14,8 +14,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(model_dir: Path) -> Asker:
-    return asker(model_dir)
+def model(model_dir: Path) -> Predictor:
+    return predictor(model_dir)
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +24,5 @@ def published_shape_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def published_shape(published_shape_dir: Path) -> Asker:
-    return asker(published_shape_dir)
+def published_shape(published_shape_dir: Path) -> Predictor:
+    return predictor(published_shape_dir)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from askable import QUESTIONS, SHORT, asker, row, store
+from askable import QUESTIONS, SHORT, predictor, row, store
 from other_device import device
 
 from photon_train.answering.manifest import predict_rows
@@ -13,14 +13,17 @@ from photon_train.scheduling import SCHEDULERS
 pytestmark = pytest.mark.slow
 SETTINGS = {"drawn": replace(SHORT, sample=True), "likeliest": SHORT, "choices": replace(SHORT, choices=True)}
 
-TRIED = [*((name, "its") for name in SETTINGS), *(("likeliest", scheduler) for scheduler in SCHEDULERS if scheduler != "its")]
+TRIED = [
+    *((name, "its") for name in SETTINGS),
+    *(("likeliest", scheduler) for scheduler in SCHEDULERS if scheduler != "its"),
+]
 
 
 def answers(model_dir, rows, folder, place=None):
     """Return {settings, scheduler, id: response, scores of choices, kept tokens} of all rows."""
     found = {}
     for name, scheduler in TRIED:
-        asking = asker(model_dir, SETTINGS[name], scheduler=scheduler)
+        asking = predictor(model_dir, SETTINGS[name], scheduler=scheduler)
         asking.model.to(place() if place else "cpu")
         path = folder / f"{name}-{scheduler}.jsonl"
         assert predict_rows(asking, rows, path).failed == {}
@@ -30,7 +33,9 @@ def answers(model_dir, rows, folder, place=None):
 
 def test_answers_on_a_device_are_those_on_the_cpu(there, model_dir, tmp_path):
     stores = [store(tmp_path / "data", f"v{i}", i) for i in range(2)]
-    rows = [row(f"{i}-{k}", q, v, choices=["yes", "no"]) for i, v in enumerate(stores) for k, q in enumerate(QUESTIONS[:2])]
+    rows = [
+        row(f"{i}-{k}", q, v, choices=["yes", "no"]) for i, v in enumerate(stores) for k, q in enumerate(QUESTIONS[:2])
+    ]
     rows += [row("text", "What is a nodule?"), row("both", QUESTIONS[0], *stores)]
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()

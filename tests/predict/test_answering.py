@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from askable import QUESTIONS, TOKENS, asker, blocks, row
+from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
 from photon_train.answering.prediction import unpack_mask
-from photon_train.answering.predictor import AnswerSettings, Prompt, answer_ids, group_rows, score_choices
+from photon_train.answering.predictor import AnswerSettings, Request, answer_ids, group_rows, score_choices
 
 
 def answered(model, rows):
@@ -77,10 +77,12 @@ def test_the_given_answer_is_never_part_of_the_prompt(model):
     replies = answered(model, [with_answer, without])
     assert replies["a"].prediction.response == replies["b"].prediction.response
     training = model.processor(rows=[with_answer], for_training=True)["input_ids"][0]
-    prompt = group_rows([with_answer], model.processor).groups[0].prompts[0]
+    prompt = group_rows([with_answer], model.processor)[0][0].requests[0]
     answer = answer_ids(prompt, "No nodule.", model.processor)
     line_end = len(training) - 1  # behind the end marker
-    assert torch.cat([prompt.own_L, answer]).equal(training[line_end - len(prompt.own_L) - len(answer) : line_end])
+    assert torch.cat([prompt.suffix_L, answer]).equal(
+        training[line_end - len(prompt.suffix_L) - len(answer) : line_end]
+    )
 
 
 def test_a_follow_up_turn_and_its_earlier_answers_stay_in_the_prompt(model):
@@ -93,26 +95,28 @@ def test_a_follow_up_turn_and_its_earlier_answers_stay_in_the_prompt(model):
 
 @pytest.mark.parametrize("scheduler", ["none", "random", "uniform", "foreground"])
 def test_every_scheduler_says_what_it_kept(model_dir, scheduler):
-    model = asker(model_dir, scheduler=scheduler, keep_ratio=0.4)
+    model = predictor(model_dir, scheduler=scheduler, keep_ratio=0.4)
     reply = answered(model, [row("r", QUESTIONS[0], blocks(1))])["r"].prediction
     assert (reply.kept_tokens, reply.threshold) == (TOKENS if scheduler == "none" else 50, None)
 
 
 def test_choices_have_the_probabilities_that_generation_gives_them(model_dir):
-    model = asker(model_dir, AnswerSettings(choices=True))
+    model = predictor(model_dir, AnswerSettings(choices=True))
     choices = ["Yes", "No", "It cannot be said"]
     rows = [row("q", QUESTIONS[0], blocks(1), choices=choices), row("t", "Is water wet?", choices=choices[:2])]
     replies = answered(model, rows)
     for one in rows:
-        prompt = group_rows([one], model.processor).groups[0].prompts[0]
+        prompt = group_rows([one], model.processor)[0][0].requests[0]
         found = replies[one["id"]].prediction
-        assert found.choice_scores == pytest.approx({c: forced(model, one, prompt, c) for c in one["choices"]}, abs=1e-4)
+        assert found.choice_scores == pytest.approx(
+            {c: forced(model, one, prompt, c) for c in one["choices"]}, abs=1e-4
+        )
         assert found.response == max(found.choice_scores, key=found.choice_scores.get)
         assert all(score < 0 for score in found.choice_scores.values())
     assert 0 < replies["q"].prediction.kept_tokens < TOKENS
 
 
-def forced(model, one, prompt: Prompt, text: str) -> float:
+def forced(model, one, prompt: Request, text: str) -> float:
     """Log-probability of an answer, by generating it token by token against the model's will."""
     answer = answer_ids(prompt, text, model.processor).tolist()
     inputs = model.processor(rows=[one])
@@ -130,18 +134,20 @@ def forced(model, one, prompt: Prompt, text: str) -> float:
 
 
 def test_an_answer_of_the_end_marker_alone_is_scored(model):
-    prompt = group_rows([row("q", QUESTIONS[0], blocks(1))], model.processor)
-    encoded = model.encode(prompt.groups[0])
+    (group,), _ = group_rows([row("q", QUESTIONS[0], blocks(1))], model.processor)
+    encoded = model.encode(group)
     end = torch.tensor([model.model.config.im_end_token_id])
-    inputs = encoded.prefix.followed_by([prompt.groups[0].prompts[0].own_L])
-    ((score,),) = score_choices(model.model, inputs, [[end]]).scores
+    inputs = encoded.prefix.followed_by([group.requests[0].suffix_L])
+    ((score,),), _ = score_choices(model.model, inputs, [[end]])
     assert math.isfinite(score) and score < 0
 
 
 def test_a_row_without_choices_is_answered_in_words(model_dir):
-    model = asker(model_dir, AnswerSettings(max_new_tokens=6, choices=True))
+    model = predictor(model_dir, AnswerSettings(max_new_tokens=6, choices=True))
     volume = blocks(1)
-    replies = answered(model, [row("open", QUESTIONS[0], volume), row("closed", QUESTIONS[1], volume, choices=["A", "B"])])
+    replies = answered(
+        model, [row("open", QUESTIONS[0], volume), row("closed", QUESTIONS[1], volume, choices=["A", "B"])]
+    )
     assert replies["open"].prediction.choice_scores == {}
     assert replies["closed"].prediction.response in ("A", "B")
     assert model.encodings == 1
@@ -149,7 +155,7 @@ def test_a_row_without_choices_is_answered_in_words(model_dir):
 
 def test_drawn_answers_depend_on_the_seed_and_on_nothing_that_ran_before(model_dir):
     def drawn(seed):
-        model = asker(model_dir, AnswerSettings(max_new_tokens=6, sample=True, temperature=2.0, seed=seed))
+        model = predictor(model_dir, AnswerSettings(max_new_tokens=6, sample=True, temperature=2.0, seed=seed))
         torch.rand(seed + 1)
         return answered(model, [row("r", QUESTIONS[0], blocks(1))])["r"].prediction.response
 

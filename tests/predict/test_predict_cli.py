@@ -107,11 +107,11 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
         (("--data", "rows.jsonl", "--output", "p.jsonl", "--stream"), "--stream: expected SCAN"),
         (("--data", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
         ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: expected 3 numbers"),
-        ((scan, " ", *FAST, *COARSE), "question wanted"),
-        ((scan, "?", *COARSE, "--window", "lungs"), "a window wanted, full, lung"),
+        ((scan, " ", *FAST, *COARSE), "expected a question"),
+        ((scan, "?", *COARSE, "--window", "lungs"), "expected a window, full, lung"),
         ((scan, "?", *COARSE, "--window", "5,1"), "low < high"),
-        ((scan, "?", *COARSE, "--device", "gpu"), "cuda:N wanted, got 'gpu'"),
-        ((scan, "?", *COARSE, "--device", "cuda:99"), "one that is here wanted"),
+        ((scan, "?", *COARSE, "--device", "gpu"), "or cuda:N, found 'gpu'"),
+        ((scan, "?", *COARSE, "--device", "cuda:99"), "expected one of this machine"),
         (("--data", "rows.jsonl", "--output", "p.jsonl", "--masks", tmp_path), "expected --overlay beside it"),
     ):
         code, text = cli("--model", model_dir, *words)

@@ -6,18 +6,20 @@ from dataclasses import replace
 
 import pytest
 from answers import put
-from askable import QUESTIONS, SHORT, asker, row, store
+from askable import QUESTIONS, SHORT, predictor, row, store
 
 from photon_data.errors import UsageError
-from photon_train.answering.manifest import Shard, Watch, predict_rows
-from photon_train.answering.prediction import read_predictions
-from photon_train.rows import asked_of, read_rows
+from photon_train.answering.manifest import Shard, predict_rows
+from photon_train.answering.prediction import question_digest, read_predictions
+from photon_train.rows import read_rows
 
 
 @pytest.fixture
 def rows(tmp_path):
     stores = [store(tmp_path / "data", f"v{i}", i) for i in range(2)]
-    found = [row(f"{i}-{k}", question, place) for i, place in enumerate(stores) for k, question in enumerate(QUESTIONS[:3])]
+    found = [
+        row(f"{i}-{k}", question, place) for i, place in enumerate(stores) for k, question in enumerate(QUESTIONS[:3])
+    ]
     return [*found, row("text", "What is a nodule?"), row("both", QUESTIONS[0], *stores)]
 
 
@@ -57,7 +59,7 @@ def test_ctrl_c_leaves_whole_lines_of_what_is_done(model, rows, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_rows(model, rows, tmp_path / "p.jsonl", watch=Watch(on_replies=stop))
+        predict_rows(model, rows, tmp_path / "p.jsonl", on_batch=stop)
     done = len(content(tmp_path / "p.jsonl"))
     assert 0 < done < 8
     assert predict_rows(model, rows, tmp_path / "p.jsonl").before == done
@@ -80,10 +82,12 @@ def test_a_question_that_changed_under_its_id_is_answered_anew_and_others_are_no
 
 
 def test_an_answer_goes_with_a_folder_that_is_moved_and_not_with_another_volume():
-    moved = [row("a", "Where?", f"{folder}/v1.ome.zarr") for folder in ("/data/volumes", "s3://bucket/volumes", "volumes")]
+    moved = [
+        row("a", "Where?", f"{folder}/v1.ome.zarr") for folder in ("/data/volumes", "s3://bucket/volumes", "volumes")
+    ]
     others = [row("a", "Where?", "/data/v2.ome.zarr"), row("a", "What?", "/data/v1.ome.zarr"), row("a", "Where?")]
-    assert len({asked_of(one) for one in moved}) == 1
-    assert len({asked_of(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
+    assert len({question_digest(one) for one in moved}) == 1
+    assert len({question_digest(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
 
 
 def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, rows, tmp_path):
@@ -107,7 +111,7 @@ def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, r
 
 
 def test_one_row_that_fails_does_not_take_its_batch_with_it(model_dir, rows, tmp_path):
-    model = asker(model_dir, replace(SHORT, choices=True))
+    model = predictor(model_dir, replace(SHORT, choices=True))
     rows = [{**one, "choices": ["Yes", "No"]} for one in rows]
     rows[1]["choices"] = ["Yes", "<|im_end|>"]
     outcome = predict_rows(model, rows, tmp_path / "p.jsonl")
@@ -117,22 +121,22 @@ def test_one_row_that_fails_does_not_take_its_batch_with_it(model_dir, rows, tmp
 
 def test_other_settings_another_model_or_an_unknown_file_are_refused(model_dir, rows, tmp_path):
     path = tmp_path / "p.jsonl"
-    predict_rows(asker(model_dir), rows[:1], path)
+    predict_rows(predictor(model_dir), rows[:1], path)
     lines = path.read_bytes()
     for other, said in (
-        (asker(model_dir, replace(SHORT, max_new_tokens=7)), "max_new_tokens was 6 and is 7"),
-        (asker(model_dir, scheduler="random"), "scheduler was 'its' and is 'random'"),
+        (predictor(model_dir, replace(SHORT, max_new_tokens=7)), "max_new_tokens was 6 and is 7"),
+        (predictor(model_dir, scheduler="random"), "scheduler was 'its' and is 'random'"),
     ):
         with pytest.raises(UsageError, match=said):
             predict_rows(other, rows, path)
-    other = asker(model_dir)
+    other = predictor(model_dir)
     other.model.lm_head.weight.data += 1
     with pytest.raises(UsageError, match="weights was"):
         predict_rows(other, rows, path)
     assert path.read_bytes() == lines
     (tmp_path / "p.jsonl.settings.json").unlink()
     with pytest.raises(UsageError, match=r"p.jsonl.settings.json beside it"):
-        predict_rows(asker(model_dir), rows, path)
+        predict_rows(predictor(model_dir), rows, path)
 
 
 def test_two_runs_do_not_write_one_file(model, rows, tmp_path):
@@ -171,7 +175,9 @@ def test_a_part_in_the_middle_of_a_line_is_left_to_its_writer(model, rows, tmp_p
     assert predict_rows(model, rows, path, Shard(1, 2)).merged
 
 
-@pytest.mark.parametrize(("names", "said"), [(["a", "a"], "'a' first"), (["a", None], "1 of 2 have none"), ([3, "a"], "1 of 2")])
+@pytest.mark.parametrize(
+    ("names", "said"), [(["a", "a"], "'a' first"), (["a", None], "1 of 2 have none"), ([3, "a"], "1 of 2")]
+)
 def test_rows_without_an_id_of_their_own_are_refused(model, tmp_path, names, said):
     with pytest.raises(UsageError, match=said):
         predict_rows(model, [row(name, QUESTIONS[0]) for name in names], tmp_path / "p.jsonl")

@@ -11,7 +11,7 @@ from scans import ct_like
 from photon_data import open_volume
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import Job, prepare_file
-from photon_data.readers import find_scans
+from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_train.answering.scan import open_input
 
@@ -64,7 +64,9 @@ def cut_off(folder):
 
 
 def no_ct(folder):
-    return write_scan(folder / "raw" / "a.nii", array=np.random.default_rng(0).integers(0, 255, (16, 24, 28)).astype(np.uint8))
+    return write_scan(
+        folder / "raw" / "a.nii", array=np.random.default_rng(0).integers(0, 255, (16, 24, 28)).astype(np.uint8)
+    )
 
 
 def four_d(folder):
@@ -88,10 +90,10 @@ def test_a_scan_that_prepare_refuses_is_refused_with_its_words(tmp_path, write):
 def test_a_folder_of_two_scans_or_of_none_is_not_one_scan(tmp_path):
     nifti(tmp_path)
     write_scan(tmp_path / "raw" / "b.nii")
-    with pytest.raises(UsageError, match="got 2 in"):
+    with pytest.raises(UsageError, match="found 2 in"):
         open_input(str(tmp_path / "raw"), SMALL)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="got 0 in"):
+    with pytest.raises(UsageError, match="found 0 in"):
         open_input(str(tmp_path / "empty"), SMALL)
     with pytest.raises(UsageError, match="there is no"):
         open_input(str(tmp_path / "nowhere"), SMALL)

@@ -1,8 +1,8 @@
 """Which token a voxel belongs to, against arithmetic by hand and against the tokens that the model really makes.
 
-By hand: the prepared grid is a cube of 364 mm, centred on the scan's field of view, along the axes of the world; ten tokens a
-side, 36.4 mm each. Token = 100 * slab + 10 * row + column; slabs from the feet up, rows from the front to the back, columns
-from the LEFT to the right.
+By hand: the prepared grid is a cube of 364 mm, centred on the scan's field of view, along the axes of the world; ten
+tokens a side, 36.4 mm each. Token = 100 * slab + 10 * row + column; slabs from the feet up, rows from the front to the
+back, columns from the LEFT to the right.
 """
 
 import nibabel
@@ -18,10 +18,9 @@ from photon_data.volume import Geometry, Volume
 from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import (
     OUTSIDE,
+    count_mask,
     kept_voxels,
-    mask_recall,
     token_boxes,
-    token_cells,
     token_centres,
     token_map,
     tokens_at,
@@ -55,7 +54,7 @@ SCANS = {
 
 
 def nifti_of(path, geometry, seed=0):
-    """Write a CT-like scan on that grid with nibabel alone; return its affine and shape (x, y, z) as the file has them."""
+    """Write a CT-like scan on that grid with nibabel alone; return the affine and shape (x, y, z) of the file."""
     write_scan(path, seed=seed, shape_zyx=geometry.shape_zyx, affine=geometry.affine_ras)
     image = nibabel.load(path)
     return image.affine, image.shape
@@ -64,7 +63,7 @@ def nifti_of(path, geometry, seed=0):
 @pytest.mark.parametrize("name", SCANS)
 def test_every_voxel_has_the_token_that_hand_arithmetic_gives_it(name):
     native = SCANS[name]
-    tokens = token_map(native, token_cells(target_grid(native, COARSE), TOKENS))
+    tokens = token_map(native, model_grid(target_grid(native, COARSE), TOKENS))
     picks = np.random.default_rng(1).integers(0, native.shape_zyx, (400, 3))
     expected = [by_hand(native.affine_ras, native.shape_zyx[::-1], zyx[::-1]) for zyx in picks]
     assert tokens[tuple(picks.T)].tolist() == expected
@@ -108,7 +107,7 @@ def test_an_overlay_lies_on_its_scan_and_a_kept_token_contains_the_marked_voxel(
 
 
 def test_a_picture_goes_through_the_most_salient_kept_token_of_equals_the_middle_one():
-    cells = token_cells(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
+    cells = model_grid(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
     saliency = np.zeros(1000, np.float32)
     saliency[[7, 850]] = 0.9, 0.8
     keep = np.ones(1000, bool)
@@ -123,7 +122,9 @@ def test_a_picture_goes_through_the_most_salient_kept_token_of_equals_the_middle
 def test_the_files_name_nobody_and_say_nothing_but_the_grid(tmp_path):
     nifti_of(tmp_path / "Doe^Jane.nii.gz", SCANS["oblique"])
     scan = open_input(str(tmp_path / "Doe^Jane.nii.gz"), COARSE)
-    write_overlay(tmp_path / "o", Canvas(scan.volume, scan.native, TOKENS), np.ones(1000, bool), np.ones(1000, np.float32), "?")
+    write_overlay(
+        tmp_path / "o", Canvas(scan.volume, scan.native, TOKENS), np.ones(1000, bool), np.ones(1000, np.float32), "?"
+    )
     for name in ("kept.nii.gz", "saliency.nii.gz"):
         header = nibabel.load(tmp_path / "o" / name).header
         assert all(not bytes(header[field]).strip(b"\0") for field in ("descrip", "aux_file", "intent_name", "db_name"))
@@ -134,7 +135,7 @@ def test_the_files_name_nobody_and_say_nothing_but_the_grid(tmp_path):
 def test_a_bright_spot_in_the_raw_scan_lights_up_its_token_in_the_models_patches(tmp_path, published_shape, name):
     native = SCANS[name]
     affine, shape = native.affine_ras, native.shape_zyx[::-1]
-    cells = token_cells(target_grid(native, COARSE), TOKENS)
+    cells = model_grid(target_grid(native, COARSE), TOKENS)
     for token in (443, 358, 646):
         marked = np.rint(native.index(token_centres(cells)[token])).astype(int)
         assert by_hand(affine, shape, marked[::-1]) == token
@@ -152,14 +153,16 @@ def test_a_voxel_of_the_model_grid_changes_the_features_of_its_token_and_of_no_o
         block.attn.proj.weight.data.zero_()
         block.attn.proj.bias.data.zero_()
     grid = model_grid(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), (140, 280, 280))
-    cells = token_cells(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
+    cells = model_grid(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
     volume = np.zeros((140, 280, 280), np.float32)
     volume[0, 0, 0], volume[-1, -1, -1] = -1000, 1000
 
     def features():
         patches, thw = model.processor.patches(Volume(volume, grid))
         with torch.no_grad():
-            return torch.cat(list(model.model.model.get_video_features(patches, thw[None], return_dict=True).pooler_output))
+            return torch.cat(
+                list(model.model.model.get_video_features(patches, thw[None], return_dict=True).pooler_output)
+            )
 
     before = features()
     for z, y, x in ((3, 17, 41), (70, 140, 140), (139, 0, 279), (69, 139, 27), (0, 279, 251)):
@@ -178,7 +181,7 @@ def test_patch_rows_come_four_to_a_token_and_slab_by_slab():
 
 
 def test_centres_and_boxes_are_the_tokens_they_are_called_by():
-    cells = token_cells(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
+    cells = model_grid(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (5, -3, 80)), TOKENS)
     assert tokens_at(token_centres(cells), cells).tolist() == list(range(1000))
     assert token_boxes(cells)[0, 0].tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     corners = cells.corners_lps()
@@ -190,13 +193,13 @@ def test_kept_voxels_of_the_prepared_grid_are_those_the_token_map_gives():
     keep = np.random.default_rng(0).random(1000) < 0.3
     for n in (91, 364 // 4 + 6):
         grid = Geometry.axis_aligned((n, n + 1, n - 3), (3.5, 4, 4.2), (1, 2, 3))
-        cells = token_cells(grid, TOKENS)
+        cells = model_grid(grid, TOKENS)
         assert (kept_voxels(keep, grid, cells) == keep[token_map(grid, cells)]).all()
 
 
 def test_the_recall_of_a_mask_counts_its_voxels_and_chance_is_the_share_of_tokens_kept():
     grid = Geometry.axis_aligned((364,) * 3, (1, 1, 1), (0, 0, 0))
-    cells = token_cells(grid, TOKENS)
+    cells = model_grid(grid, TOKENS)
     fine = Geometry.axis_aligned((40, 40, 40), (18.2, 18.2, 18.2), (0, 0, 0))  # twice the cube: an eighth lies inside
     keep = np.zeros(1000, bool)
     keep[tokens_at(np.array([-20.0, -20.0, -20.0]), cells)] = keep[0] = True
@@ -204,18 +207,18 @@ def test_the_recall_of_a_mask_counts_its_voxels_and_chance_is_the_share_of_token
     mask[18:20, 18:20, 18:20] = 3  # the token at (-20, -20, -20): eight voxels
     mask[20:22, 18:20, 18:20] = 1  # its neighbour, not kept
     mask[0, 0, :4] = 1  # outside of the cube
-    found = mask_recall(Volume(mask, fine), cells, keep)
+    found = count_mask("mask", Volume(mask, fine), cells).recall(keep)
     assert found == (20, 16, 8, pytest.approx(0.4), pytest.approx(0.8 * 0.002))
-    everything = mask_recall(Volume(np.ones((40, 40, 40), bool), fine), cells, np.ones(1000, bool))
+    everything = count_mask("mask", Volume(np.ones((40, 40, 40), bool), fine), cells).recall(np.ones(1000, bool))
     assert everything.recall == pytest.approx(1 / 8) == everything.chance
-    assert np.isnan(mask_recall(Volume(mask * 0, fine), cells, keep).recall)
+    assert np.isnan(count_mask("mask", Volume(mask * 0, fine), cells).recall(keep).recall)
 
 
 def test_chance_is_what_random_tokens_reach_on_average():
     rng = np.random.default_rng(0)
-    cells = token_cells(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (0, 0, 0)), TOKENS)
+    cells = model_grid(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (0, 0, 0)), TOKENS)
     mask = Volume(rng.random((30, 30, 30)) < 0.2, Geometry.axis_aligned((30, 30, 30), (14, 13, 12.5), (9, 0, 30)))
-    drawn = [mask_recall(mask, cells, rng.permutation(1000) < 390) for _ in range(40)]
+    drawn = [count_mask("mask", mask, cells).recall(rng.permutation(1000) < 390) for _ in range(40)]
     assert np.mean([d.recall for d in drawn]) == pytest.approx(drawn[0].chance, abs=0.01)
 
 

@@ -9,9 +9,8 @@ from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.rows import read_train_rows
 from photon_train.training.config import RUNS, TrainConfig, named_run, s2, with_values
-from photon_train.training.loop import rate_factor, set_rates
-from photon_train.training.setup import choose_trained, parameter_groups
-from photon_train.training.sharding import module_of
+from photon_train.training.loop import learning_rate_factor, set_learning_rates
+from photon_train.training.setup import choose_trained, module_of, parameter_groups
 
 
 @pytest.mark.parametrize(
@@ -19,12 +18,12 @@ from photon_train.training.sharding import module_of
     [
         ({"lr_visoin": "1e-3"}, "did you mean lr_vision"),
         ({"photon.soft_strat": "10"}, "did you mean soft_start"),
-        ({"groups_per_step": "two"}, "groups_per_step: a whole number wanted, got 'two'"),
-        ({"share_prefix": "perhaps"}, "share_prefix: true or false wanted"),
-        ({"stage": "s3"}, "one of s1, s1c, s2 wanted"),
-        ({"on_nan": "ignore"}, "one of stop, skip wanted"),
-        ({"epochs": "0"}, "at least 1 wanted"),
-        ({"warmup": "1.5"}, "from 0 to below 1 wanted"),
+        ({"groups_per_step": "two"}, "groups_per_step: expected a whole number, found 'two'"),
+        ({"share_prefix": "perhaps"}, "share_prefix: expected true or false"),
+        ({"stage": "s3"}, "expected one of s1, s1c, s2"),
+        ({"on_nan": "ignore"}, "expected one of stop, skip"),
+        ({"epochs": "0"}, "expected at least 1"),
+        ({"warmup": "1.5"}, "from 0 to below 1, found"),
     ],
 )
 def test_a_setting_that_no_run_can_have_is_refused_with_what_is_wanted(values, message):
@@ -87,26 +86,26 @@ def test_nothing_left_to_train_is_refused(models):
 
 def test_the_rate_rises_in_a_line_and_falls_along_half_a_cosine():
     config = TrainConfig(warmup=0.2)
-    factors = [rate_factor(config, step, 10) for step in range(10)]
+    factors = [learning_rate_factor(config, step, 10) for step in range(10)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[6] == pytest.approx(0.5)  # half of the eight steps after the warm-up
     assert factors[9] == pytest.approx(0.5 * (1 + torch.cos(torch.tensor(torch.pi * 7 / 8)).item()))
-    assert rate_factor(replace(config, schedule="linear"), 6, 10) == 0.5
-    assert rate_factor(replace(config, schedule="constant"), 9, 10) == 1.0
+    assert learning_rate_factor(replace(config, schedule="linear"), 6, 10) == 0.5
+    assert learning_rate_factor(replace(config, schedule="constant"), 9, 10) == 1.0
 
 
 def test_every_module_has_its_own_rate_at_every_step():
     config = TrainConfig(lr_vision=2.0, lr_merger=4.0, warmup=0.5)
     optimizer = SimpleNamespace(param_groups=[{"module": "vision"}, {"module": "merger"}])
-    assert set_rates(optimizer, config, 1, 8) == {"vision": 1.0, "merger": 2.0}
+    assert set_learning_rates(optimizer, config, 1, 8) == {"vision": 1.0, "merger": 2.0}
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "a"}', "a row with messages and videos wanted"),
-        ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "a row with messages and videos wanted"),
+        ('{"id": "a"}', "expected a row with messages and videos"),
+        ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "expected a row with messages and videos"),
         ("{cut off", "expected one JSON object"),
         ('{"id": "a", "videos": ["../../x.zarr"], "messages": []}', "a path within"),
         ('{"id": "a", "messages": [{"role": "user", "content": "Where?"}]}', "1 of 1 have none: a"),

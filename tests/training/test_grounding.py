@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -11,10 +12,9 @@ import torch
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
-from photon_train.scheduling import grounding_losses
-from photon_train.training.batches import Group, GroupDataset, Reading
+from photon_train.training.batches import MicroBatch, MicroBatches
 from photon_train.training.config import TrainConfig
-from photon_train.training.grounding import groundings
+from photon_train.training.grounding import GroundingLoss, grounding_losses, grounding_of, mask_shares
 from photon_train.training.setup import start
 
 TOKENS_ZYX = (2, 2, 2)  # of the stores of conftest: 42 x 84 x 84 voxels of 1 mm
@@ -31,8 +31,7 @@ def write_mask(folder, name, corner_xyz, size=4):
 
 
 def asking(stores, name, *masks):
-    row = {"id": name, "messages": [], "videos": [stores["a"]]}
-    return TrainRow(row["id"], tuple(row["videos"]), [], "", False, "a", masks)
+    return TrainRow(name, (stores["a"],), [], (), "a", masks)
 
 
 @pytest.fixture
@@ -54,9 +53,9 @@ def test_a_row_is_grounded_in_the_tokens_that_hold_its_masks(stores, masks):
         asking(stores, "unknown", "spleen"),
         asking(stores, "caption"),
     ]
-    told = []
-    found = groundings(rows, masks, TOKENS_ZYX, lambda *counts: told.append(counts))
-    assert told == [(1, 1)]
+    progress = []
+    found = mask_shares(rows, masks, TOKENS_ZYX, lambda *counts: progress.append(counts))
+    assert progress == [(1, 1)]
     # token = (slab * 2 + row) * 2 + column: slabs from the feet, rows from the front, columns from the patient's left
     expected = {
         "left": [1, 0, 0, 0, 0, 0, 0, 0],
@@ -69,15 +68,20 @@ def test_a_row_is_grounded_in_the_tokens_that_hold_its_masks(stores, masks):
 
 def test_a_folder_without_masks_of_the_rows_is_refused_with_the_remedy(stores, masks, tmp_path):
     with pytest.raises(UsageError, match="grounding=''"):
-        groundings([asking(stores, "a", "liver")], tmp_path / "elsewhere", TOKENS_ZYX)
+        mask_shares([asking(stores, "a", "liver")], tmp_path / "elsewhere", TOKENS_ZYX)
     with pytest.raises(UsageError, match="grounding=''"):
-        groundings([asking(stores, "caption")], masks, TOKENS_ZYX)
+        mask_shares([asking(stores, "caption")], masks, TOKENS_ZYX)
 
 
 def test_a_run_that_finds_no_masks_leaves_nothing_in_its_way(models, manifest, tmp_path):
-    given = {"model": str(models / "s1"), "data": (str(manifest),), "output": str(tmp_path / "run"), "grounding": str(tmp_path)}
-    with pytest.raises(UsageError, match="a folder of masks"):
-        start(TrainConfig(**given, precision="fp32"), resume=False)
+    given = {
+        "model": str(models / "s1"),
+        "data": (str(manifest),),
+        "output": str(tmp_path / "run"),
+        "grounding": str(tmp_path),
+    }
+    with pytest.raises(UsageError, match="expected a folder of masks"):
+        start(TrainConfig(**given, precision="fp32"), resume=False, grounding=grounding_of(str(tmp_path)))
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -95,18 +99,23 @@ def test_the_loss_is_the_cross_entropy_of_the_scores_with_the_masks():
     assert found_B.tolist() == pytest.approx([-(0.25 * math.log(1 / 4) + 0.75 * math.log(3 / 4)), 0.0], abs=1e-6)
 
 
+# What is known of the five questions of volume a.
+KNOWN = {"a0": torch.eye(8)[3], "a4": torch.tensor([0, 0.5, 0, 0, 0.5, 0, 0, 0])}
+
+
 @pytest.fixture
 def grounded(models, manifest):
-    """Return batches of the five questions of volume a, of which the first and last are grounded."""
+    """Return batches of the five questions of volume a."""
     rows = read_train_rows([manifest])
-    indices = [i for i, row in enumerate(rows) if row.id.startswith("a")]
-    known = {"a0": torch.eye(8)[3], "a4": torch.tensor([0, 0.5, 0, 0, 0.5, 0, 0, 0])}
+    micro_batch = MicroBatch(tuple(i for i, row in enumerate(rows) if row.id.startswith("a")), 0)
 
-    def batch(stage, **reading):
-        processor = PhotonProcessor.from_pretrained(models / stage)
-        item = GroupDataset(rows, [Group(tuple(indices), 0)], processor, Reading(groundings=known, **reading))[0]
+    def batch(stage, *, share_prefix=True, perturbed=False):
+        processor = PhotonProcessor.from_pretrained(models / stage, robustness_probability=1.0, scheduler="its")
+        item = MicroBatches(rows, [micro_batch], processor, TrainConfig(share_prefix=share_prefix), training=perturbed)[
+            0
+        ]
         assert not item.error, item.error
-        return item.inputs
+        return item
 
     return batch
 
@@ -117,11 +126,13 @@ def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
     found = []
     for share in (False, True):
         model.zero_grad()
-        out = model(**grounded(stage, share_prefix=share), step=0, total_steps=40)
-        assert out.loss.item() == pytest.approx((out.ce + out.band + out.robustness + out.flip + out.grounding).item())
-        out.grounding.backward()
-        attention = model.model.language_model.layers[model.config.its].self_attn
-        found.append((out.grounding.detach(), attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()))
+        batch, grounding_loss = grounded(stage, share_prefix=share), GroundingLoss(model, KNOWN)
+        out = model(**batch.inputs, step=0, total_steps=40)
+        assert out.loss.item() == pytest.approx((out.ce + out.band + out.robustness + out.flip).item())
+        grounding = grounding_loss(batch)
+        grounding.backward()
+        attention = model.model.language_model.layers[model.config.its_layer].self_attn
+        found.append((grounding.detach(), attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()))
     for alone, shared in zip(*found, strict=True):
         assert alone.norm() > 0
         torch.testing.assert_close(shared, alone, rtol=1e-3, atol=1e-6)
@@ -129,25 +140,67 @@ def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
 
 def test_scores_learn_to_point_at_the_masks_of_each_question(models, grounded):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s1").train()
-    inputs = grounded("s1")
+    batch, grounding_loss = grounded("s1"), GroundingLoss(model, KNOWN)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        model(**inputs).grounding.backward()
+        model(**batch.inputs)
+        grounding_loss(batch).backward()
         optimizer.step()
     scheduling = PhotonForConditionalGeneration.from_pretrained(models / "s2").eval()
     scheduling.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
-        saliency_KL = scheduling(**{k: v for k, v in inputs.items() if k != "grounding"}).scheduled.saliency_BL
-    visual_KV = saliency_KL[:, inputs["input_ids"][0] == model.config.video_token_id]
+        saliency_KL = scheduling(**batch.inputs).scheduled.selection.saliency_BL
+    visual_KV = saliency_KL[:, batch.inputs["input_ids"][0] == model.config.video_token_id]
     assert visual_KV[0].argmax() == 3
     assert set(visual_KV[4].topk(2).indices.tolist()) == {1, 4}
 
 
 def test_nothing_is_grounded_in_a_perturbed_volume_or_in_evaluation(models, grounded):
-    assert "grounding" not in grounded("s1", robustness=1.0)
-    model = PhotonForConditionalGeneration.from_pretrained(models / "s1").eval()
-    assert model(**grounded("s1")).grounding == 0
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
+    batch, perturbed, grounding_loss = grounded("s2"), grounded("s2", perturbed=True), GroundingLoss(model, KNOWN)
+    model(**perturbed.inputs)
+    assert grounding_loss(perturbed) is None
+    model.eval()
+    model(**batch.inputs)
+    assert grounding_loss(batch) is None
+    model.train()
+    model(**batch.inputs)
+    assert grounding_loss(batch) > 0
+
+
+def test_rows_of_which_nothing_is_known_have_no_loss(models, grounded):
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s1").train()
+    batch, grounding_loss = grounded("s1"), GroundingLoss(model, KNOWN)
+    for other in (replace(batch, ids=["b"] * 5), replace(batch, error="cannot be read")):
+        model(**other.inputs)
+        assert grounding_loss(other) is None
+
+
+def test_a_run_with_grounding_needs_its_loss(models, manifest, tmp_path):
+    given = {"model": str(models / "s1"), "data": (str(manifest),), "output": str(tmp_path / "run")}
+    with pytest.raises(UsageError, match="found one of them"):
+        start(TrainConfig(**given, grounding="masks"), resume=False)
+    assert grounding_of("") is None
+
+
+@pytest.mark.parametrize("stage", ["s1", "s2"])
+@pytest.mark.parametrize("share", [False, True])
+def test_gradient_checkpointing_changes_no_gradient_of_the_grounding(models, grounded, stage, share):
+    found = []
+    for checkpointed in (False, True):
+        model = PhotonForConditionalGeneration.from_pretrained(models / stage).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch, grounding_loss = grounded(stage, share_prefix=share), GroundingLoss(model, KNOWN)
+        for _ in range(2):
+            out = model(**batch.inputs, step=0, total_steps=40)
+            (out.loss + grounding_loss(batch)).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_masks_a_row_names_are_read_from_its_manifest(tmp_path, stores):

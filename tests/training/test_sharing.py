@@ -10,7 +10,8 @@ from answers import put
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
-from photon_train.training.batches import Group, GroupDataset, Reading
+from photon_train.training.batches import MicroBatch, MicroBatches
+from photon_train.training.config import TrainConfig
 
 
 @pytest.fixture(params=["s1", "s2"])
@@ -18,9 +19,11 @@ def model(request, models):
     return PhotonForConditionalGeneration.from_pretrained(models / request.param).train()
 
 
-def batch_of(models, rows, indices, model, **reading):
-    processor = PhotonProcessor.from_pretrained(models / f"s{model.config.stage}")
-    item = GroupDataset(rows, [Group(tuple(indices), 0)], processor, Reading(**reading))[0]
+def batch_of(models, rows, indices, model, *, share_prefix=True, perturbed=False, same_calls=False):
+    """A batch in which nothing is random, except that all volumes may be perturbed."""
+    processor = PhotonProcessor.from_pretrained(models / f"s{model.config.stage}", robustness_probability=1.0)
+    config, micro_batch = TrainConfig(share_prefix=share_prefix), MicroBatch(tuple(indices), 0)
+    item = MicroBatches(rows, [micro_batch], processor, config, training=perturbed, same_calls=same_calls)[0]
     assert not item.error, item.error
     return item
 
@@ -39,7 +42,7 @@ def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, mani
     kwargs = {} if model.config.stage == 1 or step is None else {"step": step, "total_steps": 40}
     model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
     one, shared = (batch_of(models, rows, indices, model, share_prefix=share) for share in (False, True))
-    assert "prefix_length" in shared.inputs and "prefix_length" not in one.inputs
+    assert "prefix" in shared.inputs and "prefix" not in one.inputs
     assert len(shared.inputs["pixel_values_videos"]) * len(indices) == len(one.inputs["pixel_values_videos"])
     alone, its_gradients = losses(model, one, **kwargs)
     together, gradients = losses(model, shared, **kwargs)
@@ -66,7 +69,7 @@ def test_an_answer_before_the_last_volume_is_learned_shared_or_not(model, models
     for indices in ([0], [0, 1]):
         one = batch_of(models, found, indices, model, share_prefix=False)
         shared = batch_of(models, found, indices, model, same_calls=True)
-        assert "prefix_length" in shared.inputs
+        assert "prefix" in shared.inputs
         assert (one.inputs["labels"] >= 0).sum() == (shared.inputs["labels"] >= 0).sum()
         alone, its_gradients = losses(model, one, **kwargs)
         together, gradients = losses(model, shared, **kwargs)
@@ -78,7 +81,9 @@ def test_an_answer_before_the_last_volume_is_learned_shared_or_not(model, models
 def test_a_perturbed_volume_is_perturbed_alike_shared_or_not(models, manifest):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
     rows = read_train_rows([manifest])
-    one, shared = (batch_of(models, rows, [0, 1, 2], model, share_prefix=share, robustness=1.0) for share in (False, True))
+    one, shared = (
+        batch_of(models, rows, [0, 1, 2], model, share_prefix=share, perturbed=True) for share in (False, True)
+    )
     patches = len(shared.inputs["pixel_values_videos"])
     for part in one.inputs["pixel_values_videos"].split(patches):
         assert part.equal(shared.inputs["pixel_values_videos"])
@@ -129,7 +134,9 @@ def _calls(model):
         if out.requires_grad:
             out.register_hook(lambda gradient: calls.append(f"gradient of {name}"))
 
-    own = [(name, module) for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    own = [
+        (name, module) for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+    ]
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in own]
     try:
         yield calls
@@ -139,39 +146,46 @@ def _calls(model):
 
 
 def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, manifest):
-    model = PhotonForConditionalGeneration.from_pretrained(models / "s2")
-    processor = PhotonProcessor.from_pretrained(models / "s2")
+    processor = PhotonProcessor.from_pretrained(models / "s2", robustness_probability=0.5, flip_probability=0.5)
     rows = read_train_rows([manifest])
-    reading = Reading(robustness=0.5, flip=0.5, seed=4)
-    groups = [Group((i,), i) for i in range(12)]
-    items = [GroupDataset(rows, groups, processor, reading, epoch=1)[i] for i in range(12)]
+    groups = [MicroBatch((i,), i) for i in range(12)]
+
+    def read(first, epoch, seed=4):
+        return MicroBatches(rows, groups[first:], processor, TrainConfig(seed=seed), training=True, epoch=epoch)
+
+    items = [read(0, epoch=1)[i] for i in range(12)]
     random.seed(99)
     torch.manual_seed(99)
-    again = [GroupDataset(rows, groups[i:], processor, reading, epoch=1)[0] for i in range(12)]
-    assert all(a.inputs["pixel_values_videos"].equal(b.inputs["pixel_values_videos"]) for a, b in zip(items, again, strict=True))
+    again = [read(i, epoch=1)[0] for i in range(12)]
+    assert all(
+        a.inputs["pixel_values_videos"].equal(b.inputs["pixel_values_videos"])
+        for a, b in zip(items, again, strict=True)
+    )
     assert all(a.flips.equal(b.flips) for a, b in zip(items, again, strict=True))
-    other = [GroupDataset(rows, groups, processor, reading, epoch=2)[i] for i in range(12)]
-    assert any(not a.flips.equal(b.flips) for a, b in zip(items, other, strict=True))
-    perturbed = sum("perturbed" in item.inputs for item in items + other)
+    others = [[read(0, epoch=2)[i] for i in range(12)], [read(0, epoch=1, seed=5)[i] for i in range(12)]]
+    assert all(any(not a.flips.equal(b.flips) for a, b in zip(items, other, strict=True)) for other in others)
+    perturbed = sum("perturbed" in item.inputs for item in items + others[0])
     assert 4 <= perturbed <= 20  # 24 draws at one half
-    assert model.config.stage == 2
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_scores_are_not_rounded_by_autocast(models, manifest, share):
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
     rows = read_train_rows([manifest])
-    batch = batch_of(models, rows, [i for i, row in enumerate(rows) if row.id.startswith("d")], model, share_prefix=share)
+    batch = batch_of(
+        models, rows, [i for i, row in enumerate(rows) if row.id.startswith("d")], model, share_prefix=share
+    )
     exact = model(**batch.inputs, step=8500).scheduled
     with torch.autocast("cpu", torch.bfloat16):
         out = model(**batch.inputs, step=8500)
     out.loss.backward()
     cast = out.scheduled
     visual = batch.inputs["input_ids"] == model.config.video_token_id
-    scores = cast.score_BL[visual]
+    scores = cast.selection.score_BL[visual]
     assert scores.dtype == torch.float32
     rounded = scores.to(torch.bfloat16).float()
     assert (rounded != scores).any(), "a score that is a bfloat16 was rounded to one"
-    torch.testing.assert_close(scores, exact.score_BL[visual], rtol=0.1, atol=0.1)  # below layer its it did compute in bfloat16
+    # below layer its it did compute in bfloat16
+    torch.testing.assert_close(scores, exact.selection.score_BL[visual], rtol=0.1, atol=0.1)
     assert torch.isfinite(out.loss)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())

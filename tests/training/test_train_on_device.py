@@ -18,7 +18,17 @@ from photon_train.training.setup import start
 
 pytestmark = pytest.mark.slow
 CURRICULUM = {"soft_start": 1, "hard_start": 2, "flip_start": 3, "flip_probability": 0.5, "robustness_probability": 0.3}
-COMPARED = ("loss", "ce", "band", "robustness", "flip", "threshold", "keep_ratio", "eval_loss", "grad_norm/language_model")
+COMPARED = (
+    "loss",
+    "ce",
+    "band",
+    "robustness",
+    "flip",
+    "threshold",
+    "keep_ratio",
+    "eval_loss",
+    "grad_norm/language_model",
+)
 
 
 @pytest.fixture
@@ -94,8 +104,7 @@ def test_a_run_on_a_device_is_the_run_on_the_cpu(there, config, models, tmp_path
 
 
 def test_a_run_stopped_on_the_cpu_goes_on_on_a_device(there, config, tmp_path):
-    run = start(config, resume=False)
-    run.watch = stop_behind_step_3
+    run = start(config, resume=False, callback=stop_behind_step_3)
     with pytest.raises(KeyboardInterrupt):
         run_steps(run)
     found = there(train_there, config, True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from photon_data.records import PREPARED, REFUSED, VolumeRecord
-from photon_data.remarks import attention, duplicates, other_remarks, problems
+from photon_data.remarks import all_remarks, attention, duplicates, other_remarks
 from photon_data.volume import Geometry
 
 GRID = Geometry.axis_aligned((364, 364, 364), (1, 1, 1), (0, 0, 0))
@@ -16,18 +16,24 @@ def record(shape=(300, 512, 512), spacing=(1.0, 0.7, 0.7), *, steps=None, **fact
     if steps is not None:
         geometry = Geometry.from_arrays(shape, (0, 0, 0), steps)
     nothing = {axis: [0.0, 0.0] for axis in "xyz"}
-    told = {"geometry": geometry.to_json(), "grid": GRID.to_json(), "cut_mm": nothing, "pad_mm": nothing, "hu_before": GOOD_HU}
-    return VolumeRecord("a", "a.nii", PREPARED, 1, 1, facts={**told, "hu_after": GOOD_HU, **facts})
+    measured = {
+        "geometry": geometry.to_json(),
+        "grid": GRID.to_json(),
+        "cut_mm": nothing,
+        "pad_mm": nothing,
+        "hu_before": GOOD_HU,
+    }
+    return VolumeRecord("a", "a.nii", PREPARED, 1, 1, facts={**measured, "hu_after": GOOD_HU, **facts})
 
 
 def test_a_sound_scan_has_no_remarks():
-    assert problems(record()) == []
+    assert all_remarks(record()) == []
     assert attention(record(), []) == 0
 
 
 def test_what_was_not_measured_has_no_remarks():
     refused = VolumeRecord("a", "a.nii", REFUSED, 1, 1, code="truncated", reason="cut short")
-    assert problems(refused) == [] and attention(refused, []) == 0
+    assert all_remarks(refused) == [] and attention(refused, []) == 0
 
 
 @pytest.mark.parametrize(
@@ -40,7 +46,7 @@ def test_what_was_not_measured_has_no_remarks():
     ],
 )
 def test_what_is_cut_off_is_said_by_side_of_the_body(cut, remark):
-    assert problems(record(cut_mm=cut)) == [remark]
+    assert all_remarks(record(cut_mm=cut)) == [remark]
 
 
 @pytest.mark.parametrize(
@@ -62,22 +68,22 @@ def test_what_is_cut_off_is_said_by_side_of_the_body(cut, remark):
     ],
 )
 def test_each_oddity_has_its_remark(of, remark):
-    assert remark in problems(record(**of))
+    assert remark in all_remarks(record(**of))
 
 
 def test_a_coarse_axis_is_named_by_the_body_not_by_the_file():
     sagittal = record(steps=((5, 0, 0), (0, 0, -0.7), (0, 0.7, 0)), shape=(40, 300, 300))
-    assert problems(sagittal) == ["spacing 5.0 mm along x is over three times the in-plane spacing (0.70 mm)"]
+    assert all_remarks(sagittal) == ["spacing 5.0 mm along x is over three times the in-plane spacing (0.70 mm)"]
 
 
 def test_a_tilted_scan_is_said_to_be():
     c, s = np.cos(0.3), np.sin(0.3)
     tilted = record(steps=((0, 0, 1), (-s * 0.7, c * 0.7, 0), (c * 0.7, s * 0.7, 0)))
-    assert problems(tilted) == ["its axes are tilted by 17° against the body's"]
+    assert all_remarks(tilted) == ["its axes are tilted by 17° against the body's"]
 
 
 def test_values_that_are_no_hu_are_not_judged_as_hu():
-    assert problems(record(hu_before={**GOOD_HU, "min": 0.0, "max": 255.0}, policy={"modality": "other"})) == []
+    assert all_remarks(record(hu_before={**GOOD_HU, "min": 0.0, "max": 255.0}, policy={"modality": "other"})) == []
 
 
 def test_attention_is_the_millimetres_cut_off_and_fifty_for_each_other_remark():
@@ -86,5 +92,7 @@ def test_attention_is_the_millimetres_cut_off_and_fifty_for_each_other_remark():
 
 
 def test_files_of_the_same_content_are_found():
-    a, b, c, d = (VolumeRecord(i, i, PREPARED, 1, 1, fingerprint=f) for i, f in zip("abcd", ["1", "2", "1", None], strict=True))
+    a, b, c, d = (
+        VolumeRecord(i, i, PREPARED, 1, 1, fingerprint=f) for i, f in zip("abcd", ["1", "2", "1", None], strict=True)
+    )
     assert duplicates([a, b, c, d, d]) == [[a, c]]
