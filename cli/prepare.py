@@ -26,7 +26,7 @@ from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Recipe
 from photon_data.records import READY, VolumeRecord
-from photon_data.remarks import duplicates, all_remarks
+from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import (
     Callback,

@@ -195,7 +195,9 @@ def shown_cases(judged: Sequence[ScoredCase]) -> tuple[list[ScoredCase], list[Sc
 
 def cases_to_picture(answers: Answers, most: int) -> list[Case]:
     """Return at most `most` cases that the page shows and whose kept tokens are known, half of them worst ones."""
-    worst, best = ([one.case for one in cases if one.case.prediction.kept] for cases in shown_cases(answers.scored_cases))
+    worst, best = (
+        [one.case for one in cases if one.case.prediction.kept] for cases in shown_cases(answers.scored_cases)
+    )
     half = max(most - most // 2, most - len(best))
     return list({case.id: case for case in [*worst[:half], *best]}.values())[:most]
 
@@ -243,7 +245,9 @@ def _points(evaluation: Evaluation, like: Score) -> tuple[Point, ...]:
     points = []
     for answers in evaluation.answers:
         assert answers.kept, "trade_offs has looked"
-        predictions = [judged.case.prediction for judged in answers.scored_cases if judged.case.prediction.visual_tokens]
+        predictions = [
+            judged.case.prediction for judged in answers.scored_cases if judged.case.prediction.visual_tokens
+        ]
         point = Point(
             name=answers.name,
             kept_tokens=float(np.mean([prediction.kept_tokens for prediction in predictions])),
@@ -261,7 +265,9 @@ def trade_off_table(trade_off: TradeOff) -> FormattedTable:
     headings = ("predictions", "tokens kept", "share", "score", "95 %", "minus the first", "95 %", "questions/s")
     lines = []
     for point in trade_off.points:
-        scores = [text for one in (point.estimate, point.minus_first) for text in (formatted(one), formatted_interval(one))]
+        scores = [
+            text for one in (point.estimate, point.minus_first) for text in (formatted(one), formatted_interval(one))
+        ]
         rate = f"{point.questions_per_second:.2f}" if point.questions_per_second else "-"
         lines.append((point.name, f"{point.kept_tokens:.1f}", f"{point.kept_share:.1%}", *scores, rate))
     return FormattedTable(f"{trade_off.metric}, {trade_off.task}, against visual tokens kept", headings, lines)
@@ -285,8 +291,12 @@ def recall_tables(recalls: MaskRecalls) -> list[FormattedTable]:
     tables = [
         _own_and_other("Organs", "organ", recalls.organs),
         _own_and_other("Lesions", "lesion", recalls.lesions),
-        FormattedTable("Masks by volume, all questions", ("volume", *names), [_recall_line(one) for one in recalls.by_size]),
-        FormattedTable("Masks by name, all questions", ("mask", *names), [_recall_line(one) for one in recalls.by_mask]),
+        FormattedTable(
+            "Masks by volume, all questions", ("volume", *names), [_recall_line(one) for one in recalls.by_size]
+        ),
+        FormattedTable(
+            "Masks by name, all questions", ("mask", *names), [_recall_line(one) for one in recalls.by_mask]
+        ),
     ]
     return [table for table in tables if table.lines]
 
