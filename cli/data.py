@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,16 +19,11 @@ from photon_cli.terminal import (
     fail,
 )
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
 
 Out = Annotated[str, typer.Argument(help="Folder or URL (s3://...) that photon-data prepare wrote.")]
-# A data_manifest.yaml says these for itself.
-DECLARED = ("recipe", "settings", "questions", "columns", "split", "modality", "nan", "hu_source", "id_from")
 
 
 @app.command()
@@ -69,41 +64,19 @@ def prepare(
     pictures: Annotated[int, typer.Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
 ) -> None:
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
-    run: dict[str, Any] = {"limit": limit, "overwrite": overwrite, "pictures": pictures, "allow_leaks": allow_leaks}
-    run |= {"prompt": prompt_style, **({"seed": seed} if options.given_options(context, ["seed"]) else {})}
     with errors_as_exit_codes():
-        from photon_cli.prepare import PreparingBar, print_estimate, print_result, stopped_as_exit_code
-        from photon_data.files import Location
+        from photon_cli.prepare import PreparingBar, print_estimate, print_result, request_of, stopped_as_exit_code
         from photon_pipelines.cluster import Workers
-        from photon_pipelines.plan import FolderRequest, Request, request_of_manifest
-        from photon_pipelines.prepare import prepare as run_request
+        from photon_pipelines.prepare import prepare as run
 
         source, out = options.source_and_out(paths, manifest, "SOURCE OUT")
-        request: Request
-        if manifest:
-            _refuse_beside_manifest(context, DECLARED)
-            request = request_of_manifest(manifest, only, out, max_voxels=max_voxels, **run)
-        else:
-            made_by, policy = options.make_recipe(recipe, settings, modality, nan, max_voxels)
-            run |= {
-                "columns": options.pairs(columns, "--columns"),
-                "fractions": options.fractions(split),
-                "questions": questions,
-            }
-            request = FolderRequest(
-                source, Location(out), made_by, policy=policy, hu_source=hu_source, id_from=id_from, **run
-            )
-        if not request.out.is_shared:
-            fail(
-                f"expected a folder or an object store, found {request.out.url}: worker processes do not share it",
-                MISUSE,
-            )
+        request = request_of(context, source, out)
         where = Workers(workers, scheduler, timeout, memory)
         if dry_run:
             print_estimate(request, where)
             return
         with stopped_as_exit_code(), PreparingBar() as bar:
-            result = run_request(request, where, bar)
+            result = run(request, where, bar)
         print_result(request, result)
     raise typer.Exit(OK if result.complete else PARTIAL)
 
@@ -131,59 +104,37 @@ def inspect(
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
     with errors_as_exit_codes():
-        from photon_cli.prepare import inspect_manifest, print_findings, stopped_as_exit_code
-        from photon_data.files import Location
+        from photon_cli.prepare import inspect_manifest, print_findings, request_of, stopped_as_exit_code
         from photon_pipelines.cluster import Workers
-        from photon_pipelines.plan import FolderRequest
-        from photon_pipelines.prepare import inspect as run_request
+        from photon_pipelines.prepare import inspect as run
 
         source, out = options.source_and_out(paths, manifest, "SOURCE")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
-            _refuse_beside_manifest(context, (*DECLARED, "limit", "json_file"))
+            options.refuse_beside_manifest(context, "limit", "json_file")
             is_fine = inspect_manifest(manifest, only, out, where)
         else:
-            made_by, policy = options.make_recipe(recipe, settings, modality, nan, max_voxels)
-            tables: dict[str, Any] = {
-                "hu_source": hu_source,
-                "columns": options.pairs(columns, "--columns"),
-                "id_from": id_from,
-            }
-            request = FolderRequest(source, Location("."), made_by, policy=policy, limit=limit, **tables)
+            request = request_of(context, source, out=".")
             with stopped_as_exit_code(), console.status("reading scans"):
-                records, ignored = run_request(request, where)
+                records, ignored = run(request, where)
             is_fine = print_findings(source, records, ignored, json_file)
     raise typer.Exit(OK if is_fine else PARTIAL)
-
-
-def _refuse_beside_manifest(context: typer.Context, parameters: tuple[str, ...]) -> None:
-    given = options.given_options(context, parameters)
-    if given:
-        fail(f"expected --manifest alone, found {given} beside it; say it in the manifest", MISUSE)
 
 
 @app.command()
 def verify(out: Out) -> None:
     """Check every byte of every store against what was recorded."""
     with errors_as_exit_codes():
-        from rich.progress import track
-
-        from photon_data.errors import UsageError
         from photon_data.files import Location
-        from photon_data.records import VOLUMES, read_records
+        from photon_data.records import read_records
         from photon_pipelines.verify import verify_output
 
-        location = Location(out)
-        if not location.exists(VOLUMES):
-            raise UsageError(f"expected the output of photon-data prepare, but {location.url} has no {VOLUMES}")
+        location, problems = Location(out), 0
+        with ProgressBar("verifying") as bar:
+            for problem in verify_output(location, lambda done, total: bar.update(completed=done, total=total)):
+                problems += 1
+                console.print(problem, soft_wrap=True, style="red")
         stores = sum(record.is_there for record in read_records(location))
-        problems = 0
-        is_silent = not console.is_terminal
-        for problem in verify_output(
-            location, lambda items: track(items, "verifying", console=console, disable=is_silent)
-        ):
-            problems += 1
-            console.print(problem, soft_wrap=True, style="red")
         console.print(f"{stores} stores checked, {problems} problems")
     raise typer.Exit(PARTIAL if problems else OK)
 
@@ -234,14 +185,11 @@ def export(
         if to is None and not location.is_local:
             fail(f"expected --to FOLDER, since {location.url} is no local folder", MISUSE)
         with ProgressBar("exporting") as bar:
-            done = export_all(
-                location,
-                format_,
-                to or location.path / format_,
-                overwrite=overwrite,
-                progress=lambda done, total: bar.update(completed=done, total=total),
+            progress = lambda done, total: bar.update(completed=done, total=total)  # noqa: E731
+            counts = export_all(
+                location, format_, to or location.path / format_, overwrite=overwrite, progress=progress
             )
-        console.print(done)
+        console.print(counts)
 
 
 @app.command()

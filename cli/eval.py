@@ -126,8 +126,8 @@ def _pictures(
 ) -> dict[str, dict[str, Path]]:
     """Write pictures of cases of the first file of predictions; return {name of the file: {question id: picture}}.
 
-    Predictions do not have the saliency of tokens: the planes go through the kept token nearest to the middle. Each
-    volume is opened once. One that cannot be shown is named, and does not stop the others.
+    Predictions do not have the saliency of tokens: the planes go through the kept token nearest to the middle. A volume
+    that cannot be shown is named, and does not stop the others.
     """
     if not most:
         return {}

@@ -50,6 +50,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
+# A data_manifest.yaml says these for itself.
+DECLARED = ("recipe", "settings", "questions", "columns", "split", "modality", "nan", "hu_source", "id_from")
+
 
 def given_options(context: typer.Context, parameters: Iterable[str]) -> str:
     """Return those of a command's parameters that the user gave, as options: "--json, --set", or ""."""
@@ -60,6 +63,15 @@ def given_options(context: typer.Context, parameters: Iterable[str]) -> str:
 
     names = set(parameters)
     return ", ".join(p.opts[0] for p in context.command.params if p.name in names and is_given(p.name))
+
+
+def refuse_beside_manifest(context: typer.Context, *more: str) -> None:
+    """UsageError if an option was given that a data_manifest.yaml says for itself, or one of `more`."""
+    from photon_data.errors import UsageError
+
+    given = given_options(context, (*DECLARED, *more))
+    if given:
+        raise UsageError(f"expected --manifest alone, found {given} beside it; say it in the manifest")
 
 
 def pairs(texts: Iterable[str], option: str) -> dict[str, str]:

@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import typer
 from rich.table import Table
 
+from photon_cli.options import fractions, given_options, make_recipe, pairs, refuse_beside_manifest
 from photon_cli.terminal import STOPPED, ProgressBar, console, fail
 from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
-from photon_data.files import jsonl_bytes
+from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.counts import Count
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.readers.find import left_alone
@@ -27,6 +30,7 @@ from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import (
     Callback,
+    FolderRequest,
     ManifestRequest,
     Plan,
     Request,
@@ -38,6 +42,7 @@ from photon_pipelines.plan import (
     out_of,
     plan,
     recipe_of,
+    request_of_manifest,
 )
 from photon_pipelines.unpack import pending
 
@@ -48,6 +53,30 @@ FILES_PER_STORE = 6
 WORKER_GB, OBLIQUE_WORKER_GB = 0.4, 1.5
 SHOWN_QUESTIONS = 10
 ANSWER_LENGTH = 40
+
+
+def request_of(context: typer.Context, source: Path, out: str) -> Request:
+    """Return the request that the options of `prepare` or `inspect` make; UsageError where they cannot be followed."""
+    given = context.params
+    run: dict[str, Any] = {
+        name: given[name] for name in ("limit", "overwrite", "pictures", "allow_leaks") if name in given
+    }
+    request: Request
+    if given["manifest"]:
+        refuse_beside_manifest(context)
+        run |= {"seed": given["seed"]} if given_options(context, ["seed"]) else {}
+        run |= {"prompt": given["prompt_style"], "max_voxels": given["max_voxels"]}
+        request = request_of_manifest(source, given["only"], out, **run)
+    else:
+        recipe, policy = make_recipe(*(given[n] for n in ("recipe", "settings", "modality", "nan", "max_voxels")))
+        if "split" in given:  # inspect asks no questions
+            run |= {"prompt": given["prompt_style"], "seed": given["seed"], "questions": given["questions"]}
+            run["fractions"] = fractions(given["split"])
+        run |= {"hu_source": given["hu_source"], "id_from": given["id_from"], "policy": policy}
+        request = FolderRequest(source, Location(out), recipe, columns=pairs(given["columns"], "--columns"), **run)
+    if not request.out.is_shared:
+        raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
+    return request
 
 
 @contextmanager

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
+from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.questions.manifest import digests, validate
-from photon_data.records import DATASET, VolumeRecord, read_records
+from photon_data.records import DATASET, VOLUMES, read_records
 from photon_data.store import store_name, verify_store
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
-Track = Callable[[list[VolumeRecord]], Iterable[VolumeRecord]]
 
 
-def verify_output(out: Location, track: Track = iter) -> Iterator[str]:
+def verify_output(out: Location, progress: Callable[[int, int], object] = lambda done, total: None) -> Iterator[str]:
     """Yield what is wrong, a sentence each: files missing, changed or surplus, stores without a row, unsound manifests.
 
-    `track` passes the records on, and may show a progress bar meanwhile.
+    UsageError where nothing was prepared. `progress` gets the number of stores that are checked, and of all.
     """
+    if not out.exists(VOLUMES):
+        raise UsageError(f"expected the output of photon-data prepare, but {out.url} has no {VOLUMES}")
     records = [record for record in read_records(out) if record.is_there]
-    for record in track(records):
+    for number, record in enumerate(records, 1):
         yield from verify_store(out, store_name(record.id), record.store_sha256)
+        progress(number, len(records))
     known = {store_name(record.id) for record in records}
     for name in out.names("volumes"):
         if f"volumes/{name}" not in known:

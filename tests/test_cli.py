@@ -44,7 +44,7 @@ def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--set", "spacing=1,1,1"], "did you mean spacing_mm"),
+        (["--set", "spacing=1,1,1"], "did you mean 'spacing_mm'"),
         (["--recipe", "chest"], "one of chest_ct"),
         (["--hu-source", "nowhere.csv"], "expected header, stored or a table"),
         (["--columns", "volume"], "expected name=value"),
@@ -78,7 +78,11 @@ def test_scouts_beside_a_scan_are_reported_and_are_no_failure_and_alone_they_are
     assert code == 2
     assert f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found 2 (DICOM scout, no CT volume) in {raw}" in text
     write_series(raw / "axial", values, rescale=(1, 0))
-    for words in (("prepare", raw, out, *SMALL), ("inspect", raw, "--workers", "1"), ("prepare", raw, out, "--dry-run", *SMALL)):
+    for words in (
+        ("prepare", raw, out, *SMALL),
+        ("inspect", raw, "--workers", "1"),
+        ("prepare", raw, out, "--dry-run", *SMALL),
+    ):
         code, text = cli(*words)
         assert code == 0, text
         assert "2 (DICOM scout, no CT volume)" in text
@@ -114,7 +118,9 @@ def test_names_with_brackets_are_printed_as_they_are(raw, tmp_path):
 @pytest.mark.parametrize("command", ["photon_cli.data", "photon_cli.photon"])
 def test_both_commands_list_what_they_can_do(command):
     script = f"import sys, {command} as c; sys.argv = ['x', '--help']; c.main()"
-    assert "Commands" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert (
+        "Commands" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_a_dry_run_writes_nothing_and_counts_what_there_is_to_do(raw, tmp_path):
@@ -159,10 +165,26 @@ def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
     ("code", "absent"),
     [
         ("import photon_cli.data", ("numpy", "zarr", "SimpleITK", "distributed", "torch")),
-        ("import photon_pipelines.prepare, photon_pipelines.child", ("torch", "transformers", "torchio", "photon_train")),
+        (
+            "import photon_pipelines.prepare, photon_pipelines.child",
+            ("torch", "transformers", "torchio", "photon_train"),
+        ),
         ("import photon_data.prepare_file", ("torch", "dask", "distributed")),
     ],
 )
 def test_heavy_libraries_are_not_imported_where_they_are_not_needed(code, absent):
     script = f"{code}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect"])
+def test_other_numbers_of_paths_than_the_command_takes_are_misuse_that_says_which_it_takes(raw, tmp_path, command):
+    (tmp_path / "data_manifest.yaml").write_text("datasets: {}\n")
+    for words in ((), (raw, raw, raw), (raw, raw, "--manifest", tmp_path / "data_manifest.yaml")):
+        code, text = cli(command, *words)
+        assert code == 2
+        assert "expected SOURCE" in text and "or --manifest data_manifest.yaml [OUT], found" in text
+    assert list(tmp_path.rglob("volumes.jsonl")) == []

@@ -63,7 +63,9 @@ def test_good_and_bad_files_in_one_folder_each_end_in_one_state_and_the_good_one
     (source / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     (source / "empty.nii.gz").write_bytes(b"")
     (source / "text.nii").write_text("not a scan")
-    write_scan(source / "raw-values.nii.gz", array=(np.random.default_rng(0).integers(0, 3000, (9, 10, 11)).astype(np.int16)))
+    write_scan(
+        source / "raw-values.nii.gz", array=(np.random.default_rng(0).integers(0, 3000, (9, 10, 11)).astype(np.int16))
+    )
     (source / "notes.txt").write_text("left alone")
     result = prepare(request(source, tmp_path / "out"), TWO)
     assert result.states == {"prepared": 4, "unchanged": 0, "refused": 4, "failed": 0}
@@ -102,7 +104,13 @@ def test_the_same_command_again_does_only_what_is_missing_or_changed(source, tmp
     write_scan(source / "e.nii.gz", seed=5)
     (out / "volumes" / "a.ome.zarr" / "0" / "c" / "0" / "0" / "0").unlink()
     prepare(request(source, out), TWO)
-    assert states(out) == {"a": "prepared", "b": "unchanged", "deep__er__c": "unchanged", "d": "prepared", "e": "prepared"}
+    assert states(out) == {
+        "a": "prepared",
+        "b": "unchanged",
+        "deep__er__c": "unchanged",
+        "d": "prepared",
+        "e": "prepared",
+    }
     after = digests(out)
     changed = {name.split("/")[1] for name in before if before[name] != after[name] and name.startswith("volumes")}
     assert changed == {"d.ome.zarr"}
@@ -230,7 +238,9 @@ def test_two_runs_into_one_folder_are_not_both_let_in(source, tmp_path):
 
 def test_questions_become_rows_of_prepared_volumes_and_the_rest_is_named(source, tmp_path):
     table = tmp_path / "q.csv"
-    table.write_text("qid,scan,question,answer,split\n1,a,Is it?,Yes,train\n2,b.nii,Is it?,No,val\n3,nowhere,Is it?,No,val\n")
+    table.write_text(
+        "qid,scan,question,answer,split\n1,a,Is it?,Yes,train\n2,b.nii,Is it?,No,val\n3,nowhere,Is it?,No,val\n"
+    )
     columns = {"id": "qid", "volume": "scan"}
     result = prepare(request(source, tmp_path / "out", questions=table, columns=columns), TWO)
     (train,) = from_jsonl((tmp_path / "out" / "manifests" / "train.jsonl").read_text())
@@ -249,10 +259,15 @@ def test_a_table_that_leaks_patients_is_refused_before_anything_is_prepared(sour
 
 def test_one_volume_under_two_names_is_one_patient_when_splits_are_drawn(source, tmp_path):
     table = tmp_path / "q.csv"
-    table.write_text("volume,question,answer\n" + "".join(f"{name},Is it?,Yes\n" for name in ("a", "a.nii.gz", "d", "d.nii.gz")))
+    table.write_text(
+        "volume,question,answer\n" + "".join(f"{name},Is it?,Yes\n" for name in ("a", "a.nii.gz", "d", "d.nii.gz"))
+    )
     for seed in range(4):
         result = prepare(request(source, tmp_path / f"out{seed}", questions=table, seed=seed, limit=1), TWO)
-        assert len({row["split"] for rows in result.manifests.rows.values() for row in rows if row["volume_id"] == "a"}) == 1
+        assert (
+            len({row["split"] for rows in result.manifests.rows.values() for row in rows if row["volume_id"] == "a"})
+            == 1
+        )
 
 
 def test_the_same_content_in_two_splits_gets_no_manifests_and_the_old_ones_go(source, tmp_path):
