@@ -1,4 +1,5 @@
-"""What 3D-RAD's csv files give to someone who never sees a scan: every task's score of the best constant and of text rules.
+"""What 3D-RAD's csv files give to someone who never sees a scan: every task's score of the best constant and of text
+rules.
 
 python benchmarks/blind_3d_rad.py 3DRAD [--split test] [--train]
 

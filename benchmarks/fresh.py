@@ -1,6 +1,7 @@
 """One function in a fresh process: its time, CPU time (all threads) and the peak memory of that process. Linux only.
 
-It runs twice and the second run counts: a worker prepares many scans, and the first pays for pages the kernel has yet to give.
+It runs twice and the second run counts: a worker prepares many scans, and the first pays for pages the kernel has yet
+to give.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any, NamedTuple
 
 
 class Run(NamedTuple):
-    """What one run took. Importing the module is not part of wall and CPU time; the memory it takes is part of the peak."""
+    """What one run took. Importing the module is not part of wall and CPU time; the memory it takes is part of the
+    peak.
+    """
 
     import_s: float
     wall_s: float
@@ -43,7 +46,9 @@ class NotThereError(RuntimeError):
 
 
 def medians(cases: Sequence[Case], repeats: int) -> dict[str, Run | str]:
-    """Return the median of each case, or a sentence why there is none; cases are interleaved, so that all meet the same noise."""
+    """Return the median of each case, or a sentence why there is none; cases are interleaved, so that all meet the same
+    noise.
+    """
     runs: dict[str, list[Run]] = {case.name: [] for case in cases}
     missing: dict[str, Run | str] = {}
     for _ in range(repeats):

@@ -1,4 +1,5 @@
-"""One training sample, disk to tensor: the store's model grid against a 364^3 .nii.gz with MONAI Resize + ScaleIntensity.
+"""One training sample, disk to tensor: the store's model grid against a 364^3 .nii.gz with MONAI Resize +
+ScaleIntensity.
 
 Every way runs in one process and one thread, as in a worker of a data loader, interleaved.
 
@@ -59,7 +60,7 @@ def int16(store: str) -> torch.Tensor:
 
 
 def float32(store: str) -> torch.Tensor:
-    """Return [1, 140, 280, 280] in [0, 1]: converted plane by plane, so that the passes after the first meet the cache."""
+    """Return [1, 140, 280, 280] in [0, 1]: converted plane by plane, so that later passes meet the cache."""
     hu = open_volume(store, "model").array_zyx[...]
     unit = np.empty(hu.shape, np.float32)
     for plane, out in zip(hu, unit, strict=True):

@@ -1,4 +1,5 @@
-"""TFLOP of one answered volume by way of asking, from the configuration alone: no weights, no GPU (photon_train/flops.py).
+"""TFLOP of one answered volume by way of asking, from the configuration alone: no weights, no GPU
+(photon_train/flops.py).
 
 python benchmarks/model_flops.py                       Qwen2.5-VL-3B with Photon's volume
 python benchmarks/model_flops.py --config DIR --keep-ratio 0.2 --questions 43

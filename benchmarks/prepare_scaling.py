@@ -1,9 +1,9 @@
 """Volumes per minute of the whole `photon-data prepare` with 1 and 2 workers, against the bare function in one process.
 
 Every way is run on few and on many scans: the difference is what a volume costs, what is left is start-up (and, for the
-command, finding files, manifests and the report). On a machine that others use too, the seconds of different runs differ more
-than the pipeline costs; so its overhead is taken within one run: seconds per volume against those that volumes.jsonl records for
-the function itself.
+command, finding files, manifests and the report). On a machine that others use too, the seconds of different runs
+differ more than the pipeline costs; so its overhead is taken within one run: seconds per volume against those that
+volumes.jsonl records for the function itself.
 
 python benchmarks/prepare_scaling.py [--repeats 2] [--few 3] [--many 11]
 """

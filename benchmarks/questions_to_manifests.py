@@ -1,10 +1,11 @@
-"""Seconds and memory from 3D-RAD's number of questions to ms-swift manifests: 170,105 questions on 16,222 volumes, made here.
+"""Seconds and memory from 3D-RAD's number of questions to ms-swift manifests: 170,105 questions on 16,222 volumes, made
+here.
 
     python benchmarks/questions_to_manifests.py [--folder FOLDER]
 
-Scans are placeholders (nothing is prepared); tables have the size, columns and spread of the published ones, CT-RATE's metadata
-of all 50,188 volumes among them. What is timed: finding the volumes, reading metadata and questions, joining them, the leak
-check, building the rows, checking and writing them, counting.
+Scans are placeholders (nothing is prepared); tables have the size, columns and spread of the published ones, CT-RATE's
+metadata of all 50,188 volumes among them. What is timed: finding the volumes, reading metadata and questions, joining
+them, the leak check, building the rows, checking and writing them, counting.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def make(folder: Path) -> Path:
         _write_questions(folder, split, volumes, questions)
     path = folder / "data_manifest.yaml"
     path.write_text(
-        "out: out\ndatasets:\n  3d-rad:\n    adapter: 3d-rad\n    root: dataset\n    annotations:\n      questions: 3DRAD\n"
+        "out: out\ndatasets:\n  3d-rad:\n    adapter: 3d-rad\n    root: dataset\n    annotations:\n"
+        "      questions: 3DRAD\n"
         "      metadata: [train_metadata.csv, valid_metadata.csv]\n"
     )
     return path

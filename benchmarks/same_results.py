@@ -3,9 +3,10 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/same_results.py /tmp/before      # against this checkout; exit code 1 where something differs
 
-Each checkout makes phantoms, prepares them, trains the tiny model for some steps of both stages, answers the questions and
-scores the answers. Compared are every file of every store (of the root metadata: facts and hashes), rows of volumes and
-manifests, losses and weights, answers and kept tokens, scores. Times, memory and the folder's own name are left out.
+Each checkout makes phantoms, prepares them, trains the tiny model for some steps of both stages, answers the questions
+and scores the answers. Compared are every file of every store (of the root metadata: facts and hashes), rows of volumes
+and manifests, losses and weights, answers and kept tokens, scores. Times, memory and the folder's own name are left
+out.
 """
 
 from __future__ import annotations

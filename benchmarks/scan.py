@@ -1,8 +1,9 @@
-"""The test scan: a CT-like 512 x 512 x 350 int16 .nii.gz of 0.7 x 0.7 x 1 mm, made once and kept in the temporary folder.
+"""The test scan: a CT-like 512 x 512 x 350 int16 .nii.gz of 0.7 x 0.7 x 1 mm, made once and kept in the temporary
+folder.
 
-It shows a body with fat, lungs, heart, a spine with a screw, and a table, with 15 (rim) to 25 HU (middle) of noise in the body,
-and -1024 in the corners. The axes are stored as dcm2niix does (towards left, anterior, superior); the oblique variant has the
-same voxels in a turned frame.
+It shows a body with fat, lungs, heart, a spine with a screw, and a table, with 15 (rim) to 25 HU (middle) of noise in
+the body, and -1024 in the corners. The axes are stored as dcm2niix does (towards left, anterior, superior); the oblique
+variant has the same voxels in a turned frame.
 
 The gzip file has two members, header and voxels, so that many files of different content cost one compression.
 """

@@ -4,9 +4,9 @@
     python benchmarks/spines.py --root CHECKOUT  # another one, also of an earlier layout
     python benchmarks/spines.py --names          # with the files' names
 
-Four commands run on small data of their own, each under `sys.setprofile` in every process and thread that it starts. A Python file
-counts when one of its functions ran; what only ran while a module was imported does not count. A chain of imports counts files,
-with the imports under TYPE_CHECKING and inside functions.
+Four commands run on small data of their own, each under `sys.setprofile` in every process and thread that it starts. A
+Python file counts when one of its functions ran; what only ran while a module was imported does not count. A chain of
+imports counts files, with the imports under TYPE_CHECKING and inside functions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ PACKAGES = {
 ENTRIES = {"photon-data": "photon_cli.data", "photon": "photon_cli.photon"}
 SMALL = ["--set", "spacing_mm=4,4,4", "--set", "shape_zyx=56,56,56", "--set", "model_shape_zyx=28,56,56"]
 
-# Python runs a module of this name at its start. Each process writes a line for every function of the project when it first runs.
+# Python runs a module of this name at its start. Each process writes a line for every function of the project when it
+# first runs.
 TRACER = """
 import inspect, os, sys, threading
 write = open  # gone while Python shuts down

@@ -1,4 +1,5 @@
-"""Codecs and chunks for the arrays of a store, one thread: size, CPU seconds to write and to read, latency of partial reads.
+"""Codecs and chunks for the arrays of a store, one thread: size, CPU seconds to write and to read, latency of partial
+reads.
 
 python benchmarks/store_codecs.py [--repeats 3]
 """

@@ -3,8 +3,9 @@
     python benchmarks/train_step.py                                   the tiny model on a CPU
     python benchmarks/train_step.py --size 3b --device cuda           random weights of the published size
 
-Stores of random voxels are written to a temporary folder and read as in training; `wait` is the share of the time in which
-the device had nothing to do for want of data. Modes are interleaved; the median of --repeats steps after one warm-up.
+Stores of random voxels are written to a temporary folder and read as in training; `wait` is the share of the time in
+which the device had nothing to do for want of data. Modes are interleaved; the median of --repeats steps after one
+warm-up.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def main() -> None:
                     row = measure(args, folder, manifest, questions, scheduler, shared)
                     print(
                         f"{questions:2} {scheduler:9} {'shared' if shared else 'each':9} {row['seconds']:8.2f} "
-                        f"{row['questions_per_second']:12.2f} {row['data_wait_share']:6.1%} {row['peak_memory_mib']:8.0f}",
+                        f"{row['questions_per_second']:12.2f} {row['data_wait_share']:6.1%} "
+                        f"{row['peak_memory_mib']:8.0f}",
                         flush=True,
                     )
 

@@ -16,7 +16,9 @@ single_threaded()
 
 
 def prepare(scan: str, out: str) -> str:
-    """Fingerprint, read, resample, make the model grid, write both arrays with checksums, sync, rename; return the store."""
+    """Fingerprint, read, resample, make the model grid, write both arrays with checksums, sync, rename; return the
+    store.
+    """
     path = Path(scan)
     status = path.stat()
     source = Source(path.name.partition(".")[0], path.name, (path,), "nifti", status.st_size, status.st_mtime_ns)

@@ -94,7 +94,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def name_hint(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'spacing_mm'?" for a misspelled name; where no known name is like it, "there are a, b, c"."""
+    """Return "did you mean 'spacing_mm'?" for a misspelled name, else "there are a, b, c"."""
     known = list(known)
     near = nearest_name(name, known)
     return f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"

@@ -29,7 +29,9 @@ class Format(NamedTuple):
 
 
 def nifti_header(geometry: Geometry, dtype: str, slope: float = 1.0, intercept: float = 0.0) -> bytes:
-    """Return the 352 bytes before the voxels. sform and qform agree; a sheared grid has only a sform, as no qform can hold it."""
+    """Return the 352 bytes before the voxels. sform and qform agree; a sheared grid has only a sform, as no qform can
+    hold it.
+    """
     header = nibabel.Nifti1Header(endianness="<")
     header.set_data_shape(geometry.shape_zyx[::-1])
     header.set_data_dtype(dtype)

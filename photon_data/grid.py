@@ -1,4 +1,6 @@
-"""The target grid of a scan: where it lies, what of the scan it cuts off, and which native voxels each of its voxels samples."""
+"""The target grid of a scan: where it lies, what of the scan it cuts off, and which native voxels each of its voxels
+samples.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class AxisMap(NamedTuple):
 
 
 def target_grid(native: Geometry, recipe: Recipe) -> Geometry:
-    """Return the recipe's grid, direction identity in LPS (ITK's "RAI"), centred on the centre of the scan's field of view."""
+    """Return the recipe's grid, direction identity in LPS (ITK's "RAI"), centred on the centre of the scan's field of
+    view.
+    """
     return Geometry.axis_aligned(recipe.shape_zyx, recipe.spacing_mm, native.centre_lps)
 
 
@@ -35,7 +39,9 @@ def model_grid(grid: Geometry, shape_zyx: tuple[int, int, int]) -> Geometry:
 
 
 def aligned_axes(native: Geometry) -> tuple[int, int, int] | None:
-    """Return, for each array axis of the scan, the axis (z, y, x) of an LPS-aligned array it runs along; None where oblique."""
+    """Return, for each array axis of the scan, the axis (z, y, x) of an LPS-aligned array it runs along; None where
+    oblique.
+    """
     steps = np.abs(np.asarray(native.steps_lps))
     world = steps.argmax(axis=1)
     stray = steps.copy()
@@ -48,7 +54,7 @@ def aligned_axes(native: Geometry) -> tuple[int, int, int] | None:
 
 
 def grid_to_native(native: Geometry, grid: Geometry) -> np.ndarray:
-    """Return the matrix [4, 4] that takes a voxel index (z, y, x, 1) of the grid to the native (z, y, x, 1) it samples."""
+    """Return the matrix [4, 4] from a voxel index (z, y, x, 1) of the grid to the native index that it samples."""
     matrix = np.eye(4)
     origin = native.index(grid.origin_lps)
     matrix[:3, 3] = origin
@@ -57,10 +63,11 @@ def grid_to_native(native: Geometry, grid: Geometry) -> np.ndarray:
 
 
 def axis_map(position: np.ndarray, n_in: int) -> AxisMap:
-    """Return the map of output voxels that sample an input axis of `n_in` voxels at `position` (float64 index, monotonic).
+    """Return the map of output voxels that sample an input axis of `n_in` voxels at `position` (float64 index,
+    monotonic).
 
-    As in ITK, index i covers [i - 0.5, i + 0.5): outputs in the outer half voxel repeat the edge value, those beyond are left
-    out (start..stop). Rounding to 1e-9 makes a voxel exactly on the rim fall the same way on every machine.
+    As in ITK, index i covers [i - 0.5, i + 0.5): outputs in the outer half voxel repeat the edge value, those beyond
+    are left out (start..stop). Rounding to 1e-9 makes a voxel exactly on the rim fall the same way on every machine.
     """
     position = np.round(position, 9)
     inside = np.flatnonzero((position >= -0.5) & (position < n_in - 0.5))
@@ -69,7 +76,9 @@ def axis_map(position: np.ndarray, n_in: int) -> AxisMap:
 
 
 def resize_map(n_out: int, n_in: int) -> AxisMap:
-    """Return the map of a linear resize with align_corners=False: positions beyond the outer voxel centres repeat the edge."""
+    """Return the map of a linear resize with align_corners=False: positions beyond the outer voxel centres repeat the
+    edge.
+    """
     position = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     return AxisMap(0, n_out, *_neighbours(position, n_in))
 
@@ -83,8 +92,8 @@ def _neighbours(position: np.ndarray, n_in: int) -> tuple[np.ndarray, np.ndarray
 def margins_mm(native: Geometry, grid: Geometry) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (cut_mm, pad_mm): per world axis x, y, z the mm at its [low, high] end.
 
-    cut: of the scan that lie outside of the grid. pad: of the grid that lie outside of the scan. x grows to the patient's left,
-    y to the back, z to the head. An oblique scan is measured by the box around its corners.
+    cut: of the scan that lie outside of the grid. pad: of the grid that lie outside of the scan. x grows to the
+    patient's left, y to the back, z to the head. An oblique scan is measured by the box around its corners.
     """
     scan, box = native.corners_lps(), grid.corners_lps()
     low, high = scan.min(0) - box.min(0), box.max(0) - scan.max(0)

@@ -1,4 +1,4 @@
-"""Intensities as they stream past: rescaling, statistics, non-finite voxels, and whether they can be Hounsfield units."""
+"""Intensities of a scan: rescaling, statistics, non-finite voxels, and whether they can be Hounsfield units."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ LARGEST = 1e30
 
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
-# Below air there is noise, or padding of one value; more than this share of anything else is air that was rescaled twice.
+# Below air there is noise, or padding of one value; more than this share of anything else is air that was rescaled
+# twice.
 BELOW_AIR_HU, MOST_BELOW_AIR = (-4000, -1150), 0.05
 
 
 class Rescale(NamedTuple):
     """HU = slope * stored + intercept, and who gives them.
 
-    given_by  "stored": nobody, values are taken as they are; "table": a user's table, which is followed; "metadata": the
+    given_by  "stored": nobody, values are taken as they are; "table": a user's table, which is followed; "metadata":
+    the
               table of a data set whose files hold raw values, so that stored values which are HU already are refused
     """
 
@@ -93,25 +95,27 @@ def _statistics(sample: np.ndarray, low: float, high: float, non_finite: int) ->
 
 
 def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> None:
-    """Raise Refused when stored values that a table says are raw look like Hounsfield units: they would be scaled twice."""
+    """Raise Refused when stored values that a table says are raw look like Hounsfield units: they would be scaled
+    twice.
+    """
     try:
         refuse_implausible(sample_stored, low, high)
     except Refused:
         return
     raise Refused(
         "scaled-before",
-        f"expected raw values, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to {high:.0f} "
-        "with air near -1000, which would be scaled twice; take the files that the table is of (of CT-RATE, these are v2 "
-        "in a folder of v1)",
+        f"expected raw values, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to "
+        f"{high:.0f} with air near -1000, which would be scaled twice; take the files that the table is of "
+        "(of CT-RATE, these are v2 in a folder of v1)",
     )
 
 
 def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     """Raise Refused when intensities, of which low and high are the ends, cannot be Hounsfield units of a CT.
 
-    A CT shows air (AIR_HU) around or inside the body and soft tissue (TISSUE_HU). Raw values are all positive; an intercept
-    applied twice pushes tissue to -1000 and air below, or everything to about -8192. Padding far below -1000 outside of the
-    reconstruction circle is normal and is not counted against a scan that also has air and tissue.
+    A CT shows air (AIR_HU) around or inside the body and soft tissue (TISSUE_HU). Raw values are all positive; an
+    intercept applied twice pushes tissue to -1000 and air below, or everything to about -8192. Padding far below -1000
+    outside of the reconstruction circle is normal and is not counted against a scan that also has air and tissue.
     """
     absurd = float(np.mean(sample_hu < ABSURD_HU))
     body = sample_hu[sample_hu > ABSURD_HU]

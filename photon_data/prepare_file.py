@@ -1,4 +1,6 @@
-"""One source, start to end: a file or series on disk -> its record, with its store written. The same bytes whatever runs it."""
+"""One source, start to end: a file or series on disk -> its record, with its store written. The same bytes whatever
+runs it.
+"""
 
 from __future__ import annotations
 
@@ -93,10 +95,11 @@ def prepare(
     policy: Policy | None = None,
     rescale: Rescale | None = None,
 ) -> Prepared:
-    """Return a scan as `prepare_volume` makes it for a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is written.
+    """Return a scan as `prepare_volume` makes it for a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is
+    written.
 
-    `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a store,
-    UsageError where the path holds no scan or several.
+    `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a
+    store, UsageError where the path holds no scan or several.
 
     >>> recipe = photon_data.Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
     >>> prepared = photon_data.prepare("a.nii.gz", recipe)
@@ -166,7 +169,9 @@ def _prepare(job: Job) -> VolumeRecord:
 
 
 def opened(job: Job) -> Scan:
-    """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has none."""
+    """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has
+    none.
+    """
     affine = BLANK if job.stated and job.stated.replaces_header else job.policy.nifti_affine
     scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.policy.max_voxels)
     return replace(scan, geometry=job.stated.reconcile(scan.geometry)) if job.stated else scan
@@ -214,8 +219,8 @@ def recipe_digest(metadata: Mapping[str, Any]) -> str:
 def fingerprint(files: Sequence[Path]) -> str:
     """Return "sha256:<64 hex>" of the content of the files, in their order; names and dates do not count.
 
-    One file gives the hash that `sha256sum` prints. Several give the hash of their (size, sha256) pairs, so that bytes moved
-    from the end of one file to the start of the next show. OSError for a file that cannot be read.
+    One file gives the hash that `sha256sum` prints. Several give the hash of their (size, sha256) pairs, so that bytes
+    moved from the end of one file to the start of the next show. OSError for a file that cannot be read.
     """
     digests = []
     for path in files:

@@ -20,7 +20,8 @@ def prepare_volume(
 ) -> Prepared:
     """Return the scan as `recipe` wants it; Refused if it must not become a store.
 
-    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where one of its choices mattered.
+    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where one of its choices
+    mattered.
     """
     grid = target_grid(scan.geometry, recipe)
     _refuse_smaller_than_a_voxel(scan.geometry, grid)
@@ -51,7 +52,7 @@ def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
         raise Refused(
             "rescale",
-            f"expected a finite slope (not 0) and intercept, found {slope} and {intercept}; --hu-source can give others",
+            f"expected a finite slope (not 0) and intercept, found {slope}, {intercept}; --hu-source can give others",
         )
     return Values(slope, intercept, recipe.window_hu, recipe.pad_hu)
 
@@ -63,7 +64,7 @@ def _accept(probe: Probe, policy: Policy, rescale: Rescale | None) -> dict[str, 
         if policy.non_finite == "refuse":
             raise Refused(
                 "non-finite",
-                f"expected finite voxels, found {probe.non_finite} NaN or infinite ones; --nan fill sets them to the padding",
+                f"expected finite voxels, found {probe.non_finite} NaN or infinite ones; --nan fill pads them",
             )
         choices["non_finite"] = policy.non_finite
     if rescale and rescale.given_by == "metadata":

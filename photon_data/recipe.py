@@ -1,4 +1,5 @@
-"""Recipe: every setting that decides a voxel of a store. Policy: what is refused or picked on the way, which decides none.
+"""Recipe: every setting that decides a voxel of a store. Policy: what is refused or picked on the way, which decides
+none.
 
 Both are frozen values; `--set key=value` changes either. Variants derive from one another with `dataclasses.replace`.
 """
@@ -30,8 +31,8 @@ class Recipe:
     shape_zyx        voxels of the target grid, centred on the centre of the scan's own field of view
     window_hu        values are clipped to this range
     pad_hu           value outside of the scan
-    antialias        smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015); slower
-    model_shape_zyx  voxels of the model grid, resized trilinearly from the target grid (align_corners=False)
+    antialias        smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015);
+    slower model_shape_zyx  voxels of the model grid, resized trilinearly from the target grid (align_corners=False)
     instruction      the question of a volume that has none in a table
 
     >>> from dataclasses import replace
@@ -74,7 +75,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """Return the Recipe of a saved dict, also of one that still held a policy; UsageError for other keys or values."""
+        """Return the Recipe of a saved dict, also of one that held a policy; UsageError for other keys or values."""
         known = {key: value for key, value in data.items() if key not in EARLIER}
         return replace(cls(), **{key: _convert(cls, key, value) for key, value in known.items()})
 
@@ -121,7 +122,7 @@ def abdomen_ct() -> Recipe:
 
 
 def wide_ct() -> Recipe:
-    """Return a grid of 504 x 504 x 504 mm at 1.4 mm that cuts off almost no scan, at Photon's number of model voxels."""
+    """Return a grid of 504 x 504 x 504 mm at 1.4 mm, which cuts off almost no scan."""
     return replace(chest_ct(), name="wide_ct", spacing_mm=(1.4, 1.4, 1.4), shape_zyx=(360, 360, 360))
 
 

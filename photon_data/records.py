@@ -26,10 +26,10 @@ class VolumeRecord:
     code, reason why it was refused or failed (code: a slug to group by)
     facts        what was measured on the way, as stored in the store too:
                    format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
-                   policy      {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none did
-                   geometry    Geometry.to_json() of the native grid
-                   grid        Geometry.to_json() of the target grid
-                   cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of the grid
+                   policy      {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none
+                   did geometry    Geometry.to_json() of the native grid grid        Geometry.to_json() of the target
+                   grid cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of
+                   the grid
                                outside of the scan, at the low and the high end of each world axis (L, P, S grow)
                    hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also
                                "histogram": counts in 64 equal bins over [-1100, 1100]

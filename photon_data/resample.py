@@ -1,7 +1,7 @@
 """Native planes -> the target grid in one pass, linear, float32, rounded to nearest.
 
-Axis-aligned scans are streamed plane by plane through separable interpolation, so memory does not grow with their length.
-Oblique, sheared or to-be-smoothed scans go through SimpleITK's general resampler, whole.
+Axis-aligned scans are streamed plane by plane through separable interpolation, so memory does not grow with their
+length. Oblique, sheared or to-be-smoothed scans go through SimpleITK's general resampler, whole.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, ou
 def resample(
     planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, recipe: Recipe
 ) -> np.ndarray:
-    """Return the int16 array [z, y, x] of the scan on `grid`; every plane is consumed, even those that the grid cuts off."""
+    """Return the int16 array [z, y, x] of the scan on `grid`; every plane is consumed, even those that the grid cuts
+    off.
+    """
     axes = aligned_axes(native)
     blur = _blur_voxels(native, grid) if recipe.antialias else np.zeros(3)
     if axes is None or blur.any():
@@ -155,7 +157,8 @@ def _resample_whole(
 def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
     """Return the Gaussian sigma per array axis, in native voxels, that leaves what the target spacing can hold.
 
-    sigma = sqrt(f^2 - 1) / (2 sqrt(2 ln 2)), f = target / native spacing (Cardoso et al., MICCAI 2015); 0 where not down-sampled.
+    sigma = sqrt(f^2 - 1) / (2 sqrt(2 ln 2)), f = target / native spacing (Cardoso et al., MICCAI 2015); 0 where not
+    down-sampled.
     """
     world = np.abs(np.asarray(native.steps_lps)).argmax(axis=1)
     factor = np.asarray(grid.spacing_zyx_mm)[2 - world] / np.asarray(native.spacing_zyx_mm)

@@ -48,8 +48,9 @@ def store_name(volume_id: str) -> str:
 def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str, Any]) -> dict[str, Any]:
     """Write the store `name` below `out`, replacing one that is there; return {"bytes", "sha256" of its root metadata}.
 
-    `identity` (id, key, fingerprint, recipe) goes into its metadata with the facts. Locally it is written beside, synced and
-    renamed; on an object store the root metadata go last, and without them no reader takes the rest for a store.
+    `identity` (id, key, fingerprint, recipe) goes into its metadata with the facts. Locally it is written beside,
+    synced and renamed; on an object store the root metadata go last, and without them no reader takes the rest for a
+    store.
     """
     if out.is_local:
         with write_whole(out.path / name) as folder:
@@ -108,8 +109,8 @@ def _write_shard(array: np.ndarray, chunk: tuple[int, int, int], path: Path) -> 
 
     <chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
 
-    It is what zarr-python writes, with fewer copies (0.15 s less). The hash is of the bytes that were meant to be written;
-    photon-data verify tells what the disk made of them.
+    It is what zarr-python writes, with fewer copies (0.15 s less). The hash is of the bytes that were meant to be
+    written; photon-data verify tells what the disk made of them.
     """
     counts = tuple(math.ceil(n / c) for n, c in zip(array.shape, chunk, strict=True))
     index = np.empty((*counts, 2), "<u8")
@@ -191,8 +192,8 @@ def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
 def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -> Volume:
     """Return the volume of a store, read lazily: slice `.array_zyx` or take `.numpy()`.
 
-    `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x), LPS-aligned.
-    UsageError when it is not one of our stores, or one of another version.
+    `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x),
+    LPS-aligned. UsageError when it is not one of our stores, or one of another version.
 
     >>> volume = photon_data.open_volume("a.ome.zarr")
     >>> volume.array_zyx.shape, volume.array_zyx[20].shape, volume.geometry.orientation
@@ -223,7 +224,7 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
 
 
 def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
-    """Raise UsageError before anything is decoded, unless this is an int16 volume of sane size in codecs that we write."""
+    """Raise UsageError, before anything is decoded, unless this is a sane int16 volume in our codecs."""
     shape = metadata.get("shape", [])
     if metadata.get("data_type") != "int16" or len(shape) != 3 or math.prod(shape) > LARGEST_VOXELS:
         raise UsageError(
@@ -237,7 +238,7 @@ def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
 
 
 def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
-    """Tell cheaply whether every file of a local store has its recorded size (on an object store: metadata come last)."""
+    """Tell cheaply whether every file of a local store has its recorded size; on an object store metadata come last."""
     if not out.is_local:
         return True
     try:

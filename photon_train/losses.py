@@ -67,9 +67,9 @@ def answer_losses(
 ) -> AnswerLosses:
     """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
 
-    perturbed_B: rows whose volume was perturbed, trained to be unsure; flipped_B: rows that kept the complement, trained
-    not to answer; the others are trained to answer.
-    ce: -log p(y); robustness: minus the entropy of p; flip: -log(1 - p(y) + flip_epsilon).
+    perturbed_B: rows whose volume was perturbed, trained to be unsure; flipped_B: rows that kept the complement,
+    trained not to answer; the others are trained to answer. ce: -log p(y); robustness: minus the entropy of p; flip:
+    -log(1 - p(y) + flip_epsilon).
     """
     perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
     count = max(len(labels_N), 1)

@@ -411,7 +411,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Return the answers' ids int64[K, n], padded behind the end marker; kwargs are generate's.
 
         Each question is the int64[q] ids that follow the prefix, to the end of the prompt
-        (`PhotonProcessor.questions`). With return_dict_in_generate=True, return what generate returns, prompts included.
+        (`PhotonProcessor.questions`). With return_dict_in_generate=True, return what generate returns, prompts
+        included.
         """
         rows = prefix.followed_by(questions, pad_token_id)
         found: Any = self.generate(**rows, **{"do_sample": False, "pad_token_id": pad_token_id, **kwargs})

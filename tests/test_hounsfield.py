@@ -26,7 +26,9 @@ def circle_padded(value):
 
 
 def head_like():
-    """A brain in a thick skull, in noisy air: scaled twice, its brain lies where air should be and its skull where tissue is."""
+    """A brain in a thick skull, in noisy air: scaled twice, its brain lies where air should be and its skull where
+    tissue is.
+    """
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
     radius = np.sqrt(z**2 + y**2 + x**2)
     hu = np.select([radius < 0.7, radius < 0.85], [40.0, 1000.0], -1000.0)

@@ -1,4 +1,4 @@
-"""Manifests: no question lost, none guessed, the same bytes from any order, and strict about what ms-swift lets pass."""
+"""Manifests: no question lost or guessed, the same bytes from any order, strict where ms-swift is not."""
 
 import copy
 import json

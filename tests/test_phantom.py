@@ -80,7 +80,9 @@ def test_a_finding_exists_exactly_where_its_mask_has_voxels(drawn):
 def test_every_organ_asked_about_is_in_view(drawn):
     for row in rows_of(drawn, "existence"):
         for structure in row["organ_masks"]:
-            volume_ml = mask_of(drawn, row, structure).sum() * abs(np.linalg.det(scan_of(drawn, row).affine[:3, :3])) / 1e3
+            volume_ml = (
+                mask_of(drawn, row, structure).sum() * abs(np.linalg.det(scan_of(drawn, row).affine[:3, :3])) / 1e3
+            )
             assert volume_ml > 80, (row["id"], structure)
 
 
@@ -249,7 +251,10 @@ def test_the_size_of_voxels_changes_no_answer_and_moves_no_organ(tmp_path):
     assert [p.questions for p in coarse] == [p.questions for p in fine]
     for phantom in coarse:
         row = phantom.questions[0]
-        centres = [world_lps(tmp_path / size, row, mask_of(tmp_path / size, row, "liver")).mean(axis=0) for size in ("72", "120")]
+        centres = [
+            world_lps(tmp_path / size, row, mask_of(tmp_path / size, row, "liver")).mean(axis=0)
+            for size in ("72", "120")
+        ]
         assert np.abs(centres[0] - centres[1]).max() < 0.5
 
 
@@ -341,7 +346,11 @@ def test_captions_of_training_volumes_say_what_the_questions_ask_each_finding_fi
     phantoms = [draw_phantom(2, index, 64, easy=True) for index in range(24)]
     for phantom in phantoms:
         captions = [row["answer"].split(", ") for row in phantom.questions if row["kind"] == "caption"]
-        told = {f"{row['lesion'].replace('_', ' ')} {row['answer']}" for row in phantom.questions if row["kind"] == "existence"}
+        told = {
+            f"{row['lesion'].replace('_', ' ')} {row['answer']}"
+            for row in phantom.questions
+            if row["kind"] == "existence"
+        }
         assert len(captions) == (len(told) if phantom.slot.split == "train" else 0)
         assert all(set(caption) == told for caption in captions)
         assert {caption[0] for caption in captions} == (told if captions else set())

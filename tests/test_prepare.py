@@ -213,7 +213,9 @@ def test_verify_finds_manifests_that_are_not_those_that_were_written(source, tmp
 
 
 def test_the_same_scan_gives_the_bytes_that_this_number_of_the_algorithm_stands_for():
-    """A change here is a change of every store: raise ALGORITHM in recipe.py, so that folders are not mixed, then pin it anew."""
+    """A change here is a change of every store: raise ALGORITHM in recipe.py, so that folders are not mixed, then pin
+    it anew.
+    """
     ramp = (np.arange(30 * 40 * 50).reshape(30, 40, 50) * 7919 % 2000 - 1000).astype(np.int16)
     prepared = prepare_volume(as_scan(ramp, frame((30, 40, 50))), SMALL, Policy(modality="other"))
     digest = hashlib.sha256(prepared.volume.array_zyx.tobytes() + prepared.model.array_zyx.tobytes()).hexdigest()

@@ -146,7 +146,8 @@ def test_all_problems_are_told_together_with_lines_and_counts(tmp_path):
         ]
     )
     message = error_of(file(tmp_path, "q.csv", text)).splitlines()
-    head = "8 problems (3 x tag in a text, 1 x duplicate id, 1 x empty volume, 1 x empty question, 1 x ragged row, 1 x empty id)"
+    head = "8 problems (3 x tag in a text, 1 x duplicate id, 1 x empty volume, 1 x empty question, 1 x ragged row, "
+    head += "1 x empty id)"
     assert message[0].endswith(head)
     assert [line.split(":")[0].strip() for line in message[1:]] == [f"line {n}" for n in (3, 4, 5, 6, 9, 10, 11, 12)]
     assert "'a' again, first used at line 2" in message[1]

@@ -1,4 +1,6 @@
-"""OUT as an object store: fsspec's in-memory one, with the jobs run in this process (children would not share its memory)."""
+"""OUT as an object store: fsspec's in-memory one, with the jobs run in this process (children would not share its
+memory).
+"""
 
 import json
 

@@ -33,7 +33,8 @@ def resampled_by_itk(array, native, grid, recipe, slope=1.0, intercept=0.0):
 def off_the_rim(native, grid):
     """True for the voxels of `grid` that are not exactly (1e-6 voxel) on the outer face of the scan.
 
-    There ITK's own rounding decides whether a voxel is inside, differently for each axis order; ours is tested by hand below.
+    There ITK's own rounding decides whether a voxel is inside, differently for each axis order; ours is tested by hand
+    below.
     """
     index = native.index(grid.world(np.stack(np.meshgrid(*map(np.arange, grid.shape_zyx), indexing="ij"), -1)))
     return (np.minimum(abs(index + 0.5), abs(index - native.shape_zyx + 0.5)) > 1e-6).all(-1)
@@ -80,7 +81,13 @@ def test_a_tilted_gantry_is_resampled_as_it_was_acquired():
 
 @pytest.mark.parametrize(
     ("dtype", "slope", "intercept"),
-    [(np.int16, 1.0, 0.0), (np.uint16, 1.0, -1024.0), (np.uint8, 8.5, -1024.0), (np.float32, 0.5, 3.25), (np.float64, -1, 0)],
+    [
+        (np.int16, 1.0, 0.0),
+        (np.uint16, 1.0, -1024.0),
+        (np.uint8, 8.5, -1024.0),
+        (np.float32, 0.5, 3.25),
+        (np.float64, -1, 0),
+    ],
 )
 def test_rescaling_to_hu_happens_exactly_once(dtype, slope, intercept):
     stored = np.random.default_rng(0).uniform(0, 250, (20, 30, 40)).astype(dtype)
@@ -145,7 +152,8 @@ def test_the_grid_is_centred_on_the_field_of_view_and_says_what_it_cuts_off_and_
 
 @pytest.mark.parametrize(("sign", "rows"), [(1, range(1, 6)), (-1, range(2, 7))])
 def test_a_voxel_exactly_on_the_rim_belongs_to_the_scan_at_its_first_face_only(sign, rows):
-    # 5 voxels of 1 mm centred in 8: the outer faces lie exactly on voxel centres 1 and 6. As in ITK, [-0.5, n - 0.5) is inside.
+    # 5 voxels of 1 mm centred in 8: the outer faces lie exactly on voxel centres 1 and 6. As in ITK, [-0.5, n - 0.5) is
+    # inside.
     native = frame((6, 5, 6), ((0, 1, 2), (1, sign, 1)), spacing_mm=(1, 1, 1))
     recipe = Recipe(shape_zyx=(6, 8, 6), model_shape_zyx=(3, 3, 3))
     volume = prepare_any(as_scan(np.full((6, 5, 6), 50, np.int16), native), recipe).volume.array_zyx

@@ -56,7 +56,11 @@ def test_ome_zarr_models_accepts_both_image_groups(out):
     for folder in ("", "/model"):
         image = ome.Image.from_zarr(zarr.open_group(f"{out.path / NAME}{folder}", mode="r"))
         axes = image.attributes.ome.multiscales[0].axes
-        assert [(axis.name, axis.unit) for axis in axes] == [("z", "millimeter"), ("y", "millimeter"), ("x", "millimeter")]
+        assert [(axis.name, axis.unit) for axis in axes] == [
+            ("z", "millimeter"),
+            ("y", "millimeter"),
+            ("x", "millimeter"),
+        ]
 
 
 def test_the_array_is_sharded_checksummed_and_names_its_axes(out):

@@ -56,8 +56,8 @@ def validate(
     """Return the problems of rows or of a file, by line; empty for a sound manifest.
 
     `root` is the folder that relative stores lie in; without it every store must be an absolute path or a URL.
-    `check_stores=False` accepts stores that do not exist here (they may lie on another machine). UsageError for a file that
-    cannot be read.
+    `check_stores=False` accepts stores that do not exist here (they may lie on another machine). UsageError for a file
+    that cannot be read.
     """
     problems: list[Problem] = []
     if isinstance(manifest, Path):

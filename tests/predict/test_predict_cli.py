@@ -38,7 +38,10 @@ def scan(tmp_path):
 @pytest.fixture
 def manifest(tmp_path):
     places = [store(tmp_path / "data", name, seed) for seed, name in enumerate(("a", "b"))]
-    return put(tmp_path / "rows.jsonl", [row(f"{Path(p).name[0]}{i}", q, p) for p in places for i, q in enumerate(QUESTIONS[:2])])
+    return put(
+        tmp_path / "rows.jsonl",
+        [row(f"{Path(p).name[0]}{i}", q, p) for p in places for i, q in enumerate(QUESTIONS[:2])],
+    )
 
 
 def test_questions_about_a_raw_scan_are_answered_with_what_was_kept_and_how_long_it_took(model_dir, scan):
@@ -61,7 +64,9 @@ def test_json_has_all_that_a_prediction_has_and_streaming_says_the_same(model_di
     for one in found["predictions"]:
         assert (
             f"{one['question']}\n{one['response']}".split()
-            == streamed[streamed.index(one["question"]) :].split()[: len(f"{one['question']}\n{one['response']}".split())]
+            == streamed[streamed.index(one["question"]) :].split()[
+                : len(f"{one['question']}\n{one['response']}".split())
+            ]
         )
 
 
