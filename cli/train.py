@@ -13,9 +13,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from photon_cli.terminal import STOPPED, ProgressBar, console, fail
 from photon_data.errors import UsageError
-from photon_train.training.config import TrainConfig, named_run, with_values
-from photon_train.training.loop import dry_run, run_steps
-from photon_train.training.setup import TrainingStopped, read_config, start
+from photon_train.training.config import TrainConfig, named_run, read_config, with_values
+from photon_train.training.grounding import grounding_of
+from photon_train.training.loop import TrainingStopped, dry_run, run_steps
+from photon_train.training.setup import start
 
 PLAIN_LINES = 20  # without a terminal a run prints about this many lines, however long it takes
 
@@ -28,7 +29,7 @@ def train(
     run_config = _config_of(stage, given, config, settings)
     try:
         if dry:
-            if description := dry_run(run_config):
+            if description := dry_run(run_config, grounding_of(run_config.grounding)):
                 console.print(description, soft_wrap=True)
         else:
             _run(run_config, resume)
@@ -60,7 +61,7 @@ def _run(config: TrainConfig, resume: bool) -> None:
         masks.line(f"masks of {done} of {total} volumes")
 
     with masks if config.grounding else nullcontext():
-        run = start(config, resume=resume, watch=bar.on_row, watch_masks=on_masks)
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding_of(config.grounding, on_masks))
     first_step = run.state["step"]
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())
