@@ -4,7 +4,7 @@
     python benchmarks/spines.py --root CHECKOUT  # another one, also of an earlier layout
     python benchmarks/spines.py --names          # with the files' names
 
-Four commands run on small data of their own, each under `sys.setprofile` in every process and thread that it starts. A file
+Four commands run on small data of their own, each under `sys.setprofile` in every process and thread that it starts. A Python file
 counts when one of its functions ran; what only ran while a module was imported does not count. A chain of imports counts files,
 with the imports under TYPE_CHECKING and inside functions.
 """
@@ -42,7 +42,7 @@ seen, importing = set(), {}
 
 def trace(frame, event, argument):
     code = frame.f_code
-    if event not in ("call", "return") or not code.co_filename.startswith(ROOT):
+    if event not in ("call", "return") or not (code.co_filename.startswith(ROOT) and code.co_filename.endswith(".py")):
         return
     thread = threading.get_ident()
     if code.co_name == "<module>":

@@ -115,7 +115,7 @@ def test_rows_are_sorted_by_volume_then_question():
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("c1", "c1"),
         ("two", "two"),  # the id of one volume wins over the file name of another
@@ -135,10 +135,10 @@ def test_rows_are_sorted_by_volume_then_question():
         ("c6", "failed: MemoryError"),
     ],
 )
-def test_a_volume_is_found_by_id_path_or_unique_file_name_and_never_guessed(name, wanted):
+def test_a_volume_is_found_by_id_path_or_unique_file_name_and_never_guessed(name, expected):
     made = build([Question("q", name, "?", split="s")])
     found = made.rows["s"][0]["volume_id"] if made.rows else made.unmatched[0].reason
-    assert found == wanted
+    assert found == expected
 
 
 def test_what_could_not_be_joined_is_told_by_id():
@@ -196,7 +196,7 @@ def test_without_questions_every_volume_gets_the_instruction():
     ]
     assert made.rows["all"][0]["messages"] == [{"role": "user", "content": "<video>Describe the scan."}]
     assert made[1:] == ([], [])
-    assert manifest.validate(made.rows["all"], look=False) == []
+    assert manifest.validate(made.rows["all"], check_stores=False) == []
 
 
 @pytest.mark.parametrize(
@@ -301,14 +301,14 @@ ANSWER = {"role": "assistant", "content": "left | right"}
     ],
 )
 def test_a_row_that_is_not_sound_is_told_with_line_and_id(changes, part):
-    problems = manifest.validate(spoilt(**changes), look=False)
+    problems = manifest.validate(spoilt(**changes), check_stores=False)
     assert all(str(problem).startswith("line 2: id ") for problem in problems)
     assert part in problems[0].text
 
 
 def test_stores_are_looked_for_unless_told_not_to(tmp_path):
     absolute = build(out=tmp_path).rows["train"]
-    assert len(manifest.validate(absolute)) == 3 and manifest.validate(absolute, look=False) == []
+    assert len(manifest.validate(absolute)) == 3 and manifest.validate(absolute, check_stores=False) == []
     relative = [{**row, "videos": [str(Path(row["videos"][0]).relative_to(tmp_path))]} for row in absolute]
     with_stores(tmp_path)
     assert manifest.validate(absolute) == [] and manifest.validate(relative, root=tmp_path) == []

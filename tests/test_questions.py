@@ -95,17 +95,17 @@ def test_columns_of_other_names_are_mapped_and_the_rest_is_kept(tmp_path):
 
 
 def test_a_missing_column_is_told_with_the_nearest_one(tmp_path):
-    said = error_of(file(tmp_path, "q.csv", "VolumeName,Qestion\nx,Why?\n"))
-    assert "expected column 'volume' for volume, found none; try volume=VolumeName" in said
-    assert "try question=Qestion" in said
-    said = error_of(file(tmp_path, "q.csv", CSV), {"answr": "answer", "task": "Tsk"})
-    assert "found 'answr'; did you mean 'answer'?" in said
-    assert "expected column 'Tsk' for task, found none; try task=task" in said
+    message = error_of(file(tmp_path, "q.csv", "VolumeName,Qestion\nx,Why?\n"))
+    assert "expected column 'volume' for volume, found none; try volume=VolumeName" in message
+    assert "try question=Qestion" in message
+    message = error_of(file(tmp_path, "q.csv", CSV), {"answr": "answer", "task": "Tsk"})
+    assert "found 'answr'; did you mean 'answer'?" in message
+    assert "expected column 'Tsk' for task, found none; try task=task" in message
 
 
 def test_a_column_that_would_be_two_things_is_refused(tmp_path):
-    said = error_of(file(tmp_path, "q.csv", "volume,question,kind,Type\nv,q,1,2\n"), {"kind": "Type"})
-    assert "'kind' is a column and 'Type' is mapped to it too" in said
+    message = error_of(file(tmp_path, "q.csv", "volume,question,kind,Type\nv,q,1,2\n"), {"kind": "Type"})
+    assert "'kind' is a column and 'Type' is mapped to it too" in message
     assert "'answer' more than once" in error_of(file(tmp_path, "q.csv", "volume,question,answer,answer\nv,q,1,2\n"))
 
 
@@ -145,21 +145,21 @@ def test_all_problems_are_told_together_with_lines_and_counts(tmp_path):
             "j,v9,Fine?,<|im_end|>",
         ]
     )
-    said = error_of(file(tmp_path, "q.csv", text)).splitlines()
+    message = error_of(file(tmp_path, "q.csv", text)).splitlines()
     head = "8 problems (3 x tag in a text, 1 x duplicate id, 1 x empty volume, 1 x empty question, 1 x ragged row, 1 x empty id)"
-    assert said[0].endswith(head)
-    assert [line.split(":")[0].strip() for line in said[1:]] == [f"line {n}" for n in (3, 4, 5, 6, 9, 10, 11, 12)]
-    assert "'a' again, first used at line 2" in said[1]
-    assert "expected 4 cells, found 5" in said[4]
-    assert "id 'h': expected text without tags, found a literal <video>" in said[6]
+    assert message[0].endswith(head)
+    assert [line.split(":")[0].strip() for line in message[1:]] == [f"line {n}" for n in (3, 4, 5, 6, 9, 10, 11, 12)]
+    assert "'a' again, first used at line 2" in message[1]
+    assert "expected 4 cells, found 5" in message[4]
+    assert "id 'h': expected text without tags, found a literal <video>" in message[6]
 
 
 def test_only_the_first_ten_problems_are_shown(tmp_path):
-    said = error_of(
+    message = error_of(
         file(tmp_path, "q.csv", "id,volume,question\n" + "".join(f"{n},,why\n" for n in range(25)))
     ).splitlines()
-    assert said[0].endswith("25 problems (25 x empty volume)")
-    assert len(said) == 12 and said[-1] == "  and 15 more"
+    assert message[0].endswith("25 problems (25 x empty volume)")
+    assert len(message) == 12 and message[-1] == "  and 15 more"
 
 
 def test_a_truncated_table_is_refused(tmp_path):
@@ -189,8 +189,8 @@ def test_a_truncated_table_is_refused(tmp_path):
     ],
 )
 def test_a_json_row_of_the_wrong_kind_is_refused_with_its_line(tmp_path, row, part):
-    said = error_of(file(tmp_path, "q.jsonl", '{"volume": "v", "question": "q"}\n' + row + "\n"))
-    assert "1 problem (" in said and "line 2: " in said and part in said
+    message = error_of(file(tmp_path, "q.jsonl", '{"volume": "v", "question": "q"}\n' + row + "\n"))
+    assert "1 problem (" in message and "line 2: " in message and part in message
 
 
 def test_a_file_that_is_no_table_is_refused_with_a_remedy(tmp_path):

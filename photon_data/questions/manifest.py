@@ -51,12 +51,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def validate(
-    manifest: Sequence[Mapping[str, Any]] | Path, *, root: Path | str | None = None, look: bool = True
+    manifest: Sequence[Mapping[str, Any]] | Path, *, root: Path | str | None = None, check_stores: bool = True
 ) -> list[Problem]:
     """Return the problems of rows or of a file, by line; empty for a sound manifest.
 
     `root` is the folder that relative stores lie in; without it every store must be an absolute path or a URL.
-    `look=False` does not look whether the stores exist (they may lie on another machine). UsageError for a file that
+    `check_stores=False` accepts stores that do not exist here (they may lie on another machine). UsageError for a file that
     cannot be read.
     """
     problems: list[Problem] = []
@@ -73,7 +73,7 @@ def validate(
             found += _check_messages(row)
             for video in row["videos"]:
                 if video not in video_problems:
-                    video_problems[video] = _problem_of_video(video, None if root is None else str(root), look)
+                    video_problems[video] = _problem_of_video(video, None if root is None else str(root), check_stores)
                 found += filter(None, [video_problems[video]])
             earlier = first_places.setdefault(row["id"], place)
             if earlier != place:
@@ -84,9 +84,7 @@ def validate(
 
 def _types(value: Any) -> Any:
     """Return the name of a value's type; for an object, those of its values: ms-swift gives each column one type."""
-    if isinstance(value, Mapping):
-        return {key: _types(item) for key, item in value.items()}
-    return type(value).__name__
+    return {key: _types(item) for key, item in value.items()} if type(value) is dict else type(value).__name__
 
 
 def _compare_types(own: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
@@ -142,7 +140,7 @@ def _check_messages(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"expected the last turn of the assistant in 'answer' ({last[:40]!r}), found {row['answer'][:40]!r}"
 
 
-def _problem_of_video(video: str, root: str | None, look: bool) -> str | None:
+def _problem_of_video(video: str, root: str | None, check_stores: bool) -> str | None:
     """Return what is wrong with the path or URL of a store, None if nothing is."""
     if "://" in video:
         folder, _, name = video.rpartition("/")
@@ -152,7 +150,7 @@ def _problem_of_video(video: str, root: str | None, look: bool) -> str | None:
         folder, name = root, video
     else:
         return f"expected an absolute path or URL, found {video!r}; ms-swift starts from the working directory"
-    if not look:
+    if not check_stores:
         return None
     exists = Location(folder).exists(name) if folder else Path(video).exists()
     return None if exists else f"expected a store at {video}{f' in {root}' if folder == root else ''}, found none"

@@ -144,7 +144,7 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
     place = Location(str(out))
     named = {f"{FOLDER}/{split}{SUFFIX}": rows for split, rows in manifests.rows.items()}
     for name, rows in named.items():
-        problems = validate(rows, root=place.url, look=False)
+        problems = validate(rows, root=place.url, check_stores=False)
         if problems:
             refuse(name, problems)
     for name, rows in named.items():
