@@ -26,7 +26,7 @@ from photon_data.questions.rows import build, write
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.records import PREPARED, VolumeRecord
 from photon_data.store import store_name
-from photon_pipelines.plan import ManifestRequest, gather, one_recipe
+from photon_pipelines.plan import Request, gather, one_recipe
 
 # split -> (prefix in CT-RATE, volumes, questions)
 SIZES = {"train": ("train", 13_526, 136_195), "test": ("valid", 2_696, 33_910)}
@@ -100,7 +100,7 @@ def measure(path: Path) -> str:
     start, cpu = time.perf_counter(), time.process_time()
     manifest = read_data_manifest(path)
     out = Location(str(path.parent / "out"))
-    data = gather(ManifestRequest(path, out, one_recipe(manifest.datasets), datasets=manifest.datasets))
+    data = gather(Request(path, out, one_recipe(manifest.datasets), datasets=manifest.datasets))
     gathered = time.perf_counter() - start
     records = [
         VolumeRecord(job.source.id, job.source.path, PREPARED, 1, 1, store=store_name(job.source.id))

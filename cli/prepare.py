@@ -24,14 +24,12 @@ from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.counts import Count
 from photon_data.questions.splits import leaks, refuse_leaks
 from photon_data.readers.find import left_alone
-from photon_data.recipe import Recipe
+from photon_data.recipe import Policy, Recipe
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import (
     Callback,
-    FolderRequest,
-    ManifestRequest,
     Plan,
     Request,
     Result,
@@ -61,11 +59,10 @@ def request_of(context: typer.Context, source: Path, out: str) -> Request:
     run: dict[str, Any] = {
         name: given[name] for name in ("limit", "overwrite", "pictures", "allow_leaks") if name in given
     }
-    request: Request
     if given["manifest"]:
         refuse_beside_manifest(context)
         run |= {"seed": given["seed"]} if given_options(context, ["seed"]) else {}
-        run |= {"prompt": given["prompt_style"], "max_voxels": given["max_voxels"]}
+        run |= {"prompt": given["prompt_style"], "policy": Policy(max_voxels=given["max_voxels"])}
         request = request_of_manifest(source, given["only"], out, **run)
     else:
         recipe, policy = make_recipe(*(given[n] for n in ("recipe", "settings", "modality", "nan", "max_voxels")))
@@ -73,7 +70,7 @@ def request_of(context: typer.Context, source: Path, out: str) -> Request:
             run |= {"prompt": given["prompt_style"], "seed": given["seed"], "questions": given["questions"]}
             run["fractions"] = fractions(given["split"])
         run |= {"hu_source": given["hu_source"], "id_from": given["id_from"], "policy": policy}
-        request = FolderRequest(source, Location(out), recipe, columns=pairs(given["columns"], "--columns"), **run)
+        request = Request(source, Location(out), recipe, columns=pairs(given["columns"], "--columns"), **run)
     if not request.out.is_shared:
         raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
     return request
@@ -194,7 +191,7 @@ def _print_counts(counts: Sequence[Count]) -> None:
 
 def print_estimate(request: Request, workers: Workers) -> None:
     """Print what `prepare` would do and about what it needs; nothing is written."""
-    if isinstance(request, ManifestRequest):
+    if request.datasets:
         for archives in pending(request.datasets, request.limit):
             console.print(str(archives), soft_wrap=True)
         readable = tuple(
@@ -257,7 +254,7 @@ def print_findings(
     if ignored:
         console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
     if json_file:
-        json_file.write_bytes(jsonl_bytes({**record.to_json(), "findings": all_remarks(record)} for record in records))
+        json_file.write_bytes(jsonl_bytes({**vars(record), "findings": all_remarks(record)} for record in records))
     return all(record.state == READY for record in records)
 
 
@@ -293,7 +290,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     if not parts:
         return False
     readable = tuple(entry for part in parts for entry in part.datasets)
-    request = ManifestRequest(path, location, one_recipe(readable), seed=manifest.seed, datasets=readable)
+    request = Request(path, location, one_recipe(readable), seed=manifest.seed, datasets=readable)
     combined = combine(parts, manifest.seed)
     todo = plan(jobs_of(request, combined), location, request.recipe)
     _print_lines("for the volumes that are there", _costs(request.recipe, todo, workers))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import nibabel
@@ -22,16 +21,14 @@ CHUNK_ZYX = (64, 128, 128)
 
 
 class Format(NamedTuple):
-    """How a format's names end, and what writes a volume of it to a path, whole or not at all."""
+    """A format that others read."""
 
-    suffix: str
-    write: Callable[[Volume, Path], None]
+    suffix: str  # of the names of files
+    write: Callable[[Volume, Path], None]  # whole or not at all
 
 
 def nifti_header(geometry: Geometry, dtype: str, slope: float = 1.0, intercept: float = 0.0) -> bytes:
-    """Return the 352 bytes before the voxels. sform and qform agree; a sheared grid has only a sform, as no qform can
-    hold it.
-    """
+    """Return the 352 bytes before the voxels. sform and qform agree; a sheared grid has a sform only."""
     header = nibabel.Nifti1Header(endianness="<")
     header.set_data_shape(geometry.shape_zyx[::-1])
     header.set_data_dtype(dtype)
@@ -86,6 +83,4 @@ def _write_ome_zarr_04(volume: Volume, path: Path) -> None:
         array[...] = volume.numpy()
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {"nifti": Format(".nii.gz", _write_int16_nifti), "ome-zarr-0.4": Format(".ome.zarr", _write_ome_zarr_04)}
-)
+FORMATS = {"nifti": Format(".nii.gz", _write_int16_nifti), "ome-zarr-0.4": Format(".ome.zarr", _write_ome_zarr_04)}

@@ -1,12 +1,15 @@
-"""Files and folders, local or in an object store, written whole or not at all; rows as JSON lines."""
+"""Files and folders, local or in an object store: written whole or not at all, held by one run; rows as JSON lines."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -186,3 +189,61 @@ def from_jsonl(text: str) -> list[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error.msg})") from None
     return rows
+
+
+LOCK = ".lock"
+# An object store cannot lock. There the holder refreshes its claim, and a claim that is older than this is void.
+STALE_S = 300
+
+
+@contextlib.contextmanager
+def exclusive(out: Location) -> Iterator[None]:
+    """Hold `out` while the block runs; UsageError when another run holds it. A hold ends with its process."""
+    if not out.is_local:
+        if time.time() - _holder(out).get("time", 0) < STALE_S:
+            raise _held_by_another(out)
+        refresh(out)
+        try:
+            yield
+        finally:
+            out.remove(LOCK)
+        return
+    try:
+        out.path.mkdir(parents=True, exist_ok=True)
+        lock = (out.path / LOCK).open("a")
+    except OSError as error:
+        raise UsageError(f"expected a folder that can be written to, found {out.url}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held_by_another(out) from None
+        lock.truncate(0)
+        lock.write(json.dumps(_this_process()))
+        lock.flush()
+        yield
+
+
+def refresh(out: Location) -> None:
+    """Renew the claim of the run that holds `out`. Call it now and then; only an object store needs it."""
+    if not out.is_local:
+        out.write(LOCK, json.dumps({**_this_process(), "time": time.time()}).encode())
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _holder(out: Location) -> dict[str, Any]:
+    """Return the holder that a lock names; {} where its text is not whole, as while it is being written."""
+    try:
+        holder = json.loads(out.read(LOCK) or b"")
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _held_by_another(out: Location) -> UsageError:
+    holder = _holder(out)
+    run = f"another run (process {holder.get('pid')} on {holder.get('host')})"
+    return UsageError(f"expected {out.url} to be free, but {run} is writing there; wait for it or use another folder")

@@ -16,21 +16,17 @@ LARGEST = 1e30
 
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
-# Below air there is noise, or padding of one value; more than this share of anything else is air that was rescaled
-# twice.
+# Below air there is noise, or padding of one value; more than this share of other values is air rescaled twice.
 BELOW_AIR_HU, MOST_BELOW_AIR = (-4000, -1150), 0.05
 
 
 class Rescale(NamedTuple):
-    """HU = slope * stored + intercept, and who gives them.
-
-    given_by  "stored": nobody, values are taken as they are; "table": a user's table, which is followed; "metadata":
-    the
-              table of a data set whose files hold raw values, so that stored values which are HU already are refused
-    """
+    """HU = slope * stored + intercept, and who gives them."""
 
     slope: float
     intercept: float
+    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": the table
+    # of a data set whose files hold raw values, so that stored values which are HU already are refused.
     given_by: Literal["stored", "table", "metadata"]
 
 
@@ -54,8 +50,7 @@ class Probe:
                 self.non_finite += bad
                 plane = np.where(finite, plane, self.fill).astype(plane.dtype)
         if plane.size:
-            self.low = min(self.low, float(plane.min()))
-            self.high = max(self.high, float(plane.max()))
+            self.low, self.high = min(self.low, float(plane.min())), max(self.high, float(plane.max()))
         if self.count % self.step == 0:
             self.samples.append(plane[:: self.step, :: self.step].astype(np.float32))
         self.count += 1
@@ -71,7 +66,7 @@ class Probe:
 
     def range_hu(self) -> tuple[float, float]:
         """Return the lowest and the highest HU of all voxels."""
-        low, high = sorted((self.low * self.slope + self.intercept, self.high * self.slope + self.intercept))
+        low, high = sorted(end * self.slope + self.intercept for end in (self.low, self.high))
         return low, high
 
     def statistics(self) -> dict[str, Any]:
@@ -94,18 +89,16 @@ def _statistics(sample: np.ndarray, low: float, high: float, non_finite: int) ->
     return {**{k: round(float(v), 2) for k, v in numbers.items()}, "non_finite": non_finite}
 
 
-def refuse_scaled_before(sample_stored: np.ndarray, low: float, high: float) -> None:
-    """Raise Refused when stored values that a table says are raw look like Hounsfield units: they would be scaled
-    twice.
-    """
+def refuse_scaled_before(probe: Probe) -> None:
+    """Raise Refused when stored values, which a table says are raw, look like Hounsfield units."""
     try:
-        refuse_implausible(sample_stored, low, high)
+        refuse_implausible(probe.sample_stored(), probe.low, probe.high)
     except Refused:
         return
     raise Refused(
         "scaled-before",
-        f"expected raw values, since a table gives slope and intercept, found Hounsfield units: {low:.0f} to "
-        f"{high:.0f} with air near -1000, which would be scaled twice; take the files that the table is of "
+        f"expected raw values, since a table gives slope and intercept, found Hounsfield units: {probe.low:.0f} to "
+        f"{probe.high:.0f} with air near -1000, which would be scaled twice; take the files that the table is of "
         "(of CT-RATE, these are v2 in a folder of v1)",
     )
 
@@ -119,13 +112,16 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     """
     absurd = float(np.mean(sample_hu < ABSURD_HU))
     body = sample_hu[sample_hu > ABSURD_HU]
-    air, tissue = _share(body, AIR_HU), _share(body, TISSUE_HU)
-    below_air = _share_without_most_frequent(body, BELOW_AIR_HU)
-    if absurd < MOST_ABSURD and air >= LEAST_AIR and tissue >= LEAST_TISSUE and below_air <= MOST_BELOW_AIR:
+    size = max(body.size, 1)
+    air, tissue = (np.count_nonzero((body >= a) & (body <= b)) / size for a, b in (AIR_HU, TISSUE_HU))
+    below = np.rint(body[(body > BELOW_AIR_HU[0]) & (body < BELOW_AIR_HU[1])])
+    padding = np.unique(below, return_counts=True)[1].max(initial=0)
+    is_shifted = absurd >= MOST_ABSURD or (below.size - padding) / size > MOST_BELOW_AIR
+    if not is_shifted and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
         return
     if low >= 0:
         guess = "no value is negative, so the rescaling was never applied"
-    elif absurd >= MOST_ABSURD or below_air > MOST_BELOW_AIR or (air >= LEAST_AIR and low < AIR_HU[0]):
+    elif is_shifted or (air >= LEAST_AIR and low < AIR_HU[0]):
         guess = "the rescaling seems to have been applied twice"
     else:
         guess = "these are not the intensities of a CT, or they were windowed or rescaled before"
@@ -135,17 +131,3 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
         f"{np.median(sample_hu):.0f}, {air:.1%} air and {tissue:.1%} soft tissue: {guess}; "
         "--hu-source gives another slope and intercept, --modality other turns this check off",
     )
-
-
-def _share(values: np.ndarray, between: tuple[float, float]) -> float:
-    """Return the share of values within [low, high], 0 for no values."""
-    return float(np.mean((values >= between[0]) & (values <= between[1]))) if values.size else 0.0
-
-
-def _share_without_most_frequent(values: np.ndarray, between: tuple[float, float]) -> float:
-    """Return the share of values within (low, high), without the most frequent one there: padding has one value."""
-    within = np.rint(values[(values > between[0]) & (values < between[1])])
-    if not within.size:
-        return 0.0
-    most = int(np.unique(within, return_counts=True)[1].max())
-    return (within.size - most) / values.size

@@ -1,6 +1,4 @@
-"""One source, start to end: a file or series on disk -> its record, with its store written. The same bytes whatever
-runs it.
-"""
+"""One source, start to end: a file or series on disk -> its record, with its store written."""
 
 from __future__ import annotations
 
@@ -35,20 +33,17 @@ class NoSpace(OSError):
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides what becomes of one source.
-
-    `rescale` and `stated` are what somebody other than the header says of its values and of its grid.
-    `overwrite` prepares it even if its store is there; without `write` everything is done but the writing ("ready").
-    """
+    """All that decides what becomes of one source, in whatever process it is run."""
 
     source: Source
     out: str
     recipe: Recipe
     policy: Policy = field(default_factory=Policy)
+    # What a table or a data set says of the values and of the grid, where it is not the header that counts.
     rescale: Rescale | None = None
     stated: TableGrid | None = None
-    overwrite: bool = False
-    write: bool = True
+    overwrite: bool = False  # prepare it even if its store is there
+    write: bool = True  # False: do everything but write; the record is then "ready"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back."""
@@ -60,23 +55,20 @@ class Job:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Job:
         """Return the Job that `to_json` wrote."""
-        return cls(
-            **{
-                **data,
-                "source": Source(**{**data["source"], "files": tuple(Path(f) for f in data["source"]["files"])}),
-                "recipe": Recipe.from_json(data["recipe"]),
-                "policy": Policy(**data["policy"]),
-                "rescale": Rescale(*data["rescale"]) if data["rescale"] else None,
-                "stated": TableGrid.from_json(data["stated"]) if data["stated"] else None,
-            }
-        )
+        parts = {
+            "source": Source(**{**data["source"], "files": tuple(map(Path, data["source"]["files"]))}),
+            "recipe": Recipe.from_json(data["recipe"]),
+            "policy": Policy(**data["policy"]),
+            "rescale": data["rescale"] and Rescale(*data["rescale"]),
+            "stated": data["stated"] and TableGrid.from_json(data["stated"]),
+        }
+        return cls(**{**data, **parts})
 
     def key(self, content: str, choices: Mapping[str, str], digest: str | None = None) -> str:
         """Return the resume key: a hash of all that decides the store's bytes.
 
-        content  the fingerprint of the source's files
-        choices  those of the policy that mattered
-        digest   of the recipe, where it is not this one's: stores of earlier versions
+        `content` is the fingerprint of the source's files, and `choices` are those of the policy that mattered.
+        `digest` is that of the recipe, where it is not this one's: stores of earlier versions.
         """
         parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
@@ -88,6 +80,12 @@ class Job:
         source = self.source
         return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
 
+    def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
+        """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""
+        size, sha256 = metadata["bytes"], metadata["sha256"]
+        more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
+        return self.record(state, store=store_name(self.source.id), store_bytes=size, store_sha256=sha256, **more)
+
 
 def prepare(
     scan: str | Path | Volume,
@@ -95,8 +93,7 @@ def prepare(
     policy: Policy | None = None,
     rescale: Rescale | None = None,
 ) -> Prepared:
-    """Return a scan as `prepare_volume` makes it for a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is
-    written.
+    """Return a scan as it would be in a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is written.
 
     `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a
     store, UsageError where the path holds no scan or several.
@@ -124,7 +121,7 @@ def prepare_file(job: Job) -> VolumeRecord:
 
     Raises NoSpace if the disk is full.
     """
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     try:
         record = _prepare(job)
     except Refused as refusal:
@@ -133,13 +130,12 @@ def prepare_file(job: Job) -> VolumeRecord:
         record = job.record(REFUSED, code=refusal.code, reason=refusal.message.removeprefix(name))
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise NoSpace(
-                error.errno, f"no space left for {job.out}; free some and run the same command again"
-            ) from None
-        record = job.record(FAILED, code=type(error).__name__, reason=f"{error.strerror or 'input/output error'}")
+            message = f"no space left for {job.out}; free some and run the same command again"
+            raise NoSpace(error.errno, message) from None
+        record = job.record(FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
     except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
         record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
-    return replace(record, seconds=round(time.perf_counter() - start, 3))
+    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
 
 
 def _prepare(job: Job) -> VolumeRecord:
@@ -152,26 +148,18 @@ def _prepare(job: Job) -> VolumeRecord:
     prepared = prepare_volume(opened(job), job.recipe, job.policy, job.rescale)
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
-    key = job.key(content, prepared.facts.get("policy", {}))
-    identity: dict[str, Any] = {"id": source.id, "key": key, "fingerprint": content}
-    identity |= {"recipe": job.recipe.to_json(), "digest": job.recipe.digest}
-    name = store_name(source.id)
-    written = write_store(prepared, Location(job.out), name, identity)
-    return job.record(
-        PREPARED,
-        fingerprint=content,
-        key=key,
-        store=name,
-        store_bytes=written["bytes"],
-        store_sha256=written["sha256"],
-        facts=prepared.facts,
-    )
+    identity = {
+        "id": source.id,
+        "key": job.key(content, prepared.facts.get("policy", {})),
+        "fingerprint": content,
+        "recipe": job.recipe.to_json(),
+        "digest": job.recipe.digest,
+    }
+    return job.record_of_store(PREPARED, write_store(prepared, Location(job.out), store_name(source.id), identity))
 
 
 def opened(job: Job) -> Scan:
-    """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused where it has
-    none.
-    """
+    """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused."""
     affine = BLANK if job.stated and job.stated.replaces_header else job.policy.nifti_affine
     scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.policy.max_voxels)
     return replace(scan, geometry=job.stated.reconcile(scan.geometry)) if job.stated else scan
@@ -190,22 +178,13 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
         return None
     choices = metadata["facts"].get("policy", {})
     earlier = {key: metadata["recipe"].get(key, usual) for key, usual in EARLIER.items()}
-    needed = {**choices, **{key: value for key, value in earlier.items() if value != EARLIER[key]}}
-    if (
-        recipe_digest(metadata) != job.recipe.digest
-        or metadata["key"] != job.key(content, choices, metadata["digest"])
-        or any(getattr(job.policy, key, None) != value for key, value in needed.items())
-    ):
-        return None
-    return job.record(
-        UNCHANGED,
-        fingerprint=content,
-        key=metadata["key"],
-        store=name,
-        store_bytes=metadata["bytes"],
-        store_sha256=metadata["sha256"],
-        facts=metadata["facts"],
+    needed = choices | {key: value for key, value in earlier.items() if value != EARLIER[key]}
+    is_same = (
+        recipe_digest(metadata) == job.recipe.digest
+        and metadata["key"] == job.key(content, choices, metadata["digest"])
+        and all(getattr(job.policy, key, None) == value for key, value in needed.items())
     )
+    return job.record_of_store(UNCHANGED, metadata) if is_same else None
 
 
 def recipe_digest(metadata: Mapping[str, Any]) -> str:

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from photon_data.errors import Refused
-from photon_data.grid import grid_to_native, margins_mm, model_grid, target_grid
+from photon_data.errors import Refused, refusal
 from photon_data.hounsfield import Probe, Rescale, refuse_implausible, refuse_scaled_before, volume_statistics
 from photon_data.recipe import Policy, Recipe
-from photon_data.resample import Values, resample, resize
+from photon_data.resample import Values, grid_to_native, margins_mm, model_grid, resample, resize, target_grid
 from photon_data.scan import Scan
 from photon_data.volume import Geometry, Prepared, Volume
 
@@ -18,16 +17,15 @@ from photon_data.volume import Geometry, Prepared, Volume
 def prepare_volume(
     scan: Scan, recipe: Recipe, policy: Policy | None = None, rescale: Rescale | None = None
 ) -> Prepared:
-    """Return the scan as `recipe` wants it; Refused if it must not become a store.
+    """Return the scan as `recipe` says; Refused if it must not become a store.
 
-    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where one of its choices
-    mattered.
+    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where its choices mattered.
     """
-    grid = target_grid(scan.geometry, recipe)
-    _refuse_smaller_than_a_voxel(scan.geometry, grid)
+    native, grid = scan.geometry, target_grid(scan.geometry, recipe)
+    _refuse_smaller_than_a_voxel(native, grid)
     values = _values(scan, recipe, rescale)
-    probe = Probe(scan.geometry.shape_zyx, values.slope, values.intercept, values.pad_stored)
-    array = resample(map(probe.look, scan.planes()), scan.geometry, grid, values, recipe)
+    probe = Probe(native.shape_zyx, values.slope, values.intercept, values.pad_stored)
+    array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias)
     choices = dict(scan.choices) | _accept(probe, policy or Policy(), rescale)
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
@@ -36,24 +34,19 @@ def prepare_volume(
 
 def _refuse_smaller_than_a_voxel(native: Geometry, grid: Geometry) -> None:
     """Raise Refused for a scan that is thinner than one voxel of the grid: no voxel centre need lie within it."""
-    corners = native.corners_lps()
-    extent_mm, voxel_mm = corners.max(0) - corners.min(0), np.asarray(grid.spacing_zyx_mm[::-1])
-    if (extent_mm < voxel_mm).any():
-        found = " x ".join(f"{mm:.3g}" for mm in extent_mm)
-        raise Refused(
-            "too-small", f"expected at least one voxel of the grid a side, found {found} mm; check the spacing"
-        )
+    extent_mm = np.ptp(native.corners_lps(), axis=0)
+    if (extent_mm < grid.spacing_zyx_mm[::-1]).any():
+        found = " x ".join(f"{mm:.3g}" for mm in extent_mm) + " mm"
+        raise refusal("too-small", "", "at least one voxel of the grid a side", found, "check the spacing")
 
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
-    if rescale is not None and np.isnan(rescale.slope):
-        raise Refused("not-in-table", "expected a row for this scan in the --hu-source table, found none; add one")
     slope, intercept = (rescale.slope, rescale.intercept) if rescale else (scan.slope, scan.intercept)
-    if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
-        raise Refused(
-            "rescale",
-            f"expected a finite slope (not 0) and intercept, found {slope}, {intercept}; --hu-source can give others",
-        )
+    if rescale and np.isnan(slope):
+        raise refusal("not-in-table", "", "a row for this scan in the --hu-source table", "none", "add one")
+    if not (np.isfinite([slope, intercept]).all() and slope):
+        expected, remedy = "a finite slope (not 0) and intercept", "--hu-source can give others"
+        raise refusal("rescale", "", expected, f"{slope}, {intercept}", remedy)
     return Values(slope, intercept, recipe.window_hu, recipe.pad_hu)
 
 
@@ -62,13 +55,11 @@ def _accept(probe: Probe, policy: Policy, rescale: Rescale | None) -> dict[str, 
     choices = {}
     if probe.non_finite:
         if policy.non_finite == "refuse":
-            raise Refused(
-                "non-finite",
-                f"expected finite voxels, found {probe.non_finite} NaN or infinite ones; --nan fill pads them",
-            )
+            found = f"{probe.non_finite} NaN or infinite ones"
+            raise refusal("non-finite", "", "finite voxels", found, "--nan fill pads them")
         choices["non_finite"] = policy.non_finite
     if rescale and rescale.given_by == "metadata":
-        refuse_scaled_before(probe.sample_stored(), probe.low, probe.high)
+        refuse_scaled_before(probe)
     try:
         refuse_implausible(probe.sample_hu(), *probe.range_hu())
     except Refused:

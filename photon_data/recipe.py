@@ -1,5 +1,4 @@
-"""Recipe: every setting that decides a voxel of a store. Policy: what is refused or picked on the way, which decides
-none.
+"""Recipe: every setting that decides a voxel of a store. Policy: what is refused or picked on the way.
 
 Both are frozen values; `--set key=value` changes either. Variants derive from one another with `dataclasses.replace`.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_type_hints
 
 from photon_data.errors import UsageError, name_hint
@@ -26,15 +25,6 @@ EARLIER = {"modality": "ct", "non_finite": "refuse", "nifti_affine": "auto"}
 class Recipe:
     """How a scan becomes a volume. Triples are in z, y, x order.
 
-    name             of the recipe, for people
-    spacing_mm       voxel size of the target grid; its direction is the identity in LPS (ITK calls it "RAI")
-    shape_zyx        voxels of the target grid, centred on the centre of the scan's own field of view
-    window_hu        values are clipped to this range
-    pad_hu           value outside of the scan
-    antialias        smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015);
-    slower model_shape_zyx  voxels of the model grid, resized trilinearly from the target grid (align_corners=False)
-    instruction      the question of a volume that has none in a table
-
     >>> from dataclasses import replace
     >>> usual = photon_data.Recipe()
     >>> usual.digest == replace(usual, spacing_mm=(1.5, 1.5, 1.5)).digest
@@ -44,19 +34,21 @@ class Recipe:
     """
 
     name: str = "chest_ct"
+    # The target grid: its direction is the identity in LPS (ITK calls it "RAI"), its centre that of the scan.
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     shape_zyx: tuple[int, int, int] = (364, 364, 364)
-    window_hu: tuple[float, float] = (-1000.0, 1000.0)
-    pad_hu: float = -1000.0
+    window_hu: tuple[float, float] = (-1000.0, 1000.0)  # values are clipped to this range
+    pad_hu: float = -1000.0  # value outside of the scan
+    # Smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015). It is slower.
     antialias: bool = False
+    # The model grid: resized trilinearly from the target grid (align_corners=False).
     model_shape_zyx: tuple[int, int, int] = (140, 280, 280)
-    instruction: str = "Describe the findings of this CT scan."
+    instruction: str = "Describe the findings of this CT scan."  # the question of a volume that has none in a table
 
     def __post_init__(self) -> None:
         """UsageError for a setting that no store can be made with."""
         _check(all(0.05 <= s <= 50 for s in self.spacing_mm), "spacing_mm", "three of 0.05 to 50 mm", self.spacing_mm)
-        for name in ("shape_zyx", "model_shape_zyx"):
-            shape = getattr(self, name)
+        for name, shape in (("shape_zyx", self.shape_zyx), ("model_shape_zyx", self.model_shape_zyx)):
             _check(all(1 <= n <= 4096 for n in shape), name, "three whole numbers of 1 to 4096", shape)
         low, high = self.window_hu
         _check(-32768 <= low < high <= 32767, "window_hu", "low < high, both within int16", self.window_hu)
@@ -76,8 +68,7 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """Return the Recipe of a saved dict, also of one that held a policy; UsageError for other keys or values."""
-        known = {key: value for key, value in data.items() if key not in EARLIER}
-        return replace(cls(), **{key: _convert(cls, key, value) for key, value in known.items()})
+        return cls(**{key: _convert(cls, key, value) for key, value in data.items() if key not in EARLIER})
 
 
 @dataclass(frozen=True)
@@ -86,28 +77,23 @@ class Policy:
 
     A store does not depend on the policy unless a choice mattered for its scan; that choice is then recorded with it.
 
-    modality      "ct" refuses intensities that cannot be Hounsfield units; "other" does not
-    non_finite    "refuse" scans with NaN or infinite voxels, or "fill" those voxels with the recipe's pad_hu
-    nifti_affine  "auto": sform if coded, else qform, and refuse where both are coded and differ; "sform"; "qform"
-    max_voxels    larger scans are refused (the largest of CT-RATE's validation split has 424 million)
-
     >>> photon_data.Policy(modality="mr")
     Traceback (most recent call last):
     photon_data.errors.UsageError: modality: expected ct or other, found mr
     """
 
-    modality: str = "ct"
-    non_finite: str = "refuse"
+    modality: str = "ct"  # "ct" refuses intensities that cannot be Hounsfield units; "other" does not
+    non_finite: str = "refuse"  # "refuse" scans with NaN or infinite voxels, or "fill" these with the recipe's pad_hu
+    # "auto": sform if coded, else qform, and refuse where both are coded and differ; "sform"; "qform".
     nifti_affine: str = "auto"
-    max_voxels: int = 1_000_000_000
+    max_voxels: int = 1_000_000_000  # larger scans are refused (the largest of CT-RATE's validation split: 424 million)
 
     def __post_init__(self) -> None:
         """UsageError for a choice that does not exist."""
         _check(self.modality in ("ct", "other"), "modality", "ct or other", self.modality)
         _check(self.non_finite in ("refuse", "fill"), "non_finite", "refuse or fill", self.non_finite)
-        _check(
-            self.nifti_affine in ("auto", "sform", "qform"), "nifti_affine", "auto, sform or qform", self.nifti_affine
-        )
+        affines = ("auto", "sform", "qform")
+        _check(self.nifti_affine in affines, "nifti_affine", "auto, sform or qform", self.nifti_affine)
         _check(self.max_voxels >= 1, "max_voxels", "a number above 0", self.max_voxels)
 
 
@@ -150,7 +136,7 @@ def _convert(owner: type, key: str, value: Any) -> Any:
     """Return `value` (text, or plain JSON) as the type of the field `key` of Recipe or Policy."""
     kind = get_type_hints(owner).get(key)
     if kind is None:
-        known = [field.name for kind in (Recipe, Policy) for field in fields(kind)]
+        known = [*get_type_hints(Recipe), *get_type_hints(Policy)]
         raise UsageError(f"expected a field of the recipe or policy, found {key!r}; {name_hint(key, known)}")
     items: tuple[type, ...] = getattr(kind, "__args__", ())
     expected = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}.get(kind)

@@ -19,48 +19,37 @@ READY = "ready"
 
 @dataclass(frozen=True)
 class VolumeRecord:
-    """What became of one input.
+    """What became of one input; `vars(record)` is its row.
 
-    source       path relative to the source folder; bytes_in and mtime_ns are those of its files together
-    fingerprint  "sha256:..." of the content of its files
-    code, reason why it was refused or failed (code: a slug to group by)
-    facts        what was measured on the way, as stored in the store too:
-                   format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
-                   policy      {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none
-                   did geometry    Geometry.to_json() of the native grid grid        Geometry.to_json() of the target
-                   grid cut_mm, pad_mm   {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid / of
-                   the grid
-                               outside of the scan, at the low and the high end of each world axis (L, P, S grow)
-                   hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also
-                               "histogram": counts in 64 equal bins over [-1100, 1100]
-    key          the resume key: a hash of what the store was made from (fingerprint, recipe digest, rescaling, ...)
-    store_sha256 of the store's root metadata, which record every other file of it
-    seconds      wall time of the work (None where it was done by an earlier run)
+    `facts` are what was measured on the way, as stored in the store too:
+    format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
+    policy                {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none did
+    geometry, grid        Geometry.to_json() of the native grid and of the target grid
+    cut_mm, pad_mm        {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid, and the other way
+                          round, at the low and the high end of each world axis (L, P, S grow)
+    hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also "histogram": counts
+                          in 64 equal bins over [-1100, 1100]
     """
 
     id: str
-    source: str
+    source: str  # path relative to the source folder
     state: str
-    bytes_in: int
+    bytes_in: int  # of the source's files together, as is mtime_ns
     mtime_ns: int
-    fingerprint: str | None = None
-    key: str | None = None
-    code: str | None = None
+    fingerprint: str | None = None  # "sha256:..." of the content of its files
+    key: str | None = None  # the resume key: a hash of what the store was made from
+    code: str | None = None  # why it was refused or failed: a slug to group by, and a sentence
     reason: str | None = None
     store: str | None = None
     store_bytes: int | None = None
-    store_sha256: str | None = None
+    store_sha256: str | None = None  # of the store's root metadata, which record every other file of it
     facts: dict[str, Any] | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # wall time of the work; None where it was done by an earlier run
 
     @property
     def is_there(self) -> bool:
         """Whether the volume's store exists: it was prepared, now or earlier."""
         return self.state in (PREPARED, UNCHANGED)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as a plain dict."""
-        return dict(vars(self))
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
@@ -73,15 +62,13 @@ class VolumeRecord:
 
 def read_records(out: Location) -> list[VolumeRecord]:
     """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
-    content = out.read(VOLUMES)
     try:
-        return [VolumeRecord.from_json(row) for row in from_jsonl((content or b"").decode())]
+        return [VolumeRecord.from_json(row) for row in from_jsonl((out.read(VOLUMES) or b"").decode())]
     except (ValueError, TypeError) as error:
-        raise UsageError(
-            f"{out.at(VOLUMES)} is damaged: {error}; remove it, stores are recognised without it"
-        ) from None
+        remedy = "remove it, stores are recognised without it"
+        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; {remedy}") from None
 
 
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     """Write volumes.jsonl, whole."""
-    out.write(VOLUMES, jsonl_bytes(record.to_json() for record in records))
+    out.write(VOLUMES, jsonl_bytes(map(vars, records)))

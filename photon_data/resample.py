@@ -1,4 +1,4 @@
-"""Native planes -> the target grid in one pass, linear, float32, rounded to nearest.
+"""The target grid of a scan, and the one pass of its native planes onto it: linear, float32, rounded to nearest.
 
 Axis-aligned scans are streamed plane by plane through separable interpolation, so memory does not grow with their
 length. Oblique, sheared or to-be-smoothed scans go through SimpleITK's general resampler, whole.
@@ -8,15 +8,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from photon_data.grid import AxisMap, aligned_axes, axis_map, grid_to_native, resize_map
 from photon_data.recipe import Recipe
 from photon_data.volume import Geometry
 
+# A scan counts as axis-aligned when no voxel of it is further than this from the aligned grid: at 1000 HU/mm, 0.01 HU.
+ALIGNED_MM = 1e-5
 # SimpleITK's float32 output is made in blocks of this many planes.
 BLOCK_PLANES = 64
+
+
+# Grids
+
+
+def target_grid(native: Geometry, recipe: Recipe) -> Geometry:
+    """Return the recipe's grid, direction identity in LPS (ITK's "RAI"), around the centre of the scan."""
+    return Geometry.axis_aligned(recipe.shape_zyx, recipe.spacing_mm, native.centre_lps)
+
+
+def model_grid(grid: Geometry, shape_zyx: tuple[int, int, int]) -> Geometry:
+    """Return the grid of `shape_zyx` voxels that covers the same box as `grid` (align_corners=False)."""
+    spacing = np.asarray(grid.spacing_zyx_mm) * np.asarray(grid.shape_zyx) / np.asarray(shape_zyx)
+    return Geometry.axis_aligned(shape_zyx, spacing, grid.centre_lps)
+
+
+def aligned_axes(native: Geometry) -> tuple[int, ...] | None:
+    """Return, for each array axis of the scan, the axis (z, y, x) of the grid it runs along; None where oblique."""
+    steps = np.abs(np.asarray(native.steps_lps))
+    world = steps.argmax(axis=1)
+    steps[np.arange(3), world] = 0
+    drift_mm = (steps * np.asarray(native.shape_zyx)[:, None]).sum(axis=0).max()
+    return tuple((2 - world).tolist()) if sorted(world) == [0, 1, 2] and drift_mm <= ALIGNED_MM else None
+
+
+def grid_to_native(native: Geometry, grid: Geometry) -> np.ndarray:
+    """Return the matrix [4, 4] from a voxel index (z, y, x, 1) of the grid to the native index that it samples."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = native.index(grid.origin_lps)
+    matrix[:3, :3] = (native.index(grid.world(np.eye(3))) - matrix[:3, 3]).T
+    return matrix
+
+
+def margins_mm(native: Geometry, grid: Geometry) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return (cut_mm, pad_mm): per world axis x, y, z the mm at its [low, high] end.
+
+    cut: of the scan that lie outside of the grid. pad: of the grid that lie outside of the scan. x grows to the
+    patient's left, y to the back, z to the head. An oblique scan is measured by the box around its corners.
+    """
+    scan, box = native.corners_lps(), grid.corners_lps()
+    ends = np.stack([scan.min(0) - box.min(0), box.max(0) - scan.max(0)], -1).round(3) + 0.0
+    cut, pad = np.maximum(-ends, 0) + 0.0, np.maximum(ends, 0)
+    return dict(zip("xyz", cut.tolist(), strict=True)), dict(zip("xyz", pad.tolist(), strict=True))
+
+
+# One pass
 
 
 @dataclass(frozen=True)
@@ -43,20 +91,134 @@ class Values:
 
     def to_int16(self, hu: np.ndarray, out: np.ndarray) -> None:
         """Write float32 HU (which is overwritten) into the int16 array `out`, rounded to nearest and clipped."""
-        np.rint(hu, out=hu)
-        np.clip(hu, *self.window_hu, out=hu)
+        np.clip(np.rint(hu, out=hu), *self.window_hu, out=hu)
         np.copyto(out, hu, casting="unsafe")
+
+
+def resample(
+    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, antialias: bool
+) -> np.ndarray:
+    """Return the int16 array [z, y, x] of the scan on `grid`. Every plane is consumed, also where the grid has none."""
+    axes = aligned_axes(native)
+    blur = _blur_voxels(native, grid) if antialias else np.zeros(3)
+    if axes is None or blur.any():
+        return _resample_whole(planes, native, grid, values, blur)
+    return _resample_streamed(planes, native, grid, values, axes)
+
+
+def _resample_streamed(
+    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, axes: tuple[int, ...]
+) -> np.ndarray:
+    """Stream the planes of a scan whose array axes run along the grid's axes `axes`: two planes are held at a time.
+
+    As in ITK, native index i covers [i - 0.5, i + 0.5): voxels of the grid in the scan's outer half voxel repeat the
+    edge value, those beyond are padding. Rounding to 1e-9 makes a voxel exactly on the rim fall the same way on every
+    machine.
+    """
+    matrix = grid_to_native(native, grid)
+    spans, maps = [], []
+    for a, (axis, n_in) in enumerate(zip(axes, native.shape_zyx, strict=True)):
+        position = np.round(matrix[a, 3] + matrix[a, axis] * np.arange(grid.shape_zyx[axis]), 9)
+        within = np.flatnonzero((position >= -0.5) & (position < n_in - 0.5))
+        spans.append(slice(within[0], within[-1] + 1) if len(within) else slice(0))
+        maps.append(_axis_map(position[spans[a]], n_in))
+    depth, rows, columns = maps
+    array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)
+    inside = array.transpose(axes)[tuple(spans)]
+    interpolate = PlaneInterpolator(rows, columns, native.shape_zyx[1:])
+    below, here, scratch = (np.empty(inside.shape[1:], np.float32) for _ in range(3))
+    needed = {*depth.low, *depth.high}
+    for k, plane in enumerate(planes):
+        if k not in needed:
+            continue
+        below, here = here, below
+        values.rescale(interpolate(plane, here))
+        for i in np.flatnonzero(depth.high == k):
+            np.copyto(scratch, here)
+            start = here if depth.low[i] == k else below
+            values.to_int16(_lerp(start, scratch, depth.weight[i], scratch), inside[i])
+    return array
+
+
+def _resample_whole(
+    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, blur_voxels: np.ndarray
+) -> np.ndarray:
+    """Resample a scan of any affine geometry with SimpleITK: its grid becomes index space, the affine a transform."""
+    import SimpleITK as sitk
+
+    first = next(planes)
+    whole = np.empty(native.shape_zyx, np.float32 if first.dtype.kind == "f" else first.dtype)
+    whole[0] = first
+    for k, plane in enumerate(planes, 1):
+        whole[k] = plane
+    image = sitk.GetImageFromArray(whole)  # origin 0, spacing 1: its coordinates are voxel indices
+    del whole
+    if blur_voxels.any():
+        image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), (blur_voxels[::-1] ** 2).tolist())
+    to_index = sitk.AffineTransform(3)
+    inverse = np.linalg.inv(np.asarray(native.steps_lps)).T[::-1]
+    to_index.SetMatrix(inverse.ravel().tolist())
+    to_index.SetTranslation((-inverse @ np.asarray(native.origin_lps)).tolist())
+    spacing_xyz, identity = grid.spacing_zyx_mm[::-1], np.eye(3).ravel().tolist()
+    array = np.empty(grid.shape_zyx, np.int16)
+    for z in range(0, len(array), BLOCK_PLANES):
+        block = array[z : z + BLOCK_PLANES]
+        place = block.shape[::-1], to_index, sitk.sitkLinear, grid.world((z, 0, 0)).tolist(), spacing_xyz, identity
+        sampled = sitk.Resample(image, *place, values.pad_stored, sitk.sitkFloat32)
+        values.to_int16(values.rescale(sitk.GetArrayFromImage(sampled)), block)
+    return array
+
+
+def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
+    """Return the Gaussian sigma per array axis, in native voxels, that leaves what the target spacing can hold.
+
+    sigma = sqrt(f^2 - 1) / (2 sqrt(2 ln 2)), f = target / native spacing (Cardoso et al., MICCAI 2015); 0 where f < 1.
+    """
+    world = np.abs(np.asarray(native.steps_lps)).argmax(axis=1)
+    factor = np.asarray(grid.spacing_zyx_mm)[2 - world] / np.asarray(native.spacing_zyx_mm)
+    return np.sqrt(np.maximum(factor**2 - 1, 0)) / np.sqrt(8 * np.log(2))
+
+
+def resize(array: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
+    """Return the int16 array [z, y, x] resized trilinearly (align_corners=False, no smoothing), rounded to nearest."""
+    depth, rows, columns = (
+        _axis_map((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, n_in)
+        for n_out, n_in in zip(shape_zyx, array.shape, strict=True)
+    )
+    interpolate = PlaneInterpolator(rows, columns, array.shape[1:])
+    out, flat = np.empty(shape_zyx, np.int16), np.empty(shape_zyx[1:], np.float32)
+    low, high = (np.empty(array.shape[1:], np.float32) for _ in range(2))
+    for i, weight in enumerate(depth.weight):
+        np.copyto(low, array[depth.low[i]])
+        np.copyto(high, array[depth.high[i]])
+        interpolate(_lerp(low, high, weight, low), flat)
+        np.copyto(out[i], np.rint(flat, out=flat), casting="unsafe")
+    return out
+
+
+class AxisMap(NamedTuple):
+    """How the output voxels along one axis sample the input: x[low] + weight * (x[high] - x[low])."""
+
+    low: np.ndarray
+    high: np.ndarray
+    weight: np.ndarray
+
+
+def _axis_map(position: np.ndarray, n_in: int) -> AxisMap:
+    """Return how outputs sample `n_in` voxels at `position` (float64 index); beyond the outer ones, the edge value."""
+    position = np.clip(position, 0, n_in - 1)
+    low = np.floor(position).astype(np.intp)
+    return AxisMap(low, np.minimum(low + 1, n_in - 1), (position - low).astype(np.float32))
 
 
 class PlaneInterpolator:
     """Linear interpolation of planes of `shape` [y, x] along both axes, in float32 buffers that it owns and reuses."""
 
-    def __init__(self, rows: AxisMap, columns: AxisMap, shape: tuple[int, int]) -> None:
+    def __init__(self, rows: AxisMap, columns: AxisMap, shape: tuple[int, ...]) -> None:
         self.rows, self.columns = rows, columns
-        n_rows, n_columns = len(rows.low), len(columns.low)
         self.plane = np.empty(shape, np.float32)
-        self.low_rows, self.high_rows = (np.empty((n_rows, shape[1]), np.float32) for _ in range(2))
-        self.high = np.empty((n_rows, n_columns), np.float32)
+        self.low_rows, self.high_rows = (np.empty((len(rows.low), shape[1]), np.float32) for _ in range(2))
+        self.high = np.empty((len(rows.low), len(columns.low)), np.float32)
 
     def __call__(self, plane: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Return `out` [rows, columns] float32, filled with the plane's values at the mapped positions."""
@@ -74,107 +236,3 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, ou
     high -= low
     high *= weight
     return np.add(low, high, out=out)
-
-
-def resample(
-    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, recipe: Recipe
-) -> np.ndarray:
-    """Return the int16 array [z, y, x] of the scan on `grid`; every plane is consumed, even those that the grid cuts
-    off.
-    """
-    axes = aligned_axes(native)
-    blur = _blur_voxels(native, grid) if recipe.antialias else np.zeros(3)
-    if axes is None or blur.any():
-        return _resample_whole(planes, native, grid, values, blur)
-    return _resample_streamed(planes, native, grid, values, axes)
-
-
-def _resample_streamed(
-    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, axes: tuple[int, int, int]
-) -> np.ndarray:
-    """Stream the planes of a scan whose array axes run along the grid's axes `axes`: two planes are held at a time."""
-    matrix = grid_to_native(native, grid)
-    maps = [
-        axis_map(matrix[a, 3] + matrix[a, axis] * np.arange(grid.shape_zyx[axis]), native.shape_zyx[a])
-        for a, axis in enumerate(axes)
-    ]
-    depth, rows, columns = maps
-    array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)
-    inside = array.transpose(axes)[tuple(slice(m.start, m.stop) for m in maps)]
-    interpolate = PlaneInterpolator(rows, columns, native.shape_zyx[1:])
-    below, here, scratch = (np.empty(inside.shape[1:], np.float32) for _ in range(3))
-    needed = set(depth.low) | set(depth.high)
-    for k, plane in enumerate(planes):
-        if k not in needed:
-            continue
-        below, here = here, below
-        values.rescale(interpolate(plane, here))
-        for i in np.flatnonzero(depth.high == k):
-            start = here if depth.low[i] == k else below
-            np.copyto(scratch, here)
-            values.to_int16(_lerp(start, scratch, depth.weight[i], scratch), inside[i])
-    return array
-
-
-def _resample_whole(
-    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, blur_voxels: np.ndarray
-) -> np.ndarray:
-    """Resample a scan of any affine geometry with SimpleITK: its grid becomes index space, the affine a transform."""
-    import SimpleITK as sitk
-
-    planes = iter(planes)
-    first = next(planes)
-    whole = np.empty(native.shape_zyx, np.float32 if first.dtype.kind == "f" else first.dtype)
-    whole[0] = first
-    for k, plane in enumerate(planes, 1):
-        whole[k] = plane
-    image = sitk.GetImageFromArray(whole)  # origin 0, spacing 1: its coordinates are voxel indices
-    del whole
-    if blur_voxels.any():
-        image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), (blur_voxels[::-1] ** 2).tolist())
-    to_index = sitk.AffineTransform(3)
-    inverse = np.linalg.inv(np.asarray(native.steps_lps)).T[::-1]
-    to_index.SetMatrix(inverse.ravel().tolist())
-    to_index.SetTranslation((-inverse @ np.asarray(native.origin_lps)).tolist())
-    array = np.empty(grid.shape_zyx, np.int16)
-    for z in range(0, grid.shape_zyx[0], BLOCK_PLANES):
-        block = array[z : z + BLOCK_PLANES]
-        sampled = sitk.Resample(
-            image,
-            block.shape[::-1],
-            to_index,
-            sitk.sitkLinear,
-            grid.world((z, 0, 0)).tolist(),
-            grid.spacing_zyx_mm[::-1],
-            np.eye(3).ravel().tolist(),
-            values.pad_stored,
-            sitk.sitkFloat32,
-        )
-        values.to_int16(values.rescale(sitk.GetArrayFromImage(sampled)), block)
-    return array
-
-
-def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
-    """Return the Gaussian sigma per array axis, in native voxels, that leaves what the target spacing can hold.
-
-    sigma = sqrt(f^2 - 1) / (2 sqrt(2 ln 2)), f = target / native spacing (Cardoso et al., MICCAI 2015); 0 where not
-    down-sampled.
-    """
-    world = np.abs(np.asarray(native.steps_lps)).argmax(axis=1)
-    factor = np.asarray(grid.spacing_zyx_mm)[2 - world] / np.asarray(native.spacing_zyx_mm)
-    return np.sqrt(np.maximum(factor**2 - 1, 0)) / np.sqrt(8 * np.log(2))
-
-
-def resize(array: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
-    """Return the int16 array [z, y, x] resized trilinearly (align_corners=False, no smoothing), rounded to nearest."""
-    depth, rows, columns = (resize_map(n_out, n_in) for n_out, n_in in zip(shape_zyx, array.shape, strict=True))
-    interpolate = PlaneInterpolator(rows, columns, array.shape[1:])
-    out = np.empty(shape_zyx, np.int16)
-    flat = np.empty(shape_zyx[1:], np.float32)
-    low, high = (np.empty(array.shape[1:], np.float32) for _ in range(2))
-    for i, weight in enumerate(depth.weight):
-        np.copyto(low, array[depth.low[i]])
-        np.copyto(high, array[depth.high[i]])
-        interpolate(_lerp(low, high, weight, low), flat)
-        np.copyto(out[i], np.rint(flat, out=flat), casting="unsafe")
-    return out

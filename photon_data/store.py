@@ -46,27 +46,25 @@ def store_name(volume_id: str) -> str:
 
 
 def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str, Any]) -> dict[str, Any]:
-    """Write the store `name` below `out`, replacing one that is there; return {"bytes", "sha256" of its root metadata}.
+    """Write the store `name` below `out`, replacing one that is there; return its metadata (see `read_metadata`).
 
-    `identity` (id, key, fingerprint, recipe) goes into its metadata with the facts. Locally it is written beside,
-    synced and renamed; on an object store the root metadata go last, and without them no reader takes the rest for a
-    store.
+    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts. Locally it is written
+    beside, synced and renamed; on an object store the root metadata go last, and without them no reader takes the rest
+    for a store.
     """
     if out.is_local:
         with write_whole(out.path / name) as folder:
             return _write(prepared, folder, identity)
     with tempfile.TemporaryDirectory(prefix="photon-") as scratch:
-        folder = Path(scratch)
-        written = _write(prepared, folder, identity)
+        written = _write(prepared, Path(scratch), identity)
         out.remove(f"{name}/{ROOT}")
         out.remove(name)
-        for file in [*file_names(folder), ROOT]:
-            out.write(f"{name}/{file}", (folder / file).read_bytes())
+        for file in [*written["files"], ROOT]:
+            out.write(f"{name}/{file}", Path(scratch, file).read_bytes())
         return written
 
 
 def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Write both image groups into `folder`, the root metadata last."""
     shards = {
         "0/c/0/0/0": _write_array(prepared.volume, folder / "0"),
         "model/0/c/0/0/0": _write_array(prepared.model, folder / "model" / "0"),
@@ -75,8 +73,7 @@ def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[s
     files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
     ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
     content = _write_group(folder, {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours})
-    root = _size_and_hash(content)
-    return {**root, "bytes": root["bytes"] + sum(facts["bytes"] for facts in files.values())}
+    return _with_size(ours, content)
 
 
 def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
@@ -86,8 +83,7 @@ def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
     """
     array = volume.numpy()
     # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140.
-    cz, cy, cx = (math.ceil(n / math.ceil(n / most)) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
-    chunk = (cz, cy, cx)
+    chunk = tuple(math.ceil(n / math.ceil(n / most)) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
     zarr.create_array(
         folder,
         shape=array.shape,
@@ -104,7 +100,7 @@ def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
     return _write_shard(array, chunk, shard)
 
 
-def _write_shard(array: np.ndarray, chunk: tuple[int, int, int], path: Path) -> dict[str, Any]:
+def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[str, Any]:
     """Write an int16 array as a zarr v3 shard, the last chunks padded with 0; return {"bytes", "sha256"} of the file.
 
     <chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
@@ -142,15 +138,9 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> bytes:
 
 def _ome(name: str, geometry: Geometry) -> dict[str, Any]:
     """Return OME-Zarr 0.5 metadata of one image with one level; orientation as in RFC-4."""
-    axes = [
-        {
-            "name": a,
-            "type": "space",
-            "unit": "millimeter",
-            "orientation": {"type": "anatomical", "value": ORIENTATION[a]},
-        }
-        for a in "zyx"
-    ]
+    axes: list[dict[str, Any]] = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
+    for axis in axes:
+        axis["orientation"] = {"type": "anatomical", "value": ORIENTATION[axis["name"]]}
     return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry)}]}
 
 
@@ -174,19 +164,24 @@ def _size_and_hash(content: bytes) -> dict[str, Any]:
 
 
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
-    """Return what a store says of itself: METADATA, its size in bytes and its root metadata's sha256.
+    """Return what a store says of itself: METADATA, its size in "bytes" and the "sha256" of its root metadata.
 
     None where it is not there, of another format, or so damaged that it does not say all of this.
     """
     content = out.read(f"{name}/{ROOT}" if name else ROOT) or b""
     try:
         ours = json.loads(content)["attributes"][KEY]
-        sizes = [facts["bytes"] for facts in ours["files"].values() if facts["sha256"]]
-        root = _size_and_hash(content)
-        found = {**{key: ours[key] for key in METADATA}, **root, "bytes": root["bytes"] + sum(sizes)}
+        found = _with_size({key: ours[key] for key in METADATA}, content)
         return found if ours["format"] == FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
+    """Return our metadata with the store's size and the hash of `content`, the root metadata."""
+    root = _size_and_hash(content)
+    size = sum(facts["bytes"] for facts in [root, *ours["files"].values()] if facts["sha256"])
+    return {**ours, **root, "bytes": size}
 
 
 def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -> Volume:
@@ -203,9 +198,8 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     """
     location = Location(str(path))
     if read_metadata(location, "") is None:
-        raise UsageError(
-            f"expected a store of photon-data (format {FORMAT}), found none at {path}; make it with photon-data prepare"
-        )
+        expected = f"a store of photon-data (format {FORMAT})"
+        raise UsageError(f"expected {expected}, found none at {path}; make it with photon-data prepare")
     if grid not in GRIDS:
         raise UsageError(f"grid: expected volume or model, found {grid!r}")
     place = GRIDS[grid]
@@ -218,18 +212,16 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
         steps_lps = ((0, 0, sz), (0, sy, 0), (sx, 0, 0))
         return Volume(array, Geometry.from_arrays(array.shape, translation[::-1], steps_lps))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UsageError(
-            f"expected whole metadata, found damaged ones in {path} ({error!r}); prepare it again"
-        ) from None
+        found = f"damaged ones in {path} ({error!r})"
+        raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
 
 
 def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
     """Raise UsageError, before anything is decoded, unless this is a sane int16 volume in our codecs."""
     shape = metadata.get("shape", [])
-    if metadata.get("data_type") != "int16" or len(shape) != 3 or math.prod(shape) > LARGEST_VOXELS:
-        raise UsageError(
-            f"expected a three-dimensional int16 array, found {metadata.get('data_type')} {shape} in {path}"
-        )
+    dtype = metadata.get("data_type")
+    if dtype != "int16" or len(shape) != 3 or math.prod(shape) > LARGEST_VOXELS:
+        raise UsageError(f"expected a three-dimensional int16 array, found {dtype} {shape} in {path}")
     outer = metadata.get("codecs", [])
     inner = [c for codec in outer for c in codec.get("configuration", {}).get("codecs", [])]
     unknown = {codec.get("name") for codec in [*outer, *inner]} - CODECS
@@ -241,10 +233,9 @@ def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
     """Tell cheaply whether every file of a local store has its recorded size; on an object store metadata come last."""
     if not out.is_local:
         return True
+    folder, sizes = out.path / name, {file: facts["bytes"] for file, facts in metadata["files"].items()}
     try:
-        return all(
-            (out.path / name / file).stat().st_size == facts["bytes"] for file, facts in metadata["files"].items()
-        )
+        return all((folder / file).stat().st_size == size for file, size in sizes.items())
     except FileNotFoundError:
         return False
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_data.grid import model_grid, target_grid
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
+from photon_data.resample import model_grid, target_grid
 from photon_data.store import ROOT, open_volume
 from photon_data.volume import Geometry, Volume
 

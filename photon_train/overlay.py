@@ -14,8 +14,8 @@ import numpy as np
 from PIL.Image import Image
 
 from photon_data.export import nifti_header, write_nifti
-from photon_data.grid import model_grid
 from photon_data.picture import Window, three_planes
+from photon_data.resample import model_grid
 from photon_data.volume import Geometry, Volume
 from photon_train.kept_tokens import kept_voxels, token_centres, token_map
 

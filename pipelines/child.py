@@ -72,7 +72,7 @@ class Child:
         except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):
-            raise _cause_of_death(process)
+            raise _cause_of_death(process.wait())
         return json.loads(line)
 
     def kill(self) -> None:
@@ -99,17 +99,14 @@ def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
     return line
 
 
-def _cause_of_death(process: subprocess.Popen[bytes]) -> ChildError:
-    code = process.wait()
+def _cause_of_death(code: int) -> ChildError:
     if code == -signal.SIGKILL:
-        return ChildError(
-            "killed", "its process was killed, most likely for lack of memory; fewer --workers leave more for each"
-        )
-    if code < 0:
-        return ChildError(
-            "crashed", f"its process crashed with {signal.Signals(-code).name} while reading or resampling it"
-        )
-    return ChildError("crashed", f"its process ended with exit code {code}")
+        reason = "was killed, most likely for lack of memory; fewer --workers leave more for each"
+    elif code < 0:
+        reason = f"crashed with {signal.Signals(-code).name} while reading or resampling it"
+    else:
+        reason = f"ended with exit code {code}"
+    return ChildError("killed" if code == -signal.SIGKILL else "crashed", f"its process {reason}")
 
 
 _children: dict[tuple[int, int], Child] = {}  # by thread and limit
@@ -128,7 +125,7 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     try:
         reply = child.ask(job, timeout_s)
     except ChildError as error:
-        return Job.from_json(job).record(FAILED, code=error.code, reason=str(error)).to_json()
+        return vars(Job.from_json(job).record(FAILED, code=error.code, reason=str(error)))
     if NO_SPACE in reply:
         raise NoSpace(*reply[NO_SPACE])
     return reply
@@ -159,7 +156,7 @@ def main(address_space_bytes: int) -> None:
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = prepare_file(Job.from_json(json.loads(line))).to_json()
+            reply = vars(prepare_file(Job.from_json(json.loads(line))))
         except NoSpace as error:
             reply = {NO_SPACE: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")

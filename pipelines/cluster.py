@@ -38,25 +38,19 @@ class Stopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Workers:
-    """Where jobs run and what each may use.
+    """Where jobs run and what each may use."""
 
-    count      local workers (None: from cores and memory)
-    scheduler  address ("tcp://host:8786") or scheduler file of a cluster to use instead
-    timeout_s  a file that takes longer has failed
-    memory_gb  address space of one worker's process (None: its share of the memory, at least 4 GiB; 0: no limit)
-    """
-
-    count: int | None = None
-    scheduler: str | None = None
-    timeout_s: float = 1800
+    count: int | None = None  # local workers; None: from cores and memory
+    scheduler: str | None = None  # address ("tcp://host:8786") or scheduler file of a cluster to use instead
+    timeout_s: float = 1800  # a file that takes longer has failed
+    # Address space of one worker's process. None: its share of the memory, at least 4 GiB; 0: no limit.
     memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         """UsageError for a memory limit under which no worker could start."""
-        if self.memory_gb is not None and 0 < self.memory_gb < MIN_MEMORY_GB:
-            raise UsageError(
-                f"--memory: expected at least {MIN_MEMORY_GB} GB (or 0 for no limit), found {self.memory_gb}"
-            )
+        if 0 < (self.memory_gb or 0) < MIN_MEMORY_GB:
+            expected = f"at least {MIN_MEMORY_GB} GB (or 0 for no limit)"
+            raise UsageError(f"--memory: expected {expected}, found {self.memory_gb}")
 
     def local_count(self) -> int:
         """Return how many local workers there are."""
@@ -116,15 +110,14 @@ def _connect(scheduler: str) -> Client:
     try:
         client = Client(**where, timeout=30)
     except (ValueError, AssertionError, OSError, TimeoutError) as error:
-        raise UsageError(
-            "--scheduler: expected the address (tcp://host:8786) or the file of a running Dask scheduler, "
-            f"found {scheduler!r} ({type(error).__name__})"
-        ) from None
+        expected = "the address (tcp://host:8786) or the file of a running Dask scheduler"
+        found = f"{scheduler!r} ({type(error).__name__})"
+        raise UsageError(f"--scheduler: expected {expected}, found {found}") from None
     try:
         client.wait_for_workers(1, timeout=NO_WORKERS_S)
     except TimeoutError:
         client.close()
-        raise Stopped(_no_workers(scheduler)) from None
+        raise _no_workers(scheduler) from None
     return client
 
 
@@ -134,26 +127,22 @@ def _threads(client: Client) -> int:
 
 def _finished(client: Client, in_flight: dict[Future, Job]) -> list[Future]:
     """Wait until some of the futures are done and return those; Stopped if there was no worker for NO_WORKERS_S."""
-    no_worker_since = None
-    while True:
+    last_worker_s = time.monotonic()
+    while time.monotonic() - last_worker_s <= NO_WORKERS_S:
         try:
             return list(wait(list(in_flight), timeout=2, return_when="FIRST_COMPLETED").done)
         except TimeoutError:
-            pass
+            if _threads(client):
+                last_worker_s = time.monotonic()
         except (CancelledError, CommClosedError):
-            raise Stopped(
-                "expected a scheduler, but the connection to it was lost; start one and run the same command again"
-            ) from None
-        if _threads(client):
-            no_worker_since = None
-        else:
-            no_worker_since = no_worker_since or time.monotonic()
-            if time.monotonic() - no_worker_since > NO_WORKERS_S:
-                raise Stopped(_no_workers("the scheduler"))
+            lost = "the connection to it was lost; start one and run the same command again"
+            raise Stopped(f"expected a scheduler, but {lost}") from None
+    raise _no_workers("the scheduler")
 
 
-def _no_workers(scheduler: str) -> str:
-    return f"expected workers, found none connected to {scheduler} for {NO_WORKERS_S} s; start some and run it again"
+def _no_workers(scheduler: str) -> Stopped:
+    found = f"none connected to {scheduler} for {NO_WORKERS_S} s"
+    return Stopped(f"expected workers, found {found}; start some and run it again")
 
 
 def _record(future: Future, job: Job) -> VolumeRecord:

@@ -10,7 +10,7 @@ from photon_data.errors import UsageError
 from photon_data.export import FORMATS
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.questions.manifest import manifest_names
-from photon_data.records import VolumeRecord, read_records
+from photon_data.records import read_records
 from photon_data.store import open_volume
 
 # Records which store each exported file was made from.
@@ -34,7 +34,7 @@ def export_all(
     records = [record for record in read_records(out) if record.is_there]
     if not records:
         raise UsageError(f"expected prepared volumes in {out.url}, found none; run photon-data prepare first")
-    target, suffix = Location(str(folder)), FORMATS[format_].suffix
+    target, (suffix, write) = Location(str(folder)), FORMATS[format_]
     made_from = json.loads(target.read(INDEX) or b"{}")
     kept = 0
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def export_all(
         if not overwrite and path.exists() and made_from.get(record.id) == record.store_sha256:
             kept += 1
         else:
-            FORMATS[format_].write(open_volume(out.at(_store_of(record))), path)
+            write(open_volume(out.at(str(record.store))), path)
             made_from[record.id] = record.store_sha256
             target.write(INDEX, json.dumps(made_from, sort_keys=True).encode())
         progress(number, len(records))
@@ -53,8 +53,3 @@ def export_all(
         moved = [{**row, "videos": [target.at(f"volumes/{row['volume_id']}{suffix}")]} for row in rows]
         target.write(name, jsonl_bytes(moved))
     return f"{len(records)} volumes, {kept} of them there before; {len(names)} manifests in {folder}"
-
-
-def _store_of(record: VolumeRecord) -> str:
-    assert record.store is not None, "a record that is there names its store"
-    return record.store

@@ -1,7 +1,4 @@
-"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here.
-
-A request is about a folder of scans with a table of questions, or about the data sets of a data_manifest.yaml.
-"""
+"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -40,50 +37,29 @@ NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 
 @dataclass(frozen=True)
 class Request:
-    """What every request says.
+    """A request about a folder of scans with tables about it, or about the data sets of a data_manifest.yaml.
 
-    source    a folder of scans, one scan, or the data_manifest.yaml
-    prompt    style of the questions; None for the manifest's own, or for questions as they are
-    limit     only so many scans
-    pictures  volumes shown as pictures in the report
+    Every data set has its own recipe name, policy, questions and splits; the last five fields are a folder's.
     """
 
-    source: Path
+    source: Path  # a folder of scans, one scan, or the data_manifest.yaml
     out: Location
     recipe: Recipe
-    prompt: str | None = None
+    policy: Policy = field(default_factory=Policy)  # for data sets, only its max_voxels counts
+    datasets: tuple[DataSet, ...] = ()  # none for a folder of scans
+    prompt: str | None = None  # style of the questions; None for the manifest's own, or for questions as they are
     seed: int = 0
     allow_leaks: bool = False
-    limit: int | None = None
+    limit: int | None = None  # only so many scans
     overwrite: bool = False
-    pictures: int = 48
+    pictures: int = 48  # volumes shown as pictures in the report
 
-
-@dataclass(frozen=True)
-class FolderRequest(Request):
-    """A folder of scans, or one scan, and the tables about it.
-
-    hu_source  "header", "stored", or the path of a table: see `rescaling`
-    questions  a table of questions; None for one row per volume
-    columns    {our name: name in the tables}
-    fractions  share of each split, where the table of questions has no splits
-    id_from    what volume ids are made from: "path", "name" or "hash"
-    """
-
-    policy: Policy = field(default_factory=Policy)
-    hu_source: str = HEADER
-    questions: Path | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    fractions: Mapping[str, float] = field(default_factory=lambda: dict(FRACTIONS))
-    id_from: str = "path"
-
-
-@dataclass(frozen=True)
-class ManifestRequest(Request):
-    """The data sets of a data_manifest.yaml, each with its own recipe name, policy, questions and splits."""
-
-    datasets: tuple[DataSet, ...] = ()
-    max_voxels: int = Policy().max_voxels
+    hu_source: str = HEADER  # "header", "stored", or the path of a table: see `rescaling`
+    questions: Path | None = None  # a table of questions; None for one row per volume
+    columns: Mapping[str, str] = field(default_factory=dict)  # {our name: name in the tables}
+    # Share of each split, where the table of questions has no splits.
+    fractions: Mapping[str, float] = field(default_factory=lambda: FRACTIONS)
+    id_from: str = "path"  # what volume ids are made from: "path", "name" or "hash"
 
 
 class Callback:
@@ -104,54 +80,33 @@ class Callback:
 
 
 class Gathered(NamedTuple):
-    """What is to be prepared and asked.
-
-    questions  with splits; None for one row per volume
-    unmatched  questions whose volume is known not to exist
-    ignored    {suffix: number} of files that are no scans
-    notes      sentences for the person who reads along
-    """
+    """What is to be prepared and asked."""
 
     jobs: list[Job]
-    questions: list[Question] | None
-    unmatched: Sequence[Unmatched] = ()
-    ignored: Mapping[str, int] = {}
-    notes: Sequence[str] = ()
+    questions: list[Question] | None  # with splits; None for one row per volume
+    unmatched: Sequence[Unmatched] = ()  # questions whose volume is known not to exist
+    ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
+    notes: Sequence[str] = ()  # sentences for the person who reads along
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do.
+class Plan(NamedTuple):
+    """What a run will do."""
 
-    jobs    to execute
-    done    records of inputs whose stores exist already
-    kept    records of volumes of earlier runs that are no input of this one
-    before  records that earlier runs left of the jobs' sources: they stand until the job is done
-    """
-
-    jobs: list[Job]
-    done: list[VolumeRecord]
-    kept: list[VolumeRecord]
-    before: list[VolumeRecord]
+    jobs: list[Job]  # to execute
+    done: list[VolumeRecord]  # of inputs whose stores exist already
+    kept: list[VolumeRecord]  # of volumes of earlier runs that are no input of this one
+    before: list[VolumeRecord]  # what earlier runs left of the jobs' sources: it stands until the job is done
 
 
 class Result(NamedTuple):
-    """What a run left.
+    """What a run left."""
 
-    records    of its inputs
-    kept       records of volumes of earlier runs that are no input of this one
-    manifests  the rows by split; no rows where splits leak
-    counts     what the questions are, by data set, task and split
-    leak       what several splits have in common; None where they are apart, or where leaks are allowed
-    damaged    the archives that could not be unpacked as a whole, and why
-    """
-
-    records: list[VolumeRecord]
-    kept: list[VolumeRecord]
-    manifests: Manifests
-    counts: list[Count]
-    leak: str | None
-    damaged: Sequence[str]
+    records: list[VolumeRecord]  # of its inputs
+    kept: list[VolumeRecord]  # as in the plan
+    manifests: Manifests  # no rows where splits leak
+    counts: list[Count]  # what the questions are, by data set, task and split
+    leak: str | None  # what several splits have in common; None where they are apart, or where leaks are allowed
+    damaged: Sequence[str]  # the archives that could not be unpacked as a whole, and why
 
     @property
     def states(self) -> dict[str, int]:
@@ -171,24 +126,23 @@ def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
     return {state: found[state] for state in STATES}
 
 
-def request_of_manifest(path: Path, only: Sequence[str], out: str | None, **options: Any) -> ManifestRequest:
+def request_of_manifest(path: Path, only: Sequence[str], out: str | None, **options: Any) -> Request:
     """Return the request for the data sets of a data_manifest.yaml, or for those named in `only`.
 
-    `options` are further fields of ManifestRequest; the seed is the manifest's, if none is given.
+    `options` are further fields of the request; the seed is the manifest's, if none is given.
     """
     manifest = read_data_manifest(path)
     datasets = manifest.only(only)
     options = {"seed": manifest.seed, **options}
-    return ManifestRequest(path, out_of(manifest, out), one_recipe(datasets), datasets=datasets, **options)
+    return Request(path, out_of(manifest, out), one_recipe(datasets), datasets=datasets, **options)
 
 
 def out_of(manifest: DataManifest, out: str | None) -> Location:
     """Return where to write: what the command says, else what the manifest says; UsageError where neither does."""
     where = out or manifest.out
     if where is None:
-        raise UsageError(
-            f"expected an output folder as `out:` in {manifest.path.name} or after --manifest, found neither"
-        )
+        expected = f"an output folder as `out:` in {manifest.path.name} or after --manifest"
+        raise UsageError(f"expected {expected}, found neither")
     return Location(where)
 
 
@@ -197,9 +151,8 @@ def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
     recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
     if len({recipe.digest for recipe in recipes.values()}) > 1:
         found = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
-        raise UsageError(
-            f"expected one recipe per output folder, found {found}; prepare them one by one, with --only NAME OUT"
-        )
+        remedy = "prepare them one by one, with --only NAME OUT"
+        raise UsageError(f"expected one recipe per output folder, found {found}; {remedy}")
     return next(iter(recipes.values()))
 
 
@@ -217,17 +170,12 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     Leaks that the questions themselves show are refused here, before hours of work; `prepare` finds those of content.
     """
     callback = callback or Callback()
-    datasets = request.datasets if isinstance(request, ManifestRequest) else ()
-    for root in [root for entry in datasets for root in entry.roots] or [request.source]:
+    for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
-    if isinstance(request, FolderRequest):
-        gathered = _gather_folder(request, callback)
-    else:
-        assert isinstance(request, ManifestRequest)
-        gathered = _gather_datasets(request, callback)
+    gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
     if gathered.questions and not request.allow_leaks:
         refuse_leaks(leaks(map(as_row, gathered.questions)))
     return gathered
@@ -243,7 +191,7 @@ def as_row(question: Question) -> dict[str, object]:
     }
 
 
-def _gather_folder(request: FolderRequest, callback: Callback) -> Gathered:
+def _gather_folder(request: Request, callback: Callback) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
     questions = None
     if request.questions is not None:
@@ -252,25 +200,19 @@ def _gather_folder(request: FolderRequest, callback: Callback) -> Gathered:
         questions = with_prompt_style(questions, request.prompt, "shown") if request.prompt else questions
     sources, ignored = find_scans(request.source, id_from=request.id_from, on_file=callback.on_file)
     if not sources:
-        raise UsageError(
-            f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {left_alone(ignored)} in {request.source}; "
-            "is this the right folder?"
-        )
-    rescale = rescaling(request.hu_source, sources, request.columns)
-    out = request.out.at("")
+        found = f"{left_alone(ignored)} in {request.source}"
+        raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
+    rescale, out = rescaling(request.hu_source, sources, request.columns), request.out.at("")
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale(source), overwrite=request.overwrite)
         for source in sources[: request.limit]
     ]
     if questions is not None:
-        questions = assign_splits(_with_ids(questions, sources), fractions=request.fractions, seed=request.seed)
+        find = by_name((source.id, source.path) for source in sources)
+        # Ids in place of names of scans: two names of one scan must not be two patients.
+        questions = [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
+        questions = assign_splits(questions, fractions=request.fractions, seed=request.seed)
     return Gathered(jobs, questions, ignored=ignored)
-
-
-def _with_ids(questions: Sequence[Question], sources: Sequence[Source]) -> list[Question]:
-    """Return the questions with ids in place of names of scans: two names of one scan must not be two patients."""
-    find = by_name((source.id, source.path) for source in sources)
-    return [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
 
 
 def rescaling(
@@ -296,21 +238,19 @@ def rescaling(
             numbers = float(values[slope]), float(values[intercept])
             match = find(str(values[volume]))
         except (KeyError, TypeError, ValueError):
-            raise UsageError(
-                f"{path.name}, {line}: expected {volume} (text), {slope}, {intercept} (numbers), found {values}"
-            ) from None
+            expected = f"{volume} (text), {slope}, {intercept} (numbers)"
+            raise UsageError(f"{path.name}, {line}: expected {expected}, found {values}") from None
+        if match.is_ambiguous:
+            found = f"{values[volume]!r}, {match.reason}"
+            raise UsageError(f"{path.name}, {line}: expected the name of one scan, found {found}")
         if match.id in by_id:
             raise UsageError(f"{path.name}, {line}: expected one row per volume, found a second one for {match.id}")
-        if match.is_ambiguous:
-            raise UsageError(
-                f"{path.name}, {line}: expected the name of one scan, found {values[volume]!r}, {match.reason}"
-            )
         if match.id:
             by_id[match.id] = Rescale(*numbers, "table")
     return lambda source: by_id.get(source.id, NOT_IN_TABLE)
 
 
-def _gather_datasets(request: ManifestRequest, callback: Callback) -> Gathered:
+def _gather_datasets(request: Request, callback: Callback) -> Gathered:
     """Return the volumes that the questions of declared data sets need, and those questions."""
     parts = [
         read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=request.seed, on_file=callback.on_file)
@@ -323,15 +263,14 @@ def _gather_datasets(request: ManifestRequest, callback: Callback) -> Gathered:
     return Gathered(jobs, combined.questions, combined.unmatched, notes=combined.notes)
 
 
-def jobs_of(request: ManifestRequest, combined: Collection) -> list[Job]:
+def jobs_of(request: Request, combined: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     jobs, recipes = [], {entry.name: recipe_of(entry) for entry in request.datasets}
+    out, largest = request.out.at(""), request.policy.max_voxels
     for volume in combined.volumes[: request.limit]:
         recipe, policy = recipes[volume.dataset.name]
-        policy = replace(policy, max_voxels=request.max_voxels)
-        jobs.append(
-            Job(volume.source, request.out.at(""), recipe, policy, volume.rescale, volume.table_grid, request.overwrite)
-        )
+        policy = replace(policy, max_voxels=largest)
+        jobs.append(Job(volume.source, out, recipe, policy, volume.rescale, volume.table_grid, request.overwrite))
     return jobs
 
 
@@ -339,22 +278,20 @@ def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
     """Return which of the jobs have to be done; UsageError if the result would mix recipes."""
     before = {record.id: record for record in read_records(out)}
     ids = {job.source.id for job in jobs}
-    others = [
-        replace(record, state=UNCHANGED) for record in before.values() if record.is_there and record.id not in ids
-    ]
+    others = [replace(old, state=UNCHANGED) for old in before.values() if old.is_there and old.id not in ids]
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))
         digests = list(threads.map(lambda record: _digest_of_store(out, record), others))
-    kept = [record for record, digest in zip(others, digests, strict=True) if digest]
-    foreign = [record for record, digest in zip(others, digests, strict=True) if digest not in (None, recipe.digest)]
+    kept = [(record, digest) for record, digest in zip(others, digests, strict=True) if digest]
+    foreign = [record.id for record, digest in kept if digest != recipe.digest]
     if foreign:
         raise UsageError(
             f"expected one recipe per folder, found {len(foreign)} volumes of another recipe in {out.url} that are not "
-            f"among these inputs, {foreign[0].id} first; use another folder, or prepare all of them again"
+            f"among these inputs, {foreign[0]} first; use another folder, or prepare all of them again"
         )
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
-    return Plan(todo, [done for done in found if done], kept, left)
+    return Plan(todo, [done for done in found if done], [record for record, _ in kept], left)
 
 
 def _unchanged(job: Job, before: VolumeRecord | None) -> VolumeRecord | None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
-from photon_data.questions.counts import Count, count
+from photon_data.files import Location, exclusive, refresh
+from photon_data.questions.counts import count
 from photon_data.questions.manifest import digests
 from photon_data.questions.rows import Manifests, build, write
 from photon_data.questions.splits import leaks, refuse_leaks
@@ -26,19 +26,7 @@ from photon_data.report import render_report
 from photon_data.store import open_volume
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
-from photon_pipelines.lock import exclusive, refresh
-from photon_pipelines.plan import (
-    Callback,
-    FolderRequest,
-    Gathered,
-    ManifestRequest,
-    Plan,
-    Request,
-    Result,
-    count_states,
-    gather,
-    plan,
-)
+from photon_pipelines.plan import Callback, Gathered, Plan, Request, Result, count_states, gather, plan
 from photon_pipelines.unpack import pending, unpack_all
 
 REPORT, COUNTS = "report.html", "questions.json"
@@ -53,11 +41,8 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     UsageError before any store is written: tables are checked before the first scan is read, and only one run at a time
     may write into a folder.
     """
-    callback = callback or Callback()
-    out, damaged = request.out, list[str]()
-    if isinstance(request, ManifestRequest):
-        archives = pending(request.datasets, request.limit)
-        damaged = unpack_all(archives, out, callback.on_archive, callback.on_note)
+    callback, out = callback or Callback(), request.out
+    damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
     for note in gathered.notes:
         callback.on_note(note)
@@ -79,7 +64,9 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
             tools=versions,
         )
         out.write(REPORT, page)
-        return Result(records, todo.kept, manifests, _write_counts(out, manifests), leak, damaged)
+        counts = count(row for split in manifests.rows.values() for row in split)
+        _write_json(out, COUNTS, [found.to_json() for found in counts])
+        return Result(records, todo.kept, manifests, counts, leak, damaged)
 
 
 def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int]]:
@@ -109,9 +96,12 @@ def _write_dataset(
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
     }
-    content = json.dumps(dataset, indent=1, ensure_ascii=False) + "\n"
-    request.out.write(DATASET, content.encode(errors="backslashreplace"))
+    _write_json(request.out, DATASET, dataset)
     return dataset
+
+
+def _write_json(out: Location, name: str, content: Any) -> None:
+    out.write(name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> list[VolumeRecord]:
@@ -127,8 +117,8 @@ def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> lis
     records = list(todo.done)
 
     def write_snapshot() -> None:
-        ended = {record.id for record in records}
-        write_records(out, _by_id([*records, *(old for old in todo.before if old.id not in ended), *todo.kept]))
+        rows = {record.id: record for record in [*todo.before, *todo.kept, *records]}
+        write_records(out, _by_id(rows.values()))
 
     due_s = time.monotonic() + SNAPSHOT_S
     try:
@@ -152,9 +142,7 @@ def _write_manifests(request: Request, gathered: Gathered, rows: list[VolumeReco
 
     Splits that leak in their content get no manifests, and old ones go: nobody trains on them by mistake.
     """
-    out = request.out.at("")
-    questions = request.questions if isinstance(request, FolderRequest) else None
-    name = questions.stem if questions else None
+    out, name = request.out.at(""), request.questions.stem if request.questions else None
     manifests = build(gathered.questions, rows, out=out, instruction=request.recipe.instruction, dataset=name)
     manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *gathered.unmatched]))
     leak = None
@@ -163,13 +151,6 @@ def _write_manifests(request: Request, gathered: Gathered, rows: list[VolumeReco
             fingerprints = {record.id: record.fingerprint for record in rows}
             refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), fingerprints))
         except UsageError as error:
-            leak = str(error)
-            manifests = manifests._replace(rows={})
+            leak, manifests = str(error), manifests._replace(rows={})
     write(manifests, out)
     return manifests, leak
-
-
-def _write_counts(out: Location, manifests: Manifests) -> list[Count]:
-    counts = count(row for split in manifests.rows.values() for row in split)
-    out.write(COUNTS, (json.dumps([found.to_json() for found in counts], indent=1, ensure_ascii=False) + "\n").encode())
-    return counts

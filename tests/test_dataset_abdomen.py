@@ -7,7 +7,7 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.datasets.deeptumorvqa import parse_choices
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_pipelines.plan import ManifestRequest, gather, one_recipe
+from photon_pipelines.plan import Request, gather, one_recipe
 
 SPACED = [
     "Question ID",
@@ -149,7 +149,7 @@ def test_a_row_that_is_not_as_published_is_refused_by_id_and_line(tumors, more, 
 def test_the_multiple_choice_form_has_the_letter_as_its_answer(tumors):
     path = declare(tumors, tumor=deeptumorvqa(questions={"prompt": "deeptumorvqa", "choices": "shown"}))
     datasets = read_data_manifest(path).datasets
-    data = gather(ManifestRequest(path, Location(str(tumors / "out")), one_recipe(datasets), datasets=datasets))
+    data = gather(Request(path, Location(str(tumors / "out")), one_recipe(datasets), datasets=datasets))
     bench = next(question for question in data.questions or [] if question.split == "test")
     assert bench.question == (
         "You are given the full 3D abdominal CT volume (NIfTI, native voxel spacing).\n"
@@ -190,7 +190,7 @@ def test_a_report_column_has_to_be_chosen(tumors):
 def order(folder, **datasets):
     path = declare(folder, **datasets)
     declared = read_data_manifest(path).datasets
-    return ManifestRequest(path, Location(str(folder / "out")), one_recipe(declared), datasets=declared)
+    return Request(path, Location(str(folder / "out")), one_recipe(declared), datasets=declared)
 
 
 def test_reports_of_benchmark_scans_leak_into_its_test_split_unless_they_are_left_out(tumors):

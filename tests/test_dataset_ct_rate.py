@@ -13,7 +13,7 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import Job, prepare_file
-from photon_pipelines.plan import ManifestRequest, gather, one_recipe
+from photon_pipelines.plan import Request, gather, one_recipe
 
 REPORT = ("VolumeName", *REPORT_COLUMNS)
 
@@ -21,9 +21,7 @@ REPORT = ("VolumeName", *REPORT_COLUMNS)
 def prepared(folder, **entry):
     """{id: record} of the volumes of a CT-RATE tree, each prepared in this process."""
     manifest = read_data_manifest(declare(folder, ct_rate={"adapter": "ct-rate", "root": "dataset", **entry}))
-    order = ManifestRequest(
-        folder, Location(str(folder / "out")), one_recipe(manifest.datasets), datasets=manifest.datasets
-    )
+    order = Request(folder, Location(str(folder / "out")), one_recipe(manifest.datasets), datasets=manifest.datasets)
     return {job.source.id: prepare_file(Job.from_json(job.to_json())) for job in gather(order).jobs}
 
 

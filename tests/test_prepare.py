@@ -19,15 +19,14 @@ from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl
+from photon_data.files import Location, exclusive, from_jsonl
 from photon_data.prepare_file import Job, NoSpace, prepare_file
 from photon_data.prepare_volume import prepare_volume
 from photon_data.readers.find import find_scans
 from photon_data.recipe import ALGORITHM, Policy, Recipe
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
-from photon_pipelines.lock import exclusive
-from photon_pipelines.plan import Callback, FolderRequest
+from photon_pipelines.plan import Callback, Request
 from photon_pipelines.prepare import prepare
 from photon_pipelines.verify import verify_output
 
@@ -43,7 +42,7 @@ def source(tmp_path):
 
 
 def request(source, out, **more):
-    return FolderRequest(**{"source": source, "out": Location(str(out)), "recipe": SMALL, "pictures": 2, **more})
+    return Request(**{"source": source, "out": Location(str(out)), "recipe": SMALL, "pictures": 2, **more})
 
 
 def states(out):

@@ -10,12 +10,11 @@ from raw import write_scan
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, exclusive
 from photon_data.prepare_file import prepare_file
 from photon_data.recipe import Recipe
 from photon_pipelines.cluster import Workers
-from photon_pipelines.lock import exclusive
-from photon_pipelines.plan import FolderRequest
+from photon_pipelines.plan import Request
 from photon_pipelines.prepare import prepare
 from photon_pipelines.verify import verify_output
 
@@ -39,7 +38,7 @@ def source(tmp_path):
 
 
 def go(source, out):
-    return prepare(FolderRequest(source=source, out=out, recipe=SMALL), Workers())
+    return prepare(Request(source=source, out=out, recipe=SMALL), Workers())
 
 
 def test_an_object_store_holds_what_a_folder_does_and_is_gone_on_with(source, out, tmp_path):

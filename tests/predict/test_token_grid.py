@@ -12,8 +12,8 @@ import torch
 from raw import write_scan
 from scans import frame, rotated
 
-from photon_data.grid import model_grid, target_grid
 from photon_data.recipe import Policy, Recipe
+from photon_data.resample import model_grid, target_grid
 from photon_data.volume import Geometry, Volume
 from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import (
