@@ -10,17 +10,15 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions.counts import Count, count
-from photon_data.questions.manifest import digests
-from photon_data.questions.rows import Manifests, build, write
-from photon_data.questions.splits import leaks, refuse_leaks
+from photon_data.questions.manifest import Manifests, build, digests, write
+from photon_data.questions.splits import Count, count, leaks, refuse_leaks
 from photon_data.records import DATASET, VolumeRecord, write_records
 from photon_data.report import render_report
 from photon_data.store import open_volume
@@ -171,5 +169,5 @@ def _write_manifests(request: Request, gathered: Gathered, rows: list[VolumeReco
 
 def _write_counts(out: Location, manifests: Manifests) -> list[Count]:
     counts = count(row for split in manifests.rows.values() for row in split)
-    out.write(COUNTS, (json.dumps([found.to_json() for found in counts], indent=1, ensure_ascii=False) + "\n").encode())
+    out.write(COUNTS, (json.dumps([asdict(found) for found in counts], indent=1, ensure_ascii=False) + "\n").encode())
     return counts
