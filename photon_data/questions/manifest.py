@@ -65,41 +65,31 @@ def build(
     questions that do not name their data set (default: the name of `out`). UsageError for questions without a split
     (`splits.assign_splits` gives them one) or with a split that cannot name a file.
     """
-    records = sorted(records, key=lambda record: record.id)
-    prepared = [record for record in records if record.is_there]
+    records, place = sorted(records, key=lambda record: record.id), Location(str(out))
+    videos = {record.id: place.at(str(record.store)) for record in records if record.is_there}
+    reasons = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
     if questions is None:
-        questions = [Question(record.id, record.id, instruction, split=ALL) for record in prepared]
+        questions = [Question(name, name, instruction, split=ALL) for name in videos]
     without = [q.id for q in questions if not q.split]
     if without:
         found = f"{len(without)} without, {without[0]!r} first"
         raise UsageError(f"expected a split for every question, found {found}; assign splits first")
     check_split_names({str(q.split) for q in questions})
-    matched, unmatched = _match(questions, records)
-    place = Location(str(out))
-    videos = {record.id: place.at(str(record.store)) for record in prepared}
+    find = by_name((record.id, record.source) for record in records)
+    matched, unmatched = [], []
+    for q in questions:
+        volume_id, reason, _ = find(q.volume)
+        if volume_id in videos:
+            matched.append((q, volume_id))
+        else:
+            unmatched.append(Unmatched(q.id, q.volume, reason or reasons[str(volume_id)]))
     dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
     extra_names = sorted({name for q, _ in matched for name in q.extra} - set(EXTRA_COLUMNS))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for q, volume_id in matched:
+    for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):
         rows[str(q.split)].append(_row(q, volume_id, videos[volume_id], q.dataset or dataset, extra_names))
-    with_questions = {volume_id for _, volume_id in matched}
-    return Manifests(dict(sorted(rows.items())), unmatched, [name for name in videos if name not in with_questions])
-
-
-def _match(
-    questions: Sequence[Question], records: Sequence[VolumeRecord]
-) -> tuple[list[tuple[Question, str]], list[Unmatched]]:
-    """Return (question, volume id) by volume id, then question id; and the questions without a prepared volume."""
-    find = by_name((record.id, record.source) for record in records)
-    not_prepared = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
-    matched, unmatched = [], []
-    for q in questions:
-        match = find(q.volume)
-        if match.id and match.id not in not_prepared:
-            matched.append((q, match.id))
-        else:
-            unmatched.append(Unmatched(q.id, q.volume, match.reason or not_prepared[str(match.id)]))
-    return sorted(matched, key=lambda pair: (pair[1], pair[0].id)), sorted(unmatched)
+    without_questions = videos.keys() - {volume_id for _, volume_id in matched}
+    return Manifests(dict(sorted(rows.items())), sorted(unmatched), sorted(without_questions))
 
 
 class Match(NamedTuple):
@@ -184,8 +174,7 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
     place = Location(str(out))
     named = {f"{FOLDER}/{split}{SUFFIX}": rows for split, rows in manifests.rows.items()}
     for name, rows in named.items():
-        problems = validate(rows, root=place.url, check_stores=False)
-        if problems:
+        if problems := validate(rows, root=place.url, check_stores=False):
             refuse(name, problems)
     for name, rows in named.items():
         place.write(name, jsonl_bytes(rows))
@@ -229,16 +218,13 @@ def validate(
     else:
         rows = [TableRow(f"line {number}", dict(row)) for number, row in enumerate(manifest, 1)]
     first_places: dict[str, str] = {}
-    video_problems: dict[str, str | None] = {}
+    problem_of = cache(lambda video: _problem_of_video(video, None if root is None else str(root), check_stores))
     types = _types(rows[0].values) if rows else {}
     for place, row in rows:
         found = [*_compare_types(_types(row), types)] or [*_check_columns(row)]
         if not found:
             found += _check_messages(row)
-            for video in row["videos"]:
-                if video not in video_problems:
-                    video_problems[video] = _problem_of_video(video, None if root is None else str(root), check_stores)
-                found += filter(None, [video_problems[video]])
+            found += filter(None, map(problem_of, row["videos"]))
             earlier = first_places.setdefault(row["id"], place)
             if earlier != place:
                 found.append(f"expected an id that occurs once, found it at {earlier} too")
@@ -254,8 +240,8 @@ def _types(value: Any) -> Any:
 def _compare_types(own: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
     for name in own.keys() | first.keys() if own != first else ():
         if own.get(name) != first.get(name):
-            expected, found = first.get(name, "no such column"), own.get(name, "none")
-            yield f"expected column {name!r} as in the first row ({expected}), found {found}"
+            expected = f"column {name!r} as in the first row ({first.get(name, 'no such column')})"
+            yield f"expected {expected}, found {own.get(name, 'none')}"
 
 
 def _check_columns(row: Mapping[str, Any]) -> Iterator[str]:

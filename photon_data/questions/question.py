@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,10 +115,5 @@ def _deeptumorvqa(question: Question, shown: bool) -> tuple[str, str | None]:
     return "\n".join(lines), question.answer
 
 
-# A style of prompt: question and whether choices are shown -> the text of the user, the text of the assistant.
-PROMPTS: Mapping[str, Callable[[Question, bool], tuple[str, str | None]]] = {
-    "plain": _plain,
-    "letters": _letters,
-    "3d-rad": _rad3d,
-    "deeptumorvqa": _deeptumorvqa,
-}
+# Styles of prompt: a question, and whether its choices are shown -> the text of the user, the text of the assistant.
+PROMPTS = {"plain": _plain, "letters": _letters, "3d-rad": _rad3d, "deeptumorvqa": _deeptumorvqa}

@@ -31,9 +31,14 @@ def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list
     questions = [_to_question(row, fields, extra, problems) for row in table.rows]
     first_places: dict[str, str] = {}
     for row, question in zip(table.rows, questions, strict=True):
-        if "id" in fields:
-            problems += _check_id(row.place, question.id, first_places)
-        problems += _check_texts(row.place, question, f"id {question.id!r}: " if "id" in fields else "")
+        who = f"id {question.id!r}: " if "id" in fields else ""
+        if who and not question.id:
+            text = "expected an id, found none; fill it in, or drop the column to have ids made"
+            problems.append(Problem(row.place, "empty id", text))
+        elif who and first_places.setdefault(question.id, row.place) != row.place:
+            text = f"expected ids that occur once, found {question.id!r} again, first used at "
+            problems.append(Problem(row.place, "duplicate id", text + first_places[question.id]))
+        problems += _check_texts(row.place, question, who)
     if problems:
         refuse(path, sorted(problems, key=lambda problem: problem.number))
     return questions if "id" in fields else with_made_ids(questions)
@@ -100,15 +105,6 @@ def _to_choices(value: Any) -> list[str]:
     if len(choices) == 1 or not all(choice.strip() for choice in choices):
         raise ValueError(f"expected two or more texts, found {choices}; write them as A|B|C or as a JSON list")
     return choices
-
-
-def _check_id(place: str, id_: str, first_places: dict[str, str]) -> Iterator[Problem]:
-    """Yield a problem for an empty id, or one that `first_places` has from an earlier row."""
-    if not id_:
-        yield Problem(place, "empty id", "expected an id, found none; fill it in, or drop the column to have ids made")
-    elif first_places.setdefault(id_, place) != place:
-        text = f"expected ids that occur once, found {id_!r} again, first used at {first_places[id_]}"
-        yield Problem(place, "duplicate id", text)
 
 
 def _check_texts(place: str, question: Question, who: str) -> Iterator[Problem]:

@@ -146,8 +146,7 @@ def _read_json_list(text: str) -> Table:
     except ValueError as error:
         return Table([], [], [Problem("file", "not JSON", f"expected one JSON list, found: {error}")])
     if not isinstance(values, list):
-        text = f"expected one JSON list of objects, found {_type(values)}"
-        return Table([], [], [Problem("file", "not a list", text)])
+        return Table([], [], [Problem("file", "not a list", f"expected one JSON list, found {_type(values)}")])
     return _json_table([(f"item {number}", value) for number, value in enumerate(values, 1)], [])
 
 

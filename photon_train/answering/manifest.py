@@ -32,28 +32,21 @@ class Shard(NamedTuple):
 
     def path(self, output: Path) -> Path:
         """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl; `output` itself for one part."""
-        return (
-            output
-            if self.parts == 1
-            else output.with_name(f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}")
-        )
+        part = f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}"
+        return output if self.parts == 1 else output.with_name(part)
 
 
 WHOLE = Shard(0, 1)
 
 
 class Outcome(NamedTuple):
-    """What became of the rows of this part: how many were answered now and before, and which failed ({id: reason}).
+    """What became of the rows of this part."""
 
-    merged   the output holds all rows: always with one part, else once the last part has ended
-    changed  how many rows had an answer to another question, or about another volume, and were answered again
-    """
-
-    answered: int
-    before: int
-    failed: dict[str, str]
-    merged: bool
-    changed: int = 0
+    answered: int  # now
+    before: int  # answered by earlier runs
+    failed: dict[str, str]  # {id: reason}
+    merged: bool  # whether the output holds all rows: always with one part, else once the last part has ended
+    changed: int = 0  # rows that had an answer to another question, or about another volume
 
 
 def predict_rows(
@@ -111,12 +104,9 @@ def _new_replies(predictor: Predictor, group: RequestGroup, done: set[str]) -> I
 
     A whole batch is computed even for one missing row: where an earlier run was cut off has no influence on an answer.
     """
-    batches = [
-        b for b in group.batches(predictor.settings.questions_per_batch) if not {request.id for request in b} <= done
-    ]
-    if not batches:
-        return
-    encoded = _result_or_reason(lambda: predictor.encode(group))
+    size = predictor.settings.questions_per_batch
+    batches = [batch for batch in group.batches(size) if not {request.id for request in batch} <= done]
+    encoded = _result_or_reason(lambda: predictor.encode(group)) if batches else ""
     for batch in batches:
         missing = {request.id for request in batch} - done
         replies = _failures(batch, encoded) if isinstance(encoded, str) else _replies(predictor, encoded, batch)
@@ -144,6 +134,5 @@ def _result_or_reason(work: Callable[[], T]) -> T | str:
 
 
 def _failures(requests: Sequence[Request], reason: str) -> list[Reply]:
-    nothing = np.zeros(0, np.float32)
     rows = [Prediction(id=r.id, error=reason, volume_id=str(r.row.get("volume_id", ""))) for r in requests]
-    return [Reply(row, nothing.astype(bool), nothing) for row in rows]
+    return [Reply(row, np.zeros(0, bool), np.zeros(0, np.float32)) for row in rows]
