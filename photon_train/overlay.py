@@ -57,9 +57,8 @@ def write_overlay(
 ) -> None:
     """Write planes.png, kept.nii.gz (uint8) and saliency.nii.gz (float32) into the folder.
 
-    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but
-    that grid. Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the
-    volume.
+    The NIfTI files have the raw scan's own grid, and headers that hold nothing else: viewers lay them over the scan.
+    Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the volume.
     """
     folder.mkdir(parents=True, exist_ok=True)
     picture(canvas, keep_V, saliency_V, title, view).save(folder / PICTURE)

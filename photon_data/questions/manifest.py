@@ -59,11 +59,10 @@ def build(
     """Return the rows of every split, and the questions that have none.
 
     Every question has a row or is unmatched. Without questions every prepared volume gets one row of split "all": the
-    instruction, no answer. Rows do not depend on the order of questions or records.
-
-    `out` is the folder or URL that holds the stores of `records`. `dataset` is the first half of "channel" for
-    questions that do not name their data set (default: the name of `out`). UsageError for questions without a split
-    (`splits.assign_splits` gives them one) or with a split that cannot name a file.
+    instruction, no answer. Rows do not depend on the order of questions or records. `out` is the folder or URL that
+    holds the stores of `records`. `dataset` is the first half of "channel" for questions that do not name their data
+    set (default: the name of `out`). UsageError for questions without a split (`splits.assign_splits` gives them one)
+    or with a split that cannot name a file.
     """
     records, place = sorted(records, key=lambda record: record.id), Location(str(out))
     videos = {record.id: place.at(str(record.store)) for record in records if record.is_there}
@@ -167,9 +166,8 @@ def _as_text(value: Any) -> str:
 def write(manifests: Manifests, out: Path | str) -> list[str]:
     """Write manifests/<split>.jsonl below the folder or URL `out`; return the names of the old manifests it removed.
 
-    Each manifest is whole or not there. Manifests of splits without rows are removed after the others are in place, so
-    that no run trains on old rows; other files in manifests/ stay. UsageError, and nothing is written, for rows that
-    `validate` has a problem with.
+    Each manifest is whole or not there. Those of splits without rows go after the others are in place, so that no run
+    trains on old rows; other files stay. UsageError, and nothing is written, for rows that `validate` refuses.
     """
     place = Location(str(out))
     named = {f"{FOLDER}/{split}{SUFFIX}": rows for split, rows in manifests.rows.items()}
@@ -209,8 +207,7 @@ def validate(
     """Return the problems of rows or of a file, by line; empty for a sound manifest.
 
     `root` is the folder that relative stores lie in; without it every store must be an absolute path or a URL.
-    `check_stores=False` accepts stores that do not exist here (they may lie on another machine). UsageError for a file
-    that cannot be read.
+    `check_stores=False` accepts stores of another machine. UsageError for a file that cannot be read.
     """
     problems: list[Problem] = []
     if isinstance(manifest, Path):

@@ -30,7 +30,7 @@ class Question:
 def with_made_ids(questions: list[Question]) -> list[Question]:
     """Return the questions with ids made from volume, question and, where these two repeat, a number.
 
-    Repeats are numbered in the order of their content, so an id does not depend on where its row stands in a table.
+    Repeats are numbered by their content: an id does not depend on where its row stands in a table.
     """
 
     def content(index: int) -> str:

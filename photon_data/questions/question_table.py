@@ -20,10 +20,10 @@ REQUIRED = ("volume", "question")
 def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list[Question]:
     """Return the questions of a csv, tsv, jsonl or json table, in its order.
 
-    `columns` maps our names to the table's: {"volume": "VolumeName"}. The columns `volume` and `question` are required.
-    Texts of questions and answers are kept to the letter; ids, volumes, splits, patients and tasks lose white space at
-    both ends. Numbers of a json table become text as JSON writes them. A table without ids gets them from
-    `with_made_ids`. UsageError with all problems of the file.
+    `columns` maps our names to the table's: {"volume": "VolumeName"}; `volume` and `question` are required. Questions
+    and answers are kept to the letter, and other fields lose white space at both ends. Numbers of a json table become
+    text as JSON writes them. A table without ids gets them from `with_made_ids`. UsageError with all problems of the
+    file.
     """
     table = read_table(path)
     fields, extra = _find_columns(path, table, columns or {})

@@ -27,10 +27,10 @@ def assign_splits(
 ) -> list[Question]:
     """Return the questions, each with a split: that of the table, or, if the table has none, one drawn by patient.
 
-    All questions of a patient get the same split. If no question about a volume names its patient, the volume counts as
-    a patient. The draw depends on patient, seed and fractions only: rows added later move nobody. Fractions are met on
-    average, so with few patients a split can stay empty. UsageError for a table with splits for some rows only, split
-    names that cannot be file names, fractions that do not add up to 1, or a volume of two patients.
+    A volume whose patient no question names counts as a patient. The draw depends on patient, seed and fractions only:
+    rows added later move nobody. Fractions are met on average; of few patients a split can stay empty. UsageError for
+    splits of some rows only, split names that cannot be file names, fractions that do not add up to 1, or a volume of
+    two patients.
     """
     without = [q.id for q in questions if q.split is None]
     if not without:

@@ -61,9 +61,7 @@ def predict_rows(
     """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
 
     The same rows in any order, in one run or several, give the same predictions. An answer to another question than
-    the row of its id asks now does not count. A row or volume that fails is written with its `error`; the next call
-    tries it again.
-
+    the row of its id asks now does not count. What fails is written with its `error`; the next call tries it again.
     `on_start` is called with the numbers of rows in all and answered before; `on_batch` after each batch is on disk.
     UsageError for rows without an id of their own, and as `prediction_file`.
     """

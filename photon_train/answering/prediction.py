@@ -33,9 +33,9 @@ def without_answer(row: Row) -> dict[str, Any]:
 
 
 def question_digest(row: Row) -> str:
-    """Return 16 hexadecimal digits of the messages up to the answer, the names of the volumes, and the choices.
+    """Return 16 hexadecimal digits of the messages up to the answer, the choices, and the volumes' names.
 
-    The folders of the volumes do not matter: stores and manifests can be moved.
+    The folders of the volumes do not matter: they can be moved.
     """
     names = [Path(video).name if isinstance(video, str | Path) else "" for video in row.get("videos") or ()]
     parts = [without_answer(row)["messages"], names, list(row.get("choices") or ())]
@@ -83,10 +83,7 @@ class Prediction:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Return the predictions of a file, in its order, duplicates included; unknown keys are ignored.
-
-    UsageError for a file that cannot be read, and for a line that is no prediction.
-    """
+    """Return the predictions of a file, duplicates too, without unknown keys; UsageError for what is no prediction."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,9 +131,8 @@ class PredictionFile:
 def prediction_file(path: Path, settings: Mapping[str, Any], digests: Mapping[str, str]) -> Iterator[PredictionFile]:
     """Open a file of predictions, new or not, and remove what has to be answered again.
 
-    Removed are a line that a kill cut off, lines with an error, and answers to other questions than those of
-    `digests` ({id: `question_digest`}). UsageError for a file that was made with other settings, that another process
-    writes, or that holds something else than predictions.
+    That is a line that a kill cut off, lines with an error, and answers to other questions than those of `digests`
+    ({id: `question_digest`}). UsageError for a file of other settings, of a running process, or of something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _match_settings(path, settings).open() as lock:

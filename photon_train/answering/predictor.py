@@ -214,11 +214,7 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
 
 
 def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[RequestGroup], dict[str, str]]:
-    """Return the groups of rows that share a prefix, and why a row is in none: {id: reason}.
-
-    Every row has an `id` of its own. The order of the groups, and of the requests in them, does not depend on that of
-    the rows.
-    """
+    """Return the groups of rows that share a prefix, in an order that theirs does not change, and {id: why in none}."""
     requests: dict[tuple[Any, ...], list[Request]] = defaultdict(list)
     problems: dict[str, str] = {}
     for row in rows:
@@ -263,10 +259,8 @@ def score_choices(
 ) -> tuple[list[list[float]], Scheduled | None]:
     """Return log p(answer | prompt) of each answer of each prompt, the sum over its tokens, and what was scheduled.
 
-    inputs   of B prompts, as `Prefix.followed_by` or the processor gives them; they run once
-    choices  of each prompt, its answers: int64[n] ids, n > 0, the end marker included
-
-    The probabilities are those of generation: answers see the kept tokens only.
+    `inputs` are those of B prompts, which run once; `choices` are the answers to each: int64[n] ids, n > 0, the end
+    marker included. The probabilities are those of generation: answers see the kept tokens only.
     """
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     row_R = torch.tensor([row for row, answers in enumerate(choices) for _ in answers], device=model.device)
@@ -300,10 +294,9 @@ def answer_questions(
 ) -> tuple[list[Reply], dict[str, float]]:
     """Return replies to questions about one volume, with ids q1, q2, ..., and the seconds of each stage in all.
 
-    volume    int16 HU on the grid that the model reads; `seconds`: what it took to "read" and "prepare" it
-    streamer  of transformers: the questions are answered one by one, and it is given their tokens
-
-    UsageError for a question that is empty or holds special tokens, and for a volume on another grid.
+    `volume` is int16 HU on the grid that the model reads, and `seconds` is what it took to "read" and "prepare" it.
+    With a `streamer` of transformers, which is given their tokens, the questions are answered one by one. UsageError
+    for a question that is empty or holds special tokens, and for a volume on another grid.
     """
     about: dict[str, Any] = {"volume_id": volume_id, "videos": [volume]}
     messages = ([{"role": "user", "content": TAG + question}] for question in questions)
@@ -364,10 +357,8 @@ def _loading(model: str) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
     gpus = torch.cuda.device_count()

@@ -33,7 +33,7 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> Scan
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
-    UsageError where there is not one scan; Refused for one that must not become a store, with the words of `prepare`.
+    UsageError where there is not one scan; Refused, with the words of `prepare`, for one that must not become a store.
     """
     start = time.perf_counter()
     if "://" in place or (Path(place) / ROOT).exists():
