@@ -66,8 +66,7 @@ def kept_voxels(keep_V: np.ndarray, grid: Geometry, cells: Geometry) -> np.ndarr
     """Return bool [z, y, x] on the prepared grid itself: True in kept tokens."""
     sides = zip(grid.shape_zyx, cells.shape_zyx, strict=True)
     nearest = [(2 * np.arange(n) + 1) * boxes // (2 * n) for n, boxes in sides]
-    voxels: np.ndarray = keep_V[token_boxes(cells)][np.ix_(*nearest)]
-    return voxels
+    return np.asarray(keep_V[token_boxes(cells)][np.ix_(*nearest)])
 
 
 class MaskRecall(NamedTuple):

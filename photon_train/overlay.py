@@ -80,8 +80,7 @@ def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -
         return None
     best = token_centres(cells)[keep_V & (saliency_V == saliency_V[keep_V].max())]
     from_middle = np.linalg.norm(best - np.asarray(cells.centre_lps), axis=1).round(6)
-    point: list[float] = best[from_middle.argmin()].tolist()
-    return point
+    return [float(mm) for mm in best[from_middle.argmin()]]
 
 
 def folders_of(directory: Path, name: str, volumes: int) -> list[Path]:

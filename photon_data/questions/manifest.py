@@ -69,8 +69,7 @@ def build(
     reasons = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
     if questions is None:
         questions = [Question(name, name, instruction, split=ALL) for name in videos]
-    without = [q.id for q in questions if not q.split]
-    if without:
+    if without := [q.id for q in questions if not q.split]:
         found = f"{len(without)} without, {without[0]!r} first"
         raise UsageError(f"expected a split for every question, found {found}; assign splits first")
     check_split_names({str(q.split) for q in questions})

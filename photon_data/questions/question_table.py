@@ -114,7 +114,6 @@ def _check_texts(place: str, question: Question, who: str) -> Iterator[Problem]:
             text = f"{who}expected a {name}, found none; fill it in or leave the row out"
             yield Problem(place, f"empty {name}", text)
     for text in (question.question, question.answer or "", *question.extra.get("choices", ())):
-        tag = TAG.search(text)
-        if tag:
+        if tag := TAG.search(text):
             found = f"a literal {tag[0]}; remove it"
             yield Problem(place, "tag in a text", f"{who}expected text without tags, found {found}")

@@ -15,7 +15,6 @@ from photon_data.errors import UsageError
 # ms-swift replaces its tags (this one by a volume), and a model obeys its special tokens: no text may hold either.
 VIDEO_TAG = "<video>"
 TAG = re.compile(r"<(?:video|image|audio|bbox|ref-object|cot-process|start-image)>|<\|\w+\|>")
-SHOWN_PROBLEMS = 10
 
 
 class TableRow(NamedTuple):
@@ -68,8 +67,7 @@ def read_table(path: Path) -> Table:
     else:
         text = read_text(path, _READERS)
         table = _READERS[path.suffix.lower()](text)
-    twice = [repr(name) for name, count in Counter(table.columns).items() if count > 1]
-    if twice:
+    if twice := [repr(name) for name, count in Counter(table.columns).items() if count > 1]:
         raise UsageError(
             f"{path}: expected each column name once, found {', '.join(twice)} more than once; rename them"
         )
@@ -97,7 +95,7 @@ def read_text(path: Path, suffixes: Collection[str]) -> str:
 def refuse(source: Path | str, problems: list[Problem]) -> NoReturn:
     """Raise the UsageError of all problems of `source`: counts by kind, then the first ten problems."""
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(p.kind for p in problems).most_common())
-    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    lines = [f"  {problem}" for problem in problems[:10]]
     if len(problems) > len(lines):
         lines.append(f"  and {len(problems) - len(lines)} more")
     number = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"

@@ -89,11 +89,9 @@ def predict_rows(
 
 
 def _check_ids(rows: Sequence[Row]) -> None:
-    without = sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows)
-    if without:
+    if without := sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows):
         raise UsageError(f"expected a text in 'id' of every row, found that {without} of {len(rows)} have none")
-    twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]:
         raise UsageError(f"expected ids that occur once, found {len(twice)} that occur more often, {twice[0]!r} first")
 
 
