@@ -14,8 +14,8 @@ from typing import Any
 
 from photon_cli.eval import print_evaluation
 from photon_data.datasets.rad3d import read_subtask
+from photon_data.questions.manifest import build
 from photon_data.questions.question import with_made_ids
-from photon_data.questions.rows import build
 from photon_data.records import PREPARED, VolumeRecord
 from photon_train.evaluation.evaluate import evaluate
 

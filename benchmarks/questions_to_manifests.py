@@ -21,9 +21,8 @@ from photon_data.datasets.ct_rate_tree import COLUMNS
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.datasets.rad3d import COLUMNS as QUESTION_COLUMNS
 from photon_data.files import Location
-from photon_data.questions.counts import count
-from photon_data.questions.rows import build, write
-from photon_data.questions.splits import leaks, refuse_leaks
+from photon_data.questions.manifest import build, write
+from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.records import PREPARED, VolumeRecord
 from photon_data.store import store_name
 from photon_pipelines.plan import Request, gather, one_recipe

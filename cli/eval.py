@@ -13,7 +13,7 @@ from rich.table import Table
 
 from photon_cli.terminal import ProgressBar, console
 from photon_data.errors import UsageError
-from photon_data.questions.manifest import read
+from photon_data.questions.table import read_values
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
@@ -79,8 +79,8 @@ def score(
     if len(labels) not in (0, 2):
         raise UsageError(f"expected two tables of labels, the references' and the responses', found {len(labels)}")
     settings = replace(settings, labels=(read_labels(labels[0]), read_labels(labels[1])) if labels else None)
-    rows = [row for path in data for row in (read_rows(path) if with_volumes else read(path))]
-    training_rows = [row for path in train for row in read(path)]
+    rows = [row for path in data for row in (read_rows(path) if with_volumes else read_values(path))]
+    training_rows = [row for path in train for row in read_values(path)]
     check(benchmark, rows, settings)
     volumes = volumes_with_masks(masks, rows) if masks else {}
     files, config = answering(rows)

@@ -21,8 +21,7 @@ from photon_data.datasets.combine import Collection, combine, missing_paths, rea
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, jsonl_bytes
-from photon_data.questions.counts import Count
-from photon_data.questions.splits import leaks, refuse_leaks
+from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import READY, VolumeRecord

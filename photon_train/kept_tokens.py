@@ -1,12 +1,8 @@
-"""Where the visual tokens of a volume lie in the world, and how much of a mask lies in the tokens that were kept.
+"""Where the V visual tokens of a volume lie in the world, and how much of a mask lies in those that were kept.
 
-A token is a box of the prepared grid (about 36.4 mm a side for 364 mm in ten). `cells` is the grid whose voxels are
-these boxes: `model_grid(prepared_grid, tokens_zyx)`. Cutting the model grid into patches gives the same boxes.
-
+A token is a box of the prepared grid. `cells` is the grid of these boxes: `model_grid(prepared_grid, tokens_zyx)`.
 Token number = (t * H + h) * W + w: t counts slabs from the feet up, h rows from the front to the back, and w columns
 from the patient's left to the right, since the model reads volumes with their last axis flipped.
-
-Legend: V visual tokens of one volume; arrays of a scan are [z, y, x].
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import numpy as np
 
 from photon_data.errors import UsageError
 from photon_data.readers import open_scan
-from photon_data.readers.find import find_scans
+from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Recipe
 from photon_data.resample import model_grid, target_grid
 from photon_data.store import ROOT, open_volume
@@ -68,12 +64,9 @@ def token_map(native: Geometry, cells: Geometry) -> np.ndarray:
 
 def kept_voxels(keep_V: np.ndarray, grid: Geometry, cells: Geometry) -> np.ndarray:
     """Return bool [z, y, x] on the prepared grid itself: True in kept tokens."""
-    kept_boxes = keep_V[token_boxes(cells)]
-    nearest = [
-        (2 * np.arange(n) + 1) * boxes // (2 * n) for n, boxes in zip(grid.shape_zyx, cells.shape_zyx, strict=True)
-    ]
-    voxels: np.ndarray = kept_boxes[np.ix_(*nearest)]
-    return voxels
+    sides = zip(grid.shape_zyx, cells.shape_zyx, strict=True)
+    nearest = [(2 * np.arange(n) + 1) * boxes // (2 * n) for n, boxes in sides]
+    return np.asarray(keep_V[token_boxes(cells)][np.ix_(*nearest)])
 
 
 class MaskRecall(NamedTuple):
@@ -113,20 +106,18 @@ def count_mask(name: str, mask: Volume, cells: Geometry) -> CountedMask:
 
 
 def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = None) -> list[CountedMask]:
-    """Return the masks of a folder (NIfTI and the like, any grid; what is not 0 belongs to it), by name.
+    """Return the masks of a folder (NIfTI and the like, any grid; what is not 0 belongs to it), or those of `names`.
 
-    `names`: only those. UsageError for a folder without any; Refused for a file that cannot be read.
+    UsageError for a folder without any; Refused for a file that cannot be read.
     """
     sources = find_scans(folder).sources
     if not sources:
         raise UsageError(f"expected masks (.nii.gz and the like) in {folder}, found none")
-    found = []
-    for source in sources:
-        if names is None or source.id in names:
-            scan = open_scan(source)
-            mask = Volume(np.stack([plane != 0 for plane in scan.planes()]), scan.geometry)
-            found.append(count_mask(source.id, mask, cells))
-    return found
+    scans = {source.id: open_scan(source) for source in sources if names is None or source.id in names}
+    return [
+        count_mask(name, Volume(np.stack([plane != 0 for plane in scan.planes()]), scan.geometry), cells)
+        for name, scan in scans.items()
+    ]
 
 
 class VolumeMasks(NamedTuple):
@@ -137,16 +128,12 @@ class VolumeMasks(NamedTuple):
 
 
 def volumes_with_masks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return where each volume is that has a folder of masks, by id; rows of several volumes or none are left out.
-
-    UsageError where there is no such volume.
-    """
+    """Return {id: path} of the volumes, of rows of one, that have a folder of masks; UsageError where there is none."""
     places = {row["volume_id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
     found = {id: place for id, place in sorted(places.items()) if id and (folder / id).is_dir()}
     if not found:
-        raise UsageError(
-            f"--masks: expected folders in {folder} with the volume ids of some of {len(places)} volumes, found none"
-        )
+        expected = f"folders in {folder} with the volume ids of some of {len(places)} volumes"
+        raise UsageError(f"--masks: expected {expected}, found none")
     return found
 
 
@@ -157,26 +144,16 @@ def counted_by_volume(
     on_volume: Callable[[], object] = lambda: None,
     names: Container[str] | None = None,
 ) -> VolumeMasks:
-    """Return the masks of each volume of `places` ({id: path}) on its tokens, and why others could not be read.
-
-    `names`: only those masks. `on_volume` is called after each volume.
-    """
+    """Return the masks of each volume of `places`, all or those of `names`; `on_volume` is called after each volume."""
     found = VolumeMasks({}, {})
     for id, place in places.items():
         try:
-            cells = model_grid(_prepared_grid(place), tokens_zyx)
-            found.masks[id] = counted_masks(folder / id, cells, names)
+            if "://" in place or (Path(place) / ROOT).exists():
+                grid = open_volume(place).geometry
+            else:  # a raw scan: its header says what it would be prepared to
+                grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
+            found.masks[id] = counted_masks(folder / id, model_grid(grid, tokens_zyx), names)
         except (ValueError, OSError) as error:
             found.unread[id] = str(error)
         on_volume()
     return found
-
-
-def _prepared_grid(place: str) -> Geometry:
-    """Return the prepared grid of a store or a raw scan, from its metadata or header alone."""
-    if "://" in place or (Path(place) / ROOT).exists():
-        return open_volume(place).geometry
-    sources = find_scans(Path(place)).sources
-    if len(sources) != 1:
-        raise UsageError(f"expected one scan, found {len(sources)} in {place}; name one")
-    return target_grid(open_scan(sources[0]).geometry, Recipe())

@@ -27,10 +27,7 @@ class View(NamedTuple):
     """How pictures are made."""
 
     window_hu: Window | str = "full"
-    at_lps: Sequence[float] | None = (
-        None  # the point (mm) that the planes go through; None: the most salient kept token
-    )
-    size_px: int = 480  # side of a panel
+    at_lps: Sequence[float] | None = None  # a point (mm) of the planes; None: of the most salient kept token
 
 
 DEFAULT_VIEW = View()
@@ -38,14 +35,11 @@ DEFAULT_VIEW = View()
 
 @dataclass(frozen=True)
 class Canvas:
-    """What overlays are drawn on: the prepared volume, the grid of the raw scan, the numbers of tokens.
+    """What overlays are drawn on, for all questions on a scan: which voxel is of which token is computed once."""
 
-    One canvas serves all questions on a scan: which voxel belongs to which token is computed once.
-    """
-
-    volume: Volume
-    native: Geometry
-    tokens_zyx: tuple[int, int, int]
+    volume: Volume  # prepared
+    native: Geometry  # of the raw scan
+    tokens_zyx: tuple[int, int, int]  # their numbers
 
     @cached_property
     def cells(self) -> Geometry:
@@ -63,9 +57,8 @@ def write_overlay(
 ) -> None:
     """Write planes.png, kept.nii.gz (uint8) and saliency.nii.gz (float32) into the folder.
 
-    The NIfTI files have the raw scan's own grid, so that viewers lay them over it; their headers hold nothing but
-    that grid. Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the
-    volume.
+    The NIfTI files have the raw scan's own grid, and headers that hold nothing else: viewers lay them over the scan.
+    Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the volume.
     """
     folder.mkdir(parents=True, exist_ok=True)
     picture(canvas, keep_V, saliency_V, title, view).save(folder / PICTURE)
@@ -77,23 +70,17 @@ def write_overlay(
 def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = DEFAULT_VIEW) -> Image:
     """Return three planes of the prepared volume with the kept tokens outlined, and the question as title."""
     at = salient_point(canvas.cells, keep_V, saliency_V) if view.at_lps is None else view.at_lps
-    outlined = kept_voxels(keep_V, canvas.volume.geometry, canvas.cells)
-    return three_planes(
-        canvas.volume, window_hu=view.window_hu, size_px=view.size_px, at_lps=at, title=title, outlined_zyx=outlined
-    )
+    kept = kept_voxels(keep_V, canvas.volume.geometry, canvas.cells)
+    return three_planes(canvas.volume, window_hu=view.window_hu, size_px=480, at_lps=at, title=title, outlined_zyx=kept)
 
 
 def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -> list[float] | None:
-    """Return the LPS centre of the most salient kept token, None where none is kept.
-
-    Of equally salient tokens it is the one nearest to the middle of the grid.
-    """
+    """Return the LPS centre of the most salient kept token, of equals the one nearest to the middle; None for none."""
     if not keep_V.any():
         return None
     best = token_centres(cells)[keep_V & (saliency_V == saliency_V[keep_V].max())]
     from_middle = np.linalg.norm(best - np.asarray(cells.centre_lps), axis=1).round(6)
-    point: list[float] = best[from_middle.argmin()].tolist()
-    return point
+    return [float(mm) for mm in best[from_middle.argmin()]]
 
 
 def folders_of(directory: Path, name: str, volumes: int) -> list[Path]:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions import manifest
+from photon_data.questions.table import VIDEO_TAG, read_values
 from photon_data.store import read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
 
-TAG = manifest.VIDEO_TAG
+TAG = VIDEO_TAG
 NIFTI = (".nii", ".nii.gz")  # files that stand in place of a store
 MAX_NAMED = 10  # ids in a message
 
@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise UsageError(f"id {id!r}: expected a path within {root}, found {video}; write it as an absolute path")
         return str(found)
 
-    rows = manifest.read(path)
+    rows = read_values(path)
     for row in rows:
         videos = row.get("videos")
         if isinstance(videos, list) and all(isinstance(video, str) for video in videos):
@@ -119,7 +119,8 @@ def _train_row(row: Row, place: str) -> TrainRow:
     id, prefix = str(row.get("id") or place), prefix_of(row)
     if any(role == "assistant" for role, _ in prefix[1:]):
         prefix = (*prefix, id)  # what is learned before the last volume ends cannot be shared
-    return TrainRow(id, videos, messages, prefix, str(row.get("volume_id") or ""), organ_masks_of(row))
+    masks = organ_masks_of(row) if (row.get("extra") or {}).get("organ_masks") else ()
+    return TrainRow(id, videos, messages, prefix, str(row.get("volume_id") or ""), masks)
 
 
 def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow]:

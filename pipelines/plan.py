@@ -17,12 +17,10 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job, already_there, recipe_digest
-from photon_data.questions.counts import Count
-from photon_data.questions.join import by_name
+from photon_data.questions.manifest import Manifests, Unmatched, by_name
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
-from photon_data.questions.rows import Manifests, Unmatched
-from photon_data.questions.splits import FRACTIONS, assign_splits, leaks, refuse_leaks
+from photon_data.questions.splits import FRACTIONS, Count, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe

@@ -10,17 +10,15 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
-from photon_data.questions.counts import count
-from photon_data.questions.manifest import digests
-from photon_data.questions.rows import Manifests, build, write
-from photon_data.questions.splits import leaks, refuse_leaks
+from photon_data.questions.manifest import Manifests, build, digests, write
+from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.records import DATASET, VolumeRecord, write_records
 from photon_data.report import render_report
 from photon_data.store import open_volume

@@ -7,8 +7,8 @@ from typing import Any
 from photon_data.datasets.rad3d import read_subtask
 from photon_data.files import to_jsonl
 from photon_data.questions import question as prompts
+from photon_data.questions.manifest import build
 from photon_data.questions.question import Question, with_made_ids
-from photon_data.questions.rows import build
 from photon_data.records import PREPARED, VolumeRecord
 from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, case_of

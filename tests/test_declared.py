@@ -18,9 +18,9 @@ from photon_data.datasets.base import Share
 from photon_data.datasets.combine import mixed, read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
-from photon_data.questions.counts import count
 from photon_data.questions.manifest import validate
 from photon_data.questions.question import Question, with_prompt_style
+from photon_data.questions.splits import count
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,9 +10,10 @@ import pytest
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions import manifest, rows
+from photon_data.questions import manifest
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.questions.splits import assign_splits
+from photon_data.questions.table import read_values
 from photon_data.records import VolumeRecord
 
 
@@ -64,7 +65,7 @@ QUESTIONS = [
 
 
 def build(questions=QUESTIONS, records=RECORDS, out="/data/out", **options):
-    return rows.build(questions, records, out=out, instruction="Describe the scan.", **options)
+    return manifest.build(questions, records, out=out, instruction="Describe the scan.", **options)
 
 
 def with_stores(out, records=RECORDS):
@@ -176,7 +177,7 @@ def test_any_order_of_questions_and_records_gives_the_same_bytes(tmp_path):
         rng = random.Random(seed)
         questions = assign_splits(rng.sample(many_questions(0), k=200))
         made = build(questions, rng.sample(RECORDS, k=len(RECORDS)))
-        rows.write(made, tmp_path / str(seed))
+        manifest.write(made, tmp_path / str(seed))
         written.append(files(tmp_path / str(seed)))
     assert written[0] == written[1] == written[2]
 
@@ -220,28 +221,28 @@ def test_questions_without_a_split_are_refused():
 
 def test_what_is_written_is_read_back_and_sound(tmp_path):
     made = build(out=with_stores(tmp_path))
-    assert rows.write(made, tmp_path) == []
+    assert manifest.write(made, tmp_path) == []
     assert sorted(files(tmp_path)) == ["test.jsonl", "train.jsonl"]
     for split, expected in made.rows.items():
         path = tmp_path / "manifests" / f"{split}.jsonl"
-        assert manifest.read(path) == expected
+        assert read_values(path) == expected
         assert manifest.validate(path) == []
         assert path.read_bytes().count(b"\n") == len(expected)
 
 
 def test_an_object_store_holds_the_same_bytes(tmp_path):
     made = build(out=with_stores(tmp_path))
-    rows.write(made, tmp_path)
-    rows.write(made, "memory://manifest-test/out")
+    manifest.write(made, tmp_path)
+    manifest.write(made, "memory://manifest-test/out")
     store = Location("memory://manifest-test/out")
     assert {Path(name).name: store.read(name) for name in manifest.manifest_names(store)} == files(tmp_path)
 
 
 def test_manifests_of_splits_that_are_no_more_go_and_other_files_stay(tmp_path):
-    rows.write(build(out=tmp_path), tmp_path)
+    manifest.write(build(out=tmp_path), tmp_path)
     (tmp_path / "manifests" / "notes.jsonl").write_text('{"by": "hand"}\n')
     (tmp_path / "manifests" / "README.md").write_text("by hand")
-    assert rows.write(build(None, out=tmp_path), tmp_path) == ["manifests/test.jsonl", "manifests/train.jsonl"]
+    assert manifest.write(build(None, out=tmp_path), tmp_path) == ["manifests/test.jsonl", "manifests/train.jsonl"]
     assert sorted(files(tmp_path)) == ["README.md", "all.jsonl", "notes.jsonl"]
 
 
@@ -250,7 +251,7 @@ def test_rows_that_are_not_sound_are_not_written(tmp_path):
     with pytest.raises(
         UsageError, match=r"manifests/train.jsonl: 1 problem .*\n  line 1: id 'q1': expected one <video> in a user turn"
     ):
-        rows.write(made, tmp_path)
+        manifest.write(made, tmp_path)
     assert not (tmp_path / "manifests").exists()
 
 
@@ -316,11 +317,11 @@ def test_stores_are_looked_for_unless_told_not_to(tmp_path):
 
 
 def test_a_damaged_manifest_is_told_by_line(tmp_path):
-    rows.write(build(out=with_stores(tmp_path)), tmp_path)
+    manifest.write(build(out=with_stores(tmp_path)), tmp_path)
     path = tmp_path / "manifests" / "train.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], lines[1][:-9], json.dumps(["no row"]), lines[2]]))
     problems = manifest.validate(path)
     assert [problem.place for problem in problems] == ["line 2", "line 3"]
     with pytest.raises(UsageError, match="2 problems"):
-        manifest.read(path)
+        read_values(path)

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
 from photon_data.datasets.base import UNPACK, DataSet, FoundVolumes, OnFile, Share, SourceVolume
 from photon_data.errors import UsageError, first_few, nearest_name
-from photon_data.questions.join import by_name
+from photon_data.questions.manifest import Unmatched, by_name
 from photon_data.questions.question import Question, with_prompt_style
-from photon_data.questions.rows import Unmatched
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_split_names
 from photon_data.questions.table import TAG
 

@@ -1,26 +1,193 @@
-"""Manifests on disk: JSON lines of ms-swift rows, read and checked.
+"""Manifests: questions and prepared volumes -> ms-swift rows, one list per split; checked, and written as JSON lines.
 
-The check is strict, because ms-swift drops a bad row, or gives a volume to another question, without a word.
+docs/manifests.md describes the rows. The volume of a question is found by its name, and never guessed. The check is
+strict, because ms-swift drops a bad row, or gives a volume to another question, without a word.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from photon_data.files import Location
-from photon_data.questions.table import TAG, Problem, TableRow, read_table, refuse
+from photon_data.errors import UsageError, first_few
+from photon_data.files import Location, jsonl_bytes
+from photon_data.questions.question import Question
+from photon_data.questions.splits import ALL, check_split_names
+from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, read_table, refuse
+from photon_data.records import VolumeRecord
 
-FOLDER = "manifests"
-SUFFIX = ".jsonl"
-VIDEO_TAG = "<video>"
-
+FOLDER, SUFFIX = "manifests", ".jsonl"
 # Columns that hold one text each. ms-swift drops all of them but "channel".
 TEXT_COLUMNS = ("id", "channel", "volume_id", "patient", "split", "task", "kind", "organ", "answer")
 NEVER_EMPTY = ("id", "channel", "volume_id", "split")
+# Keys of Question.extra that are columns of a row; the other keys share the column "extra".
+EXTRA_COLUMNS = ("kind", "organ", "choices")
+# The end of a scan's file name, which the name of a volume may lack.
+SCAN_SUFFIX = re.compile(r"\.(nii(\.gz)?|img(\.gz)?|hdr|nrrd|nhdr|mha|mhd|dcm)\Z", re.IGNORECASE | re.ASCII)
+
+
+class Unmatched(NamedTuple):
+    """A question without a row."""
+
+    id: str
+    volume: str  # as the question names it
+    reason: str
+
+
+class Manifests(NamedTuple):
+    """What `build` returns."""
+
+    rows: dict[str, list[dict[str, Any]]]  # by split, sorted by volume id, then question id; every split has rows
+    unmatched: list[Unmatched]  # by question id
+    without_questions: list[str]  # ids of prepared volumes that no question is about, sorted
+
+
+def build(
+    questions: Sequence[Question] | None,
+    records: Iterable[VolumeRecord],
+    *,
+    out: Path | str,
+    instruction: str,
+    dataset: str | None = None,
+) -> Manifests:
+    """Return the rows of every split, and the questions that have none.
+
+    Every question has a row or is unmatched. Without questions every prepared volume gets one row of split "all": the
+    instruction, no answer. Rows do not depend on the order of questions or records. `out` is the folder or URL that
+    holds the stores of `records`. `dataset` is the first half of "channel" for questions that do not name their data
+    set (default: the name of `out`). UsageError for questions without a split (`splits.assign_splits` gives them one)
+    or with a split that cannot name a file.
+    """
+    records, place = sorted(records, key=lambda record: record.id), Location(str(out))
+    videos = {record.id: place.at(str(record.store)) for record in records if record.is_there}
+    reasons = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
+    if questions is None:
+        questions = [Question(name, name, instruction, split=ALL) for name in videos]
+    if without := [q.id for q in questions if not q.split]:
+        found = f"{len(without)} without, {without[0]!r} first"
+        raise UsageError(f"expected a split for every question, found {found}; assign splits first")
+    check_split_names({str(q.split) for q in questions})
+    find = by_name((record.id, record.source) for record in records)
+    matched, unmatched = [], []
+    for q in questions:
+        volume_id, reason, _ = find(q.volume)
+        if volume_id in videos:
+            matched.append((q, volume_id))
+        else:
+            unmatched.append(Unmatched(q.id, q.volume, reason or reasons[str(volume_id)]))
+    dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
+    extra_names = sorted({name for q, _ in matched for name in q.extra} - set(EXTRA_COLUMNS))
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):
+        rows[str(q.split)].append(_row(q, volume_id, videos[volume_id], q.dataset or dataset, extra_names))
+    without_questions = videos.keys() - {volume_id for _, volume_id in matched}
+    return Manifests(dict(sorted(rows.items())), sorted(unmatched), sorted(without_questions))
+
+
+class Match(NamedTuple):
+    """The id of the volume that a name means; None, with the reason, if the name does not mean exactly one volume."""
+
+    id: str | None
+    reason: str = ""
+    is_ambiguous: bool = False
+
+
+def by_name(volumes: Iterable[tuple[str, str]]) -> Callable[[str], Match]:
+    """Return the function that finds the volume of a name, among volumes given as (id, source path).
+
+    A name is compared with the ids. If none is equal, it is compared with the source paths. If none is equal, it is
+    compared with source paths without the scan's suffix, and with file names with and without suffix.
+    """
+    in_order = sorted(volumes, key=lambda volume: (volume[1], volume[0]))
+
+    def short_names(id_: str, path: str) -> set[str]:
+        file_name = path.rpartition("/")[2]
+        return {SCAN_SUFFIX.sub("", path), file_name, SCAN_SUFFIX.sub("", file_name)}
+
+    @cache  # most tables use ids, and the other indices take as long as all questions together
+    def index(names_of: Callable[[str, str], set[str]]) -> dict[str, list[tuple[str, str]]]:
+        made: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for volume in in_order:
+            for name in names_of(*volume):
+                made[name].append(volume)
+        return dict(made)
+
+    levels = (lambda id_, path: {id_}, lambda id_, path: {path}, short_names)
+
+    def find(name: str) -> Match:
+        found = next((level[name] for level in map(index, levels) if name in level), [])
+        if len(found) > 1:
+            paths = first_few([path for _, path in found])
+            return Match(None, f"ambiguous: {len(found)} volumes have this name ({paths})", is_ambiguous=True)
+        return Match(found[0][0]) if found else Match(None, "no such volume")
+
+    return find
+
+
+def _row(question: Question, volume_id: str, video: str, dataset: str, extra_names: Sequence[str]) -> dict[str, Any]:
+    """Return one row. All questions of a table have the same columns with the same types; what is missing is empty."""
+    extra = question.extra
+    messages = [{"role": "user", "content": VIDEO_TAG + question.question}]
+    if question.answer:
+        messages.append({"role": "assistant", "content": question.answer})
+    row: dict[str, Any] = {
+        "id": question.id,
+        "messages": messages,
+        "videos": [video],
+        "channel": f"{dataset}/{question.task}" if question.task else dataset,
+        "volume_id": volume_id,
+        "patient": question.patient or "",
+        "split": question.split,
+        "task": question.task or "",
+        "kind": _as_text(extra.get("kind")),
+        "organ": _as_text(extra.get("organ")),
+        "choices": list(extra.get("choices", [])),
+        "answer": question.answer or "",
+    }
+    if extra_names:
+        # Not columns of their own: ms-swift obeys columns of some names, such as system, image and label.
+        row["extra"] = {name: _as_text(extra.get(name)) for name in extra_names}
+    return row
+
+
+def _as_text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def write(manifests: Manifests, out: Path | str) -> list[str]:
+    """Write manifests/<split>.jsonl below the folder or URL `out`; return the names of the old manifests it removed.
+
+    Each manifest is whole or not there. Those of splits without rows go after the others are in place, so that no run
+    trains on old rows; other files stay. UsageError, and nothing is written, for rows that `validate` refuses.
+    """
+    place = Location(str(out))
+    named = {f"{FOLDER}/{split}{SUFFIX}": rows for split, rows in manifests.rows.items()}
+    for name, rows in named.items():
+        if problems := validate(rows, root=place.url, check_stores=False):
+            refuse(name, problems)
+    for name, rows in named.items():
+        place.write(name, jsonl_bytes(rows))
+    old = [name for name in manifest_names(place) if name not in named and _is_manifest(place.read(name) or b"")]
+    for name in old:
+        place.remove(name)
+    return old
+
+
+def _is_manifest(content: bytes) -> bool:
+    """Tell whether the first line of a JSON-lines file is a row as `build` makes it."""
+    try:
+        row = json.loads(content.partition(b"\n")[0])
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"messages", "videos", "volume_id"} <= row.keys()
 
 
 def manifest_names(out: Location) -> list[str]:
@@ -33,31 +200,13 @@ def digests(out: Location) -> dict[str, str]:
     return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
 
 
-def is_manifest(content: bytes) -> bool:
-    """Tell whether the first line of a JSON-lines file is a row as `rows.build` makes it."""
-    try:
-        row = json.loads(content.partition(b"\n")[0])
-    except ValueError:
-        return False
-    return isinstance(row, dict) and {"messages", "videos", "volume_id"} <= row.keys()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a manifest, unchecked; UsageError with every line that is not a JSON object."""
-    table = read_table(path)
-    if table.problems:
-        refuse(path, table.problems)
-    return [row.values for row in table.rows]
-
-
 def validate(
     manifest: Sequence[Mapping[str, Any]] | Path, *, root: Path | str | None = None, check_stores: bool = True
 ) -> list[Problem]:
     """Return the problems of rows or of a file, by line; empty for a sound manifest.
 
     `root` is the folder that relative stores lie in; without it every store must be an absolute path or a URL.
-    `check_stores=False` accepts stores that do not exist here (they may lie on another machine). UsageError for a file
-    that cannot be read.
+    `check_stores=False` accepts stores of another machine. UsageError for a file that cannot be read.
     """
     problems: list[Problem] = []
     if isinstance(manifest, Path):
@@ -65,16 +214,13 @@ def validate(
     else:
         rows = [TableRow(f"line {number}", dict(row)) for number, row in enumerate(manifest, 1)]
     first_places: dict[str, str] = {}
-    video_problems: dict[str, str | None] = {}
+    problem_of = cache(lambda video: _problem_of_video(video, None if root is None else str(root), check_stores))
     types = _types(rows[0].values) if rows else {}
     for place, row in rows:
         found = [*_compare_types(_types(row), types)] or [*_check_columns(row)]
         if not found:
             found += _check_messages(row)
-            for video in row["videos"]:
-                if video not in video_problems:
-                    video_problems[video] = _problem_of_video(video, None if root is None else str(root), check_stores)
-                found += filter(None, [video_problems[video]])
+            found += filter(None, map(problem_of, row["videos"]))
             earlier = first_places.setdefault(row["id"], place)
             if earlier != place:
                 found.append(f"expected an id that occurs once, found it at {earlier} too")
@@ -90,8 +236,8 @@ def _types(value: Any) -> Any:
 def _compare_types(own: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
     for name in own.keys() | first.keys() if own != first else ():
         if own.get(name) != first.get(name):
-            expected, found = first.get(name, "no such column"), own.get(name, "none")
-            yield f"expected column {name!r} as in the first row ({expected}), found {found}"
+            expected = f"column {name!r} as in the first row ({first.get(name, 'no such column')})"
+            yield f"expected {expected}, found {own.get(name, 'none')}"
 
 
 def _check_columns(row: Mapping[str, Any]) -> Iterator[str]:
@@ -115,10 +261,9 @@ def _are_texts(values: Iterable[Any]) -> bool:
     return {*map(type, values)} <= {str}
 
 
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or message.keys() != {"role", "content"} or not _are_texts(message.values()):
-        return False
-    return bool(message["content"].strip())
+def _is_message(value: Any) -> bool:
+    is_pair = isinstance(value, dict) and value.keys() == {"role", "content"} and _are_texts(value.values())
+    return is_pair and bool(value["content"].strip())
 
 
 def _check_messages(row: Mapping[str, Any]) -> Iterator[str]:
@@ -142,15 +287,13 @@ def _check_messages(row: Mapping[str, Any]) -> Iterator[str]:
 
 def _problem_of_video(video: str, root: str | None, check_stores: bool) -> str | None:
     """Return what is wrong with the path or URL of a store, None if nothing is."""
+    folder, name = root, video
     if "://" in video:
         folder, _, name = video.rpartition("/")
     elif PurePosixPath(video).is_absolute() or PureWindowsPath(video).is_absolute():
-        folder, name = "", video
-    elif root is not None:
-        folder, name = root, video
-    else:
+        folder = ""
+    if folder is None:
         return f"expected an absolute path or URL, found {video!r}; ms-swift starts from the working directory"
-    if not check_stores:
+    if not check_stores or (Location(folder).exists(name) if folder else Path(video).exists()):
         return None
-    exists = Location(folder).exists(name) if folder else Path(video).exists()
-    return None if exists else f"expected a store at {video}{f' in {root}' if folder == root else ''}, found none"
+    return f"expected a store at {video}{f' in {root}' if folder == root else ''}, found none"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 LETTERS = "ABCDEFGH"
@@ -15,48 +14,42 @@ LETTERS = "ABCDEFGH"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one volume.
-
-    volume  the id of the volume, its source path or its file name (`join.by_name` finds the volume)
-    answer, split, patient, task   None where the table has none
-    extra   the other columns, verbatim; "choices", where there is such a column, as a list of texts
-    dataset the name of its data set, where there are several
-    """
+    """One question about one volume. What the table does not say is None."""
 
     id: str
-    volume: str
+    volume: str  # its id, its source path or its file name: `manifest.by_name` finds it
     question: str
     answer: str | None = None
     split: str | None = None
     patient: str | None = None
     task: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    dataset: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # other columns, verbatim, but "choices" is a list of texts
+    dataset: str | None = None  # the name of its data set, where there are several
 
 
 def with_made_ids(questions: list[Question]) -> list[Question]:
     """Return the questions with ids made from volume, question and, where these two repeat, a number.
 
-    Repeats are numbered in the order of their content, so an id does not depend on where its row stands in a table.
+    Repeats are numbered by their content: an id does not depend on where its row stands in a table.
     """
+
+    def content(index: int) -> str:
+        q = questions[index]
+        return json.dumps([q.answer, q.split, q.patient, q.task, q.extra], sort_keys=True)
+
     repeats: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
         repeats[question.volume, question.question].append(index)
     made = list(questions)
     for (volume, text), indices in repeats.items():
         if len(indices) > 1:
-            indices.sort(key=lambda index: _content(questions[index]))
+            indices.sort(key=content)
         for number, index in enumerate(indices):
             digest = hashlib.sha256(json.dumps([volume, text, number]).encode()).hexdigest()
             id_ = f"q{digest[:16]}"  # without the letter, spreadsheets read 12345678e90 as a number
             q = questions[index]  # not `replace`, which takes three times as long: tables have 100,000s of rows
             made[index] = Question(id_, volume, text, q.answer, q.split, q.patient, q.task, q.extra, q.dataset)
     return made
-
-
-def _content(question: Question) -> str:
-    fields = [question.answer, question.split, question.patient, question.task, question.extra]
-    return json.dumps(fields, sort_keys=True)
 
 
 def with_prompt_style(questions: Iterable[Question], style: str, choices: str) -> list[Question]:
@@ -74,10 +67,6 @@ def with_prompt_style(questions: Iterable[Question], style: str, choices: str) -
     return made
 
 
-# A style of prompt: question and whether choices are shown -> the text of the user, the text of the assistant.
-PromptStyle = Callable[[Question, bool], tuple[str, str | None]]
-
-
 def _plain(question: Question, shown: bool) -> tuple[str, str | None]:
     """The question, and below it its choices by letter if they are shown. The answer is the text of the choice."""
     choices = question.extra.get("choices") or []
@@ -86,14 +75,10 @@ def _plain(question: Question, shown: bool) -> tuple[str, str | None]:
 
 
 def _letters(question: Question, shown: bool) -> tuple[str, str | None]:
-    """The published multiple-choice text with its choices, and the letter: the form of DeepTumorVQA v1's table.
-
-    A question without choices stays plain.
-    """
-    extra = question.extra
-    if not extra.get("letter"):
+    """DeepTumorVQA v1's form: the published multiple-choice text, and the letter; plain where there are no choices."""
+    if not question.extra.get("letter"):
         return _plain(question, shown)
-    return extra.get("mc_question") or _plain(question, True)[0], extra["letter"]
+    return question.extra.get("mc_question") or _plain(question, True)[0], question.extra["letter"]
 
 
 def _rad3d(question: Question, shown: bool) -> tuple[str, str | None]:
@@ -130,6 +115,5 @@ def _deeptumorvqa(question: Question, shown: bool) -> tuple[str, str | None]:
     return "\n".join(lines), question.answer
 
 
-PROMPTS: Mapping[str, PromptStyle] = MappingProxyType(
-    {"plain": _plain, "letters": _letters, "3d-rad": _rad3d, "deeptumorvqa": _deeptumorvqa}
-)
+# Styles of prompt: a question, and whether its choices are shown -> the text of the user, the text of the assistant.
+PROMPTS = {"plain": _plain, "letters": _letters, "3d-rad": _rad3d, "deeptumorvqa": _deeptumorvqa}

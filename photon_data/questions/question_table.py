@@ -20,10 +20,10 @@ REQUIRED = ("volume", "question")
 def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list[Question]:
     """Return the questions of a csv, tsv, jsonl or json table, in its order.
 
-    `columns` maps our names to the table's: {"volume": "VolumeName"}. The columns `volume` and `question` are required.
-    Texts of questions and answers are kept to the letter; ids, volumes, splits, patients and tasks lose white space at
-    both ends. Numbers of a json table become text as JSON writes them. A table without ids gets them from
-    `with_made_ids`. UsageError with all problems of the file.
+    `columns` maps our names to the table's: {"volume": "VolumeName"}; `volume` and `question` are required. Questions
+    and answers are kept to the letter, and other fields lose white space at both ends. Numbers of a json table become
+    text as JSON writes them. A table without ids gets them from `with_made_ids`. UsageError with all problems of the
+    file.
     """
     table = read_table(path)
     fields, extra = _find_columns(path, table, columns or {})
@@ -31,10 +31,13 @@ def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list
     questions = [_to_question(row, fields, extra, problems) for row in table.rows]
     first_places: dict[str, str] = {}
     for row, question in zip(table.rows, questions, strict=True):
-        who = ""
-        if "id" in fields:
-            who = f"id {question.id!r}: "
-            problems += _check_id(row.place, question.id, first_places)
+        who = f"id {question.id!r}: " if "id" in fields else ""
+        if who and not question.id:
+            text = "expected an id, found none; fill it in, or drop the column to have ids made"
+            problems.append(Problem(row.place, "empty id", text))
+        elif who and first_places.setdefault(question.id, row.place) != row.place:
+            text = f"expected ids that occur once, found {question.id!r} again, first used at "
+            problems.append(Problem(row.place, "duplicate id", text + first_places[question.id]))
         problems += _check_texts(row.place, question, who)
     if problems:
         refuse(path, sorted(problems, key=lambda problem: problem.number))
@@ -44,11 +47,8 @@ def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list
 def _find_columns(path: Path, table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return {field of Question: column} and {key of Question.extra: column}; UsageError with all that is wrong."""
     used = {name: columns.get(name, name) for name in NAMES if name in {*columns, *table.columns, *REQUIRED}}
-    mistakes = [
-        f"expected a column of ours before '=', found {name!r}; {name_hint(name, NAMES)}"
-        for name in columns
-        if name not in NAMES
-    ]
+    unknown = [name for name in columns if name not in NAMES]
+    mistakes = [f"expected a column of ours before '=', found {name!r}; {name_hint(name, NAMES)}" for name in unknown]
     for name, column in used.items():
         if table.rows and column not in table.columns:
             near = nearest_name(column, table.columns)
@@ -57,9 +57,8 @@ def _find_columns(path: Path, table: Table, columns: Mapping[str, str]) -> tuple
     fields = {name: column for name, column in used.items() if name in FIELDS}
     special = {name: column for name, column in used.items() if name not in FIELDS}
     others = {column: column for column in table.columns if column not in used.values()}
-    for name, column in special.items():
-        if name in others:
-            mistakes.append(f"{name!r} is a column and {column!r} is mapped to it too; rename one")
+    twice = [(name, column) for name, column in special.items() if name in others]
+    mistakes += [f"{name!r} is a column and {column!r} is mapped to it too; rename one" for name, column in twice]
     if mistakes:
         raise UsageError("\n  ".join([f"{path}: expected other columns, found {', '.join(table.columns)}", *mistakes]))
     return fields, special | others
@@ -89,14 +88,11 @@ def _to_question(
 
 def _to_text(value: Any) -> str:
     """Return a text or number as text, null as ""; ValueError for anything else."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            f'expected text or a number, found {json.dumps(value)[:60]}; write it as text, "Yes" for example'
-        )
+        found = json.dumps(value)[:60]
+        raise ValueError(f'expected text or a number, found {found}; write it as text, "Yes" for example')
     return json.dumps(value)
 
 
@@ -111,25 +107,13 @@ def _to_choices(value: Any) -> list[str]:
     return choices
 
 
-def _check_id(place: str, id_: str, first_places: dict[str, str]) -> Iterator[Problem]:
-    """Yield a problem for an empty id, or one that `first_places` has from an earlier row."""
-    if not id_:
-        yield Problem(place, "empty id", "expected an id, found none; fill it in, or drop the column to have ids made")
-    elif first_places.setdefault(id_, place) != place:
-        text = f"expected ids that occur once, found {id_!r} again, first used at {first_places[id_]}"
-        yield Problem(place, "duplicate id", text)
-
-
 def _check_texts(place: str, question: Question, who: str) -> Iterator[Problem]:
     """Yield what is wrong with the texts of a question; `who` begins the sentence."""
     for name in REQUIRED:
         if not getattr(question, name).strip():
-            yield Problem(
-                place, f"empty {name}", f"{who}expected a {name}, found none; fill it in or leave the row out"
-            )
+            text = f"{who}expected a {name}, found none; fill it in or leave the row out"
+            yield Problem(place, f"empty {name}", text)
     for text in (question.question, question.answer or "", *question.extra.get("choices", ())):
-        tag = TAG.search(text)
-        if tag:
-            yield Problem(
-                place, "tag in a text", f"{who}expected text without tags, found a literal {tag[0]}; remove it"
-            )
+        if tag := TAG.search(text):
+            found = f"a literal {tag[0]}; remove it"
+            yield Problem(place, "tag in a text", f"{who}expected text without tags, found {found}")

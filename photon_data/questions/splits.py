@@ -1,13 +1,16 @@
-"""Which split a question belongs to, and whether anything of one split is also in another."""
+"""Which split a question belongs to, what splits must not have in common, and what the rows of each are."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections import defaultdict
+from bisect import bisect
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from statistics import mean, median
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,10 +18,7 @@ from photon_data.errors import UsageError, first_few
 from photon_data.questions.question import Question
 
 FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.8, "val": 0.1, "test": 0.1})
-
-# The split of volumes without questions.
-ALL = "all"
-
+ALL = "all"  # the split of volumes without questions
 _SHOWN = 10
 
 
@@ -27,21 +27,32 @@ def assign_splits(
 ) -> list[Question]:
     """Return the questions, each with a split: that of the table, or, if the table has none, one drawn by patient.
 
-    All questions of a patient get the same split. If no question about a volume names its patient, the volume counts as
-    a patient. The draw depends on patient, seed and fractions only: rows added later move nobody. Fractions are met on
-    average, so with few patients a split can stay empty. UsageError for a table with splits for some rows only, split
-    names that cannot be file names, fractions that do not add up to 1, or a volume of two patients.
+    A volume whose patient no question names counts as a patient. The draw depends on patient, seed and fractions only:
+    rows added later move nobody. Fractions are met on average; of few patients a split can stay empty. UsageError for
+    splits of some rows only, split names that cannot be file names, fractions that do not add up to 1, or a volume of
+    two patients.
     """
-    without = [question.id for question in questions if question.split is None]
+    without = [q.id for q in questions if q.split is None]
     if not without:
-        check_split_names({str(question.split) for question in questions})
+        check_split_names({str(q.split) for q in questions})
         return list(questions)
     if len(without) < len(questions):
         found = f"{len(without)} of {len(questions)} without ({first_few(without, _SHOWN)})"
         raise UsageError(f"expected a split for every question or for none, found {found}; fill them in")
-    ends = _ends(fractions)
-    patients = _patients(questions)
-    return [replace(q, split=_draw(patients.get(q.volume, q.volume), seed, ends)) for q in questions]
+    _check_fractions(fractions)
+    names = sorted(name for name, fraction in fractions.items() if fraction)  # their order changes nothing
+    ends = list(accumulate(fractions[name] for name in names))
+
+    def draw(patient: str) -> str:
+        point = int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8]) / 2**64
+        return names[min(bisect(ends, point), len(names) - 1)]
+
+    patients: dict[str, str] = {}  # of the volumes whose patient a question names
+    for q in questions:
+        if q.patient is not None and patients.setdefault(q.volume, q.patient) != q.patient:
+            found = f"{patients[q.volume]!r} and {q.patient!r} for {q.volume!r} (question {q.id})"
+            raise UsageError(f"expected one patient per volume, found {found}; correct the table")
+    return [replace(q, split=draw(patients.get(q.volume, q.volume))) for q in questions]
 
 
 def check_split_names(splits: Iterable[str]) -> None:
@@ -53,59 +64,25 @@ def check_split_names(splits: Iterable[str]) -> None:
             raise UsageError(f"expected {expected}, found {split!r}; rename it in the table")
         other = seen.setdefault(split.casefold(), split)
         if other != split:
-            raise UsageError(
-                f"expected one spelling per split, found {other!r} and {split!r}; make them equal in the table"
-            )
+            found = f"{other!r} and {split!r}"
+            raise UsageError(f"expected one spelling per split, found {found}; make them equal in the table")
 
 
-def _ends(fractions: Mapping[str, float]) -> list[tuple[float, str]]:
-    """Return (upper end, split) of each split's part of [0, 1), by name: the order of the fractions changes nothing."""
+def _check_fractions(fractions: Mapping[str, float]) -> None:
     check_split_names(fractions)
-    if any(fraction < 0 for fraction in fractions.values()) or not math.isclose(
-        sum(fractions.values()), 1, abs_tol=1e-6
-    ):
+    values = fractions.values()
+    if any(value < 0 for value in values) or not math.isclose(sum(values), 1, abs_tol=1e-6):
         found = ", ".join(f"{name}={fraction:g}" for name, fraction in fractions.items()) or "none"
         raise UsageError(f"expected fractions that add up to 1, found {found}; try train=0.8,val=0.1,test=0.1")
-    ends, end = [], 0.0
-    for name, fraction in sorted(fractions.items()):
-        if fraction:
-            end += fraction
-            ends.append((end, name))
-    return ends
-
-
-def _draw(key: str, seed: int, ends: Sequence[tuple[float, str]]) -> str:
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    point = int.from_bytes(digest[:8]) / 2**64
-    return next((name for end, name in ends if point < end), ends[-1][1])
-
-
-def _patients(questions: Iterable[Question]) -> dict[str, str]:
-    """Return {volume: patient} of the volumes whose patient a question names; UsageError for a volume of two."""
-    patients: dict[str, str] = {}
-    for question in questions:
-        if question.patient is not None:
-            other = patients.setdefault(question.volume, question.patient)
-            if other != question.patient:
-                found = f"{other!r} and {question.patient!r} for {question.volume!r} (question {question.id})"
-                raise UsageError(f"expected one patient per volume, found {found}; correct the table")
-    return patients
 
 
 class Leak(NamedTuple):
-    """Something that is in several splits.
+    """Something that is in several splits."""
 
-    kind      "patient", "source" (one id in the data set it was taken from), "volume" (one id) or "content" (volumes of
-              different ids with the same bytes)
-    key       the patient, the source's id, the volume's id, or the fingerprint
-    splits    the splits that it is in, sorted
-    volumes   ids of its volumes, sorted
-    """
-
-    kind: str
-    key: str
-    splits: tuple[str, ...]
-    volumes: tuple[str, ...]
+    kind: str  # "patient", "source" (its id in the data set it is from), "volume", "content" (bytes under several ids)
+    key: str  # the patient, the source's id, the volume's id, or the fingerprint
+    splits: tuple[str, ...]  # sorted
+    volumes: tuple[str, ...]  # their ids, sorted
 
 
 def leaks(
@@ -135,17 +112,69 @@ def leaks(
 
 def refuse_leaks(found: Sequence[Leak]) -> None:
     """UsageError with the first leaks, if there are any."""
-    if not found:
-        return
-    lines = [
-        f"expected splits without overlap, found {len(found)} x the same patient, source, volume or content in several"
-    ]
-    for leak in found[:_SHOWN]:
-        lines.append(f"  {leak.kind} {leak.key} in {' and '.join(leak.splits)} (volumes {first_few(leak.volumes)})")
-    if len(found) > _SHOWN:
-        lines.append(f"  and {len(found) - _SHOWN} more")
-    lines.append(
-        "Give each patient one split (of several data sets: in `splits`, or by leaving out the ids of a benchmark), or "
-        "name patients in a column `patient`, or allow leaks expressly."
+    lines = [f"  {kind} {key} in {' and '.join(splits)} (volumes {first_few(v)})" for kind, key, splits, v in found]
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"  and {len(lines) - _SHOWN} more"]
+    if lines:
+        raise UsageError(
+            f"expected splits without overlap, found {len(found)} x the same patient, source, volume or content in "
+            "several\n" + "\n".join(lines) + "\nGive each patient one split (of several data sets: in `splits`, or by "
+            "leaving out the ids of a benchmark), or name patients in a column `patient`, or allow leaks expressly."
+        )
+
+
+@dataclass(frozen=True)
+class Count:
+    """The questions of one task of one data set in one split."""
+
+    dataset: str
+    task: str
+    split: str
+    questions: int
+    volumes: int
+    patients: int  # 0 where the table names none
+    per_volume: tuple[int, float, int]  # least, median and most questions
+    answers: dict[str, int]  # the five most frequent, with their numbers
+    distinct_answers: int
+    # The answer that is right most often, if it is always given: None where no question has one. It is right on a share
+    # of the questions, and of each subtask's, averaged over the subtasks: what papers print.
+    constant_answer: str | None
+    constant_accuracy: float | None
+    constant_macro: float | None
+    majority_macro: float | None  # with the best constant answer of each subtask
+
+
+def count(rows: Iterable[Mapping[str, Any]]) -> list[Count]:
+    """Return a Count per data set, task and split of manifest rows, sorted."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["channel"].partition("/")[0], row["task"], row["split"]].append(row)
+    return [_count(*key, groups[key]) for key in sorted(groups)]
+
+
+def _count(dataset: str, task: str, split: str, rows: Sequence[Mapping[str, Any]]) -> Count:
+    per_volume = sorted(Counter(row["volume_id"] for row in rows).values())
+    by_subtask: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row["answer"]:
+            by_subtask[row.get("extra", {}).get("subtask", "")][row["answer"]] += 1
+    subtasks = list(by_subtask.values())
+    answers = sum(subtasks, Counter[str]())
+    # Of equally frequent answers the first in the alphabet, so that the report does not depend on the order of rows.
+    ranked = sorted(answers.items(), key=lambda item: (-item[1], item[0]))
+    best = ranked[0][0] if ranked else None
+    return Count(
+        dataset=dataset,
+        task=task,
+        split=split,
+        questions=len(rows),
+        volumes=len(per_volume),
+        patients=len({row["patient"] for row in rows if row["patient"]}),
+        per_volume=(per_volume[0], median(per_volume), per_volume[-1]),
+        answers=dict(ranked[:5]),
+        distinct_answers=len(answers),
+        constant_answer=best,
+        constant_accuracy=None if best is None else round(answers[best] / answers.total(), 4),
+        constant_macro=None if best is None else round(mean(c[best] / c.total() for c in subtasks), 4),
+        majority_macro=None if best is None else round(mean(max(c.values()) / c.total() for c in subtasks), 4),
     )
-    raise UsageError("\n".join(lines))

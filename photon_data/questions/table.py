@@ -6,17 +6,15 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from photon_data.errors import UsageError
 
-# ms-swift replaces its tags (by a volume, say), and a model obeys its special tokens: no text may hold either.
+# ms-swift replaces its tags (this one by a volume), and a model obeys its special tokens: no text may hold either.
+VIDEO_TAG = "<video>"
 TAG = re.compile(r"<(?:video|image|audio|bbox|ref-object|cot-process|start-image)>|<\|\w+\|>")
-
-SHOWN_PROBLEMS = 10
 
 
 class TableRow(NamedTuple):
@@ -50,20 +48,26 @@ class Table(NamedTuple):
     problems: list[Problem]
 
 
+def read_values(path: Path) -> list[dict[str, Any]]:
+    """Return the values of each row of a table; UsageError with all problems, and as `read_table`."""
+    table = read_table(path)
+    if table.problems:
+        refuse(path, table.problems)
+    return [row.values for row in table.rows]
+
+
 def read_table(path: Path) -> Table:
     """Return the table of a .csv, .tsv, .jsonl, .json (one list of objects) or .parquet file.
 
     Text is UTF-8, with or without a byte order mark. Cells of csv and tsv are text; other values keep their type.
     UsageError if nothing can be read: no such file, another suffix or encoding, a column twice, no rows.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         table = _read_parquet(path)
     else:
         text = read_text(path, _READERS)
-        table = _READERS[suffix](text)
-    twice = [repr(name) for name, count in Counter(table.columns).items() if count > 1]
-    if twice:
+        table = _READERS[path.suffix.lower()](text)
+    if twice := [repr(name) for name, count in Counter(table.columns).items() if count > 1]:
         raise UsageError(
             f"{path}: expected each column name once, found {', '.join(twice)} more than once; rename them"
         )
@@ -91,7 +95,7 @@ def read_text(path: Path, suffixes: Collection[str]) -> str:
 def refuse(source: Path | str, problems: list[Problem]) -> NoReturn:
     """Raise the UsageError of all problems of `source`: counts by kind, then the first ten problems."""
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(p.kind for p in problems).most_common())
-    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    lines = [f"  {problem}" for problem in problems[:10]]
     if len(problems) > len(lines):
         lines.append(f"  and {len(problems) - len(lines)} more")
     number = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
@@ -100,35 +104,30 @@ def refuse(source: Path | str, problems: list[Problem]) -> NoReturn:
 
 def _read_delimited(text: str, delimiter: str) -> Table:
     """Return the table of a csv or tsv text. Blank lines are skipped; a row that breaks the quoting ends the file."""
-    table = Table([], [], [])
+    columns: list[str] = []
+    table = Table(columns, [], [])
     reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
     while True:
         place = f"line {reader.line_num + 1}"
         try:
-            cells = next(reader)
-        except StopIteration:
-            return table
+            cells = next(reader, None)
         except csv.Error as error:
-            problem = (
-                f"expected closed quotes, found: {error}; the file is cut off, or a quote inside a cell is not doubled"
-            )
-            table.problems.append(Problem(place, "broken quoting", problem))
+            found = f"{error}; the file is cut off, or a quote inside a cell is not doubled"
+            table.problems.append(Problem(place, "broken quoting", f"expected closed quotes, found: {found}"))
             return table
-        if not cells:
-            continue
-        if not table.columns:
-            table.columns.extend(name.strip() or f"column_{number}" for number, name in enumerate(cells, 1))
-        elif len(cells) == len(table.columns):
-            table.rows.append(TableRow(place, dict(zip(table.columns, cells, strict=True))))
-        else:
-            found = f"{len(cells)}: {delimiter.join(cells)[:60]!r}"
-            problem = f"expected {len(table.columns)} cells, found {found}; the row is cut off or not quoted"
-            table.problems.append(Problem(place, "ragged row", problem))
+        if cells is None:
+            return table
+        if not columns:
+            columns += [name.strip() or f"column_{number}" for number, name in enumerate(cells, 1)]
+        elif len(cells) == len(columns):
+            table.rows.append(TableRow(place, dict(zip(columns, cells, strict=True))))
+        elif cells:
+            found = f"{len(cells)}: {delimiter.join(cells)[:60]!r}; the row is cut off or not quoted"
+            table.problems.append(Problem(place, "ragged row", f"expected {len(columns)} cells, found {found}"))
 
 
 def _read_json_lines(text: str) -> Table:
-    problems: list[Problem] = []
-    values = []
+    problems, values = [], []
     for number, line in enumerate(_lines(text), 1):
         if line.strip():
             try:
@@ -145,42 +144,38 @@ def _read_json_list(text: str) -> Table:
     except ValueError as error:
         return Table([], [], [Problem("file", "not JSON", f"expected one JSON list, found: {error}")])
     if not isinstance(values, list):
-        return Table(
-            [], [], [Problem("file", "not a list", f"expected one JSON list of objects, found {_type(values)}")]
-        )
+        return Table([], [], [Problem("file", "not a list", f"expected one JSON list, found {_type(values)}")])
     return _json_table([(f"item {number}", value) for number, value in enumerate(values, 1)], [])
 
 
-def _json_table(values: list[tuple[str, Any]], problems: list[Problem]) -> Table:
+def _json_table(values: Iterable[tuple[str, Any]], problems: list[Problem]) -> Table:
     rows = []
     for place, value in values:
         if isinstance(value, dict):
             rows.append(TableRow(place, value))
         else:
             problems.append(Problem(place, "not an object", f"expected one JSON object, found {_type(value)}"))
-    columns = dict.fromkeys(name for row in rows for name in row.values)
-    return Table(list(columns), rows, problems)
+    return Table(list(dict.fromkeys(name for row in rows for name in row.values)), rows, problems)
 
 
 def _type(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(
-        type(value), "a number or a boolean"
-    )
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+    return names.get(type(value), "a number or a boolean")
 
 
 def _parse_json(text: str) -> Any:
     """Return the value of a JSON text; ValueError for other text, NaN, and halves of surrogate pairs (not UTF-8)."""
-    value = json.loads(text, parse_constant=_refuse_constant)
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON; leave the value out or write null")
+
+    value = json.loads(text, parse_constant=refuse_constant)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; leave the value out or write null")
-
-
-def _lines(text: str) -> Iterator[str]:
+def _lines(text: str) -> Iterable[str]:
     """Yield lines with their ends. str.splitlines also splits at U+2028 and U+0085, which a text may hold."""
     return (match[0] for match in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text))
 
@@ -191,9 +186,8 @@ def _read_parquet(path: Path) -> Table:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UsageError(
-            f"{path}: expected pyarrow to read parquet, found none; pip install 'photon-ct[parquet]'"
-        ) from None
+        remedy = "pip install 'photon-ct[parquet]'"
+        raise UsageError(f"{path}: expected pyarrow to read parquet, found none; {remedy}") from None
     try:
         table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -202,11 +196,9 @@ def _read_parquet(path: Path) -> Table:
     return Table(table.column_names, rows, [])
 
 
-_READERS: Mapping[str, Callable[[str], Table]] = MappingProxyType(
-    {
-        ".csv": lambda text: _read_delimited(text, ","),
-        ".tsv": lambda text: _read_delimited(text, "\t"),
-        ".jsonl": _read_json_lines,
-        ".json": _read_json_list,
-    }
-)
+_READERS: dict[str, Callable[[str], Table]] = {
+    ".csv": lambda text: _read_delimited(text, ","),
+    ".tsv": lambda text: _read_delimited(text, "\t"),
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_list,
+}

@@ -32,28 +32,21 @@ class Shard(NamedTuple):
 
     def path(self, output: Path) -> Path:
         """Return the file of this part: preds.jsonl -> preds.rank0of4.jsonl; `output` itself for one part."""
-        return (
-            output
-            if self.parts == 1
-            else output.with_name(f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}")
-        )
+        part = f"{output.stem}.rank{self.number}of{self.parts}{output.suffix}"
+        return output if self.parts == 1 else output.with_name(part)
 
 
 WHOLE = Shard(0, 1)
 
 
 class Outcome(NamedTuple):
-    """What became of the rows of this part: how many were answered now and before, and which failed ({id: reason}).
+    """What became of the rows of this part."""
 
-    merged   the output holds all rows: always with one part, else once the last part has ended
-    changed  how many rows had an answer to another question, or about another volume, and were answered again
-    """
-
-    answered: int
-    before: int
-    failed: dict[str, str]
-    merged: bool
-    changed: int = 0
+    answered: int  # now
+    before: int  # answered by earlier runs
+    failed: dict[str, str]  # {id: reason}
+    merged: bool  # whether the output holds all rows: always with one part, else once the last part has ended
+    changed: int = 0  # rows that had an answer to another question, or about another volume
 
 
 def predict_rows(
@@ -68,9 +61,7 @@ def predict_rows(
     """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
 
     The same rows in any order, in one run or several, give the same predictions. An answer to another question than
-    the row of its id asks now does not count. A row or volume that fails is written with its `error`; the next call
-    tries it again.
-
+    the row of its id asks now does not count. What fails is written with its `error`; the next call tries it again.
     `on_start` is called with the numbers of rows in all and answered before; `on_batch` after each batch is on disk.
     UsageError for rows without an id of their own, and as `prediction_file`.
     """
@@ -98,11 +89,9 @@ def predict_rows(
 
 
 def _check_ids(rows: Sequence[Row]) -> None:
-    without = sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows)
-    if without:
+    if without := sum(not isinstance(row.get("id"), str) or not row["id"] for row in rows):
         raise UsageError(f"expected a text in 'id' of every row, found that {without} of {len(rows)} have none")
-    twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]:
         raise UsageError(f"expected ids that occur once, found {len(twice)} that occur more often, {twice[0]!r} first")
 
 
@@ -111,12 +100,9 @@ def _new_replies(predictor: Predictor, group: RequestGroup, done: set[str]) -> I
 
     A whole batch is computed even for one missing row: where an earlier run was cut off has no influence on an answer.
     """
-    batches = [
-        b for b in group.batches(predictor.settings.questions_per_batch) if not {request.id for request in b} <= done
-    ]
-    if not batches:
-        return
-    encoded = _result_or_reason(lambda: predictor.encode(group))
+    size = predictor.settings.questions_per_batch
+    batches = [batch for batch in group.batches(size) if not {request.id for request in batch} <= done]
+    encoded = _result_or_reason(lambda: predictor.encode(group)) if batches else ""
     for batch in batches:
         missing = {request.id for request in batch} - done
         replies = _failures(batch, encoded) if isinstance(encoded, str) else _replies(predictor, encoded, batch)
@@ -144,6 +130,5 @@ def _result_or_reason(work: Callable[[], T]) -> T | str:
 
 
 def _failures(requests: Sequence[Request], reason: str) -> list[Reply]:
-    nothing = np.zeros(0, np.float32)
     rows = [Prediction(id=r.id, error=reason, volume_id=str(r.row.get("volume_id", ""))) for r in requests]
-    return [Reply(row, nothing.astype(bool), nothing) for row in rows]
+    return [Reply(row, np.zeros(0, bool), np.zeros(0, np.float32)) for row in rows]

@@ -33,9 +33,9 @@ def without_answer(row: Row) -> dict[str, Any]:
 
 
 def question_digest(row: Row) -> str:
-    """Return 16 hexadecimal digits of the messages up to the answer, the names of the volumes, and the choices.
+    """Return 16 hexadecimal digits of the messages up to the answer, the choices, and the volumes' names.
 
-    The folders of the volumes do not matter: stores and manifests can be moved.
+    The folders of the volumes do not matter: they can be moved.
     """
     names = [Path(video).name if isinstance(video, str | Path) else "" for video in row.get("videos") or ()]
     parts = [without_answer(row)["messages"], names, list(row.get("choices") or ())]
@@ -83,26 +83,21 @@ class Prediction:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Return the predictions of a file, in its order, duplicates included; unknown keys are ignored.
-
-    UsageError for a file that cannot be read, and for a line that is no prediction.
-    """
+    """Return the predictions of a file, duplicates too, without unknown keys; UsageError for what is no prediction."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(str(error)) from None
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parsed(line: str, place: str) -> Prediction:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{place}: expected a line of JSON ({error}); was the file cut off?") from None
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("response", ""), str):
-        raise UsageError(f"{place}: expected an object with texts `id` and `response`, found {line.strip()[:80]!r}")
-    names = {f.name for f in fields(Prediction)}
-    return Prediction(**{name: value for name, value in row.items() if name in names})
+    names, found = {f.name for f in fields(Prediction)}, []
+    for place, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{place}: expected a line of JSON ({error}); was the file cut off?") from None
+        if not isinstance(row, dict) or {type(row.get("id")), type(row.get("response", ""))} != {str}:
+            raise UsageError(f"{place}: expected an object with texts `id` and `response`, found {line.strip()[:80]!r}")
+        found.append(Prediction(**{name: value for name, value in row.items() if name in names}))
+    return found
 
 
 def pack_mask(keep_V: np.ndarray) -> str:
@@ -115,46 +110,44 @@ def unpack_mask(kept: str, tokens: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(kept), np.uint8), count=tokens).astype(bool)
 
 
+@dataclass
 class PredictionFile:
-    """An open file of predictions. `done`: ids that have an answer in it. `changed`: ids whose answer was removed."""
+    """An open file of predictions."""
 
-    def __init__(self, lines: TextIO, done: set[str], changed: set[str]) -> None:
-        self.done, self.changed = done, changed
-        self._lines = lines
+    lines: TextIO
+    done: set[str]  # ids that have an answer in it
+    changed: set[str]  # ids whose answer was removed, since it is one to another question
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Add predictions. They are on disk when this returns."""
-        predictions = list(predictions)
-        self._lines.write("".join(prediction.to_json() for prediction in predictions))
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
-        self.done |= {prediction.id for prediction in predictions}
+        for prediction in predictions:
+            self.lines.write(prediction.to_json())
+            self.done.add(prediction.id)
+        self.lines.flush()
+        os.fsync(self.lines.fileno())
 
 
 @contextmanager
 def prediction_file(path: Path, settings: Mapping[str, Any], digests: Mapping[str, str]) -> Iterator[PredictionFile]:
     """Open a file of predictions, new or not, and remove what has to be answered again.
 
-    Removed are a line that a kill cut off, lines with an error, and answers to other questions than those of
-    `digests` ({id: `question_digest`}). UsageError for a file that was made with other settings, that another process
-    writes, or that holds something else than predictions.
+    That is a line that a kill cut off, lines with an error, and answers to other questions than those of `digests`
+    ({id: `question_digest`}). UsageError for a file of other settings, of a running process, or of something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _match_settings(path, settings)
-    with _settings_path(path).open() as lock:
+    with _match_settings(path, settings).open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"{path}: expected a file of its own, found that another run is writing it; wait or choose another"
-            ) from None
+            found = "found that another run is writing it; wait or choose another"
+            raise UsageError(f"{path}: expected a file of its own, {found}") from None
         done, changed = _repair(path, digests)
         with path.open("a", encoding="utf-8") as lines:
             yield PredictionFile(lines, done, changed)
 
 
 def _repair(path: Path, digests: Mapping[str, str]) -> tuple[set[str], set[str]]:
-    """Rewrite the file with its valid answers alone; return their ids, and the ids of answers to changed questions."""
+    """Leave the valid answers alone in the file; return their ids, and the ids of answers to changed questions."""
     if not path.exists():
         return set(), set()
     folder, content = Location(str(path.parent)), path.read_bytes()
@@ -181,15 +174,10 @@ def merge_parts(
 ) -> bool:
     """Write the predictions of all parts (and `output`) into `output`, if these have all `ids`; return whether."""
     try:
-        found = {
-            p.id: p
-            for part in (output, *parts)
-            if part.exists()
-            for p in read_predictions(part)
-            if p.can_answer(digests.get(p.id))
-        }
+        lines = [p for part in (output, *parts) if part.exists() for p in read_predictions(part)]
     except UsageError:  # the writer of a part is in the middle of a line; it merges later itself
         return False
+    found = {p.id: p for p in lines if p.can_answer(digests.get(p.id))}
     if not ids <= found.keys():
         return False
     _match_settings(output, settings)
@@ -197,28 +185,19 @@ def merge_parts(
     return True
 
 
-def _settings_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.settings.json")
-
-
-def _match_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings beside a new file; UsageError for an older file that was made with others."""
-    place = _settings_path(path)
+def _match_settings(path: Path, settings: Mapping[str, Any]) -> Path:
+    """Write the settings beside a new file, and return where; UsageError for an older file with other settings."""
+    place = path.with_name(f"{path.name}.settings.json")
     expected = json.loads(json.dumps(settings))
     if not place.exists():
         if path.exists() and path.stat().st_size:
-            raise UsageError(
-                f"{path}: expected {place.name} beside it, which says how it was made, found none; choose a new file"
-            )
+            missing = f"{place.name} beside it, which says how it was made"
+            raise UsageError(f"{path}: expected {missing}, found none; choose a new file")
         Location(str(path.parent)).write(place.name, (json.dumps(expected, indent=1) + "\n").encode())
-        return
+        return place
     found = json.loads(place.read_text(encoding="utf-8"))
-    differences = [
-        f"{name} was {found.get(name)!r} and is {expected.get(name)!r}"
-        for name in sorted(expected.keys() | found.keys())
-        if found.get(name) != expected.get(name)
-    ]
+    both = [(name, found.get(name), expected.get(name)) for name in sorted(expected.keys() | found.keys())]
+    differences = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in both if old != new)
     if differences:
-        raise UsageError(
-            f"{path}: expected the same settings as before, found {'; '.join(differences)}; choose another --output"
-        )
+        raise UsageError(f"{path}: expected the same settings as before, found {differences}; choose another --output")
+    return place

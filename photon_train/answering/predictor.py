@@ -1,7 +1,6 @@
 """Predictor: a loaded model that encodes a volume once, then generates answers about it or scores given ones.
 
-A request is a row to answer. Requests that share a prefix form a group: the prefix is encoded once for all of them.
-They are answered in batches, which are the same whatever the order of the rows.
+A request is a row to answer. Requests that share a prefix form a group, and are answered in batches.
 
 Legend: V visual tokens of a row, B rows, L tokens of a padded row, M tokens of a row after pruning; of scored
 answers: R answers of all rows together, N tokens of the longest answer, C tokens of the vocabulary.
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class Request(NamedTuple):
 
 
 class RequestGroup(NamedTuple):
-    """Requests on one prefix, by id."""
+    """Requests on one prefix."""
 
     videos: tuple[Any, ...]  # paths or Volumes; none for text alone
     requests: list[Request]
@@ -77,8 +77,7 @@ class RequestGroup(NamedTuple):
 
     def batches(self, size: int) -> Iterator[list[Request]]:
         """Yield the requests, at most `size` at a time."""
-        for start in range(0, len(self.requests), size):
-            yield self.requests[start : start + size]
+        return (self.requests[start : start + size] for start in range(0, len(self.requests), size))
 
 
 class Encoded(NamedTuple):
@@ -121,13 +120,9 @@ class Predictor:
     @torch.no_grad()
     def answer(self, encoded: Encoded, requests: Sequence[Request], streamer: Any = None) -> list[Reply]:
         """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request."""
-
-        def is_scored(request: Request) -> bool:
-            return bool(self.settings.choices and request.row.get("choices"))
-
         replies: dict[str, Reply] = {}
         for scored in (True, False):
-            part = [request for request in requests if is_scored(request) == scored]
+            part = [r for r in requests if bool(self.settings.choices and r.row.get("choices")) == scored]
             if part:
                 replies |= {reply.prediction.id: reply for reply in self._replies(encoded, part, scored, streamer)}
         return [replies[request.id] for request in requests]
@@ -135,21 +130,26 @@ class Predictor:
     def _replies(self, encoded: Encoded, requests: Sequence[Request], scored: bool, streamer: Any) -> Iterator[Reply]:
         with _timed(self.model) as seconds:
             inputs = self._inputs(encoded, requests)
+            scores: list[dict[str, float]] = [{} for _ in requests]
             if scored:
-                scores, scheduled = self._score(inputs, requests)
+                choices = [[str(choice) for choice in request.row["choices"]] for request in requests]
+                ids = [
+                    [answer_ids(r, c, self.processor) for c in own] for r, own in zip(requests, choices, strict=True)
+                ]
+                values, scheduled = score_choices(self.model, inputs, ids)
+                scores = [dict(zip(own, each, strict=True)) for own, each in zip(choices, values, strict=True)]
                 texts = [max(each, key=each.__getitem__) for each in scores]
             else:
                 texts, scheduled = self._generate(inputs, requests, streamer)
-                scores = [{} for _ in requests]
         seconds_each = {**encoded.seconds_each, "answer": seconds[0] / len(requests)}
         visual_BL = visual_mask(inputs["input_ids"], self.model.config)
         text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
-        threshold_B = [float("nan")] * len(requests) if scheduled is None else scheduled.selection.threshold_B.tolist()
         for b, request in enumerate(requests):
-            keep_V, saliency_V = np.zeros(0, bool), np.zeros(0, np.float32)
+            keep_V, saliency_V, threshold = np.zeros(0, bool), np.zeros(0, np.float32), math.nan
             if scheduled is not None:
                 both = (scheduled.keep_BL[b], scheduled.selection.saliency_BL[b])
                 keep_V, saliency_V = (x_L[visual_BL[b]].detach().cpu().numpy() for x_L in both)
+                threshold = scheduled.selection.threshold_B[b].item()
             prediction = Prediction(
                 id=request.id,
                 response=texts[b],
@@ -159,7 +159,7 @@ class Predictor:
                 visual_tokens=len(keep_V),
                 kept_tokens=int(keep_V.sum()),
                 text_tokens=text_tokens_B[b],
-                threshold=None if np.isnan(threshold_B[b]) else threshold_B[b],
+                threshold=None if math.isnan(threshold) else threshold,
                 kept=pack_mask(keep_V),
                 choice_scores=scores[b],
                 seconds={stage: round(value, 6) for stage, value in seconds_each.items()},
@@ -170,8 +170,7 @@ class Predictor:
     def _inputs(self, encoded: Encoded, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the model inputs of whole rows, left-padded where the questions begin."""
         if encoded.prefix is not None:
-            suffixes = [request.suffix_L for request in requests]
-            return encoded.prefix.followed_by(suffixes, self.processor.tokenizer.pad_token_id)
+            return encoded.prefix.followed_by([r.suffix_L for r in requests], self.processor.tokenizer.pad_token_id)
         inputs = self.processor(rows=[request.row for request in requests])
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
@@ -186,7 +185,9 @@ class Predictor:
             text = "\n".join([str(settings.seed), *(request.id for request in requests)])
             torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
             options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-        with _recorded(self.model) as recorded:
+        passes: list[Scheduled | None] = []  # `generate` does not return what was scheduled
+        hook = self.model.register_forward_hook(lambda module, args, output: passes.append(output.scheduled))
+        try:
             ids_BL = self.model.generate(
                 **inputs,
                 **options,
@@ -195,32 +196,10 @@ class Predictor:
                 streamer=streamer,
                 repetition_penalty=1.0,  # that of Qwen's own generation config depends on the padding
             )
+        finally:
+            hook.remove()
         texts = self.processor.decode(ids_BL[:, inputs["input_ids"].shape[1] :])
-        return texts, recorded[0] if recorded else None
-
-    def _score(
-        self, inputs: dict[str, Any], requests: Sequence[Request]
-    ) -> tuple[list[dict[str, float]], Scheduled | None]:
-        choices = [[str(choice) for choice in request.row["choices"]] for request in requests]
-        ids = [[answer_ids(r, text, self.processor) for text in own] for r, own in zip(requests, choices, strict=True)]
-        scores, scheduled = score_choices(self.model, inputs, ids)
-        return [dict(zip(own, values, strict=True)) for own, values in zip(choices, scores, strict=True)], scheduled
-
-
-@contextmanager
-def _recorded(model: torch.nn.Module) -> Iterator[list[Scheduled]]:
-    """Yield a list, to which every forward pass of the block adds what it scheduled: `generate` does not return it."""
-    found: list[Scheduled] = []
-
-    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if output.scheduled is not None:
-            found.append(output.scheduled)
-
-    handle = model.register_forward_hook(note)
-    try:
-        yield found
-    finally:
-        handle.remove()
+        return texts, next((scheduled for scheduled in passes if scheduled is not None), None)
 
 
 @contextmanager
@@ -235,19 +214,13 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
 
 
 def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[RequestGroup], dict[str, str]]:
-    """Return the groups of rows that share a prefix, and why a row is in none: {id: reason}.
-
-    Every row has an `id` of its own. The order of the groups, and of the requests in them, does not depend on that of
-    the rows.
-    """
+    """Return the groups of rows that share a prefix, in an order that theirs does not change, and {id: why in none}."""
     requests: dict[tuple[Any, ...], list[Request]] = defaultdict(list)
     problems: dict[str, str] = {}
     for row in rows:
         try:
-            question = without_answer(row)
-            ids_L = processor.ids(question)
-            suffix_L = ids_L[prefix_length(ids_L, processor.config) :].clone()
-            request, prefix = Request(question, suffix_L, question_digest(row)), prefix_of(question)
+            request = _request_of(row, processor)
+            prefix = prefix_of(request.row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a row that is no row can raise
             reason = f"expected a row of messages and videos, found one that gives {type(error).__name__}: {error}"
             problems[str(row["id"])] = str(error) if type(error) is ValueError else reason
@@ -260,6 +233,12 @@ def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[Re
     return sorted(groups, key=lambda group: (group.name, group.requests[0].id)), problems
 
 
+def _request_of(row: Row, processor: PhotonProcessor) -> Request:
+    question = without_answer(row)
+    ids_L = processor.ids(question)
+    return Request(question, ids_L[prefix_length(ids_L, processor.config) :].clone(), question_digest(row))
+
+
 def answer_ids(request: Request, text: str, processor: PhotonProcessor) -> Tensor:
     """Return int64[N]: the ids that the assistant answers `text` with, the end marker included, as training sees them.
 
@@ -268,10 +247,8 @@ def answer_ids(request: Request, text: str, processor: PhotonProcessor) -> Tenso
     answered = {**request.row, "messages": [*request.row["messages"], {"role": "assistant", "content": text}]}
     ids_L, prompt_L = processor.ids(answered, for_training=True), processor.ids(request.row)
     if not ids_L[: len(prompt_L)].equal(prompt_L):
-        raise ValueError(
-            f"{request.id}: expected an answer that leaves the prompt's tokens as they are, found {text!r}; "
-            "remove space at its start"
-        )
+        expected = "an answer that leaves the prompt's tokens as they are"
+        raise ValueError(f"{request.id}: expected {expected}, found {text!r}; remove space at its start")
     end = int((ids_L == processor.config.im_end_token_id).nonzero()[-1]) + 1
     return ids_L[len(prompt_L) : end]
 
@@ -282,10 +259,8 @@ def score_choices(
 ) -> tuple[list[list[float]], Scheduled | None]:
     """Return log p(answer | prompt) of each answer of each prompt, the sum over its tokens, and what was scheduled.
 
-    inputs   of B prompts, as `Prefix.followed_by` or the processor gives them; they run once
-    choices  of each prompt, its answers: int64[n] ids, n > 0, the end marker included
-
-    The probabilities are those of generation: answers see the kept tokens only.
+    `inputs` are those of B prompts, which run once; `choices` are the answers to each: int64[n] ids, n > 0, the end
+    marker included. The probabilities are those of generation: answers see the kept tokens only.
     """
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     row_R = torch.tensor([row for row, answers in enumerate(choices) for _ in answers], device=model.device)
@@ -309,13 +284,6 @@ def score_choices(
     return [part.tolist() for part in score_R.split([len(answers) for answers in choices])], out.scheduled
 
 
-class ScanAnswers(NamedTuple):
-    """Replies in the order of the questions, and their seconds in all: read, prepare, encode, answer."""
-
-    replies: list[Reply]
-    seconds: dict[str, float]
-
-
 def answer_questions(
     predictor: Predictor,
     questions: Sequence[str],
@@ -323,24 +291,18 @@ def answer_questions(
     volume_id: str,
     seconds: Mapping[str, float],
     streamer: Any = None,
-) -> ScanAnswers:
-    """Return the answers to questions about one volume, which is encoded once; their ids are q1, q2, ...
+) -> tuple[list[Reply], dict[str, float]]:
+    """Return replies to questions about one volume, with ids q1, q2, ..., and the seconds of each stage in all.
 
-    volume    int16 HU on the grid that the model reads; `seconds`: what it took to "read" and "prepare" it
-    streamer  of transformers: the questions are answered one by one, and it is given their tokens
-
-    UsageError for a question that is empty or holds special tokens, and for a volume on another grid.
+    `volume` is int16 HU on the grid that the model reads, and `seconds` is what it took to "read" and "prepare" it.
+    With a `streamer` of transformers, which is given their tokens, the questions are answered one by one. UsageError
+    for a question that is empty or holds special tokens, and for a volume on another grid.
     """
+    about: dict[str, Any] = {"volume_id": volume_id, "videos": [volume]}
     messages = ([{"role": "user", "content": TAG + question}] for question in questions)
-    rows = [
-        {"id": f"q{number}", "volume_id": volume_id, "videos": [volume], "messages": each}
-        for number, each in enumerate(messages, start=1)
-    ]
-    groups, problems = group_rows(rows, predictor.processor)
-    if problems:
-        raise UsageError(next(iter(problems.values())))
-    (group,) = groups
+    rows = [{"id": f"q{number}", **about, "messages": each} for number, each in enumerate(messages, start=1)]
     try:
+        group = RequestGroup((volume,), [_request_of(row, predictor.processor) for row in rows])
         encoded = predictor.encode(group)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -348,10 +310,9 @@ def answer_questions(
     seconds_each["prepare"] += encoded.seconds_each["read"]
     encoded = encoded._replace(seconds_each={**seconds_each, "encode": encoded.seconds_each["encode"]})
     size = predictor.settings.questions_per_batch if streamer is None else 1
-    found = [reply for batch in group.batches(size) for reply in predictor.answer(encoded, batch, streamer)]
-    replies = sorted(found, key=lambda reply: int(reply.prediction.id.removeprefix("q")))
+    replies = [reply for batch in group.batches(size) for reply in predictor.answer(encoded, batch, streamer)]
     stages = replies[0].prediction.seconds
-    return ScanAnswers(replies, {stage: sum(reply.prediction.seconds[stage] for reply in replies) for stage in stages})
+    return replies, {stage: sum(reply.prediction.seconds[stage] for reply in replies) for stage in stages}
 
 
 def load_predictor(
@@ -372,17 +333,16 @@ def load_predictor(
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
-    changed = {key: value for key, value in photon.items() if value is not None}
+    options: dict[str, Any] = {key: value for key, value in photon.items() if value is not None}
+    options["revision"] = revision
     with _loading(model):
-        loaded = PhotonForConditionalGeneration.from_pretrained(
-            model, revision=revision, dtype=getattr(torch, name), **changed
-        )
-        tokenizer = PhotonProcessor.from_pretrained(model, revision=revision, **changed).tokenizer
+        loaded = PhotonForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, name), **options)
+        tokenizer = PhotonProcessor.from_pretrained(model, **options).tokenizer
     return Predictor(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
 
 
 def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, int]:
-    """Return the shape (z, y, x) of the grid that a model reads, from its configuration. UsageError as above."""
+    """Return the shape (z, y, x) of the grid that a model reads, from its configuration alone."""
     with _loading(model):
         depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
     return depth, height, width
@@ -397,10 +357,8 @@ def _loading(model: str) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
     gpus = torch.cuda.device_count()
@@ -414,21 +372,16 @@ def settings_of(predictor: Predictor) -> dict[str, Any]:
     config = predictor.model.config
     # The same model may have another name or come from another version of the library.
     decisive = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    weights = hashlib.sha256()
+    for name, value in sorted(predictor.model.state_dict().items()):
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64]  # up to 64 evenly spaced values of every tensor
+        weights.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return {
         **asdict(predictor.settings),
         "scheduler": str(config.scheduler),
         "keep_ratio": config.keep_ratio,
         "dtype": str(predictor.model.dtype),
         "config": hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "weights": _weights_digest(predictor.model),
+        "weights": weights.hexdigest()[:16],
     }
-
-
-def _weights_digest(model: torch.nn.Module) -> str:
-    """Return sixteen hexadecimal digits of up to 64 evenly spaced values of every tensor."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
-    return digest.hexdigest()[:16]

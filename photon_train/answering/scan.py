@@ -33,14 +33,13 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> Scan
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
-    UsageError where there is not one scan; Refused for one that must not become a store, with the words of `prepare`.
+    UsageError where there is not one scan; Refused, with the words of `prepare`, for one that must not become a store.
     """
     start = time.perf_counter()
     if "://" in place or (Path(place) / ROOT).exists():
         lazy = open_volume(place, grid="model")
-        metadata = read_metadata(Location(place), "")
+        model, metadata = Volume(lazy.numpy(), lazy.geometry), read_metadata(Location(place), "")
         assert metadata is not None, "open_volume has read it"
-        model = Volume(lazy.numpy(), lazy.geometry)
         seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
         native = Geometry.from_json(metadata["facts"]["geometry"])
         return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
@@ -54,14 +53,12 @@ def _prepared(path: Path, recipe: Recipe, policy: Policy, start: float) -> ScanI
 
     def timed_planes() -> Iterator[np.ndarray]:
         nonlocal reading
-        planes = iter(scan.planes())
-        while True:
-            begun = time.perf_counter()
-            plane = next(planes, None)
+        begun = time.perf_counter()
+        for plane in scan.planes():
             reading += time.perf_counter() - begun
-            if plane is None:
-                return
             yield plane
+            begun = time.perf_counter()
+        reading += time.perf_counter() - begun
 
     prepared = prepare_volume(replace(scan, planes=timed_planes), recipe, policy)
     seconds = {"read": reading, "prepare": time.perf_counter() - start - reading}
