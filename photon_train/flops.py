@@ -112,8 +112,7 @@ def layer_weights(config: PhotonConfig) -> int:
 def key_width(config: PhotonConfig) -> int:
     """Width of a token's keys, and of its values."""
     c = config.text_config
-    width: int = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
-    return width
+    return c.hidden_size // c.num_attention_heads * c.num_key_value_heads
 
 
 def scoring(config: PhotonConfig, tokens: int, length: int, question: int) -> int:

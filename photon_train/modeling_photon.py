@@ -76,7 +76,6 @@ class PhotonModel(Qwen2_5_VLModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
@@ -99,7 +98,6 @@ class PhotonModel(Qwen2_5_VLModel):
             inputs_embeds=self.embed(input_ids, volumes),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **kwargs,
         )
 
@@ -314,10 +312,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return {"loss": loss, **parts, "logits": logits, "answer_labels_N": labels_N, "answer_rows_N": rows_N}
 
     def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
-        """Return the prefix of one row of model inputs: its tokens up to the last <|vision_end|>.
-
-        Raises ValueError for a batch, and for a row without a whole volume.
-        """
+        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none."""
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
         if len(ids_1P) != 1:
             raise ValueError(f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time")
@@ -346,20 +341,16 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         )
 
     def answer(self, prefix: Prefix, questions: Sequence[Tensor], pad_token_id: int = 0, **kwargs: Any) -> Any:
-        """Return the answers' ids int64[K, n], padded behind the end marker; kwargs are generate's.
+        """Return the answers' ids int64[K, n], padded behind the end marker, for `PhotonProcessor.questions`.
 
-        questions: the ids behind the prefix, to the end of each prompt (`PhotonProcessor.questions`).
-        With return_dict_in_generate=True, return what generate returns, prompts included.
+        kwargs are generate's. With return_dict_in_generate=True, return what generate returns, prompts included.
         """
         rows = prefix.followed_by(questions, pad_token_id)
         found: Any = self.generate(**rows, **{"do_sample": False, "pad_token_id": pad_token_id, **kwargs})
         return found[:, rows["input_ids"].shape[1] :] if isinstance(found, Tensor) else found
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Return what transformers' generate returns. Rows may be padded on either side.
-
-        Raises ValueError without a cache: decoding sees the pruned keys of the prompt, which are nowhere else.
-        """
+        """Return what the stock generate does, for rows padded on either side. Raises ValueError without a cache."""
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_cache", settings.use_cache) is False:  # None: the default, True
             raise ValueError("expected use_cache=True, found False; leave it out: only the cache has what was kept")
@@ -377,9 +368,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             kwargs |= {name: kwargs[name].gather(1, order_BL) for name in given}
         return super().generate(**kwargs)  # type: ignore[misc]
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         if outputs.scheduled is not None:  # the cache is now shorter than the prompt, by a different length per row
             model_kwargs["attention_mask"] = outputs.scheduled.kept.mask_BM.long()
         for name in PREFILL_ONLY:

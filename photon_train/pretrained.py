@@ -41,10 +41,7 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
-    """Return the tensor names of a local or hub checkpoint, single or sharded.
-
-    Raises ValueError when there is no whole safetensors file: pickles are never opened.
-    """
+    """Return the tensor names of a local or hub checkpoint. Raises ValueError without whole safetensors files."""
     if Path(path_or_id).is_absolute() and not Path(path_or_id).is_dir():
         raise ValueError(f"expected a model directory or a hub id, found neither at {path_or_id}; check the path")
     options = hub_options(kwargs)
@@ -77,10 +74,7 @@ def layout_of(keys: set[str]) -> Layout:
 
 
 def config_for(path: str, layout: Layout, stage: int | None, settings: dict[str, Any], **kwargs: Any) -> PhotonConfig:
-    """Return the configuration of a checkpoint of this layout, to be loaded for `stage` (default: what it is).
-
-    Raises ValueError for a stage below the checkpoint's.
-    """
+    """Return the configuration to load a checkpoint for `stage` (default: its own; below it: ValueError)."""
     own_stage = 2 if layout is Layout.STAGE2 else 1
     stage = own_stage if stage is None else stage
     if stage < own_stage:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -99,12 +100,9 @@ class PhotonProcessor:
         """
         samples = _samples(volumes, messages, rows)
         ids = [self._ids(sample, for_training, max_length) for sample in samples]
-
-        def padded(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
-
-        input_ids = padded(ids, self.tokenizer.pad_token_id)
-        attention_mask = padded([torch.ones_like(ids_L) for ids_L in ids], 0)
+        padded = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        input_ids = padded(ids, padding_value=self.tokenizer.pad_token_id)
+        attention_mask = padded([torch.ones_like(ids_L) for ids_L in ids])
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -112,7 +110,7 @@ class PhotonProcessor:
             "question_mask": question_mask(input_ids, self.config) & attention_mask.bool(),
         }
         if for_training:
-            inputs["labels"] = padded(list(map(self._labels, ids, samples)), IGNORED)
+            inputs["labels"] = padded(list(map(self._labels, ids, samples)), padding_value=IGNORED)
         encoded = [self.patches(volume) for sample in samples for volume in sample.volumes]
         if encoded:
             seconds = float(self.config.vision_config.temporal_patch_size)  # at one slice per second
@@ -138,8 +136,7 @@ class PhotonProcessor:
 
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of each row of ids, special tokens left out."""
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def patches(self, volume: Any) -> tuple[Tensor, Tensor]:
         """Return the patches float32[P, X] of a volume (path, Volume or array) and its grid int64[3]."""
