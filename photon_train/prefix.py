@@ -48,8 +48,7 @@ class Prefix(NamedTuple):
             raise ValueError(f"expected questions of at least one token, found lengths {lengths}; leave empty ones out")
         input_ids = with_suffixes(self.input_ids_1P, questions, pad_token_id)
         mask = with_suffixes(torch.ones_like(self.input_ids_1P), [torch.ones_like(q) for q in questions], 0)
-        volumes = self.volumes_of(len(questions))
-        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **volumes}
+        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **self.volumes_of(len(questions))}
 
 
 def with_suffixes(prefix_P: Tensor, suffixes: Sequence[Tensor], padding: int) -> Tensor:

@@ -249,8 +249,7 @@ def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> No
     tags = sum(message["content"].count(TAG) for message in messages)
     if tags != volumes:
         raise ValueError(
-            f"{name}: expected as many volumes as <video> tags, found {volumes} volumes for {tags} tags; "
-            "add or remove some"
+            f"{name}: expected as many volumes as <video> tags, found {volumes} volumes for {tags} tags; match them"
         )
 
 
@@ -372,8 +371,7 @@ def rope_positions(
                 piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
             else:
                 raise ValueError(
-                    f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "
-                    "pixel_values_videos and video_grid_thw of all of them"
+                    f"expected a volume for every run of visual tokens, found {len(volumes)} for more; pass all of them"
                 )
             if piece_3L.shape[1] != length:
                 raise ValueError(

@@ -21,7 +21,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 INITIAL_STD = 0.12  # of weights: about 1 / sqrt(64), not the 0.02 that suits thousands of features
-ROLES = ("system", "user", "assistant")
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -82,7 +81,7 @@ def byte_tokenizer(texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ("system", "user", "assistant")])
     tokenizer.add_special_tokens([PAD, IM_START, IM_END, *VISION])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=IM_END, chat_template=CHAT_TEMPLATE, padding_side="left"

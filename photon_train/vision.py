@@ -64,8 +64,7 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         expected, found = (int(grid_thw.prod(-1).sum()), voxels), tuple(hidden_states.shape)
         if found != expected:
             raise ValueError(
-                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; "
-                "make them with the PhotonProcessor of this model"
+                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; patchify anew"
             )
         return super().forward(hidden_states, grid_thw, **kwargs)
 
