@@ -67,9 +67,9 @@ class PhotonModel(Qwen2_5_VLModel):
         self.rope_deltas: Any = None
         self.post_init()
 
-    def get_rope_index(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return what `rope_positions` does, for the same arguments; generate calls it."""
-        return rope_positions(input_ids, self.config, **kwargs)
+    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the positions and deltas that `rope_positions` does; takes what the stock method takes."""
+        return rope_positions(input_ids, self.config, *args, **kwargs)
 
     def forward(
         self,
@@ -86,8 +86,8 @@ class PhotonModel(Qwen2_5_VLModel):
     ) -> Any:
         """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
         if position_ids is None:
-            position_ids, self.rope_deltas = rope_positions(
-                input_ids, self.config, mm_token_type_ids, attention_mask, video_grid_thw, second_per_grid_ts
+            position_ids, self.rope_deltas = self.get_rope_index(
+                input_ids, mm_token_type_ids, None, video_grid_thw, second_per_grid_ts, attention_mask
             )
         volumes = mm_encoder_outputs["video"] if mm_encoder_outputs else None
         if volumes is None and pixel_values_videos is not None:
@@ -356,10 +356,11 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             raise ValueError("expected use_cache=True, found False; leave it out: only the cache has what was kept")
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        ids_BL, patches_PX = kwargs.get("input_ids"), kwargs.get("pixel_values_videos")
+        ids_BL: Any = kwargs.get("input_ids")
         if ids_BL is not None and kwargs.get("video_grid_thw") is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = 2 * visual_mask(ids_BL, self.config).long()
-        if self.config.scheduler == "foreground" and patches_PX is not None:  # generate encodes and forgets them
+        # generate encodes the volumes and forgets their patches
+        if self.config.scheduler == "foreground" and (patches_PX := kwargs.get("pixel_values_videos")) is not None:
             kwargs["foreground"] = foreground_share(visual_mask(ids_BL, self.config), patches_PX, self.config)
         mask_BL = kwargs.get("attention_mask")
         if mask_BL is not None and kwargs.get("prefix") is None:  # padding to the left: [a b c .] -> [. a b c]

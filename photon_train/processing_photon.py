@@ -340,10 +340,10 @@ def rope_positions(
     input_ids_BL: Tensor,
     config: PhotonConfig,
     mm_token_type_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
     video_grid_thw: Tensor | None = None,
     second_per_grid_ts: Tensor | None = None,
-    image_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
@@ -356,8 +356,8 @@ def rope_positions(
     vision, device = config.vision_config, input_ids_BL.device
     images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
     seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
-    steps = [vision.tokens_per_second * s for s in seconds]
-    left = {1: zip(images, itertools.repeat(0.0)), 2: zip(volumes, steps, strict=True)}
+    steps = [(grid, vision.tokens_per_second * s) for grid, s in zip(volumes, seconds, strict=True)]
+    left = {1: zip(images, itertools.repeat(0.0)), 2: iter(steps)}
     kind_BL = 2 * visual_mask(input_ids_BL, config) if mm_token_type_ids is None else mm_token_type_ids
     mask_BL = torch.ones_like(input_ids_BL) if attention_mask is None else attention_mask
     position_3BL, delta_B1 = torch.ones((3, *kind_BL.shape), dtype=torch.int64), torch.zeros(len(kind_BL), 1).long()
