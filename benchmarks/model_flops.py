@@ -33,19 +33,55 @@ QWEN_3B = {
 }
 
 
+BF16 = 2
+
+
+def on_a_prefix(
+    config: PhotonConfig, prompt: costs.PromptSize, grid_thw: tuple[int, int, int], kept: int, questions: int
+) -> costs.Flops:
+    """FLOPs of K prefills that share the prefix: it once, then each question's suffix below and its kept row above."""
+    c, below, p = config.text_config, config.its_layer + 1, prompt.before + prompt.visual + 1  # to <|vision_end|>
+    q, m = prompt.length - p, prompt.length - prompt.visual + kept
+    return costs.Flops(
+        vision=costs.vision(config, grid_thw),
+        below=costs.layers(config, below, p, p) + questions * costs.layers(config, below, q, p + q),
+        scoring=2 * p * c.hidden_size * (c.hidden_size + costs.key_width(config))
+        + questions * costs.scoring(config, q, p + q, prompt.question),
+        above=questions * costs.layers(config, c.num_hidden_layers - below, m, m),
+        head=questions * costs.head(config),
+    )
+
+
+def weight_bytes(config: PhotonConfig) -> int:
+    """Bytes of the bf16 matrices that a prefill reads, embeddings counted once."""
+    c, (embed, block, merger) = config.text_config, costs.tower_weights(config)
+    tower = embed + config.vision_config.depth * block + merger
+    tables = c.vocab_size * c.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return BF16 * (tower + c.num_hidden_layers * costs.layer_weights(config) + tables)
+
+
+def cache_bytes(config: PhotonConfig, length: int) -> int:
+    """Bytes of the bf16 keys and values of `length` tokens in all layers."""
+    return BF16 * 2 * config.text_config.num_hidden_layers * costs.key_width(config) * length
+
+
 def table(config: PhotonConfig, prompt: costs.PromptSize, keep_ratio: float, questions: int) -> str:
     """One line per way of asking, in TFLOP; bytes behind."""
     grid, kept = config.patches_thw, round(keep_ratio * prompt.visual)
     short = prompt.length - prompt.visual + kept
+
+    def times(n: int, flops: costs.Flops) -> costs.Flops:
+        return costs.Flops(*(n * part for part in flops))
+
     plain, pruned = costs.without_scheduling(config, prompt, grid), costs.with_its(config, prompt, grid, kept)
     ways = {
-        "1 question, none": (plain, costs.cache_bytes(config, prompt.length)),
-        f"1 question, ITS at {keep_ratio:.2f}": (pruned, costs.cache_bytes(config, short)),
-        f"{questions} questions, none": (plain.times(questions), questions * costs.cache_bytes(config, prompt.length)),
-        f"{questions} questions, ITS": (pruned.times(questions), questions * costs.cache_bytes(config, short)),
+        "1 question, none": (plain, cache_bytes(config, prompt.length)),
+        f"1 question, ITS at {keep_ratio:.2f}": (pruned, cache_bytes(config, short)),
+        f"{questions} questions, none": (times(questions, plain), questions * cache_bytes(config, prompt.length)),
+        f"{questions} questions, ITS": (times(questions, pruned), questions * cache_bytes(config, short)),
         f"{questions} questions, ITS on a prefix": (
-            costs.on_a_prefix(config, prompt, grid, kept, questions),
-            questions * costs.cache_bytes(config, short),
+            on_a_prefix(config, prompt, grid, kept, questions),
+            questions * cache_bytes(config, short),
         ),
     }
     names = costs.Flops._fields
@@ -53,7 +89,7 @@ def table(config: PhotonConfig, prompt: costs.PromptSize, keep_ratio: float, que
     for way, (flops, cache) in ways.items():
         numbers = [getattr(flops, name) for name in names] + [flops.total()]
         lines.append(f"{way:34}" + "".join(f"{n / 1e12:9.2f}" for n in numbers) + f"{cache / 2**20:10.1f}")
-    return "\n".join([*lines, f"weights: {costs.weight_bytes(config) / 2**30:.2f} GiB in bf16"])
+    return "\n".join([*lines, f"weights: {weight_bytes(config) / 2**30:.2f} GiB in bf16"])
 
 
 def main() -> None:

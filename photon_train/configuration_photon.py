@@ -53,7 +53,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     ]
     # Both names: transformers renamed `sub_configs` to `sub_configs_defaults` after 5.17.
     sub_configs: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
-    sub_configs_defaults: ClassVar[Any] = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
+    sub_configs_defaults: ClassVar[Any] = sub_configs
 
     text_config: Any = None
     vision_config: Any = None
@@ -155,9 +155,8 @@ class PhotonConfig(Qwen2_5_VLConfig):
         for name, choices in (("scheduler", SCHEDULER_NAMES), ("intensity", INTENSITIES)):
             expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         expect("stage", self.stage in (1, 2), "1 or 2")
-        slides = getattr(self.text_config, "use_sliding_window", False)
+        slides, last = self.text_config.use_sliding_window, self.text_config.num_hidden_layers - 1
         expect("use_sliding_window", not slides, "False: every layer attends to all tokens that were kept")
-        last = self.text_config.num_hidden_layers - 1
         expect("its_layer", 0 <= self.its_layer < max(last, 1), f"a layer from 0 to {last - 1}")
         for name in ABOVE_0:
             expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
@@ -178,10 +177,8 @@ class PhotonConfig(Qwen2_5_VLConfig):
         if not math.isclose(total, 1.0, abs_tol=1e-6):
             raise ValueError(f"sum of perturb_{', '.join(PERTURBATIONS)}: expected 1, found {total!r}")
         if self.scheduler == "its" and self.stage == 1:
-            raise ValueError(
-                "scheduler 'its': expected stage 2, found stage 1, which has no threshold predictor; "
-                "load with stage=2 to add a fresh one"
-            )
+            why = "which has no threshold predictor; load with stage=2 to add a fresh one"
+            raise ValueError(f"scheduler 'its': expected stage 2, found stage 1, {why}")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what config.json holds: the published layout, text settings at the top level, not nested."""

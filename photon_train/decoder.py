@@ -8,7 +8,6 @@ of a shared prefix, H query heads, K key heads, d head_dim; axis 3 is (t, h, w).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,9 +52,9 @@ class PhotonTextOutput(BaseModelOutputWithPast):
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
     """Decoder layer `its`: also says which visual tokens to keep, from its own queries and keys.
 
-    To train scores from outside the model, register a forward pre-hook with kwargs on this layer. There `rotated_qk`
-    of the layer's arguments gives q and k with their gradients, whether tokens are dropped or not. Leave the hook in
-    place during backward: some versions of transformers run hooks again when a checkpointed layer is recomputed.
+    To train scores from outside the model, register a forward pre-hook with kwargs on this layer: `rotated_qk` of its
+    arguments gives q and k with their gradients. Leave the hook in place during backward: some versions of transformers
+    run hooks again when a checkpointed layer is recomputed.
     """
 
     def __init__(self, config: PhotonConfig) -> None:
@@ -71,19 +70,16 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         with_qk: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, Tensor, Tensor]:
-        """Return h_BLD; given `scheduling`, also the selection for whole rows (prefix included); with_qk, also q and k.
-
-        q and k are computed within this forward, where sharded weights are whole.
-        """
+        """Return h_BLD; given `scheduling`, also the selection for rows, prefix included; with_qk, also q and k."""
+        # q and k are computed within this forward, where sharded weights are whole.
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
+        h_BLD = super().forward(hidden_states, **kwargs)
         if with_qk:
-            q_BHLd, k_BKLd = rotated_qk()
-            return super().forward(hidden_states, **kwargs), q_BHLd, k_BKLd
+            return h_BLD, *rotated_qk()
         if scheduling is None:
-            return super().forward(hidden_states, **kwargs)
+            return h_BLD
         context = SchedulerContext(scheduling, rotated_qk, self.atp, self.config)
-        selection = SCHEDULERS[str(self.config.scheduler)](context)
-        return super().forward(hidden_states, **kwargs), selection
+        return h_BLD, SCHEDULERS[str(self.config.scheduler)](context)
 
     def rotated_qk(
         self, h_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: Prefix | None = None
@@ -141,9 +137,8 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         if prefix is not None:  # inputs_embeds are of the suffixes
             lower_cache = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
             lower_position_3BL = position_3BL[..., prefix.length :]
-        attend = self._attend(inputs_embeds, attention_mask, lower_position_3BL, lower_cache, first_layer=0)
-        its_arguments = {"scheduling": scheduling, "prefix": prefix}
-        h_BLD, selection = self._lower(inputs_embeds, its_arguments, checkpoint=prefix is None, **attend, **kwargs)
+        attend = self._attend(inputs_embeds, attention_mask, lower_position_3BL, lower_cache, first_layer=0) | kwargs
+        h_BLD, selection = self._lower(inputs_embeds, {"scheduling": scheduling, "prefix": prefix}, attend)
         if prefix is not None:
             h_BLD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BLD], dim=1)
 
@@ -152,28 +147,28 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         _prune_cache(cache, kept, layers=first)
         position_3BM = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
         attend = self._attend(h_BMD, kept.mask_BM, position_3BM, cache, first_layer=first)
-        h_BMD = _through(self.layers[first:], h_BMD, **attend, **kwargs)
+        for layer in self.layers[first:]:
+            h_BMD = layer(h_BMD, **attend, **kwargs)
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
     def through_its(self, h_1PD: Tensor, position_31P: Tensor) -> tuple[Tensor, Tensor, Tensor, Cache]:
         """Return h_1PD after layer its, that layer's rotated q and k, and the cache of layers 0..its. For a prefix."""
         cache = DynamicCache(config=self.config)
         attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
-        h_1PD, q_1HPd, k_1KPd = self._lower(h_1PD, {"with_qk": True}, checkpoint=False, **attend)
+        h_1PD, q_1HPd, k_1KPd = self._lower(h_1PD, {"with_qk": True}, attend)
         return h_1PD, q_1HPd, k_1KPd, cache
 
-    def _lower(self, h_BLD: Tensor, its_arguments: dict[str, Any], checkpoint: bool, **kwargs: Any) -> Any:
-        """Return what layer its returns; it alone gets `its_arguments`.
-
-        Gradient checkpointing would throw away the keys that a prefix shares: with one, `checkpoint` is False.
-        """
+    def _lower(self, h_BLD: Tensor, its_arguments: dict[str, Any], attend: dict[str, Any]) -> Any:
+        """Return what layer its returns; it alone gets `its_arguments`."""
         layers: list[Any] = list(self.layers[: self.photon_config.its_layer + 1])
         settings = [layer.gradient_checkpointing for layer in layers]
+        makes_or_has_prefix = "with_qk" in its_arguments or its_arguments["prefix"] is not None
         try:
-            for layer in layers:
-                layer.gradient_checkpointing &= checkpoint
-            h_BLD = _through(layers[:-1], h_BLD, **kwargs)
-            return layers[-1](h_BLD, **its_arguments, **kwargs)
+            for layer in layers:  # checkpointing would throw away the keys that a prefix shares
+                layer.gradient_checkpointing &= not makes_or_has_prefix
+            for layer in layers[:-1]:
+                h_BLD = layer(h_BLD, **attend)
+            return layers[-1](h_BLD, **its_arguments, **attend)
         finally:
             for layer, setting in zip(layers, settings, strict=True):
                 layer.gradient_checkpointing = setting
@@ -207,24 +202,15 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         kept = gather_of(keep_BL)
         if self.photon_config.scheduler == "its":
             warn_of_undecided(selection, visual_BL & mask_BL & ~scheduling.perturbed_B[:, None])
-        taught_p_BL = p_BL if drops else p_BL.detach()
-        h_BMD = prune(h_BLD, taught_p_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale)
+        for_prune_BL = p_BL if drops else p_BL.detach()
+        h_BMD = prune(h_BLD, for_prune_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale)
         return h_BMD, Scheduled(selection._replace(probability_BL=p_BL), flipped_B, keep_BL, kept)
-
-
-def _through(layers: Iterable[nn.Module], h_BLD: Tensor, **kwargs: Any) -> Tensor:
-    for layer in layers:
-        h_BLD = layer(h_BLD, **kwargs)
-    return h_BLD
 
 
 def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
     """Shorten the first `layers` layers to the kept tokens. Raises ValueError for caches of fixed length."""
     for layer in [] if cache is None else cache.layers[:layers]:
         if not isinstance(layer, DynamicLayer):
-            raise ValueError(
-                f"expected a cache of DynamicLayers, which can be shortened, found {type(layer).__name__}; "
-                "pass a DynamicCache"
-            )
+            raise ValueError(f"expected a cache of DynamicLayers, found {type(layer).__name__}; pass a DynamicCache")
         assert layer.keys is not None and layer.values is not None, "the layer has just run"
         layer.keys, layer.values = kept(layer.keys, dim=2), kept(layer.values, dim=2)

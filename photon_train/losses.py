@@ -29,15 +29,9 @@ class Phase(Enum):
 
 
 def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) -> Phase:
-    """Return the phase of optimizer step `step`, counted from 0.
-
-    Raises ValueError when a start is a fraction of the run and `total_steps` is not given.
-    """
-    for phase, start in (
-        (Phase.FLIP, config.flip_start),
-        (Phase.HARD, config.hard_start),
-        (Phase.SOFT, config.soft_start),
-    ):
+    """Return the phase of optimizer step `step`, from 0. Raises ValueError where fractions lack `total_steps`."""
+    starts = {Phase.FLIP: config.flip_start, Phase.HARD: config.hard_start, Phase.SOFT: config.soft_start}
+    for phase, start in starts.items():
         if isinstance(start, float):
             if total_steps is None:
                 raise ValueError(f"expected total_steps, found None: a phase starts at the fraction {start}; pass it")
@@ -67,9 +61,8 @@ def answer_losses(
 ) -> AnswerLosses:
     """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
 
-    perturbed_B: rows whose volume was perturbed, trained to be unsure; flipped_B: rows that kept the complement,
-    trained not to answer; the others are trained to answer. ce: -log p(y); robustness: minus the entropy of p; flip:
-    -log(1 - p(y) + flip_epsilon).
+    Perturbed rows are trained to be unsure (robustness: minus the entropy of p), flipped ones not to answer (flip:
+    -log(1 - p(y) + flip_epsilon)), the others to answer (ce: -log p(y)).
     """
     perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
     count = max(len(labels_N), 1)

@@ -26,14 +26,7 @@ from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import PhotonTextModel
 from photon_train.losses import IGNORED, Phase, answer_losses, band_losses, next_labels, phase_at
 from photon_train.prefix import Prefix
-from photon_train.pretrained import (
-    check_loaded,
-    checkpoint_keys,
-    config_for,
-    hub_options,
-    layout_of,
-    register_published_names,
-)
+from photon_train.pretrained import check_loaded, checkpoint_keys, config_for, layout_of, register_published_names
 from photon_train.processing_photon import prefix_length, rope_positions, visual_mask
 from photon_train.processing_photon import question_mask as question_mask_of
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share
@@ -45,24 +38,18 @@ PREFILL_ONLY = ("question_mask", "foreground", "pixel_values_videos", "mm_encode
 
 @dataclass
 class PhotonOutput(ModelOutput):
-    """What `PhotonForConditionalGeneration` returns.
+    """Losses are means over the answer tokens of the batch; a row's band loss is weighted by its share of them."""
 
-    loss = ce + band + robustness + flip, 0-d. Each part is a mean over the answer tokens of the batch; the band loss
-    of a row is weighted by its share of them. logits: in training, with labels, float[N, V] at the positions that
-    predict an answer token, else float[B, M, V] (M = L when nothing was scheduled). answer_labels_N and answer_rows_N:
-    what those positions should predict, and in which row they are. rope_deltas int64[B, 1]: next position minus L.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
+    loss: Tensor | None = None  # 0-d, ce + band + robustness + flip
+    logits: Tensor | None = None  # float[B, M, V]; in training float[N, V], where an answer token is predicted
     ce: Tensor | None = None
     band: Tensor | None = None
     robustness: Tensor | None = None
     flip: Tensor | None = None
-    answer_labels_N: Tensor | None = None
-    answer_rows_N: Tensor | None = None
+    answer_labels_N: Tensor | None = None  # what those positions should predict
+    answer_rows_N: Tensor | None = None  # the row of each of them
     scheduled: Scheduled | None = None
-    rope_deltas: Tensor | None = None
+    rope_deltas: Tensor | None = None  # int64[B, 1], next position minus L
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -80,37 +67,15 @@ class PhotonModel(Qwen2_5_VLModel):
         self.rope_deltas: Any = None
         self.post_init()
 
-    def get_rope_index(
-        self,
-        input_ids: Tensor,
-        mm_token_type_ids: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        second_per_grid_ts: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Return position ids int64[3, B, L], 1 at padding, and rope deltas int64[B, 1] (next position minus L)."""
-        vision = self.config.vision_config
-        images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
-        seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
-        kind_BL = 2 * visual_mask(input_ids, self.config) if mm_token_type_ids is None else mm_token_type_ids
-        mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        position_3BL, delta_B1 = rope_positions(
-            kind_BL.cpu(),
-            mask_BL.bool().cpu(),
-            images=[(grid, 0.0) for grid in images],
-            volumes=[(grid, vision.tokens_per_second * s) for grid, s in zip(volumes, seconds, strict=True)],
-            merge=vision.spatial_merge_size,
-        )
-        return position_3BL.to(input_ids.device), delta_B1.to(input_ids.device)
+    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the positions and deltas that `rope_positions` does; takes what the stock method takes."""
+        return rope_positions(input_ids, self.config, *args, **kwargs)
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
@@ -121,16 +86,8 @@ class PhotonModel(Qwen2_5_VLModel):
     ) -> Any:
         """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
         if position_ids is None:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "with a filled cache, expected position_ids, found None: the cache is shorter than the text"
-                )
             position_ids, self.rope_deltas = self.get_rope_index(
-                input_ids,
-                mm_token_type_ids=mm_token_type_ids,
-                video_grid_thw=video_grid_thw,
-                second_per_grid_ts=second_per_grid_ts,
-                attention_mask=attention_mask,
+                input_ids, mm_token_type_ids, None, video_grid_thw, second_per_grid_ts, attention_mask
             )
         volumes = mm_encoder_outputs["video"] if mm_encoder_outputs else None
         if volumes is None and pixel_values_videos is not None:
@@ -141,7 +98,6 @@ class PhotonModel(Qwen2_5_VLModel):
             inputs_embeds=self.embed(input_ids, volumes),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **kwargs,
         )
 
@@ -187,7 +143,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         layout = layout_of(checkpoint_keys(path_or_id, **kwargs))
         if config is None:
             settings = {name: kwargs.pop(name) for name in list(kwargs) if name in PhotonConfig.__dataclass_fields__}
-            config = config_for(path_or_id, layout, stage, **settings, **hub_options(kwargs))
+            config = config_for(path_or_id, layout, stage, settings, **kwargs)
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = super().from_pretrained(path_or_id, config=config, **kwargs)
         model, info = loaded
@@ -221,48 +177,48 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         answers_only: bool = False,
         **kwargs: Any,
     ) -> PhotonOutput:
-        """Return a PhotonOutput.
+        """Return a PhotonOutput. Raises ValueError for images, and for volumes that do not match the visual tokens.
 
-        question_mask bool[B, L]: default, found from the special tokens.
-        foreground float[B, L]: share of foreground voxels of each visual token; default, from the volumes.
+        question_mask bool[B, L], foreground float[B, L] (shares): default, found from the ids and the volumes.
         perturbed bool[B]: rows whose volume was perturbed; they are trained for robustness.
         flip bool[B]: rows to flip; default, drawn from torch's CPU generator with `flip_probability`.
-        step, total_steps: optimizer step and length of the run, for the curriculum; a training step without them
-        drops tokens and flips nothing.
+        step, total_steps: optimizer step and length of the run; training without them drops tokens and flips nothing.
         prefix: what every row begins with, as `encode_prefix` returned it; or its length P: then all volumes are in
-        the first P tokens, are given once (`pixel_values_videos`, `video_grid_thw`), and are encoded once.
+        the first P tokens, are given once, and are encoded once.
         loss_scale: what a trainer will multiply the loss by; the surrogate gradient is not linear in it.
-        answers_only: with labels, return logits at answer positions only, as in training: float[N, V].
-        Raises ValueError for images, and for visual tokens that do not match the volumes.
+        answers_only: with labels, return logits at answer positions only, as in training.
         """
         if pixel_values is not None or image_grid_thw is not None:
             raise ValueError("expected a CT volume (pixel_values_videos), found an image; Photon reads 3D patches")
         if input_ids is None:
-            raise ValueError(
-                "expected input_ids, found None; pass them: visual and question tokens are found by their ids"
-            )
+            raise ValueError("expected input_ids, found None; pass them: they say where volume and question stand")
         if past_key_values is not None and past_key_values.get_seq_length() > 0:  # a decoding step: all is in the cache
             pixel_values_videos = mm_encoder_outputs = prefix = None
+            if position_ids is None:
+                raise ValueError("expected position_ids, found None; pass them: a cache is shorter than its text")
+        volumes: dict[str, Any] = {
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+        }
         if isinstance(prefix, int):
-            shared = {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
-            shared |= {"input_ids": input_ids[:1, :prefix], "second_per_grid_ts": second_per_grid_ts}
-            prefix = self._encode_all(shared)
+            prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes})
         if prefix is not None:
-            pixel_values_videos, volumes = None, prefix.volumes_of(len(input_ids))
-            video_grid_thw, second_per_grid_ts = volumes["video_grid_thw"], volumes.get("second_per_grid_ts")
+            volumes = prefix.volumes_of(len(input_ids))
 
-        has_volumes = pixel_values_videos is not None or bool(mm_encoder_outputs)
+        patches_PX = volumes.get("pixel_values_videos")
+        has_volumes = patches_PX is not None or bool(mm_encoder_outputs)
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
             phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
             rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase, loss_scale)
-            if schedules and self.config.scheduler == "foreground":
-                if foreground is None and prefix is not None:
-                    foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
-                elif foreground is None:
-                    foreground = foreground_share(rows.visual_BL, pixel_values_videos, self.config)
-                rows = rows._replace(foreground_BL=foreground.expand(input_ids.shape))
+        if rows is not None and schedules and self.config.scheduler == "foreground":
+            if foreground is None and prefix is not None:
+                foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
+            elif foreground is None:
+                foreground = foreground_share(rows.visual_BL, patches_PX, self.config)
+            rows = rows._replace(foreground_BL=foreground.expand(input_ids.shape))
 
         outputs = self.model(
             input_ids=input_ids,
@@ -270,21 +226,18 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=False if use_cache is None and labels is not None else use_cache,
-            pixel_values_videos=pixel_values_videos,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             scheduling=rows if schedules else None,
             prefix=prefix,
+            **volumes,
             **kwargs,
         )
         scheduled, h_BMD = getattr(outputs, "scheduled", None), outputs.last_hidden_state
-        if labels is None:
+        if rows is None or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             answered = {"logits": self.lm_head(h_BMD[:, kept])}
         else:
-            assert rows is not None, "there are labels"
             answered = self._losses(h_BMD, labels, attention_mask, scheduled, rows, answers_only or self.training)
         return PhotonOutput(
             **answered,
@@ -308,8 +261,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Return what is known of each row before the decoder runs; `foreground_BL` is left 0."""
         if isinstance(attention_mask, dict):  # generate makes these for caches of fixed length
             raise ValueError(
-                "expected a cache that can be shortened (DynamicCache), found one of fixed length; leave "
-                "cache_implementation unset, or choose scheduler='none'"
+                "expected a DynamicCache, found one of fixed length; unset cache_implementation or use scheduler='none'"
             )
         no_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         perturbed_B = no_B if perturbed_B is None else perturbed_B.bool().to(no_B.device)
@@ -336,18 +288,16 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         answers_only: bool,
     ) -> dict[str, Tensor]:
         """Return the fields of PhotonOutput from `loss` to `answer_rows_N`."""
+        flipped_B = torch.zeros_like(rows.flip_B)
         if scheduled is not None:
             labels, attention_mask = scheduled.kept(labels), scheduled.kept.mask_BM
+            flipped_B = scheduled.flipped_B
         targets_BM = next_labels(labels, torch.ones_like(labels) if attention_mask is None else attention_mask)
         rows_N, columns_N = (targets_BM != IGNORED).nonzero(as_tuple=True)
-        labels_N = targets_BM[rows_N, columns_N]
-        if answers_only:  # the head is most of the memory of a step: only where there is something to predict
-            logits = logits_NV = self.lm_head(h_BMD[rows_N, columns_N])
-        else:
-            logits = self.lm_head(h_BMD)
-            logits_NV = logits[rows_N, columns_N]
-        flipped_B = torch.zeros_like(rows.flip_B) if scheduled is None else scheduled.flipped_B
-        epsilon = self.config.flip_epsilon
+        labels_N, epsilon = targets_BM[rows_N, columns_N], self.config.flip_epsilon
+        # The head is most of the memory of a step: in training, only where there is something to predict.
+        logits = self.lm_head(h_BMD[rows_N, columns_N] if answers_only else h_BMD)
+        logits_NV = logits if answers_only else logits[rows_N, columns_N]
         parts = answer_losses(logits_NV, labels_N, rows_N, rows.perturbed_B, flipped_B, epsilon)._asdict()
         parts["band"] = torch.zeros_like(parts["ce"])
         if self.training and scheduled is not None and rows.phase is not Phase.DENSE:
@@ -361,40 +311,23 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **parts, "logits": logits, "answer_labels_N": labels_N, "answer_rows_N": rows_N}
 
-    # --- many questions on one volume
-
     def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
-        """Return the prefix of one row of model inputs: its tokens up to the last <|vision_end|>.
-
-        Raises ValueError for a batch, and for a row without a whole volume.
-        """
-        ids_BL, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
-        if len(ids_BL) != 1:
-            raise ValueError(f"expected one row, found {len(ids_BL)}; encode one volume or set of volumes at a time")
+        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none."""
+        ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
+        if len(ids_1P) != 1:
+            raise ValueError(f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time")
         if mask_BL is not None:
-            ids_BL = ids_BL[:, mask_BL[0].bool()]
-        return self._encode_all({**inputs, "input_ids": ids_BL[:, : prefix_length(ids_BL[0], self.config)]})
-
-    def _encode_all(self, inputs: Mapping[str, Any]) -> Prefix:
-        """Return the prefix that is all of a row, int64[1, P]."""
-        ids_1P, patches_PX = inputs["input_ids"], inputs.get("pixel_values_videos")
-        length = prefix_length(ids_1P[0], self.config)
-        if not length or patches_PX is None:
-            raise ValueError(
-                "expected a row with a whole volume, found no <|vision_end|> or no pixel_values_videos; "
-                "give the inputs of a prompt about a volume"
-            )
-        if ids_1P.shape[1] != length:
-            raise ValueError(
-                f"expected a prefix of {length} tokens, to the end of the last volume, found {ids_1P.shape[1]}"
-            )
-        names = ("video_grid_thw", "second_per_grid_ts")
+            ids_1P = ids_1P[:, mask_BL[0].bool()]
+        ids_1P = ids_1P[:, : prefix_length(ids_1P[0], self.config)]
+        names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
         volumes = {
             name: torch.as_tensor(inputs[name]).to(self.device) for name in names if inputs.get(name) is not None
         }
-        position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
-        patches_PX = patches_PX.to(self.device)
+        patches_PX = volumes.pop("pixel_values_videos", None)
+        if patches_PX is None or not ids_1P.numel():
+            raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
         encoded = self.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
+        position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
         h_1PD = self.model.embed(ids_1P, encoded)
         h_1PD, q_1HPd, k_1KPd, cache = self.model.language_model.through_its(h_1PD, position_31P)
         return Prefix(
@@ -408,41 +341,35 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         )
 
     def answer(self, prefix: Prefix, questions: Sequence[Tensor], pad_token_id: int = 0, **kwargs: Any) -> Any:
-        """Return the answers' ids int64[K, n], padded behind the end marker; kwargs are generate's.
+        """Return the answers' ids int64[K, n], padded behind the end marker, for `PhotonProcessor.questions`.
 
-        Each question is the int64[q] ids that follow the prefix, to the end of the prompt
-        (`PhotonProcessor.questions`). With return_dict_in_generate=True, return what generate returns, prompts
-        included.
+        kwargs are generate's. With return_dict_in_generate=True, return what generate returns, prompts included.
         """
         rows = prefix.followed_by(questions, pad_token_id)
         found: Any = self.generate(**rows, **{"do_sample": False, "pad_token_id": pad_token_id, **kwargs})
         return found[:, rows["input_ids"].shape[1] :] if isinstance(found, Tensor) else found
 
-    # --- transformers' generation and checkpointing
-
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Return what transformers' generate returns. Rows may be padded on either side.
-
-        Raises ValueError without a cache: decoding sees the pruned keys of the prompt, which are nowhere else.
-        """
+        """Return what the stock generate does, for rows padded on either side. Raises ValueError without a cache."""
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_cache", settings.use_cache) is False:  # None: the default, True
-            raise ValueError(
-                "generation: expected use_cache=True, found False; leave it out: what was kept of a volume is in the cache only"
-            )
+            raise ValueError("expected use_cache=True, found False; leave it out: only the cache has what was kept")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         ids_BL: Any = kwargs.get("input_ids")
         if ids_BL is not None and kwargs.get("video_grid_thw") is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = 2 * visual_mask(ids_BL, self.config).long()
-        patches_PX = kwargs.get("pixel_values_videos")
-        if self.config.scheduler == "foreground" and patches_PX is not None:  # generate encodes and forgets them
+        # generate encodes the volumes and forgets their patches
+        if self.config.scheduler == "foreground" and (patches_PX := kwargs.get("pixel_values_videos")) is not None:
             kwargs["foreground"] = foreground_share(visual_mask(ids_BL, self.config), patches_PX, self.config)
-        return super().generate(**_left_padded(kwargs))  # type: ignore[misc]
+        mask_BL = kwargs.get("attention_mask")
+        if mask_BL is not None and kwargs.get("prefix") is None:  # padding to the left: [a b c .] -> [. a b c]
+            order_BL = mask_BL.bool().to(torch.uint8).argsort(dim=1, stable=True)
+            given = [name for name in PER_TOKEN_INPUTS if kwargs.get(name) is not None]
+            kwargs |= {name: kwargs[name].gather(1, order_BL) for name in given}
+        return super().generate(**kwargs)  # type: ignore[misc]
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         if outputs.scheduled is not None:  # the cache is now shorter than the prompt, by a different length per row
             model_kwargs["attention_mask"] = outputs.scheduled.kept.mask_BM.long()
         for name in PREFILL_ONLY:
@@ -453,27 +380,13 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
     ) -> None:
         """Refuse the reentrant kind: what a layer gets by name, or returns beside h, loses its gradient there."""
-        if gradient_checkpointing_func is None:
-            gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+        function = gradient_checkpointing_func or partial(checkpoint, use_reentrant=False)
+        if enable and getattr(function, "keywords", {}).get("use_reentrant", True):
             raise ValueError(
-                "expected gradient checkpointing without reentry, found the reentrant kind, which loses the gradient of the "
+                "expected gradient checkpointing without reentry, found the kind that loses the gradient of the "
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-
-
-def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of generate with each row's padding, wherever it is, moved to its left edge.
-
-    [a b c .] -> [. a b c]
-    """
-    mask_BL = inputs.get("attention_mask")
-    if mask_BL is None or inputs.get("prefix") is not None:
-        return inputs
-    order_BL = mask_BL.bool().to(torch.uint8).argsort(dim=1, stable=True)
-    names = [name for name in PER_TOKEN_INPUTS if inputs.get(name) is not None]
-    return {**inputs, **{name: inputs[name].gather(1, order_BL) for name in names}}
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
 
 
 register_published_names("PhotonForConditionalGeneration")

@@ -38,33 +38,20 @@ class Prefix(NamedTuple):
         return cache
 
     def volumes_of(self, rows: int) -> dict[str, Tensor]:
-        """Return `volumes` of so many rows, each with the prefix's."""
+        """Return `volumes` of so many rows."""
         return {name: torch.cat([value] * rows) for name, value in self.volumes.items()}
 
     def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
-        """Return model inputs of K rows: the prefix, padding, the ids of a question.
-
-        For training, add labels of the same shape, -100 over the prefix and the padding.
-        Raises ValueError for an empty question.
-        """
+        """Return model inputs of K rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""
         lengths = [len(question) for question in questions]
         if not all(lengths) or not lengths:
             raise ValueError(f"expected questions of at least one token, found lengths {lengths}; leave empty ones out")
-        return {
-            "input_ids": with_suffixes(self.input_ids_1P, questions, pad_token_id),
-            "attention_mask": with_suffixes(
-                torch.ones_like(self.input_ids_1P), [q.new_ones(len(q)) for q in questions], 0
-            ),
-            "prefix": self,
-            **self.volumes_of(len(questions)),
-        }
+        input_ids = with_suffixes(self.input_ids_1P, questions, pad_token_id)
+        mask = with_suffixes(torch.ones_like(self.input_ids_1P), [torch.ones_like(q) for q in questions], 0)
+        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **self.volumes_of(len(questions))}
 
 
 def with_suffixes(prefix_P: Tensor, suffixes: Sequence[Tensor], padding: int) -> Tensor:
-    """Return int64[K, L]: the prefix, padding, the suffix of each row.
-
-    [P P P . s s]
-    [P P P s s s]
-    """
+    """Return int64[K, L], a row for each suffix: [P P P . s s], [P P P s s s]."""
     suffix_KS = pad_sequence(list(suffixes), batch_first=True, padding_value=padding, padding_side="left")
     return torch.cat([prefix_P.expand(len(suffixes), -1), suffix_KS.to(prefix_P.device)], dim=1)

@@ -15,7 +15,6 @@ from transformers.utils.hub import cached_file
 from photon_train.configuration_photon import PhotonConfig, PhotonVisionConfig
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-PATCH_EMBEDDING = "model.visual.patch_embed.proj.weight"
 
 
 class Layout(Enum):
@@ -27,11 +26,7 @@ class Layout(Enum):
 
 
 def register_published_names(class_name: str) -> None:
-    """Make transformers read and write the published key names for this class.
-
-    visual.vision_patch_embed.* <-> model.visual.patch_embed.*; visual.* <-> model.visual.*;
-    model.* <-> model.language_model.*
-    """
+    """Make transformers read and write the published key names for this class."""
     renamings: list[Any] = [
         WeightRenaming(r"^visual", "model.visual"),
         WeightRenaming(r"^model(?!\.(language_model|visual))", "model.language_model"),
@@ -46,59 +41,47 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_keys(path_or_id: str, **kwargs: Any) -> set[str]:
-    """Return the tensor names of a local or hub checkpoint, single or sharded.
-
-    Raises ValueError when there is no whole safetensors file: pickles are never opened.
-    """
+    """Return the tensor names of a local or hub checkpoint. Raises ValueError without whole safetensors files."""
     if Path(path_or_id).is_absolute() and not Path(path_or_id).is_dir():
         raise ValueError(f"expected a model directory or a hub id, found neither at {path_or_id}; check the path")
     options = hub_options(kwargs)
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
-    index = cached_file(path_or_id, "model.safetensors.index.json", **options, **optional)
-    if index is not None:
+    if index := cached_file(path_or_id, "model.safetensors.index.json", **options, **optional):
         return set(json.loads(Path(index).read_text())["weight_map"])
     single = cached_file(path_or_id, "model.safetensors", **options, **optional)
-    if single is not None:
-        try:
-            with safe_open(single, framework="pt") as tensors:
-                return set(tensors.keys())
-        except SafetensorError as error:
-            raise ValueError(
-                f"{single}: expected a complete safetensors file, found {error}; fetch it again"
-            ) from error
-    raise ValueError(
-        f"expected model.safetensors or its index, found none in {path_or_id}; pickled weights (.bin, .pt) are not read, "
-        "because loading one can run code: convert them to safetensors on a machine you can lose"
-    )
+    if single is None:
+        raise ValueError(
+            f"expected model.safetensors or its index, found none in {path_or_id}; pickled weights (.bin, .pt) can run "
+            "code and are not read: convert them to safetensors on a machine you can lose"
+        )
+    try:
+        with safe_open(single, framework="pt") as tensors:
+            return set(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{single}: expected a complete safetensors file, found {error}; fetch it again") from error
 
 
 def layout_of(keys: set[str]) -> Layout:
     """Return the layout that the tensor names show. Raises ValueError when they show none."""
-    if any(".atp." in key for key in keys):
-        return Layout.STAGE2
-    if any("visual.vision_patch_embed." in key for key in keys):
-        return Layout.STAGE1
-    if any("visual.patch_embed." in key for key in keys):
-        return Layout.STOCK
+    parts = {".atp.": Layout.STAGE2, "visual.vision_patch_embed.": Layout.STAGE1, "visual.patch_embed.": Layout.STOCK}
+    for part, layout in parts.items():
+        if any(part in key for key in keys):
+            return layout
     raise ValueError(
         f"expected a Qwen2.5-VL or Photon checkpoint, found neither patch_embed nor vision_patch_embed "
         f"among {len(keys)} keys, such as {sorted(keys)[:3]}; check the path"
     )
 
 
-def config_for(path_or_id: str, layout: Layout, stage: int | None, **settings: Any) -> PhotonConfig:
-    """Return the configuration of a checkpoint of this layout, to be loaded for `stage` (default: what it is).
-
-    Raises ValueError for a stage below the checkpoint's.
-    """
+def config_for(path: str, layout: Layout, stage: int | None, settings: dict[str, Any], **kwargs: Any) -> PhotonConfig:
+    """Return the configuration to load a checkpoint for `stage` (default: its own; below it: ValueError)."""
     own_stage = 2 if layout is Layout.STAGE2 else 1
     stage = own_stage if stage is None else stage
     if stage < own_stage:
         raise ValueError(
             f"{layout.value} checkpoint: expected stage {own_stage}, found {stage}; for no pruning set scheduler='none'"
         )
-    saved, _ = PhotonConfig.get_config_dict(path_or_id, **hub_options(settings))
-    settings = {name: value for name, value in settings.items() if name not in HUB_OPTIONS}
+    saved, _ = PhotonConfig.get_config_dict(path, **hub_options(kwargs))
     if layout is Layout.STOCK:
         # one channel and cubic patches in place of RGB frames
         rgb, fresh = saved["vision_config"], PhotonVisionConfig()
@@ -114,7 +97,7 @@ def check_loaded(info: dict[str, Any], layout: Layout, stage: int) -> None:
 
     def is_fresh(key: str) -> bool:
         fresh_predictor = stage == 2 and layout is not Layout.STAGE2 and ".atp." in key
-        return fresh_predictor or (layout is Layout.STOCK and key == PATCH_EMBEDDING)
+        return fresh_predictor or (layout is Layout.STOCK and key == "model.visual.patch_embed.proj.weight")
 
     problems = [f"missing {key}" for key in sorted(info["missing_keys"]) if not is_fresh(key)]
     problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -27,29 +28,19 @@ from photon_train.losses import IGNORED
 from photon_train.pretrained import hub_options
 
 TAG = "<video>"  # stands in a message where a volume does
-NIFTI = (".nii", ".nii.gz")
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
-SPECIALS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|video_pad|>",
-    "<|image_pad|>",
-    "<image>",
-)
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+SPECIALS = (*MARKERS, "<|image_pad|>", "<image>")
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
-PADDING_POSITION = 1
-FPS = 1.0
 
 Messages = str | Sequence[Mapping[str, Any]]
 
 
 class Sample(NamedTuple):
-    """One conversation with its volumes (paths, stores, arrays or Volumes), in the order of their tags."""
+    """One conversation."""
 
-    volumes: list[Any]
+    volumes: list[Any]  # in the order of their tags
     messages: list[dict[str, Any]]  # content: text with TAG where a volume stands
     name: str
 
@@ -60,7 +51,17 @@ class PhotonProcessor:
     def __init__(self, tokenizer: Any, config: PhotonConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self._check_tokens()
+        c = config
+        ids = (c.im_start_token_id, c.im_end_token_id, c.vision_start_token_id, c.vision_end_token_id, c.video_token_id)
+        for name, expected in zip(MARKERS, ids, strict=True):
+            if (found := tokenizer.convert_tokens_to_ids(name)) != expected:
+                raise ValueError(
+                    f"{name}: expected id {expected}, as in the configuration, found {found} in the tokenizer; "
+                    "take both of one model"
+                )
+        length = len(tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])
+        if length != ROLE_LINE:
+            raise ValueError(f"expected a tokenizer with role lines of {ROLE_LINE} tokens, found {length}; use Qwen's")
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
@@ -85,8 +86,8 @@ class PhotonProcessor:
     ) -> BatchFeature:
         """Return model inputs for one conversation, for a list of them, or for ms-swift `rows`.
 
-        volumes: one volume or a list of them for one conversation; for a list of conversations, a list of such. A
-        volume is a path (store of photon-data, or .nii.gz of the stored grid), a Volume, or an array [z, y, x] in HU.
+        volumes: one or a list of them for one conversation; for a list of conversations, a list of such. A volume is
+        a path (store of photon-data, or .nii.gz of the stored grid), a Volume, or an array [z, y, x] in HU.
         messages: chat messages, or a plain question, which is put behind the volumes. Text is a string with <video>
         tags or a list of parts ({"type": "text"}, {"type": "video"}; a part may carry its own volume).
         for_training: end with the given answer and add labels; else end where the assistant is to speak.
@@ -99,12 +100,9 @@ class PhotonProcessor:
         """
         samples = _samples(volumes, messages, rows)
         ids = [self._ids(sample, for_training, max_length) for sample in samples]
-
-        def padded(rows: list[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
-
-        input_ids = padded(ids, self.tokenizer.pad_token_id)
-        attention_mask = padded([torch.ones_like(row) for row in ids], 0)
+        padded = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        input_ids = padded(ids, padding_value=self.tokenizer.pad_token_id)
+        attention_mask = padded([torch.ones_like(ids_L) for ids_L in ids])
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -112,10 +110,10 @@ class PhotonProcessor:
             "question_mask": question_mask(input_ids, self.config) & attention_mask.bool(),
         }
         if for_training:
-            inputs["labels"] = padded(list(map(self._labels, ids, samples)), IGNORED)
+            inputs["labels"] = padded(list(map(self._labels, ids, samples)), padding_value=IGNORED)
         encoded = [self.patches(volume) for sample in samples for volume in sample.volumes]
         if encoded:
-            seconds = self.config.vision_config.temporal_patch_size / FPS
+            seconds = float(self.config.vision_config.temporal_patch_size)  # at one slice per second
             inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in encoded])
             inputs["video_grid_thw"] = torch.stack([grid for _, grid in encoded])
             inputs["second_per_grid_ts"] = torch.full((len(encoded),), seconds)
@@ -123,9 +121,8 @@ class PhotonProcessor:
 
     def questions(self, texts: Sequence[str]) -> list[Tensor]:
         """Return for each text the ids that follow a prefix: the question, its end, and where the assistant begins."""
-        samples = [_sample([None], text, f"question {text!r}") for text in texts]
-        rows = [self._ids(sample, for_training=False) for sample in samples]
-        return [row[prefix_length(row, self.config) :] for row in rows]
+        rows = [self._ids(_sample([None], text, f"question {text!r}"), for_training=False) for text in texts]
+        return [ids_L[prefix_length(ids_L, self.config) :] for ids_L in rows]
 
     def ids(self, row: Mapping[str, Any], for_training: bool = False) -> Tensor:
         """Return int64[L] of one ms-swift row as `__call__` makes them, without reading its volumes."""
@@ -139,8 +136,7 @@ class PhotonProcessor:
 
     def decode(self, ids: Tensor) -> list[str]:
         """Return the text of each row of ids, special tokens left out."""
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def patches(self, volume: Any) -> tuple[Tensor, Tensor]:
         """Return the patches float32[P, X] of a volume (path, Volume or array) and its grid int64[3]."""
@@ -161,9 +157,7 @@ class PhotonProcessor:
             hu = F.interpolate(hu[None, None], size=model, mode="trilinear", align_corners=False)[0, 0]
         darkest, brightest = hu.aminmax()  # NaN if any voxel is, in one pass
         if not (darkest.isfinite() and brightest.isfinite()):
-            raise ValueError(
-                "expected finite voxels, found NaN or infinity; photon-data prepare says which scan has them"
-            )
+            raise ValueError("expected finite voxels, found NaN or infinity; photon-data prepare says in which scan")
         low, high = (darkest, brightest) if self.config.intensity == "minmax" else self.config.window_hu
         return (hu - low).div_(max(float(high - low), 1e-6)).clamp_(0.0, 1.0)
 
@@ -198,29 +192,8 @@ class PhotonProcessor:
                 labels[answer] = ids[answer]
         return labels
 
-    def _check_tokens(self) -> None:
-        """Raise ValueError unless tokenizer and configuration agree on the special tokens and the role line."""
-        for name, expected in (
-            ("<|im_start|>", self.config.im_start_token_id),
-            ("<|im_end|>", self.config.im_end_token_id),
-            ("<|vision_start|>", self.config.vision_start_token_id),
-            ("<|vision_end|>", self.config.vision_end_token_id),
-            ("<|video_pad|>", self.config.video_token_id),
-        ):
-            if (found := self.tokenizer.convert_tokens_to_ids(name)) != expected:
-                raise ValueError(
-                    f"{name}: expected id {expected}, as in the configuration, found {found} in the tokenizer; "
-                    "take both of one model"
-                )
-        line = self.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-        if len(line) != ROLE_LINE:
-            raise ValueError(
-                f"expected a tokenizer with role lines of {ROLE_LINE} tokens, found {len(line)}; use Qwen's"
-            )
-
 
 def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:
-    """Return the samples of a call, whichever way it was made."""
     if rows is None and messages is None and isinstance(volumes, Mapping):
         rows = [volumes]
     if rows is not None:
@@ -231,9 +204,7 @@ def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:
         volumes, messages = [volumes], [messages]
     volumes = [None] * len(messages) if volumes is None else volumes
     if len(volumes) != len(messages):
-        raise ValueError(
-            f"expected volumes for {len(messages)} conversations, found {len(volumes)}; give None for text only"
-        )
+        raise ValueError(f"expected volumes of {len(messages)} conversations, found {len(volumes)}; None is text only")
     of_each = [[] if v is None else list(v) if isinstance(v, list | tuple) else [v] for v in volumes]
     return [_sample(v, m, f"row {i}") for i, (v, m) in enumerate(zip(of_each, messages, strict=True))]
 
@@ -251,14 +222,11 @@ def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
         messages = [{"role": "user", "content": TAG * len(volumes) + messages}]
     volumes, plain = list(volumes), []
     for message in messages:
-        parts = message["content"]
-        text = ""
+        parts, text = message["content"], ""
         for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
             kind = part.get("type")
             if kind not in ("text", "video", "volume"):
-                raise ValueError(
-                    f"{name}: expected parts of type text or video, found {kind!r}; Photon reads CT volumes"
-                )
+                raise ValueError(f"{name}: expected parts of type text or video, found {kind!r}; take the others out")
             text += part["text"] if kind == "text" else TAG
             if kind != "text" and part.get(kind) is not None:  # the part carries its volume
                 volumes.append(part[kind])
@@ -268,14 +236,12 @@ def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
 
 
 def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> None:
-    """Raise ValueError for text that would say something else than it seems to."""
+    """Raise ValueError where <video> tags and volumes do not match, or text is empty or holds special tokens."""
     if not messages:
         raise ValueError(f"{name}: expected at least one message, found none; add a question")
     for role, content in ((message["role"], message["content"]) for message in messages):
         if special := [token for token in SPECIALS if token in content]:
-            raise ValueError(
-                f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the template"
-            )
+            raise ValueError(f"{name}: expected plain text and <video>, found {', '.join(special)}; take these out")
         if TAG in content and role != "user":
             raise ValueError(f"{name}: expected <video> in user turns only, found one in a {role} turn; remove it")
         if role == "user" and not content.replace(TAG, "").strip():
@@ -283,7 +249,7 @@ def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> No
     tags = sum(message["content"].count(TAG) for message in messages)
     if tags != volumes:
         raise ValueError(
-            f"{name}: expected as many volumes as <video> tags, found {volumes} volumes for {tags} tags; add or remove one"
+            f"{name}: expected as many volumes as <video> tags, found {volumes} volumes for {tags} tags; match them"
         )
 
 
@@ -292,16 +258,15 @@ def _read(volume: Any) -> np.ndarray | Tensor:
     if isinstance(volume, np.ndarray | Tensor):
         return volume
     if isinstance(volume, str | Path):
-        if str(volume).endswith(NIFTI):
+        if str(volume).endswith((".nii", ".nii.gz")):
             return _read_nifti(volume)
         volume = open_volume(volume, grid="model")
-    voxels: np.ndarray = np.asarray(volume.array_zyx[...])
-    return voxels
+    return np.asarray(volume.array_zyx[...])
 
 
 def _read_nifti(path: str | Path) -> np.ndarray:
     """Return [z, y, x] of a file prepared as the authors do: axes to the left, to the back, up. Refuse others."""
-    import nibabel
+    import nibabel  # late: stores do not need it
 
     image: Any = nibabel.load(path)
     axes = nibabel.orientations.aff2axcodes(image.affine)
@@ -309,8 +274,7 @@ def _read_nifti(path: str | Path) -> np.ndarray:
         raise ValueError(
             f"{path}: expected axes L, P, S (ITK's RAI), found {', '.join(axes)}; photon-data prepare resamples scans"
         )
-    voxels: np.ndarray = np.asarray(image.dataobj, dtype=np.float32)
-    return voxels.transpose(2, 1, 0)
+    return np.asarray(image.dataobj, dtype=np.float32).transpose(2, 1, 0)
 
 
 def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[Tensor, Tensor]:
@@ -321,9 +285,9 @@ def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[T
     """
     block = (slices, patch * merge, patch * merge)
     if volume_zyx.ndim != 3 or any(n == 0 or n % b for n, b in zip(volume_zyx.shape, block, strict=True)):
+        found = tuple(volume_zyx.shape)
         raise ValueError(
-            f"expected a volume of whole blocks, a multiple of {block} voxels (z, y, x), found {tuple(volume_zyx.shape)}; "
-            "resample it, or crop it"
+            f"expected a shape (z, y, x) in multiples of {block} voxels, found {found}; resample or crop it"
         )
     t, h, w = (n // size for n, size in zip(volume_zyx.shape, (slices, patch, patch), strict=True))
     blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
@@ -372,33 +336,42 @@ def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
     return has_volume_BL & ~outside_BL
 
 
-Grid = tuple[list[int], float]  # (t, h, w) in patches, and by how much the temporal position grows per slab
-
-
 def rope_positions(
-    kind_BL: Tensor, mask_BL: Tensor, images: Sequence[Grid], volumes: Sequence[Grid], merge: int
+    input_ids_BL: Tensor,
+    config: PhotonConfig,
+    mm_token_type_ids: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    second_per_grid_ts: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
 
-    kind_BL: 0 text, 1 image, 2 volume; mask_BL: attention mask. After a volume, text resumes at (max over t, h, w) + 1,
-    as the published weights were trained; transformers v5 resumes at start + max(h, w).
+    mm_token_type_ids: 0 text, 1 image, 2 volume. After a volume, text resumes at (max over t, h, w) + 1, as the
+    published weights were trained; transformers v5 resumes at start + max(h, w). t grows by tokens_per_second times
+    seconds per slab (1 by default) in a volume, by 0 in an image.
     Raises ValueError for a run of visual tokens without a volume, or of another length than its volume's.
     """
-    left = {1: iter(images), 2: iter(volumes)}
-    position_3BL = torch.full((3, *kind_BL.shape), PADDING_POSITION)
-    delta_B1 = torch.zeros(len(kind_BL), 1, dtype=torch.int64)
-    for row, mask_L in enumerate(mask_BL):
+    vision, device = config.vision_config, input_ids_BL.device
+    images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
+    seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
+    steps = [(grid, vision.tokens_per_second * s) for grid, s in zip(volumes, seconds, strict=True)]
+    left = {1: zip(images, itertools.repeat(0.0)), 2: iter(steps)}
+    kind_BL = 2 * visual_mask(input_ids_BL, config) if mm_token_type_ids is None else mm_token_type_ids
+    mask_BL = torch.ones_like(input_ids_BL) if attention_mask is None else attention_mask
+    position_3BL, delta_B1 = torch.ones((3, *kind_BL.shape), dtype=torch.int64), torch.zeros(len(kind_BL), 1).long()
+    for row, (kind_L, mask_L) in enumerate(zip(kind_BL.cpu(), mask_BL.bool().cpu(), strict=True)):
         pieces, start = [], 0
-        for kind, run in itertools.groupby(kind_BL[row, mask_L].tolist()):
+        for kind, run in itertools.groupby(kind_L[mask_L].tolist()):
             length = len(list(run))
             if kind == 0:
                 piece_3L = torch.arange(length).expand(3, -1)
             elif (grid := next(left[kind], None)) is not None:
-                piece_3L = _grid_positions(*grid, merge)
+                piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
             else:
                 raise ValueError(
-                    f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "
-                    "pixel_values_videos and video_grid_thw of all of them"
+                    f"expected a volume for every run of visual tokens, found {len(volumes)} for more; pass all of them"
                 )
             if piece_3L.shape[1] != length:
                 raise ValueError(
@@ -409,7 +382,7 @@ def rope_positions(
             start = int(pieces[-1].max()) + 1
         position_3BL[:, row, mask_L] = torch.cat(pieces, dim=1)
         delta_B1[row] = start - kind_BL.shape[1]
-    return position_3BL, delta_B1
+    return position_3BL.to(device), delta_B1.to(device)
 
 
 def _grid_positions(grid_thw: list[int], positions_per_slab: float, merge: int) -> Tensor:

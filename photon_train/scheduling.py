@@ -24,8 +24,6 @@ from photon_train.surrogate import Gather, gather_of, mean_std
 
 logger = logging.getLogger(__name__)
 
-NO_THRESHOLD = float("nan")
-
 
 class SchedulingInputs(NamedTuple):
     """What the decoder must know to schedule a batch."""
@@ -135,7 +133,7 @@ def its(context: SchedulerContext) -> Selection:
     p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / config.keep_temperature)
     p_BL = torch.where(visual_BL & decided_B1, p_BL, 1.0)
     keep_BL = visual_BL & ((p_BL > config.keep_probability) | ~decided_B1)
-    return Selection(score_BL, saliency_BL, p_BL, keep_BL, torch.where(decided_B1[:, 0], threshold_B, NO_THRESHOLD))
+    return Selection(score_BL, saliency_BL, p_BL, keep_BL, torch.where(decided_B1[:, 0], threshold_B, math.nan))
 
 
 def none(context: SchedulerContext) -> Selection:
@@ -153,12 +151,11 @@ def random(context: SchedulerContext) -> Selection:
 
 def uniform(context: SchedulerContext) -> Selection:
     """Keep `keep_ratio` of each row, evenly spaced in sequence order."""
-    visual_BL = context.inputs.visual_BL
-    count_B1 = visual_BL.sum(1, keepdim=True).clamp_min(1)
-    number_B1 = _number_to_keep(count_B1, context.config.keep_ratio)
-    rank_BL = visual_BL.cumsum(1)
+    rank_BL, keep_ratio = context.inputs.visual_BL.cumsum(1), context.config.keep_ratio
+    count_B1 = rank_BL[:, -1:].clamp_min(1)
+    number_B1 = _number_to_keep(count_B1, keep_ratio)
     steps_BL = (rank_BL * number_B1) // count_B1 > ((rank_BL - 1) * number_B1) // count_B1
-    return _highest(steps_BL.float(), context, context.config.keep_ratio)
+    return _highest(steps_BL.float(), context, keep_ratio)
 
 
 def foreground(context: SchedulerContext) -> Selection:
@@ -171,17 +168,14 @@ def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: Photo
     share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
     if patches_PX is None:
         raise ValueError(
-            "scheduler 'foreground': expected pixel_values_videos, found encoded volumes, which do not tell "
-            "foreground from air; pass the volumes"
+            "scheduler 'foreground': expected pixel_values_videos, found encoded volumes; pass the volumes"
         )
     patches_per_token = config.vision_config.spatial_merge_size**2
     share_P = (patches_PX > config.foreground_level).float().mean(1)
     return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))
 
 
-SCHEDULERS: dict[str, Callable[[SchedulerContext], Selection]] = {
-    scheduler.__name__: scheduler for scheduler in (its, none, random, uniform, foreground)
-}
+SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (its, none, random, uniform, foreground)}
 
 
 def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float) -> Selection:
@@ -192,7 +186,7 @@ def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float) -> 
     keep_BL = visual_BL & (order_BL.argsort(dim=1) < number_B1)
     score_BL = score_BL.float().masked_fill(~visual_BL, 0.0)
     saliency_BL = min_max(score_BL, visual_BL, context.config.saliency_epsilon)
-    threshold_B = torch.full_like(score_BL[:, 0], NO_THRESHOLD)
+    threshold_B = torch.full_like(score_BL[:, 0], math.nan)
     return Selection(score_BL, saliency_BL, torch.ones_like(score_BL), keep_BL, threshold_B)
 
 
@@ -202,10 +196,8 @@ def _number_to_keep(count_B1: Tensor, keep_ratio: float) -> Tensor:
 
 def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
     """Log the rows whose scores are all equal. One host sync."""
-    rows = (visual_BL.any(1) & selection.threshold_B.isnan()).nonzero().flatten().tolist()
-    if rows:
-        reason = "no visual token stands out for their question (none, or one token long)"
-        logger.warning("rows %s: %s: all are kept", rows, reason)
+    if rows := (visual_BL.any(1) & selection.threshold_B.isnan()).nonzero().flatten().tolist():
+        logger.warning("rows %s: all kept, no visual token stands out for their question (none, or one token)", rows)
 
 
 # --- scores of ITS
@@ -216,25 +208,19 @@ def instruction_scores(
 ) -> Tensor:
     """Return u float32[B, L], 0 off the visual tokens: how well each one is aligned with the question.
 
-    q and k are those of layer its, rotated. A question token weighs as much as its centrality.
+    q and k are those of layer its, rotated. A question token weighs as much as its centrality, which is how much the
+    others attend to it: w_t = c_t / max(sum c, floor), c_t = mean over heads of sum over t' != t of
+    relu(q_t . k_t' / sqrt(d)).
     """
     question = gather_of(question_BL)
-    q_BHQd, k_BKQd = question(q_BHLd, dim=2), question(k_BKLd, dim=2)
-    w_BQ = centrality(q_BHQd, k_BKQd, question.mask_BM, centrality_floor)
-    return alignment(q_BHQd, k_BKLd, w_BQ, visual_BL)
-
-
-def centrality(q_BHQd: Tensor, k_BKQd: Tensor, mask_BQ: Tensor, floor: float) -> Tensor:
-    """Return w float32[B, Q]: how much the other question tokens attend to each one, w_t = c_t / max(sum c, floor).
-
-    c_t = mean over heads of the sum over t' != t of relu(q_t . k_t' / sqrt(d)).
-    """
+    q_BHQd, k_BKQd, mask_BQ = question(q_BHLd, dim=2), question(k_BKLd, dim=2), question.mask_BM.float()
     others_QQ = 1 - torch.eye(mask_BQ.shape[1], device=mask_BQ.device)
-    pairs_BQQ = mask_BQ.float()[:, :, None] * mask_BQ.float()[:, None, :] * others_QQ
+    pairs_BQQ = mask_BQ[:, :, None] * mask_BQ[:, None, :] * others_QQ
     q_BKGQd = q_BHQd.float().unflatten(1, (k_BKQd.shape[1], -1))
     product = torch.einsum("bkgqd,bktd->bkgqt", q_BKGQd, k_BKQd.float()).mul(q_BHQd.shape[-1] ** -0.5)
     c_BQ = (product.relu().mean(dim=(1, 2)) * pairs_BQQ).sum(-1)
-    return c_BQ / c_BQ.sum(-1, keepdim=True).clamp_min(floor)
+    w_BQ = c_BQ / c_BQ.sum(-1, keepdim=True).clamp_min(centrality_floor)
+    return alignment(q_BHQd, k_BKLd, w_BQ, visual_BL)
 
 
 def alignment(q_BHQd: Tensor, k_BKLd: Tensor, w_BQ: Tensor, visual_BL: Tensor) -> Tensor:
@@ -261,16 +247,10 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     rho: mean, biased std, min, max, lower quartile, median; u: mean, std, min, max; sign(u) log1p|u|: mean, max.
     """
     log_BL = score_BL.sign() * score_BL.abs().log1p()
-    columns = [
-        *mean_std(saliency_BL, visual_BL),
-        *_extremes(saliency_BL, visual_BL),
-        _quantile(saliency_BL, visual_BL, 0.25),
-        _quantile(saliency_BL, visual_BL, 0.5),
-        *mean_std(score_BL, visual_BL),
-        *_extremes(score_BL, visual_BL),
-        mean_std(log_BL, visual_BL)[0],
-        _extremes(log_BL, visual_BL)[1],
-    ]
+    columns = [*mean_std(saliency_BL, visual_BL), *_extremes(saliency_BL, visual_BL)]
+    columns += [_quantile(saliency_BL, visual_BL, q) for q in (0.25, 0.5)]
+    columns += [*mean_std(score_BL, visual_BL), *_extremes(score_BL, visual_BL)]
+    columns += [mean_std(log_BL, visual_BL)[0], _extremes(log_BL, visual_BL)[1]]
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
 
 

@@ -45,8 +45,7 @@ def prune(
 
     Backwards, h gets the upstream gradient at kept positions and 0 at dropped ones; p gets `surrogate_gradient`.
     """
-    pruned: Tensor = _Prune.apply(h_BLD, p_BL, visual_BL, *kept, config, loss_scale)
-    return pruned
+    return _Prune.apply(h_BLD, p_BL, visual_BL, *kept, config, loss_scale)
 
 
 class _Prune(torch.autograd.Function):
@@ -76,18 +75,16 @@ def surrogate_gradient(
     Direction d = 0.5 - r, r = 0.5 + 0.5 tanh(z). Magnitude s = sum |x g| over its mean, clipped.
     Gradient = beta d s max(p (1 - p), floor).
 
-    Mean and sigma are those of the row: a row of a batch counts as much for p as the row alone. Where sigma is at
-    its floor, the gradient depends on the size of the loss. So g is divided by `loss_scale`, which the loss was
-    multiplied by, and the result is multiplied by it: how rows are spread over accumulation steps does not matter.
+    Mean and sigma are those of the row. Where sigma is at its floor, the gradient depends on the size of the loss: so
+    `loss_scale`, which the loss was multiplied by, is taken out of g and put back at the end.
     """
     if loss_scale == 0:
         return torch.zeros_like(p_BL)
     xg_BLD = x_BLD.float() * (g_BLD.float() / loss_scale)
     eta_BL = xg_BLD.sum(-1) * (-1.0 if config.sgp_strict else 1.0)
     mean_B1, sigma_B1 = mean_std(eta_BL, visual_BL)
-    z_BL = ((eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)).clamp(
-        -config.sgp_z_clip, config.sgp_z_clip
-    )
+    z_BL = (eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)
+    z_BL = z_BL.clamp(-config.sgp_z_clip, config.sgp_z_clip)
     direction_BL = -0.5 * torch.tanh(z_BL)
     if not config.sgp_strict:
         direction_BL = direction_BL - mean_std(direction_BL, visual_BL)[0]

@@ -20,11 +20,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORD_TOKENS = 400  # more than the phantoms' texts have words
 INITIAL_STD = 0.12  # of weights: about 1 / sqrt(64), not the 0.02 that suits thousands of features
-PATCH_STD = 0.01  # of the patch embedding, which sums over 2744 voxels
-BIAS_STD = 0.3
-ROLES = ("system", "user", "assistant")
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -32,16 +28,11 @@ VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 def start_from(
     path_or_id: str, output: Path, revision: str | None = None, seed: int = 0
 ) -> PhotonForConditionalGeneration:
-    """Return the stage-1 start of a Qwen2.5-VL checkpoint, and write it with its tokenizer to `output`.
-
-    The fresh 3D patch embedding is drawn with `seed`. Raises ValueError as from_pretrained does.
-    """
+    """Return the stage-1 start of a Qwen2.5-VL checkpoint, its 3D patch embedding drawn with `seed`; write it too."""
     torch.manual_seed(seed)
     model = PhotonForConditionalGeneration.from_pretrained(path_or_id, revision=revision)
     if model.config.stage != 1:
-        raise ValueError(
-            f"expected a Qwen2.5-VL or stage-1 checkpoint, found one of stage 2 at {path_or_id}; start from what it was made of"
-        )
+        raise ValueError(f"expected a Qwen2.5-VL or stage-1 checkpoint, found stage 2: {path_or_id}; use its origin")
     processor = PhotonProcessor(AutoTokenizer.from_pretrained(path_or_id, revision=revision), model.config)
     model.save_pretrained(output)
     processor.tokenizer.save_pretrained(output)
@@ -52,19 +43,18 @@ def tiny(output: Path, stage: int = 1, seed: int = 0, **settings: Any) -> Photon
     """Return a random model of 4 small layers that reads real stores, and write it with a byte-level tokenizer.
 
     `settings` are PhotonConfig's, e.g. model_shape_zyx=(70, 140, 140) for an eighth of the visual tokens.
-    The vision tower gets weights that can be trained in minutes: the patch embedding has no bias and every block
-    normalises its input, so a patch of one brightness always has the same direction. Only what the blocks add tells how
-    bright it was, if that is not small beside it.
+    The vision tower can be trained in minutes: the patch embedding has no bias and every block normalises its input, so
+    the brightness of a patch shows only in what the blocks add, if that is not small beside it.
     """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(phantom_texts())
     model = PhotonForConditionalGeneration(tiny_config(tokenizer, stage, **settings))
     visual = model.model.visual
     with torch.no_grad():
-        visual.patch_embed.proj.weight.normal_(0, PATCH_STD)
+        visual.patch_embed.proj.weight.normal_(0, 0.01)  # it sums over 2744 voxels
         for name, parameter in visual.named_parameters():
             if name.endswith("bias"):
-                parameter.normal_(0, BIAS_STD)
+                parameter.normal_(0, 0.3)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -83,18 +73,15 @@ def phantom_texts() -> list[str]:
 
 
 def byte_tokenizer(texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per byte, role name and special token, with Qwen's chat template.
-
-    The words of `texts` become tokens too.
-    """
+    """Return a tokenizer of one token per byte, role, special token and word of `texts`, with Qwen's chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = len(alphabet) + (WORD_TOKENS if texts else 0)
+    size = len(alphabet) + (400 if texts else 0)  # more than the phantoms' texts have words
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ("system", "user", "assistant")])
     tokenizer.add_special_tokens([PAD, IM_START, IM_END, *VISION])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=IM_END, chat_template=CHAT_TEMPLATE, padding_side="left"
@@ -112,12 +99,14 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any)
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "initializer_range": INITIAL_STD,
-        "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
         "bos_token_id": ids[PAD],
         "eos_token_id": ids[IM_END],
+        "im_start_token_id": ids[IM_START],
+        "im_end_token_id": ids[IM_END],
+        "tie_word_embeddings": True,
+        "its_layer": 1,
     }
     vision = {
         "depth": 2,
@@ -130,11 +119,4 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any)
     }
     names = ("vision_start", "vision_end", "image", "video")
     tokens = {f"{name}_token_id": ids[token] for name, token in zip(names, VISION, strict=True)}
-    return PhotonConfig(
-        **{**text, **tokens, "its_layer": 1, **settings},
-        vision_config=vision,
-        stage=stage,
-        im_start_token_id=ids[IM_START],
-        im_end_token_id=ids[IM_END],
-        tie_word_embeddings=True,
-    )
+    return PhotonConfig(**{**text, **tokens, **settings}, vision_config=vision, stage=stage)

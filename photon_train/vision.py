@@ -1,6 +1,6 @@
 """The vision tower, with windows of one length attended to in one call.
 
-The stock layer makes one call per window: 2560 small ones for a volume of 140 x 280 x 280 in the 3B model, here 88,
+The stock layer makes 2560 small calls, one per window, for a volume of 140 x 280 x 280 in the 3B model; this one 88,
 with the same bits. Flash attention takes all windows in one call and runs the stock layer.
 
 Legend: P patches, W windows of one length, N patches of such a window, H heads, d head_dim.
@@ -29,16 +29,11 @@ class GroupedWindowAttention(Qwen2_5_VLVisionAttention):
     """Attention within windows, one call per distinct window length."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: Any = None,
-        max_seqlen: int | None = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return float[P, D]; window i is patches cu_seqlens[i] to cu_seqlens[i + 1]."""
         if is_flash_attention_requested(self.config):
-            return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
+            return super().forward(hidden_states, cu_seqlens, position_embeddings, *args, **kwargs)
         q_PHd, k_PHd, v_PHd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -50,8 +45,7 @@ class GroupedWindowAttention(Qwen2_5_VLVisionAttention):
             )
             indices.append(index_WN.flatten())
             outputs.append(out_WNHd.flatten(0, 1).flatten(1))
-        out_PD: Tensor = self.proj(torch.cat(outputs)[torch.cat(indices).argsort()])
-        return out_PD
+        return self.proj(torch.cat(outputs)[torch.cat(indices).argsort()])
 
 
 class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
@@ -64,24 +58,22 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         self.post_init()
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        """Return the stock output for patches float[P, X]. Raises ValueError if they do not fit the grids int64[V, 3]."""
+        """Return the stock output for patches float[P, X]. Raises ValueError if they do not fit the grids [V, 3]."""
         config: Any = self.config
         voxels = config.in_channels * config.temporal_patch_size * config.patch_size**2
         expected, found = (int(grid_thw.prod(-1).sum()), voxels), tuple(hidden_states.shape)
         if found != expected:
             raise ValueError(
-                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; "
-                "make them with the PhotonProcessor of this model"
+                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; patchify anew"
             )
         return super().forward(hidden_states, grid_thw, **kwargs)
 
 
 def _by_length(cu_seqlens: Tensor) -> list[Tensor]:
-    """Return for each window length the patches of its windows, int64[W, N]. Only the first layer waits for the device."""
+    """Return the patches of the windows of each length, int64[W, N]. Only the first layer waits for the device."""
     if cu_seqlens not in _WINDOWS:
         ends = cu_seqlens.cpu()
         starts, lengths = ends[:-1], ends.diff()
         windows = [starts[lengths == n, None] + torch.arange(n) for n in lengths.unique().tolist() if n > 0]
         _WINDOWS[cu_seqlens] = [index_WN.long().to(cu_seqlens.device) for index_WN in windows]
-    found: list[Tensor] = _WINDOWS[cu_seqlens]
-    return found
+    return _WINDOWS[cu_seqlens]

@@ -63,7 +63,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         )
         out.write(REPORT, page)
         counts = count(row for split in manifests.rows.values() for row in split)
-        _write_json(out, COUNTS, [found.to_json() for found in counts])
+        _write_json(out, COUNTS, [asdict(found) for found in counts])
         return Result(records, todo.kept, manifests, counts, leak, damaged)
 
 

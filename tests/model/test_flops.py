@@ -1,4 +1,6 @@
-"""The cost model of photon_train/flops.py against torch's own counter."""
+"""The cost model of photon_train/flops.py and benchmarks/model_flops.py against torch's own counter."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,10 +49,13 @@ def test_flops_of_a_window_at_the_edge_count(golden: Golden) -> None:
     assert expected == pytest.approx(flops, rel=1e-3)
 
 
-def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden) -> None:
+def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from model_flops import on_a_prefix
+
     model, x = golden.model("s2", attn_implementation="eager"), golden.batch("b1_prompt", "labels")
     prompt = prompt_of(model, x)
-    question = x["input_ids"][0, prompt.prefix :]
+    question = x["input_ids"][0, prompt.before + prompt.visual + 1 :]
 
     def ask():
         prefix = model.encode_prefix(x)
@@ -58,5 +63,5 @@ def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden) -> None:
 
     flops, out = counted(ask)
     kept = out.scheduled.kept.mask_BM.shape[1] - (prompt.length - prompt.visual)
-    expected = costs.on_a_prefix(model.config, prompt, tuple(x["video_grid_thw"][0].tolist()), kept, questions=3)
+    expected = on_a_prefix(model.config, prompt, tuple(x["video_grid_thw"][0].tolist()), kept, questions=3)
     assert expected.total() == pytest.approx(flops, rel=1e-3)
