@@ -11,31 +11,29 @@ from pathlib import Path
 HEAD_BYTES = 352
 # Remedies that many refusals share.
 COPY_AGAIN, EXPORT_AGAIN = "copy or download it again", "export it again"
-_MAGICS = (
-    (b"\x1f\x8b", "gzip data"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"PK\x03\x04", "a ZIP archive"),
-    (b"%PDF", "a PDF document"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"NRRD", "an NRRD file"),
-    (b"BZh", "bzip2 data"),
-    (b"\x28\xb5\x2f\xfd", "zstandard data"),
-    (b"\xfd7zXZ", "xz data"),
-)
+_MAGICS = {
+    b"\x1f\x8b": "gzip data",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"PK\x03\x04": "a ZIP archive",
+    b"%PDF": "a PDF document",
+    b"\x89HDF": "an HDF5 file",
+    b"NRRD": "an NRRD file",
+    b"BZh": "bzip2 data",
+    b"\x28\xb5\x2f\xfd": "zstandard data",
+    b"\xfd7zXZ": "xz data",
+}
 
 
 class Refused(ValueError):
-    """A scan that must not become a store, and why.
+    """A scan that must not become a store, and why: a stable slug to group by ("truncated"), and a sentence to read.
 
-    `code` is a short stable slug to group by ("truncated", "hu-implausible"). `message` says what was expected, what
-    was found and what to do. Neither may quote free text of a header: that is where patients' names are.
+    Neither may quote free text of a header: that is where patients' names are.
     """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.code = code
-        self.message = message
+        self.code, self.message = code, message
 
 
 class UsageError(ValueError):
@@ -63,7 +61,7 @@ def is_dicom(head: bytes) -> bool:
 
 def _looks_like(head: bytes) -> str:
     """Return in words what the first bytes of a file are; never a quotation of them."""
-    for magic, words in _MAGICS:
+    for magic, words in _MAGICS.items():
         if head.startswith(magic):
             return words
     if is_dicom(head):
@@ -72,8 +70,7 @@ def _looks_like(head: bytes) -> str:
         return "an uncompressed NIfTI file"
     if not head.strip(b"\0"):
         return "zeros"
-    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
-    return "text" if is_text else "data of an unknown kind"
+    return "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "data of an unknown kind"
 
 
 def unreadable(path: Path, error: OSError) -> Refused:

@@ -24,23 +24,18 @@ from photon_data.errors import UsageError
 
 @dataclass(frozen=True)
 class Location:
-    """A folder: a local path ("/data/out") or an fsspec URL ("s3://bucket/out").
-
-    Names below it are relative paths with "/".
-    """
+    """A folder: a local path or an fsspec URL ("s3://bucket/out"). Names below it are relative paths with "/"."""
 
     url: str
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        """The file system of this folder (fsspec keeps one instance per process)."""
+        """The file system of this folder; fsspec keeps one per process."""
         try:
             return fsspec.url_to_fs(self.url)[0]
         except (ImportError, ValueError) as error:
-            found = f"{self.url} ({error})"
-            raise UsageError(
-                f"expected a folder or the URL of an object store, found {found}; s3 and gs need the extra cloud"
-            ) from None
+            found = f"{self.url} ({error}); s3 and gs need the extra cloud"
+            raise UsageError(f"expected a folder or the URL of an object store, found {found}") from None
 
     @property
     def is_local(self) -> bool:
@@ -106,13 +101,11 @@ def write_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         with write_whole(folder / "rows.jsonl") as temporary:
             temporary.write_bytes(jsonl_bytes(rows))
 
-    So `path` is always complete: what was there before stays if the block raises or the disk is full, and the
-    temporary one is removed. It lies beside `path` under a new name, `.NAME.xxxxxxxx.partial`. `temporary` gives it
-    another one on the same disk: what a killed run left there is removed first.
+    So `path` is always complete: what was there before stays if the block raises or the disk is full. The temporary
+    path is `.NAME.xxxxxxxx.partial` beside `path`, or `temporary` on the same disk: what a killed run left is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if temporary is None:
-        temporary = _new_name(path)
+    temporary = temporary or _new_name(path)
     _remove(temporary)
     try:
         yield temporary
@@ -149,9 +142,8 @@ def sync(path: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Force every file and folder below `folder` to disk."""
     for parent, _, names in os.walk(folder):
-        for name in names:
+        for name in (*names, ""):
             sync(Path(parent, name))
-        sync(Path(parent))
 
 
 def _new_name(path: Path) -> Path:
@@ -171,11 +163,6 @@ def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()  # b"".join would hold all lines twice
     buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
     return buffer.getvalue()
-
-
-def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    """Return `jsonl_bytes` as text."""
-    return jsonl_bytes(rows).decode()
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:

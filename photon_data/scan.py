@@ -1,7 +1,4 @@
-"""A raw scan between disk and volume: found (`Source`), then opened but not yet read (`Scan`).
-
-Some data sets have a table that says which grid a file has (`TableGrid`).
-"""
+"""A raw scan between disk and volume: found (`Source`), then opened but not yet read (`Scan`)."""
 
 from __future__ import annotations
 
@@ -23,50 +20,35 @@ SPACING_SHARE = 0.005
 
 @dataclass(frozen=True)
 class Source:
-    """One scan found in a folder, before anything but names (and, for DICOM, headers) was read.
+    """One scan found in a folder, before anything but names (and, for DICOM, headers) was read."""
 
-    id       names the volume everywhere
-    path     relative to the source folder, with "/", for people and tables
-    files    absolute, the whole scan: one NIfTI, a header and its data file, or the slices of a DICOM series by name
-    problem  set where the search found that it cannot become a volume (an unreadable file, say)
-    code     of the refusal then
-    """
-
-    id: str
-    path: str
-    files: tuple[Path, ...]
+    id: str  # names the volume everywhere
+    path: str  # relative to the source folder, with "/", for people and tables
+    files: tuple[Path, ...]  # absolute: one NIfTI, a header and its data file, or the slices of a DICOM series by name
     format: str
     bytes: int
     mtime_ns: int
-    problem: str | None = None
-    code: str = "unreadable"
+    problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
+    code: str = "unreadable"  # of the refusal then
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One raw scan whose header has been read and found sound.
+    """One raw scan whose header has been read and found sound."""
 
-    geometry   native grid; axis 0 is the slowest of the file, so planes arrive in its order
-    dtype      of the stored values
-    slope, intercept   from the header: HU = slope * stored + intercept
-    planes     call it to stream the stored values: one array [y, x] per index of axis 0. The next plane may reuse it.
-               Exhausting it verifies length and checksums; Refused is raised on damage.
-    choices    of the policy, without which the header would be refused or give another geometry
-    """
-
-    geometry: Geometry
-    dtype: np.dtype
-    slope: float
+    geometry: Geometry  # native grid; axis 0 is the slowest of the file, so planes arrive in its order
+    dtype: np.dtype  # of the stored values
+    slope: float  # HU = slope * stored + intercept
     intercept: float
+    # Call it to stream the stored values: one array [y, x] per index of axis 0. The next plane may reuse it.
+    # Exhausting it verifies length and checksums; Refused is raised on damage.
     planes: Callable[[], Iterator[np.ndarray]]
     format: str
+    # Of the policy, without which the header would be refused or give another geometry.
     choices: Mapping[str, str] = field(default_factory=dict)
 
     def volume(self) -> Volume:
-        """Return the whole scan in memory, HU on its native grid: float32, or the stored integers where they are HU.
-
-        Refused on damage, as while the planes are streamed.
-        """
+        """Return the whole scan in HU on its native grid: float32, or the stored integers where they are HU; Refused."""
         is_hu = self.slope == 1 and self.intercept == 0
         array = np.empty(self.geometry.shape_zyx, self.dtype if is_hu and self.dtype.kind in "iu" else np.float32)
         for z, plane in enumerate(self.planes()):
@@ -75,15 +57,10 @@ class Scan:
 
 
 class TableGrid(NamedTuple):
-    """A grid that a data set's table gives for one of its files.
-
-    geometry         shape, spacing and directions
-    replaces_header  True: the header is blank and this grid takes its place
-                     False: the header counts, and has to agree with this grid
-    """
+    """A grid that a data set's table gives for one of its files."""
 
     geometry: Geometry
-    replaces_header: bool
+    replaces_header: bool  # True: the header is blank. False: the header counts, and has to agree with this grid.
 
     def reconcile(self, native: Geometry) -> Geometry:
         """Return the grid to use for a file whose header says `native`; Refused ("table-conflict") where they differ.
@@ -100,7 +77,7 @@ class TableGrid(NamedTuple):
         return native
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain dict that `from_json` reads back. Resume keys depend on it: its keys stay as they are."""
+        """Return the plain dict that `from_json` reads back. Resume keys depend on its keys."""
         return {"geometry": self.geometry.to_json(), "instead": self.replaces_header}
 
     @classmethod
@@ -112,6 +89,5 @@ class TableGrid(NamedTuple):
 def _conflict(unit: str, in_header: tuple[float, ...], in_table: tuple[float, ...]) -> Refused:
     header, table = (" x ".join(f"{value:.4g}" for value in values) for values in (in_header, in_table))
     expected = f"a header that agrees with the data set's table, {table} {unit} (z, y, x)"
-    return refusal(
-        "table-conflict", "", expected, f"{header} {unit}", "one of the two belongs to another version or file"
-    )
+    remedy = "one of the two belongs to another version or file"
+    return refusal("table-conflict", "", expected, f"{header} {unit}", remedy)

@@ -1,8 +1,4 @@
-"""A volume carries its frame: voxels (z, y, x) and where each of them lies in the world, LPS millimetres.
-
-Which array axis runs along which axis of the body is decided once, by `body_axes`: for letters of orientation, for
-pictures and for sentences such as "at its head end".
-"""
+"""A volume carries its frame: voxels (z, y, x) and where each of them lies in the world, LPS millimetres."""
 
 from __future__ import annotations
 
@@ -33,12 +29,10 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of an array [z, y, x] lie.
+    """Where the voxels of an array [z, y, x] lie: origin_lps + z * steps_lps[0] + y * steps_lps[1] + x * steps_lps[2].
 
-    world = origin_lps + z * steps_lps[0] + y * steps_lps[1] + x * steps_lps[2].
-
-    `steps_lps[a]` is the step in millimetres (L, P, S) from one voxel centre to the next along array axis a: a column
-    of the affine. Steps need not be orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
+    A step goes from one voxel centre to the next, in millimetres (L, P, S): a column of the affine. Steps need not be
+    orthogonal: a tilted gantry gives a sheared grid, and it is kept as it is.
 
     >>> grid = photon_data.Geometry.axis_aligned((40, 32, 32), spacing_zyx_mm=(2, 1, 1), centre_lps=(0, 0, 0))
     >>> grid.world((0, 0, 0)).tolist(), grid.index((0, 0, 0)).tolist()
@@ -55,16 +49,14 @@ class Geometry:
         steps = np.asarray(steps_lps, float).reshape(3, 3)
         origin = np.asarray(origin_lps, float).reshape(3)
         if not (np.isfinite(steps).all() and np.isfinite(origin).all()) or abs(np.linalg.det(steps)) < 1e-9:
-            found = f"steps {steps.tolist()}, origin {origin.tolist()}"
-            raise ValueError(f"expected finite, independent axis steps, found {found}")
+            raise ValueError(f"expected finite, independent steps, found {steps.tolist()}, origin {origin.tolist()}")
         nz, ny, nx = (int(n) for n in shape_zyx)
         return cls((nz, ny, nx), _triple(origin), (_triple(steps[0]), _triple(steps[1]), _triple(steps[2])))
 
     @classmethod
     def axis_aligned(cls, shape_zyx: Any, spacing_zyx_mm: Any, centre_lps: Any) -> Geometry:
         """Return the grid with identity direction in LPS (ITK's "RAI") whose centre lies at `centre_lps`."""
-        sz, sy, sx = (float(s) for s in spacing_zyx_mm)
-        steps = np.array([[0, 0, sz], [0, sy, 0], [sx, 0, 0]])
+        steps = np.diag(np.asarray(spacing_zyx_mm, float))[:, ::-1]
         origin = np.asarray(centre_lps, float) - (np.asarray(shape_zyx) - 1) / 2 @ steps
         return cls.from_arrays(shape_zyx, origin, steps)
 
@@ -101,7 +93,7 @@ class Geometry:
         """The direction that each array axis (z, y, x) increases towards by `body_axes`, e.g. "SPL" for our stores."""
         axes = body_axes(self)
         letters = {axis: LETTERS[w][int(axes.sign[w] > 0)] for w, axis in enumerate(axes.array_axis)}
-        return letters[0] + letters[1] + letters[2]
+        return "".join(letters[axis] for axis in range(3))
 
     def world(self, index_zyx: Any) -> np.ndarray:
         """Return the LPS position [..., 3] of (fractional) voxel indices [..., 3] in z, y, x order."""
@@ -113,8 +105,7 @@ class Geometry:
 
     def corners_lps(self) -> np.ndarray:
         """Return the eight outer corners [8, 3] of the field of view (voxel edges, not centres)."""
-        unit = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(8, 3)
-        return self.world(unit * np.asarray(self.shape_zyx) - 0.5)
+        return self.world(np.indices((2, 2, 2)).reshape(3, 8).T * self.shape_zyx - 0.5)
 
     def is_orthogonal(self, tolerance: float = 1e-4) -> bool:
         """Tell whether the axes are perpendicular (cosine below `tolerance`): false for a tilted gantry."""
@@ -156,9 +147,8 @@ class Volume:
     def __post_init__(self) -> None:
         """ValueError when array and geometry disagree on the shape."""
         if tuple(self.array_zyx.shape) != self.geometry.shape_zyx:
-            raise ValueError(
-                f"expected an array of shape {self.geometry.shape_zyx}, found {tuple(self.array_zyx.shape)}"
-            )
+            shape = self.geometry.shape_zyx
+            raise ValueError(f"expected an array of shape {shape}, found {tuple(self.array_zyx.shape)}")
 
     def numpy(self) -> np.ndarray:
         """Return all voxels [z, y, x] in memory."""
@@ -169,9 +159,7 @@ class Volume:
         import SimpleITK as sitk
 
         if not self.geometry.is_orthogonal():
-            raise ValueError(
-                "expected perpendicular axes, as SimpleITK has them, found a sheared grid; resample it first"
-            )
+            raise ValueError("expected perpendicular axes, as in SimpleITK, found a sheared grid; resample it first")
         image = sitk.GetImageFromArray(self.numpy())
         image.SetOrigin(self.geometry.origin_lps)
         image.SetSpacing(self.geometry.spacing_zyx_mm[::-1])
@@ -205,14 +193,10 @@ class Prepared(NamedTuple):
 
 
 class BodyAxes(NamedTuple):
-    """Array axes in the order of the world axes L, P, S.
+    """Array axes in the order of the world axes L, P, S: for letters, pictures and sentences ("at its head end")."""
 
-    array_axis[w]  the array axis (0 z, 1 y, 2 x) that runs most nearly along world axis w; each occurs once
-    sign[w]        +1 where its indices grow with w, -1 where they grow against it
-    """
-
-    array_axis: tuple[int, int, int]
-    sign: tuple[int, int, int]
+    array_axis: tuple[int, int, int]  # [w]: the one (0 z, 1 y, 2 x) that runs most nearly along world axis w
+    sign: tuple[int, int, int]  # [w]: +1 where its indices grow with w, -1 where they grow against it
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.rad3d import read_subtask
-from photon_data.files import to_jsonl
+from photon_data.files import jsonl_bytes
 from photon_data.questions import question as prompts
 from photon_data.questions.manifest import build
 from photon_data.questions.question import Question, with_made_ids
@@ -64,6 +64,7 @@ def rad3d_rows(split: str) -> list[dict[str, Any]]:
 def put(path: Path, rows: Any) -> Path:
     """Write rows or predictions as JSON lines."""
     path.write_text(
-        "".join(one.to_json() if isinstance(one, Prediction) else to_jsonl([one]) for one in rows), encoding="utf-8"
+        "".join(one.to_json() if isinstance(one, Prediction) else jsonl_bytes([one]).decode() for one in rows),
+        encoding="utf-8",
     )
     return path

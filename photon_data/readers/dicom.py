@@ -1,17 +1,5 @@
 """One DICOM series -> Scan: its planes in order along the slice normal and the grid they form, or why they form none.
 
-Codes of refusal beside those that all formats share:
-
-    dicom-extra-missing     pydicom is not installed
-    dicom-unreadable        a header that cannot be read
-    dicom-no-geometry       an image without position, orientation or pixel spacing, or no image at all
-    dicom-multiframe        frames without positions
-    dicom-mixed             images that differ in size, orientation, spacing or series, or lie beside the others' line
-    dicom-missing-slices    slice distances differ
-    dicom-duplicate-slices  some positions are taken twice (all of them: several-volumes)
-    dicom-bad-rescale       a slope of zero, not finite, or a table in its place
-    dicom-undecodable       pixels that nothing here decodes, or that the header does not describe
-
 DICOM has no checksums: a bit flipped inside of the pixel data goes unnoticed unless a decoder trips over it.
 """
 

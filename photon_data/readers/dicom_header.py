@@ -13,7 +13,7 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -26,19 +26,20 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
     from pydicom.uid import UID
 
-IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+# Transfer syntaxes.
+PLAIN = IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = (
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2.2",
+)
+DEFLATED = "1.2.840.10008.1.2.1.99"
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data: items until a delimiter
 SAME_DIRECTION = 1e-3  # largest difference of direction cosines within one stack: 0.2 mm at the edge of a body
 SAME_POSITION_MM = 0.01
 CUT_HEADER = "the end of the header before"
 
 # Where an enhanced (multi-frame) object keeps what a single-frame one has at the top: PS3.3 C.7.6.16.
-FRAME_GROUPS = (
-    "PlanePositionSequence",
-    "PlaneOrientationSequence",
-    "PixelMeasuresSequence",
-    "PixelValueTransformationSequence",
-)
+FRAME_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")  # + "Sequence"
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
 # Nothing else of a header is ever read: no name, no date, no free text.
 KEYWORDS = (
@@ -49,21 +50,21 @@ KEYWORDS = (
 
 
 class PixelLayout(NamedTuple):
-    """How the stored values of one file are written.
-
-    at       byte of the file where the pixel data begin; None where there are none, or deflated with the header
-    length   bytes the header says there are (UNDEFINED_LENGTH: compressed)
-    present  bytes from `at` to the end of the file
-    """
+    """How the stored values of one file are written."""
 
     transfer_syntax: str
     bits_allocated: int
     bits_stored: int
     high_bit: int
     signed: bool
-    at: int | None
-    length: int
-    present: int
+    at: int | None  # byte of the file where the pixel data begin; None: there are none, or deflated with the header
+    length: int  # bytes the header says there are (UNDEFINED_LENGTH: compressed)
+    present: int  # bytes from `at` to the end of the file
+
+    @property
+    def are_frames_compressed(self) -> bool:
+        """Whether each frame is a piece of its own, compressed, rather than all of them in a row."""
+        return self.transfer_syntax not in (*PLAIN, DEFLATED)
 
     @property
     def dtype(self) -> np.dtype:
@@ -72,29 +73,22 @@ class PixelLayout(NamedTuple):
 
 
 class PlaneHeader(NamedTuple):
-    """What the header says of one image plane of a series.
-
-    series        first 8 hex digits of the sha256 of the SeriesInstanceUID: the UID itself goes no further
-    container     what holds its frames together where a file has several (file name or hashed concatenation), else ""
-    position_lps  mm [3], centre of the first pixel         orientation  unit vectors [2, 3]: along a row, down a column
-    spacing_mm    distance of rows, distance of columns     each None where the header has no usable value
-    slope, intercept   HU = slope * stored + intercept; slope NaN where the header has a table instead
-    """
+    """What the header says of one image plane of a series. None stands for no usable value."""
 
     path: Path
     frame: int
     frames: int
-    series: str
-    container: str
+    series: str  # first 8 hex digits of the sha256 of the SeriesInstanceUID: the UID itself goes no further
+    container: str  # of the frames of one file: its name or hashed concatenation; "" where it has one frame
     localizer: bool
     color: bool
     acquisition: str
     rows: int
     columns: int
-    position_lps: np.ndarray | None
-    orientation: np.ndarray | None
-    spacing_mm: np.ndarray | None
-    slope: float
+    position_lps: np.ndarray | None  # [3] in mm: the centre of the first pixel
+    orientation: np.ndarray | None  # unit vectors [2, 3]: along a row, down a column
+    spacing_mm: np.ndarray | None  # distance of rows, distance of columns
+    slope: float  # HU = slope * stored + intercept; NaN where the header has a table instead
     intercept: float
     pixels: PixelLayout
 
@@ -118,20 +112,18 @@ def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
 def require_pydicom() -> None:
     """Refused("dicom-extra-missing") without pydicom."""
     if find_spec("pydicom") is None:
-        remedy = "pip install 'photon-ct[dicom]'"
-        raise refusal("dicom-extra-missing", "", "pydicom, which reads DICOM", "it not installed", remedy)
+        expected, remedy = "pydicom, which reads DICOM", "pip install 'photon-ct[dicom]'"
+        raise refusal("dicom-extra-missing", "", expected, "it not installed", remedy)
 
 
 def read_planes(path: Path) -> list[PlaneHeader]:
     """Return the image planes of one file in its order; [] for DICOM objects without images (RTSTRUCT, SR, SEG, ...).
 
     Only the header is read. An enhanced multi-frame file gives one plane per frame. An old multi-frame file does not
-    say where its frames lie: it gives one plane without position. Refused: dicom-unreadable, dicom-multiframe, empty,
-    not-a-scan, truncated.
+    say where its frames lie: it gives one plane without position. Refused.
     """
-    with refusing(
-        "dicom-unreadable", path, "expected a DICOM header, found one that cannot be read; copy the file again"
-    ):
+    sentence = "expected a DICOM header, found one that cannot be read; copy the file again"
+    with refusing("dicom-unreadable", path, sentence):
         dataset, pixels = _read(path)
         if not _is_image(path, dataset):
             return []
@@ -155,13 +147,10 @@ def refusing(code: str, path: Path, sentence: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Refused:
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # EINVAL: a length that led out of the file
+        # EINVAL: a length that led out of the file.
+        is_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if is_disk or isinstance(error, Refused):
             raise
         raise Refused(code, f"{path.name}: {sentence} ({type(error).__name__})") from None
     finally:
@@ -195,18 +184,13 @@ def _read_without_preamble(path: Path, file: BinaryIO) -> FileDataset:
     """Return the tags of a bare data set (old exports) if its name says DICOM and it has the tags of an image."""
     from pydicom import dcmread
 
-    refusal = not_a("a DICOM file", path, "export the series again, or leave the file out")
-    if path.suffix.lower() not in (".dcm", ".ima"):
-        raise refusal
-    file.seek(0)
-    try:
-        dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
-        essential = [dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID", "Rows", "Columns")]
-    except Exception:  # anything may happen in bytes that are not DICOM
-        raise refusal from None
-    if not all(essential):
-        raise refusal
-    return dataset
+    if path.suffix.lower() in (".dcm", ".ima"):
+        with suppress(Exception):  # anything may happen in bytes that are not DICOM
+            file.seek(0)
+            dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
+            if all(dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID", "Rows", "Columns")):
+                return dataset
+    raise not_a("a DICOM file", path, "export the series again, or leave the file out")
 
 
 def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
@@ -217,9 +201,8 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
     implicit, little = map(bool, dataset.original_encoding)
     syntax = IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE if little else EXPLICIT_BIG
     at, length = _pixel_element(file, implicit, "<" if little else ">")
-    allocated = int(dataset.get("BitsAllocated") or 0)
+    allocated, high = int(dataset.get("BitsAllocated") or 0), dataset.get("HighBit")
     stored = int(dataset.get("BitsStored") or allocated)
-    high = dataset.get("HighBit")
     return PixelLayout(
         transfer_syntax=str(dataset.file_meta.get("TransferSyntaxUID") or syntax),
         bits_allocated=allocated,
@@ -235,13 +218,11 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
 def _pixel_element(file: BinaryIO, implicit: bool, order: str) -> tuple[int | None, int]:
     """Return (byte where the pixel data begin, their length as written); (None, 0) where none follow."""
     start, head = file.tell(), file.read(12)
-    if head[:4] != struct.pack(order + "HH", 0x7FE0, 0x0010) or len(head) < 12:
+    has_pixels = len(head) == 12 and head[:4] == struct.pack(order + "HH", 0x7FE0, 0x0010)
+    if not has_pixels or not (implicit or head[4:6] in (b"OB", b"OW", b"UN")):
         return None, 0
-    if implicit:
-        return start + 8, struct.unpack(order + "L", head[4:8])[0]
-    if head[4:6] not in (b"OB", b"OW", b"UN"):
-        return None, 0
-    return start + 12, struct.unpack(order + "L", head[8:12])[0]
+    size = 8 if implicit else 12
+    return start + size, struct.unpack(order + "L", head[size - 4 : size])[0]
 
 
 def _is_image(path: Path, dataset: FileDataset) -> bool:
@@ -252,18 +233,23 @@ def _is_image(path: Path, dataset: FileDataset) -> bool:
         if not dataset.get("SeriesInstanceUID"):
             raise refusal("dicom-unreadable", path.name, "a kind of object and its series", CUT_HEADER, COPY_AGAIN)
         return has_size
-    if "Image Storage" in sop_class.name and not has_size:
+    if "Image Storage" not in sop_class.name:
+        return False
+    if not has_size:
         raise refusal("truncated", path.name, "rows and columns of an image", CUT_HEADER, COPY_AGAIN)
-    return "Image Storage" in sop_class.name
+    return True
 
 
 def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, frames: int) -> PlaneHeader:
     # A tag is looked for in the frame's own functional groups, in the shared ones, and at the top level.
     groups = [*(dataset.get(PER_FRAME) or [])[frame : frame + 1], *(dataset.get(SHARED) or [])[:1]]
-    places = [item for group in groups for name in FRAME_GROUPS for item in (group.get(name) or [])[:1]] + [dataset]
+    items = [item for group in groups for name in FRAME_GROUPS for item in (group.get(f"{name}Sequence") or [])[:1]]
+    places = [*items, dataset]
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     spacing, concatenation = _numbers(places, "PixelSpacing", 2), dataset.get("ConcatenationUID")
-    slope, intercept = _rescale(places)
+    slope, intercept = _value(places, "RescaleSlope"), _value(places, "RescaleIntercept")
+    if slope is None:
+        slope, intercept = (math.nan, 0.0) if _value(places, "ModalityLUTSequence") else (1.0, intercept)
     return PlaneHeader(
         path=path,
         frame=frame,
@@ -278,8 +264,8 @@ def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, fr
         position_lps=_numbers(places, "ImagePositionPatient", 3),
         orientation=_perpendicular_pair(_numbers(places, "ImageOrientationPatient", 6)),
         spacing_mm=spacing if spacing is not None and (spacing > 0).all() else None,
-        slope=slope,
-        intercept=intercept,
+        slope=float(slope),
+        intercept=float(intercept or 0.0),
         pixels=pixels,
     )
 
@@ -311,13 +297,6 @@ def _perpendicular_pair(cosines: np.ndarray | None) -> np.ndarray | None:
         return None
     turned = np.cross(down_column, np.cross(along_row, down_column))
     return np.array([turned / np.linalg.norm(turned), down_column / np.linalg.norm(down_column)])
-
-
-def _rescale(places: list[Dataset]) -> tuple[float, float]:
-    slope, intercept = _value(places, "RescaleSlope"), _value(places, "RescaleIntercept")
-    if slope is None and _value(places, "ModalityLUTSequence"):
-        return math.nan, 0.0
-    return (1.0 if slope is None else float(slope)), float(intercept or 0.0)
 
 
 def _digest(uid: Any) -> str:

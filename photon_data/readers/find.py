@@ -12,7 +12,10 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,29 +26,18 @@ from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, alon
 from photon_data.readers.header import metaimage_data_file, nifti_data_file, nrrd_data_file
 from photon_data.scan import Source
 
-# Suffix -> format, and what finds the voxels of a header that may lie in another file. Longest first.
-SUFFIXES: dict[str, tuple[str, Callable[[Path], Path] | None]] = {
-    ".nii.gz": ("nifti", None),
-    ".hdr.gz": ("nifti", nifti_data_file),
-    ".nii": ("nifti", None),
-    ".hdr": ("nifti", nifti_data_file),
-    ".nrrd": ("nrrd", nrrd_data_file),
-    ".nhdr": ("nrrd", nrrd_data_file),
-    ".mha": ("metaimage", metaimage_data_file),
-    ".mhd": ("metaimage", metaimage_data_file),
-}
+# Format -> what finds the file with the voxels, which is the header's own or another one.
+DATA_FILES = {"nifti": nifti_data_file, "nrrd": nrrd_data_file, "metaimage": metaimage_data_file}
+SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
+SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 HIDDEN_FOLDERS = ("__MACOSX",)
 # Files that are no scans are counted by suffix; a longer "suffix" may be a piece of somebody's name.
 MAX_SUFFIX = 6
 
-ID_FROM = ("path", "name", "hash")
 MAX_ID = 150
 # Digits of the path's hash that tell ids apart: none where the name is free, more while two are still the same.
 DIGITS = (0, 6, 16, 64)
-
-
-Words = tuple[str, ...]
 
 
 class Found(NamedTuple):
@@ -60,28 +52,25 @@ def left_alone(ignored: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in ignored.items()) or "nothing"
 
 
-def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], None] | None = None) -> Found:
-    """Return the scans below `root` (or the one file it is) and what was left alone.
+def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], None] = lambda count: None) -> Found:
+    """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
 
-    Recursive and sorted. Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not
-    followed: one into the root leads to a file that is found anyway (or hidden, as DataLad keeps them: that one is
-    taken), others are counted as ignored. A file with a scan's suffix is always a source, whatever it holds; opening
-    it says what is wrong. What cannot be read is a source with its `problem` set. `on_file` gets the number of files
-    seen so far.
+    Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed: one into the root
+    leads to a file that is found anyway (or hidden, as DataLad keeps them: that one is taken), others are counted as
+    ignored. A file with a scan's suffix is always a source, whatever it holds; opening it says what is wrong. What
+    cannot be read is a source with its `problem` set. `on_file` gets the number of files seen so far.
 
-    UsageError where there is no `root`, or `id_from` is not path, name or hash (see `assign_ids`).
+    UsageError where there is no `root`, or for an unknown `id_from`.
     """
     if not root.exists():
         raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
     search = _Search(root.absolute())
-    seen = 0
+    seen = count(1)
     for folder in search.folders():
         candidates = []
         for path in folder:
-            seen += 1
-            if on_file:
-                on_file(seen)
-            if path == search.start or search.is_candidate(path):
+            on_file(next(seen))
+            if search.is_candidate(path):
                 candidates.append(path)
         search.add_folder(candidates)
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
@@ -119,7 +108,7 @@ class _Search:
         def closed(error: OSError) -> None:
             parts = self._parts(Path(error.filename))
             problem = f"expected a folder that can be listed, found: {error.strerror}; change its permissions"
-            self._add(parts or (self.root.name,), "/".join(parts) or ".", (), "folder", Refused("unreadable", problem))
+            self._add(parts or (self.root.name,), "/".join(parts) or ".", [], "folder", Refused("unreadable", problem))
 
         for here, folders, names in os.walk(self.start, onerror=closed):
             links = [name for name in folders if Path(here, name).is_symlink()]
@@ -127,10 +116,9 @@ class _Search:
             yield [Path(here, name) for name in sorted(names + links) if not _is_hidden(name)]
 
     def is_candidate(self, path: Path) -> bool:
-        """Tell whether an entry of a folder is to be looked at; links and special files that are not are counted.
-
-        A link counts if it leads to a file of the root that is found in no other way, because it is hidden.
-        """
+        """Tell whether an entry of a folder is to be looked at; links and special files that are not are counted."""
+        if path == self.start:
+            return True
         try:
             mode = path.lstat().st_mode
         except OSError:
@@ -142,12 +130,11 @@ class _Search:
         is_inside = target.is_relative_to(root) and target.exists()
         if is_inside and not any(_is_hidden(part) for part in target.relative_to(root).parts):
             return False  # it is found anyway
-        is_taken = is_inside and target.is_file()
+        is_taken = is_inside and target.is_file()  # found in no other way: it is hidden
         self.ignored["(link)"] += not is_taken
         return is_taken
 
     def add_folder(self, files: Iterable[Path]) -> None:
-        """Add the sources among the files of one folder."""
         slices = []
         for path in files:
             suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
@@ -166,29 +153,33 @@ class _Search:
         rest = Counter("(other)" if s[0] == "." and len(s) > MAX_SUFFIX else s for s in suffixes)
         return dict(sorted((self.ignored + rest).items()))
 
-    def _parts(self, path: Path) -> Words:
+    def _parts(self, path: Path) -> tuple[str, ...]:
         return path.relative_to(self.root).parts
 
     def _add(
-        self, words: Words, path: str, files: Sequence[Path], file_format: str, why: Refused | None = None
+        self, words: tuple[str, ...], path: str, files: list[Path], file_format: str, why: Refused | None = None
     ) -> None:
-        size, mtime_ns, unread = _measure(files)
-        why = why or unread
+        size, mtime_ns = 0, 0
+        for file in files:
+            try:
+                facts = file.stat()
+                size, mtime_ns = size + facts.st_size, max(mtime_ns, facts.st_mtime_ns)
+                if not os.access(file, os.R_OK):
+                    raise PermissionError(errno.EACCES, "permission denied")
+            except OSError as error:
+                why = why or unreadable(file, error)
         source = Source("", path, tuple(files), file_format, size, mtime_ns)
-        self.sources.append(
-            (Named(path, words), replace(source, problem=why.message, code=why.code) if why else source)
-        )
+        if why:
+            source = replace(source, problem=why.message, code=why.code)
+        self.sources.append((Named(path, words), source))
 
     def _add_file(self, path: Path, suffix: str) -> None:
-        file_format, data_file = SUFFIXES[suffix]
-        try:
-            data = data_file(path) if data_file else path
-        except (Refused, OSError):
-            data = path  # opening the source says what is wrong with it
+        data, parts = path, self._parts(path)
+        with suppress(Refused, OSError):  # opening the source says what is wrong with it
+            data = DATA_FILES[SUFFIXES[suffix]](path)
         self.data_files.add(data)
-        parts = self._parts(path)
         words = (*parts[:-1], path.name[: -len(suffix)])
-        self._add(words, "/".join(parts), (path,) if data == path else (path, data), file_format)
+        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix])
 
     def _add_dicom(self, files: list[Path]) -> None:
         """Add the series among the DICOM files of one folder, and each file that is unreadable or damaged."""
@@ -202,7 +193,7 @@ class _Search:
             words = (*parts[:-1], f"{parts[-1]}__s{key}") if parts else (f"s{key}",)
             self._add(words, "/".join(parts) + f"#{key}", members, "dicom")
         for path, why in grouped.unreadable:
-            self._add((*parts, path.name), "/".join((*parts, path.name)), (path,), "dicom", why)
+            self._add((*parts, path.name), "/".join((*parts, path.name)), [path], "dicom", why)
         self.ignored.update({"(DICOM without image)": grouped.ignored, "(DICOM scout, no CT volume)": grouped.scouts})
 
 
@@ -224,33 +215,13 @@ def _may_be_dicom(path: Path) -> bool:
         return True
 
 
-def _measure(files: Sequence[Path]) -> tuple[int, int, Refused | None]:
-    """Return bytes together, time of the last change, and, where a file cannot be read, why."""
-    size, mtime_ns, why = 0, 0, None
-    for path in files:
-        try:
-            facts = path.stat()
-            size, mtime_ns = size + facts.st_size, max(mtime_ns, facts.st_mtime_ns)
-            if not os.access(path, os.R_OK):
-                raise PermissionError(errno.EACCES, "permission denied")
-        except OSError as error:
-            why = why or unreadable(path, error)
-    return size, mtime_ns, why
-
-
 class Grouped(NamedTuple):
-    """What the DICOM files of one folder are.
+    """What the DICOM files of one folder are."""
 
-    series      (key, files sorted by name) of each image stack, sorted by key
-    unreadable  (file, why) of what is not DICOM or is damaged
-    ignored     number of DICOM files that hold no image: structures, reports, presentation states, segmentations, doses
-    scouts      number of files of stacks that are LOCALIZER by their ImageType, every image of them
-    """
-
-    series: list[tuple[str, list[Path]]]
-    unreadable: list[tuple[Path, Refused]]
-    ignored: int
-    scouts: int
+    series: list[tuple[str, list[Path]]]  # (key, files sorted by name) of each image stack, sorted by key
+    unreadable: list[tuple[Path, Refused]]  # what is not DICOM or is damaged
+    ignored: int  # files without an image: structures, reports, presentation states, segmentations, doses
+    scouts: int  # files of stacks that are LOCALIZER by their ImageType, every image of them
 
 
 def group_series(files: list[Path]) -> Grouped:
@@ -269,10 +240,8 @@ def group_series(files: list[Path]) -> Grouped:
     for path in sorted(files):
         try:
             planes = read_planes(path)
-        except Refused as refused:
-            unread.append((path, refused))
-        except OSError as error:
-            unread.append((path, unreadable(path, error)))
+        except (Refused, OSError) as error:
+            unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
         else:
             ignored += not planes
             for plane in planes[:1]:
@@ -291,17 +260,13 @@ def group_series(files: list[Path]) -> Grouped:
 def _stacks(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
     """Split planes by size, orientation and container: [axial axial scout axial] -> [axial axial axial] [scout]."""
     stacks: list[list[PlaneHeader]] = []
+    kind = attrgetter("rows", "columns", "container")
     for plane in planes:
-        stack = next((stack for stack in stacks if _belong_together(plane, stack[0])), None)
-        if stack is None:
+        same = (stack for stack in stacks if kind(plane) == kind(stack[0]) and plane.is_parallel_to(stack[0]))
+        if (stack := next(same, None)) is None:
             stacks.append(stack := [])
         stack.append(plane)
     return stacks
-
-
-def _belong_together(plane: PlaneHeader, other: PlaneHeader) -> bool:
-    same = (plane.rows, plane.columns, plane.container) == (other.rows, other.columns, other.container)
-    return same and plane.is_parallel_to(other)
 
 
 def _acquisitions(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
@@ -325,7 +290,7 @@ class Named(NamedTuple):
     """What an id is made from: the path relative to the source, and its words without the scan's suffix."""
 
     path: str
-    words: Words
+    words: tuple[str, ...]
 
 
 def assign_ids(scans: Sequence[Named], id_from: str) -> list[str]:
@@ -336,29 +301,23 @@ def assign_ids(scans: Sequence[Named], id_from: str) -> list[str]:
     What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150 characters, or where two scans
     would share it, 6 digits of the hash of its path (with suffix) are appended.
     """
-    if id_from not in ID_FROM:
+    if id_from not in ("path", "name", "hash"):
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")
     if id_from == "hash":
         return [f"v{_digest(scan.path)[:12]}" for scan in scans]
-    words = [scan.words if id_from == "path" else scan.words[-1:] for scan in scans]
-    plain = ["__".join(w) for w in words]
-    levels = [0 if name == _safe(name) else 1 for name in plain]
+    plain = ["__".join(scan.words if id_from == "path" else scan.words[-1:]) for scan in scans]
+    levels = [int(name != _id(name)) for name in plain]
     while True:
-        ids = [
-            _id(_safe(name), scan.path, DIGITS[level]) for name, scan, level in zip(plain, scans, levels, strict=True)
-        ]
-        count = Counter(name.casefold() for name in ids)
-        shared = [count[name.casefold()] > 1 for name in ids]
+        ids = [_id(name, scan.path, DIGITS[n]) for name, scan, n in zip(plain, scans, levels, strict=True)]
+        times = Counter(map(str.casefold, ids))
+        shared = [times[name.casefold()] > 1 for name in ids]
         if not any(shared):
             return ids
         levels = [level + clash for level, clash in zip(levels, shared, strict=True)]
 
 
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[: MAX_ID - 1 - DIGITS[1]] or "v"
-
-
-def _id(safe: str, path: str, digits: int) -> str:
+def _id(name: str, path: str = "", digits: int = 0) -> str:
+    safe = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[: MAX_ID - 1 - DIGITS[1]] or "v"
     return f"{safe[: MAX_ID - 1 - digits]}-{_digest(path)[:digits]}" if digits else safe
 
 

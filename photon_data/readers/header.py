@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from photon_data.errors import EXPORT_AGAIN, refusal
 
-# The field of a MetaImage header that is its last line.
+# The field of a MetaImage header that is its last line: where the voxels are.
 METAIMAGE_LAST = "ElementDataFile"
 MAX_HEADER_BYTES = 1 << 20
 MAX_REFERENCE = 255
@@ -27,34 +27,39 @@ class HeaderText(NamedTuple):
 
 
 def nrrd_text(path: Path) -> HeaderText:
-    """Return the header of an NRRD file, to the empty line that ends it."""
+    """Return the header of an NRRD file, to the empty line that ends it; Refused."""
     return _text(path, lambda line: line == "")
 
 
 def metaimage_text(path: Path) -> HeaderText:
-    """Return the header of a MetaImage, to the line that says where the voxels are."""
+    """Return the header of a MetaImage, to its last field; Refused."""
     return _text(path, lambda line: line.partition("=")[0].strip() == METAIMAGE_LAST)
 
 
 def _text(path: Path, is_last: Callable[[str], bool]) -> HeaderText:
-    """Return the header up to the first line that `is_last`, or the whole of a short file that has no such line.
-
-    Refused bad-header where it goes on beyond 1 MB. Bytes are read as Latin-1, which never fails.
-    """
+    """Return the header up to the first line that `is_last`, or the whole of a short file that has no such line."""
+    lines: list[str] = []
     with path.open("rb") as file:
         head = BytesIO(file.read(MAX_HEADER_BYTES))
-    lines = []
     for line in head:
-        lines.append(line.decode("latin-1").rstrip())
+        lines.append(line.decode("latin-1").rstrip())  # Latin-1 never fails
         if is_last(lines[-1]):
-            return HeaderText(lines, head.tell())
-    if head.tell() == MAX_HEADER_BYTES:
-        raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", EXPORT_AGAIN)
+            break
+    else:
+        if head.tell() == MAX_HEADER_BYTES:
+            raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", EXPORT_AGAIN)
     return HeaderText(lines, head.tell())
 
 
+def is_nifti_pair(path: Path) -> bool:
+    """Tell whether a NIfTI's name is that of a header whose voxels lie in another file."""
+    return path.name.lower().endswith((".hdr", ".hdr.gz"))
+
+
 def nifti_data_file(path: Path) -> Path:
-    """Return the .img or .img.gz beside a .hdr or .hdr.gz, in the case of its name; Refused."""
+    """Return the file with the voxels of a NIfTI: `path` itself, or the .img or .img.gz beside it; Refused."""
+    if not is_nifti_pair(path):
+        return path
     stem = path.name[: path.name.lower().rindex("hdr")]
     ends = ("IMG", "IMG.GZ") if "HDR" in path.name[len(stem) :] else ("img", "img.gz")
     found = [data for data in (path.with_name(stem + end) for end in ends) if data.is_file() and not data.is_symlink()]

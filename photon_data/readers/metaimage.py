@@ -14,41 +14,24 @@ from photon_data.readers.stream import Compression, Stored, frame, grid_shape, s
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
-# MET_LONG has 4 bytes in MetaIO on every platform; ITK writes 8 as MET_LONG_LONG.
-DTYPES = {
-    "MET_CHAR": "i1",
-    "MET_UCHAR": "u1",
-    "MET_SHORT": "i2",
-    "MET_USHORT": "u2",
-    "MET_INT": "i4",
-    "MET_UINT": "u4",
-    "MET_LONG": "i4",
-    "MET_ULONG": "u4",
-    "MET_LONG_LONG": "i8",
-    "MET_ULONG_LONG": "u8",
-    "MET_FLOAT": "f4",
-    "MET_DOUBLE": "f8",
-}
+# Bytes of an integer: MET_LONG has 4 in MetaIO on every platform; ITK writes 8 as MET_LONG_LONG.
+INTEGERS = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8}
+DTYPES = {"MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
+DTYPES |= {f"MET_{name}": f"i{size}" for name, size in INTEGERS.items()}
+DTYPES |= {f"MET_U{name}": f"u{size}" for name, size in INTEGERS.items()}
 # One name for what the format has several for.
-SYNONYMS = {
-    "Position": "Offset",
-    "Origin": "Offset",
-    "Rotation": "TransformMatrix",
-    "Orientation": "TransformMatrix",
-    "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
-}
+SYNONYMS = {"Position": "Offset", "Origin": "Offset", "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
+SYNONYMS |= {"Rotation": "TransformMatrix", "Orientation": "TransformMatrix"}
 REMEDY = "export the scan again with SimpleITK or 3D Slicer"
 
 
 class _Header:
-    """The fields of a header by name, read as numbers or flags; Refused bad-header where they are not that."""
+    """The fields of a header by name, read as numbers (None where missing) or flags; Refused where they are not that."""
 
     def __init__(self, fields: Mapping[str, str], name: str) -> None:
-        self.fields = fields
-        self.name = name
+        self.fields, self.name = fields, name
 
     def numbers(self, key: str, count: int) -> np.ndarray | None:
-        """Return exactly `count` numbers, None where the field is missing."""
         if key not in self.fields:
             return None
         try:
@@ -60,21 +43,18 @@ class _Header:
         return values
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """Return one whole number."""
         try:
             return int(self.fields[key]) if default is None or key in self.fields else default
         except (KeyError, ValueError):
             raise self.refused("bad-header", f"a whole number as {key}", "none") from None
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """Return True or False."""
         value = {"t": True, "1": True, "f": False, "0": False}.get(self.fields.get(key, "")[:1].lower(), default)
         if value is None:
             raise self.refused("bad-header", f"{key} = True or False", "neither")
         return value
 
     def refused(self, code: str, expected: str, found: str, remedy: str = REMEDY) -> Refused:
-        """Return the refusal of what this header says."""
         return refusal(code, self.name, expected, found, remedy)
 
 
@@ -111,12 +91,15 @@ def _stored(header: _Header, data: Path, start: int, shape_zyx: tuple[int, int, 
         raise header.refused("encoding", "binary data", "numbers as text")
     is_compressed, skip = header.flag("CompressedData", default=False), header.whole("HeaderSize", 0)
     stored = Stored(data, Compression.ZLIB if is_compressed else Compression.NONE, start, 0, shape_zyx, dtype)
-    if is_compressed:
-        _check_compressed_size(header, stored)
+    found = data.stat().st_size - start
+    expected = header.whole("CompressedDataSize", 0) if is_compressed else 0
+    if expected and expected != found:
+        code, remedy = ("truncated", COPY_AGAIN) if found < expected else ("surplus", REMEDY)
+        raise header.refused(code, f"{expected:,} compressed bytes by its header", f"{found:,}", remedy)
     if skip and (is_compressed or skip < -1 or start):
         raise header.refused("bad-header", "no HeaderSize, or one for plain data in a file of its own", str(skip))
     if skip == -1:  # the voxels are the end of the file
-        skip = max(0, data.stat().st_size - stored.expected_bytes)
+        skip = max(0, found - stored.expected_bytes)
     return replace(stored, start=start + skip)
 
 
@@ -126,13 +109,6 @@ def _dtype(header: _Header) -> np.dtype:
         raise wrong_values("dtype", header.name, "another type")
     is_big = header.flag("BinaryDataByteOrderMSB", default=False if letter.endswith("1") else None)
     return np.dtype(letter).newbyteorder(">" if is_big else "<")
-
-
-def _check_compressed_size(header: _Header, stored: Stored) -> None:
-    expected, found = header.whole("CompressedDataSize", 0), stored.path.stat().st_size - stored.start
-    if expected and expected != found:
-        code, remedy = ("truncated", COPY_AGAIN) if found < expected else ("surplus", REMEDY)
-        raise header.refused(code, f"{expected:,} compressed bytes by its header", f"{found:,}", remedy)
 
 
 def _geometry(header: _Header, shape_zyx: tuple[int, int, int]) -> Geometry:

@@ -1,10 +1,8 @@
 """NIfTI-1 and NIfTI-2, one file or a pair, as the standard reads; what two libraries read differently is refused.
 
-Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and place the
-corners of the scan more than 0.1 mm and 1/1000 of its diagonal apart, it is refused too, until a person picks one.
-That share is what a quaternion in float32 can lose near half a turn, the usual one for CT (its w is the root of a
-difference). Lengths are millimetres where the header names no unit; metres and microns are converted, in sform and
-qform alike.
+Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and differ, it is
+refused too, until a person picks one. Lengths are millimetres where the header names no unit; metres and microns are
+converted, in sform and qform alike.
 
 Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept
 included (as the standard and nibabel have it); a good slope with an intercept that is not finite is refused.
@@ -12,17 +10,18 @@ included (as the standard and nibabel have it); a good slope with an intercept t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from nibabel.quaternions import quat2mat
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
-from photon_data.readers.header import nifti_data_file
-from photon_data.readers.stream import Compression, Stored, frame, grid_shape, is_gzip, read_head, scan_of, wrong_values
+from photon_data.readers.header import is_nifti_pair, nifti_data_file
+from photon_data.readers.stream import Compression, Stored, frame, grid_shape, read_head, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
 
@@ -37,22 +36,11 @@ MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
 # Header extensions lie between header and voxels; a header that claims more of them is not believed.
 MAX_VOX_OFFSET = 1 << 26
+# How far apart sform and qform may place the corners of a scan: 0.1 mm, or this share of its diagonal. So much can a
+# quaternion in float32 lose near half a turn, the usual one for CT (its w is the root of a difference).
 AGREE_MM, AGREE_SHARE = 0.1, 1e-3
 
 DIRECTIONS = "set a right sform (nibabel, ITK-SNAP or dcm2niix write one)"
-
-
-class _Version(NamedTuple):
-    """One version of the header: its class in nibabel, its length, the magics of a single file and of a pair."""
-
-    header: type[nib.Nifti1Header]
-    length: int
-    single: bytes
-    pair: bytes
-
-
-NIFTI_1 = _Version(nib.Nifti1Header, 348, b"n+1", b"ni1")
-NIFTI_2 = _Version(nib.Nifti2Header, 540, b"n+2", b"ni2")
 
 
 def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
@@ -61,57 +49,49 @@ def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
     `affine` is "auto", "sform", "qform" or "blank". A choice that changes the geometry is recorded in `Scan.choices`.
     """
     path = source.files[0]
-    version, header = _read_header(path)
-    data = nifti_data_file(path) if _is_pair(path) else path
+    header = _read_header(path)
+    data = nifti_data_file(path)
     shape_zyx = grid_shape(_sizes(header, path.name), path.name, max_voxels)
-    stored = Stored(
-        path=data,
-        compression=_compression(data),
-        start=0,
-        skip=_vox_offset(header, 0 if data != path else version.length + 4, path.name),
-        shape_zyx=shape_zyx,
-        dtype=_dtype(header, path.name),
-    )
+    compression = _compression(data)
+    skip = _vox_offset(header, header.single_vox_offset if data == path else 0, path.name)
+    stored = Stored(data, compression, 0, skip, shape_zyx, _dtype(header, path.name))
     geometry = _geometry(header, shape_zyx, affine, path.name)
     scan = scan_of(stored, geometry, "nifti", *_scaling(header, path.name))
-    if affine in AFFINES and geometry != _automatic_geometry(header, shape_zyx, path.name):
-        scan = replace(scan, choices={"nifti_affine": affine})
-    return scan
-
-
-def _is_pair(path: Path) -> bool:
-    return path.name.lower().endswith((".hdr", ".hdr.gz"))
+    if affine not in AFFINES:
+        return scan
+    with suppress(Refused):
+        if geometry == _geometry(header, shape_zyx, "auto", path.name):
+            return scan
+    return replace(scan, choices={"nifti_affine": affine})
 
 
 def _compression(path: Path) -> Compression:
     """Return what the name says; Refused where the content is not that."""
     if not path.name.lower().endswith(".gz"):
         return Compression.NONE
-    if not is_gzip(path):
+    if read_head(path, 2, Compression.NONE) != b"\x1f\x8b":
         raise not_a("gzip data", path, "if it was uncompressed on the way, take .gz off its name")
     return Compression.GZIP
 
 
-def _read_header(path: Path) -> tuple[_Version, nib.Nifti1Header]:
-    """Return which version a header is, and nibabel's view of it (in the file's byte order, nothing corrected)."""
-    head = read_head(path, NIFTI_2.length, _compression(path))
-    for version in (NIFTI_1, NIFTI_2):
-        for endian, order in (("<", "little"), (">", "big")):
-            if int.from_bytes(head[:4], order) == version.length:  # type: ignore[arg-type]
-                return version, _parse(path, head, version, endian)
-    raise not_a("a NIfTI header", path, "name the file after what it is, or export it again")
-
-
-def _parse(path: Path, head: bytes, version: _Version, endian: str) -> nib.Nifti1Header:
-    if len(head) < version.length:
-        raise refusal("truncated", path.name, f"a header of {version.length} bytes", len(head), COPY_AGAIN)
-    header = version.header(head[: version.length], endianness=endian, check=False)
-    magic, expected = bytes(header["magic"])[:3], version.pair if _is_pair(path) else version.single
-    if magic == expected:
+def _read_header(path: Path) -> nib.Nifti1Header:
+    """Return nibabel's view of a header, of either version and in the file's byte order, nothing corrected."""
+    head = read_head(path, nib.Nifti2Header.sizeof_hdr, _compression(path))
+    for version, order in product((nib.Nifti1Header, nib.Nifti2Header), "<>"):
+        length = version.sizeof_hdr
+        if int.from_bytes(head[:4], "little" if order == "<" else "big") == length:
+            break
+    else:
+        raise not_a("a NIfTI header", path, "name the file after what it is, or export it again")
+    if len(head) < length:
+        raise refusal("truncated", path.name, f"a header of {length} bytes", len(head), COPY_AGAIN)
+    header = version(head[:length], endianness=order, check=False)
+    magic, magics = bytes(header["magic"])[:3], (version.single_magic, version.pair_magic)
+    if magic == magics[is_nifti_pair(path)]:
         return header
-    if magic in (version.pair, version.single):
-        expected_magic = "the magic of a single file in .nii and of a pair in .hdr"
-        raise refusal("bad-header", path.name, expected_magic, "the other one", "rename the files")
+    if magic in magics:
+        expected = "the magic of a single file in .nii and of a pair in .hdr"
+        raise refusal("bad-header", path.name, expected, "the other one", "rename the files")
     found = "a header without its magic (Analyze 7.5?), which has none"
     remedy = "convert it where the orientation is known"
     raise refusal("no-geometry", path.name, "NIfTI with an orientation", found, remedy)
@@ -170,16 +150,13 @@ def _geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], affine:
     if affine != "auto" or len(coded) == 1:
         return _frame(header, coded[0] if affine == "auto" else affine, shape_zyx, name)
     sform, qform = (_frame(header, form, shape_zyx, name) for form in AFFINES)
-    _refuse_conflict(sform, qform, name)
+    corners = sform.corners_lps()
+    apart = np.linalg.norm(corners - qform.corners_lps(), axis=1).max()
+    if apart > max(AGREE_MM, AGREE_SHARE * np.linalg.norm(np.ptp(corners, axis=0))):
+        found = f"corners {apart:.3g} mm apart: sform {_words(sform)}; qform {_words(qform)}"
+        remedy = "pick one with --set nifti_affine=sform or --set nifti_affine=qform"
+        raise refusal("affine-conflict", name, "sform and qform that agree", found, remedy)
     return sform
-
-
-def _automatic_geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], name: str) -> Geometry | None:
-    """Return the frame where nobody picks one; None where that would be refused."""
-    try:
-        return _geometry(header, shape_zyx, "auto", name)
-    except Refused:
-        return None
 
 
 def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int, int], name: str) -> Geometry:
@@ -193,18 +170,9 @@ def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int
     return Geometry.from_arrays(shape_zyx, (0, 0, 0), np.eye(3)[::-1])
 
 
-def _refuse_conflict(sform: Geometry, qform: Geometry, name: str) -> None:
-    corners = sform.corners_lps()
-    apart = np.linalg.norm(corners - qform.corners_lps(), axis=1).max()
-    if apart > max(AGREE_MM, AGREE_SHARE * np.linalg.norm(np.ptp(corners, axis=0))):
-        found = f"corners {apart:.3g} mm apart: sform {_words(sform)}; qform {_words(qform)}"
-        remedy = "pick one with --set nifti_affine=sform or --set nifti_affine=qform"
-        raise refusal("affine-conflict", name, "sform and qform that agree", found, remedy)
-
-
 def _words(geometry: Geometry) -> str:
     spacing = " x ".join(f"{mm:.4g}" for mm in geometry.spacing_zyx_mm[::-1])
-    origin = ", ".join(f"{mm:.2f}" for mm in RAS_LPS @ np.asarray(geometry.origin_lps))
+    origin = ", ".join(f"{mm:.2f}" for mm in geometry.affine_ras[:3, 3])
     axes = "".join(nib.aff2axcodes(geometry.affine_ras))
     return f"{spacing} mm, origin ({origin}) RAS, axes {axes}"
 
@@ -225,7 +193,7 @@ def _sform(header: nib.Nifti1Header) -> np.ndarray:
     Where the lengths of its axes are pixdim but for float32 rounding they are made pixdim, as ITK has it: 2e-8 of a
     voxel is 1e-5 at the far end of 512, enough to differ by more than rounding on noise.
     """
-    sform = np.stack([header[f"srow_{axis}"] for axis in "xyz"]).astype(float)
+    sform = header.get_sform()[:3]
     sides, lengths = np.array(header["pixdim"][1:4], float), np.linalg.norm(sform[:, :3], axis=0)
     if (np.abs(lengths - sides) <= 1e-6 * sides).all():
         sform[:, :3] *= sides / np.where(lengths > 0, lengths, 1)
@@ -235,9 +203,8 @@ def _sform(header: nib.Nifti1Header) -> np.ndarray:
 def _qform(header: nib.Nifti1Header) -> np.ndarray:
     """Return the qform [3, 4]; not finite where its quaternion is longer than one or a voxel side is not positive.
 
-    Its w is the root of what its three stored numbers leave of one. Where that is no more than their rounding in
-    float32, w is zero: half a turn, as of most CT, stays one. (nibabel's get_qform does so up to three times that, and
-    turns some scans by 0.07 degrees.)
+    Its w is the root of what its three numbers leave of one; zero where that is no more than their rounding in float32:
+    half a turn, as of most CT, stays one. (nibabel's get_qform goes to three times that, and turns some by 0.07 degrees.)
     """
     vector = np.array([header[f"quatern_{letter}"] for letter in "bcd"], float)
     sides = np.array(header["pixdim"][1:4], float)
@@ -247,5 +214,4 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray:
     w = np.sqrt(1 - squared) if 1 - squared > np.finfo(np.float32).eps else 0.0
     turn = quat2mat([w, *vector])
     sides[2] *= -1 if header["pixdim"][0] < 0 else 1
-    offset = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]
-    return np.column_stack([turn * sides, offset])
+    return np.column_stack([turn * sides, [float(header[f"qoffset_{axis}"]) for axis in "xyz"]])

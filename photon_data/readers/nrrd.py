@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,8 @@ SPACES = {
     "left-posterior-superior": (1, 1, 1),
     "right-anterior-superior": (-1, -1, 1),
     "left-anterior-superior": (1, -1, 1),
-    "lps": (1, 1, 1),
-    "ras": (-1, -1, 1),
-    "las": (1, -1, 1),
 }
+SPACES |= {"lps": (1, 1, 1), "ras": (-1, -1, 1), "las": (1, -1, 1)}
 COMPRESSIONS = {"raw": Compression.NONE, "gzip": Compression.GZIP, "gz": Compression.GZIP}
 BYTE_ORDERS: dict[str, Literal["<", ">"]] = {"little": "<", "big": ">"}
 MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "")
@@ -92,11 +91,10 @@ def _spatial_axes(header: Mapping[str, Any], name: str) -> tuple[list[int], np.n
     if len(directions) != len(sizes) or len(sizes) != header["dimension"] or np.ndim(directions) != 2:
         raise refusal("bad-header", name, "a size and a direction for each axis", "other numbers", EXPORT_AGAIN)
     is_spatial = ~np.isnan(directions).all(axis=1)
-    if any(n != 1 for n, spatial in zip(sizes, is_spatial, strict=True) if not spatial):
+    if any(n != 1 for n in compress(sizes, ~is_spatial)):
         found = " x ".join(str(n) for n in sizes)
         raise refusal("several-volumes", name, "one value per voxel", found, "split it into files")
-    spatial_sizes = [n for n, spatial in zip(sizes, is_spatial, strict=True) if spatial]
-    return spatial_sizes, np.asarray(directions)[is_spatial]
+    return list(compress(sizes, is_spatial)), np.asarray(directions)[is_spatial]
 
 
 def _dtype(header: Mapping[str, Any], name: str) -> np.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -33,12 +33,12 @@ MAX_SIDE = 4096
 SPACING_MM = (0.001, 100.0)
 
 
-class Compression(StrEnum):
-    """How the stream of a file is packed."""
+class Compression(IntEnum):
+    """How the stream of a file is packed: isal's flag."""
 
-    NONE = "none"
-    GZIP = "gzip"
-    ZLIB = "zlib"
+    NONE = -1
+    GZIP = igzip_lib.DECOMP_GZIP
+    ZLIB = igzip_lib.DECOMP_ZLIB
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,16 @@ def stream_planes(stored: Stored) -> Iterator[np.ndarray]:
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
         source = _decoded(file, stored.compression, stored.path.name)
-        _skip(source, stored)
+        if (skipped := _fill(source, memoryview(bytearray(stored.skip)))) < stored.skip:
+            raise _truncated(stored, f"{skipped:,}")
         for z in range(nz):
-            filled = _fill(source, octets.data)
-            if filled < len(octets):
+            if (filled := _fill(source, octets.data)) < len(octets):
                 raise _truncated(stored, f"{stored.skip + z * len(octets) + filled:,}")
             if z == nz - 1 and source.readinto(memoryview(bytearray(1))):
                 raise _surplus(stored.path.name, f"{stored.expected_bytes:,} bytes", "more")
             if not stored.dtype.isnative:
                 plane.byteswap(inplace=True)
             yield native
-
-
-def is_gzip(path: Path) -> bool:
-    """Tell whether a file begins as gzip."""
-    with path.open("rb") as file:
-        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 def read_head(path: Path, count: int, compression: Compression) -> bytes:
@@ -120,67 +114,48 @@ def _decoded(file: BinaryIO, compression: Compression, name: str) -> _Readable:
 def _fill(source: _Readable, view: memoryview) -> int:
     """Read until `view` is full or the source ends; return the number of bytes."""
     filled = 0
-    while filled < len(view):
-        count = source.readinto(view[filled:])
-        if not count:
-            break
+    while filled < len(view) and (count := source.readinto(view[filled:])):
         filled += count
     return filled
 
 
-def _skip(source: _Readable, stored: Stored) -> None:
-    left, scratch = stored.skip, memoryview(bytearray(min(stored.skip, CHUNK_BYTES)))
-    while left:
-        count = source.readinto(scratch[:left])
-        if not count:
-            raise _truncated(stored, f"{stored.skip - left:,}")
-        left -= count
-
-
 class _Inflated:
-    """The decoded bytes of a gzip file (one member or several) or a zlib stream; checksums are verified at its end."""
+    """The decoded bytes of a gzip file (of one member or several) or a zlib stream; its checksums are verified."""
 
     def __init__(self, file: BinaryIO, compression: Compression, name: str) -> None:
-        self._file = file
-        self._name = name
-        self._is_gzip = compression is Compression.GZIP
-        self._flag = igzip_lib.DECOMP_GZIP if self._is_gzip else igzip_lib.DECOMP_ZLIB
-        self._member = igzip_lib.IgzipDecompressor(self._flag)
+        self._file, self._compression, self._name = file, compression, name
+        self._member = igzip_lib.IgzipDecompressor(compression)
         self._pending = b""
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` as far as one step goes and return how far: 0 at the sound end of the stream, else at least 1."""
         while not (self._member.eof and self._is_last_member()):
-            data = self._decode(len(view))
+            chunk = self._pending or (self._file.read(CHUNK_BYTES) if self._member.needs_input else b"")
+            if self._member.needs_input and not chunk:
+                raise refusal("truncated", self._name, "a whole compressed file", "its end before", COPY_AGAIN)
+            self._pending = b""
+            try:
+                data = self._member.decompress(chunk, len(view))
+            except igzip_lib.IsalError:  # type: ignore[misc]  # its stub calls the class an instance
+                expected = "compressed data that match their checksum"
+                raise refusal("damaged", self._name, expected, "others", COPY_AGAIN) from None
             if data:
                 view[: len(data)] = data
                 return len(data)
         return 0
 
-    def _decode(self, most: int) -> bytes:
-        chunk = self._pending or (self._file.read(CHUNK_BYTES) if self._member.needs_input else b"")
-        if self._member.needs_input and not chunk:
-            raise refusal("truncated", self._name, "a whole compressed file", "its end before", COPY_AGAIN)
-        self._pending = b""
-        try:
-            return self._member.decompress(chunk, most)
-        except igzip_lib.IsalError:  # type: ignore[misc]  # its stub calls the class an instance
-            expected = "compressed data that match their checksum"
-            raise refusal("damaged", self._name, expected, "others", COPY_AGAIN) from None
-
     def _is_last_member(self) -> bool:
         """Tell whether nothing follows this member but padding with zeros; else go on with the next one."""
         rest = self._member.unused_data
         while not rest.strip(b"\0"):
-            rest = self._file.read(CHUNK_BYTES)
-            if not rest:
+            if not (rest := self._file.read(CHUNK_BYTES)):
                 return True
         rest = rest.lstrip(b"\0")
         if len(rest) < len(GZIP_MAGIC):
             rest += self._file.read(CHUNK_BYTES)
-        if not (self._is_gzip and rest.startswith(GZIP_MAGIC)):
+        if not (self._compression is Compression.GZIP and rest.startswith(GZIP_MAGIC)):
             raise _surplus(self._name, "nothing after its voxels", "more")
-        self._member = igzip_lib.IgzipDecompressor(self._flag)
+        self._member = igzip_lib.IgzipDecompressor(self._compression)
         self._pending = rest
         return False
 
@@ -191,15 +166,11 @@ def _truncated(stored: Stored, found: str) -> Refused:
 
 
 def _surplus(name: str, expected: str, found: str) -> Refused:
-    remedy = "its header does not describe its data, export the scan again"
-    return refusal("surplus", name, expected, found, remedy)
+    return refusal("surplus", name, expected, found, "its header does not describe its data, export the scan again")
 
 
 def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, int, int]:
-    """Return (z, y, x) of sizes in file order (fastest axis first); sides of 1 after the third are dropped.
-
-    Refused: bad-header, several-volumes, two-d, too-large.
-    """
+    """Return (z, y, x) of sizes in file order (fastest axis first), sides of 1 after the third dropped; Refused."""
     found = " x ".join(str(n) for n in sizes) or "none"
     if not sizes or min(sizes) < 1:
         raise refusal("bad-header", name, "sides of at least 1 voxel", found, EXPORT_AGAIN)
@@ -215,7 +186,7 @@ def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, i
 
 
 def frame(shape_zyx: tuple[int, int, int], origin_lps: Any, steps_lps: Any, name: str, remedy: str) -> Geometry:
-    """Return the Geometry of a header's frame in LPS mm; Refused bad-geometry if not finite, singular or absurd."""
+    """Return the Geometry of a header's frame in LPS mm; Refused if it is singular, not finite or absurd."""
     try:
         with np.errstate(all="ignore"):
             geometry = Geometry.from_arrays(shape_zyx, origin_lps, steps_lps)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, jsonl_bytes, to_jsonl
+from photon_data.files import Location, jsonl_bytes
 
 Row = Mapping[str, Any]
 
@@ -79,7 +79,7 @@ class Prediction:
 
     def to_json(self) -> str:
         """Return the line of the file, with its line end."""
-        return to_jsonl([asdict(self)])
+        return jsonl_bytes([asdict(self)]).decode()
 
 
 def read_predictions(path: Path) -> list[Prediction]:
