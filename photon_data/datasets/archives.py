@@ -33,16 +33,11 @@ MARKERS = ".archives"
 
 
 class Contents(NamedTuple):
-    """What was found in an archive.
+    """What was found in an archive."""
 
-    ids       of the CTs in it, in its order, as far as it could be read
-    taken     ids of the CTs that were unpacked
-    problems  why CTs that were asked for could not be taken
-    """
-
-    ids: list[str]
-    taken: list[str]
-    problems: list[str]
+    ids: list[str]  # of the CTs in it, in its order, as far as it could be read
+    taken: list[str]  # ids of the CTs that were unpacked
+    problems: list[str]  # why CTs that were asked for could not be taken
 
 
 def find_archives(roots: Iterable[Path]) -> list[Path]:
@@ -138,11 +133,7 @@ def _as_read_error() -> Iterator[None]:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """A member whose header can be read.
-
-    tarfile takes an unreadable header, and the end of a file that was cut off between two members, for the end of a
-    tar. Here only an empty block is the end.
-    """
+    """A member of which only an empty block is the end; tarfile also takes an unreadable header, or none, for it."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

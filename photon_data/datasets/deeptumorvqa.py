@@ -88,10 +88,11 @@ def _read_table(path: Path) -> Table:
     table = _read_json(path) if path.suffix.lower() == ".json" else read_table(path)
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns}
     ours = {name: ALIASES.get(words, words) for name, words in plain.items()}
-    rows = []
-    for row in table.rows:
-        values = {name: value.strip() if isinstance(value, str) else value for name, value in row.values.items()}
-        rows.append(TableRow(row.place, {ours[name]: value for name, value in values.items()}))
+
+    def cleaned(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {ours[name]: value.strip() if isinstance(value, str) else value for name, value in values.items()}
+
+    rows = [TableRow(row.place, cleaned(row.values)) for row in table.rows]
     return Table(list(ours.values()), rows, table.problems)
 
 
@@ -101,8 +102,7 @@ def _read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except ValueError as error:
-        problem = f"{error}; the file is cut off or damaged, download it again"
-        raise UsageError(f"{path}: expected JSON, found: {problem}") from None
+        raise UsageError(f"{path}: expected JSON, found: {error}; download the damaged file again") from None
     items = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: expected a list of questions, or {{"questions": [...]}}, found something else')
@@ -115,8 +115,7 @@ def _check(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if not ID.fullmatch(values["image_id"]):
         yield "no CT", f"expected an image id like BDMAP_00000001, found {values['image_id']!r}"
     if not values["split"]:
-        names = ", ".join(f"{name}_*" for name in BY_NAME)
-        yield "no split", f"expected a column `split`, or a file called {names}, found neither"
+        yield "no split", f"expected a column `split`, or a file called {'_*, '.join(BY_NAME)}_*, found neither"
     if not values["question"] or not values["answer"]:
         yield "empty text", "expected a question and an answer, found none"
     if values["mc_question"]:
@@ -145,8 +144,7 @@ def _question(values: Mapping[str, str], originals: Mapping[str, str]) -> Questi
     extra |= {"publisher_id": values["qid"], "subtask": subtype, "organ": values.get("organ", "")}
     extra["answer_type"] = SUBTYPES.get(subtype) or ("yes-no" if answer.lower() in ("yes", "no") else "text")
     extra["source_id"] = originals.get(ct, "")
-    if values["mc_question"]:
-        text = values["mc_question"]
+    if text := values["mc_question"]:
         extra |= {"mc_question": text, "choices": parse_choices(text), "letter": values["correct_option"]}
     task = values["question_type"].replace("_", " ").strip().lower()
     return Question(values["qid"], ct, values["question"], answer, values["split"], ct, task, extra=extra)

@@ -45,10 +45,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense.
-
-    diffuse: all of the organ is affected, and the only question is whether it is.
-    """
+    """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense."""
 
     name: str
     organ: str
@@ -59,7 +56,7 @@ class Finding:
     counts: tuple[int, ...] = (1,)
     size_bins_mm: tuple[tuple[int, int], ...] = ()
     substances: tuple[str, ...] = ()
-    diffuse: bool = False
+    diffuse: bool = False  # all of the organ is affected, and the only question is whether it is
 
     @property
     def plural(self) -> str:

@@ -43,14 +43,11 @@ SLICES = ((1, 5.0), (1, 4.0), (1, 3.0), (1, 2.5), (2 / 3, 1.5), (2 / 3, 1.0))
 
 @dataclass(frozen=True)
 class SimulatedScan:
-    """One acquisition. `axes` are the scanner axes (0 x, 1 y, 2 z) of the array axes, the slowest of the file first.
+    """One acquisition."""
 
-    `visible` is what the scan shows and the standard crop of it keeps.
-    """
-
-    visible: Shape
+    visible: Shape  # what the scan shows and the standard crop of it keeps
     geometry: Geometry
-    axes: tuple[int, ...]
+    axes: tuple[int, ...]  # the scanner axes (0 x, 1 y, 2 z) of the array axes, the slowest of the file first
     storage: Storage
     suffix: str
     noise_hu: float
