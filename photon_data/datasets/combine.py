@@ -95,8 +95,7 @@ def requested_volumes(entry: DataSet) -> set[str]:
 def combine(collections: Sequence[Collection], seed: int, prompt: str | None = None) -> Collection:
     """Return several data sets as one: the questions that caps and weights leave, and the volumes they need, by id.
 
-    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets mean
-    different files, or rescale a file differently, under one id.
+    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets conflict.
     """
     datasets = tuple(entry for collection in collections for entry in collection.datasets)
     questions = [question for collection in collections for question in collection.questions]
@@ -112,7 +111,7 @@ def combine(collections: Sequence[Collection], seed: int, prompt: str | None = N
     volumes: dict[str, SourceVolume] = {}
     for collection in collections:
         ours = {volume.source.id: volume for volume in collection.volumes if volume.source.id in needed}
-        _refuse_conflicts(volumes, ours)
+        _refuse_conflicts([(volumes[name], volume) for name, volume in ours.items() if name in volumes])
         volumes = ours | volumes
     worded: list[Question] = []
     for entry in datasets:
@@ -123,12 +122,11 @@ def combine(collections: Sequence[Collection], seed: int, prompt: str | None = N
 
 
 def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share]], seed: int) -> list[Question]:
-    """Return the questions that the shares {data set: {split: Share}} leave, in their order.
+    """Return the questions that the shares {data set: {split: Share}} leave, in their order: `mix` of docs/datasets.md.
 
-    Caps first. Then, in a split with weights, the data set with the fewest questions per weight keeps all, and the
-    others what their weight is worth: {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}. No question is
-    repeated. Which ones stay depends on their ids and the seed alone, so rows added later change little. UsageError for
-    a split in which some data sets have a weight and others have none, and for a share of a split without questions.
+    {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}. Which ones stay depends on their ids and the seed
+    alone, so rows added later change little. UsageError for a split in which some data sets have a weight and others
+    have none, and for a share of a split without questions.
     """
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, question in enumerate(questions):
@@ -158,9 +156,8 @@ def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share
     return [questions[index] for index in sorted(kept)]
 
 
-def _refuse_conflicts(volumes: Mapping[str, SourceVolume], ours: Mapping[str, SourceVolume]) -> None:
-    """UsageError if an id of ours is also one of an earlier data set, with another file or other metadata."""
-    both = [(volumes[id_], ours[id_]) for id_ in ours if id_ in volumes]
+def _refuse_conflicts(both: Sequence[tuple[SourceVolume, SourceVolume]]) -> None:
+    """UsageError if two data sets give one id to two files, or other metadata to the same file."""
     files = [(a, b) for a, b in both if a.source.files != b.source.files]
     metadata = [(a, b) for a, b in both if (a.rescale, a.table_grid) != (b.rescale, b.table_grid)]
     if differing := files or metadata:
@@ -234,7 +231,7 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
 def _match(
     entry: DataSet, found: FoundVolumes, questions: Sequence[Question], cohort: str, notes: list[str]
 ) -> tuple[list[Question], list[Unmatched]]:
-    """Return the questions with the id of their volume, and those whose volume is not there; the left-out become notes.
+    """Return the questions whose volume is there, with its id, and the others; those left out become notes.
 
     Their ids begin with the data set, their patients with the cohort: patients of two cohorts are different people.
     """

@@ -21,9 +21,7 @@ from photon_data.questions.table import read_text
 
 T = TypeVar("T")
 
-TOP = ("out", "recipe", "seed", "datasets")
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
-RECONSTRUCTIONS = ("all", "first", "thinnest", "sharpest")
 # The name of a data set begins ids and can be the name of a file.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -48,7 +46,7 @@ class DataManifest:
 
 def read_data_manifest(path: Path) -> DataManifest:
     """Return the checked data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
-    top = _read_yaml(path).mapping(TOP)
+    top = _read_yaml(path).mapping(("out", "recipe", "seed", "datasets"))
     if "datasets" not in top:
         raise UsageError(f"{path.name}: expected a mapping `datasets`, found {', '.join(top) or 'nothing'}")
     recipe = _read(top, "recipe", _recipe, RecipeChoice())
@@ -85,7 +83,7 @@ def _entry(name: str, item: _Node, recipe: RecipeChoice) -> DataSet:
         splits=splits,
         fractions=fractions,
         wording=_read(found, "questions", _wording, Wording()),
-        volumes=_read(found, "volumes", lambda volumes: volumes.one_of(RECONSTRUCTIONS), "all"),
+        volumes=_read(found, "volumes", lambda which: which.one_of(("all", "first", "thinnest", "sharpest")), "all"),
         recipe=_read(found, "recipe", lambda choice: _recipe(choice, recipe.name), recipe),
         mix=_read(found, "mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
         options=_read(found, "options", _options, {}),

@@ -31,7 +31,6 @@ PUBLISHED = {
     "train": {"1": 2081, "2": 6055, "3": 1573, "4": 100_170, "5": 13_158, "6": 13_158},
     "test": {"1": 1024, "2": 2666, "3": 1002, "4": 23_472, "5": 2873, "6": 2873},
 }
-MEASUREMENT = "3"
 
 
 def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
@@ -86,7 +85,7 @@ def _check(values: Mapping[str, str], number: str, split: str, volume: str | Non
 
 
 def _extra(values: Mapping[str, str], number: str, subtask: str) -> dict[str, Any]:
-    extra: dict[str, Any] = {"subtask": subtask, "answer_type": "measurement" if number == MEASUREMENT else "text"}
+    extra: dict[str, Any] = {"subtask": subtask, "answer_type": "measurement" if number == "3" else "text"}
     extra |= {"publisher_volume": values["VolumeName"], "publisher_subtask": values["Subtask"]}
     if values["QuestionType"] == "Close":
         choices = [values[name] for name in CHOICES if values[name] != NOTHING]

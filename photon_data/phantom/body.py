@@ -130,9 +130,7 @@ class Body:
 
     centre_lps: Vector
     organs: dict[str, Shape]  # by the name of their mask
-    middles_lps: dict[
-        str, Vector
-    ]  # where lungs and kidneys part into upper and lower, the liver into left and right
+    middles_lps: dict[str, Vector]  # where lungs and kidneys part into upper and lower, the liver into left and right
     layers: tuple[Layer, ...]  # all tissue in painting order: a later layer replaces earlier ones
     table: Layer  # of the scanner, curved and light, under the back
 

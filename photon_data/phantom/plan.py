@@ -157,20 +157,20 @@ def slot_of(seed: int, index: int) -> Slot:
     )
 
 
-def deal(slot: Slot, what: str, position: int, cards: Sequence[Card]) -> Card:
-    """The card at `position` in an endless row of shuffled decks of `cards`."""
-    deck, place = divmod(position, len(cards))
+def deal(slot: Slot, what: str, cards: Sequence[Card], position: int | None = None) -> Card:
+    """The card at `position` (by default the slot's in its split) in an endless row of shuffled decks of `cards`."""
+    deck, place = divmod(slot.index_in_split if position is None else position, len(cards))
     return cards[seeded(slot.seed, slot.split, what, deck).permutation(len(cards))[place]]
 
 
 def occurrence_of(slot: Slot, finding: Finding) -> Occurrence | None:
     """How this volume shows the finding, or None: of two consecutive volumes of a split, exactly one shows it."""
-    if not deal(slot, finding.name, slot.index_in_split, (True, False)):
+    if not deal(slot, finding.name, (True, False)):
         return None
     nth = slot.index_in_split // 2  # of the volumes of this split that show it, because each pair holds one
 
     def dealt(what: str, cards: Sequence[Card]) -> Card:
-        return deal(slot, f"{finding.name} {what}", nth, cards)
+        return deal(slot, f"{finding.name} {what}", cards, nth)
 
     return Occurrence(
         finding=finding,

@@ -56,9 +56,6 @@ WORDINGS = {
 }
 
 
-QuestionRow = dict[str, Any]
-
-
 class Item(NamedTuple):
     """One thing to ask of one volume: `form` is a key of WORDINGS. An open question has no choices."""
 
@@ -71,7 +68,7 @@ class Item(NamedTuple):
 
 def question_rows(
     slot: Slot, findings: Sequence[Finding], occurrences: Occurrences, lesions: Lesions
-) -> list[QuestionRow]:
+) -> list[dict[str, Any]]:
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
     for finding in findings:
@@ -87,7 +84,7 @@ def question_rows(
     return rows
 
 
-def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> list[QuestionRow]:
+def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> list[dict[str, Any]]:
     """The captions of a volume: what all its questions ask in one text, once with each finding first."""
     parts = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
     answers = [", ".join(parts[first:] + parts[:first]) for first in range(len(parts))]
@@ -95,7 +92,7 @@ def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrenc
     return [_row(slot, f"caption-{number}", CAPTION, answer) | {"kind": "caption"} for number, answer in numbered]
 
 
-def _row(slot: Slot, name: str, question: str, answer: str) -> QuestionRow:
+def _row(slot: Slot, name: str, question: str, answer: str) -> dict[str, Any]:
     row = {"id": f"{slot.volume}-{name}", "volume": slot.volume, "patient": slot.patient, "split": slot.split}
     return row | {"question": question, "answer": answer}
 
