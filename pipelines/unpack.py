@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +19,12 @@ CASE_GB = 0.062
 
 
 class Pending(NamedTuple):
-    """The work for one folder: the archives to read, the ids of the requested CTs, and of those that are not there."""
+    """The work for one folder."""
 
     folder: Path
-    archives: list[Path]
-    requested: set[str]
-    missing: set[str]
+    archives: list[Path]  # to read
+    requested: set[str]  # ids of CTs
+    missing: set[str]  # of these, the ones that are not there
 
     @property
     def is_all(self) -> bool:
@@ -84,28 +84,23 @@ def unpack_all(
 
 
 def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: Callable[[str], None]) -> list[str]:
-    missing, problems = set(todo.missing), []
+    missing, problems, done = set(todo.missing), [], 0
     ids = {path: known_ids(path, todo.folder) or [] for path in todo.archives}
     to_read = {path: path.stat().st_size for path in todo.archives if not ids[path] or missing.intersection(ids[path])}
-    done, total = 0, sum(to_read.values())
     for path, size in to_read.items():
         if not missing:
             break
 
         def on_bytes(count: int, name: str = path.name, before: int = done) -> None:
-            on_archive(name, before + count, total)
+            on_archive(name, before + count, sum(to_read.values()))
 
         found = unpack(path, todo.folder, missing, on_bytes)
         missing.difference_update(found.taken)
         problems += [f"{path}: {problem}" for problem in found.problems]
         ids[path] = found.ids
         done += size
-    holders: dict[str, list[str]] = defaultdict(list)
-    for path, names in ids.items():
-        for name in names:
-            holders[name].append(path.name)
-    several = sorted(name for name, archives in holders.items() if len(archives) > 1)
-    if several:
-        where = f"{several[0]} in {', '.join(holders[several[0]])}"
+    archives_of = Counter(name for names in ids.values() for name in set(names))
+    if several := sorted(name for name, count in archives_of.items() if count > 1):
+        where = f"{several[0]} in {', '.join(path.name for path, names in ids.items() if several[0] in names)}"
         on_note(f"{len(several)} CTs are archived more than once, {where}: the first that can be read is taken")
     return problems

@@ -23,7 +23,6 @@ REPORTS = (
 )
 FACTS = ("sex", "age", "scanner", "contrast")
 NO_TEXT = ("", "nan", "none", "n/a")
-TEST = "test"
 
 
 def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
@@ -32,7 +31,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]
     found = find_cts(entry, on_file)
     splits = _splits(entry, files.get("splits", ()))
     benchmark = sorted(ids_in(files.get("benchmark", ())))
-    left_out = {name: "in DeepTumorVQA's benchmark" for name in benchmark if splits.get(name) != TEST}
+    left_out = {name: "in DeepTumorVQA's benchmark" for name in benchmark if splits.get(name) != "test"}
     notes = list(found.notes)
     questions = _questions(entry, splits, notes)
     return found._replace(left_out=left_out, notes=notes), questions
@@ -75,8 +74,6 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
         split = path.stem.rpartition("_")[2]
         twice += [name for name in sorted(ids_in([path])) if splits.setdefault(name, split) != split]
     if twice:
-        few = first_few(twice)
-        raise entry.error(
-            f"expected one split per CT, found {len(twice)} in several ({few}); give IID or OOD lists only"
-        )
+        found = f"{len(twice)} in several ({first_few(twice)})"
+        raise entry.error(f"expected one split per CT, found {found}; give IID or OOD lists only")
     return splits

@@ -30,8 +30,7 @@ def find_cts(entry: DataSet, on_file: OnFile) -> FoundVolumes:
         for source in _cts_below(root, on_file):
             if unpacked and source.files[0].is_relative_to(unpacked.absolute()):
                 continue
-            other = found.setdefault(source.id, source)
-            if other.files != source.files:
+            if (other := found.setdefault(source.id, source)).files != source.files:
                 raise entry.error(
                     f"expected every CT once, found {other.files[0]} and {source.files[0]}; narrow `root`"
                 )
@@ -55,17 +54,14 @@ def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:
 
 def ids_in(paths: Iterable[Path]) -> set[str]:
     """Return every BDMAP id anywhere in some text files; UsageError for a file without any."""
-    found: set[str] = set()
-    for path in paths:
-        ids = set(ID.findall(read_text(path, (path.suffix.lower(),))))
-        if not ids:
+    ids = {path: ID.findall(read_text(path, (path.suffix.lower(),))) for path in paths}
+    for path, found in ids.items():
+        if not found:
             raise UsageError(f"{path}: expected BDMAP ids (BDMAP_00000001), found none")
-        found |= ids
-    return found
+    return set().union(*ids.values())
 
 
 def original_ids(paths: Iterable[Path]) -> dict[str, str]:
     """Return {BDMAP id: id in the data set it was taken from}. Some scans were taken twice, under two BDMAP ids."""
-    return {
-        row.values[RENAMED].strip(): row.values[ORIGINAL].strip() for _, row in read_rows(paths, (ORIGINAL, RENAMED))
-    }
+    rows = (row.values for _, row in read_rows(paths, (ORIGINAL, RENAMED)))
+    return {values[RENAMED].strip(): values[ORIGINAL].strip() for values in rows}

@@ -28,21 +28,14 @@ MEMBER = re.compile(r"(?:.*/)?(BDMAP_[0-9]{8})/ct\.nii\.gz")
 SCAN = "ct.nii.gz"
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
-# The folder of markers: which CTs are in an archive that was read to its end.
-MARKERS = ".archives"
 
 
 class Contents(NamedTuple):
-    """What was found in an archive.
+    """What was found in an archive."""
 
-    ids       of the CTs in it, in its order, as far as it could be read
-    taken     ids of the CTs that were unpacked
-    problems  why CTs that were asked for could not be taken
-    """
-
-    ids: list[str]
-    taken: list[str]
-    problems: list[str]
+    ids: list[str]  # of the CTs in it, in its order, as far as it could be read
+    taken: list[str]  # ids of the CTs that were unpacked
+    problems: list[str]  # why CTs that were asked for could not be taken
 
 
 def find_archives(roots: Iterable[Path]) -> list[Path]:
@@ -62,8 +55,9 @@ def known_ids(archive: Path, folder: Path) -> list[str] | None:
 
 
 def _marker(archive: Path) -> str:
+    """Return the name of the file that says which CTs are in an archive that was read to its end."""
     path_hash = hashlib.sha256(str(archive).encode(errors="surrogateescape")).hexdigest()[:12]
-    return f"{MARKERS}/{archive.name}-{path_hash}.json"
+    return f".archives/{archive.name}-{path_hash}.json"
 
 
 def _identity(archive: Path) -> dict[str, Any]:
@@ -105,7 +99,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, name: st
     if (folder / name).is_symlink():
         raise FileExistsError(errno.EEXIST, "expected a folder, found a link", str(folder / name))
     content = tar.extractfile(member)
-    assert content is not None, f"{member.name} is no regular file"
+    assert content, "a regular file"
     # The temporary name is always the same: the next run removes what a killed one left.
     with write_whole(folder / name / SCAN, folder / f".{name}.partial") as temporary, temporary.open("xb") as file:
         shutil.copyfileobj(content, file, CHUNK)
@@ -138,11 +132,7 @@ def _as_read_error() -> Iterator[None]:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """A member whose header can be read.
-
-    tarfile takes an unreadable header, and the end of a file that was cut off between two members, for the end of a
-    tar. Here only an empty block is the end.
-    """
+    """A member of which only an empty block is the end; tarfile also takes an unreadable header, or none, for it."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

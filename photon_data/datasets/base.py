@@ -22,19 +22,13 @@ UNPACK = "unpack"
 
 
 class Wording(NamedTuple):
-    """The words of a data set's questions and answers.
+    """The words of a data set's questions and answers."""
 
-    prompt       a style of `photon_data.questions.question.PROMPTS`; choices "shown" or "hidden"
-    report       columns of a report, in the order in which they become the answer
-    instruction  the question that a report answers; None for the recipe's
-    duplicates   rows that repeat another: "keep" or "drop"
-    """
-
-    prompt: str = "plain"
-    choices: str = "hidden"
-    report: tuple[str, ...] = ()
-    instruction: str | None = None
-    duplicates: str = "keep"
+    prompt: str = "plain"  # a style of `photon_data.questions.question.PROMPTS`
+    choices: str = "hidden"  # or "shown"
+    report: tuple[str, ...] = ()  # columns of a report, in the order in which they become the answer
+    instruction: str | None = None  # the question that a report answers; None for the recipe's
+    duplicates: str = "keep"  # or "drop", of rows that repeat another
 
 
 class Share(NamedTuple):
@@ -53,29 +47,23 @@ class RecipeChoice(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """One entry of data_manifest.yaml.
-
-    place        "data_manifest.yaml, line 7", for errors
-    roots        folders of scans
-    annotations  {kind: files or folders}; the adapter tells which kinds there are
-    splits       {the publisher's split: ours}, others are left out; empty to keep all under their names
-    fractions    {our split: share}, to draw splits by patient where the publisher has none; empty for the defaults
-    volumes      which reconstructions of a scan: all, first, thinnest, sharpest
-    mix          {our split: Share}
-    options      of this adapter alone: texts, {text: text} or, for UNPACK, a Path
-    """
+    """One entry of data_manifest.yaml."""
 
     name: str
-    place: str
+    place: str  # "data_manifest.yaml, line 7", for errors
     adapter: str
-    roots: tuple[Path, ...] = ()
+    roots: tuple[Path, ...] = ()  # folders of scans
+    # {kind: files or folders}; the adapter tells which kinds there are
     annotations: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    # {the publisher's split: ours}, others are left out; empty to keep all under their names
     splits: Mapping[str, str] = field(default_factory=dict)
+    # {our split: share}, to draw splits by patient where the publisher has none; empty for the defaults
     fractions: Mapping[str, float] = field(default_factory=dict)
     wording: Wording = field(default_factory=Wording)
-    volumes: str = "all"
+    volumes: str = "all"  # which reconstructions of a scan: all, first, thinnest, sharpest
     recipe: RecipeChoice = field(default_factory=RecipeChoice)
-    mix: Mapping[str, Share] = field(default_factory=dict)
+    mix: Mapping[str, Share] = field(default_factory=dict)  # {our split: Share}
+    # Of this adapter alone: texts, {text: text} or, for UNPACK, a Path
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def error(self, message: str) -> UsageError:
@@ -93,21 +81,16 @@ class SourceVolume(NamedTuple):
 
 
 class FoundVolumes(NamedTuple):
-    """The scans of a data set, each under its id, and sentences for the user.
-
-    `left_out` is {volume id: reason}, of volumes that the data set or its entry excludes.
-    """
+    """The scans of a data set, each under its id."""
 
     volumes: list[SourceVolume]
-    left_out: Mapping[str, str] = MappingProxyType({})
-    notes: Sequence[str] = ()
+    left_out: Mapping[str, str] = MappingProxyType({})  # {id: reason}, of volumes that data set or entry exclude
+    notes: Sequence[str] = ()  # sentences for the user
 
 
 def read_rows(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[tuple[Path, TableRow]]:
     """Yield every row of several tables, with its file, as `text_rows` returns it."""
-    for path in paths:
-        for row in text_rows(path, read_table(path), columns):
-            yield path, row
+    return ((path, row) for path in paths for row in text_rows(path, read_table(path), columns))
 
 
 def text_rows(path: Path, table: Table, columns: Sequence[str]) -> list[TableRow]:
@@ -115,20 +98,14 @@ def text_rows(path: Path, table: Table, columns: Sequence[str]) -> list[TableRow
 
     Null and missing values of JSON and parquet become "", other values their JSON text. The rows of `table` change.
     """
-    problems = [
-        Problem("line 1", "missing column", f"expected a column {name!r}, found none; {name_hint(name, table.columns)}")
-        for name in columns
-        if table.rows and name not in table.columns
-    ]
-    problems += table.problems
+    missing = [name for name in columns if table.rows and name not in table.columns]
+    expected = [f"expected a column {name!r}, found none; {name_hint(name, table.columns)}" for name in missing]
+    problems = [Problem("line 1", "missing column", text) for text in expected] + table.problems
     if problems:
         refuse(path, problems)
     for row in table.rows:
-        row.values.update({name: _text(row.values.get(name)) for name in table.columns})
+        for name in table.columns:
+            value = row.values.setdefault(name, "")
+            if not isinstance(value, str):
+                row.values[name] = "" if value is None else json.dumps(value, default=str)
     return table.rows
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, default=str)

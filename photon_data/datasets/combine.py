@@ -18,19 +18,14 @@ from photon_data.questions.table import TAG
 
 
 class Adapter(NamedTuple):
-    """One layout of data sets.
+    """One layout of data sets."""
 
-    read         returns the volumes, and the questions with the publisher's splits (None: not known), whose `volume` is
-                 an id or a name that means one volume. None instead of questions: each volume gets the instruction
-    annotations  the kinds that an entry may name
-    options      the options that an entry may set
-    cohort       a name shared by data sets with the same patients; None for a data set with patients of its own
-    """
-
+    # Returns the volumes, and the questions with the publisher's splits (None: not known), whose `volume` is an id or a
+    # name that means one volume. None instead of questions: each volume gets the instruction.
     read: Callable[[DataSet, OnFile], tuple[FoundVolumes, list[Question] | None]]
-    annotations: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    cohort: str | None = None
+    annotations: tuple[str, ...] = ()  # the kinds that an entry may name
+    options: tuple[str, ...] = ()  # the options that an entry may set
+    cohort: str | None = None  # a name shared by data sets with the same patients; None for patients of its own
 
 
 _TABLE_OPTIONS = ("pattern", "id_from", "id_prefix", "cohort")
@@ -52,19 +47,13 @@ REFUSED = {
 
 
 class Collection(NamedTuple):
-    """Volumes and the questions about them, of one data set or of several.
-
-    volumes    each id once
-    questions  `volume` is an id; each has a split and the name of its data set
-    unmatched  questions whose volume is not there
-    notes      sentences for the user
-    """
+    """Volumes and the questions about them, of one data set or of several."""
 
     datasets: tuple[DataSet, ...]
-    volumes: list[SourceVolume]
-    questions: list[Question]
-    unmatched: list[Unmatched]
-    notes: list[str]
+    volumes: list[SourceVolume]  # each id once
+    questions: list[Question]  # `volume` is an id; each has a split and the name of its data set
+    unmatched: list[Unmatched]  # questions whose volume is not there
+    notes: list[str]  # sentences for the user
 
 
 def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None) -> Collection:
@@ -80,20 +69,16 @@ def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile
         raise entry.error(f"expected volumes, found none in {roots}; {hint}")
     instruction = entry.wording.instruction or instruction
     if questions is None:
-        split = None if entry.fractions else ALL
         ids = [volume.source.id for volume in found.volumes]
-        questions = [Question(id_, id_, instruction, split=split) for id_ in ids]
+        questions = [Question(id_, id_, instruction, split=None if entry.fractions else ALL) for id_ in ids]
     elif not questions:
         raise entry.error("expected questions, found none in its annotations; name some, or use `adapter: folder`")
     questions = [q if q.question else replace(q, question=instruction) for q in questions]
     tags = [(q.id, tag[0]) for q in questions if (tag := TAG.search(q.question) or TAG.search(q.answer or ""))]
     if tags:
-        first = ": ".join(tags[0])
-        raise entry.error(
-            f"expected texts without tags and special tokens, found {len(tags)}, first {first}; remove them"
-        )
-    questions = _without_duplicates(entry, questions, notes)
-    questions = _with_splits(entry, questions, seed, notes)
+        found_tags = f"{len(tags)}, first {': '.join(tags[0])}"
+        raise entry.error(f"expected texts without tags and special tokens, found {found_tags}; remove them")
+    questions = _with_splits(entry, _without_duplicates(entry, questions, notes), seed, notes)
     cohort = entry.options.get("cohort") or adapter.cohort or entry.name
     matched, unmatched = _match(entry, found, questions, cohort, notes)
     return Collection((entry,), found.volumes, matched, unmatched, notes)
@@ -109,38 +94,38 @@ def requested_volumes(entry: DataSet) -> set[str]:
 def combine(collections: Sequence[Collection], seed: int, prompt: str | None = None) -> Collection:
     """Return several data sets as one: the questions that caps and weights leave, and the volumes they need, by id.
 
-    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets mean
-    different files, or rescale a file differently, under one id.
+    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets conflict.
     """
     datasets = tuple(entry for collection in collections for entry in collection.datasets)
     questions = [question for collection in collections for question in collection.questions]
     kept = mixed(questions, {entry.name: entry.mix for entry in datasets}, seed)
     notes = [f"{part.datasets[0].name}: {note}" for part in collections for note in part.notes]
-    notes += _about_mix(questions, kept)
+    left = Counter((q.dataset, q.split) for q in kept)
+    notes += [
+        f"{name}: {count - left[name, split]} of {count} questions of split {split} are left out by cap or weight"
+        for (name, split), count in Counter((q.dataset, q.split) for q in questions).items()
+        if left[name, split] < count
+    ]
     needed = {question.volume for question in kept}
     volumes: dict[str, SourceVolume] = {}
     for collection in collections:
         ours = {volume.source.id: volume for volume in collection.volumes if volume.source.id in needed}
-        _refuse_conflicts(volumes, ours)
+        _refuse_conflicts([(volumes[name], volume) for name, volume in ours.items() if name in volumes])
         volumes = ours | volumes
-    worded = [
-        question
-        for entry in datasets
-        for question in with_prompt_style(
-            [q for q in kept if q.dataset == entry.name], prompt or entry.wording.prompt, entry.wording.choices
-        )
-    ]
+    worded: list[Question] = []
+    for entry in datasets:
+        ours_kept = [q for q in kept if q.dataset == entry.name]
+        worded += with_prompt_style(ours_kept, prompt or entry.wording.prompt, entry.wording.choices)
     unmatched = [missing for collection in collections for missing in collection.unmatched]
     return Collection(datasets, [volumes[name] for name in sorted(volumes)], worded, unmatched, notes)
 
 
 def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share]], seed: int) -> list[Question]:
-    """Return the questions that the shares {data set: {split: Share}} leave, in their order.
+    """Return the questions that the shares {data set: {split: Share}} leave, in their order: `mix` of docs/datasets.md.
 
-    Caps first. Then, in a split with weights, the data set with the fewest questions per weight keeps all, and the
-    others what their weight is worth: {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}. No question is
-    repeated. Which ones stay depends on their ids and the seed alone, so rows added later change little. UsageError for
-    a split in which some data sets have a weight and others have none, and for a share of a split without questions.
+    {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}. Which ones stay depends on their ids and the seed
+    alone, so rows added later change little. UsageError for a split in which some data sets have a weight and others
+    have none, and for a share of a split without questions.
     """
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, question in enumerate(questions):
@@ -160,12 +145,9 @@ def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share
         counts = {name: min(len(indices), of_split[name].cap or len(indices)) for name, indices in group.items()}
         weights = {name: share.weight for name, share in of_split.items() if share.weight is not None}
         if weights:
-            without = [name for name in counts if name not in weights]
-            if without:
-                raise UsageError(
-                    f"expected a weight for every data set of split {split!r} or for none, found none for "
-                    f"{', '.join(without)}; add one"
-                )
+            if without := ", ".join(name for name in counts if name not in weights):
+                expected = f"a weight for every data set of split {split!r} or for none"
+                raise UsageError(f"expected {expected}, found none for {without}; add one")
             unit = min(counts[name] / weight for name, weight in weights.items())
             counts = {name: round(unit * weight) for name, weight in weights.items()}
         for name, indices in group.items():
@@ -173,35 +155,22 @@ def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share
     return [questions[index] for index in sorted(kept)]
 
 
-def _about_mix(before: Sequence[Question], after: Sequence[Question]) -> list[str]:
-    """Return a note for every data set and split of which caps and weights leave out questions."""
-    kept = Counter((q.dataset, q.split) for q in after)
-    return [
-        f"{name}: {count - kept[name, split]} of {count} questions of split {split} are left out by cap or weight"
-        for (name, split), count in Counter((q.dataset, q.split) for q in before).items()
-        if kept[name, split] < count
-    ]
-
-
-def _refuse_conflicts(volumes: Mapping[str, SourceVolume], ours: Mapping[str, SourceVolume]) -> None:
-    """UsageError if an id of ours is also one of an earlier data set, with another file or other metadata."""
-    compared: dict[str, Callable[[SourceVolume], object]] = {
-        "one file per volume id": lambda volume: volume.source.files,
-        "the same metadata for the same file": lambda volume: (volume.rescale, volume.table_grid),
-    }
-    for expected, key in compared.items():
-        ids = [id_ for id_ in ours if id_ in volumes and key(volumes[id_]) != key(ours[id_])]
-        if ids:
-            a, b = volumes[ids[0]], ours[ids[0]]
-            raise UsageError(
-                f"{b.dataset.place}: expected {expected}, but data sets {a.dataset.name} and {b.dataset.name} differ "
-                f"in {len(ids)}, first {ids[0]}: {a.source.files[0]} and {b.source.files[0]}; give both the same "
-                "`root` and metadata, or, if these are different volumes, one of them an `id_prefix`"
-            )
+def _refuse_conflicts(both: Sequence[tuple[SourceVolume, SourceVolume]]) -> None:
+    """UsageError if two data sets give one id to two files, or other metadata to the same file."""
+    files = [(a, b) for a, b in both if a.source.files != b.source.files]
+    metadata = [(a, b) for a, b in both if (a.rescale, a.table_grid) != (b.rescale, b.table_grid)]
+    if differing := files or metadata:
+        a, b = differing[0]
+        expected = "one file per volume id" if files else "the same metadata for the same file"
+        raise UsageError(
+            f"{b.dataset.place}: expected {expected}, but data sets {a.dataset.name} and {b.dataset.name} differ "
+            f"in {len(differing)}, first {a.source.id}: {a.source.files[0]} and {b.source.files[0]}; give both the "
+            "same `root` and metadata, or, if these are different volumes, one of them an `id_prefix`"
+        )
 
 
 def adapter_of(entry: DataSet) -> Adapter:
-    """Return the adapter of an entry; UsageError for what an entry cannot name or that is not there."""
+    """Return the adapter of an entry; UsageError for what the entry cannot name, or for paths that are not there."""
     if entry.adapter in REFUSED:
         raise entry.error(REFUSED[entry.adapter])
     if entry.adapter not in ADAPTERS:
@@ -211,13 +180,11 @@ def adapter_of(entry: DataSet) -> Adapter:
     adapter = ADAPTERS[entry.adapter]
     for kind in ("annotations", "options"):
         known = getattr(adapter, kind)
-        unknown = [name for name in getattr(entry, kind) if name not in known]
-        if unknown:
+        if unknown := [name for name in getattr(entry, kind) if name not in known]:
             names = ", ".join(known) or "it has none"
             raise entry.error(f"expected {kind} of {entry.adapter} ({names}), found {unknown[0]!r}")
     check_split_names({*entry.splits.values(), *entry.fractions})
-    missing = missing_paths(entry)
-    if missing:
+    if missing := missing_paths(entry):
         few = first_few(missing)
         raise entry.error(f"expected files and folders, found {len(missing)} missing ({few}); download or correct them")
     return adapter
@@ -230,7 +197,7 @@ def missing_paths(entry: DataSet) -> list[str]:
 
 
 def _without_duplicates(entry: DataSet, questions: list[Question], notes: list[str]) -> list[Question]:
-    """Return the questions, or only the first of those with one volume, task, words and answer if the entry says so."""
+    """Return the questions, or, if the entry says so, only the first of those that repeat each other."""
     first: dict[tuple[Any, ...], Question] = {}
     for q in questions:
         first.setdefault((q.volume, q.task, q.extra.get("subtask"), q.question, q.answer, q.split), q)
@@ -245,19 +212,14 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
     theirs = Counter(question.split for question in questions)
     if set(theirs) == {None}:
         if entry.splits:
-            raise entry.error(
-                "expected shares like {train: 0.8, test: 0.2} in `splits`, since the data set has no splits to name"
-            )
+            raise entry.error("expected shares like {train: 0.8} in `splits`, found names; it has no splits to name")
         return assign_splits(questions, fractions=entry.fractions or FRACTIONS, seed=seed)
     there = ", ".join(sorted(map(str, theirs)))
     if entry.fractions:
-        raise entry.error(
-            f"expected names like {{train: train}} in `splits`, since the data set has its own splits ({there})"
-        )
+        raise entry.error(f"expected names like {{train: train}} in `splits`, found shares; its splits are {there}")
     if not entry.splits:
         return assign_splits(questions)
-    unknown = [name for name in entry.splits if name not in theirs]
-    if unknown:
+    if unknown := [name for name in entry.splits if name not in theirs]:
         raise entry.error(f"expected splits of the data set ({there}) in `splits`, found {unknown[0]!r}")
     for name, count in sorted(theirs.items(), key=str):
         if name not in entry.splits:
@@ -268,7 +230,7 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
 def _match(
     entry: DataSet, found: FoundVolumes, questions: Sequence[Question], cohort: str, notes: list[str]
 ) -> tuple[list[Question], list[Unmatched]]:
-    """Return the questions with the id of their volume, and those whose volume is not there; the left-out become notes.
+    """Return the questions whose volume is there, with its id, and the others; those left out become notes.
 
     Their ids begin with the data set, their patients with the cohort: patients of two cohorts are different people.
     """
@@ -293,7 +255,6 @@ def _match(
             "annotations belong together?"
         )
     notes += [f"{count} questions are left out: {why}" for why, count in sorted(left_out.items())]
-    idle = ids - {question.volume for question in matched}
-    if idle:
+    if idle := ids - {question.volume for question in matched}:
         notes.append(f"{len(idle)} of {len(ids)} volumes have no question and are not prepared, {min(idle)} first")
     return matched, unmatched

@@ -44,10 +44,9 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question] 
 
 
 def _reports(entry: DataSet, paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
-    """Yield a question per volume with the report's columns as its answer; empty and "Not given." are no answer."""
+    """Yield a question per volume with the report's columns as its answer; "Not given." is no answer."""
     columns = entry.wording.report or ("Findings_EN",)
-    unknown = [column for column in columns if column not in REPORT_COLUMNS]
-    if unknown:
+    if unknown := [column for column in columns if column not in REPORT_COLUMNS]:
         raise entry.error(f"expected some of {', '.join(REPORT_COLUMNS)} in `report`, found {unknown[0]!r}")
     empty: list[str] = []
     for path, row in read_rows(paths, ("VolumeName", *columns)):
@@ -71,13 +70,8 @@ def _labels(paths: Sequence[Path]) -> Iterator[Question]:
             if answer is None:
                 found = f"expected 0 or 1 in {label!r}, found {row.values[label]!r}"
                 raise UsageError(f"{path}, {row.place}: {volume}: {found}")
-            extra = {
-                "subtask": label,
-                "answer_type": "yes-no",
-                "choices": ["Yes", "No"],
-                "letter": "A" if answer == "Yes" else "B",
-                "labelled_by": "RadBERT",
-            }
+            extra = {"subtask": label, "answer_type": "yes-no", "choices": ["Yes", "No"]}
+            extra |= {"letter": "A" if answer == "Yes" else "B", "labelled_by": "RadBERT"}
             text = f"Does this CT scan show {label[0].lower()}{label[1:]}?"
             yield _question(volume, f"label/{volume}/{label}", text, answer, "abnormality", extra)
 
@@ -105,11 +99,9 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
 
 
 def _volume(path: Path, place: str, name: str) -> str:
-    """Return the id of a volume from its name or path; UsageError for a text that is no name of CT-RATE."""
-    volume = volume_id(name)
-    if not volume:
-        raise UsageError(f"{path}, {place}: expected a volume like train_1_a_1.nii.gz, found {name!r}")
-    return volume
+    if volume := volume_id(name):
+        return volume
+    raise UsageError(f"{path}, {place}: expected a volume like train_1_a_1.nii.gz, found {name!r}")
 
 
 def _question(volume: str, id_: str, text: str, answer: str, task: str, extra: dict[str, Any]) -> Question:
@@ -118,10 +110,7 @@ def _question(volume: str, id_: str, text: str, answer: str, task: str, extra: d
 
 
 def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that is one JSON list, read in pieces: CT-RATE's questions are one list of 1.2 GB.
-
-    UsageError for another content, or a file that ends early.
-    """
+    """Yield the objects of one JSON list, read in pieces, since CT-RATE's has 1.2 GB; UsageError for anything else."""
     decode, count = json.JSONDecoder().raw_decode, 1
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -137,8 +126,7 @@ def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     item, at = decode(text, at)
                 except json.JSONDecodeError as error:
-                    more = file.read(max(PIECE, len(text) - at))
-                    if not more:
+                    if not (more := file.read(max(PIECE, len(text) - at))):
                         problem = f"{error.msg}; the file is cut off or damaged, download it again"
                         raise UsageError(f"{path}, item {count}: expected JSON, found: {problem}") from None
                     text, at = text[at:] + more, 0

@@ -1,12 +1,10 @@
-"""CT-RATE's tree of volumes: which there are, in which of the two incompatible versions, and which of a scan are used.
+"""CT-RATE's tree of volumes in its two incompatible versions, which the path tells apart (see docs/datasets.md).
 
-v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept are in the tables
-    train_metadata.csv and validation_metadata.csv
-v2  dataset/train_fixed, dataset/valid_fixed: headers are right and values are HU; the tables must not be applied again
+v1  dataset/train, dataset/valid: headers are blank and values raw; spacing, slope and intercept are in the metadata
+v2  dataset/train_fixed, dataset/valid_fixed: headers are right and values are HU; the metadata must not be applied
 
-The path tells which one a file is, and preparing refuses the file if its header or intensities contradict that. The
-array of v1 is taken to lie as that of v2 does (x to the left, y to the back, z up). Nothing in the file could confirm
-this, so v2 is used if both exist.
+The array of v1 is taken to lie as that of v2 does (x to the left, y to the back, z up). Nothing in the file could
+confirm this, so v2 is used if both exist.
 """
 
 from __future__ import annotations
@@ -42,14 +40,10 @@ SHARP = ("C", "D", "E", "EA", "EB", "L", "LungB", "YA", "YB", "YC", "YD")
 
 
 class Metadata(NamedTuple):
-    """A row of a metadata table. `upright`: the slices are axial and the patient lies head first.
+    """A row of a metadata table."""
 
-    Then rows run to the back, columns to the left, slices up. The z of slice 0 is set to 0: the table gives the
-    position of one slice and does not tell which one.
-    """
-
-    geometry: Geometry
-    upright: bool
+    geometry: Geometry  # z of slice 0 is set to 0: the table gives the position of one slice, not which one
+    upright: bool  # axial slices of a patient who lies head first: rows run to the back, columns to the left, slices up
     slope: float
     intercept: float
     kernel: str
@@ -116,11 +110,9 @@ def _by_version(entry: DataSet, on_file: OnFile, notes: list[str]) -> dict[str, 
                 unnamed.append(source.path)
             elif version not in found:
                 unclear.append(source.path)
-            else:
-                other = found[version].setdefault(volume, replace(source, id=volume))
-                if other.files != source.files:
-                    both = f"{other.files[0]} and {source.files[0]}"
-                    raise entry.error(f"expected every volume once, found {both}; narrow `root`")
+            elif (other := found[version].setdefault(volume, replace(source, id=volume))).files != source.files:
+                both = f"{other.files[0]} and {source.files[0]}"
+                raise entry.error(f"expected every volume once, found {both}; narrow `root`")
     if unclear:
         raise entry.error(
             "expected train or valid (v1), or train_fixed or valid_fixed (v2), in every path, found none or both in "
@@ -138,12 +130,11 @@ def _version(root: Path, path: str) -> str | None:
 
 
 def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
-    """Return the volumes of no_chest lists, whose lines are names or paths, with or without the suffix."""
+    """Return {volume: reason} of lists whose lines are names or paths, with or without the suffix."""
     listed = {}
     for path in paths:
         for number, line in enumerate(read_text(path, (".txt",)).splitlines(), 1):
-            name = volume_id(line)
-            if name:
+            if name := volume_id(line):
                 listed[name] = "no chest CT (no_chest list)"
             elif line.strip():
                 raise UsageError(f"{path}, line {number}: expected a name like train_1_a_1, found {line.strip()!r}")
@@ -151,11 +142,11 @@ def _no_chest(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def _other_reconstructions(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Metadata]) -> dict[str, str]:
-    """Return the reconstructions of each scan but the one that the entry asks for, with the reason to omit them."""
+    """Return {volume: reason} of the reconstructions of each scan but the one that the entry asks for."""
     scans: dict[str, list[str]] = defaultdict(list)
-    for volume in sorted(volumes, key=_number):
+    for volume in sorted(volumes, key=lambda volume: int(volume.rpartition("_")[2])):
         scans[volume.rpartition("_")[0]].append(volume)
-    several = [names for names in scans.values() if len(names) > 1] if entry.volumes != "all" else []
+    several = [names for names in scans.values() if len(names) > 1 and entry.volumes != "all"]
     rank = _ranking(entry, [volume for names in several for volume in names], metadata)
     chosen = {min(names, key=rank) for names in several}  # the first of equal ones
     reason = f"another reconstruction than the {entry.volumes}"
@@ -165,23 +156,17 @@ def _other_reconstructions(entry: DataSet, volumes: Sequence[str], metadata: Map
 def _ranking(entry: DataSet, volumes: Sequence[str], metadata: Mapping[str, Metadata]) -> Callable[[str], float]:
     """Return a function that is smallest for the best reconstruction; UsageError if the metadata do not tell."""
     if entry.volumes in ("all", "first"):
-        return _number
-    unknown = [volume for volume in volumes if volume not in metadata]
-    if unknown:
+        return lambda volume: 0
+    if unknown := [volume for volume in volumes if volume not in metadata]:
         few = first_few(unknown)
         raise entry.error(f"expected metadata for `volumes: {entry.volumes}`, found none for {len(unknown)} ({few})")
     if entry.volumes == "thinnest":
         return lambda volume: metadata[volume].geometry.spacing_zyx_mm[0]
     sharp = {volume: sharpness(metadata[volume].kernel) for volume in volumes}
-    strange = Counter(metadata[volume].kernel for volume, value in sharp.items() if value is None)
-    if strange:
+    if strange := Counter(metadata[volume].kernel for volume, value in sharp.items() if value is None):
         kernels = ", ".join(f"{kernel!r} ({count})" for kernel, count in strange.most_common(10))
         raise entry.error(f"expected kernels of known sharpness, found {kernels}; use `first`, `thinnest` or `all`")
     return lambda volume: -(sharp[volume] or 0)
-
-
-def _number(volume: str) -> float:
-    return int(volume.rpartition("_")[2])
 
 
 def sharpness(kernel: str) -> float | None:
@@ -190,17 +175,13 @@ def sharpness(kernel: str) -> float | None:
     "['Br40f', '3']" -> 40 (Siemens' numbers grow), "B" -> 0 and "YA" -> 100 (Philips; no finer order is known)
     """
     name = kernel.strip("[]").split(",")[0].strip("' ")
-    numbered = re.fullmatch(r"[A-Z][a-z]?(\d\d)[a-z]?", name)
-    if numbered:
+    if numbered := re.fullmatch(r"[A-Z][a-z]?(\d\d)[a-z]?", name):
         return float(numbered[1])
     return 0.0 if name in SOFT else 100.0 if name in SHARP else None
 
 
 def read_metadata(paths: Iterable[Path], volumes: Container[str]) -> dict[str, Metadata]:
-    """Return {volume id: Metadata} for those of `volumes` that the tables name.
-
-    UsageError with all of their rows whose numbers cannot be read, and for a volume with two different rows.
-    """
+    """Return {id: Metadata} of those of `volumes` that the tables name; UsageError for unusable or differing rows."""
     found: dict[str, Metadata] = {}
     for path in paths:
         problems = []
@@ -224,10 +205,8 @@ def _metadata(values: Mapping[str, str]) -> Metadata:
     row_mm, column_mm = _numbers(values["XYSpacing"], 2)
     x, y, _ = _numbers(values["ImagePositionPatient"], 3)
     slice_mm, slope, intercept = (float(values[name]) for name in ("ZSpacing", "RescaleSlope", "RescaleIntercept"))
-    if not 0 < slice_mm < math.inf:
-        raise ValueError(f"ZSpacing {slice_mm}")
-    if not (math.isfinite(slope) and math.isfinite(intercept) and slope):
-        raise ValueError(f"slope {slope}, intercept {intercept}")
+    if not (0 < slice_mm < math.inf and 0 < abs(slope) < math.inf and math.isfinite(intercept)):
+        raise ValueError(f"ZSpacing {slice_mm}, slope {slope}, intercept {intercept}")
     slices, rows, columns = (int(float(values[name])) for name in ("NumberofSlices", "Rows", "Columns"))
     steps = ((0, 0, slice_mm), (0, row_mm, 0), (column_mm, 0, 0))
     geometry = Geometry.from_arrays((slices, rows, columns), (x, y, 0), steps)

@@ -21,9 +21,7 @@ from photon_data.questions.table import read_text
 
 T = TypeVar("T")
 
-TOP = ("out", "recipe", "seed", "datasets")
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
-RECONSTRUCTIONS = ("all", "first", "thinnest", "sharpest")
 # The name of a data set begins ids and can be the name of a file.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -48,61 +46,57 @@ class DataManifest:
 
 def read_data_manifest(path: Path) -> DataManifest:
     """Return the checked data_manifest.yaml; relative paths start at its folder. UsageError with a line."""
-    top = _read_yaml(path).mapping(TOP)
+    top = _read_yaml(path).mapping(("out", "recipe", "seed", "datasets"))
     if "datasets" not in top:
         raise UsageError(f"{path.name}: expected a mapping `datasets`, found {', '.join(top) or 'nothing'}")
-    recipe = _recipe(top["recipe"], RecipeChoice()) if "recipe" in top else RecipeChoice()
+    recipe = _read(top, "recipe", _recipe, RecipeChoice())
     datasets: dict[str, DataSet] = {}
     for name, item in top["datasets"].mapping().items():
         if not NAME.fullmatch(name):
             raise UsageError(f"{item.place}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
         if name.casefold() in datasets:
-            raise UsageError(
-                f"{item.place}: expected names that differ in more than case, found {name!r} after another"
-            )
+            raise UsageError(f"{item.place}: expected names that differ in more than case, found {name!r} again")
         datasets[name.casefold()] = _entry(name, item, recipe)
     if not datasets:
         raise top["datasets"].error("at least one data set")
-    out = top["out"].text() if "out" in top else None
+    out = _read(top, "out", _Node.text, None)
     if out is not None and "://" not in out:
         out = str(path.absolute().parent / out)
-    seed = int(top["seed"].number(-1, whole=True)) if "seed" in top else 0
-    return DataManifest(path, tuple(datasets.values()), out, seed)
+    return DataManifest(path, tuple(datasets.values()), out, _read(top, "seed", lambda seed: seed.whole(-1), 0))
 
 
-def _entry(name: str, item: Node, recipe: RecipeChoice) -> DataSet:
+def _read(found: Mapping[str, _Node], key: str, convert: Callable[[_Node], T], default: T) -> T:
+    return convert(found[key]) if key in found else default
+
+
+def _entry(name: str, item: _Node, recipe: RecipeChoice) -> DataSet:
     found = item.mapping(ENTRY)
     if "adapter" not in found:
         raise UsageError(f"{item.place}: data set {name}: expected an adapter, found none")
-
-    def read(key: str, convert: Callable[[Node], T], default: T) -> T:
-        return convert(found[key]) if key in found else default
-
     splits, fractions = _splits(found["splits"]) if "splits" in found else ({}, {})
     return DataSet(
         name=name,
         place=item.place,
         adapter=found["adapter"].text(),
-        roots=read("root", Node.paths, ()),
-        annotations=read("annotations", _annotations, {}),
+        roots=_read(found, "root", _Node.paths, ()),
+        annotations=_read(found, "annotations", _annotations, {}),
         splits=splits,
         fractions=fractions,
-        wording=read("questions", _wording, Wording()),
-        volumes=read("volumes", lambda volumes: volumes.one_of(RECONSTRUCTIONS), "all"),
-        recipe=read("recipe", lambda choice: _recipe(choice, recipe), recipe),
-        mix=read("mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
-        options=read("options", _options, {}),
+        wording=_read(found, "questions", _wording, Wording()),
+        volumes=_read(found, "volumes", lambda which: which.one_of(("all", "first", "thinnest", "sharpest")), "all"),
+        recipe=_read(found, "recipe", lambda choice: _recipe(choice, recipe.name), recipe),
+        mix=_read(found, "mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
+        options=_read(found, "options", _options, {}),
     )
 
 
-def _annotations(item: Node) -> dict[str, tuple[Path, ...]]:
+def _annotations(item: _Node) -> dict[str, tuple[Path, ...]]:
     """Return {kind: paths}; paths without a kind are "questions"."""
-    if not isinstance(item.value, dict):
-        return {"questions": item.paths()}
-    return {kind: paths.paths() for kind, paths in item.value.items()}
+    kinds = item.value if isinstance(item.value, dict) else {"questions": item}
+    return {kind: paths.paths() for kind, paths in kinds.items()}
 
 
-def _splits(item: Node) -> tuple[dict[str, str], dict[str, float]]:
+def _splits(item: _Node) -> tuple[dict[str, str], dict[str, float]]:
     """Return ({theirs: ours}, {}) for names and ({}, {ours: share}) for numbers."""
     if not isinstance(item.value, dict):
         return {text: text for text in item.texts()}, {}
@@ -111,50 +105,49 @@ def _splits(item: Node) -> tuple[dict[str, str], dict[str, float]]:
     return {theirs: ours.text() for theirs, ours in item.value.items()}, {}
 
 
-def _wording(item: Node) -> Wording:
+def _wording(item: _Node) -> Wording:
     allowed = {"prompt": PROMPTS, "choices": ("shown", "hidden"), "duplicates": ("keep", "drop")}
     found: dict[str, Any] = {}
     for name, value in item.mapping(Wording._fields).items():
-        if name in allowed:
-            found[name] = value.one_of(allowed[name])
+        if name == "report":
+            found[name] = tuple(value.texts())
         else:
-            found[name] = tuple(value.texts()) if name == "report" else value.text()
+            found[name] = value.one_of(allowed[name]) if name in allowed else value.text()
     return Wording(**found)
 
 
-def _recipe(item: Node, default: RecipeChoice) -> RecipeChoice:
+def _recipe(item: _Node, default_name: str = RecipeChoice().name) -> RecipeChoice:
     """Return the recipe of `recipe: NAME` or of `recipe: {name: NAME, spacing_mm: [1, 1, 1]}`."""
     if not isinstance(item.value, dict):
         return RecipeChoice(item.text())
-    settings = dict(item.value)
-    name = settings.pop("name").text() if "name" in settings else default.name
-    return RecipeChoice(name, tuple(f"{key}={_setting(value)}" for key, value in settings.items()))
+    settings = tuple(f"{key}={_setting(value)}" for key, value in item.value.items() if key != "name")
+    return RecipeChoice(_read(item.value, "name", _Node.text, default_name), settings)
 
 
-def _setting(item: Node) -> str:
+def _setting(item: _Node) -> str:
     return ",".join(map(_setting, item.value)) if isinstance(item.value, list) else str(item.value)
 
 
-def _share(item: Node) -> Share:
+def _share(item: _Node) -> Share:
     found = item.mapping(Share._fields)
-    cap = int(found["cap"].number(0, whole=True)) if "cap" in found else None
-    return Share(found["weight"].number(0) if "weight" in found else None, cap)
+    weight = _read(found, "weight", lambda weight: weight.number(0), None)
+    return Share(weight, _read(found, "cap", lambda cap: cap.whole(0), None))
 
 
-def _options(item: Node) -> dict[str, Any]:
+def _options(item: _Node) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in item.mapping().items():
         if isinstance(value.value, dict):
             texts = value.mapping(NAMES if name == "columns" else None)
-            options[name] = {key: item.text() for key, item in texts.items()}
+            options[name] = {key: text.text() for key, text in texts.items()}
         else:
             text = value.text()  # refuses a list
             options[name] = value.paths()[0] if name == UNPACK else text
     return options
 
 
-class Node(NamedTuple):
-    """A value of a YAML file and its line. Mappings hold a Node for each key, lists hold Nodes.
+class _Node(NamedTuple):
+    """A value of a YAML file and its line. Mappings hold a node for each key, lists hold nodes.
 
     Each method returns the value as one type. It raises UsageError, with the line, for a value of another type.
     """
@@ -165,15 +158,13 @@ class Node(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return "FILE, line 3"."""
         return f"{self.path.name}, line {self.line}"
 
     def error(self, expected: str) -> UsageError:
-        """Return the error of a value that is not what was expected."""
         kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
         return UsageError(f"{self.place}: expected {expected}, found {kinds.get(type(self.value)) or repr(self.value)}")
 
-    def mapping(self, names: Collection[str] | None = None) -> Mapping[str, Node]:
+    def mapping(self, names: Collection[str] | None = None) -> Mapping[str, _Node]:
         """Return a mapping; its keys have to be among `names`, if they are given."""
         if not isinstance(self.value, dict):
             raise self.error(f"a mapping with {', '.join(names)}" if names else "a mapping")
@@ -185,7 +176,6 @@ class Node(NamedTuple):
         return self.value
 
     def text(self) -> str:
-        """Return a text; numbers and yes/no need quotes."""
         if not isinstance(self.value, str) or not self.value.strip():
             raise self.error("text (in quotes, if it looks like a number)")
         return self.value.strip()
@@ -195,48 +185,48 @@ class Node(NamedTuple):
         return [item.text() for item in self.value] if isinstance(self.value, list) else [self.text()]
 
     def paths(self) -> tuple[Path, ...]:
-        """Return the paths of a list, or the one path without a list; relative ones start at the folder of the file."""
+        """Return `texts` as paths; relative ones start at the folder of the file."""
         return tuple(self.path.absolute().parent / Path(text).expanduser() for text in self.texts())
 
-    def number(self, above: int, whole: bool = False) -> float:
-        """Return a number above `above`."""
-        is_number = isinstance(self.value, int if whole else int | float) and not isinstance(self.value, bool)
-        if not is_number or not self.value > above:
-            raise self.error(f"a {'whole ' if whole else ''}number above {above}")
+    def number(self, above: int, kind: str = "number") -> float:
+        allowed = int if kind == "whole number" else int | float
+        if isinstance(self.value, bool) or not isinstance(self.value, allowed) or not self.value > above:
+            raise self.error(f"a {kind} above {above}")
         return self.value
 
+    def whole(self, above: int) -> int:
+        return int(self.number(above, "whole number"))
+
     def one_of(self, names: Collection[str]) -> str:
-        """Return one of `names`."""
         if not isinstance(self.value, str) or self.value not in names:
             raise self.error(f"one of {', '.join(names)}")
         return self.value
 
 
-def _read_yaml(path: Path) -> Node:
+def _read_yaml(path: Path) -> _Node:
     """Return the one document of a YAML file; UsageError if it is not YAML, or has a key twice."""
     text = read_text(path, (".yaml", ".yml"))
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UsageError(f"{path.name}, line {line}: expected YAML, found: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{path.name}: expected YAML, found: {error}") from None
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path.name}, line {mark.line + 1}" if mark else path.name
+        raise UsageError(f"{place}: expected YAML, found: {getattr(error, 'problem', error)}") from None
     if root is None:
         raise UsageError(f"{path.name}: expected data sets, found an empty file")
     scalars = yaml.SafeLoader("")
 
     def value(node: yaml.Node) -> Any:
         if isinstance(node, yaml.SequenceNode):
-            return [Node(value(item), path, item.start_mark.line + 1) for item in node.value]
+            return [_Node(value(item), path, item.start_mark.line + 1) for item in node.value]
         if not isinstance(node, yaml.MappingNode):
             return scalars.construct_object(node)
-        found: dict[str, Node] = {}
+        found: dict[str, _Node] = {}
         for key, item in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in found:
                 raise UsageError(f"{path.name}, line {line}: expected every key once, found {name!r} again")
-            found[name] = Node(value(item), path, line)  # the line of its key
+            found[name] = _Node(value(item), path, line)  # the line of its key
         return found
 
-    return Node(value(root), path, root.start_mark.line + 1)
+    return _Node(value(root), path, root.start_mark.line + 1)

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,10 @@ SUBTYPES = {subtype: kind for kind, subtypes in _BY_TYPE.items() for subtype in 
 BY_LOWER_CASE = {subtype.casefold(): subtype for subtype in SUBTYPES}
 # Column in snake case -> our name, where they differ.
 ALIASES = {"question_id": "qid", "multiple_choice_question": "mc_question"}
-REQUIRED = (
-    "qid",
-    "image_id",
-    "question",
-    "answer",
-    "mc_question",
-    "correct_option",
-    "question_type",
-    "question_subtype",
-)
+NEEDED = ("qid", "image_id", "question", "answer", "mc_question", "correct_option", "question_type", "question_subtype")
 KEPT = ("spacing", "shape", "sex", "age", "scanner", "contrast", "lesion")
 # Files without a column `split` are one split, by their name.
 BY_NAME = {"test": "test", "train": "train", "val": "validation"}
-LETTERS = "ABCD"
 CHOICES = re.compile(r"(?s)(?:^|.*\s)A:\s(?P<A>.*?)\s+B:\s(?P<B>.*?)(?:\s+C:\s(?P<C>.*?))?(?:\s+D:\s(?P<D>.*?))?\s*")
 
 
@@ -73,8 +64,9 @@ def read_questions(path: Path, originals: Mapping[str, str]) -> Iterator[Questio
     """Yield the questions of one file; UsageError with every row that is not as published."""
     problems: list[Problem] = []
     split = next((split for start, split in BY_NAME.items() if path.stem.startswith(start)), "")
-    for row in text_rows(path, _read_table(path), REQUIRED):
-        values = {**row.values, "split": row.values.get("split") or split}
+    for row in text_rows(path, _read_table(path), NEEDED):
+        values = {name: value.strip() for name, value in row.values.items()}
+        values["split"] = values.get("split") or split
         wrong = [*_check(values)]
         problems += [Problem(row.place, kind, f"{values['qid']}: {text}") for kind, text in wrong]
         if not wrong:
@@ -84,14 +76,11 @@ def read_questions(path: Path, originals: Mapping[str, str]) -> Iterator[Questio
 
 
 def _read_table(path: Path) -> Table:
-    """Return a file's table, texts stripped, under our names: "multiple-choice question" -> mc_question."""
+    """Return a file's table under our names: "multiple-choice question" -> mc_question."""
     table = _read_json(path) if path.suffix.lower() == ".json" else read_table(path)
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns}
     ours = {name: ALIASES.get(words, words) for name, words in plain.items()}
-    rows = []
-    for row in table.rows:
-        values = {name: value.strip() if isinstance(value, str) else value for name, value in row.values.items()}
-        rows.append(TableRow(row.place, {ours[name]: value for name, value in values.items()}))
+    rows = [TableRow(row.place, {ours[name]: value for name, value in row.values.items()}) for row in table.rows]
     return Table(list(ours.values()), rows, table.problems)
 
 
@@ -101,13 +90,12 @@ def _read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except ValueError as error:
-        problem = f"{error}; the file is cut off or damaged, download it again"
-        raise UsageError(f"{path}: expected JSON, found: {problem}") from None
+        raise UsageError(f"{path}: expected JSON, found: {error}; download the damaged file again") from None
     items = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise UsageError(f'{path}: expected a list of questions, or {{"questions": [...]}}, found something else')
-    columns = dict.fromkeys(name for item in items for name in item)
-    return Table(list(columns), [TableRow(f"item {number}", item) for number, item in enumerate(items, 1)], [])
+    rows = [TableRow(f"item {number}", item) for number, item in enumerate(items, 1)]
+    return Table(list(dict.fromkeys(chain(*items))), rows, [])
 
 
 def _check(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -115,12 +103,11 @@ def _check(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if not ID.fullmatch(values["image_id"]):
         yield "no CT", f"expected an image id like BDMAP_00000001, found {values['image_id']!r}"
     if not values["split"]:
-        names = ", ".join(f"{name}_*" for name in BY_NAME)
-        yield "no split", f"expected a column `split`, or a file called {names}, found neither"
+        yield "no split", f"expected a column `split`, or a file called {'_*, '.join(BY_NAME)}_*, found neither"
     if not values["question"] or not values["answer"]:
         yield "empty text", "expected a question and an answer, found none"
     if values["mc_question"]:
-        letters = LETTERS[: len(parse_choices(values["mc_question"]))]
+        letters = "ABCD"[: len(parse_choices(values["mc_question"]))]
         if not letters:
             yield "no choices", f"expected choices 'A: .. B: ..' in the text, found {values['mc_question'][-60:]!r}"
         elif values["correct_option"] not in tuple(letters):
@@ -145,8 +132,7 @@ def _question(values: Mapping[str, str], originals: Mapping[str, str]) -> Questi
     extra |= {"publisher_id": values["qid"], "subtask": subtype, "organ": values.get("organ", "")}
     extra["answer_type"] = SUBTYPES.get(subtype) or ("yes-no" if answer.lower() in ("yes", "no") else "text")
     extra["source_id"] = originals.get(ct, "")
-    if values["mc_question"]:
-        text = values["mc_question"]
+    if text := values["mc_question"]:
         extra |= {"mc_question": text, "choices": parse_choices(text), "letter": values["correct_option"]}
     task = values["question_type"].replace("_", " ").strip().lower()
     return Question(values["qid"], ct, values["question"], answer, values["split"], ct, task, extra=extra)

@@ -2,9 +2,8 @@
 
 3DRAD/{train,test}/Task<n>_<name>/<subtask>.csv
 
-Three traps. Volumes called test_* are CT-RATE's valid_*. The column `Subtask` counts the files of a split (Task 5's 1
-is "c" in train and "b" in test), so a subtask gets the name of its file. The README swaps the names of tasks 1 and 2,
-the folders are right.
+Three traps. Volumes called test_* are CT-RATE's valid_*. The column `Subtask` counts the files of a split, so a subtask
+gets the name of its file. The README swaps the names of tasks 1 and 2, the folders are right.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ PUBLISHED = {
     "train": {"1": 2081, "2": 6055, "3": 1573, "4": 100_170, "5": 13_158, "6": 13_158},
     "test": {"1": 1024, "2": 2666, "3": 1002, "4": 23_472, "5": 2873, "6": 2873},
 }
-MEASUREMENT = "3"
 
 
 def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
@@ -57,7 +55,9 @@ def read_subtask(file: Path) -> Iterator[Question]:
     number, task = folder.groups()
     problems: list[Problem] = []
     for _, row in read_rows([file], COLUMNS):
-        volume = _volume(row.values["VolumeName"], split)
+        prefix, _, rest = row.values["VolumeName"].removesuffix(SUFFIX).partition("_")
+        name = f"{PREFIXES[split]}_{rest}"  # test_7_a_2.nii.gz -> valid_7_a_2
+        volume = name if prefix == split and VOLUME.fullmatch(name) else None
         wrong = [*_check(row.values, number, split, volume)]
         problems += [Problem(row.place, kind, text) for kind, text in wrong]
         if volume and not wrong:
@@ -66,13 +66,6 @@ def read_subtask(file: Path) -> Iterator[Question]:
             yield Question("", volume, *texts, split, patient, task, extra=_extra(row.values, number, file.stem))
     if problems:
         refuse(file, problems)
-
-
-def _volume(name: str, split: str) -> str | None:
-    """Return CT-RATE's id: test_7_a_2.nii.gz -> valid_7_a_2; None for another kind of name."""
-    prefix, _, rest = name.removesuffix(SUFFIX).partition("_")
-    volume = f"{PREFIXES[split]}_{rest}"
-    return volume if prefix == split and VOLUME.fullmatch(volume) else None
 
 
 def _check(values: Mapping[str, str], number: str, split: str, volume: str | None) -> Iterator[tuple[str, str]]:
@@ -85,15 +78,14 @@ def _check(values: Mapping[str, str], number: str, split: str, volume: str | Non
         yield "empty text", "expected a question and an answer, found none"
     if values["QuestionType"] not in ("Open", "Close"):
         yield "no question type", f"expected Open or Close, found {values['QuestionType']!r}"
-    letter = values["AnswerChoice"]
+    letter, answer = values["AnswerChoice"], values["Answer"]
     chosen = values.get(f"Choice {letter}", NOTHING)
-    if values["QuestionType"] == "Close" and chosen != values["Answer"]:
-        text = f"expected the text of choice {letter} ({chosen!r}) as answer, found {values['Answer']!r}"
-        yield "answer is not its choice", text
+    if values["QuestionType"] == "Close" and chosen != answer:
+        yield "answer is not its choice", f"expected the text of choice {letter} ({chosen!r}), found {answer!r}"
 
 
 def _extra(values: Mapping[str, str], number: str, subtask: str) -> dict[str, Any]:
-    extra: dict[str, Any] = {"subtask": subtask, "answer_type": "measurement" if number == MEASUREMENT else "text"}
+    extra: dict[str, Any] = {"subtask": subtask, "answer_type": "measurement" if number == "3" else "text"}
     extra |= {"publisher_volume": values["VolumeName"], "publisher_subtask": values["Subtask"]}
     if values["QuestionType"] == "Close":
         choices = [values[name] for name in CHOICES if values[name] != NOTHING]

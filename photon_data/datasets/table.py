@@ -44,7 +44,6 @@ def _scans(entry: DataSet, on_file: OnFile) -> FoundVolumes:
         notes += [f"files left alone in {root}: {left_alone(scans.ignored)}"] if scans.ignored else []
     ids = {volume.source.id for volume in volumes}
     if len(ids) < len(volumes):
-        raise entry.error(
-            f"expected an id for each of {len(volumes)} scans, found {len(ids)} ids; declare one data set per root"
-        )
+        found = f"{len(ids)} for {len(volumes)} scans"
+        raise entry.error(f"expected one id per scan, found {found}; declare one data set per root")
     return FoundVolumes(volumes, notes=notes)

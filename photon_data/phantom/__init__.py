@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,14 @@ def make_phantoms(
 
     Phantom i is the same whatever n is. `size` is the number of voxels across a slice; it changes no body, field of
     view or answer. `easy` phantoms have whole organs affected, and are asked only whether they are; those of the
-    training split have captions too.
-    FileExistsError if the directory holds scans of another seed or a larger n: `prepare` would take them too, without
-    questions.
+    training split have captions too. FileExistsError if the directory holds scans of another seed or a larger n:
+    `prepare` would take them too, without questions.
     """
     phantoms = [draw_phantom(seed, index, size, easy=easy) for index in range(n)]
-    paths = {phantom.scan_path(directory) for phantom in phantoms}
-    others = sorted(path.name for path in (directory / "scans").glob("[!.]*") if path not in paths)
-    if others:
-        raise FileExistsError(
-            f"expected an empty folder, or one made by the same call, found {others[0]} in {directory / 'scans'}"
-            f" ({len(others)} such files); choose another directory or remove them"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
+    scans, paths = directory / "scans", {phantom.scan_path(directory) for phantom in phantoms}
+    if others := sorted(path.name for path in scans.glob("[!.]*") if path not in paths):
+        found = f"{others[0]} in {scans} ({len(others)} such files); choose another directory or remove them"
+        raise FileExistsError(f"expected an empty folder, or one made by the same call, found {found}")
     for phantom in phantoms:
         write_phantom(directory, phantom)
         if progress:
@@ -83,16 +79,11 @@ def draw_phantom(seed: int, index: int, size: int = DEFAULT_SIZE, *, easy: bool 
     drawn = {finding.name: occurrence_of(slot, finding) for finding in findings}
     occurrences = {name: occurrence for name, occurrence in drawn.items() if occurrence}
     lesions = draw_lesions(seeded(seed, "lesions", index), body, scan.visible, occurrences)
-    lesion_layers = [
-        Layer(lesion.shape, lesion.hu, name, lesion.number, lesion.organ_mask)
-        for name, members in lesions.items()
-        for lesion in members
-    ]
-    table = [body.table] if scan.has_table else []
     rows = question_rows(slot, findings, occurrences, lesions)
-    if easy:
+    if easy and slot.split == "train":
         rows += caption_rows(slot, findings, occurrences)
-    return Phantom(slot, scan, (*table, *body.layers, *lesion_layers), rows)
+    table = [body.table] if scan.has_table else []
+    return Phantom(slot, scan, (*table, *body.layers, *chain(*lesions.values())), rows)
 
 
 def write_phantom(directory: Path, phantom: Phantom) -> None:
@@ -107,11 +98,8 @@ def write_phantom(directory: Path, phantom: Phantom) -> None:
                 mask_values.setdefault(structure, np.zeros(1 + len(layers), np.uint8))[value] = label
     for structure, values in mask_values.items():
         path = directory / "masks" / phantom.slot.volume / f"{structure}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
         slabs = (values[painted[start : start + SLAB]] for start in range(0, len(painted), SLAB))
         write_nifti(path, nifti_header(geometry, "<u1"), slabs)
-    path = phantom.scan_path(directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = nifti_header(geometry, storage.dtype, storage.slope, storage.intercept)
     noise = seeded(phantom.slot.seed, "noise", phantom.slot.index)
-    write_nifti(path, header, stored_planes(phantom.scan, painted, layers, noise))
+    write_nifti(phantom.scan_path(directory), header, stored_planes(phantom.scan, painted, layers, noise))

@@ -5,7 +5,7 @@ A shape is a function of world points, so that a scan of any geometry samples th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,29 +32,18 @@ GAP_MM = 2.0  # from a lesion to the border of its organ or of the view; twice t
 CLEAR_MM = 4.0  # added at the border between two parts of an organ: nobody should doubt which part a lesion is in
 FURTHER_MM = (12, 20)  # diameters of the second and third lesion, which also stay below the first
 ATTEMPTS = 30
-UP, DOWN = (0, 0, 1), (0, 0, -1)
-# The direction of a part of an organ from the organ's middle.
-PARTS: dict[str, Vector] = {
-    "upper half": UP,
-    "upper pole": UP,
-    "lower half": DOWN,
-    "lower pole": DOWN,
-    "left lobe": (1, 0, 0),
-    "right lobe": (-1, 0, 0),
-    "": (0, 0, 0),
-}
+# The direction of a part of an organ from the organ's middle, by the first word of its name.
+PARTS = {"upper": (0, 0, 1), "lower": (0, 0, -1), "left": (1, 0, 0), "right": (-1, 0, 0), "": (0, 0, 0)}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A set of points. `a & b`, `a | b` and `a - b` are intersection, union and difference.
+    """A set of points. `a & b`, `a | b` and `a - b` are intersection, union and difference."""
 
-    bounds_lps  a box [[low x, y, z], [high x, y, z]] around it, infinite where the shape has no end
-    contains    of three arrays x, y, z that broadcast against each other: on an axis-aligned grid they are three short
-                vectors, and only their combination has the size of the volume
-    """
-
+    # A box [[low x, y, z], [high x, y, z]] around it, infinite where the shape has no end.
     bounds_lps: np.ndarray
+    # Of three arrays x, y, z that broadcast against each other: on an axis-aligned grid they are three short vectors,
+    # and only their combination has the size of the volume.
     contains: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
     def __and__(self, other: Shape) -> Shape:
@@ -128,20 +117,22 @@ class Layer(NamedTuple):
     structure: str = ""
     label: int = 1
     within: str = ""
+    diameter_mm: int = 0  # of a round lesion
+
+
+# The lesions of every finding, by its name: the largest first, with label 1.
+Lesions = dict[str, tuple[Layer, ...]]
 
 
 @dataclass(frozen=True)
 class Body:
-    """A patient: organs by the name of their mask, all tissue in painting order (a later layer replaces earlier ones).
-
-    `middles_lps` are the points that part lungs and kidneys into upper and lower, and the liver into left and right.
-    """
+    """A patient."""
 
     centre_lps: Vector
-    organs: dict[str, Shape]
-    middles_lps: dict[str, Vector]
-    layers: tuple[Layer, ...]
-    table: Layer
+    organs: dict[str, Shape]  # by the name of their mask
+    middles_lps: dict[str, Vector]  # where lungs and kidneys part into upper and lower, the liver into left and right
+    layers: tuple[Layer, ...]  # all tissue in painting order: a later layer replaces earlier ones
+    table: Layer  # of the scanner, curved and light, under the back
 
 
 class Frame(NamedTuple):
@@ -167,8 +158,16 @@ def draw_body(rng: np.random.Generator) -> Body:
     x, y, z = rng.uniform((-8, -120, -600), (8, 120, 600)).tolist()
     frame = Frame((width, depth, height), (x, y, z))
     organs, middles_lps = _draw_organs(frame, rng)
-    layers = (*_trunk(frame), *_draw_bowel(frame, rng), *_draw_organ_layers(organs, rng), *_skeleton(frame, organs))
-    return Body(frame.point((0, 0, -8)), organs, middles_lps, layers, _table(frame))
+    tissue = [*_trunk(frame), *_draw_bowel(frame, rng)]
+    # HU in a scan with contrast agent. The spine comes with the skeleton.
+    lung, heart, liver, kidney, spleen = rng.uniform((-870, 110, 105, 160, 112), (-820, 140, 125, 190, 132)).tolist()
+    hu = {"lung_left": lung, "lung_right": lung, "heart": heart, "aorta": heart + 40, "liver": liver}
+    hu |= {"kidney_left": kidney, "kidney_right": kidney, "spleen": spleen}
+    tissue += [Layer(organs[name], value, name) for name, value in hu.items()]
+    x, y, z = frame.point((0, TORSO_MM[1] + 6, 0))
+    hollow, underside = ellipsoid((x, y - 600, z), (600, 600, 1e5)), ellipsoid((x, y - 590, z), (604, 604, 1e5))
+    table = Layer((underside - hollow) & column((x, y, z), (210, 60, 1e4)), -700)
+    return Body(frame.point((0, 0, -8)), organs, middles_lps, (*tissue, *_skeleton(frame, organs)), table)
 
 
 def _draw_organs(frame: Frame, rng: np.random.Generator) -> tuple[dict[str, Shape], dict[str, Vector]]:
@@ -202,14 +201,6 @@ def _draw_organs(frame: Frame, rng: np.random.Generator) -> tuple[dict[str, Shap
         "lung_left": lung_left - beside_lungs,
     }
     return organs, middles_lps
-
-
-def _draw_organ_layers(organs: Mapping[str, Shape], rng: np.random.Generator) -> list[Layer]:
-    """Every organ with its HU in a scan with contrast agent; the spine comes with the skeleton."""
-    lung, heart, liver, kidney, spleen = rng.uniform((-870, 110, 105, 160, 112), (-820, 140, 125, 190, 132)).tolist()
-    hu = {"lung_left": lung, "lung_right": lung, "heart": heart, "aorta": heart + 40, "liver": liver}
-    hu |= {"kidney_left": kidney, "kidney_right": kidney, "spleen": spleen}
-    return [Layer(organs[name], value, name) for name, value in hu.items()]
 
 
 def _trunk(frame: Frame) -> list[Layer]:
@@ -249,29 +240,8 @@ def _skeleton(frame: Frame, organs: Mapping[str, Shape]) -> list[Layer]:
     ]
 
 
-def _table(frame: Frame) -> Layer:
-    """A curved, light scanner table under the back."""
-    x, y, z = frame.point((0, TORSO_MM[1] + 6, 0))
-    hollow, underside = ellipsoid((x, y - 600, z), (600, 600, 1e5)), ellipsoid((x, y - 590, z), (604, 604, 1e5))
-    return Layer((underside - hollow) & column((x, y, z), (210, 60, 1e4)), -700)
-
-
 class NoRoomError(ValueError):
     """A lesion does not fit into its organ."""
-
-
-class Lesion(NamedTuple):
-    """One lesion of a finding; number 1 is the largest. An effusion has no diameter (0) and no organ mask ("")."""
-
-    number: int
-    shape: Shape
-    hu: int
-    diameter_mm: int
-    organ_mask: str
-
-
-# The lesions of every finding, by its name, the largest first.
-Lesions = dict[str, tuple[Lesion, ...]]
 
 
 def draw_lesions(rng: np.random.Generator, body: Body, visible: Shape, occurrences: Occurrences) -> Lesions:
@@ -287,63 +257,52 @@ def draw_lesions(rng: np.random.Generator, body: Body, visible: Shape, occurrenc
 def _draw_all(rng: np.random.Generator, body: Body, visible: Shape, occurrences: Occurrences) -> Lesions:
     lesions: Lesions = {}
     free = visible
-    if "pleural_effusion" in occurrences:
-        effusion = _draw_effusion(rng, body, occurrences["pleural_effusion"])
-        lesions["pleural_effusion"] = (effusion,)
-        free = visible - effusion.shape
+    if effusion := occurrences.get("pleural_effusion"):
+        # Fluid behind the lung of a patient who lies on the back, deeper towards the diaphragm.
+        x, y, z = body.middles_lps[effusion.organ_mask]
+        surface = half_space((x, y + float(rng.uniform(32, 44)), z), (0, 0.95, -0.3))
+        hu, name = _draw_whole(rng, SUBSTANCES_HU["fluid"]), effusion.finding.name
+        lesions[name] = (Layer(body.organs[effusion.organ_mask] & surface, hu, name),)
+        free = visible - lesions[name][0].shape
     for name, occurrence in occurrences.items():
         if occurrence.finding.diffuse:
             hu = _draw_whole(rng, SUBSTANCES_HU[occurrence.substance])
             organs = enumerate(occurrence.finding.organ_masks, start=1)
-            lesions[name] = tuple(Lesion(number, body.organs[organ], hu, 0, organ) for number, organ in organs)
-        elif name != "pleural_effusion":
-            lesions[name] = _draw_round(rng, body, free, occurrence)
+            lesions[name] = tuple(Layer(body.organs[organ], hu, name, number, organ) for number, organ in organs)
+        elif name not in lesions:
+            lesions[name] = tuple(_draw_round(rng, body, free, occurrence))
     return lesions
 
 
-def _draw_effusion(rng: np.random.Generator, body: Body, occurrence: Occurrence) -> Lesion:
-    """Fluid behind the lung of a patient who lies on the back, deeper towards the diaphragm."""
-    x, y, z = body.middles_lps[occurrence.organ_mask]
-    surface = half_space((x, y + float(rng.uniform(32, 44)), z), (0, 0.95, -0.3))
-    hu = _draw_whole(rng, SUBSTANCES_HU["fluid"])
-    return Lesion(1, body.organs[occurrence.organ_mask] & surface, hu, 0, "")
-
-
-def _draw_round(rng: np.random.Generator, body: Body, free: Shape, occurrence: Occurrence) -> tuple[Lesion, ...]:
-    organ, direction = occurrence.organ_mask, PARTS[occurrence.place]
+def _draw_round(rng: np.random.Generator, body: Body, free: Shape, occurrence: Occurrence) -> Iterator[Layer]:
+    organ, direction = occurrence.organ_mask, PARTS[occurrence.place.partition(" ")[0]]
     x, y, z = (m + CLEAR_MM * d for m, d in zip(body.middles_lps[organ], direction, strict=True))
     home = body.organs[organ] & half_space((x, y, z), direction) & free
     hu = _draw_whole(rng, SUBSTANCES_HU[occurrence.substance])
     largest = _draw_whole(rng, occurrence.size_bin_mm)
     low, high = FURTHER_MM
     further = [_draw_whole(rng, (low, max(low, min(high, largest - 4)))) for _ in range(occurrence.count - 1)]
-    lesions, taken = [], list[_Sphere]()
+    taken: dict[Vector, float] = {}
     for number, diameter in enumerate((largest, *further), start=1):
         radius = diameter / 2
-        taken.append(_place_sphere(rng, home, radius, taken))
-        ball = ellipsoid(taken[-1].centre_lps, (radius, radius, radius))
-        lesions.append(Lesion(number, ball, hu, diameter, organ))
-    return tuple(lesions)
+        centre = _draw_centre(rng, home, radius, taken)
+        taken[centre] = radius
+        yield Layer(ellipsoid(centre, (radius,) * 3), hu, occurrence.finding.name, number, organ, diameter)
 
 
 def _draw_whole(rng: np.random.Generator, low_high: tuple[int, int]) -> int:
     return int(rng.integers(*low_high, endpoint=True))
 
 
-class _Sphere(NamedTuple):
-    centre_lps: Vector
-    radius_mm: float
-
-
-def _place_sphere(rng: np.random.Generator, home: Shape, radius_mm: float, taken: Sequence[_Sphere]) -> _Sphere:
-    """A sphere that lies in `home` with GAP_MM to spare on all sides, and twice that from every sphere in `taken`.
+def _draw_centre(rng: np.random.Generator, home: Shape, radius_mm: float, taken: Mapping[Vector, float]) -> Vector:
+    """The centre of a sphere in `home`, GAP_MM from its border and twice that from spheres `taken` {centre: radius}.
 
     NoRoomError if none of 10,000 random places fits.
     """
     centres = rng.uniform(home.bounds_lps[0], home.bounds_lps[1], (10_000, 3))
-    for other in taken:
-        distance = np.linalg.norm(centres - other.centre_lps, axis=1)
-        centres = centres[distance > radius_mm + 2 * GAP_MM + other.radius_mm]
+    for other, other_radius_mm in taken.items():
+        distance = np.linalg.norm(centres - other, axis=1)
+        centres = centres[distance > radius_mm + 2 * GAP_MM + other_radius_mm]
     centres = centres[home.contains(*centres.T)]
     # The 26 directions from the middle of a 3 x 3 x 3 cube to its other cells.
     steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), axis=-1).reshape(-1, 3)
@@ -354,5 +313,5 @@ def _place_sphere(rng: np.random.Generator, home: Shape, radius_mm: float, taken
         fits = home.contains(*np.moveaxis(surface, -1, 0)).all(axis=1)
         if fits.any():
             x, y, z = centres[start + np.argmax(fits)].tolist()
-            return _Sphere((x, y, z), radius_mm)
+            return x, y, z
     raise NoRoomError(f"no room for a sphere of radius {radius_mm} mm in {home.bounds_lps.round().tolist()}")

@@ -45,10 +45,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense.
-
-    diffuse: all of the organ is affected, and the only question is whether it is.
-    """
+    """A kind of lesion and what may be asked about it; empty tuples where a question makes no sense."""
 
     name: str
     organ: str
@@ -59,7 +56,7 @@ class Finding:
     counts: tuple[int, ...] = (1,)
     size_bins_mm: tuple[tuple[int, int], ...] = ()
     substances: tuple[str, ...] = ()
-    diffuse: bool = False
+    diffuse: bool = False  # all of the organ is affected, and the only question is whether it is
 
     @property
     def plural(self) -> str:
@@ -160,20 +157,20 @@ def slot_of(seed: int, index: int) -> Slot:
     )
 
 
-def deal(slot: Slot, what: str, position: int, cards: Sequence[Card]) -> Card:
-    """The card at `position` in an endless row of shuffled decks of `cards`."""
-    deck, place = divmod(position, len(cards))
+def deal(slot: Slot, what: str, cards: Sequence[Card], position: int | None = None) -> Card:
+    """The card at `position` (by default the slot's in its split) in an endless row of shuffled decks of `cards`."""
+    deck, place = divmod(slot.index_in_split if position is None else position, len(cards))
     return cards[seeded(slot.seed, slot.split, what, deck).permutation(len(cards))[place]]
 
 
 def occurrence_of(slot: Slot, finding: Finding) -> Occurrence | None:
     """How this volume shows the finding, or None: of two consecutive volumes of a split, exactly one shows it."""
-    if not deal(slot, finding.name, slot.index_in_split, (True, False)):
+    if not deal(slot, finding.name, (True, False)):
         return None
     nth = slot.index_in_split // 2  # of the volumes of this split that show it, because each pair holds one
 
     def dealt(what: str, cards: Sequence[Card]) -> Card:
-        return deal(slot, f"{finding.name} {what}", nth, cards)
+        return deal(slot, f"{finding.name} {what}", cards, nth)
 
     return Occurrence(
         finding=finding,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from photon_data.phantom.body import Lesion, Lesions
+from photon_data.phantom.body import Layer, Lesions
 from photon_data.phantom.plan import Finding, Occurrence, Occurrences, Slot
 
 CAPTION = "What does this scan show?"
@@ -56,9 +56,6 @@ WORDINGS = {
 }
 
 
-QuestionRow = dict[str, Any]
-
-
 class Item(NamedTuple):
     """One thing to ask of one volume: `form` is a key of WORDINGS. An open question has no choices."""
 
@@ -71,7 +68,7 @@ class Item(NamedTuple):
 
 def question_rows(
     slot: Slot, findings: Sequence[Finding], occurrences: Occurrences, lesions: Lesions
-) -> list[QuestionRow]:
+) -> list[dict[str, Any]]:
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
     for finding in findings:
@@ -87,36 +84,25 @@ def question_rows(
     return rows
 
 
-def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> list[QuestionRow]:
-    """The captions of a training volume: every finding, present or not, once with each finding first. Others have none.
-
-    They say in one text what the questions ask: after the name of an organ comes what is seen there.
-    """
-    if slot.split != "train":
-        return []
+def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> list[dict[str, Any]]:
+    """The captions of a volume: what all its questions ask in one text, once with each finding first."""
     parts = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
     answers = [", ".join(parts[first:] + parts[:first]) for first in range(len(parts))]
-    rows = [_row(slot, f"caption-{number}", CAPTION, answer) for number, answer in enumerate(answers, start=1)]
-    return [row | {"kind": "caption"} for row in rows]
+    numbered = enumerate(answers, start=1)
+    return [_row(slot, f"caption-{number}", CAPTION, answer) | {"kind": "caption"} for number, answer in numbered]
 
 
-def _row(slot: Slot, name: str, question: str, answer: str) -> QuestionRow:
-    return {
-        "id": f"{slot.volume}-{name}",
-        "volume": slot.volume,
-        "patient": slot.patient,
-        "split": slot.split,
-        "question": question,
-        "answer": answer,
-    }
+def _row(slot: Slot, name: str, question: str, answer: str) -> dict[str, Any]:
+    row = {"id": f"{slot.volume}-{name}", "volume": slot.volume, "patient": slot.patient, "split": slot.split}
+    return row | {"question": question, "answer": answer}
 
 
 def _yes_no(finding: Finding, occurrences: Occurrences) -> str:
     return "yes" if finding.name in occurrences else "no"
 
 
-def _items(occurrence: Occurrence, largest: Lesion) -> list[Item]:
-    finding = occurrence.finding
+def _items(occurrence: Occurrence, largest: Layer) -> list[Item]:
+    finding, diameter_mm, hu = occurrence.finding, largest.diameter_mm, int(largest.hu)
     items = []
     if finding.sides:
         items.append(Item("side", occurrence.side, finding.sides))
@@ -127,11 +113,11 @@ def _items(occurrence: Occurrence, largest: Lesion) -> list[Item]:
     if finding.size_bins_mm:
         classes = size_classes(finding.size_bins_mm)
         answer = classes[finding.size_bins_mm.index(occurrence.size_bin_mm)]
-        items.append(Item("size-class", answer, classes, largest.diameter_mm, "mm"))
-        items.append(Item("size", f"{largest.diameter_mm} mm", (), largest.diameter_mm, "mm"))
+        items.append(Item("size-class", answer, classes, diameter_mm, "mm"))
+        items.append(Item("size", f"{diameter_mm} mm", (), diameter_mm, "mm"))
     if finding.substances:
-        items.append(Item("attenuation-class", occurrence.substance, finding.substances, largest.hu, "HU"))
-        items.append(Item("attenuation", f"{largest.hu} HU", (), largest.hu, "HU"))
+        items.append(Item("attenuation-class", occurrence.substance, finding.substances, hu, "HU"))
+        items.append(Item("attenuation", f"{hu} HU", (), hu, "HU"))
     return items
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from photon_data.phantom.body import Body, Layer, Shape, block
-from photon_data.phantom.plan import Card, Slot, deal
+from photon_data.phantom.plan import Slot, deal
 from photon_data.volume import Geometry
 
 CROP_MM = 364.0  # side of the cube around the centre of the field of view that the standard recipe keeps
@@ -43,14 +43,11 @@ SLICES = ((1, 5.0), (1, 4.0), (1, 3.0), (1, 2.5), (2 / 3, 1.5), (2 / 3, 1.0))
 
 @dataclass(frozen=True)
 class SimulatedScan:
-    """One acquisition. `axes` are the scanner axes (0 x, 1 y, 2 z) of the array axes, the slowest of the file first.
+    """One acquisition."""
 
-    `visible` is what the scan shows and the standard crop of it keeps.
-    """
-
-    visible: Shape
+    visible: Shape  # what the scan shows and the standard crop of it keeps
     geometry: Geometry
-    axes: tuple[int, ...]
+    axes: tuple[int, ...]  # the scanner axes (0 x, 1 y, 2 z) of the array axes, the slowest of the file first
     storage: Storage
     suffix: str
     noise_hu: float
@@ -59,13 +56,9 @@ class SimulatedScan:
 
 def draw_scan(slot: Slot, rng: np.random.Generator, body: Body, size: int) -> SimulatedScan:
     """A scan of `body`, `size` voxels wide. Field of view and all else but the voxel size do not depend on `size`."""
-
-    def dealt(what: str, cards: Sequence[Card]) -> Card:
-        return deal(slot, what, slot.index_in_split, cards)
-
-    width_mm, length_mm = dealt("width", WIDTHS_MM), dealt("length", LENGTHS_MM)
-    share, thickness_mm = dealt("slices", SLICES)
-    edges = _draw_axes(rng, dealt("pose", POSES)) * [[width_mm], [width_mm], [length_mm]]
+    width_mm, length_mm = deal(slot, "width", WIDTHS_MM), deal(slot, "length", LENGTHS_MM)
+    share, thickness_mm = deal(slot, "slices", SLICES)
+    edges = _draw_axes(rng, deal(slot, "pose", POSES)) * [[width_mm], [width_mm], [length_mm]]
     x, y, z = (np.array(body.centre_lps) + rng.uniform((-6, -12, -5), (6, 12, 5))).tolist()
     counts = np.array([round(size * share)] * 2 + [round(length_mm / thickness_mm)])
     axes = rng.permutation(3)
@@ -75,8 +68,8 @@ def draw_scan(slot: Slot, rng: np.random.Generator, body: Body, size: int) -> Si
         visible=block((x, y, z), edges) & block((x, y, z), CROP_MM * np.eye(3)),
         geometry=Geometry.from_arrays(counts[axes], origin, steps),
         axes=tuple(axes.tolist()),
-        storage=dealt("storage", STORAGES),
-        suffix=dealt("suffix", SUFFIXES),
+        storage=deal(slot, "storage", STORAGES),
+        suffix=deal(slot, "suffix", SUFFIXES),
         noise_hu=float(rng.uniform(8, 22)),
         has_table=bool(rng.random() < 0.7),
     )
