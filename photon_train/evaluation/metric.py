@@ -16,7 +16,6 @@ import numpy as np
 
 Case = TypeVar("Case")
 POINTS = 100.0
-INTERVAL = (2.5, 97.5)
 
 
 def as_text(case: object, answer: str) -> str:
@@ -61,8 +60,7 @@ def mean_of(
 
 def with_ones(scores: Iterable[float]) -> np.ndarray:
     """Return float[n, 2]: scores, and ones to divide their sum by."""
-    values = np.fromiter(scores, float)
-    return np.stack([values, np.ones_like(values)], axis=1)
+    return np.array([(score, 1.0) for score in scores]).reshape(-1, 2)
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -94,8 +92,7 @@ def resampled_sums(observed_nk: np.ndarray, patient_n: np.ndarray, weights_WP: n
     """Return float[W, k], the sums of the observations under every weighting of their patients (columns)."""
     sums_Pk = np.zeros((weights_WP.shape[1], observed_nk.shape[1]))
     np.add.at(sums_Pk, patient_n, observed_nk)
-    sums_Wk: np.ndarray = weights_WP @ sums_Pk
-    return sums_Wk
+    return np.asarray(weights_WP @ sums_Pk)
 
 
 class Estimate(NamedTuple):
@@ -116,7 +113,7 @@ def interval(replicates_W: np.ndarray) -> tuple[float, float]:
     resampled = replicates_W[1:][np.isfinite(replicates_W[1:])]
     if not len(resampled):
         return float("nan"), float("nan")
-    low, high = np.percentile(resampled, INTERVAL)
+    low, high = np.percentile(resampled, (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -1,12 +1,7 @@
 """Scores of text, 0 to 1: BLEU, ROUGE, METEOR, BERTScore as the libraries of the field have them; tables of findings.
 
-BLEU is that of Hugging Face evaluate's "bleu" (max_order=N, smooth=False): of the whole corpus, tokenizer 13a, case
-kept, with brevity penalty. Counts are sacrebleu's. ROUGE is rouge-score's F-measure without stemmer, its mean over
-questions (evaluate prints the median of unseeded bootstrap means instead, so that its last digits change from run to
-run).
-
-Findings in reports are compared by tables of labels: F1 and CRG. What makes the labels (RadBERT, a person) is not
-part of this.
+docs/evaluation.md has the definitions. Findings in reports are compared by tables of labels, F1 and CRG; what makes the
+labels (RadBERT, a person) is not part of this.
 """
 
 from __future__ import annotations
@@ -34,7 +29,7 @@ Applies = Callable[[Case], bool]
 
 
 def bleu(order: int, applies: Applies) -> Metric[Case]:
-    """Return corpus BLEU up to n-grams of `order`."""
+    """Return corpus BLEU up to n-grams of `order`: that of Hugging Face evaluate with smooth=False."""
     # effective_order changes the score of a sentence, which nobody reads, not its counts.
     counter = BLEU(max_ngram_order=order, smooth_method="none", tokenize="13a", effective_order=True)
 
@@ -58,7 +53,7 @@ def bleu(order: int, applies: Applies) -> Metric[Case]:
 
 
 def rouge(kind: str, applies: Applies) -> Metric[Case]:
-    """Return the mean F-measure of "rouge1" or "rougeL"."""
+    """Return the mean F-measure of "rouge1" or "rougeL" (evaluate prints a median of unseeded bootstrap means)."""
     scorer = RougeScorer([kind], use_stemmer=False)
 
     @lru_cache(maxsize=1 << 18)
@@ -77,9 +72,8 @@ def meteor_exact_stem(applies: Applies) -> Metric[Case]:
 
     @lru_cache(maxsize=1 << 16)
     def score(reference: str, response: str) -> float:
-        return float(
-            single_meteor_score(*(tokenize(text).split() for text in (reference, response)), wordnet=_NoSynonyms())
-        )
+        words = [tokenize(text).split() for text in (reference, response)]
+        return float(single_meteor_score(*words, wordnet=_NoSynonyms()))
 
     return mean_of("meteor_exact_stem", applies, lambda case: score(case.answer, case.response))
 
@@ -99,9 +93,8 @@ def bertscore(applies: Applies) -> Metric[Case]:
     try:
         from bert_score import BERTScorer
     except ImportError:
-        raise UsageError(
-            "expected the package bert-score for BERTScore, found none; pip install bert-score, or leave it out"
-        ) from None
+        hint = "pip install bert-score, or leave it out"
+        raise UsageError(f"expected the package bert-score for BERTScore, found none; {hint}") from None
     scorer = lru_cache(maxsize=1)(lambda: BERTScorer(model_type=BERTSCORE_MODEL, num_layers=BERTSCORE_LAYER))
 
     def observe(cases: Sequence[Case]) -> np.ndarray:
@@ -135,8 +128,7 @@ def read_labels(path: Path) -> LabelTable:
         hint = name_hint("volume_id", table.columns)
         raise UsageError(f"{path}: expected a column called {', '.join(ID_COLUMNS)}, found none; {hint}")
     names = tuple(name for name in table.columns if name not in ID_COLUMNS)
-    problems = [*table.problems]
-    rows = {}
+    rows, problems = {}, [*table.problems]
     for row in table.rows:
         try:
             rows[str(row.values[key]).removesuffix(".nii.gz")] = tuple(_label(row.values[name]) for name in names)
@@ -161,9 +153,7 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
     """
     if sorted(reference.names) != sorted(response.names):
         odd = sorted(set(reference.names) ^ set(response.names))
-        raise UsageError(
-            f"expected the same findings in both tables of labels, found {', '.join(odd)} in one of them only"
-        )
+        raise UsageError(f"expected the same findings in both tables of labels, found {', '.join(odd)} in one only")
     order = [response.names.index(name) for name in reference.names]
 
     def applies(case: Case) -> bool:
@@ -176,30 +166,27 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
         parts = np.stack([true & labelled, true & ~labelled, ~true & labelled], axis=2).reshape(len(cases), -1)
         return np.c_[parts, np.full(len(cases), true.shape[1])].astype(float)
 
+    def by_finding(sums: np.ndarray) -> np.ndarray:
+        """Return float[3, ..., findings]: found, missed, false."""
+        return np.moveaxis(sums[..., :-1].reshape(*sums.shape[:-1], -1, 3), -1, 0)
+
     def metric(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
-        """Return the metric of found, missed and false float[..., findings] and the number of labels float[...]."""
+        """Return the metric of found, missed and false over all findings, and the number of labels."""
+        return Metric(
+            name, applies, observe, lambda sums: formula(*by_finding(sums).sum(-1), sums[..., -1]), of_text=False
+        )
 
-        def of_sums(sums: np.ndarray) -> np.ndarray:
-            by_finding = np.moveaxis(sums[..., :-1].reshape(*sums.shape[:-1], -1, 3), -1, 0)
-            return np.asarray(formula(*by_finding, sums[..., -1]))
-
-        return Metric(name, applies, observe, of_sums, of_text=False)
-
-    def of_totals(formula: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        return lambda found, missed, false, labels: formula(found.sum(-1), missed.sum(-1), false.sum(-1), labels)
-
-    def macro_f1(found: np.ndarray, missed: np.ndarray, false: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def macro_f1(sums: np.ndarray) -> np.ndarray:
+        found, missed, false = by_finding(sums)
         total = 2 * found + missed + false  # F1 of a finding that neither table has is not defined
-        return np.where(total > 0, 2 * found / total, 0.0).sum(axis=-1) / (total > 0).sum(axis=-1)
+        return np.asarray(np.where(total > 0, 2 * found / total, 0.0).sum(axis=-1) / (total > 0).sum(axis=-1))
 
     return [
-        metric("label_precision", of_totals(lambda found, missed, false, labels: found / (found + false))),
-        metric("label_recall", of_totals(lambda found, missed, false, labels: found / (found + missed))),
-        metric(
-            "label_f1_micro", of_totals(lambda found, missed, false, labels: 2 * found / (2 * found + missed + false))
-        ),
-        metric("label_f1_macro", macro_f1),
-        metric("crg", of_totals(crg)),
+        metric("label_precision", lambda tp, fn, fp, labels: tp / (tp + fp)),
+        metric("label_recall", lambda tp, fn, fp, labels: tp / (tp + fn)),
+        metric("label_f1_micro", lambda tp, fn, fp, labels: 2 * tp / (2 * tp + fn + fp)),
+        Metric("label_f1_macro", applies, observe, macro_f1, of_text=False),
+        metric("crg", crg),
     ]
 
 
@@ -212,5 +199,4 @@ def crg(found: np.ndarray, missed: np.ndarray, false: np.ndarray, labels: np.nda
     positives = found + missed
     half = (labels - positives) / 2
     worth = half / positives
-    score = worth * found - worth * missed - false
-    return np.asarray(half / (2 * half - score))
+    return np.asarray(half / (2 * half - (worth * found - worth * missed - false)))
