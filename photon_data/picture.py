@@ -65,9 +65,8 @@ class Layout(NamedTuple):
     """Sizes in pixels that follow from the side of a panel."""
 
     panel: int
-    gutter: int
+    gutter: int  # around a slice; a line of text below the panels is as high
     font: int
-    line: int
     gap: int
 
     @classmethod
@@ -76,7 +75,7 @@ class Layout(NamedTuple):
         if size_px < _SMALLEST_PANEL_PX:
             raise UsageError(f"size_px: expected {_SMALLEST_PANEL_PX} or more, found {size_px}")
         font = max(10, size_px // 24)
-        return cls(size_px, gutter=round(font * 1.7), font=font, line=round(font * 1.7), gap=max(2, size_px // 64))
+        return cls(size_px, round(font * 1.7), font, gap=max(2, size_px // 64))
 
     @property
     def room(self) -> int:
@@ -86,7 +85,7 @@ class Layout(NamedTuple):
     @property
     def canvas(self) -> tuple[int, int]:
         """Width and height of the whole picture: three panels above two lines of text."""
-        return 3 * self.panel + 2 * self.gap, self.panel + 2 * self.line + self.gap
+        return 3 * self.panel + 2 * self.gap, self.panel + 2 * self.gutter + self.gap
 
 
 class Upright:
@@ -142,6 +141,7 @@ def three_planes(
     px_per_mm = layout.room / max(extents_mm)
     canvas = Image.new("RGB", layout.canvas, _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
+    draw.font = _font(layout.font)
     for number, (plane, values) in enumerate(zip(PLANES, slices, strict=True)):
         panel_left = number * (layout.panel + layout.gap)
         width, height = (max(1, round(extents_mm[axis] * px_per_mm)) for axis in (plane.right, plane.down))
@@ -166,13 +166,11 @@ def resolve_window(window_hu: Window | str, slices: Sequence[np.ndarray]) -> Win
         values = np.concatenate([np.ravel(values) for values in slices])
         low, high = np.percentile(values[np.isfinite(values)], (1, 99)) if np.isfinite(values).any() else (0, 1)
         return float(low), float(max(high, low + 1))
-    if isinstance(window_hu, str):
-        if window_hu not in WINDOWS:
-            raise UsageError(f"expected a window, {', '.join([*WINDOWS, AUTO])} or two numbers; found {window_hu!r}")
-        return WINDOWS[window_hu]
-    if len(window_hu) != 2 or not window_hu[0] < window_hu[1]:
-        raise UsageError(f"expected a window of two numbers, low < high; found {tuple(window_hu)}")
-    return float(window_hu[0]), float(window_hu[1])
+    window = WINDOWS.get(window_hu, ()) if isinstance(window_hu, str) else window_hu
+    if len(window) != 2 or not window[0] < window[1]:
+        names = ", ".join([*WINDOWS, AUTO])
+        raise UsageError(f"expected a window, {names} or two numbers, low < high; found {window_hu!r}")
+    return float(window[0]), float(window[1])
 
 
 def to_grey(values: np.ndarray, window: Window) -> np.ndarray:
@@ -219,7 +217,7 @@ def _draw_letters(draw: Draw, layout: Layout, box: Box, plane: Plane, grid: Geom
     edges = [((right + away, y), to_right), ((left - away, y), -to_right)]
     edges += [((x, bottom + away), to_bottom), ((x, top - away), -to_bottom)]
     for place, direction in edges:
-        draw.text(place, direction_letters(direction), _TEXT, _font(layout.font), anchor="mm")
+        draw.text(place, direction_letters(direction), _TEXT, anchor="mm")
 
 
 def _draw_ticks(draw: Draw, layout: Layout, box: Box, plane: Plane, grid: Geometry, at: Voxel) -> None:
@@ -239,10 +237,10 @@ def _draw_ticks(draw: Draw, layout: Layout, box: Box, plane: Plane, grid: Geomet
 
 
 def _draw_caption(draw: Draw, layout: Layout, panel_left: int, plane: Plane, mm: float) -> None:
-    middle = layout.panel + layout.line // 2
-    draw.text((panel_left + layout.gutter / 2, middle), plane.name, plane.colour, _font(layout.font), anchor="lm")
-    place = (panel_left + layout.panel - layout.gutter / 2, middle)
-    draw.text(place, position_text(2 - plane.normal, mm), _MUTED, _font(layout.font), anchor="rm")
+    left, right = panel_left + layout.gutter / 2, panel_left + layout.panel - layout.gutter / 2
+    middle = layout.panel + layout.gutter // 2
+    draw.text((left, middle), plane.name, plane.colour, anchor="lm")
+    draw.text((right, middle), position_text(2 - plane.normal, mm), _MUTED, anchor="rm")
 
 
 def _draw_scale_bar(draw: Draw, layout: Layout, px_per_mm: float) -> None:
@@ -253,21 +251,20 @@ def _draw_scale_bar(draw: Draw, layout: Layout, px_per_mm: float) -> None:
     draw.line([(left, y), (right, y)], _TEXT, width=2)
     for x in (left, right):
         draw.line([(x, y - 3), (x, y + 3)], _TEXT)
-    outline = {"stroke_width": 1, "stroke_fill": _BACKGROUND}
-    draw.text((left, y - 5), f"{mm} mm", _TEXT, _font(layout.font), anchor="lb", **outline)
+    draw.text((left, y - 5), f"{mm} mm", _TEXT, anchor="lb", stroke_width=1, stroke_fill=_BACKGROUND)
 
 
 def _draw_footer(draw: Draw, layout: Layout, title: str, window: str) -> None:
     """Write title and window in one line; the middle of a title that is too long is left out."""
-    font, middle = _font(layout.font), layout.panel + layout.line + layout.line // 2
+    font, middle = _font(layout.font), layout.panel + layout.gutter + layout.gutter // 2
     inset, width = layout.gutter / 2, layout.canvas[0]
-    draw.text((width - inset, middle), window, _MUTED, font, anchor="rm")
+    draw.text((width - inset, middle), window, _MUTED, anchor="rm")
     room = width - 3 * inset - font.getlength(window)
     text = " ".join(title.split())
     if font.getlength(text) > room:
         shortened = (f"{text[:n]}...{text[-n:]}" for n in range(len(text) // 2, 0, -1))
         text = next((shorter for shorter in shortened if font.getlength(shorter) <= room), "")
-    draw.text((inset, middle), text, _TEXT, font, anchor="lm")
+    draw.text((inset, middle), text, _TEXT, anchor="lm")
 
 
 def _window_text(window_hu: Window | str, window: Window, geometry: Geometry) -> str:

@@ -77,7 +77,13 @@ def render_report(
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
     }
-    filters = {"times": _times, "setting": _setting, "size": _size, "hu_range": _hu_range, "hu": _hu}
+    filters: dict[str, Callable[..., str]] = {
+        "times": _times,
+        "setting": _setting,
+        "size": _size,
+        "hu_range": _hu_range,
+        "hu": _hu,
+    }
     return render(TEMPLATE, values, filters)
 
 

@@ -26,11 +26,10 @@ _BARE_PATH = re.compile(r"""(?<![\w.:/<])(?:/|[A-Za-z]:\\)(?:[^\s/\\'"]+[/\\])+"
 
 
 def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., str]]) -> bytes:
-    """Return the page that a template makes of `values`, as UTF-8.
+    """Return the page that a template makes of `values`, as UTF-8; jinja2.UndefinedError for a name that they lack.
 
-    `filters` are the template's own, beside `thousands` and `without_folders`. The template may extend and import those
-    beside this file. Every value is escaped. Control characters become U+FFFD, and the bytes of a file name that are no
-    text are shown as escapes. jinja2.UndefinedError for a name that the template uses and `values` lacks.
+    `filters` are the template's own, beside `thousands` and `without_folders`. It may extend those beside this file.
+    Every value is escaped. Control characters become U+FFFD; bytes of a file name that are no text are shown as escapes.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
@@ -79,15 +78,12 @@ class Shape(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A drawing of width x height pixels. `words` is its caption; `kind` stands before it where it is read aloud.
-
-    Without shapes only name and words are shown.
-    """
+    """A drawing of width x height pixels."""
 
     name: str
-    words: str
-    kind: str = ""
-    shapes: Sequence[Shape] = ()
+    words: str  # the caption
+    kind: str = ""  # stands before the name where it is read aloud
+    shapes: Sequence[Shape] = ()  # none: only name and words are shown
     width: int = _WIDTH
     height: int = _HEIGHT
 

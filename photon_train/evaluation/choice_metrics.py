@@ -15,9 +15,17 @@ from operator import attrgetter
 import numpy as np
 
 from photon_train.evaluation.cases import Case, Form, as_label, as_letter, as_letter_and_text
-from photon_train.evaluation.metric import Metric, mean_of
-from photon_train.evaluation.parsing import THINKING, collapsed, without_punctuation
-from photon_train.evaluation.parsing import parse_choice, parse_letter_v2, parse_number, parse_number_v2, parse_size_mm
+from photon_train.evaluation.metric import Applies, Metric, mean_of
+from photon_train.evaluation.parsing import (
+    THINKING,
+    collapsed,
+    parse_choice,
+    parse_letter_v2,
+    parse_number,
+    parse_number_v2,
+    parse_size_mm,
+    without_punctuation,
+)
 
 
 def any_question(case: Case) -> bool:
@@ -30,7 +38,7 @@ def is_free_text(case: Case) -> bool:
     return case.form in ("text", "size") and not case.closed
 
 
-def _expects(form: Form) -> Callable[[Case], bool]:
+def _expects(form: Form) -> Applies[Case]:
     return lambda case: case.form == form
 
 
@@ -233,7 +241,7 @@ def same_size(response: str, answer: str, band: float) -> float:
     return float(all(_relative_error(a, b) <= band for a, b in zip(sides, true, strict=True)))
 
 
-def _in_band(name: str, applies: Callable[[Case], bool], score: Callable[..., float], band: float) -> Metric[Case]:
+def _in_band(name: str, applies: Applies[Case], score: Callable[..., float], band: float) -> Metric[Case]:
     return mean_of(f"{name}_{band * 100:.0f}_percent", applies, lambda one: score(one.response, one.answer, band))
 
 

@@ -31,19 +31,16 @@ BLIND = "blind baselines"
 ALL_TASKS = "all"
 
 _CLOSED = (*choice.ACCURACIES, choice.ACCURACY_YES_NO, *choice.YES_NO_METRICS, *choice.CLASS_METRICS)
-_EXACT = choice.EXACT_NORMALISED
-_BLEU_1, _ROUGE_1 = bleu(1, is_free_text), rouge("rouge1", is_free_text)
+_NUMERIC, _SIZES, _EXACT = choice.NUMERIC_METRICS, choice.SIZE_METRICS, choice.EXACT_NORMALISED
+_BLEU_1, _ROUGE_1, _ROUGE_L = bleu(1, is_free_text), rouge("rouge1", is_free_text), rouge("rougeL", is_free_text)
 # Which metrics each benchmark is scored by. The first one that applies to a question is its main one.
 BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
     # Accuracies of closed questions, corpus BLEU-1 and ROUGE-1 of open ones; sizes as sizes too.
-    "3d-rad": (*_CLOSED, _BLEU_1, _ROUGE_1, _EXACT, *choice.SIZE_METRICS),
+    "3d-rad": (*_CLOSED, _BLEU_1, _ROUGE_1, _EXACT, *_SIZES),
     # As scored by Photon: strict equality, and mra_thresholds of numbers.
-    "deeptumorvqa-v1": (choice.SCORE_V1, *_CLOSED, *choice.NUMERIC_METRICS, choice.EXACT_STRICT, _EXACT),
+    "deeptumorvqa-v1": (choice.SCORE_V1, *_CLOSED, *_NUMERIC, choice.EXACT_STRICT, _EXACT),
     # Its own letter, mra_linear and bands of numbers, yes and no, and text without punctuation and case.
-    "deeptumorvqa-v2": (
-        *(choice.SCORE_V2, choice.ACCURACY_LETTER_V2),
-        *(*_CLOSED, *choice.NUMERIC_METRICS, _EXACT, choice.PARTIAL_MATCH),
-    ),
+    "deeptumorvqa-v2": (choice.SCORE_V2, choice.ACCURACY_LETTER_V2, *_CLOSED, *_NUMERIC, _EXACT, choice.PARTIAL_MATCH),
     # Corpus BLEU-1 to 4, ROUGE-1 and L, METEOR of words and stems.
     "report": (
         rouge("rouge1", any_question),
@@ -51,10 +48,7 @@ BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
         *(rouge("rougeL", any_question), meteor_exact_stem(any_question)),
     ),
     # Any questions: the metrics that suit the form of each.
-    "vqa": (
-        *(*_CLOSED, *choice.NUMERIC_METRICS),
-        *(_BLEU_1, _ROUGE_1, rouge("rougeL", is_free_text), _EXACT, *choice.SIZE_METRICS),
-    ),
+    "vqa": (*_CLOSED, *_NUMERIC, _BLEU_1, _ROUGE_1, _ROUGE_L, _EXACT, *_SIZES),
 }
 
 

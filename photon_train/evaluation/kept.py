@@ -81,7 +81,7 @@ def _overlap(cases: Sequence[Case], *, same: str, different: str) -> Overlap:
     for group in grouped(cases, lambda case: (getattr(case, same), case.prediction.visual_tokens)).values():
         first = group[:MOST_COMPARED]
         values = np.array([getattr(case, different) for case in first])
-        found = overlap_of(_masks(first), values[:, None] != values[None, :])
+        found = overlap_of(np.stack([*map(_mask, first)]), values[:, None] != values[None, :])
         sums += found
         groups += found[2] > 0
     jaccard, chance = (sums[:2] / sums[2]).tolist() if sums[2] else (None, None)
@@ -107,15 +107,14 @@ def _slabs(cases: Sequence[Case], grid_zyx: tuple[int, int, int]) -> tuple[float
     fitting = [case for case in cases if case.prediction.visual_tokens == tokens]
     if not fitting:
         return ()
-    total = np.zeros(grid_zyx)
-    for start in range(0, len(fitting), 1000):
-        total += _masks(fitting[start : start + 1000]).sum(axis=0).reshape(grid_zyx)
-    return tuple((total / len(fitting)).mean(axis=(1, 2)).tolist())
+    total_V = np.zeros(tokens)
+    for case in fitting:
+        total_V += _mask(case)
+    return tuple((total_V / len(fitting)).reshape(grid_zyx).mean(axis=(1, 2)).tolist())
 
 
-def _masks(cases: Sequence[Case]) -> np.ndarray:
-    """Return bool[n, V]."""
-    return np.stack([unpack_mask(case.prediction.kept, case.prediction.visual_tokens) for case in cases])
+def _mask(case: Case) -> np.ndarray:
+    return unpack_mask(case.prediction.kept, case.prediction.visual_tokens)
 
 
 @dataclass(frozen=True)
@@ -255,11 +254,9 @@ def mask_recalls(
 
 
 def _pairs(case: Case, masks: Sequence[VolumeMask]) -> Iterator[Pair]:
-    kept, tokens = case.prediction.kept, case.prediction.visual_tokens
-    fitting = [mask for mask in masks if kept and mask.voxels and len(mask.counts_V) == tokens]
-    if fitting:
-        keep_V = unpack_mask(kept, tokens)
-        for mask in fitting:
+    keep_V = _mask(case) if case.prediction.kept else ()
+    for mask in masks:
+        if mask.voxels and len(mask.counts_V) == len(keep_V):
             found = mask.recall(keep_V)
             yield Pair(case, mask, found.recall, found.chance)
 

@@ -16,16 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from photon_data.files import Location
-from photon_data.report.page import (
-    Chart,
-    ForestRow,
-    ScatterPoint,
-    bar_chart,
-    data_url,
-    forest_plot,
-    render,
-    scatter_plot,
-)
+from photon_data.report import page
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
@@ -122,9 +113,9 @@ def render_page(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path
         "interval": formatted_interval,
         "value": formatted_value,
         "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
-        "image": lambda path: data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
+        "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
     }
-    return render(TEMPLATE, values, filters)
+    return page.render(TEMPLATE, values, filters)
 
 
 def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
@@ -147,26 +138,26 @@ def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def _score_charts(answers: Answers) -> list[Chart]:
+def _score_charts(answers: Answers) -> list[page.Chart]:
     """Return a chart of each main metric, every task a line, baselines as marks."""
     main = {judged.metric for judged in answers.scored_cases} or {score.metric for score in answers.scores[:1]}
-    rows: dict[str, list[ForestRow]] = {}
+    rows: dict[str, list[page.ForestRow]] = {}
     for score, _ in both_averages(answers.scores):
         value, low, high = score.estimate
         if score.metric in main and value is not None:
             marks = {name: blind for name, blind in score.baselines.items() if blind is not None}
-            rows.setdefault(score.metric, []).append(ForestRow(score.task, value, low, high, marks))
+            rows.setdefault(score.metric, []).append(page.ForestRow(score.task, value, low, high, marks))
     words = "macro over subtasks, points; line: 95 % interval; strokes: blind baselines"
-    return [forest_plot(lines, name=metric, words=words) for metric, lines in rows.items()]
+    return [page.forest_plot(lines, name=metric, words=words) for metric, lines in rows.items()]
 
 
-def _kept_charts(kept: Kept) -> list[Chart]:
+def _kept_charts(kept: Kept) -> list[page.Chart]:
     shares = [count / kept.predictions for count in kept.ratio_counts]
     words = "of the questions, by the share of visual tokens that was kept: 0 (left) to 1 (right)"
     words += f"; mean {kept.mean_ratio:.3f}"
-    charts = [bar_chart(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
+    charts = [page.bar_chart(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
     if kept.slabs:
-        charts.append(bar_chart(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
+        charts.append(page.bar_chart(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
     return charts
 
 
@@ -272,16 +263,16 @@ def trade_off_table(trade_off: TradeOff) -> FormattedTable:
     return FormattedTable(f"{trade_off.metric}, {trade_off.task}, against visual tokens kept", headings, lines)
 
 
-def _trade_off_chart(trade_off: TradeOff) -> Chart:
+def _trade_off_chart(trade_off: TradeOff) -> page.Chart:
     points = [
-        ScatterPoint(point.name, point.kept_share, value, low, high)
+        page.ScatterPoint(point.name, point.kept_share, value, low, high)
         for point in trade_off.points
         for value, low, high in [point.estimate]
         if value is not None
     ]
     words = "macro over subtasks, points, against the share of visual tokens kept"
     words += "; line: 95 % interval; equal shares side by side"
-    return scatter_plot(points, name=trade_off.metric, words=words)
+    return page.scatter_plot(points, name=trade_off.metric, words=words)
 
 
 def recall_tables(recalls: MaskRecalls) -> list[FormattedTable]:

@@ -20,15 +20,13 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from photon_data.errors import UsageError, name_hint
 from photon_data.questions.table import Problem, read_table, refuse
 from photon_train.evaluation.cases import Case
-from photon_train.evaluation.metric import Metric, mean_of, ratio, with_ones
+from photon_train.evaluation.metric import Applies, Metric, mean_of, ratio, with_ones
 
 BERTSCORE_MODEL, BERTSCORE_LAYER = "roberta-large", 17
 ID_COLUMNS = ("id", "volume_id", "VolumeName")
 
-Applies = Callable[[Case], bool]
 
-
-def bleu(order: int, applies: Applies) -> Metric[Case]:
+def bleu(order: int, applies: Applies[Case]) -> Metric[Case]:
     """Return corpus BLEU up to n-grams of `order`: that of Hugging Face evaluate with smooth=False."""
     # effective_order changes the score of a sentence, which nobody reads, not its counts.
     counter = BLEU(max_ngram_order=order, smooth_method="none", tokenize="13a", effective_order=True)
@@ -52,7 +50,7 @@ def bleu(order: int, applies: Applies) -> Metric[Case]:
     return Metric(f"bleu{order}", applies, observe, of_sums)
 
 
-def rouge(kind: str, applies: Applies) -> Metric[Case]:
+def rouge(kind: str, applies: Applies[Case]) -> Metric[Case]:
     """Return the mean F-measure of "rouge1" or "rougeL" (evaluate prints a median of unseeded bootstrap means)."""
     scorer = RougeScorer([kind], use_stemmer=False)
 
@@ -63,7 +61,7 @@ def rouge(kind: str, applies: Applies) -> Metric[Case]:
     return mean_of(kind.lower(), applies, lambda case: score(case.answer, case.response))
 
 
-def meteor_exact_stem(applies: Applies) -> Metric[Case]:
+def meteor_exact_stem(applies: Applies[Case]) -> Metric[Case]:
     """Return the mean METEOR (alpha 0.9, beta 3, gamma 0.5; tokens by 13a) with matches of words and of stems only.
 
     nltk's METEOR also matches synonyms of WordNet, which has to be downloaded; with it scores are a little higher.
@@ -85,7 +83,7 @@ class _NoSynonyms:
         return []
 
 
-def bertscore(applies: Applies) -> Metric[Case]:
+def bertscore(applies: Applies[Case]) -> Metric[Case]:
     """Return the mean BERTScore F1 (roberta-large, layer 17, no idf, no rescaling); needs the package bert-score.
 
     UsageError where it is not installed. A baseline costs as much as a model's answers.
