@@ -156,7 +156,11 @@ def three_planes(
         _draw_ticks(draw, layout, box, plane, grid, at)
         _draw_caption(draw, layout, panel_left, plane, float(grid.world(at)[2 - plane.normal]))
     _draw_scale_bar(draw, layout, px_per_mm)
-    _draw_footer(draw, layout, title or "", _window_text(window_hu, window, volume.geometry))
+    tilt = tilt_degrees(volume.geometry)
+    tilted = f"own planes of a scan tilted by {tilt:.0f}°, " if tilt >= 1 else ""
+    name, unit = f"{window_hu} " if isinstance(window_hu, str) else "", "" if window_hu == AUTO else " HU"
+    shown = f"{tilted}{name}window {window[0]:g} to {window[1]:g}{unit}"
+    _draw_footer(draw, layout, title or "", shown)
     return canvas
 
 
@@ -265,14 +269,6 @@ def _draw_footer(draw: Draw, layout: Layout, title: str, window: str) -> None:
         shortened = (f"{text[:n]}...{text[-n:]}" for n in range(len(text) // 2, 0, -1))
         text = next((shorter for shorter in shortened if font.getlength(shorter) <= room), "")
     draw.text((inset, middle), text, _TEXT, anchor="lm")
-
-
-def _window_text(window_hu: Window | str, window: Window, geometry: Geometry) -> str:
-    name = f"{window_hu} " if isinstance(window_hu, str) else ""
-    unit = "" if window_hu == AUTO else " HU"
-    tilt = tilt_degrees(geometry)
-    tilted = f"own planes of a scan tilted by {tilt:.0f}°, " if tilt >= 1 else ""
-    return f"{tilted}{name}window {window[0]:g} to {window[1]:g}{unit}"
 
 
 @lru_cache(maxsize=8)

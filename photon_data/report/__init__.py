@@ -77,31 +77,20 @@ def render_report(
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
     }
-    filters: dict[str, Callable[..., str]] = {
-        "times": _times,
-        "setting": _setting,
-        "size": _size,
-        "hu_range": _hu_range,
-        "hu": _hu,
-    }
-    return render(TEMPLATE, values, filters)
+    return render(TEMPLATE, values, {"size": _size})
 
 
 class ReportedVolume(NamedTuple):
     """A volume: its record, remarks, and its measures along the world axes L, P, S (None where not measured)."""
 
     record: VolumeRecord
+    facts: dict[str, Any]  # what was measured, empty where nothing was
     cut_remarks: list[str]
     other_remarks: list[str]
     attention: float
     spacing_lps_mm: tuple[float, ...] | None
     extent_lps_mm: tuple[float, ...] | None
     cut_mm: list[tuple[float, float]]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What was measured, empty where nothing was."""
-        return self.record.facts or {}
 
     @property
     def sides_mm(self) -> list[tuple[str, float]]:
@@ -121,10 +110,8 @@ def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
                 spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
                 # Of a tilted scan, that of the box around it.
                 extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
-            needs = attention(record, other)
-            volumes.append(
-                ReportedVolume(record, cut_remarks(record), other, needs, spacing, extent, ends_mm(facts, "cut_mm"))
-            )
+            remarks = cut_remarks(record), other, attention(record, other)
+            volumes.append(ReportedVolume(record, facts, *remarks, spacing, extent, ends_mm(facts, "cut_mm")))
     return sorted(volumes, key=lambda volume: (-volume.attention, volume.record.id))
 
 
@@ -207,26 +194,6 @@ def _card(volume: ReportedVolume, open_volume: OpenVolume) -> dict[str, Any]:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return card | {"picture": (data_url(file.getvalue(), "image/jpeg"), image.width, image.height)}
-
-
-def _times(values: Sequence[float], form: str) -> str:
-    return " × ".join(form % value for value in values)
-
-
-def _hu(statistics: Mapping[str, Any]) -> str:
-    percentiles = (("p01", "1 %"), ("p50", "median"), ("p99", "99 %"))
-    known = (f"{name} {statistics[key]:.0f}" for key, name in percentiles if statistics.get(key) is not None)
-    return f"{_hu_range(statistics)}; {', '.join(known)}"
-
-
-def _hu_range(statistics: Mapping[str, Any] | None) -> str:
-    low, high = (statistics.get("min"), statistics.get("max")) if statistics else (None, None)
-    return "" if low is None or high is None else f"{low:.0f} to {high:.0f}"
-
-
-def _setting(value: object) -> str:
-    values = value if isinstance(value, list | tuple) else [value]
-    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def _size(count: int) -> str:

@@ -29,7 +29,7 @@ def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Call
     """Return the page that a template makes of `values`, as UTF-8; jinja2.UndefinedError for a name that they lack.
 
     `filters` are the template's own, beside `thousands` and `without_folders`. It may extend those beside this file.
-    Every value is escaped. Control characters become U+FFFD; bytes of a file name that are no text are shown as escapes.
+    Every value is escaped. Control characters become U+FFFD; bytes of a file name that are no text become escapes.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),

@@ -45,18 +45,14 @@ class Constant:
         return case.choices[min(LETTERS.index(self.answer), len(case.choices) - 1)]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A way of answering without the scan; `answer` gives None where it has no answer."""
-
-    name: str
-    answer: Callable[[Case], str | None]
+# A way of answering without the scan; None where it has no answer.
+Baseline = Callable[[Case], str | None]
 
 
 class Baselines(NamedTuple):
     """All of them."""
 
-    baselines: list[Baseline]
+    baselines: dict[str, Baseline]
     constants: dict[str, str]  # the best answer by kind of question
     learned_on: str  # the rows that it was chosen on
 
@@ -76,12 +72,12 @@ def fit_baselines(training: Sequence[Case], evaluated: Sequence[Case], metrics: 
         kind = _kind_of(case)
         return majority.get((kind, case.subtask), constants[kind]).of(case)
 
-    baselines = [
-        Baseline(CONSTANT, lambda case: constants[_kind_of(case)].of(case)),
-        Baseline(MAJORITY, majority_answer),
-        Baseline("text_rule_last_prior", last_prior),
-        Baseline("text_rule_any_prior", any_prior),
-    ]
+    baselines = {
+        CONSTANT: lambda case: constants[_kind_of(case)].of(case),
+        MAJORITY: majority_answer,
+        "text_rule_last_prior": last_prior,
+        "text_rule_any_prior": any_prior,
+    }
     lacking = ", ".join(sorted({kind.task for kind in constants.keys() - known}))
     learned_on = "the training rows" + (f", which lack {lacking}: there on the evaluated rows" if lacking else "")
     best = {str(kind): constant.answer for kind, constant in sorted(constants.items())}

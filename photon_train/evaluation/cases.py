@@ -127,9 +127,8 @@ def rows_by_id(rows: Iterable[Row]) -> dict[str, Row]:
     return {row["id"]: row for row in found}
 
 
-def _listed(what: str, ids: Sequence[str], most: int = 10) -> str:
-    rest = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return f"{len(ids)} {what}: {', '.join(ids[:most])}{rest}"
+def _listed(what: str, ids: Sequence[str]) -> str:
+    return f"{len(ids)} {what}: {', '.join(ids[:10])}" + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
 
 
 # What 3D-RAD's own prompt puts before the answer of an open question.

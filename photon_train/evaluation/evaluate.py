@@ -121,7 +121,7 @@ class _Scoring:
     """How the cases of every file of predictions are scored: `masks` by volume id, `config` of the model."""
 
     metrics: Sequence[Metric[Case]]
-    baselines: Sequence[Baseline]
+    baselines: Mapping[str, Baseline]
     patients: Patients
     settings: Settings
     config: PhotonConfig | None
@@ -149,7 +149,7 @@ class _Scoring:
 
     def baseline_tables(self, cases: Sequence[Case]) -> dict[str, ScoreTable]:
         of_text = [metric for metric in self.metrics if metric.of_text]
-        tables = {baseline.name: table_of(cases, of_text, self.patients, baseline) for baseline in self.baselines}
+        tables = {name: table_of(cases, of_text, self.patients, answer) for name, answer in self.baselines.items()}
         if self.settings.labels:
             reference, responses = self.settings.labels
             for name, value in (("labels_all_negative", 0), ("labels_all_positive", 1)):
@@ -210,7 +210,7 @@ def table_of(
 
     With a `baseline` its answers are scored, written as each metric reads them, where it has one.
     """
-    answers = {case.id: baseline.answer(case) for case in cases} if baseline else {}
+    answers = {case.id: baseline(case) for case in cases} if baseline else {}
     table: ScoreTable = {}
     for metric in metrics:
         found = cases

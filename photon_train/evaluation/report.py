@@ -37,10 +37,25 @@ def write_report(
     `overlays` are, by name of the predictions, pictures (png, jpeg) by question id. The page holds those of
     the cases that it shows.
     """
-    where = Location(str(folder))
-    text = json.dumps(to_json(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    where.write(REPORT, render_page(evaluation, overlays or {}, title or f"{evaluation.benchmark}: evaluation"))
-    where.write(SCORES, text.encode("utf-8", "backslashreplace"))
+    pictures = overlays or {}
+    values = {
+        "title": title or f"{evaluation.benchmark}: evaluation",
+        "evaluation": evaluation,
+        "sections": [_section(answers, pictures.get(answers.name, {})) for answers in evaluation.answers],
+        "trade_offs": [(trade_off_table(one), _trade_off_chart(one)) for one in trade_offs(evaluation)],
+        "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
+    }
+    blind_names = {CONSTANT: "constant", MAJORITY: "majority"}
+    filters: dict[str, Callable[..., str]] = {
+        "points": formatted,
+        "interval": formatted_interval,
+        "value": formatted_value,
+        "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
+        "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
+    }
+    where, text = Location(str(folder)), json.dumps(to_json(evaluation), indent=1, ensure_ascii=False, allow_nan=False)
+    where.write(REPORT, page.render(TEMPLATE, values, filters))
+    where.write(SCORES, f"{text}\n".encode("utf-8", "backslashreplace"))
     return [folder / SCORES, folder / REPORT]
 
 
@@ -96,26 +111,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def render_page(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path]], title: str) -> bytes:
-    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id."""
-    values = {
-        "title": title,
-        "evaluation": evaluation,
-        "sections": [_section(answers, overlays.get(answers.name, {})) for answers in evaluation.answers],
-        "trade_offs": [(trade_off_table(one), _trade_off_chart(one)) for one in trade_offs(evaluation)],
-        "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
-    }
-    blind_names = {CONSTANT: "constant", MAJORITY: "majority"}
-    filters: dict[str, Callable[..., str]] = {
-        "points": formatted,
-        "interval": formatted_interval,
-        "value": formatted_value,
-        "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
-        "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
-    }
-    return page.render(TEMPLATE, values, filters)
 
 
 def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
@@ -219,29 +214,28 @@ def trade_offs(evaluation: Evaluation) -> tuple[TradeOff, ...]:
         return ()
     main = {judged.metric for judged in answers[0].scored_cases}
     broadest = {score.metric: score for score in answers[0].scores if score.metric in main and score.average == MACRO}
-    return tuple(TradeOff(score.metric, score.task, _points(evaluation, score)) for score in broadest.values())
+    minus_first = {one.second: one.scores for one in evaluation.comparisons}
+    return tuple(
+        TradeOff(like.metric, like.task, tuple(_point(one, minus_first.get(one.name, ()), like) for one in answers))
+        for like in broadest.values()
+    )
 
 
-def _points(evaluation: Evaluation, like: Score) -> tuple[Point, ...]:
+def _point(answers: Answers, minus_first: Sequence[Score], like: Score) -> Point:
     def same(scores: Sequence[Score]) -> Estimate | None:
         key = (like.metric, like.task, like.average)
         return next((score.estimate for score in scores if (score.metric, score.task, score.average) == key), None)
 
-    minus_first = {one.second: same(one.scores) for one in evaluation.comparisons}
-    points = []
-    for answers in evaluation.answers:
-        assert answers.kept, "trade_offs has looked"
-        predictions = [judged.case.prediction for judged in answers.scored_cases]
-        point = Point(
-            name=answers.name,
-            kept_tokens=float(np.mean([one.kept_tokens for one in predictions if one.visual_tokens])),
-            kept_share=answers.kept.mean_ratio,
-            estimate=same(answers.scores) or Estimate(None, None, None),
-            minus_first=minus_first.get(answers.name),
-            questions_per_second=answers.costs.questions_per_second if answers.costs else None,
-        )
-        points.append(point)
-    return tuple(points)
+    predictions = [judged.case.prediction for judged in answers.scored_cases]
+    assert answers.kept, "trade_offs has looked"
+    return Point(
+        name=answers.name,
+        kept_tokens=float(np.mean([one.kept_tokens for one in predictions if one.visual_tokens])),
+        kept_share=answers.kept.mean_ratio,
+        estimate=same(answers.scores) or Estimate(None, None, None),
+        minus_first=same(minus_first),
+        questions_per_second=answers.costs.questions_per_second if answers.costs else None,
+    )
 
 
 class FormattedTable(NamedTuple):

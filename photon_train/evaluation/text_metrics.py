@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from nltk.translate.meteor_score import single_meteor_score
@@ -22,7 +23,6 @@ from photon_data.questions.table import Problem, read_table, refuse
 from photon_train.evaluation.cases import Case
 from photon_train.evaluation.metric import Applies, Metric, mean_of, ratio, with_ones
 
-BERTSCORE_MODEL, BERTSCORE_LAYER = "roberta-large", 17
 ID_COLUMNS = ("id", "volume_id", "VolumeName")
 
 
@@ -66,21 +66,14 @@ def meteor_exact_stem(applies: Applies[Case]) -> Metric[Case]:
 
     nltk's METEOR also matches synonyms of WordNet, which has to be downloaded; with it scores are a little higher.
     """
-    tokenize = Tokenizer13a()
+    tokenize, no_synonyms = Tokenizer13a(), SimpleNamespace(synsets=lambda word: [])
 
     @lru_cache(maxsize=1 << 16)
     def score(reference: str, response: str) -> float:
         words = [tokenize(text).split() for text in (reference, response)]
-        return float(single_meteor_score(*words, wordnet=_NoSynonyms()))
+        return float(single_meteor_score(*words, wordnet=no_synonyms))
 
     return mean_of("meteor_exact_stem", applies, lambda case: score(case.answer, case.response))
-
-
-class _NoSynonyms:
-    """A WordNet of no words."""
-
-    def synsets(self, word: str) -> list[object]:
-        return []
 
 
 def bertscore(applies: Applies[Case]) -> Metric[Case]:
@@ -93,7 +86,7 @@ def bertscore(applies: Applies[Case]) -> Metric[Case]:
     except ImportError:
         hint = "pip install bert-score, or leave it out"
         raise UsageError(f"expected the package bert-score for BERTScore, found none; {hint}") from None
-    scorer = lru_cache(maxsize=1)(lambda: BERTScorer(model_type=BERTSCORE_MODEL, num_layers=BERTSCORE_LAYER))
+    scorer = lru_cache(maxsize=1)(lambda: BERTScorer(model_type="roberta-large", num_layers=17))
 
     def observe(cases: Sequence[Case]) -> np.ndarray:
         _, _, f1 = scorer().score([case.response for case in cases], [case.answer for case in cases])
@@ -150,8 +143,8 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
     UsageError for tables of different findings.
     """
     if sorted(reference.names) != sorted(response.names):
-        odd = sorted(set(reference.names) ^ set(response.names))
-        raise UsageError(f"expected the same findings in both tables of labels, found {', '.join(odd)} in one only")
+        odd = ", ".join(sorted(set(reference.names) ^ set(response.names)))
+        raise UsageError(f"expected the same findings in both tables of labels, found {odd} in one of them only")
     order = [response.names.index(name) for name in reference.names]
 
     def applies(case: Case) -> bool:
