@@ -20,18 +20,19 @@ from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import grouped
 from photon_train.evaluation.evaluate import check, evaluate
-from photon_train.evaluation.report import cases_to_picture, recall_tables, trade_off_table, trade_offs, write_report
-from photon_train.evaluation.tables import (
-    Answers,
-    Comparison,
-    Evaluation,
+from photon_train.evaluation.report import (
     FormattedTable,
-    Settings,
     both_averages,
+    cases_to_picture,
     formatted,
     formatted_interval,
     formatted_value,
+    recall_tables,
+    trade_off_table,
+    trade_offs,
+    write_report,
 )
+from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
 from photon_train.evaluation.text_metrics import read_labels
 from photon_train.kept_tokens import CountedMask, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture

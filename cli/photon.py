@@ -220,7 +220,7 @@ def evaluate(
         from photon_cli.eval import Answering, answered_before, score
     except ModuleNotFoundError as error:
         fail(f"photon: expected the extra `eval`, {error.name} is not installed; pip install 'photon-ct[eval]'", MISUSE)
-    from photon_train.evaluation.tables import Settings
+    from photon_train.evaluation.results import Settings
 
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
     scoring = Settings(allow_partial=allow_partial, bootstrap=bootstrap, seed=seed, with_bertscore=bertscore)

@@ -30,12 +30,13 @@ AUTO = "auto"
 # The scale bar has the first of these lengths that fits into half a panel.
 SCALE_BARS_MM = (50, 20, 10, 5, 2, 1)
 _SMALLEST_PANEL_PX = 96
-_TILT_SHOWN_DEGREES = 1.0
 
 _BACKGROUND, _TEXT, _MUTED, _OUTLINE = "#0b0d10", "#e8eaed", "#9aa0a6", "#ff5d8f"
 _DIMMED = 0.6
 
+Draw = ImageDraw.ImageDraw
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Voxel = tuple[int, int, int]
 
 
 class Plane(NamedTuple):
@@ -64,9 +65,8 @@ class Layout(NamedTuple):
     """Sizes in pixels that follow from the side of a panel."""
 
     panel: int
-    gutter: int
+    gutter: int  # around a slice; a line of text below the panels is as high
     font: int
-    line: int
     gap: int
 
     @classmethod
@@ -75,7 +75,7 @@ class Layout(NamedTuple):
         if size_px < _SMALLEST_PANEL_PX:
             raise UsageError(f"size_px: expected {_SMALLEST_PANEL_PX} or more, found {size_px}")
         font = max(10, size_px // 24)
-        return cls(size_px, gutter=round(font * 1.7), font=font, line=round(font * 1.7), gap=max(2, size_px // 64))
+        return cls(size_px, round(font * 1.7), font, gap=max(2, size_px // 64))
 
     @property
     def room(self) -> int:
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
     @property
     def canvas(self) -> tuple[int, int]:
         """Width and height of the whole picture: three panels above two lines of text."""
-        return 3 * self.panel + 2 * self.gap, self.panel + 2 * self.line + self.gap
+        return 3 * self.panel + 2 * self.gap, self.panel + 2 * self.gutter + self.gap
 
 
 class Upright:
@@ -104,7 +104,7 @@ class Upright:
         steps = np.asarray(native.steps_lps)[stored] * np.asarray(self._sign)[:, None]
         self.geometry = Geometry.from_arrays(np.asarray(native.shape_zyx)[stored], native.world(corner), steps)
 
-    def slice(self, plane: Plane, at: tuple[int, int, int]) -> np.ndarray:
+    def slice(self, plane: Plane, at: Voxel) -> np.ndarray:
         """Return the slice of `plane` through voxel `at` of the upright grid, as seen: [down, right]."""
         index: list[int | slice] = [slice(None)] * 3
         through = at[plane.normal]
@@ -137,23 +137,30 @@ def three_planes(
     at = voxel_at(grid, at_lps)
     slices = [upright.slice(plane, at) for plane in PLANES]
     window = resolve_window(window_hu, slices)
-    px_per_mm = layout.room / max(_extents_mm(grid))
+    extents_mm = [n * s for n, s in zip(grid.shape_zyx, grid.spacing_zyx_mm, strict=True)]
+    px_per_mm = layout.room / max(extents_mm)
     canvas = Image.new("RGB", layout.canvas, _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
+    draw.font = _font(layout.font)
     for number, (plane, values) in enumerate(zip(PLANES, slices, strict=True)):
-        left = number * (layout.panel + layout.gap)
-        box = _slice_box(layout, left, plane, grid, px_per_mm)
-        size = (box[2] - box[0], box[3] - box[1])
+        panel_left = number * (layout.panel + layout.gap)
+        width, height = (max(1, round(extents_mm[axis] * px_per_mm)) for axis in (plane.right, plane.down))
+        left, top = panel_left + (layout.panel - width) // 2, (layout.panel - height) // 2
+        box = left, top, left + width, top + height
         grey = Image.fromarray(np.ascontiguousarray(to_grey(values, window)))
-        canvas.paste(grey.resize(size, Image.Resampling.BILINEAR).convert("RGB"), box)
+        canvas.paste(grey.resize((width, height), Image.Resampling.BILINEAR).convert("RGB"), box)
         if outlined_zyx is not None:
             marked = Upright(Volume(outlined_zyx, volume.geometry)).slice(plane, at)
             _draw_outline(canvas, box, marked, thickness=max(1, layout.panel // 240))
         _draw_letters(draw, layout, box, plane, grid)
         _draw_ticks(draw, layout, box, plane, grid, at)
-        _draw_caption(draw, layout, left, plane, float(grid.world(at)[2 - plane.normal]))
+        _draw_caption(draw, layout, panel_left, plane, float(grid.world(at)[2 - plane.normal]))
     _draw_scale_bar(draw, layout, px_per_mm)
-    _draw_footer(draw, layout, title or "", _window_text(window_hu, window, volume.geometry))
+    tilt = tilt_degrees(volume.geometry)
+    tilted = f"own planes of a scan tilted by {tilt:.0f}°, " if tilt >= 1 else ""
+    name, unit = f"{window_hu} " if isinstance(window_hu, str) else "", "" if window_hu == AUTO else " HU"
+    shown = f"{tilted}{name}window {window[0]:g} to {window[1]:g}{unit}"
+    _draw_footer(draw, layout, title or "", shown)
     return canvas
 
 
@@ -163,13 +170,11 @@ def resolve_window(window_hu: Window | str, slices: Sequence[np.ndarray]) -> Win
         values = np.concatenate([np.ravel(values) for values in slices])
         low, high = np.percentile(values[np.isfinite(values)], (1, 99)) if np.isfinite(values).any() else (0, 1)
         return float(low), float(max(high, low + 1))
-    if isinstance(window_hu, str):
-        if window_hu not in WINDOWS:
-            raise UsageError(f"expected a window, {', '.join([*WINDOWS, AUTO])} or two numbers; found {window_hu!r}")
-        return WINDOWS[window_hu]
-    if len(window_hu) != 2 or not window_hu[0] < window_hu[1]:
-        raise UsageError(f"expected a window of two numbers, low < high; found {tuple(window_hu)}")
-    return float(window_hu[0]), float(window_hu[1])
+    window = WINDOWS.get(window_hu, ()) if isinstance(window_hu, str) else window_hu
+    if len(window) != 2 or not window[0] < window[1]:
+        names = ", ".join([*WINDOWS, AUTO])
+        raise UsageError(f"expected a window, {names} or two numbers, low < high; found {window_hu!r}")
+    return float(window[0]), float(window[1])
 
 
 def to_grey(values: np.ndarray, window: Window) -> np.ndarray:
@@ -179,7 +184,7 @@ def to_grey(values: np.ndarray, window: Window) -> np.ndarray:
     return np.rint(np.clip(np.nan_to_num(share, nan=0.0), 0, 1) * 255).astype(np.uint8)
 
 
-def voxel_at(grid: Geometry, at_lps: Sequence[float] | None) -> tuple[int, int, int]:
+def voxel_at(grid: Geometry, at_lps: Sequence[float] | None) -> Voxel:
     """Return the voxel of an upright grid at a world point, or in the middle.
 
     Between two voxels it is the one further left, back or up: the same slices are shown whatever way an axis is stored.
@@ -194,49 +199,32 @@ def voxel_at(grid: Geometry, at_lps: Sequence[float] | None) -> tuple[int, int, 
     return z, y, x
 
 
-def _extents_mm(geometry: Geometry) -> list[float]:
-    return [n * s for n, s in zip(geometry.shape_zyx, geometry.spacing_zyx_mm, strict=True)]
-
-
-def _slice_box(layout: Layout, panel_left: int, plane: Plane, grid: Geometry, px_per_mm: float) -> Box:
-    """Return where a plane's slice lies: in the middle of its panel."""
-    width, height = (max(1, round(_extents_mm(grid)[axis] * px_per_mm)) for axis in (plane.right, plane.down))
-    left, top = panel_left + (layout.panel - width) // 2, (layout.panel - height) // 2
-    return left, top, left + width, top + height
-
-
 def _draw_outline(canvas: Image.Image, box: Box, marked: np.ndarray, thickness: int) -> None:
     """Draw the inner edge of the marked voxels of a slice, and dim the other voxels."""
-    size = (box[2] - box[0], box[3] - box[1])
-    inside = np.asarray(Image.fromarray(marked.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), bool)
-    eroded = inside
+    shown = canvas.crop(box)
+    eroded = inside = np.asarray(Image.fromarray(marked).resize(shown.size, Image.Resampling.NEAREST), bool)
     for _ in range(thickness):
         padded = np.pad(eroded, 1)
         eroded = eroded & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    pixels = np.array(canvas.crop(box))
+    pixels = np.array(shown)
     pixels[~inside] = pixels[~inside] * _DIMMED
     canvas.paste(Image.fromarray(pixels), box)
     canvas.paste(_OUTLINE, box, Image.fromarray((inside & ~eroded).astype(np.uint8) * 255))
 
 
-def _draw_letters(draw: ImageDraw.ImageDraw, layout: Layout, box: Box, plane: Plane, grid: Geometry) -> None:
+def _draw_letters(draw: Draw, layout: Layout, box: Box, plane: Plane, grid: Geometry) -> None:
     """Write at each edge of a slice which side of the body is there, from the steps of the slice's own axes."""
     left, top, right, bottom = box
-    away, centre = layout.gutter / 2, ((left + right) / 2, (top + bottom) / 2)
+    away, x, y = layout.gutter / 2, (left + right) / 2, (top + bottom) / 2
     to_right = np.asarray(grid.steps_lps[plane.right])
     to_bottom = plane.down_sign * np.asarray(grid.steps_lps[plane.down])
-    for place, direction in (
-        ((right + away, centre[1]), to_right),
-        ((left - away, centre[1]), -to_right),
-        ((centre[0], bottom + away), to_bottom),
-        ((centre[0], top - away), -to_bottom),
-    ):
-        draw.text(place, direction_letters(direction), _TEXT, _font(layout.font), anchor="mm")
+    edges = [((right + away, y), to_right), ((left - away, y), -to_right)]
+    edges += [((x, bottom + away), to_bottom), ((x, top - away), -to_bottom)]
+    for place, direction in edges:
+        draw.text(place, direction_letters(direction), _TEXT, anchor="mm")
 
 
-def _draw_ticks(
-    draw: ImageDraw.ImageDraw, layout: Layout, box: Box, plane: Plane, grid: Geometry, at: tuple[int, int, int]
-) -> None:
+def _draw_ticks(draw: Draw, layout: Layout, box: Box, plane: Plane, grid: Geometry, at: Voxel) -> None:
     """Mark at the edges of a slice, each in its colour, where the other two planes cut it."""
     left, top, right, bottom = box
     length = layout.gutter // 3
@@ -252,14 +240,14 @@ def _draw_ticks(
             draw.line([(right - 1 - length, y), (right - 1, y)], other.colour)
 
 
-def _draw_caption(draw: ImageDraw.ImageDraw, layout: Layout, panel_left: int, plane: Plane, mm: float) -> None:
-    middle = layout.panel + layout.line // 2
-    draw.text((panel_left + layout.gutter / 2, middle), plane.name, plane.colour, _font(layout.font), anchor="lm")
-    place = (panel_left + layout.panel - layout.gutter / 2, middle)
-    draw.text(place, position_text(2 - plane.normal, mm), _MUTED, _font(layout.font), anchor="rm")
+def _draw_caption(draw: Draw, layout: Layout, panel_left: int, plane: Plane, mm: float) -> None:
+    left, right = panel_left + layout.gutter / 2, panel_left + layout.panel - layout.gutter / 2
+    middle = layout.panel + layout.gutter // 2
+    draw.text((left, middle), plane.name, plane.colour, anchor="lm")
+    draw.text((right, middle), position_text(2 - plane.normal, mm), _MUTED, anchor="rm")
 
 
-def _draw_scale_bar(draw: ImageDraw.ImageDraw, layout: Layout, px_per_mm: float) -> None:
+def _draw_scale_bar(draw: Draw, layout: Layout, px_per_mm: float) -> None:
     longest_mm = layout.room / px_per_mm / 2
     mm = next((mm for mm in SCALE_BARS_MM if mm <= longest_mm), SCALE_BARS_MM[-1])
     left, y = layout.gutter // 2, layout.panel - layout.gutter // 2
@@ -267,34 +255,20 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, layout: Layout, px_per_mm: float)
     draw.line([(left, y), (right, y)], _TEXT, width=2)
     for x in (left, right):
         draw.line([(x, y - 3), (x, y + 3)], _TEXT)
-    draw.text(
-        (left, y - 5), f"{mm} mm", _TEXT, _font(layout.font), anchor="lb", stroke_width=1, stroke_fill=_BACKGROUND
-    )
+    draw.text((left, y - 5), f"{mm} mm", _TEXT, anchor="lb", stroke_width=1, stroke_fill=_BACKGROUND)
 
 
-def _draw_footer(draw: ImageDraw.ImageDraw, layout: Layout, title: str, window: str) -> None:
-    font, middle = _font(layout.font), layout.panel + layout.line + layout.line // 2
+def _draw_footer(draw: Draw, layout: Layout, title: str, window: str) -> None:
+    """Write title and window in one line; the middle of a title that is too long is left out."""
+    font, middle = _font(layout.font), layout.panel + layout.gutter + layout.gutter // 2
     inset, width = layout.gutter / 2, layout.canvas[0]
-    draw.text((width - inset, middle), window, _MUTED, font, anchor="rm")
+    draw.text((width - inset, middle), window, _MUTED, anchor="rm")
     room = width - 3 * inset - font.getlength(window)
-    draw.text((inset, middle), _shortened(title, font, room), _TEXT, font, anchor="lm")
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """Return one line of `text` that is no wider than `room` pixels; its middle is left out where it must be."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= room:
-        return text
-    keep = next((n for n in range(len(text) // 2, 0, -1) if font.getlength(text[:n] + "..." + text[-n:]) <= room), 0)
-    return text[:keep] + "..." + text[-keep:] if keep else ""
-
-
-def _window_text(window_hu: Window | str, window: Window, geometry: Geometry) -> str:
-    name = f"{window_hu} " if isinstance(window_hu, str) else ""
-    unit = "" if window_hu == AUTO else " HU"
-    tilt = tilt_degrees(geometry)
-    tilted = f"own planes of a scan tilted by {tilt:.0f}°, " if tilt >= _TILT_SHOWN_DEGREES else ""
-    return f"{tilted}{name}window {window[0]:g} to {window[1]:g}{unit}"
+    text = " ".join(title.split())
+    if font.getlength(text) > room:
+        shortened = (f"{text[:n]}...{text[-n:]}" for n in range(len(text) // 2, 0, -1))
+        text = next((shorter for shorter in shortened if font.getlength(shorter) <= room), "")
+    draw.text((inset, middle), text, _TEXT, anchor="lm")
 
 
 @lru_cache(maxsize=8)

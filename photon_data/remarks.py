@@ -14,8 +14,7 @@ AXES = ("x", "y", "z")
 
 # Less than this is not called cut off.
 SMALLEST_CUT_MM = 1.0
-COARSE_RATIO = 3.0
-COARSE_MM = 5.0
+COARSE_RATIO, COARSE_MM = 3.0, 5.0
 FEW_SLICES = 10
 EMPTY_SHARE_OF_GRID = 0.7
 TILT_DEGREES = 5.0
@@ -27,11 +26,7 @@ _REMARK_MM = 50.0
 
 
 def all_remarks(record: VolumeRecord) -> list[str]:
-    """Return remarks on what was measured of one scan, most important first; none where nothing was measured.
-
-    Why a scan was refused is not repeated: that is `record.reason`.
-    No remarks on HU are made of values that are not HU (see `is_hu`).
-    """
+    """Return remarks on what was measured of one scan, most important first; none where nothing was measured."""
     return cut_remarks(record) + other_remarks(record)
 
 
@@ -46,7 +41,7 @@ def cut_remarks(record: VolumeRecord) -> list[str]:
     "18 mm of the scan lie outside of the grid at its left end", and at its right end where that loses something too.
     """
     remarks = []
-    for ends, names in zip(cut_mm(record.facts or {}), ENDS, strict=True):
+    for ends, names in zip(ends_mm(record.facts or {}, "cut_mm"), ENDS, strict=True):
         lost = [(mm, name) for mm, name in zip(ends, names, strict=True) if mm >= SMALLEST_CUT_MM]
         if lost:
             remark = f"{lost[0][0]:.0f} mm of the scan lie outside of the grid at its {lost[0][1]} end"
@@ -65,12 +60,13 @@ def other_remarks(record: VolumeRecord) -> list[str]:
 
 def attention(record: VolumeRecord, other: list[str]) -> float:
     """Return how much a volume needs eyes, to sort by: mm cut off, plus 50 for each of the `other_remarks`."""
-    return sum(max(0.0, mm) for ends in cut_mm(record.facts or {}) for mm in ends) + _REMARK_MM * len(other)
+    return sum(max(0.0, mm) for ends in ends_mm(record.facts or {}, "cut_mm") for mm in ends) + _REMARK_MM * len(other)
 
 
-def cut_mm(facts: dict[str, Any]) -> list[tuple[float, float]]:
-    """Return (low end, high end) in mm outside of the grid, for the world axes L, P, S; zeros where not measured."""
-    return _ends_mm(facts, "cut_mm")
+def ends_mm(facts: dict[str, Any], key: str) -> list[tuple[float, float]]:
+    """Return "cut_mm" or "pad_mm" as (low end, high end), for the world axes L, P, S; zeros where not measured."""
+    ends = (facts.get(key) or {}).get
+    return [(float(low), float(high)) for low, high in (ends(axis) or (0.0, 0.0) for axis in AXES)]
 
 
 def duplicates(records: Iterable[VolumeRecord]) -> list[list[VolumeRecord]]:
@@ -83,7 +79,6 @@ def duplicates(records: Iterable[VolumeRecord]) -> list[list[VolumeRecord]]:
 
 
 def _on_values(facts: dict[str, Any], *, in_hu: bool) -> list[str]:
-    """Return remarks on the voxel values: filled, constant, or, for HU, without bone or air."""
     before, after = facts.get("hu_before") or {}, facts.get("hu_after") or {}
     low, high = before.get("min"), before.get("max")
     remarks = [f"NaN or infinite voxels were filled: {before['non_finite']:,}"] if before.get("non_finite") else []
@@ -99,7 +94,6 @@ def _on_values(facts: dict[str, Any], *, in_hu: bool) -> list[str]:
 
 
 def _on_geometry(facts: dict[str, Any]) -> list[str]:
-    """Return remarks on spacing, number of slices and direction of the axes."""
     if not facts.get("geometry"):
         return []
     geometry = Geometry.from_json(facts["geometry"])
@@ -107,8 +101,8 @@ def _on_geometry(facts: dict[str, Any]) -> list[str]:
     for name, axis in zip(AXES, body_axes(geometry).array_axis, strict=True):
         spacing, in_plane = spacings[axis], max(spacings[:axis] + spacings[axis + 1 :])
         if spacing > COARSE_RATIO * in_plane:
-            coarse = f"spacing {spacing:.1f} mm along {name} is over three times the in-plane spacing"
-            remarks.append(f"{coarse} ({in_plane:.2f} mm)")
+            found = f"over three times the in-plane spacing ({in_plane:.2f} mm)"
+            remarks.append(f"spacing {spacing:.1f} mm along {name} is {found}")
         elif spacing > COARSE_MM:
             remarks.append(f"spacing {spacing:.1f} mm along {name} is coarse")
         if geometry.shape_zyx[axis] < FEW_SLICES:
@@ -126,13 +120,8 @@ def _on_empty_grid(facts: dict[str, Any]) -> list[str]:
         return []
     sizes_zyx_mm = [n * s for n, s in zip(facts["grid"]["shape_zyx"], facts["grid"]["spacing_zyx_mm"], strict=True)]
     remarks = []
-    for ends, size_mm, way in zip(_ends_mm(facts, "pad_mm"), sizes_zyx_mm[::-1], WAYS, strict=True):
+    for ends, size_mm, way in zip(ends_mm(facts, "pad_mm"), sizes_zyx_mm[::-1], WAYS, strict=True):
         empty = sum(max(0.0, mm) for mm in ends)
         if empty > EMPTY_SHARE_OF_GRID * size_mm:
             remarks.append(f"the scan covers {size_mm - empty:.0f} of the grid's {size_mm:.0f} mm from {way}")
     return remarks
-
-
-def _ends_mm(facts: dict[str, Any], key: str) -> list[tuple[float, float]]:
-    measured = facts.get(key) or {}
-    return [(float(low), float(high)) for low, high in (measured.get(axis) or (0.0, 0.0) for axis in AXES)]

@@ -15,8 +15,7 @@ from photon_data import report
 from photon_data.recipe import Recipe
 from photon_data.records import FAILED, PREPARED, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.report import fair_shares, render_report
-from photon_data.report.charts import Chart, Mark, ScatterPoint, binned, histogram, scatter_plot
-from photon_data.report.page import render, without_folders
+from photon_data.report.page import Chart, Mark, ScatterPoint, binned, histogram, render, scatter_plot, without_folders
 from photon_data.resample import margins_mm, model_grid, target_grid
 from photon_data.volume import Geometry, Volume
 

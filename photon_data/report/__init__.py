@@ -10,6 +10,7 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +21,8 @@ from photon_data.hounsfield import HISTOGRAM_RANGE
 from photon_data.picture import AUTO, Window, three_planes
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
-from photon_data.remarks import (
-    AXES,
-    SMALLEST_CUT_MM,
-    attention,
-    cut_mm,
-    cut_remarks,
-    duplicates,
-    is_hu,
-    other_remarks,
-)
-from photon_data.report.charts import Chart, Mark, histogram, hu_profile, sparkline
-from photon_data.report.page import data_url, render, without_folders
+from photon_data.remarks import AXES, SMALLEST_CUT_MM, attention, cut_remarks, duplicates, ends_mm, is_hu, other_remarks
+from photon_data.report.page import Chart, Mark, data_url, histogram, hu_profile, render, sparkline, without_folders
 from photon_data.volume import LETTERS, WAYS, Geometry, Volume, body_axes
 
 log = logging.getLogger(__name__)
@@ -39,11 +30,8 @@ log = logging.getLogger(__name__)
 OpenVolume = Callable[[VolumeRecord], Volume]
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-MOST_VOLUME_LINES = 5_000
-MOST_REFUSED_LINES = 2_000
-MOST_DUPLICATE_LINES = 200
-PANEL_PX = 240
-JPEG_QUALITY = 80
+MOST_VOLUME_LINES, MOST_REFUSED_LINES, MOST_DUPLICATE_LINES = 5_000, 2_000, 200
+PANEL_PX, JPEG_QUALITY = 240, 80
 # Lung, soft tissue and bone can all be told apart in it.
 CT_WINDOW: Window = (-1000, 500)
 
@@ -89,15 +77,14 @@ def render_report(
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
     }
-    return render(
-        TEMPLATE, values, {"times": _times, "setting": _setting, "size": _size, "hu_range": _hu_range, "hu": _hu}
-    )
+    return render(TEMPLATE, values, {"size": _size})
 
 
 class ReportedVolume(NamedTuple):
     """A volume: its record, remarks, and its measures along the world axes L, P, S (None where not measured)."""
 
     record: VolumeRecord
+    facts: dict[str, Any]  # what was measured, empty where nothing was
     cut_remarks: list[str]
     other_remarks: list[str]
     attention: float
@@ -106,16 +93,9 @@ class ReportedVolume(NamedTuple):
     cut_mm: list[tuple[float, float]]
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What was measured, empty where nothing was."""
-        return self.record.facts or {}
-
-    @property
     def sides_mm(self) -> list[tuple[str, float]]:
         """The mm cut off at each side of the body, by its letter: R, L, A, P, I, S."""
-        return [
-            pair for letters, ends in zip(LETTERS, self.cut_mm, strict=True) for pair in zip(letters, ends, strict=True)
-        ]
+        return list(zip(chain.from_iterable(LETTERS), chain.from_iterable(self.cut_mm), strict=True))
 
 
 def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
@@ -124,17 +104,15 @@ def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
     for record in records:
         if record.is_there:
             facts, other = record.facts or {}, other_remarks(record)
-            spacing, extent = _measures(facts["geometry"]) if facts.get("geometry") else (None, None)
-            needs = attention(record, other)
-            volumes.append(ReportedVolume(record, cut_remarks(record), other, needs, spacing, extent, cut_mm(facts)))
+            spacing = extent = None
+            if facts.get("geometry"):
+                geometry = Geometry.from_json(facts["geometry"])
+                spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
+                # Of a tilted scan, that of the box around it.
+                extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
+            remarks = cut_remarks(record), other, attention(record, other)
+            volumes.append(ReportedVolume(record, facts, *remarks, spacing, extent, ends_mm(facts, "cut_mm")))
     return sorted(volumes, key=lambda volume: (-volume.attention, volume.record.id))
-
-
-def _measures(native: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return spacing and extent in mm along L, P, S; the extent of a tilted scan is that of the box around it."""
-    geometry = Geometry.from_json(native)
-    spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
-    return spacing, tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
 
 
 def summary_charts(volumes: Sequence[ReportedVolume], recipe: Recipe) -> dict[str, list[Chart]]:
@@ -147,21 +125,16 @@ def summary_charts(volumes: Sequence[ReportedVolume], recipe: Recipe) -> dict[st
         mark = Mark(grid_mm[axis], f"grid {grid_mm[axis]:g} mm")
         sizes = [v.extent_lps_mm[axis] for v in volumes if v.extent_lps_mm]
         extents.append(histogram(sizes, name=name, unit="mm", mark=mark))
-        cuts.append(_cut_chart(volumes, axis, name))
+        lost = [mm for mm in (sum(volume.cut_mm[axis]) for volume in volumes) if mm >= SMALLEST_CUT_MM]
+        losing = f"{name}: {len(lost):,} of {len(volumes):,} volumes lose something"
+        nothing = Chart(f"{name}:", "no volume loses anything")
+        cuts.append(histogram(lost, name=losing, unit="mm") if lost else nothing)
     return {
         "Native spacing": spacings,
         "Extent, and the size of the grid": extents,
         "Cut off, because it lies outside of the grid": cuts,
         "Intensities before resampling": _hu_charts(volumes),
     }
-
-
-def _cut_chart(volumes: Sequence[ReportedVolume], axis: int, name: str) -> Chart:
-    """Return how much (both ends together) is lost by the volumes that lose anything."""
-    lost = [mm for mm in (sum(volume.cut_mm[axis]) for volume in volumes) if mm >= SMALLEST_CUT_MM]
-    if not lost:
-        return Chart(f"{name}:", "no volume loses anything")
-    return histogram(lost, name=f"{name}: {len(lost):,} of {len(volumes):,} volumes lose something", unit="mm")
 
 
 def _hu_charts(volumes: Sequence[ReportedVolume]) -> list[Chart]:
@@ -173,35 +146,24 @@ def _hu_charts(volumes: Sequence[ReportedVolume]) -> list[Chart]:
         edges = np.linspace(*HISTOGRAM_RANGE, len(shares[0]) + 1)
         words = f"mean share of voxels in {len(shares[0])} bins, every volume counting the same"
         charts.append(hu_profile(np.mean(shares, axis=0), edges, name="HU", words=words))
-    for key, name in (
-        ("p50", "HU in the middle (median) of each volume"),
-        ("p99", "HU that 1 % of each volume exceed"),
-    ):
+    names = {"p50": "HU in the middle (median) of each volume", "p99": "HU that 1 % of each volume exceed"}
+    for key, name in names.items():
         charts.append(histogram([s[key] for s in statistics if s.get(key) is not None], name=name, unit="HU"))
     return charts
 
 
-class LostGroup(NamedTuple):
-    """Inputs that were refused, or that failed, for the same reason (`code`). The page has room for those `listed`."""
-
-    state: str
-    code: str
-    inputs: int
-    listed: Sequence[VolumeRecord]
-
-
-def lost_groups(records: Sequence[VolumeRecord]) -> list[LostGroup]:
-    """Return every refused and failed input by code, the most frequent first."""
+def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
+    """Return the inputs that were refused, or that failed, by code, the most frequent first, and which to list."""
     groups = defaultdict(list)
     for record in records:
         if not record.is_there:
             groups[record.state, record.code or "no code"].append(record)
     shares = fair_shares([len(group) for group in groups.values()], MOST_REFUSED_LINES)
     lost = [
-        LostGroup(state, code, len(group), group[:share])
+        {"state": state, "code": code, "inputs": len(group), "listed": group[:share]}
         for ((state, code), group), share in zip(groups.items(), shares, strict=True)
     ]
-    return sorted(lost, key=lambda group: (-group.inputs, group.state, group.code))
+    return sorted(lost, key=lambda group: (-group["inputs"], group["state"], group["code"]))
 
 
 def fair_shares(counts: Sequence[int], total: int) -> list[int]:
@@ -217,48 +179,21 @@ def fair_shares(counts: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-class Card(NamedTuple):
-    """A volume with the curve of its intensities, and its picture (data: URL, width, height) or why it has none."""
-
-    volume: ReportedVolume
-    picture: tuple[str, int, int] | None
-    no_picture: str
-    spark: Chart | None
-
-
-def _card(volume: ReportedVolume, open_volume: OpenVolume) -> Card:
+def _card(volume: ReportedVolume, open_volume: OpenVolume) -> dict[str, Any]:
+    """Return a volume with the curve of its intensities, and its picture or why it has none."""
     counts = (volume.facts.get("hu_before") or {}).get("histogram")
     spark = sparkline(counts, words="HU before, -1100 to 1100, logarithmic") if counts else None
+    card = {"volume": volume, "picture": None, "no_picture": "", "spark": spark}
     try:
         window = CT_WINDOW if is_hu(volume.facts) else AUTO
         image = three_planes(open_volume(volume.record), window_hu=window, size_px=PANEL_PX)
     except Exception as error:
         # One store that is damaged or gone must not cost the whole page.
         log.warning("no picture of %s: %s", volume.record.id, error)
-        return Card(volume, None, f"{type(error).__name__}: {without_folders(str(error))}"[:300], spark)
+        return card | {"no_picture": f"{type(error).__name__}: {without_folders(str(error))}"[:300]}
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return Card(volume, (data_url(file.getvalue(), "image/jpeg"), image.width, image.height), "", spark)
-
-
-def _times(values: Sequence[float], form: str) -> str:
-    return " × ".join(form % value for value in values)
-
-
-def _hu(statistics: Mapping[str, Any]) -> str:
-    percentiles = (("p01", "1 %"), ("p50", "median"), ("p99", "99 %"))
-    known = (f"{name} {statistics[key]:.0f}" for key, name in percentiles if statistics.get(key) is not None)
-    return f"{_hu_range(statistics)}; {', '.join(known)}"
-
-
-def _hu_range(statistics: Mapping[str, Any] | None) -> str:
-    low, high = (statistics.get("min"), statistics.get("max")) if statistics else (None, None)
-    return "" if low is None or high is None else f"{low:.0f} to {high:.0f}"
-
-
-def _setting(value: object) -> str:
-    values = value if isinstance(value, list | tuple) else [value]
-    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return card | {"picture": (data_url(file.getvalue(), "image/jpeg"), image.width, image.height)}
 
 
 def _size(count: int) -> str:

@@ -45,20 +45,16 @@ class Constant:
         return case.choices[min(LETTERS.index(self.answer), len(case.choices) - 1)]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A way of answering without the scan; `answer` gives None where it has no answer."""
-
-    name: str
-    answer: Callable[[Case], str | None]
+# A way of answering without the scan; None where it has no answer.
+Baseline = Callable[[Case], str | None]
 
 
 class Baselines(NamedTuple):
-    """All baselines, the best constant answer by kind of question, and the rows it was chosen on."""
+    """All of them."""
 
-    baselines: list[Baseline]
-    constants: dict[str, str]
-    learned_on: str
+    baselines: dict[str, Baseline]
+    constants: dict[str, str]  # the best answer by kind of question
+    learned_on: str  # the rows that it was chosen on
 
 
 def fit_baselines(training: Sequence[Case], evaluated: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Baselines:
@@ -72,26 +68,20 @@ def fit_baselines(training: Sequence[Case], evaluated: Sequence[Case], metrics: 
     by_subtask = grouped(cases, lambda case: (_kind_of(case), case.subtask))
     majority = {key: best_constant(group, metrics) for key, group in by_subtask.items()}
 
-    def constant_answer(case: Case) -> str:
-        return constants[_kind_of(case)].of(case)
-
     def majority_answer(case: Case) -> str:
         kind = _kind_of(case)
         return majority.get((kind, case.subtask), constants[kind]).of(case)
 
-    baselines = [
-        Baseline(CONSTANT, constant_answer),
-        Baseline(MAJORITY, majority_answer),
-        Baseline("text_rule_last_prior", last_prior),
-        Baseline("text_rule_any_prior", any_prior),
-    ]
+    baselines = {
+        CONSTANT: lambda case: constants[_kind_of(case)].of(case),
+        MAJORITY: majority_answer,
+        "text_rule_last_prior": last_prior,
+        "text_rule_any_prior": any_prior,
+    }
     lacking = ", ".join(sorted({kind.task for kind in constants.keys() - known}))
     learned_on = "the training rows" + (f", which lack {lacking}: there on the evaluated rows" if lacking else "")
-    return Baselines(
-        baselines,
-        {str(kind): constant.answer for kind, constant in sorted(constants.items())},
-        learned_on if training else "the evaluated rows themselves",
-    )
+    best = {str(kind): constant.answer for kind, constant in sorted(constants.items())}
+    return Baselines(baselines, best, learned_on if training else "the evaluated rows themselves")
 
 
 def _kind_of(case: Case) -> Kind:
@@ -116,10 +106,9 @@ def best_constant(cases: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Con
         numbers = [value for case in cases if (value := parse_number(case.answer)) is not None]
         tried += [f"{median(numbers):g}"] if numbers else []
     metric = next((metric for metric in metrics if metric.applies(first)), None)
-    if metric is None or len(tried) == 1:
+    if metric is None:
         return Constant(tried[0])
-    scores = [metric.value([answered(case, metric, answer) for case in cases]) for answer in tried]
-    return Constant(tried[scores.index(max(scores))])
+    return Constant(max(tried, key=lambda answer: metric.value([answered(case, metric, answer) for case in cases])))
 
 
 def _ranked(answers: Iterable[str]) -> list[tuple[str, int]]:
@@ -139,9 +128,7 @@ def last_prior(case: Case) -> str | None:
     training split.
     """
     priors = _priors(case)
-    return priors and _choice_named(
-        case, "Refractory" if priors[-1] == "1" else "Resolved" if "1" in priors else "No Abnormality"
-    )
+    return priors and (_choice_named(case, "Refractory") if priors[-1] == "1" else any_prior(case))
 
 
 def any_prior(case: Case) -> str | None:

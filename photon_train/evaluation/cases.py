@@ -15,6 +15,7 @@ from photon_train.answering.prediction import Prediction, organ_masks_of, questi
 
 K = TypeVar("K")
 V = TypeVar("V")
+Row = Mapping[str, Any]  # of a manifest
 
 # A size is lengths with units, "30x13 mm"; it is scored as text too.
 Form = Literal["yes-no", "choice", "number", "size", "text"]
@@ -63,11 +64,9 @@ class Gaps:
 
     def sentence(self) -> str:
         """Return what every table says of the gaps; "" where there are none."""
-        if not self:
-            return ""
         counts = ", ".join(f"{len(ids)} {name}" for field, (name, _) in _GAPS.items() if (ids := getattr(self, field)))
-        scored = self.questions - self.unscored
-        return f"PARTIAL: {scored} of {self.questions} questions are scored; predictions: {counts}"
+        scored = f"{self.questions - self.unscored} of {self.questions} questions are scored"
+        return f"PARTIAL: {scored}; predictions: {counts}" if self else ""
 
 
 # How the sentence of a table and the list of an error name each kind of gap.
@@ -87,18 +86,15 @@ class Joined(NamedTuple):
     gaps: Gaps
 
 
-def join(
-    rows: Iterable[Mapping[str, Any]], predictions: Iterable[Prediction], *, allow_partial: bool = False
-) -> Joined:
+def join(rows: Iterable[Row], predictions: Iterable[Prediction], *, allow_partial: bool = False) -> Joined:
     """Return a case for every question with a prediction, sorted by id: the order of neither file matters.
 
     UsageError, which lists ids, for a question that occurs twice, and for gaps. With `allow_partial` questions with
     gaps are left out; UsageError if then nothing is left.
     """
-    questions = rows_by_id(rows)
-    all_predictions = list(predictions)
-    times = Counter(prediction.id for prediction in all_predictions)
-    single = {p.id: p for p in all_predictions if times[p.id] == 1 and p.id in questions}
+    questions, predictions = rows_by_id(rows), list(predictions)
+    times = Counter(p.id for p in predictions)
+    single = {p.id: p for p in predictions if times[p.id] == 1 and p.id in questions}
     failed = {id for id, p in single.items() if p.error}
     changed = {id for id, p in single.items() if p.asked and not p.can_answer(question_digest(questions[id]))} - failed
     gaps = Gaps(
@@ -119,7 +115,7 @@ def join(
     return Joined(tuple(cases), gaps)
 
 
-def rows_by_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def rows_by_id(rows: Iterable[Row]) -> dict[str, Row]:
     """Return the rows by id; UsageError for an id that occurs twice, or a row without an answer to compare with."""
     found = list(rows)
     repeated = sorted(id for id, count in Counter(row["id"] for row in found).items() if count > 1)
@@ -131,9 +127,8 @@ def rows_by_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
     return {row["id"]: row for row in found}
 
 
-def _listed(what: str, ids: Sequence[str], most: int = 10) -> str:
-    rest = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return f"{len(ids)} {what}: {', '.join(ids[:most])}{rest}"
+def _listed(what: str, ids: Sequence[str]) -> str:
+    return f"{len(ids)} {what}: {', '.join(ids[:10])}" + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
 
 
 # What 3D-RAD's own prompt puts before the answer of an open question.
@@ -142,13 +137,11 @@ _FORMS: dict[str, Form] = {"number": "number", "yes-no": "yes-no", "measurement"
 _NUMBER_AND_UNIT = re.compile(r"[-+]?\d+(?:\.\d+)?\s*(?:mm|cm|HU|%|ml|cc|cm\^3)?", re.IGNORECASE)
 
 
-def case_of(row: Mapping[str, Any], prediction: Prediction) -> Case:
+def case_of(row: Row, prediction: Prediction) -> Case:
     """Return the case of a manifest's row; a row without a patient counts its volume as its patient."""
     extra = row.get("extra") or {}
-    text = str(row["messages"][0]["content"]).replace(VIDEO_TAG, "")
-    label = str(row["answer"]).strip()
-    answer = (extra.get("plain_answer") or label).strip()
-    choices = tuple(row["choices"])
+    text, label = str(row["messages"][0]["content"]).replace(VIDEO_TAG, ""), str(row["answer"]).strip()
+    answer, choices = (extra.get("plain_answer") or label).strip(), tuple(row["choices"])
     closed = bool(choices)
     # DeepTumorVQA's free-text questions have choices too, which they do not show.
     if choices and extra.get("mc_question"):
@@ -181,9 +174,8 @@ def _form(answer_type: str, answer: str, choices: tuple[str, ...], closed: bool)
         return "yes-no"
     if closed:
         return "choice"
-    if answer_type in _FORMS:
-        return _FORMS[answer_type]
-    return "number" if not answer_type and _NUMBER_AND_UNIT.fullmatch(answer) else "text"
+    is_number = not answer_type and _NUMBER_AND_UNIT.fullmatch(answer)
+    return _FORMS.get(answer_type, "number" if is_number else "text")
 
 
 def as_letter(case: Case, answer: str) -> str:

@@ -6,22 +6,24 @@ scores of numbers are published as "MRA". Each of these has a name of its own he
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
-from photon_train.evaluation.cases import Case, as_label, as_letter, as_letter_and_text
-from photon_train.evaluation.metric import Metric, mean_of
+from photon_train.evaluation.cases import Case, Form, as_label, as_letter, as_letter_and_text
+from photon_train.evaluation.metric import Applies, Metric, mean_of
 from photon_train.evaluation.parsing import (
+    THINKING,
     collapsed,
-    contains_letter,
     parse_choice,
     parse_letter_v2,
     parse_number,
     parse_number_v2,
     parse_size_mm,
-    parse_yes_no,
     without_punctuation,
 )
 
@@ -36,20 +38,11 @@ def is_free_text(case: Case) -> bool:
     return case.form in ("text", "size") and not case.closed
 
 
-def _is_closed(case: Case) -> bool:
-    return case.closed
+def _expects(form: Form) -> Applies[Case]:
+    return lambda case: case.form == form
 
 
-def _is_yes_no(case: Case) -> bool:
-    return case.form == "yes-no"
-
-
-def _is_choice(case: Case) -> bool:
-    return case.form == "choice"
-
-
-def _is_number(case: Case) -> bool:
-    return case.form == "number"
+_is_closed, _is_yes_no, _is_number = attrgetter("closed"), _expects("yes-no"), _expects("number")
 
 
 def _is_size(case: Case) -> bool:
@@ -63,11 +56,17 @@ def _has_choice_scores(case: Case) -> bool:
 
 def parsed_answer(case: Case) -> str | None:
     """Return the answer that a response means, as its text; None where it cannot be told. Yes and no in lower case."""
-    if case.choices and case.closed:
+    if case.closed:
         index = parse_choice(case.response, case.choices)
         if index is not None:
             return case.choices[index].lower() if _is_yes_no(case) else case.choices[index]
     return parse_yes_no(case.response) if _is_yes_no(case) else None
+
+
+def parse_yes_no(response: str) -> str | None:
+    """Return "yes" or "no", whichever word comes first; None where neither does."""
+    found = re.search(r"\b(yes|no)\b", THINKING.sub("", response), re.IGNORECASE)
+    return found[1].lower() if found else None
 
 
 def _true_answer(case: Case) -> str:
@@ -78,8 +77,8 @@ def _is_right(case: Case) -> bool:
     return parsed_answer(case) == _true_answer(case)
 
 
-def _has_letter(case: Case) -> bool:
-    return contains_letter(case.response, case.letter)
+def _has_letter_v2(case: Case) -> bool:
+    return parse_letter_v2(case.response) == case.letter
 
 
 def _best_scored(case: Case) -> str:
@@ -89,21 +88,17 @@ def _best_scored(case: Case) -> str:
 ACCURACIES: tuple[Metric[Case], ...] = (
     # The letter, "B. No", or the text, read by `parse_choice`.
     mean_of("accuracy_robust", _is_closed, _is_right, as_label),
-    # "B." stands in the response (3D-RAD, M3D).
-    mean_of("accuracy_contains_letter", _is_closed, _has_letter, as_letter_and_text),
+    # "B." stands anywhere in the response (3D-RAD, M3D).
+    mean_of("accuracy_contains_letter", _is_closed, lambda one: f"{one.letter}." in one.response, as_letter_and_text),
     # Response and label are equal, case and white space apart (Photon on 3D-RAD).
-    mean_of(
-        "accuracy_normalised", _is_closed, lambda case: collapsed(case.response) == collapsed(case.label), as_label
-    ),
+    mean_of("accuracy_normalised", _is_closed, lambda one: collapsed(one.response) == collapsed(one.label), as_label),
     # They are equal to the letter (Photon on DeepTumorVQA v1).
-    mean_of("accuracy_strict", _is_closed, lambda case: case.response == case.label, as_label),
+    mean_of("accuracy_strict", _is_closed, lambda one: one.response == one.label, as_label),
     # The choice with the highest log-probability; of predictions that have them.
-    mean_of("accuracy_scored_choice", _has_choice_scores, lambda case: _best_scored(case) == case.answer),
+    mean_of("accuracy_scored_choice", _has_choice_scores, lambda one: _best_scored(one) == one.answer),
 )
 # Multiple choice of DeepTumorVQA v2.
-ACCURACY_LETTER_V2 = mean_of(
-    "accuracy_letter_v2", _is_closed, lambda case: parse_letter_v2(case.response) == case.letter, as_letter
-)
+ACCURACY_LETTER_V2 = mean_of("accuracy_letter_v2", _is_closed, _has_letter_v2, as_letter)
 # Yes-no questions that show no choices; a response that is neither is wrong.
 ACCURACY_YES_NO = mean_of("accuracy_yes_no", lambda case: _is_yes_no(case) and not case.closed, _is_right)
 
@@ -123,12 +118,9 @@ PARTIAL_MATCH = mean_of(
 
 def _confusion(cases: Sequence[Case]) -> np.ndarray:
     """Return float[n, 5] of the answers: yes right, yes wrong, no right, no wrong, of which unparsed."""
-    rows = []
-    for case in cases:
-        is_yes, right = _true_answer(case) == "yes", _is_right(case)
-        outcomes = (is_yes and right, is_yes and not right, not is_yes and right, not is_yes and not right)
-        rows.append((*outcomes, not is_yes and parsed_answer(case) is None))
-    return np.array(rows, float)
+    found = [(_true_answer(case) == "yes", _is_right(case), parsed_answer(case) is None) for case in cases]
+    yes, right, unparsed = np.array(found, bool).reshape(-1, 3).T
+    return np.stack([yes & right, yes & ~right, ~yes & right, ~yes & ~right, ~yes & unparsed], axis=1).astype(float)
 
 
 def _scores_and_labels(cases: Sequence[Case]) -> np.ndarray:
@@ -162,21 +154,17 @@ class Auroc(Metric[Case]):
 
 
 def _of_confusion(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
-    """Return the metric with a formula of yes right, yes wrong, no right, no wrong, and unparsed answers to a no."""
+    """Return the metric with a formula of the columns of `_confusion`."""
     return Metric(name, _is_yes_no, _confusion, lambda sums: formula(*np.moveaxis(sums, -1, 0)))
 
 
-# A response that is neither yes nor no is wrong: a missed yes, or a false one. DeepTumorVQA v2 takes it for a no.
+# Yes is positive. A response that is neither yes nor no is wrong: FN or FP. DeepTumorVQA v2 takes it for a no.
 YES_NO_METRICS = (
-    _of_confusion("sensitivity", lambda yes, missed, no, false, unparsed: yes / (yes + missed)),
-    _of_confusion("specificity", lambda yes, missed, no, false, unparsed: no / (no + false)),
-    _of_confusion(
-        "specificity_unparsed_is_no", lambda yes, missed, no, false, unparsed: (no + unparsed) / (no + false)
-    ),
-    _of_confusion(
-        "balanced_accuracy", lambda yes, missed, no, false, unparsed: (yes / (yes + missed) + no / (no + false)) / 2
-    ),
-    _of_confusion("f1_yes", lambda yes, missed, no, false, unparsed: 2 * yes / (2 * yes + missed + false)),
+    _of_confusion("sensitivity", lambda tp, fn, tn, fp, unparsed: tp / (tp + fn)),
+    _of_confusion("specificity", lambda tp, fn, tn, fp, unparsed: tn / (tn + fp)),
+    _of_confusion("specificity_unparsed_is_no", lambda tp, fn, tn, fp, unparsed: (tn + unparsed) / (tn + fp)),
+    _of_confusion("balanced_accuracy", lambda tp, fn, tn, fp, unparsed: (tp / (tp + fn) + tn / (tn + fp)) / 2),
+    _of_confusion("f1_yes", lambda tp, fn, tn, fp, unparsed: 2 * tp / (2 * tp + fn + fp)),
     Auroc("auroc", lambda case: _is_yes_no(case) and _has_choice_scores(case), _scores_and_labels, lambda sums: sums),
 )
 
@@ -201,7 +189,7 @@ def _mean_of_classes(name: str, formula: Callable[..., np.ndarray]) -> Metric[Ca
         true, right, given = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
         return np.asarray(np.where(true > 0, formula(true, right, given), 0.0).sum(axis=-1) / (true > 0).sum(axis=-1))
 
-    return Metric(name, _is_choice, _by_class, mean, as_label)
+    return Metric(name, _expects("choice"), _by_class, mean, as_label)
 
 
 # Of choices other than yes and no.
@@ -211,9 +199,15 @@ CLASS_METRICS = (
 )
 
 
-def relative_error(value: float, true: float) -> float:
+def _relative_error(value: float, true: float) -> float:
     """Return |value - true| / |true|. |true| counts as at least 1e-6: with a truth of 0 every miss is enormous."""
     return abs(value - true) / max(abs(true), 1e-6)
+
+
+def _error(response: str, answer: str, parse: Callable[[str], float | None]) -> float:
+    """Return the relative error of the number in a response, infinite where there is none."""
+    value, true = parse(response), parse(answer)
+    return math.inf if value is None or true is None else _relative_error(value, true)
 
 
 # As decimals: 1 - 0.70 is 0.30000000000000004. An error of exactly 0.30 passes, as it does where this was published.
@@ -223,31 +217,20 @@ MRA_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 def mra_thresholds(response: str, answer: str) -> float:
     """Return the share of thresholds t = .50, .55 ... .95 for which the relative error is below 1 - t.
 
-    Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. Numbers by `parse_number`; no number is 0. A
-    relative error of 0.30 gives 0.5.
+    Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. No number is 0. A relative error of 0.30 gives 0.5.
     """
-    value, true = parse_number(response), parse_number(answer)
-    if value is None or true is None:
-        return 0.0
-    error = relative_error(value, true)
+    error = _error(response, answer, parse_number)
     return sum(error < 1 - threshold for threshold in MRA_THRESHOLDS) / len(MRA_THRESHOLDS)
 
 
 def mra_linear(response: str, answer: str) -> float:
     """Return max(0, 1 - relative error): mean relative accuracy of DeepTumorVQA v2. An error of 0.30 gives 0.7."""
-    error = _error_v2(response, answer)
-    return 0.0 if error is None else max(0.0, 1 - error)
+    return max(0.0, 1 - _error(response, answer, parse_number_v2))
 
 
 def within(response: str, answer: str, band: float) -> float:
     """Return 1 for a relative error of at most `band`, else 0 (DeepTumorVQA v2)."""
-    error = _error_v2(response, answer)
-    return float(error is not None and error <= band)
-
-
-def _error_v2(response: str, answer: str) -> float | None:
-    value, true = parse_number_v2(response), parse_number_v2(answer)
-    return None if value is None or true is None else relative_error(value, true)
+    return float(_error(response, answer, parse_number_v2) <= band)
 
 
 def same_size(response: str, answer: str, band: float) -> float:
@@ -255,23 +238,20 @@ def same_size(response: str, answer: str, band: float) -> float:
     sides, true = parse_size_mm(response), parse_size_mm(answer)
     if sides is None or true is None or len(sides) != len(true):
         return 0.0
-    return float(all(relative_error(a, b) <= band for a, b in zip(sides, true, strict=True)))
+    return float(all(_relative_error(a, b) <= band for a, b in zip(sides, true, strict=True)))
 
 
-def _in_band(
-    prefix: str, applies: Callable[[Case], bool], score: Callable[[str, str, float], float], band: float
-) -> Metric[Case]:
-    name = f"{prefix}within_{round(100 * band)}_percent"
-    return mean_of(name, applies, lambda case: score(case.response, case.answer, band))
+def _in_band(name: str, applies: Applies[Case], score: Callable[..., float], band: float) -> Metric[Case]:
+    return mean_of(f"{name}_{band * 100:.0f}_percent", applies, lambda one: score(one.response, one.answer, band))
 
 
 NUMERIC_METRICS: tuple[Metric[Case], ...] = (
     mean_of("mra_thresholds", _is_number, lambda case: mra_thresholds(case.response, case.answer)),
     mean_of("mra_linear", _is_number, lambda case: mra_linear(case.response, case.answer)),
-    *(_in_band("", _is_number, within, band) for band in (0.05, 0.10, 0.20, 0.50)),
+    *(_in_band("within", _is_number, within, band) for band in (0.05, 0.10, 0.20, 0.50)),
 )
 # How often a size is right, whatever its unit and the order of its sides.
-SIZE_METRICS = tuple(_in_band("size_", _is_size, same_size, band) for band in (0.10, 0.20))
+SIZE_METRICS = tuple(_in_band("size_within", _is_size, same_size, band) for band in (0.10, 0.20))
 
 
 def _score_v1(case: Case) -> float:
@@ -282,7 +262,7 @@ def _score_v1(case: Case) -> float:
 
 def _score_v2(case: Case) -> float:
     if case.closed:
-        return float(parse_letter_v2(case.response) == case.letter)
+        return float(_has_letter_v2(case))
     if case.form == "number":
         return mra_linear(case.response, case.answer)
     if case.form == "yes-no":

@@ -1,6 +1,6 @@
 """Rows and predictions -> an evaluation: scores by a benchmark, intervals, baselines, costs, kept tokens.
 
-Reads and writes no files.
+Reads and writes no files. Legend: W ways of weighting the patients (see `metric`).
 """
 
 from __future__ import annotations
@@ -8,50 +8,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from photon_data.errors import UsageError
 from photon_train.answering.prediction import Prediction
 from photon_train.evaluation import choice_metrics as choice
-from photon_train.evaluation.baselines import CONSTANT, Baseline, fit_baselines
-from photon_train.evaluation.cases import Case, Gaps, Joined, case_of, join, rows_by_id
+from photon_train.evaluation.baselines import CONSTANT, Baseline, answered, fit_baselines
+from photon_train.evaluation.cases import Case, Gaps, Joined, Row, case_of, grouped, join, rows_by_id
 from photon_train.evaluation.choice_metrics import any_question, is_free_text
-from photon_train.evaluation.costs import summarise_costs
-from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_kept
-from photon_train.evaluation.metric import POINTS, Metric, Patients, draw_patients
+from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_costs, summarise_kept
+from photon_train.evaluation.metric import POINTS, Metric, Patients, draw_patients, estimate_of, points
 from photon_train.evaluation.parsing import parse_number
-from photon_train.evaluation.tables import (
-    Answers,
-    Comparison,
-    Evaluation,
-    ScoredCase,
-    ScoreTable,
-    Settings,
-    differences,
-    scores_of,
-    table_of,
-)
+from photon_train.evaluation.results import Answers, Average, Comparison, Evaluation, Score, ScoredCase, Settings
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
 BLIND = "blind baselines"
+ALL_TASKS = "all"
 
 _CLOSED = (*choice.ACCURACIES, choice.ACCURACY_YES_NO, *choice.YES_NO_METRICS, *choice.CLASS_METRICS)
-_EXACT = choice.EXACT_NORMALISED
-_BLEU_1, _ROUGE_1 = bleu(1, is_free_text), rouge("rouge1", is_free_text)
+_NUMERIC, _SIZES, _EXACT = choice.NUMERIC_METRICS, choice.SIZE_METRICS, choice.EXACT_NORMALISED
+_BLEU_1, _ROUGE_1, _ROUGE_L = bleu(1, is_free_text), rouge("rouge1", is_free_text), rouge("rougeL", is_free_text)
 # Which metrics each benchmark is scored by. The first one that applies to a question is its main one.
 BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
     # Accuracies of closed questions, corpus BLEU-1 and ROUGE-1 of open ones; sizes as sizes too.
-    "3d-rad": (*_CLOSED, _BLEU_1, _ROUGE_1, _EXACT, *choice.SIZE_METRICS),
+    "3d-rad": (*_CLOSED, _BLEU_1, _ROUGE_1, _EXACT, *_SIZES),
     # As scored by Photon: strict equality, and mra_thresholds of numbers.
-    "deeptumorvqa-v1": (choice.SCORE_V1, *_CLOSED, *choice.NUMERIC_METRICS, choice.EXACT_STRICT, _EXACT),
+    "deeptumorvqa-v1": (choice.SCORE_V1, *_CLOSED, *_NUMERIC, choice.EXACT_STRICT, _EXACT),
     # Its own letter, mra_linear and bands of numbers, yes and no, and text without punctuation and case.
-    "deeptumorvqa-v2": (
-        *(choice.SCORE_V2, choice.ACCURACY_LETTER_V2),
-        *(*_CLOSED, *choice.NUMERIC_METRICS, _EXACT, choice.PARTIAL_MATCH),
-    ),
+    "deeptumorvqa-v2": (choice.SCORE_V2, choice.ACCURACY_LETTER_V2, *_CLOSED, *_NUMERIC, _EXACT, choice.PARTIAL_MATCH),
     # Corpus BLEU-1 to 4, ROUGE-1 and L, METEOR of words and stems.
     "report": (
         rouge("rouge1", any_question),
@@ -59,19 +48,16 @@ BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
         *(rouge("rougeL", any_question), meteor_exact_stem(any_question)),
     ),
     # Any questions: the metrics that suit the form of each.
-    "vqa": (
-        *(*_CLOSED, *choice.NUMERIC_METRICS),
-        *(_BLEU_1, _ROUGE_1, rouge("rougeL", is_free_text), _EXACT, *choice.SIZE_METRICS),
-    ),
+    "vqa": (*_CLOSED, *_NUMERIC, _BLEU_1, _ROUGE_1, _ROUGE_L, _EXACT, *_SIZES),
 }
 
 
 def evaluate(
     benchmark: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     predictions: Mapping[str, Iterable[Prediction]],
     *,
-    train: Sequence[Mapping[str, Any]] = (),
+    train: Sequence[Row] = (),
     settings: Settings | None = None,
     config: PhotonConfig | None = None,
     masks: Mapping[str, Sequence[VolumeMask]] | None = None,
@@ -92,16 +78,18 @@ def evaluate(
     if settings.labels and len(predictions) > 1:
         raise UsageError(f"expected one file of predictions beside labels of its responses, found {len(predictions)}")
     questions = rows_by_id(rows)
-    joined = {name: join(rows, found, allow_partial=settings.allow_partial) for name, found in predictions.items()}
+    files = [(name, join(rows, found, allow_partial=settings.allow_partial)) for name, found in predictions.items()]
     cases = [case_of(questions[id], Prediction(id)) for id in sorted(questions)]
-    _check_all_scored(benchmark, cases, metrics)
-    training = [
-        case_of(row, Prediction(row["id"])) for row in sorted(train, key=lambda row: row["id"]) if row["answer"]
-    ]
-    fitted = fit_baselines(training, cases, metrics)
+    without = [case for case in cases if not any(metric.applies(case) for metric in metrics)]
+    if without:
+        raise UsageError(
+            f"expected questions that {benchmark} has metrics for, found {len(without)} that need a {without[0].form}, "
+            f"{without[0].id!r} first; vqa has metrics for all"
+        )
+    learning = sorted((row for row in train if row["answer"]), key=lambda row: row["id"])
+    fitted = fit_baselines([case_of(row, Prediction(row["id"])) for row in learning], cases, metrics)
     patients = draw_patients([case.patient for case in cases], settings.bootstrap, settings.seed)
     scoring = _Scoring(metrics, fitted.baselines, patients, settings, config, masks or {})
-    files = list(joined.items())
     return Evaluation(
         benchmark=benchmark,
         settings=settings,
@@ -111,62 +99,11 @@ def evaluate(
         comparisons=tuple(scoring.comparison(*files[0], *other) for other in files[1:]),
         constants=fitted.constants,
         learned_on=fitted.learned_on,
+        is_partial=any(joined.gaps for _, joined in files),
     )
 
 
-@dataclass(frozen=True)
-class _Scoring:
-    """How the cases of every file of predictions are scored: `masks` by volume id, `config` of the model."""
-
-    metrics: Sequence[Metric[Case]]
-    baselines: Sequence[Baseline]
-    patients: Patients
-    settings: Settings
-    config: PhotonConfig | None
-    masks: Mapping[str, Sequence[VolumeMask]]
-
-    def answers(self, name: str, joined: Joined) -> Answers:
-        cases = joined.cases
-        return Answers(
-            name=name,
-            gaps=joined.gaps,
-            scores=scores_of(table_of(cases, self.metrics, self.patients), self.baseline_tables(cases)),
-            unparsed=dict(sorted(Counter(case.task for case in cases if _is_unparsed(case)).items())),
-            scored_cases=tuple(self.scored(case) for case in cases),
-            costs=summarise_costs(cases, self.config),
-            kept=summarise_kept(cases, self.settings.grid_zyx),
-            mask_recalls=mask_recalls(cases, self.masks, self.patients) if self.masks else None,
-        )
-
-    def baselines_alone(self, cases: Sequence[Case]) -> Answers:
-        """Return the best constant answers as if a model had given them."""
-        tables = self.baseline_tables(cases)
-        return Answers(BLIND, Gaps(len(cases)), scores_of(tables[CONSTANT], tables), {}, (), None, None)
-
-    def baseline_tables(self, cases: Sequence[Case]) -> dict[str, ScoreTable]:
-        of_text = [metric for metric in self.metrics if metric.of_text]
-        tables = {baseline.name: table_of(cases, of_text, self.patients, baseline) for baseline in self.baselines}
-        if self.settings.labels:
-            reference, responses = self.settings.labels
-            for name, value in (("labels_all_negative", 0), ("labels_all_positive", 1)):
-                constant = label_metrics(reference, responses.constant(value))
-                tables[name] = table_of(cases, constant, self.patients)
-        return tables
-
-    def scored(self, case: Case) -> ScoredCase:
-        metric = next(metric for metric in self.metrics if metric.applies(case))
-        return ScoredCase(case, metric.name, round(POINTS * metric.value([case]), 4))
-
-    def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
-        both = {case.id for case in one.cases} & {case.id for case in other.cases}
-        tables = (
-            table_of([case for case in joined.cases if case.id in both], self.metrics, self.patients)
-            for joined in (one, other)
-        )
-        return Comparison(first, second, len(both), differences(*tables))
-
-
-def check(benchmark: str, rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+def check(benchmark: str, rows: Sequence[Row], settings: Settings) -> None:
     """Raise the UsageError that `evaluate` would raise for any predictions: useful before a model makes them."""
     _metrics(benchmark, settings)
     rows_by_id(rows)
@@ -179,13 +116,63 @@ def _metrics(benchmark: str, settings: Settings) -> list[Metric[Case]]:
     return [*BENCHMARKS[benchmark], *of_labels, *([bertscore(any_question)] if settings.with_bertscore else [])]
 
 
-def _check_all_scored(benchmark: str, cases: Sequence[Case], metrics: Sequence[Metric[Case]]) -> None:
-    without = [case for case in cases if not any(metric.applies(case) for metric in metrics)]
-    if without:
-        raise UsageError(
-            f"expected questions that {benchmark} has metrics for, found {len(without)} that need a {without[0].form}, "
-            f"{without[0].id!r} first; vqa has metrics for all"
+@dataclass(frozen=True)
+class _Scoring:
+    """How the cases of every file of predictions are scored: `masks` by volume id, `config` of the model."""
+
+    metrics: Sequence[Metric[Case]]
+    baselines: Mapping[str, Baseline]
+    patients: Patients
+    settings: Settings
+    config: PhotonConfig | None
+    masks: Mapping[str, Sequence[VolumeMask]]
+
+    def answers(self, name: str, joined: Joined) -> Answers:
+        cases = joined.cases
+        counted = any(case.prediction.visual_tokens for case in cases)
+        timed = any(case.prediction.seconds for case in cases)
+        return Answers(
+            name=name,
+            gaps=joined.gaps,
+            scores=scores_of(table_of(cases, self.metrics, self.patients), self.baseline_tables(cases)),
+            unparsed=dict(sorted(Counter(case.task for case in cases if _is_unparsed(case)).items())),
+            scored_cases=tuple(self.scored(case) for case in cases),
+            costs=summarise_costs(cases, self.config) if timed or (counted and self.config) else None,
+            kept=summarise_kept(cases, self.settings.grid_zyx) if counted else None,
+            mask_recalls=mask_recalls(cases, self.masks, self.patients) if self.masks else None,
         )
+
+    def baselines_alone(self, cases: Sequence[Case]) -> Answers:
+        """Return the best constant answers as if a model had given them."""
+        tables = self.baseline_tables(cases)
+        return Answers(BLIND, Gaps(len(cases)), scores_of(tables[CONSTANT], tables))
+
+    def baseline_tables(self, cases: Sequence[Case]) -> dict[str, ScoreTable]:
+        of_text = [metric for metric in self.metrics if metric.of_text]
+        tables = {name: table_of(cases, of_text, self.patients, answer) for name, answer in self.baselines.items()}
+        if self.settings.labels:
+            reference, responses = self.settings.labels
+            for name, value in (("labels_all_negative", 0), ("labels_all_positive", 1)):
+                tables[name] = table_of(cases, label_metrics(reference, responses.constant(value)), self.patients)
+        return tables
+
+    def scored(self, case: Case) -> ScoredCase:
+        metric = next(metric for metric in self.metrics if metric.applies(case))
+        return ScoredCase(case, metric.name, round(POINTS * metric.value([case]), 4))
+
+    def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
+        """Return second - first of what both have over as many questions."""
+        both = {case.id for case in one.cases} & {case.id for case in other.cases}
+        minuend, table = (
+            table_of([case for case in joined.cases if case.id in both], self.metrics, self.patients)
+            for joined in (other, one)
+        )
+        scores = tuple(
+            Score(*key, estimate_of(minuend[key].values - value.values), value.questions, len(value.patients))
+            for key, value in _task_by_task(table)
+            if key in minuend and minuend[key].questions == value.questions
+        )
+        return Comparison(first, second, len(both), scores)
 
 
 def _is_unparsed(case: Case) -> bool:
@@ -193,3 +180,90 @@ def _is_unparsed(case: Case) -> bool:
     if case.closed or case.form == "yes-no":
         return choice.parsed_answer(case) is None
     return case.form == "number" and parse_number(case.response) is None
+
+
+class Key(NamedTuple):
+    """What a score is of."""
+
+    metric: str
+    task: str
+    subtask: str
+    average: Average
+
+
+class Replicated(NamedTuple):
+    """A score under every weighting of the patients."""
+
+    values: np.ndarray  # float[W], between 0 and 1
+    weight: np.ndarray  # float[W], the number of questions, each as often as its patient is drawn
+    questions: int
+    patients: frozenset[int]  # columns of `Patients`
+
+
+ScoreTable = dict[Key, Replicated]
+
+
+def table_of(
+    cases: Sequence[Case], metrics: Sequence[Metric[Case]], patients: Patients, baseline: Baseline | None = None
+) -> ScoreTable:
+    """Return every metric of every subtask, task, and of all tasks together, over the cases it applies to.
+
+    With a `baseline` its answers are scored, written as each metric reads them, where it has one.
+    """
+    answers = {case.id: baseline(case) for case in cases} if baseline else {}
+    table: ScoreTable = {}
+    for metric in metrics:
+        found = cases
+        if baseline:
+            found = [answered(case, metric, text) for case in cases if (text := answers[case.id]) is not None]
+        by_task = grouped((case for case in found if metric.applies(case)), lambda case: case.task)
+        everything: list[Replicated] = []
+        for task in sorted(by_task):
+            subtasks = grouped(by_task[task], lambda case: case.subtask)
+            parts = {name: _replicated(metric, subtasks[name], patients) for name in sorted(subtasks)}
+            table |= {Key(metric.name, task, name, "subtask"): part for name, part in parts.items()}
+            table |= _averages(metric.name, task, [*parts.values()])
+            everything += parts.values()
+        if len(by_task) > 1:
+            table |= _averages(metric.name, ALL_TASKS, everything)
+    return table
+
+
+def _replicated(metric: Metric[Case], cases: Sequence[Case], patients: Patients) -> Replicated:
+    columns = patients.of([case.patient for case in cases])
+    counts_P = np.bincount(columns, minlength=patients.weights.shape[1]).astype(float)
+    values = metric.replicates(cases, columns, patients.weights)
+    return Replicated(values, patients.weights @ counts_P, len(cases), frozenset(columns.tolist()))
+
+
+def _averages(metric: str, task: str, parts: Sequence[Replicated]) -> ScoreTable:
+    """Return both averages over subtasks; one that is not defined (no "yes" in it, say) is left out."""
+    values, weights = np.stack([part.values for part in parts]), np.stack([part.weight for part in parts])
+    defined = np.isfinite(values)
+    questions, people = sum(part.questions for part in parts), frozenset().union(*(part.patients for part in parts))
+
+    def mean(weight: np.ndarray) -> Replicated:
+        with np.errstate(invalid="ignore"):
+            averaged = np.where(defined, values * weight, 0.0).sum(axis=0) / np.where(defined, weight, 0.0).sum(axis=0)
+        return Replicated(averaged, weights.sum(axis=0), questions, people)
+
+    return {
+        Key(metric, task, "", "macro_over_subtasks"): mean(np.ones_like(weights)),
+        Key(metric, task, "", "question_weighted"): mean(weights),
+    }
+
+
+def scores_of(table: ScoreTable, baselines: Mapping[str, ScoreTable]) -> tuple[Score, ...]:
+    """Return the scores of a table, task by task, with those of the baselines that answer the very same questions."""
+    found = []
+    for key, one in _task_by_task(table):
+        same = {name: t[key] for name, t in baselines.items() if key in t and t[key].questions == one.questions}
+        above = estimate_of(one.values - same[CONSTANT].values) if CONSTANT in same else None
+        values = {name: points(float(other.values[0])) for name, other in same.items()}
+        found.append(Score(*key, estimate_of(one.values), one.questions, len(one.patients), values, above))
+    return tuple(found)
+
+
+def _task_by_task(table: ScoreTable) -> list[tuple[Key, Replicated]]:
+    """Return the entries by task, all tasks together last; of one task, in the order of the metrics."""
+    return sorted(table.items(), key=lambda item: (item[0].task == ALL_TASKS, item[0].task))

@@ -1,4 +1,4 @@
-"""Which tokens were kept: how many, where, by which question, and how much of organs and lesions they hold.
+"""What predictions tell beside their answers: which tokens were kept, what of organs they hold, and what answers cost.
 
 Legend: n predictions, or pairs of a question and a mask of its volume; V visual tokens of a volume; W ways of
 weighting the patients (see `metric`).
@@ -6,17 +6,22 @@ weighting the patients (see `metric`).
 
 from __future__ import annotations
 
+from bisect import bisect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import inf
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from photon_train.answering.prediction import unpack_mask
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
+from photon_train.flops import prompt_size, with_its, without_scheduling
+
+if TYPE_CHECKING:
+    from photon_train.configuration_photon import PhotonConfig
 
 # Larger groups of kept sets are compared by their first ones, by id.
 MOST_COMPARED = 400
@@ -47,11 +52,9 @@ class Kept:
     slabs: tuple[float, ...]  # the share that is kept of each z slab, foot to head; () for a grid that is not known
 
 
-def summarise_kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 10, 10)) -> Kept | None:
-    """Return what was kept, None where no prediction counts visual tokens. Slabs are of masks that fit the grid."""
+def summarise_kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 10, 10)) -> Kept:
+    """Return what was kept by the predictions (at least one) that count visual tokens. Slabs: of masks on the grid."""
     counted = [case for case in cases if case.prediction.visual_tokens]
-    if not counted:
-        return None
 
     def mean_tokens(group: Sequence[Case]) -> dict[str, float]:
         names = ("text_tokens", "visual_tokens", "kept_tokens")
@@ -74,12 +77,11 @@ def summarise_kept(cases: Sequence[Case], grid_zyx: tuple[int, int, int] = (10, 
 
 def _overlap(cases: Sequence[Case], *, same: str, different: str) -> Overlap:
     """Return the overlap of pairs with the same attribute `same` that differ in the attribute `different`."""
-    sums = np.zeros(3)
-    groups = 0
+    sums, groups = np.zeros(3), 0
     for group in grouped(cases, lambda case: (getattr(case, same), case.prediction.visual_tokens)).values():
         first = group[:MOST_COMPARED]
         values = np.array([getattr(case, different) for case in first])
-        found = overlap_of(_masks(first), values[:, None] != values[None, :])
+        found = overlap_of(np.stack([*map(_mask, first)]), values[:, None] != values[None, :])
         sums += found
         groups += found[2] > 0
     jaccard, chance = (sums[:2] / sums[2]).tolist() if sums[2] else (None, None)
@@ -105,15 +107,69 @@ def _slabs(cases: Sequence[Case], grid_zyx: tuple[int, int, int]) -> tuple[float
     fitting = [case for case in cases if case.prediction.visual_tokens == tokens]
     if not fitting:
         return ()
-    total = np.zeros(grid_zyx)
-    for start in range(0, len(fitting), 1000):
-        total += _masks(fitting[start : start + 1000]).sum(axis=0).reshape(grid_zyx)
-    return tuple((total / len(fitting)).mean(axis=(1, 2)).tolist())
+    total_V = np.zeros(tokens)
+    for case in fitting:
+        total_V += _mask(case)
+    return tuple((total_V / len(fitting)).reshape(grid_zyx).mean(axis=(1, 2)).tolist())
 
 
-def _masks(cases: Sequence[Case]) -> np.ndarray:
-    """Return bool[n, V]."""
-    return np.stack([unpack_mask(case.prediction.kept, case.prediction.visual_tokens) for case in cases])
+def _mask(case: Case) -> np.ndarray:
+    return unpack_mask(case.prediction.kept, case.prediction.visual_tokens)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one stage over all questions: mean, median, 95th percentile, sum."""
+
+    mean: float
+    median: float
+    p95: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of the predictions that have them; None is what they do not tell."""
+
+    predictions: int
+    seconds: dict[str, Seconds]  # by stage, and of all stages ("total")
+    questions_per_second: float | None  # questions / seconds of all stages, one after the other
+    prefill_tflop: float | None  # mean of a prefill with the kept tokens, each question alone
+    prefill_tflop_unpruned: float | None  # the same with every token kept
+    peak_memory_mib: float | None  # the most that any process had used
+
+
+def summarise_costs(cases: Sequence[Case], config: PhotonConfig | None = None) -> Costs:
+    """Return what predictions cost, of which one at least has seconds or tokens; `config` is the model's, for FLOPs."""
+    timed = [case.prediction.seconds for case in cases if case.prediction.seconds]
+    counted = [case for case in cases if case.prediction.visual_tokens] if config else []
+    stages = sorted({stage for seconds in timed for stage in seconds})
+    seconds = {stage: _seconds([each.get(stage, 0.0) for each in timed]) for stage in stages}
+    rate = None
+    if timed:
+        seconds["total"] = _seconds([sum(each.values()) for each in timed])
+        rate = len(timed) / seconds["total"].total if seconds["total"].total else None
+    pruned, unpruned = _tflop(counted, config) if config and counted else (None, None)
+    peak = max(case.prediction.peak_memory_mib for case in cases) or None
+    return Costs(len(timed) or len(counted), seconds, rate, pruned, unpruned, peak)
+
+
+def _seconds(values: Sequence[float]) -> Seconds:
+    return Seconds(*map(float, (np.mean(values), *np.percentile(values, (50, 95)), np.sum(values))))
+
+
+def _tflop(cases: Sequence[Case], config: PhotonConfig) -> tuple[float, float]:
+    """Return the mean TFLOP as kept and unpruned, on volumes of the config's shape; equal prompts are computed once."""
+
+    @cache
+    def flops(text: int, visual: int, kept: int) -> tuple[int, int]:
+        prompt = prompt_size(text, visual)
+        full = without_scheduling(config, prompt, config.patches_thw).total()
+        return (with_its(config, prompt, config.patches_thw, kept).total() if kept < visual else full), full
+
+    predictions = [case.prediction for case in cases]
+    kept, full = np.mean([flops(one.text_tokens, one.visual_tokens, one.kept_tokens) for one in predictions], axis=0)
+    return float(kept / 1e12), float(full / 1e12)
 
 
 class VolumeMask(Protocol):
@@ -125,11 +181,11 @@ class VolumeMask(Protocol):
     ml: float
 
     def recall(self, keep_V: np.ndarray) -> Any:
-        """Return shares of the mask, `recall` and `chance`."""
+        """Return `recall` and `chance`, shares of the mask."""
 
 
-# Bins of the volumes of masks.
-SIZES_ML = (0.0, 1.0, 10.0, 100.0, inf)
+# Edges of the bins of masks by volume, and their names.
+SIZES_ML, SIZES = (1, 10, 100), ("below 1 ml", "1 to 10 ml", "10 to 100 ml", "100 ml or more")
 ALL_MASKS = "all, each alike"
 Relation = Literal["own", "other"]
 
@@ -186,47 +242,40 @@ def mask_recalls(
         return None
     by_mask = dict(sorted(grouped(pairs, lambda pair: pair.mask.name).items()))
     sizes = grouped(pairs, lambda pair: size_of(pair.mask.ml))
-    by_size = {size: sizes[size] for size in map(size_of, SIZES_ML[:-1]) if size in sizes}
     return MaskRecalls(
         predictions=len({pair.case.id for pair in pairs}),
         by_mask=tuple(_recall(name, group, _replicates(group, patients)) for name, group in by_mask.items()),
-        by_size=tuple(_recall(size, group, _replicates(group, patients)) for size, group in by_size.items()),
+        by_size=tuple(
+            _recall(size, group, _replicates(group, patients)) for size in SIZES if (group := sizes.get(size))
+        ),
         organs=tuple(_contrasts(by_mask, organ_relation, patients)),
         lesions=tuple(_contrasts(by_mask, _lesion_relation(cases), patients)),
     )
 
 
 def _pairs(case: Case, masks: Sequence[VolumeMask]) -> Iterator[Pair]:
-    kept, tokens = case.prediction.kept, case.prediction.visual_tokens
-    fitting = [mask for mask in masks if kept and mask.voxels and len(mask.counts_V) == tokens]
-    if fitting:
-        keep_V = unpack_mask(kept, tokens)
-        for mask in fitting:
+    keep_V = _mask(case) if case.prediction.kept else ()
+    for mask in masks:
+        if mask.voxels and len(mask.counts_V) == len(keep_V):
             found = mask.recall(keep_V)
             yield Pair(case, mask, found.recall, found.chance)
 
 
 def size_of(ml: float) -> str:
     """Return the bin of a volume: 10 ml and 99 ml are "10 to 100 ml"."""
-    low, high = next((low, high) for low, high in pairwise(SIZES_ML) if ml < high)
-    if high == inf:
-        return f"{low:g} ml or more"
-    return f"{low:g} to {high:g} ml" if low else f"below {high:g} ml"
+    return SIZES[bisect(SIZES_ML, ml)]
 
 
 def organ_relation(case: Case, mask: str) -> Relation | None:
     """Tell whether a question is about the organ of that mask, or about another; None where it names none."""
-    if not case.organ_masks:
-        return None
-    return "own" if mask in case.organ_masks else "other"
+    return ("own" if mask in case.organ_masks else "other") if case.organ_masks else None
 
 
 def _lesion_relation(cases: Sequence[Case]) -> Callable[[Case, str], Relation | None]:
     """Return the same for lesions: a question is about another organ if none of its organs ever has this lesion."""
-    organs: dict[str, set[str]] = {}
+    organs: dict[str, set[str]] = defaultdict(set)
     for case in cases:
-        if case.lesion:
-            organs.setdefault(case.lesion, set()).update(case.organ_masks)
+        organs[case.lesion].update(case.organ_masks)
 
     def relation(case: Case, mask: str) -> Relation | None:
         if case.lesion == mask:

@@ -2,8 +2,7 @@
 
 A metric is sums over questions and a formula of these sums. The sums of resampled patients are then one matrix product.
 
-Legend: n questions, k sums, P patients, W ways of weighting the patients (the first: all of them once; then the
-resampled ones).
+Legend: n questions, k sums, P patients, W ways of weighting them (first all of them once, then the resampled ones).
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 Case = TypeVar("Case")
+Applies = Callable[[Case], bool]
+Written = Callable[[Case, str], str]
 POINTS = 100.0
-INTERVAL = (2.5, 97.5)
 
 
 def as_text(case: object, answer: str) -> str:
@@ -29,20 +29,16 @@ class Metric(Generic[Case]):
     """A score between 0 and 1 of a set of questions."""
 
     name: str
-    applies: Callable[[Case], bool]  # which questions it is for
+    applies: Applies[Case]  # which questions it is for
     observe: Callable[[Sequence[Case]], np.ndarray]  # n cases -> float[n, k], what each of them adds
     formula: Callable[[np.ndarray], np.ndarray]  # sums float[..., k] -> float[...], NaN where it is not defined
-    written: Callable[[Case, str], str] = as_text  # an answer as this metric reads it; baselines answer so
+    written: Written[Case] = as_text  # an answer as this metric reads it; baselines answer so
     of_text: bool = True  # it reads the text of a response; a metric of other data has baselines of its own
 
     def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
         """Return float[W], the score of the cases under every weighting of their patients."""
-        return self.of_sums(resampled_sums(self.observe(cases), patient_n, weights_WP))
-
-    def of_sums(self, sums: np.ndarray) -> np.ndarray:
-        """Return the formula's value; a division by zero gives NaN."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(self.formula(sums), float)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a division by zero gives NaN
+            return np.asarray(self.formula(resampled_sums(self.observe(cases), patient_n, weights_WP)), float)
 
     def value(self, cases: Sequence[Case]) -> float:
         """Return the score of the cases, each counting once."""
@@ -50,10 +46,7 @@ class Metric(Generic[Case]):
 
 
 def mean_of(
-    name: str,
-    applies: Callable[[Case], bool],
-    score: Callable[[Case], float],
-    written: Callable[[Case, str], str] = as_text,
+    name: str, applies: Applies[Case], score: Callable[[Case], float], written: Written[Case] = as_text
 ) -> Metric[Case]:
     """Return the metric that is the mean of a score per question."""
     return Metric(name, applies, lambda cases: with_ones(score(case) for case in cases), ratio, written)
@@ -61,8 +54,7 @@ def mean_of(
 
 def with_ones(scores: Iterable[float]) -> np.ndarray:
     """Return float[n, 2]: scores, and ones to divide their sum by."""
-    values = np.fromiter(scores, float)
-    return np.stack([values, np.ones_like(values)], axis=1)
+    return np.array([(score, 1.0) for score in scores]).reshape(-1, 2)
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -94,8 +86,7 @@ def resampled_sums(observed_nk: np.ndarray, patient_n: np.ndarray, weights_WP: n
     """Return float[W, k], the sums of the observations under every weighting of their patients (columns)."""
     sums_Pk = np.zeros((weights_WP.shape[1], observed_nk.shape[1]))
     np.add.at(sums_Pk, patient_n, observed_nk)
-    sums_Wk: np.ndarray = weights_WP @ sums_Pk
-    return sums_Wk
+    return np.asarray(weights_WP @ sums_Pk)
 
 
 class Estimate(NamedTuple):
@@ -116,7 +107,7 @@ def interval(replicates_W: np.ndarray) -> tuple[float, float]:
     resampled = replicates_W[1:][np.isfinite(replicates_W[1:])]
     if not len(resampled):
         return float("nan"), float("nan")
-    low, high = np.percentile(resampled, INTERVAL)
+    low, high = np.percentile(resampled, (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -1,4 +1,4 @@
-"""A response in words -> the choice, yes or no, number or size that it means; None where it means none."""
+"""A response in words -> the choice, letter, number or size that it means; None where it means none."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import lru_cache
 
 from photon_data.questions.question import LETTERS
 
-_THINKING = re.compile(r"(?s)<think>.*?</think>|^.*</think>")
-_PUNCTUATION = re.compile(r"[^\w\s]|_")
+# What a model writes before its answer.
+THINKING = re.compile(r"(?s)<think>.*?</think>|^.*</think>")
 
 
 def without_thinking(text: str) -> str:
     """Return the response without its <think> part, and without white space at both ends."""
-    return _THINKING.sub("", text).strip()
+    return THINKING.sub("", text).strip()
 
 
 def collapsed(text: str) -> str:
@@ -24,13 +24,12 @@ def collapsed(text: str) -> str:
 
 def without_punctuation(text: str) -> str:
     """Return collapsed text without punctuation: "Upper lobes." -> "upper lobes"."""
-    return collapsed(_PUNCTUATION.sub(" ", text))
+    return collapsed(re.sub(r"[^\w\s]|_", " ", text))
 
 
 # A letter that is the answer, not the article of "A large cyst": alone, or followed by . ) : or ,
 _LEADING_LETTER = re.compile(r"\(?([A-H])(?:[.):,]|\s*$)")
 _NAMED_LETTER = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*)\(?([A-H])\b")
-_IN_BRACKETS = re.compile(r"\s*\([^)]*\)")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -40,13 +39,11 @@ def parse_choice(response: str, choices: tuple[str, ...]) -> int | None:
     In this order: the choice's text, a letter ("B", "B.", "(B)", "B. No"), a text it begins with, "the answer is B",
     the one text that it contains. A letter whose text contradicts it ("A. No", of A. Yes B. No) means neither.
     """
-    text = without_thinking(response)
-    spellings = _spellings(choices)
+    text, spellings, letters = without_thinking(response), _spellings(choices), LETTERS[: len(choices)]
     plain = without_punctuation(text)
     same = [index for index, texts in enumerate(spellings) if plain in texts]
     if len(same) == 1:
         return same[0]
-    letters = LETTERS[: len(choices)]
     leading = _LEADING_LETTER.match(text)
     if leading and leading[1] in letters:
         index = LETTERS.index(leading[1])
@@ -62,7 +59,7 @@ def parse_choice(response: str, choices: tuple[str, ...]) -> int | None:
 def _spellings(choices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Return how each choice may be written: in full, and without its brackets if that tells it apart."""
     full = [without_punctuation(text) for text in choices]
-    short = [without_punctuation(_IN_BRACKETS.sub("", text)) for text in choices]
+    short = [without_punctuation(re.sub(r"\s*\([^)]*\)", "", text)) for text in choices]
     return tuple((a, b) if b and short.count(b) == 1 else (a,) for a, b in zip(full, short, strict=True))
 
 
@@ -78,27 +75,13 @@ def _contained(plain: str, spellings: Sequence[Sequence[str]]) -> int | None:
     return longest.pop() if len(longest) == 1 else None
 
 
-def contains_letter(response: str, letter: str) -> bool:
-    """Tell whether "B." stands anywhere in the response: the accuracy of 3D-RAD and M3D as they publish it."""
-    return f"{letter}." in response
-
-
 def parse_letter_v2(response: str) -> str | None:
     """Return the letter that DeepTumorVQA v2 reads: the first character if it is one of A-D, else the first such word.
 
     All of it in upper case, so that "A large cyst" is A and "Both" is B.
     """
-    text = without_thinking(response).upper()
-    if text[:1] in tuple("ABCD"):
-        return text[0]
-    found = re.search(r"\b[A-D]\b", text)
+    found = re.search(r"^[A-D]|\b[A-D]\b", without_thinking(response).upper())
     return found[0] if found else None
-
-
-def parse_yes_no(response: str) -> str | None:
-    """Return "yes" or "no", whichever word comes first; None where neither does."""
-    found = re.search(r"\b(yes|no)\b", without_thinking(response), re.IGNORECASE)
-    return found[1].lower() if found else None
 
 
 def parse_number(response: str) -> float | None:

@@ -11,28 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from photon_data.files import Location
-from photon_data.report.charts import Chart, ForestRow, ScatterPoint, bar_chart, forest_plot, scatter_plot
-from photon_data.report.page import data_url, render
+from photon_data.report import page
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.tables import (
-    Answers,
-    Evaluation,
-    FormattedTable,
-    Score,
-    ScoredCase,
-    both_averages,
-    formatted,
-    formatted_interval,
-    formatted_value,
-)
+from photon_train.evaluation.results import Answers, Evaluation, Score, ScoredCase
 
 SCORES, REPORT = "scores.json", "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -48,10 +37,25 @@ def write_report(
     `overlays` are, by name of the predictions, pictures (png, jpeg) by question id. The page holds those of
     the cases that it shows.
     """
-    where = Location(str(folder))
-    text = json.dumps(to_json(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    where.write(REPORT, render_page(evaluation, overlays or {}, title or f"{evaluation.benchmark}: evaluation"))
-    where.write(SCORES, text.encode("utf-8", "backslashreplace"))
+    pictures = overlays or {}
+    values = {
+        "title": title or f"{evaluation.benchmark}: evaluation",
+        "evaluation": evaluation,
+        "sections": [_section(answers, pictures.get(answers.name, {})) for answers in evaluation.answers],
+        "trade_offs": [(trade_off_table(one), _trade_off_chart(one)) for one in trade_offs(evaluation)],
+        "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
+    }
+    blind_names = {CONSTANT: "constant", MAJORITY: "majority"}
+    filters: dict[str, Callable[..., str]] = {
+        "points": formatted,
+        "interval": formatted_interval,
+        "value": formatted_value,
+        "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
+        "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
+    }
+    where, text = Location(str(folder)), json.dumps(to_json(evaluation), indent=1, ensure_ascii=False, allow_nan=False)
+    where.write(REPORT, page.render(TEMPLATE, values, filters))
+    where.write(SCORES, f"{text}\n".encode("utf-8", "backslashreplace"))
     return [folder / SCORES, folder / REPORT]
 
 
@@ -71,17 +75,15 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
                 "gaps": asdict(answers.gaps),
                 "unparsed": answers.unparsed,
                 "scores": [_score_to_json(score) for score in answers.scores],
-                "costs": _rounded(asdict(answers.costs)) if answers.costs else None,
-                "kept": _rounded(asdict(answers.kept)) if answers.kept else None,
-                "masks": _rounded(asdict(answers.mask_recalls)) if answers.mask_recalls else None,
+                "costs": _rounded(answers.costs and asdict(answers.costs)),
+                "kept": _rounded(answers.kept and asdict(answers.kept)),
+                "masks": _rounded(answers.mask_recalls and asdict(answers.mask_recalls)),
             }
             for answers in evaluation.answers
         ],
         "differences": [
             {
-                "first": comparison.first,
-                "second": comparison.second,
-                "questions": comparison.questions,
+                **{name: getattr(comparison, name) for name in ("first", "second", "questions")},
                 "second_minus_first": [_score_to_json(score) for score in comparison.scores],
             }
             for comparison in evaluation.comparisons
@@ -111,26 +113,6 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def render_page(evaluation: Evaluation, overlays: Mapping[str, Mapping[str, Path]], title: str) -> bytes:
-    """Return the page as UTF-8. `overlays`: by name of the predictions, pictures by question id."""
-    values = {
-        "title": title,
-        "evaluation": evaluation,
-        "sections": [_section(answers, overlays.get(answers.name, {})) for answers in evaluation.answers],
-        "trade_offs": [(trade_off_table(one), _trade_off_chart(one)) for one in trade_offs(evaluation)],
-        "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
-    }
-    blind_names = {CONSTANT: "constant", MAJORITY: "majority"}
-    filters: dict[str, Callable[..., str]] = {
-        "points": formatted,
-        "interval": formatted_interval,
-        "value": formatted_value,
-        "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
-        "image": lambda path: data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
-    }
-    return render(TEMPLATE, values, filters)
-
-
 def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
     """Return what the page shows of one file of predictions."""
     tasks = []
@@ -151,26 +133,26 @@ def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def _score_charts(answers: Answers) -> list[Chart]:
+def _score_charts(answers: Answers) -> list[page.Chart]:
     """Return a chart of each main metric, every task a line, baselines as marks."""
     main = {judged.metric for judged in answers.scored_cases} or {score.metric for score in answers.scores[:1]}
-    rows: dict[str, list[ForestRow]] = {}
+    rows: dict[str, list[page.ForestRow]] = {}
     for score, _ in both_averages(answers.scores):
         value, low, high = score.estimate
         if score.metric in main and value is not None:
             marks = {name: blind for name, blind in score.baselines.items() if blind is not None}
-            rows.setdefault(score.metric, []).append(ForestRow(score.task, value, low, high, marks))
+            rows.setdefault(score.metric, []).append(page.ForestRow(score.task, value, low, high, marks))
     words = "macro over subtasks, points; line: 95 % interval; strokes: blind baselines"
-    return [forest_plot(lines, name=metric, words=words) for metric, lines in rows.items()]
+    return [page.forest_plot(lines, name=metric, words=words) for metric, lines in rows.items()]
 
 
-def _kept_charts(kept: Kept) -> list[Chart]:
+def _kept_charts(kept: Kept) -> list[page.Chart]:
     shares = [count / kept.predictions for count in kept.ratio_counts]
     words = "of the questions, by the share of visual tokens that was kept: 0 (left) to 1 (right)"
-    words = f"{words}; mean {kept.mean_ratio:.3f}"
-    charts = [bar_chart(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
+    words += f"; mean {kept.mean_ratio:.3f}"
+    charts = [page.bar_chart(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
     if kept.slabs:
-        charts.append(bar_chart(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
+        charts.append(page.bar_chart(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
     return charts
 
 
@@ -195,9 +177,8 @@ def shown_cases(judged: Sequence[ScoredCase]) -> tuple[list[ScoredCase], list[Sc
 
 def cases_to_picture(answers: Answers, most: int) -> list[Case]:
     """Return at most `most` cases that the page shows and whose kept tokens are known, half of them worst ones."""
-    worst, best = (
-        [one.case for one in cases if one.case.prediction.kept] for cases in shown_cases(answers.scored_cases)
-    )
+    shown = shown_cases(answers.scored_cases)
+    worst, best = ([one.case for one in cases if one.case.prediction.kept] for cases in shown)
     half = max(most - most // 2, most - len(best))
     return list({case.id: case for case in [*worst[:half], *best]}.values())[:most]
 
@@ -233,101 +214,114 @@ def trade_offs(evaluation: Evaluation) -> tuple[TradeOff, ...]:
         return ()
     main = {judged.metric for judged in answers[0].scored_cases}
     broadest = {score.metric: score for score in answers[0].scores if score.metric in main and score.average == MACRO}
-    return tuple(TradeOff(score.metric, score.task, _points(evaluation, score)) for score in broadest.values())
+    minus_first = {one.second: one.scores for one in evaluation.comparisons}
+    return tuple(
+        TradeOff(like.metric, like.task, tuple(_point(one, minus_first.get(one.name, ()), like) for one in answers))
+        for like in broadest.values()
+    )
 
 
-def _points(evaluation: Evaluation, like: Score) -> tuple[Point, ...]:
+def _point(answers: Answers, minus_first: Sequence[Score], like: Score) -> Point:
     def same(scores: Sequence[Score]) -> Estimate | None:
         key = (like.metric, like.task, like.average)
         return next((score.estimate for score in scores if (score.metric, score.task, score.average) == key), None)
 
-    minus_first = {one.second: same(one.scores) for one in evaluation.comparisons}
-    points = []
-    for answers in evaluation.answers:
-        assert answers.kept, "trade_offs has looked"
-        predictions = [
-            judged.case.prediction for judged in answers.scored_cases if judged.case.prediction.visual_tokens
-        ]
-        point = Point(
-            name=answers.name,
-            kept_tokens=float(np.mean([prediction.kept_tokens for prediction in predictions])),
-            kept_share=answers.kept.mean_ratio,
-            estimate=same(answers.scores) or Estimate(None, None, None),
-            minus_first=minus_first.get(answers.name),
-            questions_per_second=answers.costs.questions_per_second if answers.costs else None,
-        )
-        points.append(point)
-    return tuple(points)
+    predictions = [judged.case.prediction for judged in answers.scored_cases]
+    assert answers.kept, "trade_offs has looked"
+    return Point(
+        name=answers.name,
+        kept_tokens=float(np.mean([one.kept_tokens for one in predictions if one.visual_tokens])),
+        kept_share=answers.kept.mean_ratio,
+        estimate=same(answers.scores) or Estimate(None, None, None),
+        minus_first=same(minus_first),
+        questions_per_second=answers.costs.questions_per_second if answers.costs else None,
+    )
+
+
+class FormattedTable(NamedTuple):
+    """A table as the terminal and the page show it: the first column names the line, numbers are text already."""
+
+    title: str
+    headings: tuple[str, ...]
+    lines: list[tuple[str, ...]]
 
 
 def trade_off_table(trade_off: TradeOff) -> FormattedTable:
-    """Return the table of a trade-off, for the terminal and the page."""
+    """Return the table of a trade-off."""
     headings = ("predictions", "tokens kept", "share", "score", "95 %", "minus the first", "95 %", "questions/s")
     lines = []
     for point in trade_off.points:
-        scores = [
-            text for one in (point.estimate, point.minus_first) for text in (formatted(one), formatted_interval(one))
-        ]
+        scores = [form(one) for one in (point.estimate, point.minus_first) for form in (formatted, formatted_interval)]
         rate = f"{point.questions_per_second:.2f}" if point.questions_per_second else "-"
         lines.append((point.name, f"{point.kept_tokens:.1f}", f"{point.kept_share:.1%}", *scores, rate))
     return FormattedTable(f"{trade_off.metric}, {trade_off.task}, against visual tokens kept", headings, lines)
 
 
-def _trade_off_chart(trade_off: TradeOff) -> Chart:
+def _trade_off_chart(trade_off: TradeOff) -> page.Chart:
     points = [
-        ScatterPoint(point.name, point.kept_share, value, low, high)
+        page.ScatterPoint(point.name, point.kept_share, value, low, high)
         for point in trade_off.points
         for value, low, high in [point.estimate]
         if value is not None
     ]
     words = "macro over subtasks, points, against the share of visual tokens kept"
     words += "; line: 95 % interval; equal shares side by side"
-    return scatter_plot(points, name=trade_off.metric, words=words)
+    return page.scatter_plot(points, name=trade_off.metric, words=words)
 
 
 def recall_tables(recalls: MaskRecalls) -> list[FormattedTable]:
     """Return the tables of the recall of masks, what was asked about first; those without lines are left out."""
-    names = ("recall", "chance", "above chance", "95 %", "pairs", "volumes", "patients")
+
+    def of_all(title: str, mask: str, found: Sequence[Recall]) -> FormattedTable:
+        headings = (mask, "recall", "chance", "above chance", "95 %", "pairs", "volumes", "patients")
+        lines = []
+        for one in found:
+            scores = (*map(formatted, (one.recall, one.chance, one.above_chance)), formatted_interval(one.above_chance))
+            lines.append((one.name, *scores, f"{one.pairs:,}", f"{one.volumes:,}", f"{one.patients:,}"))
+        return FormattedTable(f"{title}, all questions", headings, lines)
+
     tables = [
         _own_and_other("Organs", "organ", recalls.organs),
         _own_and_other("Lesions", "lesion", recalls.lesions),
-        FormattedTable(
-            "Masks by volume, all questions", ("volume", *names), [_recall_line(one) for one in recalls.by_size]
-        ),
-        FormattedTable(
-            "Masks by name, all questions", ("mask", *names), [_recall_line(one) for one in recalls.by_mask]
-        ),
+        of_all("Masks by volume", "volume", recalls.by_size),
+        of_all("Masks by name", "mask", recalls.by_mask),
     ]
     return [table for table in tables if table.lines]
 
 
-def _recall_line(one: Recall) -> tuple[str, ...]:
-    counts = (f"{count:,}" for count in (one.pairs, one.volumes, one.patients))
-    return (
-        one.name,
-        formatted(one.recall),
-        formatted(one.chance),
-        formatted(one.above_chance),
-        formatted_interval(one.above_chance),
-        *counts,
-    )
-
-
 def _own_and_other(title: str, mask: str, found: Sequence[RecallContrast]) -> FormattedTable:
     """Return a line per mask: in questions about it, in questions about another organ, and the difference."""
+
+    def cells(half: Recall) -> tuple[str, ...]:
+        recall = f"{formatted(half.recall)} ({formatted(half.chance)})"
+        return recall, formatted(half.above_chance), formatted_interval(half.above_chance)
+
     halves = ("asked about (chance)", "above", "95 %", "other organ (chance)", "above", "95 %")
     lines = []
     for one in found:
-        cells = [
-            text
-            for half in (one.own, one.other)
-            for text in (
-                f"{formatted(half.recall)} ({formatted(half.chance)})",
-                formatted(half.above_chance),
-                formatted_interval(half.above_chance),
-            )
-        ]
         difference = (formatted(one.own_minus_other), formatted_interval(one.own_minus_other))
-        lines.append((one.name, *cells, *difference, f"{one.own.pairs:,} and {one.other.pairs:,}"))
+        pairs = f"{one.own.pairs:,} and {one.other.pairs:,}"
+        lines.append((one.name, *cells(one.own), *cells(one.other), *difference, pairs))
     title = f"{title}, in questions about them and in questions about another organ"
     return FormattedTable(title, (mask, *halves, "difference", "95 %", "pairs"), lines)
+
+
+def both_averages(scores: Sequence[Score]) -> list[tuple[Score, Score]]:
+    """Return (macro over subtasks, question-weighted) of every metric of every task, in the order of the scores."""
+    macro, weighted = ([score for score in scores if score.average == name] for name in (MACRO, "question_weighted"))
+    return list(zip(macro, weighted, strict=True))
+
+
+def formatted(estimate: Estimate | None) -> str:
+    """Return "82.01", "-" for what is not defined."""
+    return formatted_value(estimate.value if estimate else None)
+
+
+def formatted_value(value: float | None) -> str:
+    """Return "82.01" for a number in points, "-" for None."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def formatted_interval(estimate: Estimate | None) -> str:
+    """Return "80.10 to 83.90", "-" for what is not defined."""
+    return "-" if estimate is None or estimate.low is None else f"{estimate.low:.2f} to {estimate.high:.2f}"

@@ -1,12 +1,7 @@
 """Scores of text, 0 to 1: BLEU, ROUGE, METEOR, BERTScore as the libraries of the field have them; tables of findings.
 
-BLEU is that of Hugging Face evaluate's "bleu" (max_order=N, smooth=False): of the whole corpus, tokenizer 13a, case
-kept, with brevity penalty. Counts are sacrebleu's. ROUGE is rouge-score's F-measure without stemmer, its mean over
-questions (evaluate prints the median of unseeded bootstrap means instead, so that its last digits change from run to
-run).
-
-Findings in reports are compared by tables of labels: F1 and CRG. What makes the labels (RadBERT, a person) is not
-part of this.
+docs/evaluation.md has the definitions. Findings in reports are compared by tables of labels, F1 and CRG; what makes the
+labels (RadBERT, a person) is not part of this.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from nltk.translate.meteor_score import single_meteor_score
@@ -25,16 +21,13 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from photon_data.errors import UsageError, name_hint
 from photon_data.questions.table import Problem, read_table, refuse
 from photon_train.evaluation.cases import Case
-from photon_train.evaluation.metric import Metric, mean_of, ratio, with_ones
+from photon_train.evaluation.metric import Applies, Metric, mean_of, ratio, with_ones
 
-BERTSCORE_MODEL, BERTSCORE_LAYER = "roberta-large", 17
 ID_COLUMNS = ("id", "volume_id", "VolumeName")
 
-Applies = Callable[[Case], bool]
 
-
-def bleu(order: int, applies: Applies) -> Metric[Case]:
-    """Return corpus BLEU up to n-grams of `order`."""
+def bleu(order: int, applies: Applies[Case]) -> Metric[Case]:
+    """Return corpus BLEU up to n-grams of `order`: that of Hugging Face evaluate with smooth=False."""
     # effective_order changes the score of a sentence, which nobody reads, not its counts.
     counter = BLEU(max_ngram_order=order, smooth_method="none", tokenize="13a", effective_order=True)
 
@@ -57,8 +50,8 @@ def bleu(order: int, applies: Applies) -> Metric[Case]:
     return Metric(f"bleu{order}", applies, observe, of_sums)
 
 
-def rouge(kind: str, applies: Applies) -> Metric[Case]:
-    """Return the mean F-measure of "rouge1" or "rougeL"."""
+def rouge(kind: str, applies: Applies[Case]) -> Metric[Case]:
+    """Return the mean F-measure of "rouge1" or "rougeL" (evaluate prints a median of unseeded bootstrap means)."""
     scorer = RougeScorer([kind], use_stemmer=False)
 
     @lru_cache(maxsize=1 << 18)
@@ -68,30 +61,22 @@ def rouge(kind: str, applies: Applies) -> Metric[Case]:
     return mean_of(kind.lower(), applies, lambda case: score(case.answer, case.response))
 
 
-def meteor_exact_stem(applies: Applies) -> Metric[Case]:
+def meteor_exact_stem(applies: Applies[Case]) -> Metric[Case]:
     """Return the mean METEOR (alpha 0.9, beta 3, gamma 0.5; tokens by 13a) with matches of words and of stems only.
 
     nltk's METEOR also matches synonyms of WordNet, which has to be downloaded; with it scores are a little higher.
     """
-    tokenize = Tokenizer13a()
+    tokenize, no_synonyms = Tokenizer13a(), SimpleNamespace(synsets=lambda word: [])
 
     @lru_cache(maxsize=1 << 16)
     def score(reference: str, response: str) -> float:
-        return float(
-            single_meteor_score(*(tokenize(text).split() for text in (reference, response)), wordnet=_NoSynonyms())
-        )
+        words = [tokenize(text).split() for text in (reference, response)]
+        return float(single_meteor_score(*words, wordnet=no_synonyms))
 
     return mean_of("meteor_exact_stem", applies, lambda case: score(case.answer, case.response))
 
 
-class _NoSynonyms:
-    """A WordNet of no words."""
-
-    def synsets(self, word: str) -> list[object]:
-        return []
-
-
-def bertscore(applies: Applies) -> Metric[Case]:
+def bertscore(applies: Applies[Case]) -> Metric[Case]:
     """Return the mean BERTScore F1 (roberta-large, layer 17, no idf, no rescaling); needs the package bert-score.
 
     UsageError where it is not installed. A baseline costs as much as a model's answers.
@@ -99,10 +84,9 @@ def bertscore(applies: Applies) -> Metric[Case]:
     try:
         from bert_score import BERTScorer
     except ImportError:
-        raise UsageError(
-            "expected the package bert-score for BERTScore, found none; pip install bert-score, or leave it out"
-        ) from None
-    scorer = lru_cache(maxsize=1)(lambda: BERTScorer(model_type=BERTSCORE_MODEL, num_layers=BERTSCORE_LAYER))
+        hint = "pip install bert-score, or leave it out"
+        raise UsageError(f"expected the package bert-score for BERTScore, found none; {hint}") from None
+    scorer = lru_cache(maxsize=1)(lambda: BERTScorer(model_type="roberta-large", num_layers=17))
 
     def observe(cases: Sequence[Case]) -> np.ndarray:
         _, _, f1 = scorer().score([case.response for case in cases], [case.answer for case in cases])
@@ -135,8 +119,7 @@ def read_labels(path: Path) -> LabelTable:
         hint = name_hint("volume_id", table.columns)
         raise UsageError(f"{path}: expected a column called {', '.join(ID_COLUMNS)}, found none; {hint}")
     names = tuple(name for name in table.columns if name not in ID_COLUMNS)
-    problems = [*table.problems]
-    rows = {}
+    rows, problems = {}, [*table.problems]
     for row in table.rows:
         try:
             rows[str(row.values[key]).removesuffix(".nii.gz")] = tuple(_label(row.values[name]) for name in names)
@@ -160,10 +143,8 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
     UsageError for tables of different findings.
     """
     if sorted(reference.names) != sorted(response.names):
-        odd = sorted(set(reference.names) ^ set(response.names))
-        raise UsageError(
-            f"expected the same findings in both tables of labels, found {', '.join(odd)} in one of them only"
-        )
+        odd = ", ".join(sorted(set(reference.names) ^ set(response.names)))
+        raise UsageError(f"expected the same findings in both tables of labels, found {odd} in one of them only")
     order = [response.names.index(name) for name in reference.names]
 
     def applies(case: Case) -> bool:
@@ -176,30 +157,27 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
         parts = np.stack([true & labelled, true & ~labelled, ~true & labelled], axis=2).reshape(len(cases), -1)
         return np.c_[parts, np.full(len(cases), true.shape[1])].astype(float)
 
+    def by_finding(sums: np.ndarray) -> np.ndarray:
+        """Return float[3, ..., findings]: found, missed, false."""
+        return np.moveaxis(sums[..., :-1].reshape(*sums.shape[:-1], -1, 3), -1, 0)
+
     def metric(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
-        """Return the metric of found, missed and false float[..., findings] and the number of labels float[...]."""
+        """Return the metric of found, missed and false over all findings, and the number of labels."""
+        return Metric(
+            name, applies, observe, lambda sums: formula(*by_finding(sums).sum(-1), sums[..., -1]), of_text=False
+        )
 
-        def of_sums(sums: np.ndarray) -> np.ndarray:
-            by_finding = np.moveaxis(sums[..., :-1].reshape(*sums.shape[:-1], -1, 3), -1, 0)
-            return np.asarray(formula(*by_finding, sums[..., -1]))
-
-        return Metric(name, applies, observe, of_sums, of_text=False)
-
-    def of_totals(formula: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        return lambda found, missed, false, labels: formula(found.sum(-1), missed.sum(-1), false.sum(-1), labels)
-
-    def macro_f1(found: np.ndarray, missed: np.ndarray, false: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def macro_f1(sums: np.ndarray) -> np.ndarray:
+        found, missed, false = by_finding(sums)
         total = 2 * found + missed + false  # F1 of a finding that neither table has is not defined
-        return np.where(total > 0, 2 * found / total, 0.0).sum(axis=-1) / (total > 0).sum(axis=-1)
+        return np.asarray(np.where(total > 0, 2 * found / total, 0.0).sum(axis=-1) / (total > 0).sum(axis=-1))
 
     return [
-        metric("label_precision", of_totals(lambda found, missed, false, labels: found / (found + false))),
-        metric("label_recall", of_totals(lambda found, missed, false, labels: found / (found + missed))),
-        metric(
-            "label_f1_micro", of_totals(lambda found, missed, false, labels: 2 * found / (2 * found + missed + false))
-        ),
-        metric("label_f1_macro", macro_f1),
-        metric("crg", of_totals(crg)),
+        metric("label_precision", lambda tp, fn, fp, labels: tp / (tp + fp)),
+        metric("label_recall", lambda tp, fn, fp, labels: tp / (tp + fn)),
+        metric("label_f1_micro", lambda tp, fn, fp, labels: 2 * tp / (2 * tp + fn + fp)),
+        Metric("label_f1_macro", applies, observe, macro_f1, of_text=False),
+        metric("crg", crg),
     ]
 
 
@@ -212,5 +190,4 @@ def crg(found: np.ndarray, missed: np.ndarray, false: np.ndarray, labels: np.nda
     positives = found + missed
     half = (labels - positives) / 2
     worth = half / positives
-    score = worth * found - worth * missed - false
-    return np.asarray(half / (2 * half - score))
+    return np.asarray(half / (2 * half - (worth * found - worth * missed - false)))

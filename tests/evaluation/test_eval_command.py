@@ -14,7 +14,7 @@ from photon_cli.photon import app
 from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.evaluate import evaluate
 from photon_train.evaluation.report import write_report
-from photon_train.evaluation.tables import Settings
+from photon_train.evaluation.results import Settings
 
 YES_NO = ("Yes", "No")
 

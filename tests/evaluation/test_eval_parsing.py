@@ -1,16 +1,16 @@
 import string
 
 import pytest
+from answers import case
 from hypothesis import given
 from hypothesis import strategies as st
 
+from photon_train.evaluation.choice_metrics import ACCURACIES, parse_yes_no
 from photon_train.evaluation.parsing import (
-    contains_letter,
     parse_choice,
     parse_letter_v2,
     parse_number,
     parse_number_v2,
-    parse_yes_no,
     without_punctuation,
 )
 
@@ -81,8 +81,8 @@ def test_every_way_of_writing_a_choice_is_read_as_it(choices, data):
 
 
 def test_the_published_letters_are_read_as_their_authors_do():
-    assert contains_letter("A. Yes or B. No", "B")
-    assert not contains_letter("B", "B")
+    (contains_letter,) = [metric for metric in ACCURACIES if metric.name == "accuracy_contains_letter"]
+    assert [contains_letter.value([case("No", text, YES_NO)]) for text in ("A. Yes or B. No", "B")] == [1, 0]
     assert [parse_letter_v2(text) for text in ("b", "A large cyst", "Both", "the answer is c", "none")] == [
         "B",
         "A",

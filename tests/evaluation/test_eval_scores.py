@@ -16,11 +16,10 @@ from photon_data.questions.question import PROMPTS, Question
 from photon_train.answering.prediction import Prediction, pack_mask, question_digest
 from photon_train.evaluation.cases import join
 from photon_train.evaluation.choice_metrics import ACCURACIES, YES_NO_METRICS
-from photon_train.evaluation.costs import summarise_costs
-from photon_train.evaluation.evaluate import BLIND, evaluate
-from photon_train.evaluation.kept import overlap_of, summarise_kept
+from photon_train.evaluation.evaluate import BLIND, evaluate, table_of
+from photon_train.evaluation.kept import overlap_of, summarise_costs, summarise_kept
 from photon_train.evaluation.metric import draw_patients, interval
-from photon_train.evaluation.tables import Settings, table_of
+from photon_train.evaluation.results import Settings
 from photon_train.evaluation.text_metrics import LabelTable
 
 YES_NO = ("Yes", "No")
@@ -363,7 +362,8 @@ def test_what_was_kept_is_told_by_task_slab_and_pair():
     assert result.slabs == (0.5, 0.75, 0.25, 0.25)
     assert result.mean_ratio == pytest.approx((0.5 * 3 + 0.25) / 4)
     assert result.tokens["task"]["kept_tokens"] == 3.5
-    assert summarise_kept(join(rows, [Prediction(one["id"], "Yes") for one in rows]).cases) is None
+    bare = evaluate("vqa", rows, {"m": [Prediction(one["id"], "Yes") for one in rows]}, settings=FEW).answers[0]
+    assert bare.kept is None and bare.costs is None
 
 
 def test_costs_add_up_over_stages():

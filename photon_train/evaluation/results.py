@@ -1,0 +1,91 @@
+"""What `evaluate` returns and both reports show: scores, costs, what was kept, by file of predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from photon_train.evaluation.cases import Case, Gaps
+from photon_train.evaluation.kept import Costs, Kept, MaskRecalls
+from photon_train.evaluation.metric import Estimate
+from photon_train.evaluation.text_metrics import LabelTable
+
+# "subtask": of that subtask alone. Of a task: the mean of its subtasks, all alike or each as often as it has questions.
+Average = Literal["subtask", "macro_over_subtasks", "question_weighted"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate."""
+
+    allow_partial: bool = False  # leave questions without a prediction out, and say so, instead of refusing
+    bootstrap: int = 1000  # resamplings of the patients
+    seed: int = 0  # of the resamplings
+    labels: tuple[LabelTable, LabelTable] | None = None  # findings of the reference reports, and of the responses
+    with_bertscore: bool = False  # needs the package bert-score and its weights
+    grid_zyx: tuple[int, int, int] = (10, 10, 10)  # of visual tokens
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a table, in points (0 to 100)."""
+
+    metric: str
+    task: str
+    subtask: str
+    average: Average
+    estimate: Estimate
+    questions: int
+    patients: int
+    baselines: dict[str, float | None] = field(default_factory=dict)  # the same metric over the same questions, by name
+    above_constant: Estimate | None = None  # score minus that of the best constant answer, patients resampled together
+
+
+@dataclass(frozen=True)
+class ScoredCase:
+    """A case and its score by the first metric that applies to it, in points."""
+
+    case: Case
+    metric: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What became of one file of predictions."""
+
+    name: str
+    gaps: Gaps
+    scores: tuple[Score, ...]
+    unparsed: dict[str, int] = field(
+        default_factory=dict
+    )  # by task, responses that mean no answer; they count as wrong
+    scored_cases: tuple[ScoredCase, ...] = ()  # by id
+    costs: Costs | None = None
+    kept: Kept | None = None
+    mask_recalls: MaskRecalls | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """second - first, patients resampled together, over the questions that both answered."""
+
+    first: str
+    second: str
+    questions: int
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All results."""
+
+    benchmark: str
+    settings: Settings
+    questions: int
+    patients: int
+    answers: tuple[Answers, ...]
+    comparisons: tuple[Comparison, ...]
+    constants: dict[str, str]  # the best constant answer by kind of question
+    learned_on: str  # the rows on which it was chosen
+    is_partial: bool  # whether any file of predictions lacks questions or has others
