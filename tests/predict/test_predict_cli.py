@@ -101,7 +101,7 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
     cut = tmp_path / "cut.nii.gz"
     cut.write_bytes(scan.read_bytes()[:2000])
     code, text = cli("--model", model_dir, cut, QUESTIONS[0], *FAST)
-    assert code == 2 and "cut.nii.gz" in text and "wanted" in text
+    assert code == 2 and "cut.nii.gz" in text and "expected" in text
     for words, said in (
         ((), "SCAN"),
         ((scan,), "SCAN"),
@@ -144,7 +144,7 @@ def test_a_volume_that_cannot_be_shown_is_answered_and_listed_with_exit_code_1(m
     (masks / "liver.nii.gz").write_bytes(b"no mask")
     words = ("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", *FAST)
     code, text = cli(*words, "--overlay", tmp_path / "ov", "--masks", tmp_path / "masks")
-    assert code == 1 and "4 answered" in text and "a.ome.zarr: liver.nii.gz: gzip data wanted" in text
+    assert code == 1 and "4 answered" in text and "a.ome.zarr: liver.nii.gz: expected gzip data" in text
     assert not (tmp_path / "ov" / "a0").exists() and (tmp_path / "ov" / "b0" / "kept.nii.gz").exists()
 
 
