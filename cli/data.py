@@ -51,6 +51,7 @@ def prepare(
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
     with errors_as_exit_codes():
         from photon_cli import prepare as body
+        from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
 
         request = body.request_of(context, *options.source_and_out(paths, manifest, "SOURCE OUT"))
@@ -58,8 +59,10 @@ def prepare(
         if dry_run:
             body.print_estimate(request, where)
             return
-        is_complete = body.prepare(request, where)
-    raise Exit(OK if is_complete else PARTIAL)
+        with body.stopped_as_exit_code(), body.PreparingBar("looking for scans") as bar:
+            result = pipeline.prepare(request, where, bar)
+        body.print_result(request, result)
+    raise Exit(OK if result.complete else PARTIAL)
 
 
 @app.command()
@@ -86,6 +89,7 @@ def inspect(
     """Report what is wrong or odd with raw scans; writes no stores."""
     with errors_as_exit_codes():
         from photon_cli import prepare as body
+        from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
 
         source, out = options.source_and_out(paths, manifest, "SOURCE")
@@ -94,7 +98,10 @@ def inspect(
             options.refuse_beside_manifest(context, "limit", "json_file")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
-            is_fine = body.inspect(body.request_of(context, source, out="."), where, json_file)
+            request = body.request_of(context, source, out=".")
+            with body.stopped_as_exit_code(), console.status("reading scans"):
+                records, ignored = pipeline.inspect(request, where)
+            is_fine = body.print_findings(source, records, ignored, json_file)
     raise Exit(OK if is_fine else PARTIAL)
 
 

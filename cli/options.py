@@ -15,7 +15,7 @@ SourceAndOut = Annotated[
     list[str] | None,
     Argument(
         metavar="[SOURCE] [OUT]",
-        help="A folder of scans, or one scan; then a folder or URL (s3://...) to write to. With --manifest: [OUT] alone.",
+        help="Folder of scans, or one scan; then a folder or URL (s3://...) to write to. With --manifest: [OUT] alone.",
     ),
 ]
 Manifest = Annotated[Path | None, Option(help="A data_manifest.yaml that declares data sets, instead of SOURCE.")]

@@ -27,7 +27,6 @@ from photon_data.recipe import Recipe, named_recipe
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines import plan as planning
-from photon_pipelines import prepare as pipeline
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import FolderRequest, ManifestRequest, Plan, Request, Result
 from photon_pipelines.unpack import pending
@@ -67,45 +66,38 @@ def request_of(context: Context, source: Path, out: str) -> Request:
 
 
 @contextmanager
-def _stopped_as_exit_code() -> Iterator[None]:
+def stopped_as_exit_code() -> Iterator[None]:
+    """End the command with the exit code for a run that could not go on."""
     try:
         yield
     except Stopped as error:
         fail(f"Stopped: {error}. What is done is kept.", STOPPED)
 
 
-def prepare(request: Request, workers: Workers) -> bool:
-    """Do what is requested, with progress; print what came of it, and return whether it is complete."""
-    with _stopped_as_exit_code(), _PreparingBar("looking for scans") as bar:
-        result = pipeline.prepare(request, workers, bar)
-    _print_result(request, result)
-    return result.complete
-
-
-class _PreparingBar(ProgressBar, planning.Callback):
-    """Shows how far a run is, and prints at once every file that was refused or failed."""
+class PreparingBar(ProgressBar, planning.Callback):
+    """Shows how far a run is, and prints at once every file that was refused or failed; see Callback."""
 
     total = done_bytes = 0
 
-    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None:
+    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None:  # noqa: D102
         done, total = done_bytes // 1_000_000, total_bytes // 1_000_000
         self.update(description="unpacking", completed=done, total=total, detail=f"MB, {name}")
         self.line(f"unpacking {name}: {done:,} of {total:,} MB")
 
-    def on_file(self, count: int) -> None:
+    def on_file(self, count: int) -> None:  # noqa: D102
         self.update(description="looking for scans", detail=f"{count} files seen")
 
-    def on_note(self, note: str) -> None:
+    def on_note(self, note: str) -> None:  # noqa: D102
         console.print(note, soft_wrap=True)
 
-    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:
+    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:  # noqa: D102
         self.total, self.start_s = len(todo.jobs), time.monotonic()
         self.states = Counter(unchanged=len(todo.done))
         console.print(f"{self.total + len(todo.done)} scans found, {len(todo.done)} of them done before")
         _print_ignored(ignored)
         self.update(description="preparing", total=self.total, completed=0, detail="")
 
-    def on_record(self, record: VolumeRecord) -> None:
+    def on_record(self, record: VolumeRecord) -> None:  # noqa: D102
         self.states[record.state] += 1
         self.done_bytes += record.bytes_in
         if not record.is_there and record.reason:
@@ -124,7 +116,7 @@ def _print_ignored(ignored: Mapping[str, int]) -> None:
         console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
 
 
-def _print_result(request: Request, result: Result) -> None:
+def print_result(request: Request, result: Result) -> None:
     """Print counts, the manifests, what is missing, and where to look."""
     states, kept, unmatched = result.states, result.kept, result.manifests.unmatched
     print_table(f"{len(result.records)} scans", [*states], [[*map(str, states.values())]], texts=0)
@@ -208,12 +200,12 @@ def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> list[tuple[str, str]
     ]
 
 
-def inspect(request: Request, workers: Workers, json_file: Path | None) -> bool:
+def print_findings(
+    source: Path, records: Sequence[VolumeRecord], ignored: Mapping[str, int], json_file: Path | None
+) -> bool:
     """Print a row per scan, write them to `json_file` if given, and return whether all could be prepared."""
-    with _stopped_as_exit_code(), console.status("reading scans"):
-        records, ignored = pipeline.inspect(request, workers)
     names = ["id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"]
-    print_table(f"{len(records)} scans in {request.source}", names, map(_findings, records))
+    print_table(f"{len(records)} scans in {source}", names, map(_findings, records))
     same = (", ".join(record.source for record in group) for group in duplicates(records))
     print_lines(f"the same content: {sources}" for sources in same)
     _print_ignored(ignored)
