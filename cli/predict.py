@@ -269,9 +269,9 @@ def answer_benchmark(
         share, files, configs = given_share, [], []
         in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
         for name in in_order or [None]:  # None: the model's own
-            path, config = _answer_rows(
-                load(scheduler=name, keep_ratio=share if name in BUDGETED else None), rows, folder
-            )
+            keep_ratio = share if name in BUDGETED else None
+            # No name holds a model here: it is freed before the next is loaded.
+            path, config = _answer_rows(load(scheduler=name, keep_ratio=keep_ratio), rows, folder)
             files.append(path)
             configs.append(config)
             if name == ITS and share is None and is_budgeted:
