@@ -5,85 +5,69 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Exit, Option, Typer
 
 from photon_cli import options
-from photon_cli.terminal import (
-    MISUSE,
-    OK,
-    PARTIAL,
-    ProgressBar,
-    console,
-    errors_as_exit_codes,
-    escape_unprintable,
-    fail,
-)
+from photon_cli.terminal import OK, PARTIAL, ProgressBar, console, errors_as_exit_codes, fail, run_app
 
-app = typer.Typer(
+app = Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
 
-Out = Annotated[str, typer.Argument(help="Folder or URL (s3://...) that photon-data prepare wrote.")]
+Out = Annotated[str, Argument(help="Folder or URL (s3://...) that photon-data prepare wrote.")]
+Overwrite = Annotated[bool, Option(help="Write again what is there.")]
 
 
 @app.command()
 def prepare(
-    context: typer.Context,
+    context: Context,
     paths: options.SourceAndOut = None,
     manifest: options.Manifest = None,
     only: options.Only = [],  # noqa: B006 - typer copies it
     prompt_style: Annotated[
-        str | None,
-        typer.Option(
-            help="Style of the questions: plain, letters, 3d-rad, deeptumorvqa; as the manifest says if not given."
-        ),
+        str | None, Option(help="Style of the questions: plain, letters, 3d-rad, deeptumorvqa; else the manifest's.")
     ] = None,
     recipe: options.RecipeName = "chest_ct",
     settings: options.Settings = [],  # noqa: B006
-    questions: Annotated[
-        Path | None, typer.Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")
-    ] = None,
+    questions: Annotated[Path | None, Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")] = None,
     columns: options.Columns = [],  # noqa: B006
-    split: Annotated[
-        str, typer.Option(help="Shares per split where the table has none.")
-    ] = "train=0.8,val=0.1,test=0.1",
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
-    allow_leaks: Annotated[bool, typer.Option(help="Write manifests even if a patient is in two splits.")] = False,
+    split: Annotated[str, Option(help="Shares per split where the table has none.")] = "train=0.8,val=0.1,test=0.1",
+    seed: Annotated[int, Option(help="Seed of the split.")] = 0,
+    allow_leaks: Annotated[bool, Option(help="Write manifests even if a patient is in two splits.")] = False,
     modality: options.Modality = None,
     nan: options.Nan = None,
     hu_source: options.HuSource = "header",
     id_from: options.IdFrom = "path",
     limit: options.Limit = None,
-    overwrite: Annotated[bool, typer.Option(help="Prepare again what is there.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Say what would happen; write nothing.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, Option(help="Say what would happen; write nothing.")] = False,
     workers: options.WorkerCount = None,
     scheduler: options.Scheduler = None,
     timeout: options.Timeout = 1800,
     memory: options.Memory = None,
     max_voxels: options.MaxVoxels = 1_000_000_000,
-    pictures: Annotated[int, typer.Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
+    pictures: Annotated[int, Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
 ) -> None:
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
     with errors_as_exit_codes():
-        from photon_cli.prepare import PreparingBar, print_estimate, print_result, request_of, stopped_as_exit_code
+        from photon_cli import prepare as body
+        from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
-        from photon_pipelines.prepare import prepare as run
 
-        source, out = options.source_and_out(paths, manifest, "SOURCE OUT")
-        request = request_of(context, source, out)
+        request = body.request_of(context, *options.source_and_out(paths, manifest, "SOURCE OUT"))
         where = Workers(workers, scheduler, timeout, memory)
         if dry_run:
-            print_estimate(request, where)
+            body.print_estimate(request, where)
             return
-        with stopped_as_exit_code(), PreparingBar() as bar:
-            result = run(request, where, bar)
-        print_result(request, result)
-    raise typer.Exit(OK if result.complete else PARTIAL)
+        with body.stopped_as_exit_code(), body.PreparingBar("looking for scans") as bar:
+            result = pipeline.prepare(request, where, bar)
+        body.print_result(request, result)
+    raise Exit(OK if result.complete else PARTIAL)
 
 
 @app.command()
 def inspect(
-    context: typer.Context,
+    context: Context,
     paths: options.SourceAndOut = None,
     manifest: options.Manifest = None,
     only: options.Only = [],  # noqa: B006
@@ -100,25 +84,25 @@ def inspect(
     timeout: options.Timeout = 1800,
     memory: options.Memory = None,
     max_voxels: options.MaxVoxels = 1_000_000_000,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write one JSON row per scan here.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Also write one JSON row per scan here.")] = None,
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
     with errors_as_exit_codes():
-        from photon_cli.prepare import inspect_manifest, print_findings, request_of, stopped_as_exit_code
+        from photon_cli import prepare as body
+        from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
-        from photon_pipelines.prepare import inspect as run
 
         source, out = options.source_and_out(paths, manifest, "SOURCE")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
             options.refuse_beside_manifest(context, "limit", "json_file")
-            is_fine = inspect_manifest(manifest, only, out, where)
+            is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
-            request = request_of(context, source, out=".")
-            with stopped_as_exit_code(), console.status("reading scans"):
-                records, ignored = run(request, where)
-            is_fine = print_findings(source, records, ignored, json_file)
-    raise typer.Exit(OK if is_fine else PARTIAL)
+            request = body.request_of(context, source, out=".")
+            with body.stopped_as_exit_code(), console.status("reading scans"):
+                records, ignored = pipeline.inspect(request, where)
+            is_fine = body.print_findings(source, records, ignored, json_file)
+    raise Exit(OK if is_fine else PARTIAL)
 
 
 @app.command()
@@ -131,35 +115,34 @@ def verify(out: Out) -> None:
 
         location, problems = Location(out), 0
         with ProgressBar("verifying") as bar:
-            for problem in verify_output(location, lambda done, total: bar.update(completed=done, total=total)):
+            for problem in verify_output(location, bar.count):
                 problems += 1
                 console.print(problem, soft_wrap=True, style="red")
         stores = sum(record.is_there for record in read_records(location))
         console.print(f"{stores} stores checked, {problems} problems")
-    raise typer.Exit(PARTIAL if problems else OK)
+    raise Exit(PARTIAL if problems else OK)
 
 
 @app.command()
 def show(
-    volume: Annotated[str, typer.Argument(help="A store (folder or URL), or a raw scan.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG to write; beside you, named after the volume.")
-    ] = None,
-    window: Annotated[str, typer.Option(help="full, lung, mediastinum, soft, bone, or low,high in HU.")] = "full",
-    at: Annotated[str | None, typer.Option(help="World point x,y,z in LPS mm; the centre if not given.")] = None,
-    size: Annotated[int, typer.Option(min=64, max=4096, help="Height of the picture's planes in pixels.")] = 480,
+    volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan.")],
+    output: Annotated[Path | None, Option("--output", "-o", help="PNG; beside you, named after the volume.")] = None,
+    window: options.Window = "full",
+    at: options.At = None,
+    size: Annotated[int, Option(min=64, max=4096, help="Height of the picture's planes in pixels.")] = 480,
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
     with errors_as_exit_codes():
-        from photon_data import open_volume, read
         from photon_data.picture import three_planes
+        from photon_data.readers import open_scan
         from photon_data.readers.find import find_one_scan
-        from photon_data.store import SUFFIX
+        from photon_data.store import ROOT, SUFFIX, open_volume
 
-        if "://" in volume or (Path(volume) / "zarr.json").exists():
+        if "://" in volume or (Path(volume) / ROOT).exists():
             name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
         else:
-            name, content = find_one_scan(Path(volume)).id, read(volume)
+            source = find_one_scan(Path(volume))
+            name, content = source.id, open_scan(source).volume()
         point = options.numbers(at, 3, "--at") if at else None
         picture = three_planes(content, window_hu=options.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")
@@ -170,11 +153,9 @@ def show(
 @app.command()
 def export(
     out: Out,
-    format_: Annotated[
-        str, typer.Option("--format", help="nifti (364^3 .nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")
-    ],
-    to: Annotated[Path | None, typer.Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Write again what is there.")] = False,
+    format_: Annotated[str, Option("--format", help="nifti (.nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")],
+    to: Annotated[Path | None, Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the prepared volumes in another format, with manifests that name those files."""
     with errors_as_exit_codes():
@@ -183,45 +164,36 @@ def export(
 
         location = Location(out)
         if to is None and not location.is_local:
-            fail(f"expected --to FOLDER, since {location.url} is no local folder", MISUSE)
+            fail(f"expected --to FOLDER, since {location.url} is no local folder")
         with ProgressBar("exporting") as bar:
-            progress = lambda done, total: bar.update(completed=done, total=total)  # noqa: E731
-            counts = export_all(
-                location, format_, to or location.path / format_, overwrite=overwrite, progress=progress
-            )
-        console.print(counts)
+            folder = to or location.path / format_
+            console.print(export_all(location, format_, folder, overwrite=overwrite, progress=bar.count))
 
 
 @app.command()
 def phantom(
-    directory: Annotated[Path, typer.Argument(help="An empty or new folder.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of scans.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
-    size: Annotated[int, typer.Option(min=64, help="Voxels across a slice: smaller is faster and coarser.")] = 384,
-    easy: Annotated[
-        bool, typer.Option("--easy", help="Whole organs affected, short questions: for tiny models.")
-    ] = False,
+    directory: Annotated[Path, Argument(help="An empty or new folder.")],
+    n: Annotated[int, Option("--n", min=1, help="Number of scans.")] = 12,
+    seed: Annotated[int, Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    size: Annotated[int, Option(min=64, help="Voxels across a slice: smaller is faster and coarser.")] = 384,
+    easy: Annotated[bool, Option("--easy", help="Whole organs affected, short questions: for tiny models.")] = False,
 ) -> None:
     """Make raw synthetic CTs with masks and questions whose answers are known."""
     with errors_as_exit_codes():
         from photon_data.phantom import make_phantoms
 
-        with ProgressBar("painting") as bar:
-            bar.update(total=n)
+        with ProgressBar("painting", total=n) as bar:
             try:
                 made = make_phantoms(directory, n, seed, size=size, easy=easy, progress=lambda _: bar.update(advance=1))
             except FileExistsError as error:
-                fail(str(error), MISUSE)
-        questions = sum(len(phantom.questions) for phantom in made)
-        console.print(
-            f"{n} scans in {directory}/scans, masks in {directory}/masks, {questions} questions", soft_wrap=True
-        )
+                fail(str(error))
+        where = f"{n} scans in {directory}/scans, masks in {directory}/masks"
+        console.print(f"{where}, {sum(len(phantom.questions) for phantom in made)} questions", soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line."""
-    escape_unprintable()
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

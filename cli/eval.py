@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
-from photon_cli.terminal import ProgressBar, console
+from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
 from photon_data.questions.table import read_values
 from photon_data.recipe import Recipe
@@ -21,7 +20,6 @@ from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import grouped
 from photon_train.evaluation.evaluate import check, evaluate
 from photon_train.evaluation.report import (
-    FormattedTable,
     both_averages,
     cases_to_picture,
     formatted,
@@ -33,7 +31,7 @@ from photon_train.evaluation.report import (
     write_report,
 )
 from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
-from photon_train.evaluation.text_metrics import read_labels
+from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 from photon_train.rows import read_rows
@@ -47,12 +45,19 @@ Answering = Callable[[list[dict[str, Any]]], tuple[Sequence[Path], "PhotonConfig
 
 def answered_before(predictions: Sequence[Path], model: str | None) -> Answering:
     """Return the answering of files that exist, with the configuration of the model directory, if one is named."""
-    config = None
-    if model:
-        from photon_train.configuration_photon import PhotonConfig
+    if not model:
+        return lambda rows: (predictions, None)
+    from photon_train.configuration_photon import PhotonConfig
 
-        config = PhotonConfig.from_pretrained(model)
+    config = PhotonConfig.from_pretrained(model)
     return lambda rows: (predictions, config)
+
+
+def label_tables(paths: Sequence[Path]) -> tuple[LabelTable, LabelTable] | None:
+    """Return the labels of the references and of the responses; None without paths, UsageError for a number but two."""
+    if len(paths) not in (0, 2):
+        raise UsageError(f"expected two tables of labels, the references' and the responses', found {len(paths)}")
+    return (read_labels(paths[0]), read_labels(paths[1])) if paths else None
 
 
 def score(
@@ -60,27 +65,23 @@ def score(
     answering: Answering,
     data: Sequence[Path],
     output: Path,
-    *,
-    train: Sequence[Path] = (),
-    labels: Sequence[Path] = (),
-    masks: Path | None = None,
-    overlays: int = 0,
-    with_volumes: bool = False,
     settings: Settings,
+    train: Sequence[Path],
+    masks: Path | None,
+    overlays: int,
+    *,
+    answers_now: bool,
 ) -> Evaluation:
     """Read rows, have them answered, evaluate, write and print; return the evaluation.
 
     What can be refused is refused before a model answers.
 
-    labels         two tables: the labels of the references, and of the responses
-    masks          a folder per volume id: the recall of its masks by kept tokens is measured
-    overlays       so many cases of the first file get pictures
-    with_volumes   the rows' volumes are needed: relative paths are looked for where training looks for them
+    masks        a folder per volume id: the recall of its masks by kept tokens is measured
+    overlays     so many cases of the first file get pictures
+    answers_now  a model reads the volumes: relative paths are looked for where training looks for them
     """
-    if len(labels) not in (0, 2):
-        raise UsageError(f"expected two tables of labels, the references' and the responses', found {len(labels)}")
-    settings = replace(settings, labels=(read_labels(labels[0]), read_labels(labels[1])) if labels else None)
-    rows = [row for path in data for row in (read_rows(path) if with_volumes else read_values(path))]
+    read_data = read_rows if answers_now or masks or overlays else read_values
+    rows = [row for path in data for row in read_data(path)]
     training_rows = [row for path in train for row in read_values(path)]
     check(benchmark, rows, settings)
     volumes = volumes_with_masks(masks, rows) if masks else {}
@@ -92,13 +93,13 @@ def score(
     evaluation = evaluate(
         benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
     )
-    paths = write_report(evaluation, output, overlays=_pictures(evaluation, rows, overlays, output / "overlays"))
+    pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
+    paths = write_report(evaluation, output, overlays=pictures)
     print_evaluation(evaluation)
     if masks and not any(answers.mask_recalls for answers in evaluation.answers):
         grid = " x ".join(map(str, settings.grid_zyx))
-        console.print(
-            f"no recall of masks: no prediction says which of {grid} tokens it kept; --config MODEL says the grid"
-        )
+        reason = f"no prediction says which of {grid} tokens it kept; --config MODEL says the grid"
+        console.print(f"no recall of masks: {reason}")
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return evaluation
 
@@ -113,12 +114,10 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
 
 def _counted(folder: Path, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
     """Return the masks of the volumes, counted on the tokens; print which could not be read."""
-    with ProgressBar("masks of volumes") as bar:
-        bar.update(total=len(volumes))
+    with ProgressBar("masks of volumes", total=len(volumes)) as bar:
         found = counted_by_volume(folder, volumes, settings.grid_zyx, lambda: bar.update(advance=1))
     console.print(f"masks of {len(found.masks)} of {len(volumes)} volumes")
-    for volume_id, reason in found.unread.items():
-        console.print(f"no masks of {volume_id}: {reason}", soft_wrap=True)
+    print_lines(f"no masks of {volume_id}: {reason}" for volume_id, reason in found.unread.items())
     return found.masks
 
 
@@ -130,8 +129,6 @@ def _pictures(
     Predictions do not have the saliency of tokens: the planes go through the kept token nearest to the middle. A volume
     that cannot be shown is named, and does not stop the others.
     """
-    if not most:
-        return {}
     first, tokens_zyx, pictures = evaluation.answers[0], evaluation.settings.grid_zyx, dict[str, Path]()
     volumes = {row["id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
     cases = [case for case in cases_to_picture(first, most) if case.id in volumes]
@@ -154,63 +151,42 @@ def _pictures(
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the averages of every file of predictions, and the differences between them."""
     console.print(f"{evaluation.benchmark}: {evaluation.questions:,} questions, {evaluation.patients:,} patients")
-    console.print(
-        f"constant answers were chosen on {evaluation.learned_on}; scores in points, 95 % intervals by patient"
-    )
+    learned = f"constant answers were chosen on {evaluation.learned_on}"
+    console.print(f"{learned}; scores in points, 95 % intervals by patient")
     for answers in evaluation.answers:
-        console.print(_scores(answers))
+        _print_scores(answers)
         if answers.unparsed:
             counts = ", ".join(f"{count} of {task}" for task, count in answers.unparsed.items())
             console.print(f"responses that mean no answer, counted as wrong: {counts}")
         _print_costs(answers)
         for table in recall_tables(answers.mask_recalls) if answers.mask_recalls else []:
-            console.print(_rich_table(table))
+            print_table(*table, texts=1)
     for comparison in evaluation.comparisons:
-        console.print(_differences(comparison))
+        _print_differences(comparison)
     for trade_off in trade_offs(evaluation):
-        console.print(_rich_table(trade_off_table(trade_off)))
+        print_table(*trade_off_table(trade_off), texts=1)
 
 
-def _scores(answers: Answers) -> Table:
+def _print_scores(answers: Answers) -> None:
+    rows = []
+    for score, by_question in both_averages(answers.scores):
+        blind = {name: formatted_value(value) for name, value in score.baselines.items()}
+        fixed = [blind.pop(name, formatted_value(None)) for name in (CONSTANT, MAJORITY)]
+        cells = [formatted(score.estimate), formatted_interval(score.estimate), *fixed, " ".join(blind.values())]
+        counts = [str(score.questions), str(score.patients)]
+        rows.append([score.task, score.metric, *cells, formatted(by_question.estimate), *counts])
     title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
-    columns = ("macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients")
-    table = _score_table(title, columns)
-    for score, weighted in both_averages(answers.scores):
-        blind = [formatted_value(score.baselines.get(name)) for name in (CONSTANT, MAJORITY)]
-        rules = [formatted_value(value) for name, value in score.baselines.items() if name not in (CONSTANT, MAJORITY)]
-        cells = [formatted(score.estimate), formatted_interval(score.estimate), *blind, " ".join(rules)]
-        counts = (f"{score.questions}", f"{score.patients}")
-        table.add_row(score.task, score.metric, *cells, formatted(weighted.estimate), *counts)
-    return table
+    names = ["macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients"]
+    print_table(title, ["task", "metric", *names], rows, texts=2)
 
 
-def _differences(comparison: Comparison) -> Table:
-    title = f"{comparison.second} minus {comparison.first}"
-    table = _score_table(title, ("macro", "95 %", "by question", "95 %", "n"))
-    for score, weighted in both_averages(comparison.scores):
-        cells = [
-            text for one in (score, weighted) for text in (formatted(one.estimate), formatted_interval(one.estimate))
-        ]
-        table.add_row(score.task, score.metric, *cells, f"{score.questions}")
-    return table
-
-
-def _score_table(title: str, numbers: Iterable[str]) -> Table:
-    table = Table(title=title)
-    for name in ("task", "metric"):
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _rich_table(sheet: FormattedTable) -> Table:
-    table = Table(title=sheet.title)
-    for number, name in enumerate(sheet.headings):
-        table.add_column(name, justify="right" if number else "left")
-    for line in sheet.lines:
-        table.add_row(*line)
-    return table
+def _print_differences(comparison: Comparison) -> None:
+    rows = []
+    for pair in both_averages(comparison.scores):
+        cells = [text(one.estimate) for one in pair for text in (formatted, formatted_interval)]
+        rows.append([pair[0].task, pair[0].metric, *cells, str(pair[0].questions)])
+    names = ["task", "metric", "macro", "95 %", "by question", "95 %", "n"]
+    print_table(f"{comparison.second} minus {comparison.first}", names, rows, texts=2)
 
 
 def _print_costs(answers: Answers) -> None:
@@ -219,9 +195,8 @@ def _print_costs(answers: Answers) -> None:
         stages = ", ".join(f"{stage} {seconds.mean:.3f}" for stage, seconds in costs.seconds.items())
         console.print(f"seconds per question: {stages}; {costs.questions_per_second:.2f} questions per second")
     if costs and costs.prefill_tflop is not None:
-        console.print(
-            f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {costs.prefill_tflop_unpruned:.2f} unpruned"
-        )
+        unpruned = f"{costs.prefill_tflop_unpruned:.2f} unpruned"
+        console.print(f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {unpruned}")
     if costs and costs.peak_memory_mib:
         console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
     if answers.kept:

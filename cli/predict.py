@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,10 +21,10 @@ from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from photon_cli.options import numbers, window_of
-from photon_cli.terminal import ProgressBar, console
+from photon_cli.terminal import ProgressBar, console, print_lines
 from photon_data.errors import UsageError
 from photon_data.picture import AUTO, resolve_window
-from photon_data.recipe import Policy, Recipe
+from photon_data.recipe import Recipe
 from photon_train.answering import manifest
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
 from photon_train.answering.prediction import read_predictions
@@ -35,12 +35,11 @@ from photon_train.answering.predictor import (
     RequestGroup,
     answer_questions,
     load_predictor,
-    model_shape_of,
 )
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import counted_masks
-from photon_train.overlay import Canvas, View, folders_of, write_overlay
+from photon_train.overlay import DEFAULT_VIEW, Canvas, View, folders_of, write_overlay
 from photon_train.rows import TAG, Row, read_rows
 from photon_train.scheduling import SCHEDULERS
 
@@ -59,31 +58,42 @@ def loading(model: str, answers: AnswerSettings, dtype: str, revision: str | Non
 
 
 class Overlays(NamedTuple):
-    """The folder for pictures of kept tokens, how they are taken, and the folder of masks whose recall is measured."""
+    """What is to be shown of kept tokens."""
 
-    folder: Path | None
+    folder: Path | None  # for pictures and NIfTI files
     view: View
-    masks: Path | None
+    masks: Path | None  # a folder; its masks' recall is measured
 
 
 def overlays_of(folder: Path | None, window: str, at: str | None, masks: Path | None) -> Overlays:
     """Return what --overlay, --window, --at and --masks say; UsageError now, not when everything is answered."""
     window_hu = window_of(window)
-    if window_hu != AUTO:
+    if window_hu not in (DEFAULT_VIEW.window_hu, AUTO):
         resolve_window(window_hu, [])
     return Overlays(folder, View(window_hu, numbers(at, 3, "--at") if at else None), masks)
 
 
+class _ShownScan:
+    """A scan on which the kept tokens of several questions are drawn and measured: volume `number` of `count`."""
+
+    def __init__(self, overlays: Overlays, scan: ScanInput, predictor: Predictor, number: int, count: int) -> None:
+        self.overlays, self.number, self.count = overlays, number, count
+        self.canvas = Canvas(scan.volume, scan.native, predictor.processor.config.tokens_thw)
+        self.masks = counted_masks(overlays.masks, self.canvas.cells) if overlays.masks else []
+
+    def write(self, reply: Reply, title: str) -> dict[str, Any]:
+        """Write the overlay of one question, if there is a folder, and return the recall of each mask by name."""
+        keep_V, saliency_V = (np.split(each, self.count)[self.number] for each in (reply.keep_V, reply.saliency_V))
+        recalls = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        if self.overlays.folder:
+            folder = folders_of(self.overlays.folder, reply.prediction.id, self.count)[self.number]
+            write_overlay(folder, self.canvas, keep_V, saliency_V, title, self.overlays.view)
+            if recalls:
+                (folder / RECALL).write_text(json.dumps(recalls, indent=1) + "\n")
+        return recalls
+
+
 # One scan
-
-
-def open_for_model(path: str, made_by: tuple[Recipe, Policy], model: str, revision: str | None) -> ScanInput:
-    """Return the scan on the grid that the model reads, whatever the recipe's.
-
-    It is read before the model is loaded: most of what can be wrong is wrong with the scan.
-    """
-    recipe, policy = made_by
-    return open_input(path, replace(recipe, model_shape_zyx=model_shape_of(model, revision)), policy)
 
 
 def predict_scan(
@@ -91,22 +101,17 @@ def predict_scan(
 ) -> None:
     """Answer questions about a scan, and print the answers, what was kept and what it took."""
     predictor = load()
-    shown = _ShownScan(overlays, scan, predictor.processor.config.tokens_thw, overlays.masks)
+    shown = _ShownScan(overlays, scan, predictor, number=0, count=1)
     streamer = _streamer(predictor, questions) if stream and not as_json else None
     replies, seconds = answer_questions(predictor, questions, scan.model, scan.id, scan.seconds, streamer)
-    recalls = []
+    answers = []
     for question, reply in zip(questions, replies, strict=True):
-        folder = folders_of(overlays.folder, reply.prediction.id, 1)[0] if overlays.folder else None
-        recalls.append(shown.write(folder, question, reply.keep_V, reply.saliency_V))
+        answers.append({"question": question, **asdict(reply.prediction), "recall": shown.write(reply, question)})
     if as_json:
-        rows = [
-            {"question": question, **asdict(reply.prediction), "recall": recall}
-            for question, reply, recall in zip(questions, replies, recalls, strict=True)
-        ]
-        print(json.dumps({"model": model, "volume_id": scan.id, "seconds": seconds, "predictions": rows}, indent=1))
+        print(json.dumps({"model": model, "volume_id": scan.id, "seconds": seconds, "predictions": answers}, indent=1))
         return
-    for question, reply, recall in zip(questions, replies, recalls, strict=True):
-        _print_reply(question, reply, recall, with_answer=not stream)
+    for answer in answers:
+        _print_answer(answer, with_response=not stream)
     if overlays.folder:
         console.print(f"overlays: {overlays.folder}", soft_wrap=True)
     console.print(f"{scan.id}: " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
@@ -128,37 +133,15 @@ def _streamer(predictor: Predictor, questions: Sequence[str]) -> TextStreamer:
     return Streamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _print_reply(question: str, reply: Reply, recalls: dict[str, Any], *, with_answer: bool) -> None:
-    prediction = reply.prediction
-    if with_answer:
-        console.print(question, style="bold", soft_wrap=True)
-        console.print(prediction.response, soft_wrap=True)
-    kept = f"{prediction.kept_tokens} of {prediction.visual_tokens} tokens kept"
-    console.print(f"{prediction.id}: {kept} ({prediction.scheduler})", style="dim")
-    for name, recall in recalls.items():
-        console.print(
-            f"  {name}: {recall['recall']:.1%} of {recall['voxels']} voxels kept, chance {recall['chance']:.1%}"
-        )
-
-
-class _ShownScan:
-    """A scan on which the kept tokens of several questions are drawn and measured."""
-
-    def __init__(
-        self, overlays: Overlays, scan: ScanInput, tokens_zyx: tuple[int, int, int], masks: Path | None
-    ) -> None:
-        self.view = overlays.view
-        self.canvas = Canvas(scan.volume, scan.native, tokens_zyx)
-        self.masks = counted_masks(masks, self.canvas.cells) if masks else []
-
-    def write(self, folder: Path | None, title: str, keep_V: np.ndarray, saliency_V: np.ndarray) -> dict[str, Any]:
-        """Write the overlay of one question into a folder, if given, and return the recall of each mask by name."""
-        recalls = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
-        if folder:
-            write_overlay(folder, self.canvas, keep_V, saliency_V, title, self.view)
-            if recalls:
-                (folder / RECALL).write_text(json.dumps(recalls, indent=1) + "\n")
-        return recalls
+def _print_answer(answer: dict[str, Any], *, with_response: bool) -> None:
+    if with_response:
+        console.print(answer["question"], style="bold", soft_wrap=True)
+        console.print(answer["response"], soft_wrap=True)
+    kept = f"{answer['kept_tokens']} of {answer['visual_tokens']} tokens kept"
+    console.print(f"{answer['id']}: {kept} ({answer['scheduler']})", style="dim")
+    for name, found in answer["recall"].items():
+        of_voxels = f"{found['recall']:.1%} of {found['voxels']} voxels kept"
+        console.print(f"  {name}: {of_voxels}, chance {found['chance']:.1%}")
 
 
 # Rows of manifests
@@ -177,23 +160,16 @@ def predict_rows(
 
     def on_replies(group: RequestGroup, replies: Sequence[Reply]) -> None:
         bar.on_replies(group, replies)
-        if overlays.folder:
-            try:
-                _write_overlays(overlays, group, replies, predictor.processor.config.tokens_thw)
-            except (
-                ValueError,
-                OSError,
-            ) as error:  # a volume that cannot be shown is no reason not to answer the others
-                unshown[group.name] = str(error)
+        try:
+            if overlays.folder:
+                _write_overlays(overlays, predictor, group, replies)
+        except (ValueError, OSError) as error:  # no reason not to answer the others
+            unshown[group.name] = str(error)
 
-    with _AnsweringBar() as bar:
+    with _AnsweringBar("answering") as bar:
         outcome = manifest.predict_rows(predictor, rows, output, part, on_start=bar.on_start, on_batch=on_replies)
-    _print_outcome(
-        outcome,
-        bar,
-        output if outcome.merged else f"{part.path(output)}; the last part to end writes {output}",
-        unshown,
-    )
+    place = str(output) if outcome.merged else f"{part.path(output)}; the last part to end writes {output}"
+    _print_outcome(outcome, bar, place, unshown)
     return not (outcome.failed or unshown)
 
 
@@ -210,22 +186,17 @@ def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
     return Shard(int(index), int(count)), None
 
 
-def _write_overlays(
-    overlays: Overlays, group: RequestGroup, replies: Sequence[Reply], tokens_zyx: tuple[int, int, int]
-) -> None:
+def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGroup, replies: Sequence[Reply]) -> None:
     """Write what was kept of each volume of a group; a volume with a folder of masks has their recall beside it."""
-    assert overlays.folder is not None
     titles = {request.id: _question_of(request.row) for request in group.requests}
-    count = len(group.videos)
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe())
         masks = overlays.masks / scan.id if overlays.masks else None
-        shown = _ShownScan(overlays, scan, tokens_zyx, masks if masks and masks.exists() else None)
+        of_volume = overlays._replace(masks=masks if masks and masks.exists() else None)
+        shown = _ShownScan(of_volume, scan, predictor, number, len(group.videos))
         for reply in replies:
             if not reply.prediction.error:
-                name = reply.prediction.id
-                keep_V, saliency_V = (np.split(values, count)[number] for values in (reply.keep_V, reply.saliency_V))
-                shown.write(folders_of(overlays.folder, name, count)[number], titles[name], keep_V, saliency_V)
+                shown.write(reply, titles[reply.prediction.id])
 
 
 def _question_of(row: Row) -> str:
@@ -236,10 +207,7 @@ def _question_of(row: Row) -> str:
 class _AnsweringBar(ProgressBar):
     """Counts the rows that are answered, and the visual tokens that are kept."""
 
-    def __init__(self) -> None:
-        super().__init__("answering")
-        self.start_s = time.monotonic()
-        self.total = self.done = self.kept = self.visual = 0
+    total = done = kept = visual = 0
 
     def on_start(self, total: int, done_before: int) -> None:
         self.total, self.done = total, done_before
@@ -257,7 +225,7 @@ class _AnsweringBar(ProgressBar):
         return f"{self.kept / self.visual:.1%} of visual tokens kept" if self.visual else ""
 
 
-def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: object, unshown: dict[str, str]) -> None:
+def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: str, unshown: dict[str, str]) -> None:
     """Print how many rows were answered, why some were not, and where the predictions are."""
     rate = f", {outcome.answered / (time.monotonic() - bar.start_s):.2f} questions/s" if outcome.answered else ""
     counts = f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed"
@@ -268,8 +236,7 @@ def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: object, unshown:
         ("failed", outcome.failed, "their lines have an error"),
         ("no overlay of", unshown, "none of these has an overlay"),
     ):
-        for name, reason in list(reasons.items())[:SHOWN_FAILURES]:
-            console.print(f"{title} {name}: {reason}", soft_wrap=True)
+        print_lines(f"{title} {name}: {reason}" for name, reason in list(reasons.items())[:SHOWN_FAILURES])
         if len(reasons) > SHOWN_FAILURES:
             console.print(f"and {len(reasons) - SHOWN_FAILURES} more; {rest}")
     console.print(f"predictions: {place}", soft_wrap=True)
@@ -287,27 +254,24 @@ def answer_benchmark(
     schedulers that do not exist and for no budget to match; later, for "its" without a threshold predictor.
     """
     names = list(dict.fromkeys(name.strip() for name in schedulers.split(",") if name.strip()))
-    unknown = [name for name in names if name not in SCHEDULERS]
-    if unknown:
+    if unknown := [name for name in names if name not in SCHEDULERS]:
         raise UsageError(f"--schedulers: expected some of {', '.join(SCHEDULERS)}, found {unknown[0]!r}")
     is_budgeted = bool(set(names) & set(BUDGETED))
     given_share = None if keep == MATCH_ITS else _share_of(keep)
     if given_share is not None and not is_budgeted:
-        raise UsageError(
-            f"--keep: expected one of {', '.join(BUDGETED)} among --schedulers, found {schedulers or 'none'}"
-        )
+        found = schedulers or "none"
+        raise UsageError(f"--keep: expected one of {', '.join(BUDGETED)} among --schedulers, found {found}")
     if given_share is None and is_budgeted and ITS not in names:
-        raise UsageError(
-            f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; add it, or say --keep 0.4"
-        )
+        remedy = "add it, or say --keep 0.4"
+        raise UsageError(f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; {remedy}")
 
     def answer(rows: Sequence[Row]) -> tuple[list[Path], PhotonConfig]:
         share, files, configs = given_share, [], []
         in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
         for name in in_order or [None]:  # None: the model's own
-            predictor = load(scheduler=name, keep_ratio=share if name in BUDGETED else None)
-            path, config = _answer_rows(predictor, rows, folder)
-            del predictor  # frees the model before the next is loaded
+            keep_ratio = share if name in BUDGETED else None
+            # No name holds a model here: it is freed before the next is loaded.
+            path, config = _answer_rows(load(scheduler=name, keep_ratio=keep_ratio), rows, folder)
             files.append(path)
             configs.append(config)
             if name == ITS and share is None and is_budgeted:
@@ -331,12 +295,11 @@ def _answer_rows(predictor: Predictor, rows: Sequence[Row], folder: Path) -> tup
     """Answer the rows into the file of the model's scheduler."""
     config = predictor.model.config
     path = folder / f"{config.scheduler}.jsonl"
-    console.print(
-        f"scheduler {config.scheduler}" + (f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else "")
-    )
-    with _AnsweringBar() as bar:
+    budget = f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else ""
+    console.print(f"scheduler {config.scheduler}{budget}")
+    with _AnsweringBar("answering") as bar:
         outcome = manifest.predict_rows(predictor, rows, path, on_start=bar.on_start, on_batch=bar.on_replies)
-    _print_outcome(outcome, bar, path, {})
+    _print_outcome(outcome, bar, str(path), {})
     return path, config
 
 

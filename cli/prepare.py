@@ -1,4 +1,4 @@
-"""What `photon-data prepare` and `inspect` print: progress, the result, an estimate, tables of findings."""
+"""The bodies of `photon-data prepare` and `inspect`: progress, the result, an estimate, tables of findings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import typer
-from rich.table import Table
+from typer import Context
 
-from photon_cli.options import fractions, given_options, make_recipe, pairs, refuse_beside_manifest
-from photon_cli.terminal import STOPPED, ProgressBar, console, fail
+from photon_cli.options import fractions, given_options, pairs, refuse_beside_manifest
+from photon_cli.terminal import STOPPED, ProgressBar, console, fail, print_lines, print_table
 from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
 from photon_data.datasets.declare import read_data_manifest
@@ -23,24 +22,12 @@ from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
-from photon_data.recipe import Policy, Recipe
+from photon_data.recipe import Policy, named_recipe
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
+from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped, Workers
-from photon_pipelines.plan import (
-    Callback,
-    Plan,
-    Request,
-    Result,
-    as_row,
-    gather,
-    jobs_of,
-    one_recipe,
-    out_of,
-    plan,
-    recipe_of,
-    request_of_manifest,
-)
+from photon_pipelines.plan import Plan, Request, Result
 from photon_pipelines.unpack import pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
@@ -52,24 +39,26 @@ SHOWN_QUESTIONS = 10
 ANSWER_LENGTH = 40
 
 
-def request_of(context: typer.Context, source: Path, out: str) -> Request:
+def request_of(context: Context, source: Path, out: str) -> Request:
     """Return the request that the options of `prepare` or `inspect` make; UsageError where they cannot be followed."""
     given = context.params
-    run: dict[str, Any] = {
-        name: given[name] for name in ("limit", "overwrite", "pictures", "allow_leaks") if name in given
-    }
+    fields = ["limit", "overwrite", "pictures", "allow_leaks"]
     if given["manifest"]:
         refuse_beside_manifest(context)
-        run |= {"seed": given["seed"]} if given_options(context, ["seed"]) else {}
+        fields += ["seed"] if given_options(context, ["seed"]) else []
+        run: dict[str, Any] = {name: given[name] for name in fields}
         run |= {"prompt": given["prompt_style"], "policy": Policy(max_voxels=given["max_voxels"])}
-        request = request_of_manifest(source, given["only"], out, **run)
+        request = planning.request_of_manifest(source, given["only"], out, **run)
     else:
-        recipe, policy = make_recipe(*(given[n] for n in ("recipe", "settings", "modality", "nan", "max_voxels")))
+        policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
+        settings = [f"{key}={given[name]}" for key, name in policy_options.items() if given[name] is not None]
+        recipe, policy = named_recipe(given["recipe"], [*given["settings"], *settings])
+        fields += ["seed", "questions", "hu_source", "id_from"]
+        run = {name: given[name] for name in fields if name in given}
         if "split" in given:  # inspect asks no questions
-            run |= {"prompt": given["prompt_style"], "seed": given["seed"], "questions": given["questions"]}
-            run["fractions"] = fractions(given["split"])
-        run |= {"hu_source": given["hu_source"], "id_from": given["id_from"], "policy": policy}
-        request = Request(source, Location(out), recipe, columns=pairs(given["columns"], "--columns"), **run)
+            run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}
+        columns = pairs(given["columns"], "--columns")
+        request = Request(source, Location(out), recipe, policy=policy, columns=columns, **run)
     if not request.out.is_shared:
         raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
     return request
@@ -84,46 +73,36 @@ def stopped_as_exit_code() -> Iterator[None]:
         fail(f"Stopped: {error}. What is done is kept.", STOPPED)
 
 
-class PreparingBar(ProgressBar, Callback):
-    """Shows how far a run is, and prints at once every file that was refused or failed."""
+class PreparingBar(ProgressBar, planning.Callback):
+    """Shows how far a run is, and prints at once every file that was refused or failed; see Callback."""
 
-    def __init__(self) -> None:
-        super().__init__("looking for scans")
-        self.states: Counter[str] = Counter()
-        self.total = self.done_bytes = 0
-        self.start_s = time.monotonic()
+    total = done_bytes = 0
 
-    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None:
-        """Show how much of all archives is unpacked."""
+    def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None:  # noqa: D102
         done, total = done_bytes // 1_000_000, total_bytes // 1_000_000
         self.update(description="unpacking", completed=done, total=total, detail=f"MB, {name}")
         self.line(f"unpacking {name}: {done:,} of {total:,} MB")
 
-    def on_file(self, count: int) -> None:
-        """Show how many files were seen."""
+    def on_file(self, count: int) -> None:  # noqa: D102
         self.update(description="looking for scans", detail=f"{count} files seen")
 
-    def on_note(self, note: str) -> None:
-        """Print it."""
+    def on_note(self, note: str) -> None:  # noqa: D102
         console.print(note, soft_wrap=True)
 
-    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:
-        """Print how many scans there are, and begin to count."""
+    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:  # noqa: D102
         self.total, self.start_s = len(todo.jobs), time.monotonic()
-        self.states["unchanged"] += len(todo.done)
-        console.print(f"{len(todo.jobs) + len(todo.done)} scans found, {len(todo.done)} of them done before")
-        if ignored:
-            console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
+        self.states = Counter(unchanged=len(todo.done))
+        console.print(f"{self.total + len(todo.done)} scans found, {len(todo.done)} of them done before")
+        _print_ignored(ignored)
         self.update(description="preparing", total=self.total, completed=0, detail="")
 
-    def on_record(self, record: VolumeRecord) -> None:
-        """Count a scan."""
+    def on_record(self, record: VolumeRecord) -> None:  # noqa: D102
         self.states[record.state] += 1
         self.done_bytes += record.bytes_in
         if not record.is_there and record.reason:
             console.print(f"{record.state} {record.source}: {record.reason}", soft_wrap=True)
         minutes = max((time.monotonic() - self.start_s) / 60, 1e-9)
-        done = sum(self.states.values())
+        done = self.states.total()
         rate = (done - self.states["unchanged"]) / minutes
         states = ", ".join(f"{n} {state}" for state, n in self.states.items() if n)
         detail = f"{states}; {self.done_bytes / 1e6:.0f} MB, {rate:.0f} volumes/min"
@@ -131,19 +110,19 @@ class PreparingBar(ProgressBar, Callback):
         self.line(f"{done} done, {self.total} to do in all: {detail}")
 
 
+def _print_ignored(ignored: Mapping[str, int]) -> None:
+    if ignored:
+        console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
+
+
 def print_result(request: Request, result: Result) -> None:
     """Print counts, the manifests, what is missing, and where to look."""
-    table = Table(title=f"{len(result.records)} scans")
-    for state in result.states:
-        table.add_column(state, justify="right")
-    table.add_row(*map(str, result.states.values()))
-    console.print(table)
-    for code, count in Counter(record.code for record in result.records if not record.is_there).most_common():
-        console.print(f"  {count} x {code}")
-    if result.kept:
-        console.print(
-            f"{len(result.kept)} volumes of earlier runs were kept, {min(record.id for record in result.kept)} first"
-        )
+    states, kept, unmatched = result.states, result.kept, result.manifests.unmatched
+    print_table(f"{len(result.records)} scans", [*states], [[*map(str, states.values())]], texts=0)
+    codes = Counter(record.code for record in result.records if not record.is_there)
+    print_lines(f"  {count} x {code}" for code, count in codes.most_common())
+    if kept:
+        console.print(f"{len(kept)} volumes of earlier runs were kept, {min(record.id for record in kept)} first")
     for split, rows in result.manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
     if result.leak is not None:
@@ -151,11 +130,9 @@ def print_result(request: Request, result: Result) -> None:
     if result.damaged:
         console.print(f"{len(result.damaged)} x archives that could not be read as a whole; see above", style="red")
     _print_counts(result.counts)
-    unmatched = result.manifests.unmatched
     if unmatched:
         console.print(f"{len(unmatched)} questions have no row:", style="red")
-    for question in unmatched[:SHOWN_QUESTIONS]:
-        console.print(f"  {question.id} (volume {question.volume}): {question.reason}", soft_wrap=True)
+    print_lines(f"  {one.id} (volume {one.volume}): {one.reason}" for one in unmatched[:SHOWN_QUESTIONS])
     if len(unmatched) > SHOWN_QUESTIONS:
         console.print(f"  and {len(unmatched) - SHOWN_QUESTIONS} more")
     console.print(f"{request.out.url}: see report.html, volumes.jsonl", soft_wrap=True)
@@ -165,8 +142,15 @@ def _print_counts(counts: Sequence[Count]) -> None:
     """Print what is asked, and how far a constant answer gets."""
     if not any(found.constant_answer for found in counts):
         return
-    table = Table(title="questions (all of it in questions.json)")
-    for name in (
+    rows = []
+    for found in counts:
+        low, middle, high = found.per_volume
+        numbers = [f"{found.questions:,}", f"{found.volumes:,}", f"{low} to {high}, median {middle:g}"]
+        answer = " ".join((found.constant_answer or "").split())
+        answer = answer if len(answer) <= ANSWER_LENGTH else answer[:ANSWER_LENGTH] + "..."
+        shares = ["" if s is None else f"{s:.1%}" for s in (found.constant_accuracy, found.constant_macro)]
+        rows.append([found.dataset, found.task, found.split, *numbers, answer, *shares])
+    names = [
         "data set",
         "task",
         "split",
@@ -176,88 +160,61 @@ def _print_counts(counts: Sequence[Count]) -> None:
         "best constant answer",
         "right",
         "macro",
-    ):
-        table.add_column(name, overflow="fold")
-    for found in counts:
-        low, middle, high = found.per_volume
-        numbers = [f"{found.questions:,}", f"{found.volumes:,}", f"{low} to {high}, median {middle:g}"]
-        answer = " ".join((found.constant_answer or "").split())
-        answer = answer if len(answer) <= ANSWER_LENGTH else answer[:ANSWER_LENGTH] + "..."
-        shares = ["" if s is None else f"{s:.1%}" for s in (found.constant_accuracy, found.constant_macro)]
-        table.add_row(found.dataset, found.task, found.split, *numbers, answer, *shares)
-    console.print(table)
+    ]
+    print_table("questions (all of it in questions.json)", names, rows)
 
 
 def print_estimate(request: Request, workers: Workers) -> None:
     """Print what `prepare` would do and about what it needs; nothing is written."""
     if request.datasets:
-        for archives in pending(request.datasets, request.limit):
-            console.print(str(archives), soft_wrap=True)
-        readable = tuple(
-            entry for entry in request.datasets if not any(archives.is_all for archives in pending([entry]))
-        )
+        print_lines(map(str, pending(request.datasets, request.limit)))
+        readable = tuple(entry for entry in request.datasets if not any(one.is_all for one in pending([entry])))
         if not readable:
             return
         request = replace(request, datasets=readable)
-    gathered = gather(request)
-    for note in gathered.notes:
-        console.print(note, soft_wrap=True)
-    costs = _costs(request.recipe, plan(gathered.jobs, request.out, request.recipe), workers)
+    gathered = planning.gather(request)
+    print_lines(gathered.notes)
+    costs = _costs(request.recipe, planning.plan(gathered.jobs, request.out, request.recipe), workers)
     title = f"photon-data prepare {request.source} {request.out.url} (dry run)"
-    _print_lines(title, {**costs, "files left alone": left_alone(gathered.ignored)})
+    print_table(title, ["", ""], [*costs, ("files left alone", left_alone(gathered.ignored))])
 
 
-def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> dict[str, str]:
-    """Return what is to do and about what it needs, as {name: text}."""
+def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> list[tuple[str, str]]:
+    """Return what is to do and about what it needs, as lines of a table."""
     megabytes = sum(job.source.bytes for job in todo.jobs) / 1e6
     count, scans = workers.local_count(), len(todo.jobs)
     seconds = (SECONDS_PER_VOLUME * scans + SECONDS_PER_MB * megabytes) / count
-    duration = (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    unit, unit_s, digits = ("s", 1, 0) if seconds < 120 else ("min", 60, 0) if seconds < 7200 else ("h", 3600, 1)
+    time_text = f"about {seconds / unit_s:.{digits}f} {unit} with {count} local workers"
+    memory = f"about {WORKER_GB * count:.1f} GB for axis-aligned scans"
     voxels = math.prod(recipe.shape_zyx) + math.prod(recipe.model_shape_zyx)
-    return {
-        "to prepare": f"{scans} scans, {megabytes:,.0f} MB",
-        "done before": f"{len(todo.done)} scans",
-        "known to be refused": f"{sum(job.source.problem is not None for job in todo.jobs)} scans",
-        "time": f"about {duration} with {count} local workers" if not workers.scheduler else "depends on the cluster",
-        "memory": f"about {WORKER_GB * count:.1f} GB for axis-aligned scans, "
-        f"up to {OBLIQUE_WORKER_GB * count:.1f} GB for oblique ones",
-        "disk": f"about {2 * voxels * COMPRESSED * scans / 1e9:,.1f} GB in {FILES_PER_STORE * scans} files",
-    }
-
-
-def _print_lines(title: str, lines: Mapping[str, str]) -> None:
-    table = Table(title=title, show_header=False)
-    for name, text in lines.items():
-        table.add_row(name, text)
-    console.print(table)
+    gigabytes = 2 * voxels * COMPRESSED * scans / 1e9
+    return [
+        ("to prepare", f"{scans} scans, {megabytes:,.0f} MB"),
+        ("done before", f"{len(todo.done)} scans"),
+        ("known to be refused", f"{sum(job.source.problem is not None for job in todo.jobs)} scans"),
+        ("time", "depends on the cluster" if workers.scheduler else time_text),
+        ("memory", f"{memory}, up to {OBLIQUE_WORKER_GB * count:.1f} GB for oblique ones"),
+        ("disk", f"about {gigabytes:,.1f} GB in {FILES_PER_STORE * scans} files"),
+    ]
 
 
 def print_findings(
     source: Path, records: Sequence[VolumeRecord], ignored: Mapping[str, int], json_file: Path | None
 ) -> bool:
     """Print a row per scan, write them to `json_file` if given, and return whether all could be prepared."""
-    table = Table(title=f"{len(records)} scans in {source}")
-    for name in ("id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"):
-        table.add_column(name, overflow="fold")
-    for record in records:
-        table.add_row(*_cells(record))
-    console.print(table)
-    for group in duplicates(records):
-        console.print(f"the same content: {', '.join(record.source for record in group)}", soft_wrap=True)
-    if ignored:
-        console.print(f"files left alone: {left_alone(ignored)}", soft_wrap=True)
+    names = ["id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"]
+    print_table(f"{len(records)} scans in {source}", names, map(_findings, records))
+    same = (", ".join(record.source for record in group) for group in duplicates(records))
+    print_lines(f"the same content: {sources}" for sources in same)
+    _print_ignored(ignored)
     if json_file:
         json_file.write_bytes(jsonl_bytes({**vars(record), "findings": all_remarks(record)} for record in records))
     return all(record.state == READY for record in records)
 
 
-def _cells(record: VolumeRecord) -> list[str]:
+def _findings(record: VolumeRecord) -> list[str]:
+    """Return a scan's line of the table."""
     facts = record.facts
     if facts is None:
         return [record.id, "", "", "", "", "", f"{record.state} ({record.code}): {record.reason}"]
@@ -276,38 +233,32 @@ def _cells(record: VolumeRecord) -> list[str]:
 def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: Workers) -> bool:
     """Print what each data set of a manifest has and lacks, and the costs; return whether nothing is missing."""
     manifest = read_data_manifest(path)
-    datasets, location = manifest.only(only), out_of(manifest, out)
-    table = Table(title=f"data sets of {path}")
-    for name in ("data set", "questions", "volumes needed", "there", "missing", "about it"):
-        table.add_column(name, overflow="fold")
-    parts = []
-    for entry in datasets:
-        part, cells = _inspect_dataset(entry, manifest.seed)
-        parts += [part] if part else []
-        table.add_row(*cells)
-    console.print(table)
+    datasets, location = manifest.only(only), planning.out_of(manifest, out)
+    found = [_inspect_dataset(entry, manifest.seed) for entry in datasets]
+    names = ["data set", "questions", "volumes needed", "there", "missing", "about it"]
+    print_table(f"data sets of {path}", names, [line for _, line in found])
+    parts = [part for part, _ in found if part]
     if not parts:
         return False
     readable = tuple(entry for part in parts for entry in part.datasets)
-    request = Request(path, location, one_recipe(readable), seed=manifest.seed, datasets=readable)
+    recipe = planning.one_recipe(readable)
+    request = Request(path, location, recipe, seed=manifest.seed, datasets=readable)
     combined = combine(parts, manifest.seed)
-    todo = plan(jobs_of(request, combined), location, request.recipe)
-    _print_lines("for the volumes that are there", _costs(request.recipe, todo, workers))
-    refuse_leaks(leaks(map(as_row, combined.questions)))
+    todo = planning.plan(planning.jobs_of(request, combined), location, recipe)
+    print_table("for the volumes that are there", ["", ""], _costs(recipe, todo, workers))
+    refuse_leaks(leaks(map(planning.as_row, combined.questions)))
     return len(parts) == len(datasets) and not combined.unmatched
 
 
 def _inspect_dataset(entry: DataSet, seed: int) -> tuple[Collection | None, list[str]]:
     """Return a data set, if it can be read, and its line of the table."""
-    missing = missing_paths(entry)
-    if missing:
+    if missing := missing_paths(entry):
         return None, [entry.name, "?", "?", "?", f"{len(missing)} files or folders", first_few(missing)]
     try:
         archives = pending([entry])
-        for one in archives:
-            if one.is_all:
-                return None, [entry.name, "?", f"{len(one.requested):,}", "0", f"{len(one.missing):,}", str(one)]
-        part = read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
+        if whole := next((one for one in archives if one.is_all), None):
+            return None, [entry.name, "?", f"{len(whole.requested):,}", "0", f"{len(whole.missing):,}", str(whole)]
+        part = read_dataset(entry, instruction=planning.recipe_of(entry)[0].instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     found, lacking = {q.volume for q in part.questions}, sorted({question.volume for question in part.unmatched})

@@ -1,4 +1,4 @@
-"""What both commands share on a terminal: exit codes, the console, errors as sentences, the progress bar."""
+"""What both commands share on a terminal: exit codes, the console, errors as sentences, tables, the progress bar."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Self
 
 import typer
 from rich.console import Console
+
+from photon_data.errors import Refused, UsageError
 
 # Exit codes.
 OK = 0  # everything that was requested is there
@@ -29,7 +31,6 @@ class _PipeSafeConsole(Console):
     """A console that falls silent when its reader is gone: `| head` neither ends the work nor changes the exit code."""
 
     def on_broken_pipe(self) -> None:
-        """Send all further output to nowhere."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
@@ -39,7 +40,7 @@ console = _PipeSafeConsole(highlight=False, markup=False, width=WIDTH)
 errors = _PipeSafeConsole(stderr=True, highlight=False, markup=False)
 
 
-def fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int = MISUSE) -> NoReturn:
     """Print a message on stderr and end the command with an exit code."""
     errors.print(message, style="red", soft_wrap=True)
     raise typer.Exit(code)
@@ -48,17 +49,15 @@ def fail(message: str, code: int) -> NoReturn:
 @contextlib.contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
     """Turn whatever ends a command early into a sentence and an exit code. SIGTERM ends a command as Ctrl-C does."""
-    from photon_data.errors import Refused, UsageError
     from photon_data.prepare_file import NO_SPACE
 
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # Dask leaves a time-out behind when it closes; asyncio reports it
+    # Dask leaves a time-out behind when it closes; asyncio reports it
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except (UsageError, Refused) as error:
-        fail(str(error), MISUSE)
+        fail(str(error))
     except KeyboardInterrupt:
         fail("Interrupted. What is done is kept; the same command goes on from here.", INTERRUPTED)
     except OSError as error:
@@ -69,35 +68,43 @@ def errors_as_exit_codes() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def escape_unprintable() -> None:
-    """Print characters that the terminal's encoding lacks as escapes: file names and answers can hold anything."""
+def run_app(app: typer.Typer) -> None:
+    """Run a command line. What the terminal's encoding lacks in file names and answers is printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app()
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines of any length, which the terminal wraps."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], texts: int | None = None) -> None:
+    """Print a table whose first `texts` columns are text (None: all of them), the others numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(headings))
+    for number, name in enumerate(headings):
+        is_text = texts is None or number < texts
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 class ProgressBar:
     """A context manager: a live bar on a terminal, elsewhere a plain line now and then."""
 
-    def __init__(self, description: str) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    def __init__(self, description: str, total: int | None = None) -> None:
+        from rich import progress as rich
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-        )
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(*columns, *times, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task(description, total=None, detail="")
-        self._last_line_s = time.monotonic()
+        columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[detail]}")
+        times = (rich.TimeElapsedColumn(), "left", rich.TimeRemainingColumn())
+        self._progress = rich.Progress(*columns, *times, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task(description, total=total, detail="")
+        self.start_s = self._last_line_s = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -109,6 +116,10 @@ class ProgressBar:
     def update(self, **changes: Any) -> None:
         """Change what the bar shows: description, total, completed, advance, detail."""
         self._progress.update(self._task, **changes)
+
+    def count(self, done: int, total: int) -> None:
+        """Show that so many of all are done."""
+        self.update(completed=done, total=total)
 
     def line(self, text: str) -> None:
         """Print a line where there is no terminal, unless another one was printed in the last LINE_S seconds."""

@@ -22,34 +22,31 @@ PLAIN_LINES = 20  # without a terminal a run prints about this many lines, howev
 
 
 def train(
-    stage: str, given: dict[str, Any], config: Path | None, settings: Sequence[str], resume: bool, dry: bool
+    stage: str, given: dict[str, Any], file: Path | None, settings: Sequence[str], resume: bool, dry: bool
 ) -> None:
-    """Train, or with `dry` make one step and describe the run. The exit code is 3 when the run had to stop."""
+    """Train, or with `dry` make one step and describe the run. The exit code is 3 when the run had to stop.
+
+    The configuration is that of the named run, changed by the file, then by --set, then by the `given` options.
+    """
     disable_progress_bar()  # transformers' own bar
-    run_config = _config_of(stage, given, config, settings)
-    try:
-        if dry:
-            if description := dry_run(run_config, grounding_of(run_config.grounding)):
-                console.print(description, soft_wrap=True)
-        else:
-            _run(run_config, resume)
-    except TrainingStopped as error:
-        fail(f"Stopped: {error}", STOPPED)
-
-
-def _config_of(stage: str, given: dict[str, Any], config: Path | None, settings: Sequence[str]) -> TrainConfig:
-    """Return the configuration of the named run, changed by the file, then by --set, then by the command's options."""
-    run_config = named_run(stage)
-    if config:
-        run_config = with_values(run_config, read_config(config))
+    config = named_run(stage)
+    if file:
+        config = with_values(config, read_config(file))
     changes = {}
     for setting in settings:  # unlike in other options, a comma belongs to the value
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
             raise UsageError(f"--set: expected key=value, found {setting!r}; for example groups_per_step=4")
-        changes[name.strip()] = value.strip()
-    run_config = with_values(run_config, {**changes, **given})
-    return run_config if torch.cuda.is_available() else replace(run_config, precision="fp32")
+        changes[name] = value
+    config = with_values(config, {**changes, **given})
+    config = config if torch.cuda.is_available() else replace(config, precision="fp32")
+    try:
+        if not dry:
+            _run(config, resume)
+        elif description := dry_run(config, grounding_of(config.grounding) if config.grounding else None):
+            console.print(description, soft_wrap=True)
+    except TrainingStopped as error:
+        fail(f"Stopped: {error}", STOPPED)
 
 
 def _run(config: TrainConfig, resume: bool) -> None:
@@ -57,23 +54,22 @@ def _run(config: TrainConfig, resume: bool) -> None:
     masks = ProgressBar("masks of volumes")
 
     def on_masks(done: int, total: int) -> None:
-        masks.update(completed=done, total=total)
+        masks.count(done, total)
         masks.line(f"masks of {done} of {total} volumes")
 
     with masks if config.grounding else nullcontext():
-        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding_of(config.grounding, on_masks))
-    first_step = run.state["step"]
+        grounding = grounding_of(config.grounding, on_masks) if config.grounding else None
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding)
+    first_step, bar.total_steps = run.state["step"], run.total_steps
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())
         console.print(f"{len(run.rows)} rows, step {first_step} of {run.total_steps}, {run.accelerator.device}")
     bar.update(total=run.total_steps, completed=first_step)
-    bar.total_steps = run.total_steps
     with bar:
         summary = run_steps(run)
     if summary:
-        console.print(
-            f"{run.folder}: checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl", soft_wrap=True
-        )
+        files = f"checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl"
+        console.print(f"{run.folder}: {files}", soft_wrap=True)
 
 
 class _TrainingBar(ProgressBar):
@@ -91,9 +87,8 @@ class _TrainingBar(ProgressBar):
 def _sentence(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if row.get("keep_ratio") is not None:
-        parts.append(
-            f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {row.get('threshold') or float('nan'):.3f}"
-        )
+        theta = row.get("threshold") or float("nan")
+        parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {theta:.3f}")
     parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
     if row.get("eval_loss") is not None:
         parts.append(f"eval loss {row['eval_loss']:.3f}, exact {row['eval_exact']:.1%}")
