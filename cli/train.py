@@ -61,8 +61,7 @@ def _run(config: TrainConfig, resume: bool) -> None:
         masks.line(f"masks of {done} of {total} volumes")
 
     with masks if config.grounding else nullcontext():
-        grounding = grounding_of(config.grounding, on_masks)
-        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding)
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding_of(config.grounding, on_masks))
     first_step = run.state["step"]
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())
