@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
+NIFTI = (".nii", ".nii.gz")  # files of the stored grid, which may stand in place of a store
 SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground")
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")

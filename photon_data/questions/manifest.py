@@ -12,11 +12,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from photon_data.files import Location
-from photon_data.questions.table import TAG, Problem, TableRow, read_table, refuse
+from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, read_table, refuse
 
 FOLDER = "manifests"
 SUFFIX = ".jsonl"
-VIDEO_TAG = "<video>"
 
 # Columns that hold one text each. ms-swift drops all of them but "channel".
 TEXT_COLUMNS = ("id", "channel", "volume_id", "patient", "split", "task", "kind", "organ", "answer")

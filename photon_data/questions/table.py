@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from photon_data.errors import UsageError
 
-# ms-swift replaces its tags (by a volume, say), and a model obeys its special tokens: no text may hold either.
+# ms-swift replaces its tags (this one by a volume), and a model obeys its special tokens: no text may hold either.
+VIDEO_TAG = "<video>"
 TAG = re.compile(r"<(?:video|image|audio|bbox|ref-object|cot-process|start-image)>|<\|\w+\|>")
-
 SHOWN_PROBLEMS = 10
 
 

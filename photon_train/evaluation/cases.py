@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from photon_data.errors import UsageError
-from photon_data.questions.manifest import VIDEO_TAG
 from photon_data.questions.question import LETTERS
+from photon_data.questions.table import VIDEO_TAG
 from photon_train.answering.prediction import Prediction, organ_masks_of, question_digest
 
 K = TypeVar("K")
