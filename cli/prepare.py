@@ -22,7 +22,7 @@ from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
-from photon_data.recipe import Policy, named_recipe
+from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines import plan as planning

@@ -33,6 +33,7 @@ METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "
 ROOT = "zarr.json"
 GRIDS = {"volume": "", "model": "model/"}
 SUFFIX = ".ome.zarr"
+NIFTI = (".nii", ".nii.gz")  # a row may name such a file of the stored grid in place of a store
 # Chunks are at most this large: an axial slice of 364^3 costs 4 of them, a whole read 52.
 CHUNK_ZYX = (28, 182, 182)
 LARGEST_VOXELS = 4_000_000_000

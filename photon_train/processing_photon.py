@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
+from photon_data.questions.table import VIDEO_TAG as TAG
 from photon_data.store import open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import IGNORED
 from photon_train.pretrained import hub_options
 
-TAG = "<video>"  # stands in a message where a volume does
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")

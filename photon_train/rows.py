@@ -6,7 +6,7 @@ A row is an ms-swift row: `messages`, in which a <video> marks the place of each
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.questions.table import VIDEO_TAG, read_values
-from photon_data.store import read_metadata
+from photon_data.store import NIFTI, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
 
 TAG = VIDEO_TAG
-NIFTI = (".nii", ".nii.gz")  # files that stand in place of a store
 MAX_NAMED = 10  # ids in a message
 
 logger = logging.getLogger(__name__)
@@ -33,11 +32,6 @@ class TrainRow(NamedTuple):
     prefix: Hashable
     volume_id: str = ""
     organ_masks: tuple[str, ...] = ()  # names of the masks it asks about
-
-    @property
-    def size(self) -> int:
-        """Characters of its text: what it costs beside its volumes, roughly."""
-        return sum(len(message["content"]) for message in self.messages)
 
 
 def prefix_of(row: Row) -> tuple[Any, ...]:
@@ -86,18 +80,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
     """Return the rows of all manifests, in order. UsageError for unreadable files, repeated ids, missing answers."""
-    paths = [Path(manifest) for manifest in manifests]
-    rows = [_train_row(row, f"{path}:{number}") for path in paths for number, row in enumerate(read_rows(path), 1)]
+    rows = [_train_row(row, f"{path}:{i}") for path in manifests for i, row in enumerate(read_rows(Path(path)), 1)]
     if not rows:
         raise UsageError("expected manifests with rows, found no manifest; see photon-data prepare")
-    again = [id for id, count in Counter(row.id for row in rows).items() for _ in range(count - 1)]
-    if again:
-        raise UsageError(
-            f"expected an id of its own for every row, found that {len(again)} occur again: {_first(again)}; "
-            "give every manifest once"
-        )
-    silent = [row.id for row in rows if not any(m["role"] == "assistant" for m in row.messages)]
-    if silent:
+    if again := [id for id, count in Counter(row.id for row in rows).items() for _ in range(count - 1)]:
+        found = f"{len(again)} occur again: {_first(again)}"
+        raise UsageError(f"expected an id of its own for every row, found that {found}; give every manifest once")
+    if silent := [row.id for row in rows if not any(m["role"] == "assistant" for m in row.messages)]:
         raise UsageError(
             f"expected an answer in every row, found that {len(silent)} of {len(rows)} have none: {_first(silent)}; "
             "train on manifests of questions with answers"
@@ -108,14 +97,12 @@ def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
 def _train_row(row: Row, place: str) -> TrainRow:
     try:
         messages, videos = [dict(message) for message in row["messages"]], tuple(row.get("videos") or ())
-        texts = [message[name] for message in messages for name in ("role", "content")]
-        if not all(isinstance(text, str) for text in (*videos, *texts)):
+        texts = [*videos, *(message[name] for message in messages for name in ("role", "content"))]
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError("videos, role or content is no text")
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{place}: expected a row with messages and videos, found {str(row)[:80]!r} ({error!r}); "
-            "see docs/manifests.md"
-        ) from None
+        found = f"{str(row)[:80]!r} ({error!r}); see docs/manifests.md"
+        raise UsageError(f"{place}: expected a row with messages and videos, found {found}") from None
     id, prefix = str(row.get("id") or place), prefix_of(row)
     if any(role == "assistant" for role, _ in prefix[1:]):
         prefix = (*prefix, id)  # what is learned before the last volume ends cannot be shared
@@ -125,10 +112,10 @@ def _train_row(row: Row, place: str) -> TrainRow:
 
 def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow]:
     """Return the rows whose stores are there and whole. With on_bad_row "stop", UsageError that names the others."""
-    needed: dict[str, list[str]] = {}
+    needed = defaultdict(list)
     for row in rows:
         for video in row.videos:
-            needed.setdefault(video, []).append(row.id)
+            needed[video].append(row.id)
     missing = {video: ids for video, ids in needed.items() if not _is_whole(video)}
     for video, ids in missing.items():
         logger.warning("%s is not a whole store: %d rows are left out, %s", video, len(ids), _first(ids))
@@ -146,4 +133,4 @@ def _is_whole(video: str) -> bool:
 
 
 def _first(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:MAX_NAMED]) + (", ..." if len(ids) > MAX_NAMED else "")
+    return ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")

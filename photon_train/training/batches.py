@@ -12,6 +12,7 @@ Legend: K rows of a micro-batch, L tokens of a padded row, P tokens of a prefix.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -25,23 +26,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from photon_data.store import open_volume
+from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import IGNORED, draw_perturbation, perturb
 from photon_train.prefix import with_suffixes
 from photon_train.processing_photon import PhotonProcessor, prefix_length
-from photon_train.rows import NIFTI, Row, TrainRow
+from photon_train.rows import Row, TrainRow
 from photon_train.training.config import TrainConfig
 
 VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
 WINDOW = 32  # steps within which micro-batches of similar cost are brought together
 SIMILAR = 1.25  # costs within this factor
 STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # for rows that cannot be read
-
-AIR_HU = -1000
-SCALE, DEGREES, SHIFT_MM = 0.1, 5.0, 10.0
-NOISE_HU = 25.0
-LOG_GAMMA = 0.1
 
 
 class MicroBatch(NamedTuple):
@@ -68,22 +64,18 @@ def plan_epoch(
     rng = random.Random(f"{seed} {epoch}")
     groups = group_rows(rows, questions_per_volume, rng)
     rng.shuffle(groups)
-    steps: list[list[tuple[int, ...]]] = []
-    size = WINDOW * groups_per_step
+    steps, size = [], WINDOW * groups_per_step
     for at in range(0, len(groups), size):
         offset = rng.random()  # so that no two lengths are told apart in every epoch
-        alike = sorted(
-            groups[at : at + size], key=lambda group: math.floor(math.log(cost(rows, group), SIMILAR) + offset)
-        )
+        costs = {group: math.floor(math.log(cost(rows, group), SIMILAR) + offset) for group in groups[at : at + size]}
+        alike = sorted(costs, key=costs.__getitem__)
         window = [alike[i : i + groups_per_step] for i in range(0, len(alike), groups_per_step)]
         rng.shuffle(window)
         steps += window
     steps.sort(key=len, reverse=True)  # stable: the short one goes last
-    numbers = iter(range(len(groups)))
-    plan = []
+    plan, numbers = [], itertools.count()
     for step in steps:
-        weight = groups_per_step / len(step)
-        own = [MicroBatch(group, next(numbers), weight) for group in step]
+        own = [MicroBatch(group, next(numbers), groups_per_step / len(step)) for group in step]
         plan.append(own + [own[-1]._replace(weight=0.0)] * (groups_per_step - len(own)))
     return plan
 
@@ -114,7 +106,8 @@ def group_rows(
 
 def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
     """Return roughly what a group costs, in characters of text."""
-    return sum(rows[index].size + VOLUME_COST * len(rows[index].videos) for index in group)
+    text = sum(len(message["content"]) for index in group for message in rows[index].messages)
+    return text + VOLUME_COST * sum(len(rows[index].videos) for index in group)
 
 
 @dataclass(frozen=True)
@@ -162,40 +155,31 @@ class MicroBatches(Dataset[Batch]):
         """Return a batch. One that cannot be read comes back with `error` set and weight 0."""
         micro_batch = self.micro_batches[index]
         rows = [self.rows[i] for i in micro_batch.rows]
+        ids = [row.id for row in rows]
         try:
-            return self._read(micro_batch, rows)
+            inputs, flips, volumes = self._read(rows, micro_batch.number)
+            return Batch(inputs, flips, ids, micro_batch.weight, volumes)
         except Exception as error:  # the edge of a work item: the loop stops or skips, by name
             inputs = self._inputs([{"messages": STAND_IN}], shared=False)
-            reason = f"{rows[0].id}: {error}"
-            return Batch(inputs, torch.zeros(1, dtype=torch.bool), [row.id for row in rows], 0.0, 0, reason)
+            return Batch(inputs, torch.zeros(1, dtype=torch.bool), ids, 0.0, 0, f"{ids[0]}: {error}")
 
-    def _read(self, micro_batch: MicroBatch, rows: list[TrainRow]) -> Batch:
-        rng = random.Random(f"{self.config.seed} {self.epoch} {micro_batch.number}")
-        videos = rows[0].videos
+    def _read(self, rows: list[TrainRow], number: int) -> tuple[dict[str, Any], Tensor, int]:
+        """Return the model inputs, which rows to flip, and how many volumes were read."""
+        rng = random.Random(f"{self.config.seed} {self.epoch} {number}")
+        videos = [video for row in rows for video in row.videos]
         shared = bool(videos) and (self.same_calls or (len(rows) > 1 and self.config.share_prefix))
-        volumes = {
-            path: self._volume(path, rng) for path in dict.fromkeys(video for row in rows for video in row.videos)
-        }
-        inputs = self._inputs(
-            [
-                {"id": row.id, "messages": row.messages, "videos": [volumes[video] for video in row.videos]}
-                for row in rows
-            ],
-            shared,
-        )
+        volumes = {path: self._volume(path, rng) for path in dict.fromkeys(videos)}
+        inputs = self._inputs([row._asdict() | {"videos": [volumes[v] for v in row.videos]} for row in rows], shared)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         photon = self.processor.config
-        robustness, flip = photon.robustness_probability, photon.flip_probability
-        if not self.training or photon.scheduler != "its":
-            robustness = flip = 0.0
-        if rng.random() < robustness and videos:
+        draws = self.training and photon.scheduler == "its"
+        if draws and videos and rng.random() < photon.robustness_probability:
             self._perturb(inputs, len(rows), generator)
         longest = int(inputs["attention_mask"].sum(1).max())
         if longest > self.config.max_length:
             raise ValueError(f"expected at most {self.config.max_length} tokens, found {longest}; raise max_length")
-        flips = torch.rand(len(rows), generator=generator) < flip
-        read = len(videos) if shared else sum(len(row.videos) for row in rows)
-        return Batch(inputs, flips, [row.id for row in rows], micro_batch.weight, read)
+        flips = torch.rand(len(rows), generator=generator) < (photon.flip_probability if draws else 0.0)
+        return inputs, flips, len(rows[0].videos if shared else videos)
 
     def _volume(self, path: str, rng: random.Random) -> Any:
         """Return what the processor reads: the path, or an augmented volume, int16 HU [z, y, x] on the model grid."""
@@ -208,16 +192,16 @@ class MicroBatches(Dataset[Batch]):
         if shared:
             return shared_inputs(self.processor, rows)
         inputs = dict(self.processor(rows=rows, for_training=True))
-        return inputs | behind_idle_volume(inputs, self.processor.config) if self.same_calls else inputs
+        return inputs | idle_volume_before(inputs, self.processor.config) if self.same_calls else inputs
 
     def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
         """Perturb every volume in one way; all rows are then trained to be unsure."""
         photon = self.processor.config
-        how, patches = draw_perturbation(photon, generator), inputs["pixel_values_videos"]
-        sizes = inputs["video_grid_thw"].prod(1).tolist()
+        how = draw_perturbation(photon, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        parts = [perturb(part, how, photon, torch.Generator().manual_seed(seed)) for part in patches.split(sizes)]
-        inputs["pixel_values_videos"] = torch.cat(parts)
+        volumes = inputs["pixel_values_videos"].split(inputs["video_grid_thw"].prod(1).tolist())
+        perturbed = [perturb(volume, how, photon, torch.Generator().manual_seed(seed)) for volume in volumes]
+        inputs["pixel_values_videos"] = torch.cat(perturbed)
         inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
 
 
@@ -229,14 +213,12 @@ def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rn
     import torchio
 
     transforms: list[Any] = []
-    if kind in ("affine", "both"):
-        affine = torchio.RandomAffine(scales=SCALE, degrees=DEGREES, translation=SHIFT_MM, default_pad_value=AIR_HU)
-        transforms.append(affine)  # never a reflection: left stays left
+    if kind in ("affine", "both"):  # never a reflection: left stays left; what comes in is air
+        transforms += [torchio.RandomAffine(scales=0.1, degrees=5.0, translation=10.0, default_pad_value=-1000)]
     if kind in ("intensity", "both"):
-        transforms += [torchio.RandomGamma(log_gamma=LOG_GAMMA), torchio.RandomNoise(std=(0, NOISE_HU))]
-    image = torchio.ScalarImage(
-        tensor=torch.from_numpy(hu_zyx[None].astype(np.float32)), affine=np.diag([*spacing_zyx_mm, 1.0])
-    )
+        transforms += [torchio.RandomGamma(log_gamma=0.1), torchio.RandomNoise(std=(0, 25.0))]
+    tensor = torch.from_numpy(hu_zyx[None].astype(np.float32))
+    image = torchio.ScalarImage(tensor=tensor, affine=np.diag([*spacing_zyx_mm, 1.0]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.getrandbits(63))
         for transform in transforms:
@@ -261,7 +243,7 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
     }
 
 
-def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
+def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
     """Return what changes in inputs without a volume: one of air and one token stands first. Nothing attends to it."""
     vision, rows = config.vision_config, len(inputs["input_ids"])
     side, voxels = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -283,9 +265,10 @@ def behind_idle_volume(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
 
 def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
     """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one."""
-    config, workers = dataset.config, dataset.config.workers
+    workers = dataset.config.workers
     if workers < 0:  # up to 8 of the CPUs that the compute leaves over
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = max(min((os.cpu_count() or 1) // processes - 1, 8), 1)
-    ahead: dict[str, Any] = {"prefetch_factor": config.prefetch} if workers else {}
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda", **ahead)
+    ahead = dataset.config.prefetch if workers else None
+    pinned = device.type == "cuda"
+    yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)

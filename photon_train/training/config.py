@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -66,23 +67,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """UsageError for a setting that no run can have."""
+
+        def check(name: str, good: bool, expected: str) -> None:
+            if not good:
+                raise UsageError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
         for name, choices in CHOICES.items():
-            _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name, least in LEAST.items():
-            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-        _check("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
+            check(name, getattr(self, name) >= least, f"at least {least}")
+        check("warmup", 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
         in_place = self.augment in ("none", "intensity") or not self.grounding
-        _check(
-            "augment",
-            self.augment,
-            in_place,
-            "none or intensity with grounding, whose masks do not move with the volume",
-        )
-        for name in self.photon:
-            if name not in PhotonConfig.__dataclass_fields__:
-                raise UsageError(
-                    _unknown("a setting of PhotonConfig", f"photon.{name}", PhotonConfig.__dataclass_fields__)
-                )
+        check("augment", in_place, "none or intensity with grounding, whose masks do not move with the volume")
+        known = PhotonConfig.__dataclass_fields__
+        for name in (name for name in self.photon if name not in known):
+            raise UsageError(_unknown("a setting of PhotonConfig", f"photon.{name}", known))
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -103,27 +102,19 @@ CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
 }
 LEAST = {
+    "workers": -1,
     **dict.fromkeys(("lora_rank", "max_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm", "seed"), 0),
     **{f.name: 0 for f in fields(TrainConfig) if f.name.startswith("lr_")},
-    **dict.fromkeys(
-        ("groups_per_step", "questions_per_volume", "epochs", "keep_checkpoints", "max_length", "prefetch"), 1
-    ),
-    "workers": -1,
+    **dict.fromkeys(("groups_per_step", "questions_per_volume", "epochs", "max_length"), 1),
+    **dict.fromkeys(("keep_checkpoints", "prefetch"), 1),
 }
 
 
-def _check(name: str, value: Any, good: bool, expected: str) -> None:
-    if not good:
-        raise UsageError(f"{name}: expected {expected}, found {value!r}")
-
-
-def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
+def _unknown(kind: str, name: str, names: Collection[str]) -> str:
     """Return the sentence about a name that does not exist, with the nearest one that does."""
-    known = list(names)
-    near = difflib.get_close_matches(name.removeprefix("photon."), known, n=1, cutoff=0.5)
-    return f"expected {kind}, found {name!r}; " + (
-        f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    )
+    near = difflib.get_close_matches(name.removeprefix("photon."), names, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"expected {kind}, found {name!r}; {advice}"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -133,13 +124,11 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path}: expected a YAML or JSON file of settings, found one that cannot be read: {error}"
-        ) from None
+        reason = f"found one that cannot be read: {error}"
+        raise UsageError(f"{path}: expected a YAML or JSON file of settings, {reason}") from None
     if not isinstance(found, dict):
-        raise UsageError(
-            f"{path}: expected settings by name, found {type(found).__name__}; write lines of `name: value`"
-        )
+        kind = type(found).__name__
+        raise UsageError(f"{path}: expected settings by name, found {kind}; write lines of `name: value`")
     return found
 
 
@@ -154,22 +143,16 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         if name == "photon" and isinstance(value, Mapping):
             photon.update(value)
         elif name.startswith("photon."):
-            photon[name.removeprefix("photon.")] = _from_json(value)
+            if isinstance(value, str):  # 3 is a number of steps, 0.25 a share of the run
+                with suppress(ValueError):
+                    value = json.loads(value)
+            photon[name.removeprefix("photon.")] = value
         else:
             changes[name] = _converted(name, value)
     return replace(config, **changes, photon=photon)
 
 
-def _from_json(value: Any) -> Any:
-    """Return a text as JSON reads it: 3 is a number of steps, 0.25 a share of the run."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
 def _converted(name: str, value: Any) -> Any:
-    """Return the value in the type of the field."""
     types = get_type_hints(TrainConfig)
     if name not in types:
         raise UsageError(_unknown("a setting of a training run", name, types))
@@ -179,8 +162,7 @@ def _converted(name: str, value: Any) -> Any:
             return {"true": True, "false": False}[str(value).lower()]
         if kind in (str, int, float):
             return kind(value)
-        parts: Iterable[Any] = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(str(part) for part in parts if str(part))
+        return tuple(str(part) for part in (value.split(",") if isinstance(value, str) else value) if str(part))
     except (KeyError, ValueError, TypeError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list of texts")
         raise UsageError(f"{name}: expected {expected}, found {value!r}") from None
@@ -188,28 +170,19 @@ def _converted(name: str, value: Any) -> Any:
 
 def s1() -> TrainConfig:
     """Return stage 1 as published: the 3D patch embedding only, from Qwen2.5-VL, on volumes with captions."""
-    return TrainConfig(
-        stage="s1",
-        lr_patch_embedding=1.25e-4,
-        lr_vision=0.0,
-        lr_merger=0.0,
-        lr_language_model=0.0,
-        lr_threshold=0.0,
-        groups_per_step=32,
-    )
+    frozen: dict[str, Any] = {"lr_vision": 0.0, "lr_merger": 0.0, "lr_language_model": 0.0, "lr_threshold": 0.0}
+    return TrainConfig(stage="s1", lr_patch_embedding=1.25e-4, groups_per_step=32, **frozen)
 
 
 def s1c() -> TrainConfig:
     """Return the dense fine-tuning as published: everything, from stage 1, no pruning."""
-    return replace(
-        s1(),
-        stage="s1c",
-        lr_patch_embedding=5e-6,
-        lr_vision=5e-6,
-        lr_merger=5e-6,
-        lr_language_model=1e-5,
-        groups_per_step=16,
-    )
+    rates: dict[str, Any] = {
+        "lr_patch_embedding": 5e-6,
+        "lr_vision": 5e-6,
+        "lr_merger": 5e-6,
+        "lr_language_model": 1e-5,
+    }
+    return replace(s1(), stage="s1c", groups_per_step=16, **rates)
 
 
 def s2() -> TrainConfig:
@@ -232,10 +205,8 @@ def tiny_s1() -> TrainConfig:
     return TrainConfig(
         stage="s1",
         lr_patch_embedding=2e-5,
-        lr_vision=2e-3,
-        lr_merger=2e-3,
-        lr_language_model=2e-3,
         lr_threshold=0.0,
+        **dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 2e-3),
         groups_per_step=8,
         questions_per_volume=8,
         epochs=30,
@@ -251,20 +222,12 @@ def tiny_s1() -> TrainConfig:
 def tiny_s2() -> TrainConfig:
     """Return a second stage after `tiny_s1`: the whole curriculum in 12 epochs. It keeps about half of the tokens."""
     settings = {"soft_start": 0.1, "hard_start": 0.3, "flip_start": 0.9, "band_high": 0.5}
-    return replace(
-        tiny_s1(),
-        stage="s2",
-        lr_vision=5e-4,
-        lr_merger=5e-4,
-        lr_language_model=5e-4,
-        lr_patch_embedding=5e-6,
-        lr_threshold=1e-2,
-        epochs=12,
-        photon=settings,
-    )
+    rates: dict[str, Any] = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 5e-4)
+    rates |= {"lr_patch_embedding": 5e-6, "lr_threshold": 1e-2}
+    return replace(tiny_s1(), stage="s2", epochs=12, photon=settings, **rates)
 
 
-RUNS: dict[str, Callable[[], TrainConfig]] = {"s1": s1, "s1c": s1c, "s2": s2, "tiny-s1": tiny_s1, "tiny-s2": tiny_s2}
+RUNS = {"s1": s1, "s1c": s1c, "s2": s2, "tiny-s1": tiny_s1, "tiny-s2": tiny_s2}
 
 
 def named_run(name: str) -> TrainConfig:

@@ -1,8 +1,7 @@
 """Grounding: masks of training volumes teach the scores of layer its to point at what a question asks about.
 
 A model that starts from nothing has no reason to score the liver's tokens high when asked about the liver. One that
-starts from Qwen2.5-VL was shown where things are; masks of the training volumes can stand in for that. Not part of
-the published recipe.
+starts from Qwen2.5-VL was shown where things are. Not part of the published recipe.
 
 The model knows nothing of this: a hook on its scheduling layer records queries and keys, and the loss is added to the
 model's.
@@ -56,10 +55,8 @@ def mask_shares(
     """
     named = [row for row in rows if row.organ_masks and len(row.videos) == 1 and (folder / row.volume_id).is_dir()]
     if not named:
-        raise UsageError(
-            "grounding: expected a folder of masks for some of the volumes, and rows that name them in organ_masks, "
-            f"found none in {folder}; set grounding='' to train without"
-        )
+        expected = "expected a folder of masks for some of the volumes, and rows that name them in organ_masks"
+        raise UsageError(f"grounding: {expected}, found none in {folder}; set grounding='' to train without")
     volumes = {row.volume_id: row.videos[0] for row in named}
     names = {name for row in named for name in row.organ_masks}
     done = itertools.count(1)
@@ -107,13 +104,14 @@ class GroundingLoss:
         config, ids_BL = self._layer.config, batch.inputs["input_ids"]
         visual_BL = visual_mask(ids_BL, config)
         share_BV = torch.stack([torch.zeros_like(first) if share_V is None else share_V for share_V in known])
-        nowhere_BL = torch.zeros(ids_BL.shape, device=ids_BL.device)
-        grounding_BL = nowhere_BL.masked_scatter(visual_BL, share_BV.to(ids_BL.device))
-        question_BL = batch.inputs.get("question_mask")
-        question_BL = question_mask(ids_BL, config) if question_BL is None else question_BL.bool()
+        nowhere_BL = torch.zeros_like(visual_BL, dtype=torch.float32)
+        question_BL = (
+            batch.inputs["question_mask"] if "question_mask" in batch.inputs else question_mask(ids_BL, config)
+        )
         q_BHLd, k_BKLd = qk
         with torch.autocast(q_BHLd.device.type, enabled=False):
             score_BL = question_scores(q_BHLd, k_BKLd, question_BL & batch.inputs["attention_mask"].bool(), visual_BL)
+            grounding_BL = nowhere_BL.masked_scatter(visual_BL, share_BV.to(ids_BL.device))
             losses_B = grounding_losses(score_BL, visual_BL, grounding_BL)
         return losses_B.sum() / sum(share_V is not None for share_V in known)
 

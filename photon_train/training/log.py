@@ -18,9 +18,7 @@ from photon_train.modeling_photon import PhotonOutput
 from photon_train.processing_photon import visual_mask
 from photon_train.training.batches import Batch
 
-LOG = "log.jsonl"
-CURVES = "curves.png"
-SUMMARY = "summary.json"
+LOG, CURVES, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 
 # Title of a panel -> the logged values in it.
 PANELS = {
@@ -29,12 +27,7 @@ PANELS = {
     "kept share of visual tokens": ("keep_ratio", "eval_keep_ratio"),
     "threshold": ("threshold",),
     "evaluation": ("eval_loss", "eval_exact"),
-    "gradient norms": (
-        "grad_norm/patch_embedding",
-        "grad_norm/vision",
-        "grad_norm/language_model",
-        "grad_norm/threshold",
-    ),
+    "gradient norms": tuple(f"grad_norm/{m}" for m in ("patch_embedding", "vision", "language_model", "threshold")),
     "questions per second": ("questions_per_second",),
     "share of time waiting for data": ("data_wait_share",),
 }
@@ -53,14 +46,11 @@ def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConf
     """
     if batch.weight == 0:
         return {"skipped_groups": float(bool(batch.error))}
-    losses: dict[str, Any] = {
-        "loss": loss,
-        **{name: getattr(output, name) for name in ("ce", "band", "robustness", "flip")},
-    }
     visual_BL = visual_mask(batch.inputs["input_ids"], config) & batch.inputs["attention_mask"].bool()
     count_B = visual_BL.sum(1)
     sums = {
-        **{name: value.detach() * batch.weight for name, value in losses.items()},
+        "loss": loss.detach() * batch.weight,
+        **{name: output[name].detach() * batch.weight for name in ("ce", "band", "robustness", "flip")},
         "groups": 1.0,
         "questions": len(batch.ids),
         "volumes": batch.volumes,
@@ -68,18 +58,17 @@ def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConf
         "visual_tokens": count_B.sum(),
         "visual_tokens_kept": count_B.sum(),
     }
-    scheduled = output.scheduled
-    if scheduled is None or config.scheduler != "its":
+    if output.scheduled is None or config.scheduler != "its":
         return sums
-    share_B = ((scheduled.selection.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
-    return {
-        **sums,
-        "visual_tokens_kept": (scheduled.keep_BL & visual_BL).sum(),
+    selection = output.scheduled.selection
+    share_B = ((selection.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
+    return sums | {
+        "visual_tokens_kept": (output.scheduled.keep_BL & visual_BL).sum(),
         "scheduled_rows": (count_B > 0).sum(),
         "kept_share": share_B.sum(),
         "kept_square": share_B.square().sum(),
-        "threshold": scheduled.selection.threshold_B.nan_to_num(0.0).sum(),
-        "decided_rows": (~scheduled.selection.threshold_B.isnan()).sum(),
+        "threshold": selection.threshold_B.nan_to_num(0.0).sum(),
+        "decided_rows": (~selection.threshold_B.isnan()).sum(),
     }
 
 
@@ -120,9 +109,10 @@ class Log:
         Location(str(run)).write(LOG, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; what is not finite becomes null, for JSON has no NaN."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(_without_nan(row)) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -132,15 +122,20 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def write_summary(run: Path, summary: dict[str, Any]) -> None:
-    """Write summary.json and curves.png."""
-    Location(str(run)).write(SUMMARY, json.dumps(_without_nan(summary), indent=1).encode())
-    draw_curves(read_log(run), run / CURVES)
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def write_summary(run: Path, steps: int, seconds: float) -> dict[str, Any]:
+    """Write summary.json and curves.png of a run that ended, in a session of so many seconds; return the summary."""
+    rows = read_log(run)
+    summary = {
+        "steps": steps,
+        "seconds_of_this_session": seconds,
+        "first": rows[0],
+        "last": rows[-1],
+        "questions_trained": sum(row["questions"] for row in rows),
+        "groups_skipped": sum(row["skipped_groups"] for row in rows),
+    }
+    Location(str(run)).write(SUMMARY, json.dumps(summary, indent=1).encode())
+    draw_curves(rows, run / CURVES)
+    return summary
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -150,15 +145,10 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {
-        title: found
-        for title, names in PANELS.items()
-        if (found := [n for n in names if any(n in row for row in rows)])
-    }
-    columns = 2
-    figure, axes = pyplot.subplots(
-        math.ceil(len(panels) / columns), columns, figsize=(11, 2.6 * len(panels) / columns + 1), squeeze=False
-    )
+    logged = {name for row in rows for name in row}
+    panels = {title: own for title, names in PANELS.items() if (own := [name for name in names if name in logged])}
+    size = (11, 1.3 * len(panels) + 1)
+    figure, axes = pyplot.subplots(math.ceil(len(panels) / 2), 2, figsize=size, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):

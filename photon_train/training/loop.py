@@ -25,9 +25,8 @@ from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
 from photon_train.training.checkpoint import checkpoints, save_checkpoint, save_merged
 from photon_train.training.config import TrainConfig
-from photon_train.training.log import Log, Sums, means, read_log, sums_of, write_summary
+from photon_train.training.log import Log, Sums, means, sums_of, write_summary
 from photon_train.training.setup import LANGUAGE_MODEL, MODULES, LossFactory, Run, load_model, module_of, start
-from photon_train.training.sharding import gather_optimizer_state, gather_weights, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,8 @@ def run_steps(run: Run) -> dict[str, Any]:
             run.accelerator.log(numbers, step=row["step"])
             run.callback(row)
         if last or _is_due(run, run.config.save_every):
-            _save(run)
+            keep = run.config.keep_checkpoints
+            save_checkpoint(run.folder, run.state, run.accelerator, run.model, run.optimizer, run.processor, keep)
         if last:
             break
         started = time.perf_counter()
@@ -90,8 +90,7 @@ def _read(
     """Yield this rank's batches of the steps. One that cannot be read stops the run, or is named and has weight 0."""
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
     own = [micro_batch for step in steps for micro_batch in step[rank::world_size]]
-    same_calls = is_sharded(run.accelerator)
-    dataset = MicroBatches(rows, own, run.processor, run.config, training=training, epoch=epoch, same_calls=same_calls)
+    dataset = MicroBatches(rows, own, run.processor, run.config, training, epoch, run.accelerator.is_fsdp2)
     for batch in read_ahead(dataset, run.accelerator.device):
         if batch.error:
             message = f"{len(batch.ids)} rows ({', '.join(batch.ids)}) cannot be read: {batch.error}"
@@ -104,7 +103,7 @@ def _read(
 def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
     """Make one optimizer step; return its row of the log."""
     step, sums = run.state["step"], Sums()
-    phase = phase_at(run.model_config, step, run.total_steps) if run.schedules else Phase.DENSE
+    phase = phase_at(run.processor.config, step, run.total_steps) if run.schedules else Phase.DENSE
     learning_rates = set_learning_rates(run.optimizer, run.config, step, run.total_steps)
     for batch in batches:
         is_last = batch is batches[-1]  # its backward makes gradients known to all processes
@@ -140,14 +139,14 @@ def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict
     grounding = run.grounding(batch) if run.grounding else None
     loss = output.loss if grounding is None else output.loss + grounding
     run.accelerator.backward(loss * scale)
-    sums = sums_of(loss, output, batch, run.model_config)
+    sums = sums_of(loss, output, batch, run.processor.config)
     return sums if grounding is None else sums | {"grounding": grounding.detach() * batch.weight}
 
 
 def _is_finite(run: Run, loss: float, norms: dict[str, float], batches: list[Batch]) -> bool:
     """Tell whether loss and gradients are finite in all processes; where they are not, stop or warn."""
-    bad = torch.tensor(float(not all(map(math.isfinite, (loss, *norms.values())))), device=run.accelerator.device)
-    if not run.accelerator.reduce(bad, "sum"):
+    infinite = not all(map(math.isfinite, (loss, *norms.values())))
+    if not run.accelerator.reduce(torch.tensor(float(infinite), device=run.accelerator.device), "sum"):
         return True
     ids = ", ".join(id for batch in batches for id in batch.ids)
     message = f"step {run.state['step'] + 1}: expected a finite loss, found {loss} for the rows {ids}"
@@ -201,23 +200,23 @@ def validate(run: Run) -> dict[str, float]:
     with torch.no_grad(), run.accelerator.autocast():
         for batch in _read(run, run.eval_rows, steps, training=False):
             batch = batch.to(run.accelerator.device)
-            output = None
-            if batch.weight or is_sharded(run.accelerator):
+            if batch.weight or run.accelerator.is_fsdp2:  # then every process calls the model
                 output = run.model(**batch.inputs, answers_only=True)
-            if output is None or batch.weight == 0:
+            if batch.weight:
+                right = {"right": _exact_answers(output, len(batch.ids))}
+                sums.add(sums_of(output.loss, output, replace(batch, weight=1.0), run.processor.config) | right)
+            else:
                 sums.add({"skipped_groups": float(bool(batch.error))})
-                continue
-            right = {"right": _exact_answers(output, len(batch.ids))}
-            sums.add(sums_of(output.loss, output, replace(batch, weight=1.0), run.model_config) | right)
     run.model.train()
     total = sums.over(run.accelerator)
-    found = {
+    tokens = total["visual_tokens"]
+    return {
         "eval_loss": total["loss"] / max(total["groups"], 1),
         "eval_exact": total["right"] / max(total["questions"], 1),
+        **({"eval_keep_ratio": total["visual_tokens_kept"] / tokens} if tokens else {}),
+        "eval_questions": total["questions"],
+        "eval_skipped_groups": total["skipped_groups"],
     }
-    if total["visual_tokens"]:
-        found["eval_keep_ratio"] = total["visual_tokens_kept"] / total["visual_tokens"]
-    return found | {"eval_questions": total["questions"], "eval_skipped_groups": total["skipped_groups"]}
 
 
 def _exact_answers(output: PhotonOutput, rows: int) -> Tensor:
@@ -228,35 +227,14 @@ def _exact_answers(output: PhotonOutput, rows: int) -> Tensor:
     return (torch.zeros(rows, device=rows_N.device).index_add_(0, rows_N, wrong_N) == 0).sum()
 
 
-def _save(run: Run) -> None:
-    unwrapped: Any = run.accelerator.unwrap_model(run.model)
-    weights = gather_weights(run.model, unwrapped)
-    state = gather_optimizer_state(run.model, run.optimizer.optimizer)
-    if run.accelerator.is_main_process:
-        keep = run.config.keep_checkpoints
-        save_checkpoint(run.folder, dict(run.state), unwrapped, weights, state, run.processor, keep)
-    run.accelerator.wait_for_everyone()
-
-
 def _finish(run: Run, seconds: float) -> dict[str, Any]:
     """Write what a run leaves at its end; return the summary, {} but in the main process."""
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return {}
     if run.config.lora_rank:
-        checkpoint = checkpoints(run.folder)[-1]
-        save_merged(load_model(run.config, checkpoint)[0], run.processor, checkpoint)
-    rows = read_log(run.folder)
-    summary = {
-        "steps": run.state["step"],
-        "seconds_of_this_session": seconds,
-        "first": rows[0],
-        "last": rows[-1],
-        "questions_trained": sum(row["questions"] for row in rows),
-        "groups_skipped": sum(row["skipped_groups"] for row in rows),
-    }
-    write_summary(run.folder, summary)
-    return summary
+        save_merged(load_model(run.config, checkpoints(run.folder)[-1])[0], run.processor, run.folder)
+    return write_summary(run.folder, run.state["step"], seconds)
 
 
 def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
@@ -275,9 +253,14 @@ def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
     if last is None:
         return ""
     volumes = len({video for row in trial.rows for video in row.videos})
-    lines = [
-        f"stage {config.stage}: {len(trial.rows)} rows on {volumes} volumes, all stores are there",
-        *_modules(trial),
+    lines = [f"stage {config.stage}: {len(trial.rows)} rows on {volumes} volumes, all stores are there"]
+    named = list(trial.accelerator.unwrap_model(trial.model).named_parameters())
+    for module in (*MODULES, LANGUAGE_MODEL):
+        if own := [parameter for name, parameter in named if module_of(name) == module]:
+            trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+            how = f"learning rate {config.learning_rates[module]:g}" if trained else "frozen"
+            lines.append(f"  {module:16} {trained:,} of {sum(p.numel() for p in own):,} parameters, {how}")
+    lines += [
         f"{whole} steps in {config.epochs} epochs, each of {config.groups_per_step} volumes with up to "
         f"{config.questions_per_volume} questions",
         f"first step: loss {last['loss']:.4f}, {last['seconds']:.2f} s with start-up ({seconds:.2f} s with saving), "
@@ -285,14 +268,3 @@ def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
         f"at this pace {whole * last['seconds'] / 3600:.2f} h",
     ]
     return "\n".join(lines)
-
-
-def _modules(run: Run) -> Iterator[str]:
-    """Yield a line per module: how much of it is trained, at which peak learning rate."""
-    named = list(run.accelerator.unwrap_model(run.model).named_parameters())
-    for module in (*MODULES, LANGUAGE_MODEL):
-        sizes = [(p.numel(), p.requires_grad) for name, p in named if module_of(name) == module]
-        trained = sum(size for size, is_trained in sizes if is_trained)
-        if sizes:
-            how = f"learning rate {run.config.learning_rates[module]:g}" if trained else "frozen"
-            yield f"  {module:16} {trained:,} of {sum(size for size, _ in sizes):,} parameters, {how}"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
@@ -28,25 +31,14 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training.batches import Batch, steps_per_epoch
-from photon_train.training.checkpoint import ADAPTER, checkpoints, read_optimizer_state, read_state
+from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimizer_state, read_state
 from photon_train.training.config import TrainConfig, with_values
-from photon_train.training.sharding import load_optimizer_state, make_accelerator
 
 CONFIG = "config.json"
 # What may change when a run goes on: settings that no step depends on.
 FREE_TO_CHANGE = (
-    *(
-        "output",
-        "workers",
-        "prefetch",
-        "eval",
-        "eval_every",
-        "save_every",
-        "keep_checkpoints",
-        "track",
-        "on_bad_row",
-        "on_nan",
-    ),
+    *("output", "workers", "prefetch", "track", "on_bad_row", "on_nan"),
+    *("eval", "eval_every", "save_every", "keep_checkpoints"),
 )
 
 # Module -> a part of its parameters' names; the first that fits counts. What fits none is the language model.
@@ -57,8 +49,6 @@ MODULES = {
     "threshold": ".atp.predictor.",
 }
 LANGUAGE_MODEL = "language_model"
-LORA_TARGETS = r".*language_model\.layers\..*_proj"
-UNUSED = ".atp.pos_proj."  # stored, never used
 
 AddedLoss = Callable[[Batch], Tensor | None]  # called after each forward; None: nothing to add
 LossFactory = Callable[[Any, Sequence[TrainRow]], AddedLoss]  # of the model, and the rows it is trained on
@@ -81,14 +71,9 @@ class Run:
     grounding: AddedLoss | None = None
 
     @property
-    def model_config(self) -> Any:
-        """The model's PhotonConfig."""
-        return self.processor.config
-
-    @property
     def schedules(self) -> bool:
         """Whether tokens are scheduled while training."""
-        return bool(self.model_config.scheduler == "its")
+        return self.processor.config.scheduler == "its"
 
     @property
     def folder(self) -> Path:
@@ -108,24 +93,23 @@ def start(
     `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
     """
     folder = Path(config.output)
-    found = checkpoints(folder)
     if not resume and (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds a run; go on with it with --resume, or choose another output")
     if bool(config.grounding) != (grounding is not None):
-        raise UsageError(
-            "grounding: expected it in the config and as an argument, found one of them; see grounding.grounding_of"
-        )
-    last = found[-1] if resume and found else None
+        found_one = "found one of them; see grounding.grounding_of"
+        raise UsageError(f"grounding: expected it in the config and as an argument, {found_one}")
+    last = next(reversed(checkpoints(folder)), None) if resume else None
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last)
-    state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
-    state |= {"rows": _digest(rows), "settings": config.to_json()}
+    text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
+    state = {"step": 0, "epoch": 0, "step_in_epoch": 0, "rows": hashlib.sha256(text.encode()).hexdigest()}
     if last:
         saved = read_state(last)
         _check_same_run(config, saved, state["rows"])
-        state |= {name: saved[name] for name in ("step", "epoch", "step_in_epoch")}
+        state = saved
+    state["settings"] = config.to_json()
     added = grounding(model, rows) if grounding else None
 
     choose_trained(model, config)
@@ -135,18 +119,61 @@ def start(
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     if last:
-        load_optimizer_state(model, accelerator.unwrap_model(model), optimizer.optimizer, read_optimizer_state(last))
+        load_optimizer_state(last, model, accelerator.unwrap_model(model), optimizer.optimizer)
     if accelerator.is_main_process:
         Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
         accelerator.init_trackers("photon", init_kwargs={})
     return Run(config, accelerator, model, optimizer, processor, rows, eval_rows, total_steps, state, callback, added)
 
 
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up.
+
+    UsageError for processes that cannot share the groups of a step evenly, for FSDP 1 and for DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        remedy = "launch with torchrun, or with `distributed_type: FSDP` and `fsdp_version: 2` to share the weights"
+        raise UsageError(f"expected DDP or FSDP2, found DeepSpeed; {remedy}")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives separate runs of one process each
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        log_with=list(config.track) or None,
+        project_dir=config.output,
+        # groups_per_step decides about accumulation, not the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Early phases leave the threshold predictor, and groups of text the vision tower, without a gradient. Buffers
+        # are constants: DDP would send them before every forward, and wait for processes with less to evaluate.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+    )
+    check_processes(config, accelerator.num_processes)
+    if accelerator.distributed_type is DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UsageError("expected FSDP2, found FSDP 1, which has no names for weights; set `fsdp_version: 2`")
+        plugin = accelerator.state.fsdp_plugin
+        plugin.activation_checkpointing = False  # the run checkpoints activations itself, for either half of the model
+        if config.precision == "bf16":  # rounds what layers compute with, not what they return or add up
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+    return accelerator
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """UsageError when this many processes, as accelerate counts them, cannot make the steps of the run together."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != processes:  # each would train alone
+        found = f"found that accelerate sees {processes}; launch with torchrun"
+        raise UsageError(f"expected the {launched} processes that were launched, {found}")
+    if config.groups_per_step % processes:
+        found = f"found {config.groups_per_step}; change either of them"
+        raise UsageError(f"groups_per_step: expected a multiple of the {processes} processes, {found}")
+
+
 def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:
     """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one."""
     torch.manual_seed(config.seed)  # for fresh parts
-    with_adapter = last is not None and (last / ADAPTER).is_file()
-    source = config.model if last is None or with_adapter else str(last)
+    adapter = last / ADAPTER if last and (last / ADAPTER).is_file() else None
+    source = str(last) if last and not adapter else config.model
     if not source:
         raise UsageError("model: expected a checkpoint to start from, found none; photon init makes one")
     options: dict[str, Any] = {"revision": config.revision or None} if source == config.model else {}
@@ -165,40 +192,32 @@ def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProce
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model  # an extra
 
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS)
+        layers = r".*language_model\.layers\..*_proj"
+        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers)
         model = get_peft_model(model, lora)
-    if last is not None and with_adapter:
-        model.load_state_dict(load_file(last / ADAPTER), strict=False)
+    if adapter:
+        model.load_state_dict(load_file(adapter), strict=False)
     return model, processor
 
 
 def _set_gradient_checkpointing(part: Any, enabled: bool) -> None:
-    """Set it for one half of the model, without reentry, which would lose the gradient of the threshold."""
     for module in part.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = enabled
+            # Reentry would lose the gradient of the threshold.
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def _digest(rows: Sequence[TrainRow]) -> str:
-    lines = [json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _check_same_run(config: TrainConfig, saved: dict[str, Any], rows_digest: str) -> None:
     """UsageError when the run that goes on would not be the one that was begun."""
+    begun_with = f"that {config.output} was begun with"
     if saved["rows"] != rows_digest:
-        raise UsageError(
-            f"expected the rows that {config.output} was begun with, found others; start a new run on changed manifests"
-        )
-    begun = with_values(TrainConfig(), saved["settings"])
-    same = vars(replace(config, **{name: getattr(begun, name) for name in FREE_TO_CHANGE}))
-    changed = [f"{name}={same[name]!r} (was {value!r})" for name, value in vars(begun).items() if same[name] != value]
+        raise UsageError(f"expected the rows {begun_with}, found others; start a new run on changed manifests")
+    begun, now = vars(with_values(TrainConfig(), saved["settings"])), vars(config)
+    changed = [name for name in begun if name not in FREE_TO_CHANGE and now[name] != begun[name]]
     if changed:
-        raise UsageError(
-            f"expected the settings that {config.output} was begun with, found {', '.join(changed)}; "
-            "start a new run for others"
-        )
+        found = ", ".join(f"{name}={now[name]!r} (was {begun[name]!r})" for name in changed)
+        raise UsageError(f"expected the settings {begun_with}, found {found}; start a new run for others")
 
 
 def module_of(name: str) -> str:
@@ -213,15 +232,13 @@ def choose_trained(model: nn.Module, config: TrainConfig) -> None:
     """
     for name, parameter in model.named_parameters():
         module = module_of(name)
-        frozen = config.learning_rates[module] == 0 or UNUSED in name
+        frozen = config.learning_rates[module] == 0 or ".atp.pos_proj." in name  # stored, never used
         frozen |= any(fnmatch(name, pattern) for pattern in config.freeze)
         frozen |= config.lora_rank > 0 and module == LANGUAGE_MODEL and "lora_" not in name
         parameter.requires_grad_(not frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(
-            "expected a module with a learning rate above 0, found that lr_* and freeze leave nothing to train; "
-            "set one of lr_*"
-        )
+        found = "found that lr_* and freeze leave nothing to train; set one of lr_*"
+        raise UsageError(f"expected a module with a learning rate above 0, {found}")
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -230,12 +247,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[module_of(name), parameter.ndim > 1].append(parameter)
+    decay = {True: config.weight_decay, False: 0.0}
     return [
-        {
-            "params": parameters,
-            "lr": config.learning_rates[module],
-            "weight_decay": config.weight_decay if is_matrix else 0.0,
-            "module": module,
-        }
-        for (module, is_matrix), parameters in groups.items()
+        {"params": own, "lr": config.learning_rates[module], "weight_decay": decay[is_matrix], "module": module}
+        for (module, is_matrix), own in groups.items()
     ]

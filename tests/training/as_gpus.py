@@ -10,11 +10,10 @@ from accelerate.utils import DistributedType
 from photon_train.training.config import TrainConfig, with_values
 from photon_train.training.loop import run_steps
 from photon_train.training.setup import start
-from photon_train.training.sharding import is_sharded
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 config = with_values(TrainConfig(), json.loads(Path(sys.argv[1]).read_text()))
 run = start(config, resume="--resume" in sys.argv)
-assert is_sharded(run.accelerator), run.accelerator.distributed_type
+assert run.accelerator.is_fsdp2, run.accelerator.distributed_type
 run_steps(run)

@@ -23,8 +23,7 @@ from photon_train.training.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import TrainingStopped, run_steps
-from photon_train.training.setup import MODULES, module_of, start
-from photon_train.training.sharding import check_processes, make_accelerator
+from photon_train.training.setup import MODULES, check_processes, make_accelerator, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
 COMPUTED = ("step", *LOSSES, "keep_ratio", "questions", "phase")

@@ -54,6 +54,24 @@ def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, mani
         assert (gradient - its_gradients[name]).norm().item() <= 2e-4 * scale + 1e-7, name
 
 
+@pytest.mark.parametrize("step", [0, 15, 25])  # dense, soft, hard
+def test_gradient_checkpointing_on_a_shared_volume_changes_neither_loss_nor_gradients(models, manifest, step):
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
+    model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
+    rows = read_train_rows([manifest])
+    batch = batch_of(models, rows, [i for i, row in enumerate(rows) if row.id.startswith("a")], model)
+    assert "prefix" in batch.inputs
+    plain, expected = losses(model, batch, step=step, total_steps=40)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
+    again, found = losses(model, batch, step=step, total_steps=40)
+    for part in ("loss", "ce", "band", "robustness", "flip"):
+        torch.testing.assert_close(getattr(again, part), getattr(plain, part), rtol=1e-6, atol=1e-7)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("step", [0, 25])
 def test_an_answer_before_the_last_volume_is_learned_shared_or_not(model, models, rows, tmp_path, step):
     videos = [rows[0]["videos"][0], rows[5]["videos"][0]]
