@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
 from photon_data.questions.table import VIDEO_TAG as TAG
-from photon_data.store import open_volume
+from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import IGNORED
 from photon_train.pretrained import hub_options
@@ -258,7 +258,7 @@ def _read(volume: Any) -> np.ndarray | Tensor:
     if isinstance(volume, np.ndarray | Tensor):
         return volume
     if isinstance(volume, str | Path):
-        if str(volume).endswith((".nii", ".nii.gz")):
+        if str(volume).endswith(NIFTI):
             return _read_nifti(volume)
         volume = open_volume(volume, grid="model")
     return np.asarray(volume.array_zyx[...])

@@ -72,7 +72,7 @@ def fit_baselines(training: Sequence[Case], evaluated: Sequence[Case], metrics: 
         kind = _kind_of(case)
         return majority.get((kind, case.subtask), constants[kind]).of(case)
 
-    baselines = {
+    baselines: dict[str, Baseline] = {
         CONSTANT: lambda case: constants[_kind_of(case)].of(case),
         MAJORITY: majority_answer,
         "text_rule_last_prior": last_prior,

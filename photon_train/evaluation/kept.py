@@ -254,7 +254,9 @@ def mask_recalls(
 
 
 def _pairs(case: Case, masks: Sequence[VolumeMask]) -> Iterator[Pair]:
-    keep_V = _mask(case) if case.prediction.kept else ()
+    if not case.prediction.kept:
+        return
+    keep_V = _mask(case)
     for mask in masks:
         if mask.voxels and len(mask.counts_V) == len(keep_V):
             found = mask.recall(keep_V)

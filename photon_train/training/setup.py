@@ -104,7 +104,12 @@ def start(
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
-    state = {"step": 0, "epoch": 0, "step_in_epoch": 0, "rows": hashlib.sha256(text.encode()).hexdigest()}
+    state: dict[str, Any] = {
+        "step": 0,
+        "epoch": 0,
+        "step_in_epoch": 0,
+        "rows": hashlib.sha256(text.encode()).hexdigest(),
+    }
     if last:
         saved = read_state(last)
         _check_same_run(config, saved, state["rows"])
