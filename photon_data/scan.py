@@ -48,7 +48,7 @@ class Scan:
     choices: Mapping[str, str] = field(default_factory=dict)
 
     def volume(self) -> Volume:
-        """Return the whole scan in HU on its native grid: float32, or stored integers that are HU; Refused."""
+        """Return the whole scan in HU on its native grid: float32, or stored integers that are HU already; Refused."""
         is_hu = self.slope == 1 and self.intercept == 0
         array = np.empty(self.geometry.shape_zyx, self.dtype if is_hu and self.dtype.kind in "iu" else np.float32)
         for z, plane in enumerate(self.planes()):

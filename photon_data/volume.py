@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import permutations, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -105,7 +105,7 @@ class Geometry:
 
     def corners_lps(self) -> np.ndarray:
         """Return the eight outer corners [8, 3] of the field of view (voxel edges, not centres)."""
-        return self.world(np.indices((2, 2, 2)).reshape(3, 8).T * self.shape_zyx - 0.5)
+        return self.world(np.array(list(product((0, 1), repeat=3))) * self.shape_zyx - 0.5)
 
     def is_orthogonal(self, tolerance: float = 1e-4) -> bool:
         """Tell whether the axes are perpendicular (cosine below `tolerance`): false for a tilted gantry."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +32,11 @@ def open_series(source: Source, max_voxels: int) -> Scan:
     float32, with slope 1 and intercept 0. MONOCHROME1 changes how a picture is shown, not its HU: it is taken as it is.
     """
     require_pydicom()
-    planes = [plane for path in source.files for plane in _image_planes(path)]
+    planes: list[PlaneHeader] = []
+    for path in source.files:
+        if not (of_file := read_planes(path)):
+            raise refusal("dicom-no-geometry", path.name, "an image", "another kind of DICOM object", "leave it out")
+        planes += of_file
     _require_slices(planes)
     planes, geometry = stack(planes, max_voxels)
     require_decodable(planes)
@@ -41,13 +44,6 @@ def open_series(source: Source, max_voxels: int) -> Scan:
         return Scan(geometry, np.dtype(np.float32), 1.0, 0.0, partial(_rescaled_planes, planes), "dicom")
     first = planes[0]
     return Scan(geometry, first.pixels.dtype, first.slope, first.intercept, partial(stored_planes, planes), "dicom")
-
-
-def _image_planes(path: Path) -> list[PlaneHeader]:
-    planes = read_planes(path)
-    if not planes:
-        raise refusal("dicom-no-geometry", path.name, "an image", "another kind of DICOM object", "leave it out")
-    return planes
 
 
 def _require_slices(planes: Sequence[PlaneHeader]) -> None:
@@ -71,9 +67,7 @@ def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
 def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHeader], Geometry]:
     """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column].
 
-    The slice step is the vector from the first to the last position / (n - 1). With a tilted gantry it is not parallel
-    to the normal, and the grid is sheared; less than the rounding of positions is no tilt. Every plane lies within a
-    tenth of the slice distance of its place on that line.
+    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared. Refused.
     """
     _require_geometry(planes)
     _require_one_kind(planes)
@@ -82,7 +76,10 @@ def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHea
     planes, along = [planes[i] for i in order], along[order]
     _require_one_plane_per_position(along)
     positions = np.array([plane.position_lps for plane in planes])
-    step = _slice_step(positions, planes[0].normal)
+    # The step from one slice to the next. Less tilt than positions are rounded to is none.
+    normal, length = planes[0].normal, positions[-1] - positions[0]
+    straight = (length @ normal) * normal
+    step = (straight if np.linalg.norm(length - straight) <= ROUNDING_MM else length) / (len(positions) - 1)
     _require_regular(along, positions, step)
     return planes, _geometry(planes[0], len(planes), step, max_voxels)
 
@@ -127,22 +124,14 @@ def _require_one_plane_per_position(along: np.ndarray) -> None:
     raise refusal("dicom-duplicate-slices", "", "one image per position", found, "remove the copies")
 
 
-def _slice_step(positions: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Return the vector [3] from one slice to the next, mm, for sorted positions [n, 3]."""
-    length = positions[-1] - positions[0]
-    straight = (length @ normal) * normal
-    return (straight if np.linalg.norm(length - straight) <= ROUNDING_MM else length) / (len(positions) - 1)
-
-
 def _require_regular(along: np.ndarray, positions: np.ndarray, step: np.ndarray) -> None:
     """Refuse sorted slices that leave the regular line: in depth (some are missing) or sideways (they do not fit)."""
     count, gaps = len(along), np.diff(along)
     usual = float(np.median(gaps))
     tolerance = max(OFF_GRID * usual, min(ROUNDING_MM, OFF_GRID_ROUNDED * usual))
     if np.abs(along - np.linspace(along[0], along[-1], count)).max() > tolerance:
-        odd = np.argsort(-np.abs(gaps - usual), kind="stable")[
-            : np.count_nonzero(np.abs(gaps - usual) > tolerance) or 1
-        ]
+        off = np.abs(gaps - usual)
+        odd = np.argsort(-off, kind="stable")[: np.count_nonzero(off > tolerance) or 1]
         where = ", ".join(f"{gaps[i]:.2f} mm between {along[i]:.2f} and {along[i + 1]:.2f} mm" for i in sorted(odd[:3]))
         found = f"{len(odd)} other distance(s) along the slice normal: {where}"
         remedy = "export the missing slices, or one reconstruction with a constant distance"

@@ -1,7 +1,4 @@
-"""The header of a DICOM file -> one PlaneHeader per image plane in it: where it lies and how its values are stored.
-
-Needs the extra `dicom` (pydicom).
-"""
+"""The header of a DICOM file -> one PlaneHeader per image plane in it: where it lies and how its values are stored."""
 
 from __future__ import annotations
 
@@ -27,11 +24,8 @@ if TYPE_CHECKING:
     from pydicom.uid import UID
 
 # Transfer syntaxes.
-PLAIN = IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = (
-    "1.2.840.10008.1.2",
-    "1.2.840.10008.1.2.1",
-    "1.2.840.10008.1.2.2",
-)
+IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+PLAIN = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG)
 DEFLATED = "1.2.840.10008.1.2.1.99"
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data: items until a delimiter
 SAME_DIRECTION = 1e-3  # largest difference of direction cosines within one stack: 0.2 mm at the edge of a body
@@ -200,9 +194,14 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
     """
     implicit, little = map(bool, dataset.original_encoding)
     syntax = IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE if little else EXPLICIT_BIG
-    at, length = _pixel_element(file, implicit, "<" if little else ">")
     allocated, high = int(dataset.get("BitsAllocated") or 0), dataset.get("HighBit")
     stored = int(dataset.get("BitsStored") or allocated)
+
+    at, length, order, start, head = None, 0, "<" if little else ">", file.tell(), file.read(12)
+    has_pixels = len(head) == 12 and head[:4] == struct.pack(order + "HH", 0x7FE0, 0x0010)
+    if has_pixels and (implicit or head[4:6] in (b"OB", b"OW", b"UN")):
+        size = 8 if implicit else 12
+        at, length = start + size, struct.unpack(order + "L", head[size - 4 : size])[0]
     return PixelLayout(
         transfer_syntax=str(dataset.file_meta.get("TransferSyntaxUID") or syntax),
         bits_allocated=allocated,
@@ -213,16 +212,6 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
         length=length,
         present=os.fstat(file.fileno()).st_size - (at or 0),
     )
-
-
-def _pixel_element(file: BinaryIO, implicit: bool, order: str) -> tuple[int | None, int]:
-    """Return (byte where the pixel data begin, their length as written); (None, 0) where none follow."""
-    start, head = file.tell(), file.read(12)
-    has_pixels = len(head) == 12 and head[:4] == struct.pack(order + "HH", 0x7FE0, 0x0010)
-    if not has_pixels or not (implicit or head[4:6] in (b"OB", b"OW", b"UN")):
-        return None, 0
-    size = 8 if implicit else 12
-    return start + size, struct.unpack(order + "L", head[size - 4 : size])[0]
 
 
 def _is_image(path: Path, dataset: FileDataset) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -12,26 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, refusal
-from photon_data.readers.dicom_header import (
-    EXPLICIT_BIG,
-    EXPLICIT_LITTLE,
-    IMPLICIT_LITTLE,
-    UNDEFINED_LENGTH,
-    PixelLayout,
-    PlaneHeader,
-    as_uid,
-    refusing,
-)
+from photon_data.readers.dicom_header import EXPLICIT_BIG, PLAIN, UNDEFINED_LENGTH, PlaneHeader, as_uid, refusing
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-PLAIN = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG)
-JPEG = "1.2.840.10008.1.2.4."
-DEFLATED = "1.2.840.10008.1.2.1.99"
 # What SimpleITK's GDCM decodes here: JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000.
 # pydicom itself decodes RLE, several times as fast, and with its plugins some rarer syntaxes.
-GDCM = tuple(JPEG + n for n in ("50", "51", "57", "70", "80", "81", "90", "91"))
+GDCM = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91))
 # Bytes behind the pixels that pass as padding; more means that rows or columns are not what the header says.
 MAX_PADDING = 4096
 ITEM = 0xE000FFFE  # tag of each piece of compressed pixel data, read as a little-endian word
@@ -40,21 +31,18 @@ ITEM = 0xE000FFFE  # tag of each piece of compressed pixel data, read as a littl
 def require_decodable(planes: Sequence[PlaneHeader]) -> None:
     """Refuse what the headers already show to be undecodable ("dicom-undecodable") or cut short ("truncated")."""
     for plane in planes:
-        _require_sound_bits(plane)
-        if plane.pixels.transfer_syntax in PLAIN:
+        bits = plane.pixels
+        fits = 1 <= bits.bits_stored <= bits.high_bit + 1 <= bits.bits_allocated
+        if bits.bits_allocated not in (8, 16, 32) or not fits:
+            found = f"{bits.bits_stored} bits up to bit {bits.high_bit} in {bits.bits_allocated}"
+            raise _undecodable(plane, "integers of 8, 16 or 32 bits", found)
+        if bits.transfer_syntax in PLAIN:
             _require_plain_bytes(plane)
-        elif _is_compressed(plane.pixels) and plane.pixels.at is None:
+        elif bits.are_frames_compressed and bits.at is None:
             raise _cut_short(plane, plane.rows * plane.columns, 0)
     for syntax, path in {plane.pixels.transfer_syntax: plane.path for plane in planes}.items():
         if syntax not in PLAIN + GDCM and not _pydicom_decodes(syntax):
             raise Refused("dicom-undecodable", f"{path.name}: {_cannot_decode(syntax)}")
-
-
-def _require_sound_bits(plane: PlaneHeader) -> None:
-    bits = plane.pixels
-    if bits.bits_allocated not in (8, 16, 32) or not 1 <= bits.bits_stored <= bits.high_bit + 1 <= bits.bits_allocated:
-        found = f"{bits.bits_stored} bits up to bit {bits.high_bit} in {bits.bits_allocated}"
-        raise _undecodable(plane, "integers of 8, 16 or 32 bits", found)
 
 
 def _require_plain_bytes(plane: PlaneHeader) -> None:
@@ -80,40 +68,28 @@ def _cut_short(plane: PlaneHeader, expected: int, found: int) -> Refused:
 def _pydicom_decodes(syntax: str) -> bool:
     from pydicom.pixels import get_decoder
 
-    if _name_of(syntax) is None:
-        return False
-    try:
-        return get_decoder(syntax).is_available
-    except NotImplementedError:
-        return False
-
-
-def _name_of(syntax: str) -> str | None:
-    """Return the standard's name of a transfer syntax, None for any other text: that must not get into a message."""
-    uid = as_uid(syntax)
-    return uid.name if uid.name != uid else None
+    with suppress(NotImplementedError):
+        return as_uid(syntax).name != syntax and get_decoder(syntax).is_available
+    return False
 
 
 def _cannot_decode(syntax: str) -> str:
-    found = _name_of(syntax) or "an unknown transfer syntax"
+    # Only the standard's name of a transfer syntax gets into a message, no other text.
+    name = as_uid(syntax).name
+    found = "an unknown transfer syntax" if name == syntax else name
     remedy = "convert the series to uncompressed (gdcmconv --raw, dcmdjpeg), install pylibjpeg and its plugins"
     return f"expected pixels that can be decoded, found {found} that cannot; {remedy}, or copy the files again"
 
 
 def stored_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
     """Yield the stored values [row, column] of each plane, without any rescaling, as its `pixels.dtype`."""
-    frames: list[bytes] = []
-    frames_of: Path | None = None
     with TemporaryDirectory(prefix="photon-dicom-") as scratch:
-        for plane in planes:
-            if _is_compressed(plane.pixels) and plane.path != frames_of:
-                frames, frames_of = _compressed_frames(plane), plane.path
-            yield _stored(plane, frames, Path(scratch) / "plane.dcm")
-
-
-def _is_compressed(pixels: PixelLayout) -> bool:
-    """Tell whether each frame is a piece of its own, compressed, rather than all of them in a row."""
-    return pixels.transfer_syntax not in (*PLAIN, DEFLATED)
+        for _, of_file in groupby(planes, key=attrgetter("path")):
+            frames: list[bytes] = []
+            for plane in of_file:
+                if plane.pixels.are_frames_compressed and not frames:
+                    frames = _compressed_frames(plane)
+                yield _stored(plane, frames, Path(scratch) / "plane.dcm")
 
 
 def _stored(plane: PlaneHeader, frames: list[bytes], scratch: Path) -> np.ndarray:
@@ -123,16 +99,18 @@ def _stored(plane: PlaneHeader, frames: list[bytes], scratch: Path) -> np.ndarra
     syntax = plane.pixels.transfer_syntax
     # numpy reads plain values. Big-endian 8-bit ones are swapped in pairs.
     if syntax in PLAIN and not (syntax == EXPLICIT_BIG and plane.pixels.bits_allocated == 8):
-        return _significant_bits(_read_plain(plane), plane.pixels)
+        return _significant_bits(_read_plain(plane), plane)
     with refusing("dicom-undecodable", plane.path, _cannot_decode(syntax)):
         if syntax in GDCM:
-            _require_end(frames[plane.frame])
+            # A JPEG of any kind ends with a marker (padding may follow); without it, libjpeg would fill in the rest.
+            if not frames[plane.frame].rstrip(b"\0\xff").endswith(b"\xff\xd9"):
+                raise ValueError("expected the end of an image")
             return _checked(_decode_with_gdcm(_bare(plane, frames[plane.frame]), scratch), plane)
-        if _is_compressed(plane.pixels):
+        if plane.pixels.are_frames_compressed:
             values = _decode_with_pydicom(_bare(plane, frames[plane.frame]), 0)
         else:
             values = _decode_with_pydicom(dcmread(plane.path), plane.frame)
-        return _checked(_significant_bits(values, plane.pixels), plane)
+        return _checked(_significant_bits(values, plane), plane)
 
 
 def _read_plain(plane: PlaneHeader) -> np.ndarray:
@@ -145,14 +123,13 @@ def _read_plain(plane: PlaneHeader) -> np.ndarray:
     return values.astype(pixels.dtype, copy=False).reshape(plane.rows, plane.columns)
 
 
-def _significant_bits(values: np.ndarray, pixels: PixelLayout) -> np.ndarray:
-    """Return the value in bits_stored bits below and including high_bit; the others may hold an overlay.
-
-    Shifted up to the top and down again: a signed type brings its sign along, an unsigned one zeros.
-    """
-    if pixels.bits_stored == pixels.bits_allocated:
+def _significant_bits(values: np.ndarray, plane: PlaneHeader) -> np.ndarray:
+    """Return the value in bits_stored bits below and including high_bit; the others may hold an overlay."""
+    allocated, stored = plane.pixels.bits_allocated, plane.pixels.bits_stored
+    # Shifted up to the top and down again: a signed type brings its sign along, an unsigned one zeros.
+    if stored == allocated:
         return values
-    return (values << (pixels.bits_allocated - 1 - pixels.high_bit)) >> (pixels.bits_allocated - pixels.bits_stored)
+    return (values << (allocated - 1 - plane.pixels.high_bit)) >> (allocated - stored)
 
 
 def _compressed_frames(plane: PlaneHeader) -> list[bytes]:
@@ -168,20 +145,13 @@ def _compressed_frames(plane: PlaneHeader) -> list[bytes]:
             raise _cut_short(plane, at + 8, len(items))
         tag, length = struct.unpack_from("<LL", items, at)
         at += 8 + length
-    with refusing(
-        "dicom-undecodable", plane.path, "expected compressed frames, found other pixel data; copy the file again"
-    ):
+    sentence = "expected compressed frames, found other pixel data; copy the file again"
+    with refusing("dicom-undecodable", plane.path, sentence):
         return list(generate_frames(items[:at], number_of_frames=plane.frames))
 
 
-def _require_end(frame: bytes) -> None:
-    """ValueError for a JPEG of any kind without its end marker (padding may follow): libjpeg would fill in the rest."""
-    if not frame.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
-        raise ValueError("expected the end of an image")
-
-
 def _bare(plane: PlaneHeader, frame: bytes) -> Dataset:
-    """Return a data set that holds one compressed frame and how to decode it, and nothing else of the header."""
+    """Return a data set of one compressed frame and how to decode it, and nothing else of the header."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate
     from pydicom.uid import SecondaryCaptureImageStorage
@@ -200,11 +170,8 @@ def _bare(plane: PlaneHeader, frame: bytes) -> Dataset:
 
 
 def _decode_with_gdcm(bare: Dataset, scratch: Path) -> np.ndarray:
-    """Return the stored values [row, column] of a bare data set.
-
-    Bare, because ITK applies the rescaling of some kinds of images and not of others. And so no header text reaches the
-    scratch file.
-    """
+    # Bare, because ITK applies the rescaling of some kinds of images and not of others. And so no header text reaches
+    # the scratch file.
     import SimpleITK as sitk
 
     bare.save_as(scratch, enforce_file_format=True)
@@ -212,10 +179,7 @@ def _decode_with_gdcm(bare: Dataset, scratch: Path) -> np.ndarray:
 
 
 def _decode_with_pydicom(dataset: Dataset, frame: int) -> np.ndarray:
-    """Return the stored values [row, column] of one frame, as pydicom or one of its plugins decodes it.
-
-    Its warnings are errors here: damaged RLE that gives too many values would pass with one.
-    """
+    # Its warnings are errors here: damaged RLE that gives too many values would pass with one.
     from pydicom.pixels import get_decoder
 
     with warnings.catch_warnings():

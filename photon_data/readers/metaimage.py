@@ -26,7 +26,7 @@ REMEDY = "export the scan again with SimpleITK or 3D Slicer"
 
 
 class _Header:
-    """The fields of a header by name, as numbers (None where missing) or flags; Refused where they are not that."""
+    """The fields of a header by name, read as numbers (None where missing) or flags; Refused for anything else."""
 
     def __init__(self, fields: Mapping[str, str], name: str) -> None:
         self.fields, self.name = fields, name

@@ -41,7 +41,7 @@ _SPELLINGS = {
     "f8": "double",
 }
 DTYPES = {name: letter for letter, names in _SPELLINGS.items() for name in names.split("|")}
-
+Header = Mapping[str, Any]
 MAX_SKIP = 1 << 26
 SPACE_REMEDY = "export it with its space, space directions and space origin (3D Slicer does)"
 
@@ -62,7 +62,7 @@ def open_nrrd(source: Source, max_voxels: int) -> Scan:
     return scan_of(stored, geometry, "nrrd")
 
 
-def _parse(text: HeaderText, name: str) -> Mapping[str, Any]:
+def _parse(text: HeaderText, name: str) -> Header:
     """Return pynrrd's reading of the header; its errors quote the header, so ours does not quote them."""
     try:
         header = pynrrd.read_header([line + "\n" for line in text.lines])
@@ -74,7 +74,7 @@ def _parse(text: HeaderText, name: str) -> Mapping[str, Any]:
     return header
 
 
-def _spatial_axes(header: Mapping[str, Any], name: str) -> tuple[list[int], np.ndarray]:
+def _spatial_axes(header: Header, name: str) -> tuple[list[int], np.ndarray]:
     """Return sizes and direction vectors (rows) of the axes that have a direction, the fastest first.
 
     An axis without one may only be one voxel long: colours and several volumes are refused.
@@ -97,7 +97,7 @@ def _spatial_axes(header: Mapping[str, Any], name: str) -> tuple[list[int], np.n
     return list(compress(sizes, is_spatial)), np.asarray(directions)[is_spatial]
 
 
-def _dtype(header: Mapping[str, Any], name: str) -> np.dtype:
+def _dtype(header: Header, name: str) -> np.dtype:
     letter = DTYPES.get(str(header["type"]).lower())
     if letter is None:
         raise wrong_values("dtype", name, "another type")
@@ -107,9 +107,7 @@ def _dtype(header: Mapping[str, Any], name: str) -> np.dtype:
     return np.dtype(letter).newbyteorder(order)
 
 
-def _geometry(
-    header: Mapping[str, Any], directions: np.ndarray, shape_zyx: tuple[int, int, int], name: str
-) -> Geometry:
+def _geometry(header: Header, directions: np.ndarray, shape_zyx: tuple[int, int, int], name: str) -> Geometry:
     space = str(header.get("space", "")).lower()
     if space not in SPACES or "space origin" not in header:
         raise refusal("no-geometry", name, "a space origin in LPS, RAS or LAS", "none", SPACE_REMEDY)
@@ -123,7 +121,7 @@ def _geometry(
 
 
 def _stored(
-    header: Mapping[str, Any], data: Path, start: int, shape_zyx: tuple[int, int, int], dtype: np.dtype, name: str
+    header: Header, data: Path, start: int, shape_zyx: tuple[int, int, int], dtype: np.dtype, name: str
 ) -> Stored:
     compression = COMPRESSIONS.get(str(header["encoding"]).lower())
     if compression is None:
