@@ -64,13 +64,13 @@ def pending(datasets: Iterable[DataSet], limit: int | None = None) -> list[Pendi
     return found
 
 
-# A callback; it gets the name of the archive being read, and of all archives together the bytes done and the total.
+# Callbacks: for the name of the archive being read with, of all archives together, the bytes done and the total; for a
+# sentence to the user.
 OnArchive = Callable[[str, int, int], None]
+OnNote = Callable[[str], None]
 
 
-def unpack_all(
-    todo: Iterable[Pending], out: Location, on_archive: OnArchive, on_note: Callable[[str], None]
-) -> list[str]:
+def unpack_all(todo: Iterable[Pending], out: Location, on_archive: OnArchive, on_note: OnNote) -> list[str]:
     """Unpack and return what could not be read, archive by archive. UsageError; OSError if nothing can be written."""
     problems = []
     for one in todo:
@@ -83,7 +83,7 @@ def unpack_all(
     return problems
 
 
-def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: Callable[[str], None]) -> list[str]:
+def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: OnNote) -> list[str]:
     missing, problems, done = set(todo.missing), [], 0
     ids = {path: known_ids(path, todo.folder) or [] for path in todo.archives}
     to_read = {path: path.stat().st_size for path in todo.archives if not ids[path] or missing.intersection(ids[path])}
@@ -99,8 +99,8 @@ def _unpack_into_folder(todo: Pending, on_archive: OnArchive, on_note: Callable[
         problems += [f"{path}: {problem}" for problem in found.problems]
         ids[path] = found.ids
         done += size
-    archives_of = Counter(name for names in ids.values() for name in set(names))
-    if several := sorted(name for name, count in archives_of.items() if count > 1):
+    counts = Counter(name for names in ids.values() for name in names)
+    if several := sorted(name for name, count in counts.items() if count > 1):
         where = f"{several[0]} in {', '.join(path.name for path, names in ids.items() if several[0] in names)}"
         on_note(f"{len(several)} CTs are archived more than once, {where}: the first that can be read is taken")
     return problems

@@ -14,13 +14,8 @@ from photon_data.errors import UsageError, first_few
 from photon_data.questions.question import Question
 
 KEY = "BDMAP ID"
-REPORTS = (
-    "radiologist note",
-    "structured report",
-    "narrative report",
-    "fusion structured report",
-    "fusion narrative report",
-)
+_REPORTS = "radiologist note, structured report, narrative report, fusion structured report, fusion narrative report"
+REPORTS = tuple(_REPORTS.split(", "))
 FACTS = ("sex", "age", "scanner", "contrast")
 NO_TEXT = ("", "nan", "none", "n/a")
 

@@ -31,17 +31,13 @@ def find_cts(entry: DataSet, on_file: OnFile) -> FoundVolumes:
             if unpacked and source.files[0].is_relative_to(unpacked.absolute()):
                 continue
             if (other := found.setdefault(source.id, source)).files != source.files:
-                raise entry.error(
-                    f"expected every CT once, found {other.files[0]} and {source.files[0]}; narrow `root`"
-                )
+                both = f"{other.files[0]} and {source.files[0]}"
+                raise entry.error(f"expected every CT once, found {both}; narrow `root`")
     if unpacked and unpacked.exists():
         found = {source.id: source for source in _cts_below(unpacked, on_file)} | found
-    notes = []
-    if not unpacked and (archives := find_archives(entry.roots)):
-        notes.append(
-            f"{len(archives)} archives are not read, {archives[0].name} first: name a folder to unpack what is needed, "
-            "as `options: {unpack: FOLDER}`, or extract them with tar -xf"
-        )
+    archives = [] if unpacked else find_archives(entry.roots)
+    hint = "name a folder to unpack what is needed, as `options: {unpack: FOLDER}`, or extract them with tar -xf"
+    notes = [f"{len(archives)} archives are not read, {archives[0].name} first: {hint}"] if archives else []
     return FoundVolumes([SourceVolume(entry, found[name]) for name in sorted(found)], notes=notes)
 
 

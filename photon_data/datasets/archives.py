@@ -54,8 +54,8 @@ def known_ids(archive: Path, folder: Path) -> list[str] | None:
     return marker.get("ids") if isinstance(marker, dict) and marker | _identity(archive) == marker else None
 
 
+# Its file says which CTs are in an archive that was read to its end.
 def _marker(archive: Path) -> str:
-    """Return the name of the file that says which CTs are in an archive that was read to its end."""
     path_hash = hashlib.sha256(str(archive).encode(errors="surrogateescape")).hexdigest()[:12]
     return f".archives/{archive.name}-{path_hash}.json"
 
@@ -99,7 +99,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, name: st
     if (folder / name).is_symlink():
         raise FileExistsError(errno.EEXIST, "expected a folder, found a link", str(folder / name))
     content = tar.extractfile(member)
-    assert content, "a regular file"
+    assert content is not None, f"{member.name} is no regular file"
     # The temporary name is always the same: the next run removes what a killed one left.
     with write_whole(folder / name / SCAN, folder / f".{name}.partial") as temporary, temporary.open("xb") as file:
         shutil.copyfileobj(content, file, CHUNK)

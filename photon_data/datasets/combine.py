@@ -57,10 +57,7 @@ class Collection(NamedTuple):
 
 
 def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None) -> Collection:
-    """Return one data set, its questions with splits and matched to its volumes; UsageError if it is not as declared.
-
-    `instruction` is the question if there is none (reports, volumes without questions), unless the entry has its own.
-    """
+    """Return one data set as declared, or UsageError. An empty question gets the entry's instruction, or this one."""
     adapter = adapter_of(entry)
     found, questions = adapter.read(entry, on_file)
     notes = list(found.notes)
@@ -74,8 +71,7 @@ def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile
     elif not questions:
         raise entry.error("expected questions, found none in its annotations; name some, or use `adapter: folder`")
     questions = [q if q.question else replace(q, question=instruction) for q in questions]
-    tags = [(q.id, tag[0]) for q in questions if (tag := TAG.search(q.question) or TAG.search(q.answer or ""))]
-    if tags:
+    if tags := [(q.id, tag[0]) for q in questions if (tag := TAG.search(q.question) or TAG.search(q.answer or ""))]:
         found_tags = f"{len(tags)}, first {': '.join(tags[0])}"
         raise entry.error(f"expected texts without tags and special tokens, found {found_tags}; remove them")
     questions = _with_splits(entry, _without_duplicates(entry, questions, notes), seed, notes)
@@ -92,10 +88,7 @@ def requested_volumes(entry: DataSet) -> set[str]:
 
 
 def combine(collections: Sequence[Collection], seed: int, prompt: str | None = None) -> Collection:
-    """Return several data sets as one: the questions that caps and weights leave, and the volumes they need, by id.
-
-    Questions and answers get the style `prompt`, or that of their own data set. UsageError if two data sets conflict.
-    """
+    """Return several data sets as one, in the style `prompt` or each in its own; UsageError if two of them conflict."""
     datasets = tuple(entry for collection in collections for entry in collection.datasets)
     questions = [question for collection in collections for question in collection.questions]
     kept = mixed(questions, {entry.name: entry.mix for entry in datasets}, seed)
@@ -114,8 +107,8 @@ def combine(collections: Sequence[Collection], seed: int, prompt: str | None = N
         volumes = ours | volumes
     worded: list[Question] = []
     for entry in datasets:
-        ours_kept = [q for q in kept if q.dataset == entry.name]
-        worded += with_prompt_style(ours_kept, prompt or entry.wording.prompt, entry.wording.choices)
+        asked = [q for q in kept if q.dataset == entry.name]
+        worded += with_prompt_style(asked, prompt or entry.wording.prompt, entry.wording.choices)
     unmatched = [missing for collection in collections for missing in collection.unmatched]
     return Collection(datasets, [volumes[name] for name in sorted(volumes)], worded, unmatched, notes)
 
@@ -124,8 +117,7 @@ def mixed(questions: Sequence[Question], shares: Mapping[str, Mapping[str, Share
     """Return the questions that the shares {data set: {split: Share}} leave, in their order: `mix` of docs/datasets.md.
 
     {"a": 100, "b": 30} with weights 2 and 1 -> {"a": 60, "b": 30}. Which ones stay depends on their ids and the seed
-    alone, so rows added later change little. UsageError for a split in which some data sets have a weight and others
-    have none, and for a share of a split without questions.
+    alone. UsageError for a weight that other data sets of its split lack, and for a share of a split without questions.
     """
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, question in enumerate(questions):
@@ -230,10 +222,7 @@ def _with_splits(entry: DataSet, questions: list[Question], seed: int, notes: li
 def _match(
     entry: DataSet, found: FoundVolumes, questions: Sequence[Question], cohort: str, notes: list[str]
 ) -> tuple[list[Question], list[Unmatched]]:
-    """Return the questions whose volume is there, with its id, and the others; those left out become notes.
-
-    Their ids begin with the data set, their patients with the cohort: patients of two cohorts are different people.
-    """
+    """Return the questions whose volume is there, with its id, and the others; those left out become notes."""
     ids = {volume.source.id for volume in found.volumes}
     find = by_name((volume.source.id, volume.source.path) for volume in found.volumes)
     matched, unmatched, left_out = [], [], Counter[str]()
@@ -241,6 +230,7 @@ def _match(
         if q.volume in found.left_out:
             left_out[found.left_out[q.volume]] += 1
             continue
+        # Patients of two cohorts are different people.
         id_, patient = f"{entry.name}/{q.id}", f"{cohort}:{q.patient}" if q.patient else None
         match = find(q.volume)
         if match.id:

@@ -14,13 +14,11 @@ from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
 
 REPORT_COLUMNS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-_LABELS = (
-    "Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, "
-    "Coronary artery wall calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, "
-    "Lung nodule, Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, "
-    "Peribronchial thickening, Consolidation, Bronchiectasis, Interlobular septal thickening"
-)
-LABELS = tuple(_LABELS.split(", "))
+_LABELS = """Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion,
+    Coronary artery wall calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, Lung nodule,
+    Lung opacity, Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, Peribronchial thickening,
+    Consolidation, Bronchiectasis, Interlobular septal thickening"""
+LABELS = tuple(re.split(r",\s+", _LABELS))
 YES_NO = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}
 # Stands in a report where a section is missing.
 NOT_GIVEN = "not given."
@@ -135,7 +133,5 @@ def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
                     raise UsageError(f"{path}, item {count}: expected one JSON object, found {str(item)[:60]!r}")
                 yield item
                 count += 1
-    except OSError as error:
-        raise UsageError(f"{path}: expected a readable file, found: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: expected UTF-8, found another encoding; download the file again") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected a readable file in UTF-8, found: {error}; download it again") from None

@@ -29,10 +29,8 @@ VOLUME = re.compile(r"(?:train|valid)_[1-9]\d*_[a-z]+_[1-9]\d*")
 SUFFIX = ".nii.gz"
 V1, V2 = "v1", "v2"
 # Of the metadata tables.
-_COLUMNS = (
-    "VolumeName ConvolutionKernel PatientPosition ImagePositionPatient ImageOrientationPatient Rows "
-    "Columns XYSpacing ZSpacing NumberofSlices RescaleSlope RescaleIntercept"
-)
+_COLUMNS = """VolumeName ConvolutionKernel PatientPosition ImagePositionPatient ImageOrientationPatient Rows
+    Columns XYSpacing ZSpacing NumberofSlices RescaleSlope RescaleIntercept"""
 COLUMNS = tuple(_COLUMNS.split())
 # Philips' reconstruction kernels have no number: these are for soft tissue, and for edges (lung, bone, Y = enhanced).
 SOFT = ("A", "B", "SA", "SB", "UA", "UB")
@@ -65,8 +63,7 @@ def find_volumes(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the volumes below the roots of an entry, each once, with their metadata; UsageError."""
     notes: list[str] = []
     by_version = _by_version(entry, on_file, notes)
-    both = by_version[V1].keys() & by_version[V2].keys()
-    if both:
+    if both := by_version[V1].keys() & by_version[V2].keys():
         notes.append(f"{len(both)} volumes are there as v1 and as v2, {min(both)} first; v2 is taken")
     sources = {**by_version[V1], **by_version[V2]}
     metadata = read_metadata(entry.annotations.get("metadata", ()), sources)

@@ -38,8 +38,7 @@ class DataManifest:
     def only(self, names: Collection[str]) -> tuple[DataSet, ...]:
         """Return the named data sets, or all of them without names; UsageError for a name that is not declared."""
         declared = [entry.name for entry in self.datasets]
-        unknown = [name for name in names if name not in declared]
-        if unknown:
+        if unknown := [name for name in names if name not in declared]:
             raise UsageError(f"--only: expected one of {', '.join(declared)}, found {unknown[0]!r}")
         return tuple(entry for entry in self.datasets if not names or entry.name in names)
 
@@ -86,7 +85,9 @@ def _entry(name: str, item: _Node, recipe: RecipeChoice) -> DataSet:
         volumes=_read(found, "volumes", lambda which: which.one_of(("all", "first", "thinnest", "sharpest")), "all"),
         recipe=_read(found, "recipe", lambda choice: _recipe(choice, recipe.name), recipe),
         mix=_read(found, "mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
-        options=_read(found, "options", _options, {}),
+        options=_read(
+            found, "options", lambda all_: {name: _option(name, one) for name, one in all_.mapping().items()}, {}
+        ),
     )
 
 
@@ -134,25 +135,17 @@ def _share(item: _Node) -> Share:
     return Share(weight, _read(found, "cap", lambda cap: cap.whole(0), None))
 
 
-def _options(item: _Node) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name, value in item.mapping().items():
-        if isinstance(value.value, dict):
-            texts = value.mapping(NAMES if name == "columns" else None)
-            options[name] = {key: text.text() for key, text in texts.items()}
-        else:
-            text = value.text()  # refuses a list
-            options[name] = value.paths()[0] if name == UNPACK else text
-    return options
+def _option(name: str, item: _Node) -> Any:
+    if isinstance(item.value, dict):
+        return {key: text.text() for key, text in item.mapping(NAMES if name == "columns" else None).items()}
+    text = item.text()  # refuses a list
+    return item.paths()[0] if name == UNPACK else text
 
 
 class _Node(NamedTuple):
-    """A value of a YAML file and its line. Mappings hold a node for each key, lists hold nodes.
+    """A value of a YAML file. Each method returns it as one type; UsageError, with the line, if it is of another."""
 
-    Each method returns the value as one type. It raises UsageError, with the line, for a value of another type.
-    """
-
-    value: Any
+    value: Any  # mappings hold a node for each key, lists hold nodes
     path: Path
     line: int
 
@@ -205,9 +198,8 @@ class _Node(NamedTuple):
 
 def _read_yaml(path: Path) -> _Node:
     """Return the one document of a YAML file; UsageError if it is not YAML, or has a key twice."""
-    text = read_text(path, (".yaml", ".yml"))
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(read_text(path, (".yaml", ".yml")), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path.name}, line {mark.line + 1}" if mark else path.name

@@ -22,26 +22,19 @@ from photon_data.questions.table import Problem, Table, TableRow, read_table, re
 
 # The 42 subtypes of v2, with those of v1, in their published spelling, by the type of their answers.
 _BY_TYPE = {
-    "number": (
-        "organ volume measurement, organ HU measurement, lesion volume measurement, organ HU ratio, "
-        "tumor burden percentage, largest lesion diameter, largest lesion slice, lesion counting, "
-        "lesion count by location, organ aggregation, tumor organ HU difference"
-    ),
-    "yes-no": (
-        "pancreatic lesion existence, liver lesion existence, kidney lesion existence, kidney tumor existence, "
-        "kidney cyst existence, colon lesion existence, PDAC existence, PNET existence, lesion outlier, "
-        "organ enlargement, pancreatic steatosis, pancreatic cyst resectability, pseudocyst determination, "
-        "splenomegaly detection, portal hypertension assessment"
-    ),
-    "text": (
-        "liver lesion clustering, kidney volume comparison, largest lesion attenuation, largest lesion location, "
-        "inter-segment comparison, adjacent organ, bilateral kidney asymmetry, "
-        "multi-organ lesion burden comparison, fatty liver, hepatic steatosis grading, pancreatic tumor staging, "
-        "pancreatic lesion resectability, PDAC vs PNET classification, lesion type classification, "
-        "splenomegaly grading, renal mass characterization"
-    ),
+    "number": """organ volume measurement, organ HU measurement, lesion volume measurement, organ HU ratio,
+        tumor burden percentage, largest lesion diameter, largest lesion slice, lesion counting,
+        lesion count by location, organ aggregation, tumor organ HU difference""",
+    "yes-no": """pancreatic lesion existence, liver lesion existence, kidney lesion existence, kidney tumor existence,
+        kidney cyst existence, colon lesion existence, PDAC existence, PNET existence, lesion outlier,
+        organ enlargement, pancreatic steatosis, pancreatic cyst resectability, pseudocyst determination,
+        splenomegaly detection, portal hypertension assessment""",
+    "text": """liver lesion clustering, kidney volume comparison, largest lesion attenuation, largest lesion location,
+        inter-segment comparison, adjacent organ, bilateral kidney asymmetry, multi-organ lesion burden comparison,
+        fatty liver, hepatic steatosis grading, pancreatic tumor staging, pancreatic lesion resectability,
+        PDAC vs PNET classification, lesion type classification, splenomegaly grading, renal mass characterization""",
 }
-SUBTYPES = {subtype: kind for kind, subtypes in _BY_TYPE.items() for subtype in subtypes.split(", ")}
+SUBTYPES = {subtype: kind for kind, subtypes in _BY_TYPE.items() for subtype in re.split(r",\s+", subtypes)}
 BY_LOWER_CASE = {subtype.casefold(): subtype for subtype in SUBTYPES}
 # Column in snake case -> our name, where they differ.
 ALIASES = {"question_id": "qid", "multiple_choice_question": "mc_question"}

@@ -99,6 +99,5 @@ def _counts(files: Iterable[Path], questions: Iterable[Question]) -> Iterator[st
     found = Counter((question.split, question.task) for question in questions)
     folders = {(file.parts[-3], match[1], match[2]) for file in files if (match := TASK.fullmatch(file.parts[-2]))}
     for split, number, task in sorted(folders):
-        published, there = PUBLISHED[split][number], found[split, task]
-        if there != published:
+        if (there := found[split, task]) != (published := PUBLISHED[split][number]):
             yield f"{split}, task {number} ({task}): {published} questions were published, {there} are here"

@@ -10,8 +10,6 @@ from photon_data.questions.question import Question
 from photon_data.questions.question_table import read_questions
 from photon_data.readers.find import find_scans, left_alone
 
-SCANS, QUESTIONS = "scans", "questions.jsonl"
-
 
 def read_tables(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return the scans of folders and the questions of tables, whose columns the option `columns` can map."""
@@ -27,8 +25,8 @@ def read_folder(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, None]:
 
 def read_phantoms(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
     """Return what `photon-data phantom ROOT` made: scans, and questions whose task is their kind."""
-    questions = [q for root in entry.roots for q in read_questions(root / QUESTIONS)]
-    scans = _scans(replace(entry, roots=tuple(root / SCANS for root in entry.roots)), on_file)
+    questions = [q for root in entry.roots for q in read_questions(root / "questions.jsonl")]
+    scans = _scans(replace(entry, roots=tuple(root / "scans" for root in entry.roots)), on_file)
     return scans, [replace(question, task=question.extra.get("kind")) for question in questions]
 
 

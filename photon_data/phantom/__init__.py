@@ -23,7 +23,7 @@ from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, Slot, occurrence_o
 from photon_data.phantom.questions import caption_rows, question_rows
 from photon_data.phantom.scanner import SLAB, SimulatedScan, draw_scan, paint, stored_planes
 
-DEFAULT_SIZE = 384
+SIZE = 384  # voxels across a slice
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,18 @@ class Phantom:
         return directory / "scans" / f"{self.slot.volume}{self.scan.suffix}"
 
 
-def make_phantoms(
-    directory: Path,
-    n: int,
-    seed: int,
-    *,
-    size: int = DEFAULT_SIZE,
-    easy: bool = False,
-    progress: Callable[[Phantom], object] | None = None,
-) -> list[Phantom]:
-    """Write n phantoms and their questions.jsonl; `progress` is called after each. The same seed gives the same bytes.
+# A callback; it gets each phantom that was written.
+Progress = Callable[[Phantom], object]
 
-    Phantom i is the same whatever n is. `size` is the number of voxels across a slice; it changes no body, field of
-    view or answer. `easy` phantoms have whole organs affected, and are asked only whether they are; those of the
-    training split have captions too. FileExistsError if the directory holds scans of another seed or a larger n:
-    `prepare` would take them too, without questions.
+
+def make_phantoms(
+    directory: Path, n: int, seed: int, *, size: int = SIZE, easy: bool = False, progress: Progress | None = None
+) -> list[Phantom]:
+    """Write n phantoms and their questions.jsonl. The same seed gives the same bytes, and phantom i whatever n is.
+
+    `size` changes no body, field of view or answer. `easy` phantoms have whole organs affected, and are asked only
+    whether they are; those of the training split have captions too. FileExistsError if the directory holds scans of
+    another seed or a larger n: `prepare` would take them too, without questions.
     """
     phantoms = [draw_phantom(seed, index, size, easy=easy) for index in range(n)]
     scans, paths = directory / "scans", {phantom.scan_path(directory) for phantom in phantoms}
@@ -70,14 +67,13 @@ def make_phantoms(
     return phantoms
 
 
-def draw_phantom(seed: int, index: int, size: int = DEFAULT_SIZE, *, easy: bool = False) -> Phantom:
+def draw_phantom(seed: int, index: int, size: int = SIZE, *, easy: bool = False) -> Phantom:
     """Phantom number `index`: the body, the scan's view of it, and lesions in that view. Milliseconds, no files."""
     slot = slot_of(seed, index)
     body = draw_body(seeded(seed, "body", slot.patient_index))
     scan = draw_scan(slot, seeded(seed, "scan", index), body, size)
     findings = EASY_FINDINGS if easy else FINDINGS
-    drawn = {finding.name: occurrence_of(slot, finding) for finding in findings}
-    occurrences = {name: occurrence for name, occurrence in drawn.items() if occurrence}
+    occurrences = {finding.name: shown for finding in findings if (shown := occurrence_of(slot, finding))}
     lesions = draw_lesions(seeded(seed, "lesions", index), body, scan.visible, occurrences)
     rows = question_rows(slot, findings, occurrences, lesions)
     if easy and slot.split == "train":

@@ -295,10 +295,7 @@ def _draw_whole(rng: np.random.Generator, low_high: tuple[int, int]) -> int:
 
 
 def _draw_centre(rng: np.random.Generator, home: Shape, radius_mm: float, taken: Mapping[Vector, float]) -> Vector:
-    """The centre of a sphere in `home`, GAP_MM from its border and twice that from spheres `taken` {centre: radius}.
-
-    NoRoomError if none of 10,000 random places fits.
-    """
+    """The centre of a sphere in `home`, GAP_MM from its border and twice that from {centre: radius}; NoRoomError."""
     centres = rng.uniform(home.bounds_lps[0], home.bounds_lps[1], (10_000, 3))
     for other, other_radius_mm in taken.items():
         distance = np.linalg.norm(centres - other, axis=1)

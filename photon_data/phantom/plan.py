@@ -1,9 +1,8 @@
 """Which volume has which finding: stratified, so that no constant answer and no rule on the question's text can win.
 
 Volumes come in blocks of twelve scans of ten patients (two patients are scanned twice). Within one split, findings are
-dealt like cards: of every two volumes one has the finding; of every two volumes that have it one shows it left and one
-right; of every three, one shows 1, one 2 and one 3 of it; and so on. A deck is shuffled with a seed of its own (seed,
-split, what is dealt, number of the deck): volume i depends on (seed, i) only, and more volumes may be added later.
+dealt like cards: of every two volumes one has the finding; of every three that have it, one shows 1, one 2 and one 3 of
+it; and so on. A deck is shuffled with a seed of its own, so that more volumes may be added later.
 """
 
 from __future__ import annotations
@@ -86,6 +85,7 @@ Occurrences = dict[str, Occurrence]
 
 LUNGS = ("lung_left", "lung_right")
 SIDES = ("left", "right")
+DISTINCT = ("fat", "fluid", "calcified")
 # Gaps between the bins and far-apart substances keep the choices clear to a small model on 1.3 mm voxels.
 FINDINGS = (
     Finding(
@@ -107,7 +107,7 @@ FINDINGS = (
         places=("left lobe", "right lobe"),
         counts=(1, 2, 3),
         size_bins_mm=((15, 20), (24, 29), (34, 40)),
-        substances=("fat", "fluid", "calcified"),
+        substances=DISTINCT,
     ),
     Finding(
         name="kidney_lesion",
@@ -117,15 +117,10 @@ FINDINGS = (
         sides=SIDES,
         places=("upper pole", "lower pole"),
         size_bins_mm=((15, 19), (24, 28)),
-        substances=("fat", "fluid", "calcified"),
+        substances=DISTINCT,
     ),
     Finding(
-        name="spleen_lesion",
-        organ="spleen",
-        noun="splenic lesion",
-        organ_masks=("spleen",),
-        size_bins_mm=((15, 19), (26, 34)),
-        substances=("fat", "fluid", "calcified"),
+        "spleen_lesion", "spleen", "splenic lesion", ("spleen",), size_bins_mm=((15, 19), (26, 34)), substances=DISTINCT
     ),
     Finding("pleural_effusion", "pleura", "pleural effusion", LUNGS, sides=SIDES),
 )
@@ -148,13 +143,9 @@ def slot_of(seed: int, index: int) -> Slot:
     """The patient and split of scan number `index`."""
     block, number = divmod(index, len(SCANNED))
     splits = [SPLITS[patient] for patient in SCANNED]
-    return Slot(
-        seed=seed,
-        index=index,
-        patient_index=block * len(SPLITS) + SCANNED[number],
-        split=splits[number],
-        index_in_split=block * splits.count(splits[number]) + splits[:number].count(splits[number]),
-    )
+    split = splits[number]
+    index_in_split = block * splits.count(split) + splits[:number].count(split)
+    return Slot(seed, index, block * len(SPLITS) + SCANNED[number], split, index_in_split)
 
 
 def deal(slot: Slot, what: str, cards: Sequence[Card], position: int | None = None) -> Card:

@@ -56,6 +56,10 @@ WORDINGS = {
 }
 
 
+# Rows of questions.jsonl.
+Rows = list[dict[str, Any]]
+
+
 class Item(NamedTuple):
     """One thing to ask of one volume: `form` is a key of WORDINGS. An open question has no choices."""
 
@@ -66,9 +70,7 @@ class Item(NamedTuple):
     unit: str = ""
 
 
-def question_rows(
-    slot: Slot, findings: Sequence[Finding], occurrences: Occurrences, lesions: Lesions
-) -> list[dict[str, Any]]:
+def question_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences, lesions: Lesions) -> Rows:
     """The rows of questions.jsonl for one volume: whether each finding exists, and more about those that do."""
     rows = []
     for finding in findings:
@@ -84,7 +86,7 @@ def question_rows(
     return rows
 
 
-def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> list[dict[str, Any]]:
+def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> Rows:
     """The captions of a volume: what all its questions ask in one text, once with each finding first."""
     parts = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
     answers = [", ".join(parts[first:] + parts[:first]) for first in range(len(parts))]
