@@ -202,20 +202,15 @@ def tiny_s1() -> TrainConfig:
     voxels that rise and fall together, so its learning rate is a hundredth. With fewer volumes a step, or with more
     layers, the model stays at chance for long.
     """
+    rates: dict[str, Any] = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 2e-3)
+    rates |= {"lr_patch_embedding": 2e-5, "lr_threshold": 0.0}
+    plain: dict[str, Any] = {
+        "gradient_checkpointing": False,
+        "vision_gradient_checkpointing": False,
+        "precision": "fp32",
+    }
     return TrainConfig(
-        stage="s1",
-        lr_patch_embedding=2e-5,
-        lr_threshold=0.0,
-        **dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 2e-3),
-        groups_per_step=8,
-        questions_per_volume=8,
-        epochs=30,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        precision="fp32",
-        gradient_checkpointing=False,
-        vision_gradient_checkpointing=False,
-        save_every=0,
+        stage="s1", groups_per_step=8, epochs=30, weight_decay=0.05, adam_beta2=0.98, save_every=0, **rates, **plain
     )
 
 
