@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -195,6 +194,8 @@ def exclusive(out: Location) -> Iterator[None]:
         finally:
             out.remove(LOCK)
         return
+    import fcntl  # late: without Unix, stores can still be read
+
     try:
         out.path.mkdir(parents=True, exist_ok=True)
         lock = (out.path / LOCK).open("a")

@@ -41,14 +41,11 @@ STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "
 
 
 class MicroBatch(NamedTuple):
-    """Rows that are computed together: indices into the manifest's rows.
+    """Rows that are computed together."""
 
-    weight: what its loss counts, 1 but in the last step of an epoch: 3 micro-batches for 4 slots -> 4/3, 4/3, 4/3, 0.
-    """
-
-    rows: tuple[int, ...]
+    rows: tuple[int, ...]  # indices into the manifest's rows
     number: int  # within its epoch; seeds what is random
-    weight: float = 1.0
+    weight: float = 1.0  # of its loss; in the last step of an epoch, 3 micro-batches for 4 slots: 4/3, 4/3, 4/3, 0
 
 
 def plan_epoch(

@@ -102,8 +102,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the position of the run that a checkpoint was made at."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    return state
+    return dict(json.loads((checkpoint / STATE).read_text()))
 
 
 def save_merged(model: Any, processor: Any, run: Path) -> None:

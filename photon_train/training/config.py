@@ -170,19 +170,28 @@ def _converted(name: str, value: Any) -> Any:
 
 def s1() -> TrainConfig:
     """Return stage 1 as published: the 3D patch embedding only, from Qwen2.5-VL, on volumes with captions."""
-    frozen: dict[str, Any] = {"lr_vision": 0.0, "lr_merger": 0.0, "lr_language_model": 0.0, "lr_threshold": 0.0}
-    return TrainConfig(stage="s1", lr_patch_embedding=1.25e-4, groups_per_step=32, **frozen)
+    return TrainConfig(
+        stage="s1",
+        lr_patch_embedding=1.25e-4,
+        lr_vision=0.0,
+        lr_merger=0.0,
+        lr_language_model=0.0,
+        lr_threshold=0.0,
+        groups_per_step=32,
+    )
 
 
 def s1c() -> TrainConfig:
     """Return the dense fine-tuning as published: everything, from stage 1, no pruning."""
-    rates: dict[str, Any] = {
-        "lr_patch_embedding": 5e-6,
-        "lr_vision": 5e-6,
-        "lr_merger": 5e-6,
-        "lr_language_model": 1e-5,
-    }
-    return replace(s1(), stage="s1c", groups_per_step=16, **rates)
+    return replace(
+        s1(),
+        stage="s1c",
+        lr_patch_embedding=5e-6,
+        lr_vision=5e-6,
+        lr_merger=5e-6,
+        lr_language_model=1e-5,
+        groups_per_step=16,
+    )
 
 
 def s2() -> TrainConfig:

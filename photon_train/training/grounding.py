@@ -105,9 +105,8 @@ class GroundingLoss:
         visual_BL = visual_mask(ids_BL, config)
         share_BV = torch.stack([torch.zeros_like(first) if share_V is None else share_V for share_V in known])
         nowhere_BL = torch.zeros_like(visual_BL, dtype=torch.float32)
-        question_BL = (
-            batch.inputs["question_mask"] if "question_mask" in batch.inputs else question_mask(ids_BL, config)
-        )
+        question_BL = batch.inputs.get("question_mask")
+        question_BL = question_mask(ids_BL, config) if question_BL is None else question_BL.bool()
         q_BHLd, k_BKLd = qk
         with torch.autocast(q_BHLd.device.type, enabled=False):
             score_BL = question_scores(q_BHLd, k_BKLd, question_BL & batch.inputs["attention_mask"].bool(), visual_BL)

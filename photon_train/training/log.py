@@ -147,8 +147,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     logged = {name for row in rows for name in row}
     panels = {title: own for title, names in PANELS.items() if (own := [name for name in names if name in logged])}
-    size = (11, 1.3 * len(panels) + 1)
-    figure, axes = pyplot.subplots(math.ceil(len(panels) / 2), 2, figsize=size, squeeze=False)
+    figure, axes = pyplot.subplots(-(-len(panels) // 2), 2, figsize=(11, 1.3 * len(panels) + 1), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):

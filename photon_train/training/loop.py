@@ -55,8 +55,7 @@ def run_steps(run: Run) -> dict[str, Any]:
             row |= validate(run)
         if log is not None:
             log.write(row)
-            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-            run.accelerator.log(numbers, step=row["step"])
+            run.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
             run.callback(row)
         if last or _is_due(run, run.config.save_every):
             keep = run.config.keep_checkpoints
@@ -238,10 +237,9 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
-    """Return a description of the run, after one step of it on real rows in a temporary folder.
+    """Return a description of the run, after one step on real rows in a temporary folder; "" but in the main process.
 
-    Every row is checked against its store, as at the start of a run. Raises what that raises. "" but in the main
-    process.
+    Every row is checked against its store, as at the start of a run. Raises what that raises.
     """
     with tempfile.TemporaryDirectory(prefix="photon-") as folder:
         trial = start(replace(config, output=folder, track=()), resume=False, grounding=grounding)

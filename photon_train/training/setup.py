@@ -104,12 +104,8 @@ def start(
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
-    state: dict[str, Any] = {
-        "step": 0,
-        "epoch": 0,
-        "step_in_epoch": 0,
-        "rows": hashlib.sha256(text.encode()).hexdigest(),
-    }
+    state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
+    state["rows"] = hashlib.sha256(text.encode()).hexdigest()
     if last:
         saved = read_state(last)
         _check_same_run(config, saved, state["rows"])
@@ -248,12 +244,11 @@ def choose_trained(model: nn.Module, config: TrainConfig) -> None:
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Return optimizer groups: a learning rate per module, weight decay for matrices only. `module` is for the log."""
-    groups: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[str, float], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[module_of(name), parameter.ndim > 1].append(parameter)
-    decay = {True: config.weight_decay, False: 0.0}
+            groups[module_of(name), config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
     return [
-        {"params": own, "lr": config.learning_rates[module], "weight_decay": decay[is_matrix], "module": module}
-        for (module, is_matrix), own in groups.items()
+        {"params": own, "lr": config.learning_rates[module], "weight_decay": decay, "module": module}
+        for (module, decay), own in groups.items()
     ]
