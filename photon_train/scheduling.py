@@ -168,7 +168,8 @@ def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: Photo
     share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
     if patches_PX is None:
         raise ValueError(
-            "scheduler 'foreground': expected pixel_values_videos, found encoded volumes; pass the volumes"
+            "scheduler 'foreground': expected pixel_values_videos, found volumes that "
+            "are encoded already; pass their patches too"
         )
     patches_per_token = config.vision_config.spatial_merge_size**2
     share_P = (patches_PX > config.foreground_level).float().mean(1)

@@ -32,7 +32,10 @@ def start_from(
     torch.manual_seed(seed)
     model = PhotonForConditionalGeneration.from_pretrained(path_or_id, revision=revision)
     if model.config.stage != 1:
-        raise ValueError(f"expected a Qwen2.5-VL or stage-1 checkpoint, found stage 2: {path_or_id}; use its origin")
+        raise ValueError(
+            f"expected a Qwen2.5-VL or stage-1 checkpoint, found one of stage 2 at {path_or_id}; start from the "
+            "checkpoint that it was trained from"
+        )
     processor = PhotonProcessor(AutoTokenizer.from_pretrained(path_or_id, revision=revision), model.config)
     model.save_pretrained(output)
     processor.tokenizer.save_pretrained(output)

@@ -64,7 +64,8 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         expected, found = (int(grid_thw.prod(-1).sum()), voxels), tuple(hidden_states.shape)
         if found != expected:
             raise ValueError(
-                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; patchify anew"
+                f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; "
+                "make both with the processor"
             )
         return super().forward(hidden_states, grid_thw, **kwargs)
 

@@ -171,7 +171,7 @@ def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | Non
 def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) -> Chart:
     """Return the share of voxels [n] between `edges` [n + 1] HU, on a logarithmic axis."""
     x, y = _Scale(edges[0], edges[-1]), _up(np.log10(_LEAST_SHARE), 0)
-    curve = _curve(np.log10(np.maximum(shares, _LEAST_SHARE)), x, y)
+    curve = _curve(shares, x, y)
     ticks = [v for v in (-1000, -500, 0, 500, 1000) if edges[0] <= v <= edges[-1]]
     labels = [_text(_LEFT - 5, y(power) + 4, text, "end") for power, text in ((0, "100%"), (-2, "1%"), (-4, ".01%"))]
     return Chart(name, words, "Profile", [*curve, _baseline(), *_x_labels(ticks, x), *labels])
@@ -179,15 +179,14 @@ def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) 
 
 def sparkline(counts: Sequence[float], *, words: str) -> Chart:
     """Return a histogram as a curve the height of two lines of text, logarithmic, without axes."""
-    total = float(np.sum(counts)) or 1.0
-    levels = np.log10(np.maximum(np.asarray(counts, float) / total, _LEAST_SHARE))
+    shares = np.asarray(counts, float) / (float(np.sum(counts)) or 1.0)
     x, y = _Scale(0, len(counts), 0, _SPARK_WIDTH), _Scale(np.log10(_LEAST_SHARE), 0, _SPARK_HEIGHT - 1, 1)
-    return Chart("", words, "Histogram", _curve(levels, x, y), _SPARK_WIDTH, _SPARK_HEIGHT)
+    return Chart("", words, "Histogram", _curve(shares, x, y), _SPARK_WIDTH, _SPARK_HEIGHT)
 
 
-def _curve(levels: np.ndarray, x: _Scale, y: _Scale) -> list[Shape]:
-    """Return an area and its outline over equal bins from x.low to x.high."""
-    step = (x.high - x.low) / len(levels)
+def _curve(shares: np.ndarray, x: _Scale, y: _Scale) -> list[Shape]:
+    """Return an area and its outline, logarithmic, over equal bins from x.low to x.high."""
+    levels, step = np.log10(np.maximum(shares, _LEAST_SHARE)), (x.high - x.low) / len(shares)
     points = " ".join(f"{x(x.low + (i + 0.5) * step)},{y(float(level))}" for i, level in enumerate(levels))
     feet = f"{x(x.high - step / 2)},{y(y.low)} {x(x.low + step / 2)},{y(y.low)}"
     return [

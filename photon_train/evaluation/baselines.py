@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple
@@ -52,7 +52,7 @@ Baseline = Callable[[Case], str | None]
 class Baselines(NamedTuple):
     """All of them."""
 
-    baselines: dict[str, Baseline]
+    baselines: Mapping[str, Baseline]
     constants: dict[str, str]  # the best answer by kind of question
     learned_on: str  # the rows that it was chosen on
 

@@ -215,9 +215,9 @@ class RecallContrast:
 
 @dataclass(frozen=True)
 class MaskRecalls:
-    """Recall of masks, of predictions with a mask of kept tokens on a volume that has masks."""
+    """Recall of masks."""
 
-    predictions: int
+    predictions: int  # with a mask of kept tokens, on a volume that has masks
     by_mask: tuple[Recall, ...]  # over all questions
     by_size: tuple[Recall, ...]
     organs: tuple[RecallContrast, ...]  # by the masks that rows name as theirs; first the mean over the masks
@@ -237,6 +237,10 @@ def mask_recalls(
     cases: Sequence[Case], masks: Mapping[str, Sequence[VolumeMask]], patients: Patients
 ) -> MaskRecalls | None:
     """Return the recalls of `masks` (by volume id) that are not empty, None where no prediction fits their grid."""
+
+    def recall(name: str, group: Sequence[Pair]) -> Recall:
+        return _recall(name, group, _replicates(group, patients))
+
     pairs = [pair for case in cases for pair in _pairs(case, masks.get(case.volume_id, ()))]
     if not pairs:
         return None
@@ -244,19 +248,15 @@ def mask_recalls(
     sizes = grouped(pairs, lambda pair: size_of(pair.mask.ml))
     return MaskRecalls(
         predictions=len({pair.case.id for pair in pairs}),
-        by_mask=tuple(_recall(name, group, _replicates(group, patients)) for name, group in by_mask.items()),
-        by_size=tuple(
-            _recall(size, group, _replicates(group, patients)) for size in SIZES if (group := sizes.get(size))
-        ),
+        by_mask=tuple(recall(name, group) for name, group in by_mask.items()),
+        by_size=tuple(recall(size, sizes[size]) for size in SIZES if size in sizes),
         organs=tuple(_contrasts(by_mask, organ_relation, patients)),
         lesions=tuple(_contrasts(by_mask, _lesion_relation(cases), patients)),
     )
 
 
 def _pairs(case: Case, masks: Sequence[VolumeMask]) -> Iterator[Pair]:
-    if not case.prediction.kept:
-        return
-    keep_V = _mask(case)
+    keep_V = _mask(case) if case.prediction.kept else np.zeros(0, bool)
     for mask in masks:
         if mask.voxels and len(mask.counts_V) == len(keep_V):
             found = mask.recall(keep_V)

@@ -1,7 +1,4 @@
-"""An evaluation -> scores.json and report.html, the same bytes for the same evaluation; tables for page and terminal.
-
-The page (report.html.j2) opens offline: scores with intervals and baselines, costs, what was kept, single cases.
-"""
+"""An evaluation -> scores.json and report.html, the same bytes for the same evaluation; and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ def write_report(
 ) -> list[Path]:
     """Write scores.json and report.html into `folder`, each whole or not at all, and return their paths.
 
-    `overlays` are, by name of the predictions, pictures (png, jpeg) by question id. The page holds those of
-    the cases that it shows.
+    `overlays`: by name of the predictions, pictures (png, jpeg) by question id. The page holds those that it shows.
     """
     pictures = overlays or {}
     values = {
@@ -114,7 +110,6 @@ def _rounded(value: Any) -> Any:
 
 
 def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
-    """Return what the page shows of one file of predictions."""
     tasks = []
     for task, scores in grouped(answers.scores, lambda score: score.task).items():
         blind = list(dict.fromkeys(name for score in scores for name in score.baselines))
