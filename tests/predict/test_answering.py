@@ -7,7 +7,14 @@ import torch
 from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
 from photon_train.answering.prediction import unpack_mask
-from photon_train.answering.predictor import AnswerSettings, Request, answer_ids, group_rows, score_choices
+from photon_train.answering.predictor import (
+    AnswerSettings,
+    Request,
+    answer_ids,
+    answer_questions,
+    group_rows,
+    score_choices,
+)
 
 
 def answered(model, rows):
@@ -161,3 +168,21 @@ def test_drawn_answers_depend_on_the_seed_and_on_nothing_that_ran_before(model_d
 
     assert drawn(3) == drawn(3)
     assert drawn(3) != drawn(4)
+
+
+def test_more_than_nine_questions_are_streamed_in_their_order(model):
+    questions, prompts, starts = [f"Is there a nodule in slab {n}?" for n in range(1, 12)], [], [True]
+
+    class Streamer:
+        def put(self, ids):
+            if starts.pop():
+                prompts.append(model.processor.tokenizer.decode(ids.flatten()))
+            starts.append(False)
+
+        def end(self):
+            starts[:] = [True]
+
+    replies, _ = answer_questions(model, questions, blocks(1), "a", {"read": 0.0, "prepare": 0.0}, Streamer())
+    assert [reply.prediction.id for reply in replies] == [f"q{n}" for n in range(1, 12)]
+    assert len(prompts) == 11
+    assert all(question in prompt for question, prompt in zip(questions, prompts, strict=True))
