@@ -296,7 +296,7 @@ def test_a_rescaling_table_applies_to_its_volumes_and_the_others_are_refused(sou
 
 
 def test_a_folder_that_cannot_be_listed_is_refused_and_not_a_crash(tmp_path):
-    source = Source("sub", "sub", (), "folder", 0, 0, "a folder that can be listed wanted: Permission denied")
+    source = Source("sub", "sub", (), "folder", 0, 0, "expected a folder that can be listed, found: Permission denied")
     record = prepare_file(Job(source, str(tmp_path / "out"), SMALL))
     assert (record.state, record.code, record.reason) == ("refused", "unreadable", source.problem)
 

@@ -188,7 +188,7 @@ def test_init_from_a_stock_checkpoint_writes_a_stage_1_start(tmp_path: Path) -> 
 def test_commands_that_cannot_be_followed_exit_with_2_and_say_why(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert any(word in result.output for word in ("expected", "wanted", "Missing argument"))
+    assert any(word in result.output for word in ("expected", "Missing argument"))
 
 
 def test_help_does_not_wait_for_torch() -> None:
