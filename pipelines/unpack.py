@@ -65,9 +65,9 @@ def pending(datasets: Iterable[DataSet], limit: int | None = None) -> list[Pendi
     return found
 
 
-# Callbacks: for the name of the archive being read with, of all archives together, the bytes done and the total; for a
-# sentence to the user.
+# A callback; it gets the name of the archive being read, and of all archives together the bytes done and the total.
 OnArchive = Callable[[str, int, int], None]
+# A callback; it gets a sentence for the user.
 OnNote = Callable[[str], None]
 
 

@@ -54,7 +54,7 @@ def known_ids(archive: Path, folder: Path) -> list[str] | None:
     return marker.get("ids") if isinstance(marker, dict) and marker | _identity(archive) == marker else None
 
 
-# Its file says which CTs are in an archive that was read to its end.
+# The name of the file that says which CTs are in an archive. An archive that was read to its end has one.
 def _marker(archive: Path) -> str:
     path_hash = hashlib.sha256(str(archive).encode(errors="surrogateescape")).hexdigest()[:12]
     return f".archives/{archive.name}-{path_hash}.json"
@@ -132,7 +132,7 @@ def _as_read_error() -> Iterator[None]:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """A member of which only an empty block is the end; tarfile also takes an unreadable header, or none, for it."""
+    """A member whose header can be read. tarfile takes a bad or missing one for the end; here only an empty block is."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

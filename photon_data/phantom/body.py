@@ -269,7 +269,7 @@ def _draw_all(rng: np.random.Generator, body: Body, visible: Shape, occurrences:
             hu = _draw_whole(rng, SUBSTANCES_HU[occurrence.substance])
             organs = enumerate(occurrence.finding.organ_masks, start=1)
             lesions[name] = tuple(Layer(body.organs[organ], hu, name, number, organ) for number, organ in organs)
-        elif name not in lesions:
+        elif name not in lesions:  # the effusion is
             lesions[name] = tuple(_draw_round(rng, body, free, occurrence))
     return lesions
 
