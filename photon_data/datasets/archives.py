@@ -132,7 +132,7 @@ def _as_read_error() -> Iterator[None]:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """A member whose header can be read. tarfile takes a damaged or missing one for the end, which is an empty block."""
+    """A member whose header can be read. tarfile takes a bad or missing one for the end; here an empty block is."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
