@@ -242,7 +242,8 @@ def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> No
     for role, content in ((message["role"], message["content"]) for message in messages):
         if special := [token for token in SPECIALS if token in content]:
             raise ValueError(
-                f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the template"
+                f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the "
+                "template"
             )
         if TAG in content and role != "user":
             raise ValueError(f"{name}: expected <video> in user turns only, found one in a {role} turn; remove it")
