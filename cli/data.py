@@ -9,6 +9,7 @@ from typer import Argument, Context, Exit, Option, Typer
 
 from photon_cli import options
 from photon_cli.terminal import OK, PARTIAL, ProgressBar, console, errors_as_exit_codes, fail, run_app
+from photon_data.recipe import MAX_VOXELS
 
 app = Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
@@ -45,7 +46,7 @@ def prepare(
     scheduler: options.Scheduler = None,
     timeout: options.Timeout = 1800,
     memory: options.Memory = None,
-    max_voxels: options.MaxVoxels = 1_000_000_000,
+    max_voxels: options.MaxVoxels = MAX_VOXELS,
     pictures: Annotated[int, Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
 ) -> None:
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
@@ -83,7 +84,7 @@ def inspect(
     scheduler: options.Scheduler = None,
     timeout: options.Timeout = 1800,
     memory: options.Memory = None,
-    max_voxels: options.MaxVoxels = 1_000_000_000,
+    max_voxels: options.MaxVoxels = MAX_VOXELS,
     json_file: Annotated[Path | None, Option("--json", help="Also write one JSON row per scan here.")] = None,
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""

@@ -24,6 +24,7 @@ from photon_cli.options import numbers, window_of
 from photon_cli.terminal import ProgressBar, console, print_lines
 from photon_data.errors import UsageError
 from photon_data.picture import AUTO, resolve_window
+from photon_data.questions.table import VIDEO_TAG
 from photon_data.recipe import Recipe
 from photon_train.answering import manifest
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
@@ -40,7 +41,7 @@ from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import counted_masks
 from photon_train.overlay import DEFAULT_VIEW, Canvas, View, folders_of, write_overlay
-from photon_train.rows import TAG, Row, read_rows
+from photon_train.rows import Row, read_rows
 from photon_train.scheduling import SCHEDULERS
 
 RECALL = "recall.json"
@@ -201,7 +202,7 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
 
 def _question_of(row: Row) -> str:
     text: str = next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
-    return text.replace(TAG, "").strip()
+    return text.replace(VIDEO_TAG, "").strip()
 
 
 class _AnsweringBar(ProgressBar):

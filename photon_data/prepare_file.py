@@ -189,8 +189,11 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
 
 def recipe_digest(metadata: Mapping[str, Any]) -> str:
     """Return the digest of the recipe that a store was made by, also of a store whose recipe still held a policy."""
+    recipe = metadata["recipe"]
+    if all(recipe.get(key, usual) == usual for key, usual in EARLIER.items()):
+        return str(metadata["digest"])
     try:
-        return Recipe.from_json(metadata["recipe"]).digest
+        return Recipe.from_json(recipe).digest
     except UsageError:  # a recipe of another version
         return str(metadata["digest"])
 

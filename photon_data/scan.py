@@ -12,8 +12,6 @@ import numpy as np
 from photon_data.errors import Refused, refusal
 from photon_data.volume import Geometry, Volume
 
-# The largest scan of CT-RATE's validation split has 424 million voxels.
-MAX_VOXELS = 1_000_000_000
 # Published tables round spacing to four digits or more.
 SPACING_SHARE = 0.005
 

@@ -173,7 +173,8 @@ def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     try:
         ours = json.loads(content)["attributes"][KEY]
         found = _with_size({key: ours[key] for key in METADATA}, content)
-        return found if ours["format"] == FORMAT else None
+        is_ours = ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)
+        return found if is_ours else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

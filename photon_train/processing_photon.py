@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
-from photon_data.questions.table import VIDEO_TAG as TAG
+from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.losses import IGNORED
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     """One conversation."""
 
     volumes: list[Any]  # in the order of their tags
-    messages: list[dict[str, Any]]  # content: text with TAG where a volume stands
+    messages: list[dict[str, Any]]  # content: text with VIDEO_TAG where a volume stands
     name: str
 
 
@@ -168,7 +168,7 @@ class PhotonProcessor:
     def _ids(self, sample: Sample, for_training: bool, max_length: int | None = None) -> Tensor:
         """Return int64[L] of one sample, a <|video_pad|> for every visual token."""
         text = self.tokenizer.apply_chat_template(
-            [{**m, "content": m["content"].replace(TAG, VOLUME_TEXT)} for m in sample.messages],
+            [{**m, "content": m["content"].replace(VIDEO_TAG, VOLUME_TEXT)} for m in sample.messages],
             tokenize=False,
             add_generation_prompt=not for_training,
         )
@@ -219,7 +219,7 @@ def _sample_of_row(row: Mapping[str, Any], name: str) -> Sample:
 def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
     """Return a checked sample; a system message goes in front where there is none."""
     if isinstance(messages, str):
-        messages = [{"role": "user", "content": TAG * len(volumes) + messages}]
+        messages = [{"role": "user", "content": VIDEO_TAG * len(volumes) + messages}]
     volumes, plain = list(volumes), []
     for message in messages:
         parts, text = message["content"], ""
@@ -227,7 +227,7 @@ def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
             kind = part.get("type")
             if kind not in ("text", "video", "volume"):
                 raise ValueError(f"{name}: expected parts of type text or video, found {kind!r}; take the others out")
-            text += part["text"] if kind == "text" else TAG
+            text += part["text"] if kind == "text" else VIDEO_TAG
             if kind != "text" and part.get(kind) is not None:  # the part carries its volume
                 volumes.append(part[kind])
         plain.append({**message, "content": text})
@@ -245,11 +245,11 @@ def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> No
                 f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the "
                 "template"
             )
-        if TAG in content and role != "user":
+        if VIDEO_TAG in content and role != "user":
             raise ValueError(f"{name}: expected <video> in user turns only, found one in a {role} turn; remove it")
-        if role == "user" and not content.replace(TAG, "").strip():
+        if role == "user" and not content.replace(VIDEO_TAG, "").strip():
             raise ValueError(f"{name}: expected a question, found an empty one; say what is asked of the volume")
-    tags = sum(message["content"].count(TAG) for message in messages)
+    tags = sum(message["content"].count(VIDEO_TAG) for message in messages)
     if tags != volumes:
         raise ValueError(
             f"{name}: expected as many volumes as <video> tags, found {volumes} volumes for {tags} tags; match them"

@@ -11,14 +11,11 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
 from photon_data.questions.table import VIDEO_TAG, read_values
 from photon_data.store import NIFTI, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
-
-TAG = VIDEO_TAG
-MAX_NAMED = 10  # ids in a message
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +44,11 @@ def prefix_of(row: Row) -> tuple[Any, ...]:
     if not volumes:
         return ()
     text = [(message["role"], message["content"]) for message in row["messages"]]
-    while text and TAG not in text[-1][1]:
+    while text and VIDEO_TAG not in text[-1][1]:
         text.pop()
     if text:
         role, content = text[-1]
-        text[-1] = role, content[: content.rindex(TAG)]
+        text[-1] = role, content[: content.rindex(VIDEO_TAG)]
     return volumes, *text
 
 
@@ -84,12 +81,12 @@ def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:
     if not rows:
         raise UsageError("expected manifests with rows, found no manifest; see photon-data prepare")
     if again := [id for id, count in Counter(row.id for row in rows).items() for _ in range(count - 1)]:
-        found = f"{len(again)} occur again: {_first(again)}"
+        found = f"{len(again)} occur again: {first_few(again, 10)}"
         raise UsageError(f"expected an id of its own for every row, found that {found}; give every manifest once")
     if silent := [row.id for row in rows if not any(m["role"] == "assistant" for m in row.messages)]:
+        found = f"{len(silent)} of {len(rows)} have none: {first_few(silent, 10)}"
         raise UsageError(
-            f"expected an answer in every row, found that {len(silent)} of {len(rows)} have none: {_first(silent)}; "
-            "train on manifests of questions with answers"
+            f"expected an answer in every row, found that {found}; train on manifests of questions with answers"
         )
     return rows
 
@@ -118,7 +115,7 @@ def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow
             needed[video].append(row.id)
     missing = {video: ids for video, ids in needed.items() if not _is_whole(video)}
     for video, ids in missing.items():
-        logger.warning("%s is not a whole store: %d rows are left out, %s", video, len(ids), _first(ids))
+        logger.warning("%s is not a whole store: %d rows are left out, %s", video, len(ids), first_few(ids, 10))
     if missing and on_bad_row == "stop":
         video, ids = next(iter(missing.items()))
         raise UsageError(
@@ -130,7 +127,3 @@ def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow
 
 def _is_whole(video: str) -> bool:
     return Path(video).is_file() if video.endswith(NIFTI) else read_metadata(Location(video), "") is not None
-
-
-def _first(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")

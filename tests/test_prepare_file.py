@@ -99,6 +99,17 @@ def test_stores_whose_recipe_still_held_a_policy_are_recognised_under_that_polic
     assert prepare_file(replace(job, recipe=replace(SMALL, pad_hu=-900.0))).state == "prepared"
 
 
+@pytest.mark.parametrize(("name", "value"), [("recipe", "text"), ("recipe", None), ("facts", []), ("key", 3)])
+def test_a_store_whose_metadata_are_damaged_is_made_again(tmp_path, name, value):
+    job = job_of(write_scan(tmp_path / "a.nii.gz"), tmp_path)
+    root = tmp_path / prepare_file(job).store / "zarr.json"
+    metadata = json.loads(root.read_text())
+    metadata["attributes"]["photon"][name] = value
+    root.write_text(json.dumps(metadata))
+    assert prepare_file(job).state == "prepared"
+    assert prepare_file(job).state == "unchanged"
+
+
 def test_a_scan_is_prepared_in_memory_to_the_bytes_of_its_store(tmp_path):
     path = write_scan(tmp_path / "raw" / "a.nii.gz")
     record = prepare_file(job_of(path, tmp_path))

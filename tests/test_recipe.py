@@ -17,7 +17,7 @@ def test_settings_become_the_types_of_their_fields():
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("spacing=1,1,1", "did you mean .spacing_mm"),
+        ("spacing=1,1,1", "did you mean 'spacing_mm'"),
         ("spacing_mm=1,1", "3 numbers"),
         ("spacing_mm=1,1,0", "0.05 to 50"),
         ("shape_zyx=1.5,2,2", "3 whole numbers"),

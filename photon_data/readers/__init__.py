@@ -14,7 +14,8 @@ from photon_data.readers.find import find_one_scan
 from photon_data.readers.metaimage import open_metaimage
 from photon_data.readers.nifti import open_nifti
 from photon_data.readers.nrrd import open_nrrd
-from photon_data.scan import MAX_VOXELS, Scan, Source
+from photon_data.recipe import MAX_VOXELS
+from photon_data.scan import Scan, Source
 from photon_data.volume import Volume
 
 __all__ = ["open_scan", "read"]

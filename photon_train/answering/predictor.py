@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from photon_data.errors import UsageError
+from photon_data.questions.table import VIDEO_TAG
 from photon_data.volume import Volume
 from photon_train.answering.prediction import Prediction, pack_mask, question_digest, without_answer
 from photon_train.configuration_photon import PhotonConfig
@@ -32,7 +33,7 @@ from photon_train.flops import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.prefix import Prefix
 from photon_train.processing_photon import PhotonProcessor, prefix_length, visual_mask
-from photon_train.rows import TAG, Row, prefix_of
+from photon_train.rows import Row, prefix_of
 from photon_train.scheduling import Scheduled
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -299,7 +300,7 @@ def answer_questions(
     for a question that is empty or holds special tokens, and for a volume on another grid.
     """
     about: dict[str, Any] = {"volume_id": volume_id, "videos": [volume]}
-    messages = ([{"role": "user", "content": TAG + question}] for question in questions)
+    messages = ([{"role": "user", "content": VIDEO_TAG + question}] for question in questions)
     rows = [{"id": f"q{number}", **about, "messages": each} for number, each in enumerate(messages, start=1)]
     try:
         group = RequestGroup((volume,), [_request_of(row, predictor.processor) for row in rows])

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from photon_data.files import replace_folder, sync_tree
+from photon_data.files import write_whole
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -114,13 +114,7 @@ def save_merged(model: Any, processor: Any, run: Path) -> None:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that is synced and renamed to the target at the end: a full disk leaves what was there."""
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        sync_tree(partial)
-        replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Give an empty folder that becomes the target; its name is always the same, so that a killed run's is removed."""
+    with write_whole(target, target.with_name(f".partial-{target.name}")) as folder:
+        folder.mkdir()
+        yield folder

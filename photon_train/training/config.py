@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, name_hint
 from photon_train.configuration_photon import PhotonConfig
 
 
@@ -81,7 +80,7 @@ class TrainConfig:
         check("augment", in_place, "none or intensity with grounding, whose masks do not move with the volume")
         known = PhotonConfig.__dataclass_fields__
         for name in (name for name in self.photon if name not in known):
-            raise UsageError(_unknown("a setting of PhotonConfig", f"photon.{name}", known))
+            raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, known)}")
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -108,13 +107,6 @@ LEAST = {
     **dict.fromkeys(("groups_per_step", "questions_per_volume", "epochs", "max_length"), 1),
     **dict.fromkeys(("keep_checkpoints", "prefetch"), 1),
 }
-
-
-def _unknown(kind: str, name: str, names: Collection[str]) -> str:
-    """Return the sentence about a name that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name.removeprefix("photon."), names, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    return f"expected {kind}, found {name!r}; {advice}"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -155,7 +147,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 def _converted(name: str, value: Any) -> Any:
     types = get_type_hints(TrainConfig)
     if name not in types:
-        raise UsageError(_unknown("a setting of a training run", name, types))
+        raise UsageError(f"expected a setting of a training run, found {name!r}; {name_hint(name, types)}")
     kind = types[name]
     try:
         if kind is bool:

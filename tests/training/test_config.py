@@ -16,8 +16,8 @@ from photon_train.training.setup import choose_trained, module_of, parameter_gro
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr_visoin": "1e-3"}, "did you mean lr_vision"),
-        ({"photon.soft_strat": "10"}, "did you mean soft_start"),
+        ({"lr_visoin": "1e-3"}, "did you mean 'lr_vision'"),
+        ({"photon.soft_strat": "10"}, "did you mean 'soft_start'"),
         ({"groups_per_step": "two"}, "groups_per_step: expected a whole number, found 'two'"),
         ({"share_prefix": "perhaps"}, "share_prefix: expected true or false"),
         ({"stage": "s3"}, "expected one of s1, s1c, s2"),

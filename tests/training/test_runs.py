@@ -358,7 +358,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(config, tmp_pat
 def test_a_setting_that_does_not_exist_is_refused_before_anything_is_loaded():
     result = CliRunner().invoke(app, ["train", "s2", "--set", "lr_visoin=1"])
     assert result.exit_code == 2
-    assert "did you mean lr_vision" in result.output
+    assert "did you mean 'lr_vision'" in result.output
 
 
 def test_deepspeed_is_refused_with_what_to_launch_instead(config, monkeypatch):
