@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Self
@@ -48,12 +49,22 @@ def fail(message: str, code: int = MISUSE) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """Turn whatever ends a command early into a sentence and an exit code. SIGTERM ends a command as Ctrl-C does."""
+    """Turn whatever ends a command early into a sentence and an exit code. SIGTERM ends a command as Ctrl-C does.
+
+    Python drops an exception that is raised while it destroys an object. An interrupt that is lost so is sent again.
+    """
     from photon_data.prepare_file import NO_SPACE
+
+    def unraisable(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            previous_hook(lost)
 
     # Dask leaves a time-out behind when it closes; asyncio reports it
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous_hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
     except (UsageError, Refused) as error:
@@ -66,6 +77,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         fail(f"Stopped: {error.strerror or error}: {error.filename or ''}", STOPPED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = previous_hook
 
 
 def run_app(app: typer.Typer) -> None:

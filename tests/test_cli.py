@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import typer
 from dicom_files import CORONAL, write_series
 from raw import write_scan
 from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.data import app
+from photon_cli.terminal import errors_as_exit_codes
 
 SMALL = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "1"]
 
@@ -188,3 +192,30 @@ def test_other_numbers_of_paths_than_the_command_takes_are_misuse_that_says_whic
         assert code == 2
         assert "expected SOURCE" in text and "or --manifest data_manifest.yaml [OUT], found" in text
     assert list(tmp_path.rglob("volumes.jsonl")) == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_arrives_while_an_object_is_destroyed_ends_the_command_all_the_same(sign, capsys):
+    class Destroyed:
+        def __del__(self):
+            signal.raise_signal(sign)
+
+    with pytest.raises(typer.Exit) as ended, errors_as_exit_codes():
+        Destroyed()
+        time.sleep(30)
+        pytest.fail("the interrupt was lost")
+    assert ended.value.exit_code == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_another_error_of_an_object_that_is_destroyed_is_reported_as_ever(monkeypatch):
+    class Destroyed:
+        def __del__(self):
+            raise ValueError("not closed")
+
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    with errors_as_exit_codes():
+        Destroyed()
+    assert [str(found.exc_value) for found in lost] == ["not closed"]
+    assert sys.unraisablehook == lost.append
