@@ -7,6 +7,7 @@ the paper's text says something else, the field's comment says how to reach it.
 from __future__ import annotations
 
 import math
+from enum import Enum
 from typing import Any, ClassVar
 
 from transformers import Qwen2_5_VLConfig
@@ -24,6 +25,15 @@ FROM_0_TO_1 = (
     *("sgp_saturation_floor", "perturb_kept_patches", "perturb_kept_voxels"),
     *(f"perturb_{kind}" for kind in PERTURBATIONS),
 )
+
+
+class Phase(Enum):
+    """What happens to visual tokens after layer its. Evaluation is always HARD."""
+
+    DENSE = "dense"  # nothing is weighted or dropped
+    SOFT = "soft"  # hidden states are multiplied by p, nothing is dropped
+    HARD = "hard"  # dropped for good, with surrogate gradients
+    FLIP = "flip"  # as HARD, and some rows keep the complement
 
 
 class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
@@ -198,3 +208,16 @@ class PhotonConfig(Qwen2_5_VLConfig):
             flat["torch_dtype"] = flat["dtype"]  # the name the authors' transformers reads
         flat["vision_config"] = {**flat["vision_config"], "in_chans": self.vision_config.in_channels}
         return flat
+
+
+def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) -> Phase:
+    """Return the phase of optimizer step `step`, from 0. Raises ValueError where fractions lack `total_steps`."""
+    starts = {Phase.FLIP: config.flip_start, Phase.HARD: config.hard_start, Phase.SOFT: config.soft_start}
+    for phase, start in starts.items():
+        if isinstance(start, float):
+            if total_steps is None:
+                raise ValueError(f"expected total_steps, found None: a phase starts at the fraction {start}; pass it")
+            start *= total_steps
+        if step >= start:
+            return phase
+    return Phase.DENSE

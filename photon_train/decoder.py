@@ -1,45 +1,53 @@
-"""The decoder with scheduling: Qwen2.5-VL's, and between layers its and its + 1 visual tokens are dropped.
+"""Vision tower and decoder with scheduling: Qwen2.5-VL's, and between layers its and its + 1 visual tokens are dropped.
 
-`PhotonTextModel._scheduled` reads as the paper's algorithm. With nothing to schedule the stock forward runs.
+`PhotonTextModel._scheduled` reads as the paper's algorithm. With nothing to schedule the stock forward runs. A `Prefix`
+is what the questions on one volume share: every token up to the end of the last volume, computed through layer its.
 
-Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), D hidden size, P tokens
-of a shared prefix, H query heads, K key heads, d head_dim; axis 3 is (t, h, w).
+Legend: B or K rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), N visual tokens of
+the batch, D hidden size, P tokens of a shared prefix, H query heads, K key heads in k and v, d head_dim; axis 3 is
+(t, h, w).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
     Qwen2_5_VLTextModel,
     apply_rotary_pos_emb,
 )
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import Phase
-from photon_train.prefix import Prefix
+from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.processing_photon import rope_positions, visual_mask
 from photon_train.scheduling import (
     SCHEDULERS,
+    Gather,
     Scheduled,
     SchedulerContext,
     SchedulingInputs,
     Selection,
     ThresholdHead,
     ThresholdPredictor,
+    gather_of,
+    prune,
     warn_of_undecided,
 )
-from photon_train.surrogate import Gather, gather_of, prune
+from photon_train.vision import PhotonVisionTower
 
 
 @dataclass
@@ -47,6 +55,51 @@ class PhotonTextOutput(BaseModelOutputWithPast):
     """The decoder's output, and what was scheduled on the way."""
 
     scheduled: Scheduled | None = None
+
+
+class Prefix(NamedTuple):
+    """What is the same for every question on a volume. Never modified; with gradients, a part of the graph.
+
+    `PhotonForConditionalGeneration.encode_prefix` makes it.
+    """
+
+    input_ids_1P: Tensor
+    volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of layers 0..its, each [1, K heads, P, d]
+    h_1PD: Tensor  # after layer its
+    q_1HPd: Tensor  # of layer its, rotated
+    k_1KPd: Tensor
+    foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.input_ids_1P.shape[1]
+
+    def into(self, cache: Cache, rows: int) -> Cache:
+        """Return the cache with layers 0..its holding a copy of the prefix for each row."""
+        for layer, (keys, values) in enumerate(self.keys_values):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return cache
+
+    def volumes_of(self, rows: int) -> dict[str, Tensor]:
+        """Return `volumes` of so many rows."""
+        return {name: torch.cat([value] * rows) for name, value in self.volumes.items()}
+
+    def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
+        """Return model inputs of K rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""
+        lengths = [len(question) for question in questions]
+        if not all(lengths) or not lengths:
+            raise ValueError(f"expected questions of at least one token, found lengths {lengths}; leave empty ones out")
+        input_ids = with_suffixes(self.input_ids_1P, questions, pad_token_id)
+        mask = with_suffixes(torch.ones_like(self.input_ids_1P), [torch.ones_like(q) for q in questions], 0)
+        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **self.volumes_of(len(questions))}
+
+
+def with_suffixes(prefix_P: Tensor, suffixes: Sequence[Tensor], padding: int) -> Tensor:
+    """Return int64[K, L], a row for each suffix: [P P P . s s], [P P P s s s]."""
+    suffix_KS = pad_sequence(list(suffixes), batch_first=True, padding_value=padding, padding_side="left")
+    return torch.cat([prefix_P.expand(len(suffixes), -1), suffix_KS.to(prefix_P.device)], dim=1)
 
 
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
@@ -214,3 +267,64 @@ def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
             raise ValueError(f"expected a cache of DynamicLayers, found {type(layer).__name__}; pass a DynamicCache")
         assert layer.keys is not None and layer.values is not None, "the layer has just run"
         layer.keys, layer.values = kept(layer.keys, dim=2), kept(layer.values, dim=2)
+
+
+class PhotonModel(Qwen2_5_VLModel):
+    """Vision tower and decoder. Reads volumes only; positions follow the published rule."""
+
+    config: PhotonConfig
+
+    def __init__(self, config: PhotonConfig) -> None:
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)  # the stock __init__ would build the stock decoder
+        self.visual = PhotonVisionTower._from_config(config.vision_config)
+        self.language_model = PhotonTextModel._from_config(config.text_config, photon_config=config)
+        self.rope_deltas: Any = None
+        self.post_init()
+
+    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the positions and deltas that `rope_positions` does; takes what the stock method takes."""
+        return rope_positions(input_ids, self.config, *args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        prefix: Prefix | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
+        if position_ids is None:
+            position_ids, self.rope_deltas = self.get_rope_index(
+                input_ids, mm_token_type_ids, None, video_grid_thw, second_per_grid_ts, attention_mask
+            )
+        volumes = mm_encoder_outputs["video"] if mm_encoder_outputs else None
+        if volumes is None and pixel_values_videos is not None:
+            volumes = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
+        if prefix is not None:
+            input_ids, kwargs["prefix"] = input_ids[:, prefix.length :], prefix
+        return self.language_model(
+            inputs_embeds=self.embed(input_ids, volumes),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+
+    def embed(self, input_ids_BL: Tensor, volumes: Any) -> Tensor:
+        """Return h_BLD: embedded text, with the volumes' tokens in their places."""
+        h_BLD = self.get_input_embeddings()(input_ids_BL)
+        if volumes is None:
+            return h_BLD
+        visual_ND = torch.cat(volumes.pooler_output).to(h_BLD)
+        is_visual_BL1 = visual_mask(input_ids_BL, self.config)[..., None]
+        if (found := int(is_visual_BL1.sum())) != len(visual_ND):
+            raise ValueError(
+                f"expected {len(visual_ND)} visual tokens in the text, as many as the volumes give, found {found}; "
+                "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
+            )
+        return h_BLD.masked_scatter(is_visual_BL1, visual_ND)

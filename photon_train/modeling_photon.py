@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 
-from photon_train.configuration_photon import PhotonConfig
-from photon_train.decoder import PhotonTextModel
-from photon_train.losses import IGNORED, Phase, answer_losses, band_losses, next_labels, phase_at
-from photon_train.prefix import Prefix
+from photon_train.configuration_photon import Phase, PhotonConfig, phase_at
+from photon_train.decoder import PhotonModel, Prefix
 from photon_train.pretrained import check_loaded, checkpoint_keys, config_for, layout_of, register_published_names
-from photon_train.processing_photon import prefix_length, rope_positions, visual_mask
+from photon_train.processing_photon import IGNORED, prefix_length, visual_mask
 from photon_train.processing_photon import question_mask as question_mask_of
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share
-from photon_train.vision import PhotonVisionTower
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")
 PREFILL_ONLY = ("question_mask", "foreground", "pixel_values_videos", "mm_encoder_outputs", "prefix")
@@ -53,67 +50,6 @@ class PhotonOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
-
-class PhotonModel(Qwen2_5_VLModel):
-    """Vision tower and decoder. Reads volumes only; positions follow the published rule."""
-
-    config: PhotonConfig
-
-    def __init__(self, config: PhotonConfig) -> None:
-        Qwen2_5_VLPreTrainedModel.__init__(self, config)  # the stock __init__ would build the stock decoder
-        self.visual = PhotonVisionTower._from_config(config.vision_config)
-        self.language_model = PhotonTextModel._from_config(config.text_config, photon_config=config)
-        self.rope_deltas: Any = None
-        self.post_init()
-
-    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the positions and deltas that `rope_positions` does; takes what the stock method takes."""
-        return rope_positions(input_ids, self.config, *args, **kwargs)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        second_per_grid_ts: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        prefix: Prefix | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
-        if position_ids is None:
-            position_ids, self.rope_deltas = self.get_rope_index(
-                input_ids, mm_token_type_ids, None, video_grid_thw, second_per_grid_ts, attention_mask
-            )
-        volumes = mm_encoder_outputs["video"] if mm_encoder_outputs else None
-        if volumes is None and pixel_values_videos is not None:
-            volumes = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
-        if prefix is not None:
-            input_ids, kwargs["prefix"] = input_ids[:, prefix.length :], prefix
-        return self.language_model(
-            inputs_embeds=self.embed(input_ids, volumes),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
-        )
-
-    def embed(self, input_ids_BL: Tensor, volumes: Any) -> Tensor:
-        """Return h_BLD: embedded text, with the volumes' tokens in their places."""
-        h_BLD = self.get_input_embeddings()(input_ids_BL)
-        if volumes is None:
-            return h_BLD
-        visual_ND = torch.cat(volumes.pooler_output).to(h_BLD)
-        is_visual_BL1 = visual_mask(input_ids_BL, self.config)[..., None]
-        if (found := int(is_visual_BL1.sum())) != len(visual_ND):
-            raise ValueError(
-                f"expected {len(visual_ND)} visual tokens in the text, as many as the volumes give, found {found}; "
-                "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
-            )
-        return h_BLD.masked_scatter(is_visual_BL1, visual_ND)
 
 
 class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
@@ -387,6 +323,47 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
+
+
+def next_labels(labels_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """Return what each position should predict, int64[B, L]: the next token's label; IGNORED at padding."""
+    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
+    is_followed_BL = F.pad(mask_BL[:, 1:], (0, 1)).bool()
+    return next_BL.masked_fill(~(mask_BL.bool() & is_followed_BL), IGNORED)
+
+
+class AnswerLosses(NamedTuple):
+    """Means over all answer tokens of the batch, by what their row is trained for; the sum is the batch's loss."""
+
+    ce: Tensor
+    robustness: Tensor
+    flip: Tensor
+
+
+def answer_losses(
+    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, perturbed_B: Tensor, flipped_B: Tensor, flip_epsilon: float
+) -> AnswerLosses:
+    """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
+
+    Perturbed rows are trained to be unsure (robustness: minus the entropy of p), flipped ones not to answer (flip:
+    -log(1 - p(y) + flip_epsilon)), the others to answer (ce: -log p(y)).
+    """
+    perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
+    count = max(len(labels_N), 1)
+    logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
+    logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)
+    answered_N = ~(perturbed_N | flipped_N)
+    ce = -(logp_N * answered_N).sum() / count
+    robustness = (logp_NV.exp() * logp_NV).sum(-1).mul(perturbed_N).sum() / count
+    not_y_N = torch.log(1 - logp_N.exp() + flip_epsilon)
+    flip = -torch.where(flipped_N & ~perturbed_N, not_y_N, 0.0).sum() / count
+    return AnswerLosses(ce, robustness, flip)
+
+
+def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Tensor:
+    """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
+    r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
+    return F.relu(r_B - high) + F.relu(low - r_B)
 
 
 register_published_names("PhotonForConditionalGeneration")

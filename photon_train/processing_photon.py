@@ -25,13 +25,13 @@ from transformers import AutoTokenizer, BatchFeature
 from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import IGNORED
 from photon_train.pretrained import hub_options
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 SPECIALS = (*MARKERS, "<|image_pad|>", "<image>")
+IGNORED = -100  # the label of what is not to be learned
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
 
 Messages = str | Sequence[Mapping[str, Any]]

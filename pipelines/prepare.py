@@ -40,7 +40,9 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     may write into a folder.
     """
     callback, out = callback or Callback(), request.out
-    damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
+    damaged: Sequence[str] = []
+    if request.datasets:
+        damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
     for note in gathered.notes:
         callback.on_note(note)

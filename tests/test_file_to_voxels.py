@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from raw import write_scan
 from scans import on_grid_by_itk
 
-from photon_data.prepare_volume import prepare_volume
+from photon_data.prepare_file import prepare_volume
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Policy, Recipe

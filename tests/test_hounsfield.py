@@ -6,7 +6,7 @@ from scans import as_scan, ct_like, frame
 
 from photon_data.errors import Refused
 from photon_data.hounsfield import Probe, refuse_implausible
-from photon_data.prepare_volume import prepare_volume
+from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Policy, Recipe
 
 SHAPE = (24, 30, 36)

@@ -15,10 +15,9 @@ from torch.testing import assert_close
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import answer_losses, band_losses
-from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.modeling_photon import PhotonForConditionalGeneration, answer_losses, band_losses
 from photon_train.processing_photon import patchify, question_mask
-from photon_train.surrogate import gather_of, prune
+from photon_train.scheduling import gather_of, prune
 
 LOSS = {"rtol": 0, "atol": 1e-5}
 STATES = {"rtol": 0, "atol": 2e-4}

@@ -13,8 +13,7 @@ from scans import ct_like
 from photon_data import open_volume
 from photon_data.errors import Refused, UsageError
 from photon_data.files import Location
-from photon_data.prepare_file import Job, fingerprint, opened, prepare, prepare_file
-from photon_data.prepare_volume import prepare_volume
+from photon_data.prepare_file import Job, fingerprint, opened, prepare, prepare_file, prepare_volume
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Policy, Recipe
 from photon_data.store import store_name, write_store

@@ -11,7 +11,7 @@ from scans import as_scan, ct_like, frame, rotated
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare_volume import prepare_volume
+from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Recipe
 from photon_data.store import _write_array, is_whole, read_metadata, verify_store, write_store
 from photon_data.volume import Volume

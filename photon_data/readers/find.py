@@ -23,11 +23,14 @@ import numpy as np
 
 from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, unreadable
 from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, along_normal, read_planes, require_pydicom
-from photon_data.readers.header import metaimage_data_file, nifti_data_file, nrrd_data_file
+from photon_data.readers.metaimage import metaimage_data_file
+from photon_data.readers.nifti import nifti_data_file
+from photon_data.readers.nrrd import nrrd_data_file
 from photon_data.scan import Source
 
-# Format -> what finds the file with the voxels, which is the header's own or another one.
-DATA_FILES = {"nifti": nifti_data_file, "nrrd": nrrd_data_file, "metaimage": metaimage_data_file}
+# Suffix -> what finds the file with the voxels, where that can be another one.
+DATA_FILES = {".hdr": nifti_data_file, ".hdr.gz": nifti_data_file, ".nrrd": nrrd_data_file, ".nhdr": nrrd_data_file}
+DATA_FILES |= {".mha": metaimage_data_file, ".mhd": metaimage_data_file}
 SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
 SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
@@ -175,8 +178,9 @@ class _Search:
 
     def _add_file(self, path: Path, suffix: str) -> None:
         data, parts = path, self._parts(path)
-        with suppress(Refused, OSError):  # opening the source says what is wrong with it
-            data = DATA_FILES[SUFFIXES[suffix]](path)
+        if suffix in DATA_FILES:
+            with suppress(Refused, OSError):  # opening the source says what is wrong with it
+                data = DATA_FILES[suffix](path)
         self.data_files.add(data)
         words = (*parts[:-1], path.name[: -len(suffix)])
         self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix])

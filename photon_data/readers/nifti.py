@@ -20,7 +20,6 @@ import numpy as np
 from nibabel.quaternions import quat2mat
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
-from photon_data.readers.header import is_nifti_pair, nifti_data_file
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, read_head, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
@@ -215,3 +214,20 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray:
     turn = quat2mat([w, *vector])
     sides[2] *= -1 if header["pixdim"][0] < 0 else 1
     return np.column_stack([turn * sides, [float(header[f"qoffset_{axis}"]) for axis in "xyz"]])
+
+
+def is_nifti_pair(path: Path) -> bool:
+    """Tell whether a NIfTI's name is that of a header whose voxels lie in another file."""
+    return path.name.lower().endswith((".hdr", ".hdr.gz"))
+
+
+def nifti_data_file(path: Path) -> Path:
+    """Return the file with the voxels of a NIfTI: `path` itself, or the .img or .img.gz beside it; Refused."""
+    if not is_nifti_pair(path):
+        return path
+    stem = path.name[: path.name.lower().rindex("hdr")]
+    ends = ("IMG", "IMG.GZ") if "HDR" in path.name[len(stem) :] else ("img", "img.gz")
+    found = [data for data in (path.with_name(stem + end) for end in ends) if data.is_file() and not data.is_symlink()]
+    if len(found) != 1:
+        raise refusal("data-file", path.name, "one .img or .img.gz beside it", len(found), "copy the pair")
+    return found[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from photon_data.files import Location
-from photon_data.prepare_volume import prepare_volume
+from photon_data.prepare_file import prepare_volume
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe

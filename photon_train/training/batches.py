@@ -7,7 +7,7 @@ A micro-batch is what settings call a group: one volume with some of its questio
 What is random in a micro-batch (perturbation, flips, augmentation) is drawn from the seed, the epoch and the number
 of the micro-batch. The number of workers or devices changes nothing, nor does a restart.
 
-Legend: K rows of a micro-batch, L tokens of a padded row, P tokens of a prefix.
+Legend: K rows of a micro-batch, L tokens of a padded row, P tokens of a prefix or patch rows, X voxels of a patch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.losses import IGNORED, draw_perturbation, perturb
-from photon_train.prefix import with_suffixes
-from photon_train.processing_photon import PhotonProcessor, prefix_length
+from photon_train.decoder import with_suffixes
+from photon_train.processing_photon import IGNORED, PhotonProcessor, prefix_length
 from photon_train.rows import Row, TrainRow
 from photon_train.training.config import TrainConfig
 
@@ -269,3 +269,46 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
     ahead = dataset.config.prefetch if workers else None
     pinned = device.type == "cuda"
     yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)
+
+
+class Perturbation(Enum):
+    """What is done to a volume's patch rows."""
+
+    SHUFFLE_PATCHES = "rows in another order"
+    SHUFFLE_VOXELS = "rows in another order, and the voxels in each row"
+    KEEP_PATCHES = "some of the rows stay, the others are 0"
+    KEEP_VOXELS = "some of the voxel positions stay, the others are 0"
+    NOISE = "uniform noise"
+    ZEROS = "zeros"
+
+
+def draw_perturbation(config: PhotonConfig, generator: torch.Generator) -> Perturbation:
+    """Return one perturbation, drawn by the configuration's chances."""
+    chances = config.perturbation_chances
+    index = torch.multinomial(torch.tensor(list(chances.values())), 1, generator=generator)
+    return Perturbation[list(chances)[int(index)].upper()]
+
+
+def perturb(patches_PX: Tensor, how: Perturbation, config: PhotonConfig, generator: torch.Generator) -> Tensor:
+    """Return a new float[P, X], the patch rows of one volume, perturbed. Draws from the (CPU) generator only."""
+
+    def permuted(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator).to(patches_PX.device)
+
+    rows, voxels = patches_PX.shape
+    match how:
+        case Perturbation.SHUFFLE_PATCHES:
+            return patches_PX[permuted(rows)]
+        case Perturbation.SHUFFLE_VOXELS:
+            order_PX = torch.rand(rows, voxels, generator=generator).argsort(1).to(patches_PX.device)
+            return patches_PX[permuted(rows)].gather(1, order_PX)
+        case Perturbation.KEEP_PATCHES:
+            kept = permuted(rows)[: round(config.perturb_kept_patches * rows)]
+            return torch.zeros_like(patches_PX).index_copy(0, kept, patches_PX[kept])
+        case Perturbation.KEEP_VOXELS:
+            kept = permuted(voxels)[: round(config.perturb_kept_voxels * voxels)]
+            return torch.zeros_like(patches_PX).index_copy(1, kept, patches_PX[:, kept])
+        case Perturbation.NOISE:
+            return torch.rand(rows, voxels, generator=generator).to(patches_PX)
+        case Perturbation.ZEROS:
+            return torch.zeros_like(patches_PX)

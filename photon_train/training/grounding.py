@@ -26,8 +26,7 @@ from photon_train.decoder import PhotonDecoderLayer
 from photon_train.kept_tokens import counted_by_volume
 from photon_train.processing_photon import question_mask, visual_mask
 from photon_train.rows import TrainRow
-from photon_train.scheduling import alignment
-from photon_train.surrogate import gather_of
+from photon_train.scheduling import alignment, gather_of
 from photon_train.training.batches import Batch
 from photon_train.training.setup import LossFactory
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from photon_train.configuration_photon import Phase, phase_at
 from photon_train.flops import peak_memory_mib
-from photon_train.losses import Phase, phase_at
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead

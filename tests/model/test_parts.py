@@ -9,11 +9,11 @@ import torch
 from golden import Golden
 from torch.testing import assert_close
 
-from photon_train.configuration_photon import SCHEDULER_NAMES, PhotonConfig
-from photon_train.losses import Perturbation, Phase, answer_losses, draw_perturbation, perturb, phase_at
-from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
-from photon_train.surrogate import gather_of
+from photon_train.configuration_photon import SCHEDULER_NAMES, Phase, PhotonConfig, phase_at
+from photon_train.modeling_photon import answer_losses
+from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, gather_of, min_max
 from photon_train.tiny import byte_tokenizer, tiny_config
+from photon_train.training.batches import Perturbation, draw_perturbation, perturb
 
 KEPT_CHANCES = ("perturb_shuffle_patches", "perturb_shuffle_voxels", "perturb_keep_patches", "perturb_keep_voxels")
 
