@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Context, Exit, Option, Typer
 
-from photon_cli import options
+from photon_cli import terminal
 from photon_cli.terminal import OK, PARTIAL, ProgressBar, console, errors_as_exit_codes, fail, run_app
 from photon_data.recipe import MAX_VOXELS
 
@@ -22,31 +22,31 @@ Overwrite = Annotated[bool, Option(help="Write again what is there.")]
 @app.command()
 def prepare(
     context: Context,
-    paths: options.SourceAndOut = None,
-    manifest: options.Manifest = None,
-    only: options.Only = [],  # noqa: B006 - typer copies it
+    paths: terminal.SourceAndOut = None,
+    manifest: terminal.Manifest = None,
+    only: terminal.Only = [],  # noqa: B006 - typer copies it
     prompt_style: Annotated[
         str | None, Option(help="Style of the questions: plain, letters, 3d-rad, deeptumorvqa; else the manifest's.")
     ] = None,
-    recipe: options.RecipeName = "chest_ct",
-    settings: options.Settings = [],  # noqa: B006
+    recipe: terminal.RecipeName = "chest_ct",
+    settings: terminal.Settings = [],  # noqa: B006
     questions: Annotated[Path | None, Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")] = None,
-    columns: options.Columns = [],  # noqa: B006
+    columns: terminal.Columns = [],  # noqa: B006
     split: Annotated[str, Option(help="Shares per split where the table has none.")] = "train=0.8,val=0.1,test=0.1",
     seed: Annotated[int, Option(help="Seed of the split.")] = 0,
     allow_leaks: Annotated[bool, Option(help="Write manifests even if a patient is in two splits.")] = False,
-    modality: options.Modality = None,
-    nan: options.Nan = None,
-    hu_source: options.HuSource = "header",
-    id_from: options.IdFrom = "path",
-    limit: options.Limit = None,
+    modality: terminal.Modality = None,
+    nan: terminal.Nan = None,
+    hu_source: terminal.HuSource = "header",
+    id_from: terminal.IdFrom = "path",
+    limit: terminal.Limit = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, Option(help="Say what would happen; write nothing.")] = False,
-    workers: options.WorkerCount = None,
-    scheduler: options.Scheduler = None,
-    timeout: options.Timeout = 1800,
-    memory: options.Memory = None,
-    max_voxels: options.MaxVoxels = MAX_VOXELS,
+    workers: terminal.WorkerCount = None,
+    scheduler: terminal.Scheduler = None,
+    timeout: terminal.Timeout = 1800,
+    memory: terminal.Memory = None,
+    max_voxels: terminal.MaxVoxels = MAX_VOXELS,
     pictures: Annotated[int, Option(min=0, help="Volumes shown as pictures in the report.")] = 48,
 ) -> None:
     """Turn raw scans into stores and manifests. Run it again to go on, or after files changed."""
@@ -55,7 +55,7 @@ def prepare(
         from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
 
-        request = body.request_of(context, *options.source_and_out(paths, manifest, "SOURCE OUT"))
+        request = body.request_of(context, *terminal.source_and_out(paths, manifest, "SOURCE OUT"))
         where = Workers(workers, scheduler, timeout, memory)
         if dry_run:
             body.print_estimate(request, where)
@@ -69,22 +69,22 @@ def prepare(
 @app.command()
 def inspect(
     context: Context,
-    paths: options.SourceAndOut = None,
-    manifest: options.Manifest = None,
-    only: options.Only = [],  # noqa: B006
-    recipe: options.RecipeName = "chest_ct",
-    settings: options.Settings = [],  # noqa: B006
-    modality: options.Modality = None,
-    nan: options.Nan = None,
-    hu_source: options.HuSource = "header",
-    columns: options.Columns = [],  # noqa: B006
-    id_from: options.IdFrom = "path",
-    limit: options.Limit = None,
-    workers: options.WorkerCount = None,
-    scheduler: options.Scheduler = None,
-    timeout: options.Timeout = 1800,
-    memory: options.Memory = None,
-    max_voxels: options.MaxVoxels = MAX_VOXELS,
+    paths: terminal.SourceAndOut = None,
+    manifest: terminal.Manifest = None,
+    only: terminal.Only = [],  # noqa: B006
+    recipe: terminal.RecipeName = "chest_ct",
+    settings: terminal.Settings = [],  # noqa: B006
+    modality: terminal.Modality = None,
+    nan: terminal.Nan = None,
+    hu_source: terminal.HuSource = "header",
+    columns: terminal.Columns = [],  # noqa: B006
+    id_from: terminal.IdFrom = "path",
+    limit: terminal.Limit = None,
+    workers: terminal.WorkerCount = None,
+    scheduler: terminal.Scheduler = None,
+    timeout: terminal.Timeout = 1800,
+    memory: terminal.Memory = None,
+    max_voxels: terminal.MaxVoxels = MAX_VOXELS,
     json_file: Annotated[Path | None, Option("--json", help="Also write one JSON row per scan here.")] = None,
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
@@ -93,10 +93,10 @@ def inspect(
         from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
 
-        source, out = options.source_and_out(paths, manifest, "SOURCE")
+        source, out = terminal.source_and_out(paths, manifest, "SOURCE")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
-            options.refuse_beside_manifest(context, "limit", "json_file")
+            terminal.refuse_beside_manifest(context, "limit", "json_file")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
             request = body.request_of(context, source, out=".")
@@ -128,8 +128,8 @@ def verify(out: Out) -> None:
 def show(
     volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan.")],
     output: Annotated[Path | None, Option("--output", "-o", help="PNG; beside you, named after the volume.")] = None,
-    window: options.Window = "full",
-    at: options.At = None,
+    window: terminal.Window = "full",
+    at: terminal.At = None,
     size: Annotated[int, Option(min=64, max=4096, help="Height of the picture's planes in pixels.")] = 480,
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
@@ -144,8 +144,8 @@ def show(
         else:
             source = find_one_scan(Path(volume))
             name, content = source.id, open_scan(source).volume()
-        point = options.numbers(at, 3, "--at") if at else None
-        picture = three_planes(content, window_hu=options.window_of(window), size_px=size, at_lps=point, title=name)
+        point = terminal.numbers(at, 3, "--at") if at else None
+        picture = three_planes(content, window_hu=terminal.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")
         picture.save(path)
         console.print(str(path), soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Context, Exit, Option, Typer, echo
 
-from photon_cli import options
+from photon_cli import terminal
 from photon_cli.terminal import OK, PARTIAL, errors_as_exit_codes, fail, run_app
 
 app = Typer(
@@ -30,7 +30,7 @@ def init(
     output: Annotated[Path | None, Option(help="Where to write the stage-1 start made of --from.")] = None,
     tiny: Annotated[Path | None, Option(help="Where to write a small random model with its own tokenizer.")] = None,
     stage: Annotated[int, Option(min=1, max=2, help="With --tiny: 2 adds a threshold predictor.")] = 1,
-    revision: options.Revision = None,
+    revision: terminal.Revision = None,
     seed: Annotated[int, Option(help="Seed of the new weights.")] = 0,
     model_shape: Annotated[str, Option(help="With --tiny: voxels z,y,x it reads; multiples of 14,28,28.")] = "",
 ) -> None:
@@ -85,25 +85,25 @@ def predict(
     output: Annotated[Path | None, Option(help="With --data: predictions (jsonl); goes on with what it has.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
     stream: Annotated[bool, Option(help="Print tokens as they come.")] = False,
-    choices: options.Choices = False,
-    max_new_tokens: options.MaxNewTokens = 512,
+    choices: terminal.Choices = False,
+    max_new_tokens: terminal.MaxNewTokens = 512,
     sample: Annotated[bool, Option(help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float, Option(min=0.01, help="With --sample.")] = 1.0,
     top_p: Annotated[float, Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, Option(help="With --sample.")] = 0,
-    questions_per_batch: options.QuestionsPerBatch = 16,
+    questions_per_batch: terminal.QuestionsPerBatch = 16,
     scheduler: Annotated[str | None, Option(help="its, none, random, uniform, foreground; else the model's.")] = None,
     keep_ratio: Annotated[float | None, Option(help="Share of tokens kept by random, uniform, foreground.")] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    revision: options.Revision = None,
+    device: terminal.Device = "auto",
+    dtype: terminal.Dtype = "auto",
+    revision: terminal.Revision = None,
     shard: Annotated[str | None, Option(help="I/N: only part I of N, from 0; torchrun sets it itself.")] = None,
     overlay: Annotated[Path | None, Option(help="Folder for what was kept: a picture and NIfTI per question.")] = None,
-    window: options.Window = "full",
-    at: options.At = None,
+    window: terminal.Window = "full",
+    at: terminal.At = None,
     masks: Annotated[Path | None, Option(help="Masks (--data: a folder per volume id): recall by kept tokens.")] = None,
-    recipe: options.RecipeName = "chest_ct",
-    settings: options.Settings = [],  # noqa: B006
+    recipe: terminal.RecipeName = "chest_ct",
+    settings: terminal.Settings = [],  # noqa: B006
 ) -> None:
     """Answer questions about one scan, or the rows of manifests."""
     scan_path, *questions = words or [""]
@@ -111,7 +111,7 @@ def predict(
         fail(f"--manifest: expected rows as --data; --manifest is the YAML of photon-data. Say --data {manifest}")
     if bool(data) == bool(words) or bool(data) != bool(output) or bool(words) != bool(questions):
         fail('expected SCAN "question" ..., or --data ROWS --output PREDICTIONS')
-    if misplaced := options.given_options(context, OF_SCAN if data else OF_ROWS):
+    if misplaced := terminal.given_options(context, OF_SCAN if data else OF_ROWS):
         fail(f"{misplaced}: expected {'SCAN' if data else '--data'} beside it; the two ways do not mix")
     if data and masks and not overlay:
         fail("--masks: expected --overlay beside it; the recalls of the rows' masks are written there")
@@ -145,12 +145,12 @@ def evaluate(
         list[Path], Option(help="A file of predictions. Repeatable. Without it and --model: blind baselines.")
     ] = [],  # noqa: B006
     model: Annotated[str | None, Option(help="Model that answers now: a directory or a hub id.")] = None,
-    choices: options.Choices = False,
-    max_new_tokens: options.MaxNewTokens = 512,
-    questions_per_batch: options.QuestionsPerBatch = 16,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    revision: options.Revision = None,
+    choices: terminal.Choices = False,
+    max_new_tokens: terminal.MaxNewTokens = 512,
+    questions_per_batch: terminal.QuestionsPerBatch = 16,
+    device: terminal.Device = "auto",
+    dtype: terminal.Dtype = "auto",
+    revision: terminal.Revision = None,
     schedulers: Annotated[str, Option(help="The model under each of: its,none,random,uniform,foreground.")] = "",
     keep: Annotated[str, Option(help="Share kept by random, uniform, foreground: match-its or 0.4.")] = "match-its",
     masks: Annotated[Path | None, Option(help="Masks, a folder per volume id: recall by kept tokens.")] = None,
@@ -166,7 +166,7 @@ def evaluate(
     seed: Annotated[int, Option(help="Seed of the resamplings.")] = 0,
 ) -> None:
     """Score a model or predictions on a benchmark's questions, with intervals and blind baselines."""
-    if misplaced := options.given_options(context, OF_FILES if model else OF_MODEL):
+    if misplaced := terminal.given_options(context, OF_FILES if model else OF_MODEL):
         fail(f"{misplaced}: expected {'no --model' if model else '--model'} beside it; the two ways do not mix")
     try:
         from photon_cli import eval as body

@@ -20,8 +20,7 @@ import torch
 from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from photon_cli.options import numbers, window_of
-from photon_cli.terminal import ProgressBar, console, print_lines
+from photon_cli.terminal import ProgressBar, console, numbers, print_lines, window_of
 from photon_data.errors import UsageError
 from photon_data.picture import AUTO, resolve_window
 from photon_data.questions.table import VIDEO_TAG

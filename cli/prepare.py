@@ -13,8 +13,18 @@ from typing import Any
 
 from typer import Context
 
-from photon_cli.options import fractions, given_options, pairs, refuse_beside_manifest
-from photon_cli.terminal import STOPPED, ProgressBar, console, fail, print_lines, print_table
+from photon_cli.terminal import (
+    STOPPED,
+    ProgressBar,
+    console,
+    fail,
+    fractions,
+    given_options,
+    pairs,
+    print_lines,
+    print_table,
+    refuse_beside_manifest,
+)
 from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
 from photon_data.datasets.declare import read_data_manifest

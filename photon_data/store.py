@@ -80,7 +80,7 @@ def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[s
 def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
     """Write one array as a single checksummed shard, chunks of padding too; return {"bytes", "sha256"} of the shard.
 
-    lz4 costs half the CPU time of zstd for a sixth more bytes (benchmarks/store_codecs.py).
+    lz4 costs half the CPU time of zstd for a fifth more bytes (benchmarks/store_codecs.py).
     """
     array = volume.numpy()
     # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140.

@@ -10,6 +10,7 @@ the batch, D hidden size, P tokens of a shared prefix, H query heads, K key head
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from photon_train.configuration_photon import Phase, PhotonConfig
-from photon_train.processing_photon import rope_positions, visual_mask
 from photon_train.scheduling import (
     SCHEDULERS,
     Gather,
@@ -45,6 +45,7 @@ from photon_train.scheduling import (
     ThresholdPredictor,
     gather_of,
     prune,
+    visual_mask,
     warn_of_undecided,
 )
 from photon_train.vision import PhotonVisionTower
@@ -281,9 +282,54 @@ class PhotonModel(Qwen2_5_VLModel):
         self.rope_deltas: Any = None
         self.post_init()
 
-    def get_rope_index(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the positions and deltas that `rope_positions` does; takes what the stock method takes."""
-        return rope_positions(input_ids, self.config, *args, **kwargs)
+    def get_rope_index(
+        self,
+        input_ids: Tensor,
+        mm_token_type_ids: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
+
+        mm_token_type_ids: 0 text, 1 image, 2 volume. After a volume, text resumes at (max over t, h, w) + 1, as the
+        published weights were trained; transformers v5 resumes at start + max(h, w). t grows by tokens_per_second times
+        seconds per slab (1 by default) in a volume, by 0 in an image.
+        Raises ValueError for a run of visual tokens without a volume, or of another length than its volume's.
+        """
+        vision, device = self.config.vision_config, input_ids.device
+        images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
+        seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
+        steps = [(grid, vision.tokens_per_second * s) for grid, s in zip(volumes, seconds, strict=True)]
+        left = {1: zip(images, itertools.repeat(0.0)), 2: iter(steps)}
+        kind_BL = 2 * visual_mask(input_ids, self.config) if mm_token_type_ids is None else mm_token_type_ids
+        mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        position_3BL, delta_B1 = torch.ones((3, *kind_BL.shape), dtype=torch.int64), torch.zeros(len(kind_BL), 1).long()
+        for row, (kind_L, mask_L) in enumerate(zip(kind_BL.cpu(), mask_BL.bool().cpu(), strict=True)):
+            pieces, start = [], 0
+            for kind, run in itertools.groupby(kind_L[mask_L].tolist()):
+                length = len(list(run))
+                if kind == 0:
+                    piece_3L = torch.arange(length).expand(3, -1)
+                elif (grid := next(left[kind], None)) is not None:
+                    piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
+                else:
+                    raise ValueError(
+                        f"expected a volume for every run of visual tokens, found {len(volumes)} for more; pass all of "
+                        "them"
+                    )
+                if piece_3L.shape[1] != length:
+                    raise ValueError(
+                        f"expected {piece_3L.shape[1]} visual tokens for a volume, found {length}: was the prompt cut "
+                        "off inside it? Shorten the text, not the volume"
+                    )
+                pieces.append(piece_3L + start)
+                start = int(pieces[-1].max()) + 1
+            position_3BL[:, row, mask_L] = torch.cat(pieces, dim=1)
+            delta_B1[row] = start - kind_BL.shape[1]
+        return position_3BL.to(device), delta_B1.to(device)
 
     def forward(
         self,
@@ -328,3 +374,11 @@ class PhotonModel(Qwen2_5_VLModel):
                 "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
             )
         return h_BLD.masked_scatter(is_visual_BL1, visual_ND)
+
+
+def _grid_positions(grid_thw: list[int], positions_per_slab: float, merge: int) -> Tensor:
+    """Return int64[3, n] from 0: t grows by positions_per_slab (truncated), h and w by merged patch."""
+    t, h, w = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
+    slabs = (torch.arange(t, dtype=torch.float32) * positions_per_slab).long()
+    axes = torch.meshgrid(slabs, torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack(axes).reshape(3, -1)

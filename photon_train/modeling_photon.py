@@ -25,9 +25,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrai
 from photon_train.configuration_photon import Phase, PhotonConfig, phase_at
 from photon_train.decoder import PhotonModel, Prefix
 from photon_train.pretrained import check_loaded, checkpoint_keys, config_for, layout_of, register_published_names
-from photon_train.processing_photon import IGNORED, prefix_length, visual_mask
-from photon_train.processing_photon import question_mask as question_mask_of
-from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share
+from photon_train.processing_photon import IGNORED, prefix_length
+from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, visual_mask
+from photon_train.scheduling import question_mask as question_mask_of
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")
 PREFILL_ONLY = ("question_mask", "foreground", "pixel_values_videos", "mm_encoder_outputs", "prefix")

@@ -8,7 +8,6 @@ Legend: B rows, L tokens of a row, P patches, X voxels of a patch; axis 3 is (t,
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,13 +25,13 @@ from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.pretrained import hub_options
+from photon_train.scheduling import ROLE_LINE, question_mask, visual_mask
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 SPECIALS = (*MARKERS, "<|image_pad|>", "<image>")
 IGNORED = -100  # the label of what is not to be learned
-ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -298,99 +297,7 @@ def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[T
     return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
 
 
-# --- masks and positions of token ids
-
-
-def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
-    """Return bool[B, L], True at the tokens that stand for a part of a volume."""
-    return input_ids_BL == config.video_token_id
-
-
 def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
     """Return how many tokens there are to the end of the last volume, which rows may share; 0 for text alone."""
     ends = (ids_L == config.vision_end_token_id).nonzero()
     return int(ends[-1]) + 1 if len(ends) else 0
-
-
-def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
-    """Return bool[B, L], True at the text of a user turn that holds a volume, wherever in the turn it stands.
-
-    The first volume with its two markers is not part of the question. Of further volumes the markers are, the patches
-    are not: the published weights were trained so. A turn without end marker runs to the end of the row.
-    """
-    starts_turn_BL = input_ids_BL == config.im_start_token_id
-    turn_BL = starts_turn_BL.cumsum(1)
-
-    def so_far_in_turn(flag_BL: Tensor) -> Tensor:
-        count_BL = flag_BL.cumsum(1)
-        before_turn_BL = torch.where(starts_turn_BL, count_BL - flag_BL.long(), 0).cummax(1).values
-        return count_BL - before_turn_BL
-
-    visual_BL, turn_index_BL = visual_mask(input_ids_BL, config), turn_BL.clamp_max(turn_BL.shape[1] - 1)
-    visual_in_turn = torch.zeros_like(turn_BL).scatter_add(1, turn_index_BL, visual_BL.long())
-    has_volume_BL = visual_in_turn.gather(1, turn_index_BL) > 0
-    in_role_line_BL = so_far_in_turn(torch.ones_like(starts_turn_BL)) <= ROLE_LINE
-    ended_BL = so_far_in_turn(input_ids_BL == config.im_end_token_id) > 0
-    volume_ends_BL = input_ids_BL == config.vision_end_token_id
-    begun_BL = so_far_in_turn(input_ids_BL == config.vision_start_token_id)
-    closed_before_BL = so_far_in_turn(volume_ends_BL) - volume_ends_BL.long()
-    in_first_volume_BL = (begun_BL >= 1) & (closed_before_BL == 0)
-    outside_BL = in_role_line_BL | ended_BL | in_first_volume_BL | visual_BL | (turn_BL == 0)
-    return has_volume_BL & ~outside_BL
-
-
-def rope_positions(
-    input_ids_BL: Tensor,
-    config: PhotonConfig,
-    mm_token_type_ids: Tensor | None = None,
-    image_grid_thw: Tensor | None = None,
-    video_grid_thw: Tensor | None = None,
-    second_per_grid_ts: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
-
-    mm_token_type_ids: 0 text, 1 image, 2 volume. After a volume, text resumes at (max over t, h, w) + 1, as the
-    published weights were trained; transformers v5 resumes at start + max(h, w). t grows by tokens_per_second times
-    seconds per slab (1 by default) in a volume, by 0 in an image.
-    Raises ValueError for a run of visual tokens without a volume, or of another length than its volume's.
-    """
-    vision, device = config.vision_config, input_ids_BL.device
-    images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
-    seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
-    steps = [(grid, vision.tokens_per_second * s) for grid, s in zip(volumes, seconds, strict=True)]
-    left = {1: zip(images, itertools.repeat(0.0)), 2: iter(steps)}
-    kind_BL = 2 * visual_mask(input_ids_BL, config) if mm_token_type_ids is None else mm_token_type_ids
-    mask_BL = torch.ones_like(input_ids_BL) if attention_mask is None else attention_mask
-    position_3BL, delta_B1 = torch.ones((3, *kind_BL.shape), dtype=torch.int64), torch.zeros(len(kind_BL), 1).long()
-    for row, (kind_L, mask_L) in enumerate(zip(kind_BL.cpu(), mask_BL.bool().cpu(), strict=True)):
-        pieces, start = [], 0
-        for kind, run in itertools.groupby(kind_L[mask_L].tolist()):
-            length = len(list(run))
-            if kind == 0:
-                piece_3L = torch.arange(length).expand(3, -1)
-            elif (grid := next(left[kind], None)) is not None:
-                piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
-            else:
-                raise ValueError(
-                    f"expected a volume for every run of visual tokens, found {len(volumes)} for more; pass all of them"
-                )
-            if piece_3L.shape[1] != length:
-                raise ValueError(
-                    f"expected {piece_3L.shape[1]} visual tokens for a volume, found {length}: was the prompt cut off "
-                    "inside it? Shorten the text, not the volume"
-                )
-            pieces.append(piece_3L + start)
-            start = int(pieces[-1].max()) + 1
-        position_3BL[:, row, mask_L] = torch.cat(pieces, dim=1)
-        delta_B1[row] = start - kind_BL.shape[1]
-    return position_3BL.to(device), delta_B1.to(device)
-
-
-def _grid_positions(grid_thw: list[int], positions_per_slab: float, merge: int) -> Tensor:
-    """Return int64[3, n] from 0: t grows by positions_per_slab (truncated), h and w by merged patch."""
-    t, h, w = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
-    slabs = (torch.arange(t, dtype=torch.float32) * positions_per_slab).long()
-    axes = torch.meshgrid(slabs, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(axes).reshape(3, -1)

@@ -22,6 +22,8 @@ from photon_train.configuration_photon import Phase, PhotonConfig
 
 logger = logging.getLogger(__name__)
 
+ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
+
 
 class SchedulingInputs(NamedTuple):
     """What the decoder must know to schedule a batch."""
@@ -38,6 +40,38 @@ class SchedulingInputs(NamedTuple):
     def detached_B(self) -> Tensor:
         """bool[B], True where p gets no gradient."""
         return self.perturbed_B | self.flip_B
+
+
+def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
+    """Return bool[B, L], True at the tokens that stand for a part of a volume."""
+    return input_ids_BL == config.video_token_id
+
+
+def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
+    """Return bool[B, L], True at the text of a user turn that holds a volume, wherever in the turn it stands.
+
+    The first volume with its two markers is not part of the question. Of further volumes the markers are, the patches
+    are not: the published weights were trained so. A turn without end marker runs to the end of the row.
+    """
+    starts_turn_BL = input_ids_BL == config.im_start_token_id
+    turn_BL = starts_turn_BL.cumsum(1)
+
+    def so_far_in_turn(flag_BL: Tensor) -> Tensor:
+        count_BL = flag_BL.cumsum(1)
+        before_turn_BL = torch.where(starts_turn_BL, count_BL - flag_BL.long(), 0).cummax(1).values
+        return count_BL - before_turn_BL
+
+    visual_BL, turn_index_BL = visual_mask(input_ids_BL, config), turn_BL.clamp_max(turn_BL.shape[1] - 1)
+    visual_in_turn = torch.zeros_like(turn_BL).scatter_add(1, turn_index_BL, visual_BL.long())
+    has_volume_BL = visual_in_turn.gather(1, turn_index_BL) > 0
+    in_role_line_BL = so_far_in_turn(torch.ones_like(starts_turn_BL)) <= ROLE_LINE
+    ended_BL = so_far_in_turn(input_ids_BL == config.im_end_token_id) > 0
+    volume_ends_BL = input_ids_BL == config.vision_end_token_id
+    begun_BL = so_far_in_turn(input_ids_BL == config.vision_start_token_id)
+    closed_before_BL = so_far_in_turn(volume_ends_BL) - volume_ends_BL.long()
+    in_first_volume_BL = (begun_BL >= 1) & (closed_before_BL == 0)
+    outside_BL = in_role_line_BL | ended_BL | in_first_volume_BL | visual_BL | (turn_BL == 0)
+    return has_volume_BL & ~outside_BL
 
 
 class SchedulerContext(NamedTuple):

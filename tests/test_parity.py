@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration, answer_losses, band_losses
-from photon_train.processing_photon import patchify, question_mask
-from photon_train.scheduling import gather_of, prune
+from photon_train.processing_photon import patchify
+from photon_train.scheduling import gather_of, prune, question_mask
 
 LOSS = {"rtol": 0, "atol": 1e-5}
 STATES = {"rtol": 0, "atol": 2e-4}

@@ -12,7 +12,6 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from operator import attrgetter
@@ -23,9 +22,7 @@ import numpy as np
 
 from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, unreadable
 from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, along_normal, read_planes, require_pydicom
-from photon_data.readers.metaimage import metaimage_data_file
-from photon_data.readers.nifti import nifti_data_file
-from photon_data.readers.nrrd import nrrd_data_file
+from photon_data.readers.header import metaimage_data_file, nifti_data_file, nrrd_data_file
 from photon_data.scan import Source
 
 # Suffix -> what finds the file with the voxels, where that can be another one.
@@ -177,13 +174,17 @@ class _Search:
         self.sources.append((Named(path, words), source))
 
     def _add_file(self, path: Path, suffix: str) -> None:
-        data, parts = path, self._parts(path)
+        data, parts, why = path, self._parts(path), None
         if suffix in DATA_FILES:
-            with suppress(Refused, OSError):  # opening the source says what is wrong with it
+            try:
                 data = DATA_FILES[suffix](path)
+            except Refused as refused:
+                why = refused
+            except OSError as error:
+                why = unreadable(path, error)
         self.data_files.add(data)
         words = (*parts[:-1], path.name[: -len(suffix)])
-        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix])
+        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix], why)
 
     def _add_dicom(self, files: list[Path]) -> None:
         """Add the series among the DICOM files of one folder, and each file that is unreadable or damaged."""

@@ -9,17 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from photon_data.errors import COPY_AGAIN, Refused, not_a, refusal
-from photon_data.readers.stream import (
-    Compression,
-    HeaderText,
-    Stored,
-    data_file_beside,
-    frame,
-    grid_shape,
-    header_text,
-    scan_of,
-    wrong_values,
-)
+from photon_data.readers.header import METAIMAGE_LAST, metaimage_text
+from photon_data.readers.stream import Compression, Stored, frame, grid_shape, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
@@ -32,9 +23,6 @@ DTYPES |= {f"MET_U{name}": f"u{size}" for name, size in INTEGERS.items()}
 SYNONYMS = {"Position": "Offset", "Origin": "Offset", "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
 SYNONYMS |= {"Rotation": "TransformMatrix", "Orientation": "TransformMatrix"}
 REMEDY = "export the scan again with SimpleITK or 3D Slicer"
-
-# The field of a MetaImage header that is its last line: where the voxels are.
-LAST_FIELD = "ElementDataFile"
 
 
 class _Header:
@@ -76,9 +64,9 @@ def open_metaimage(source: Source, max_voxels: int) -> Scan:
     text = metaimage_text(path)
     pairs = [(key.strip(), value.strip()) for key, _, value in (line.partition("=") for line in text.lines)]
     header = _Header({SYNONYMS.get(key, key): value for key, value in pairs}, path.name)
-    if "NDims" not in header.fields or LAST_FIELD not in header.fields:
+    if "NDims" not in header.fields or METAIMAGE_LAST not in header.fields:
         raise not_a("a MetaImage header", path, "name the file after what it is, or export it again")
-    data = metaimage_data_file(path)
+    data = source.files[-1]
     shape_zyx = grid_shape(_sizes(header), path.name, max_voxels)
     stored = _stored(header, data, text.length if data == path else 0, shape_zyx)
     return scan_of(stored, _geometry(header, shape_zyx), "metaimage")
@@ -139,15 +127,3 @@ def _geometry(header: _Header, shape_zyx: tuple[int, int, int]) -> Geometry:
         raise header.refused("bad-geometry", "axes in three dimensions", "a fourth mixed in")
     steps = directions[:3, :3] * spacing[:3, None]
     return frame(shape_zyx, origin[:3], steps[::-1], header.name, REMEDY)
-
-
-def metaimage_text(path: Path) -> HeaderText:
-    """Return the header of a MetaImage, to its last field; Refused."""
-    return header_text(path, lambda line: line.partition("=")[0].strip() == LAST_FIELD)
-
-
-def metaimage_data_file(path: Path) -> Path:
-    """Return the file with the voxels of a MetaImage header: `path` itself, or one in its folder; Refused."""
-    key, _, value = "".join(metaimage_text(path).lines[-1:]).partition("=")
-    is_detached = key.strip() == LAST_FIELD and value.strip().upper() != "LOCAL"
-    return data_file_beside(path, value.strip()) if is_detached else path

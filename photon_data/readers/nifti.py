@@ -49,7 +49,7 @@ def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
     """
     path = source.files[0]
     header = _read_header(path)
-    data = nifti_data_file(path)
+    data = source.files[-1]
     shape_zyx = grid_shape(_sizes(header, path.name), path.name, max_voxels)
     compression = _compression(data)
     skip = _vox_offset(header, header.single_vox_offset if data == path else 0, path.name)
@@ -86,7 +86,7 @@ def _read_header(path: Path) -> nib.Nifti1Header:
         raise refusal("truncated", path.name, f"a header of {length} bytes", len(head), COPY_AGAIN)
     header = version(head[:length], endianness=order, check=False)
     magic, magics = bytes(header["magic"])[:3], (version.single_magic, version.pair_magic)
-    if magic == magics[is_nifti_pair(path)]:
+    if magic == magics[path.name.lower().endswith((".hdr", ".hdr.gz"))]:
         return header
     if magic in magics:
         expected = "the magic of a single file in .nii and of a pair in .hdr"
@@ -214,20 +214,3 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray:
     turn = quat2mat([w, *vector])
     sides[2] *= -1 if header["pixdim"][0] < 0 else 1
     return np.column_stack([turn * sides, [float(header[f"qoffset_{axis}"]) for axis in "xyz"]])
-
-
-def is_nifti_pair(path: Path) -> bool:
-    """Tell whether a NIfTI's name is that of a header whose voxels lie in another file."""
-    return path.name.lower().endswith((".hdr", ".hdr.gz"))
-
-
-def nifti_data_file(path: Path) -> Path:
-    """Return the file with the voxels of a NIfTI: `path` itself, or the .img or .img.gz beside it; Refused."""
-    if not is_nifti_pair(path):
-        return path
-    stem = path.name[: path.name.lower().rindex("hdr")]
-    ends = ("IMG", "IMG.GZ") if "HDR" in path.name[len(stem) :] else ("img", "img.gz")
-    found = [data for data in (path.with_name(stem + end) for end in ends) if data.is_file() and not data.is_symlink()]
-    if len(found) != 1:
-        raise refusal("data-file", path.name, "one .img or .img.gz beside it", len(found), "copy the pair")
-    return found[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from itertools import compress
 from pathlib import Path
@@ -12,17 +11,8 @@ import nrrd as pynrrd
 import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, not_a, refusal
-from photon_data.readers.stream import (
-    Compression,
-    HeaderText,
-    Stored,
-    data_file_beside,
-    frame,
-    grid_shape,
-    header_text,
-    scan_of,
-    wrong_values,
-)
+from photon_data.readers.header import HeaderText, nrrd_text
+from photon_data.readers.stream import Compression, Stored, frame, grid_shape, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
@@ -63,7 +53,7 @@ def open_nrrd(source: Source, max_voxels: int) -> Scan:
     if not (text.lines and text.lines[0].startswith("NRRD")):
         raise not_a("an NRRD header", path, "name the file after what it is, or export it again")
     header = _parse(text, path.name)
-    data = nrrd_data_file(path)
+    data = source.files[-1]
     sizes, directions = _spatial_axes(header, path.name)
     shape_zyx = grid_shape(sizes, path.name, max_voxels)
     dtype = _dtype(header, path.name)
@@ -145,15 +135,3 @@ def _stored(
     if not 0 <= skip <= MAX_SKIP:
         raise refusal("bad-header", name, f"a byte skip of 0 to {MAX_SKIP}", skip, EXPORT_AGAIN)
     return Stored(data, compression, start, skip, shape_zyx, dtype)
-
-
-def nrrd_text(path: Path) -> HeaderText:
-    """Return the header of an NRRD file, to the empty line that ends it; Refused."""
-    return header_text(path, lambda line: line == "")
-
-
-def nrrd_data_file(path: Path) -> Path:
-    """Return the file with the voxels of an NRRD header: `path` itself, or one in its folder; Refused."""
-    fields = (re.split(":=?", line, maxsplit=1) for line in nrrd_text(path).lines)
-    references = [value[0] for key, *value in fields if key.strip() in ("data file", "datafile") and value]
-    return data_file_beside(path, references[0].strip()) if references else path

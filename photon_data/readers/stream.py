@@ -8,14 +8,13 @@ What every format's header must give is checked here once: a grid of a sane size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from isal import igzip_lib
@@ -32,9 +31,6 @@ MAX_DEFLATE_RATIO = 1032
 # One plane is in memory at a time: its sides are bounded, not only the number of voxels.
 MAX_SIDE = 4096
 SPACING_MM = (0.001, 100.0)
-
-MAX_HEADER_BYTES = 1 << 20
-MAX_REFERENCE = 255
 
 
 class Compression(IntEnum):
@@ -211,42 +207,3 @@ def wrong_values(code: str, name: str, found: str) -> Refused:
         "dtype": ("integers of 8 to 64 bits, float32 or float64", "convert it to int16 or float32"),
     }[code]
     return refusal(code, name, expected, found, remedy)
-
-
-# Headers that are lines of text, and headers whose voxels lie in another file of their folder.
-
-
-class HeaderText(NamedTuple):
-    """Lines of a header (without line ends) and the number of bytes it takes with its last line end."""
-
-    lines: list[str]
-    length: int
-
-
-def header_text(path: Path, is_last: Callable[[str], bool]) -> HeaderText:
-    """Return the header up to the first line that `is_last`, or the whole of a short file that has no such line."""
-    lines: list[str] = []
-    with path.open("rb") as file:
-        head = BytesIO(file.read(MAX_HEADER_BYTES))
-    for line in head:
-        lines.append(line.decode("latin-1").rstrip())  # Latin-1 never fails
-        if is_last(lines[-1]):
-            break
-    else:
-        if head.tell() == MAX_HEADER_BYTES:
-            raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", EXPORT_AGAIN)
-    return HeaderText(lines, head.tell())
-
-
-def data_file_beside(header: Path, reference: str) -> Path:
-    """Return the file that a header names, which lies in the header's folder; Refused ("data-file") otherwise."""
-    words = reference.split()
-    if not words or words[0].upper() == "LIST" or "%" in reference:
-        raise refusal("data-file", header.name, "one data file", "a list in its header", "save it as one file")
-    folder = header.parent.resolve()
-    data = folder / reference
-    if "\0" in reference or len(reference) > MAX_REFERENCE or not data.resolve().is_relative_to(folder):
-        raise refusal("data-file", header.name, "a data file in its folder", "a path that leads out", "move it there")
-    if not data.is_file():
-        raise refusal("data-file", header.name, "its data file beside it", "none", "copy both files")
-    return header.parent / reference

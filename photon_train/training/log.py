@@ -15,7 +15,7 @@ from torch import Tensor
 from photon_data.files import Location
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.processing_photon import visual_mask
+from photon_train.scheduling import visual_mask
 from photon_train.training.batches import Batch
 
 LOG, CURVES, SUMMARY = "log.jsonl", "curves.png", "summary.json"

@@ -8,7 +8,7 @@ from golden import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
 from photon_train import flops as costs
-from photon_train.processing_photon import question_mask
+from photon_train.scheduling import question_mask
 
 
 def counted(call) -> tuple[int, object]:
