@@ -25,8 +25,8 @@ class Rescale(NamedTuple):
 
     slope: float
     intercept: float
-    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": the table
-    # of a data set whose files hold raw values, so that stored values which are HU already are refused.
+    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": a table of
+    # a data set of raw files; a file that holds HU already is refused.
     given_by: Literal["stored", "table", "metadata"]
 
 
@@ -104,7 +104,7 @@ def refuse_scaled_before(probe: Probe) -> None:
 
 
 def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
-    """Raise Refused when intensities, of which low and high are the ends, cannot be Hounsfield units of a CT.
+    """Raise Refused when intensities from `low` to `high` cannot be Hounsfield units of a CT.
 
     A CT shows air (AIR_HU) around or inside the body and soft tissue (TISSUE_HU). Raw values are all positive; an
     intercept applied twice pushes tissue to -1000 and air below, or everything to about -8192. Padding far below -1000

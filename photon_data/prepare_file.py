@@ -208,7 +208,7 @@ def prepare_file(job: Job) -> VolumeRecord:
     try:
         record = _prepare(job)
     except Refused as refusal:
-        # A record names its source already. A folder has no file.
+        # The record has the file's name already. An unreadable folder has no files.
         name = f"{job.source.files[0].name}: " if job.source.files else ""
         record = job.record(REFUSED, code=refusal.code, reason=refusal.message.removeprefix(name))
     except OSError as error:
@@ -251,7 +251,7 @@ def opened(job: Job) -> Scan:
 def already_there(job: Job, content: str) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none.
 
-    Its policy does not count, but for choices that mattered when it was made: those have to be this policy's too.
+    Policies may differ, except in the choices that changed this store: those must be equal.
     """
     if job.overwrite or not job.write:
         return None

@@ -124,7 +124,7 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         with_qk: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, Tensor, Tensor]:
-        """Return h_BLD; given `scheduling`, also the selection for rows, prefix included; with_qk, also q and k."""
+        """Return h_BLD; with `scheduling`, (h_BLD, selection over prefix and row); with `with_qk`, (h_BLD, q, k)."""
         # q and k are computed within this forward, where sharded weights are whole.
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
         h_BLD = super().forward(hidden_states, **kwargs)
@@ -317,8 +317,8 @@ class PhotonModel(Qwen2_5_VLModel):
                     piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
                 else:
                     raise ValueError(
-                        f"expected a volume for every run of visual tokens, found {len(volumes)} for more; pass all of "
-                        "them"
+                        f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "
+                        "all of them"
                     )
                 if piece_3L.shape[1] != length:
                     raise ValueError(

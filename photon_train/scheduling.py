@@ -50,8 +50,8 @@ def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
 def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
     """Return bool[B, L], True at the text of a user turn that holds a volume, wherever in the turn it stands.
 
-    The first volume with its two markers is not part of the question. Of further volumes the markers are, the patches
-    are not: the published weights were trained so. A turn without end marker runs to the end of the row.
+    The first volume and its two markers are not part of the question. Of further volumes, only the patches are not:
+    the published weights were trained so. A turn without end marker runs to the end of the row.
     """
     starts_turn_BL = input_ids_BL == config.im_start_token_id
     turn_BL = starts_turn_BL.cumsum(1)

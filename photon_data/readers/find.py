@@ -55,10 +55,11 @@ def left_alone(ignored: Mapping[str, int]) -> str:
 def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], None] = lambda count: None) -> Found:
     """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
 
-    Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed: one into the root
-    leads to a file that is found anyway (or hidden, as DataLad keeps them: that one is taken), others are counted as
-    ignored. A file with a scan's suffix is always a source, whatever it holds; opening it says what is wrong. What
-    cannot be read is a source with its `problem` set. `on_file` gets the number of files seen so far.
+    Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed. A link to a
+    visible file in the root is passed over, since that file is found. A link to a hidden file in the root is taken
+    (DataLad keeps files so). Other links are counted as ignored. A file with a scan's suffix is always a source,
+    whatever it holds; opening it says what is wrong. What cannot be read is a source with its `problem` set. `on_file`
+    gets the number of files seen so far.
 
     UsageError where there is no `root`, or for an unknown `id_from`.
     """

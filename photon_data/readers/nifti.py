@@ -25,7 +25,7 @@ from photon_data.scan import Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
 
 AFFINES = ("sform", "qform")
-# Asks for a header that says nothing of where its voxels are, because a table does.
+# A value of `affine`: the header must have no affine, since a table gives the grid.
 BLANK = "blank"
 
 # datatype code -> numpy's letter; what is not here is refused by name or as unknown.
@@ -35,8 +35,8 @@ MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
 # Header extensions lie between header and voxels; a header that claims more of them is not believed.
 MAX_VOX_OFFSET = 1 << 26
-# How far apart sform and qform may place the corners of a scan: 0.1 mm, or this share of its diagonal. So much can a
-# quaternion in float32 lose near half a turn, the usual one for CT (its w is the root of a difference).
+# How far apart sform and qform may place the corners of a scan: 0.1 mm, or this share of its diagonal. A
+# float32 quaternion can be off by so much near half a turn, which is usual for CT (w is the root of a difference).
 AGREE_MM, AGREE_SHARE = 0.1, 1e-3
 
 DIRECTIONS = "set a right sform (nibabel, ITK-SNAP or dcm2niix write one)"

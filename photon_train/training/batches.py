@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
 
     rows: tuple[int, ...]  # indices into the manifest's rows
     number: int  # within its epoch; seeds what is random
-    weight: float = 1.0  # of its loss; in the last step of an epoch, 3 micro-batches for 4 slots: 4/3, 4/3, 4/3, 0
+    weight: float = 1.0  # of its loss: 4/3 where a last step has 3 micro-batches for 4 slots, and 0 for its filler
 
 
 def plan_epoch(
