@@ -207,10 +207,10 @@ def prepare_file(job: Job) -> VolumeRecord:
     start_s = time.perf_counter()
     try:
         record = _prepare(job)
-    except Refused as refusal:
+    except Refused as refused:
         # The record has the file's name already. An unreadable folder has no files.
         name = f"{job.source.files[0].name}: " if job.source.files else ""
-        record = job.record(REFUSED, code=refusal.code, reason=refusal.message.removeprefix(name))
+        record = job.record(REFUSED, code=refused.code, reason=refused.message.removeprefix(name))
     except OSError as error:
         if error.errno in NO_SPACE:
             message = f"no space left for {job.out}; free some and run the same command again"

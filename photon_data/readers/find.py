@@ -12,6 +12,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from operator import attrgetter
@@ -175,17 +176,13 @@ class _Search:
         self.sources.append((Named(path, words), source))
 
     def _add_file(self, path: Path, suffix: str) -> None:
-        data, parts, why = path, self._parts(path), None
+        data, parts = path, self._parts(path)
         if suffix in DATA_FILES:
-            try:
+            with suppress(Refused, OSError):  # opening the source says what is wrong with it
                 data = DATA_FILES[suffix](path)
-            except Refused as refused:
-                why = refused
-            except OSError as error:
-                why = unreadable(path, error)
         self.data_files.add(data)
         words = (*parts[:-1], path.name[: -len(suffix)])
-        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix], why)
+        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix])
 
     def _add_dicom(self, files: list[Path]) -> None:
         """Add the series among the DICOM files of one folder, and each file that is unreadable or damaged."""
