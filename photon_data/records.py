@@ -37,7 +37,7 @@ class VolumeRecord:
     bytes_in: int  # of the source's files together, as is mtime_ns
     mtime_ns: int
     fingerprint: str | None = None  # "sha256:..." of the content of its files
-    key: str | None = None  # the resume key: a hash of what the store was made from
+    key: str | None = None  # the resume key: a hash of what the store was made from, or of what was refused
     code: str | None = None  # why it was refused or failed: a slug to group by, and a sentence
     reason: str | None = None
     store: str | None = None
@@ -45,6 +45,7 @@ class VolumeRecord:
     store_sha256: str | None = None  # of the store's root metadata, which record every other file of it
     facts: dict[str, Any] | None = None
     seconds: float | None = None  # wall time of the work; None where it was done by an earlier run
+    root: str | None = None  # the source folder; None in rows of versions that did not record it
 
     @property
     def is_there(self) -> bool:

@@ -28,6 +28,7 @@ class Source:
     mtime_ns: int
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
     code: str = "unreadable"  # of the refusal then
+    root: str = ""  # the folder that `path` starts from
 
 
 @dataclass(frozen=True)

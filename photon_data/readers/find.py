@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
 SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 HIDDEN_FOLDERS = ("__MACOSX",)
+# What is in a folder that photon-data prepare or export wrote: no raw data.
+OURS = (("dataset.json", "volumes.jsonl"), ("export.json", "volumes"))
+NO_IDS: Mapping[str, str] = MappingProxyType({})
 # Files that are no scans are counted by suffix; a longer "suffix" may be a piece of somebody's name.
 MAX_SUFFIX = 6
 
@@ -53,8 +57,16 @@ def left_alone(ignored: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in ignored.items()) or "nothing"
 
 
-def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], None] = lambda count: None) -> Found:
+def find_scans(
+    root: Path,
+    *,
+    id_from: str = "path",
+    known_ids: Mapping[str, str] = NO_IDS,
+    on_file: Callable[[int], None] = lambda count: None,
+) -> Found:
     """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
+
+    `known_ids` are those that scans have already, by their paths.
 
     Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed. A link to a
     visible file in the root is passed over, since that file is found. A link to a hidden file in the root is taken
@@ -76,7 +88,7 @@ def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], No
                 candidates.append(path)
         search.add_folder(candidates)
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
-    ids = assign_ids([named for named, _ in pairs], id_from)
+    ids = assign_ids([named for named, _ in pairs], id_from, known_ids)
     return Found([replace(source, id=name) for name, (_, source) in zip(ids, pairs, strict=True)], search.counts())
 
 
@@ -114,7 +126,9 @@ class _Search:
 
         for here, folders, names in os.walk(self.start, onerror=closed):
             links = [name for name in folders if Path(here, name).is_symlink()]
-            folders[:] = sorted(name for name in folders if name not in links and not _is_hidden(name))
+            ours = [name for name in folders if _is_ours(Path(here, name))]
+            self.ignored["(prepared or exported folder)"] += len(ours)
+            folders[:] = sorted(n for n in folders if n not in links and n not in ours and not _is_hidden(n))
             yield [Path(here, name) for name in sorted(names + links) if not _is_hidden(name)]
 
     def is_candidate(self, path: Path) -> bool:
@@ -170,7 +184,7 @@ class _Search:
                     raise PermissionError(errno.EACCES, "permission denied")
             except OSError as error:
                 why = why or unreadable(file, error)
-        source = Source("", path, tuple(files), file_format, size, mtime_ns)
+        source = Source("", path, tuple(files), file_format, size, mtime_ns, root=str(self.root))
         if why:
             source = replace(source, problem=why.message, code=why.code)
         self.sources.append((Named(path, words), source))
@@ -198,6 +212,10 @@ class _Search:
         for path, why in grouped.unreadable:
             self._add((*parts, path.name), "/".join((*parts, path.name)), [path], "dicom", why)
         self.ignored.update({"(DICOM without image)": grouped.ignored, "(DICOM scout, no CT volume)": grouped.scouts})
+
+
+def _is_ours(folder: Path) -> bool:
+    return any(all(os.path.exists(folder / name) for name in names) for names in OURS)  # noqa: PTH110 - never raises
 
 
 def _is_hidden(name: str) -> bool:
@@ -296,24 +314,30 @@ class Named(NamedTuple):
     words: tuple[str, ...]
 
 
-def assign_ids(scans: Sequence[Named], id_from: str) -> list[str]:
+def assign_ids(scans: Sequence[Named], id_from: str, known_ids: Mapping[str, str] = NO_IDS) -> list[str]:
     """Return an id for each scan, no two alike even where case does not count; UsageError for an unknown `id_from`.
 
     path: a/b/x.nii.gz -> "a__b__x"     name: -> "x"     hash: -> "v" + 12 digits of the path's sha256
 
     What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150 characters, or where two scans
-    would share it, 6 digits of the hash of its path (with suffix) are appended.
+    would share it, 6 digits of the hash of its path (with suffix) are appended. Scans whose paths are in `known_ids`
+    keep the ids that they have there, and nobody else gets one of them.
     """
     if id_from not in ("path", "name", "hash"):
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")
     if id_from == "hash":
-        return [f"v{_digest(scan.path)[:12]}" for scan in scans]
+        return [known_ids.get(scan.path, f"v{_digest(scan.path)[:12]}") for scan in scans]
     plain = ["__".join(scan.words if id_from == "path" else scan.words[-1:]) for scan in scans]
     levels = [int(name != _id(name)) for name in plain]
+    here = {scan.path for scan in scans}
+    gone = [known for path, known in known_ids.items() if path not in here]
     while True:
-        ids = [_id(name, scan.path, DIGITS[n]) for name, scan, n in zip(plain, scans, levels, strict=True)]
-        times = Counter(map(str.casefold, ids))
-        shared = [times[name.casefold()] > 1 for name in ids]
+        made = [_id(name, scan.path, DIGITS[n]) for name, scan, n in zip(plain, scans, levels, strict=True)]
+        ids = [known_ids.get(scan.path, name) for scan, name in zip(scans, made, strict=True)]
+        times = Counter(name.casefold() for name in [*ids, *gone])
+        shared = [
+            times[name.casefold()] > 1 and scan.path not in known_ids for scan, name in zip(scans, ids, strict=True)
+        ]
         if not any(shared):
             return ids
         levels = [level + clash for level, clash in zip(levels, shared, strict=True)]
