@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from photon_data.store import is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Refusals that the next run may not meet again, and failures that it will.
+PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 
 
 class NoSpace(OSError):
@@ -80,10 +83,20 @@ class Job:
         parts += [dict(choices)] if choices else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def refusal_key(self) -> str:
+        """Return the key of a refusal: a hash of all but the file that decides whether it is refused."""
+        parts = [self.recipe.digest, vars(self.policy), self.rescale, ALGORITHM, version("photon-ct")]
+        parts += [self.stated.to_json()] if self.stated else []
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def record(self, state: str, **more: Any) -> VolumeRecord:
         """Return a record of this job's source in the given state."""
         source = self.source
-        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
+        is_lasting = more["code"] not in PASSING if state == REFUSED else state == FAILED and more["code"] in LASTING
+        if is_lasting and not source.problem:
+            more["key"] = self.refusal_key()
+        root = source.root or None
+        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, root=root, **more)
 
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
         """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,22 +14,23 @@ from typing import Any, NamedTuple
 from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest, read_data_manifest
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
 from photon_data.hounsfield import Rescale
-from photon_data.prepare_file import Job, already_there, recipe_digest
-from photon_data.questions.manifest import Manifests, Unmatched, by_name
+from photon_data.prepare_file import Job, already_there, fingerprint, recipe_digest
+from photon_data.questions.manifest import KEPT, Manifests, Unmatched, by_name, kept_questions
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.splits import FRACTIONS, Count, assign_splits, leaks, refuse_leaks
 from photon_data.questions.table import read_table
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import STATES, UNCHANGED, VolumeRecord, read_records
+from photon_data.records import DATASET, FAILED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
 
 HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
+PATHS = ("absolute", "relative")
 # A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
 NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 
@@ -50,7 +52,9 @@ class Request:
     allow_leaks: bool = False
     limit: int | None = None  # only so many scans
     overwrite: bool = False
+    retry_failed: bool = False  # read again what was refused, timed out or crashed before
     pictures: int = 48  # volumes shown as pictures in the report
+    paths: str | None = None  # of stores in manifests, "absolute" or "relative" to OUT; None: as OUT has them
 
     hu_source: str = HEADER  # "header", "stored", or the path of a table: see `rescaling`
     questions: Path | None = None  # a table of questions; None for one row per volume
@@ -58,6 +62,7 @@ class Request:
     # Share of each split, where the table of questions has no splits.
     fractions: Mapping[str, float] = field(default_factory=lambda: FRACTIONS)
     id_from: str = "path"  # what volume ids are made from: "path", "name" or "hash"
+    id_prefix: str = ""  # what the ids of this source and the name of its questions begin with
 
 
 class Callback:
@@ -81,7 +86,7 @@ class Gathered(NamedTuple):
     """What is to be prepared and asked."""
 
     jobs: list[Job]
-    questions: list[Question] | None  # with splits; None for one row per volume
+    questions: dict[str, list[Question]]  # by data set, with splits; empty for one row per volume
     unmatched: Sequence[Unmatched] = ()  # questions whose volume is known not to exist
     ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
     notes: Sequence[str] = ()  # sentences for the person who reads along
@@ -91,7 +96,7 @@ class Plan(NamedTuple):
     """What a run will do."""
 
     jobs: list[Job]  # to execute
-    done: list[VolumeRecord]  # of inputs whose stores exist already
+    done: list[VolumeRecord]  # of inputs whose stores exist already, or that were refused before for the same reasons
     kept: list[VolumeRecord]  # of volumes of earlier runs that are no input of this one
     before: list[VolumeRecord]  # earlier records of the jobs' sources; volumes.jsonl has them until the job is done
 
@@ -103,6 +108,7 @@ class Result(NamedTuple):
     kept: list[VolumeRecord]  # as in the plan
     manifests: Manifests  # no rows where splits leak
     counts: list[Count]  # what the questions are, by data set, task and split
+    left: list[str]  # ids of rows that manifests had before, and have no more
     leak: str | None  # what several splits have in common; None where they are apart, or where leaks are allowed
     damaged: Sequence[str]  # the archives that could not be unpacked as a whole, and why
 
@@ -174,8 +180,8 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
-    if gathered.questions and not request.allow_leaks:
-        refuse_leaks(leaks(map(as_row, gathered.questions)))
+    if not request.allow_leaks:
+        refuse_leaks(leaks(as_row(question) for part in gathered.questions.values() for question in part))
     return gathered
 
 
@@ -191,12 +197,19 @@ def as_row(question: Question) -> dict[str, object]:
 
 def _gather_folder(request: Request, callback: Callback) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
-    questions = None
+    questions: dict[str, list[Question]] = {}
+    asked: list[Question] = []
     if request.questions is not None:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
-        questions = read_questions(request.questions, columns)
-        questions = with_prompt_style(questions, request.prompt, "shown") if request.prompt else questions
-    sources, ignored = find_scans(request.source, id_from=request.id_from, on_file=callback.on_file)
+        asked = read_questions(request.questions, columns)
+        asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
+    sources, ignored = find_scans(
+        request.source,
+        id_from=request.id_from,
+        id_prefix=request.id_prefix,
+        known_ids=_ids_of_earlier_runs(request),
+        on_file=callback.on_file,
+    )
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
@@ -205,12 +218,20 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         Job(source, out, request.recipe, request.policy, rescale(source), overwrite=request.overwrite)
         for source in sources[: request.limit]
     ]
-    if questions is not None:
+    if request.questions is not None:
+        name = request.id_prefix + request.questions.stem
         find = by_name((source.id, source.path) for source in sources)
         # Ids in place of names of scans: two names of one scan must not be two patients.
-        questions = [replace(question, volume=find(question.volume).id or question.volume) for question in questions]
-        questions = assign_splits(questions, fractions=request.fractions, seed=request.seed)
+        asked = [replace(q, volume=find(q.volume).id or q.volume, dataset=name) for q in asked]
+        questions[name] = assign_splits(asked, fractions=request.fractions, seed=request.seed)
     return Gathered(jobs, questions, ignored=ignored)
+
+
+def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
+    """Return the ids that scans of the source have in OUT, by their paths."""
+    source = request.source.absolute()
+    root = str(source if source.is_dir() else source.parent)
+    return {record.source: record.id for record in read_records(request.out) if record.root in (None, root)}
 
 
 def rescaling(
@@ -258,7 +279,8 @@ def _gather_datasets(request: Request, callback: Callback) -> Gathered:
     jobs = jobs_of(request, combined)
     if not jobs:
         raise UsageError(f"{request.source}: expected volumes with questions, found none")
-    return Gathered(jobs, combined.questions, combined.unmatched, notes=combined.notes)
+    questions = {entry.name: [q for q in combined.questions if q.dataset == entry.name] for entry in request.datasets}
+    return Gathered(jobs, questions, combined.unmatched, notes=combined.notes)
 
 
 def jobs_of(request: Request, combined: Collection) -> list[Job]:
@@ -272,13 +294,44 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     return jobs
 
 
-def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
-    """Return which of the jobs have to be done; UsageError if the result would mix recipes."""
+def collect(own: Mapping[str, list[Question]], out: Location, allow_leaks: bool) -> list[Question] | None:
+    """Return the questions of all data sets that OUT holds, with a run's own in place of their earlier ones.
+
+    None where there are none: each volume then has one row. UsageError for an id in two data sets, and for leaks.
+    """
+    parts = kept_questions(out) | own
+    owner: dict[str, str] = {}
+    for name, questions in parts.items():
+        if again := [question.id for question in questions if owner.setdefault(question.id, name) != name]:
+            found = f"{len(again)} of {owner[again[0]]} in {name}, {again[0]} first"
+            remedy = f"change them, or remove {out.at(f'{KEPT}/{name}.jsonl')} if it is not needed"
+            raise UsageError(f"expected question ids that no other data set has, found {found}; {remedy}")
+    everything = [question for questions in parts.values() for question in questions]
+    if not allow_leaks:
+        refuse_leaks(leaks(map(as_row, everything)))
+    return everything or None
+
+
+def paths_of(request: Request) -> str:
+    """Return whether manifests name stores by "absolute" or "relative" paths: as requested, else as OUT has them."""
+    if request.paths is None:
+        try:
+            return str(json.loads(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
+        except (ValueError, AttributeError):
+            return PATHS[0]
+    if request.paths not in PATHS:
+        raise UsageError(f"--paths: expected {' or '.join(PATHS)}, found {request.paths!r}")
+    return request.paths
+
+
+def plan(jobs: Sequence[Job], out: Location, recipe: Recipe, retry_failed: bool = False) -> Plan:
+    """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id."""
     before = {record.id: record for record in read_records(out)}
+    _refuse_namesakes(jobs, before, out)
     ids = {job.source.id for job in jobs}
     others = [replace(old, state=UNCHANGED) for old in before.values() if old.is_there and old.id not in ids]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id)), jobs))
+        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), retry_failed), jobs))
         digests = list(threads.map(lambda record: _digest_of_store(out, record), others))
     kept = [(record, digest) for record, digest in zip(others, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
@@ -292,12 +345,45 @@ def plan(jobs: Sequence[Job], out: Location, recipe: Recipe) -> Plan:
     return Plan(todo, [done for done in found if done], [record for record, _ in kept], left)
 
 
-def _unchanged(job: Job, before: VolumeRecord | None) -> VolumeRecord | None:
-    """Return the record of a finished store whose source still has the size and time that volumes.jsonl recorded."""
-    if before is None or before.fingerprint is None:
+def _refuse_namesakes(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], out: Location) -> None:
+    """UsageError for scans whose ids belong to other scans, and for scans that have another id already."""
+    owners = {record.id.casefold(): record for record in before.values()}
+    ids = {(record.root, record.source): record.id for record in before.values() if record.root}
+    found = []
+    for source in (job.source for job in jobs):
+        owner = owners.get(source.id.casefold())
+        known = ids.get((source.root, source.path), source.id)
+        if owner is not None and not _is_same_scan(source, owner):
+            found.append(f"{source.id} is {owner.source} of {owner.root}, not {source.path} of {source.root}")
+        elif known != source.id and before[known].is_there:
+            found.append(f"{source.path} of {source.root} is {known}, not {source.id}")
+    if found:
+        remedy = "give the scans of this source other ids with --id-prefix NAME, or prune what is gone"
+        raise UsageError(f"expected ids that nobody has in {out.url}, found {len(found)}: {first_few(found)}; {remedy}")
+
+
+def _is_same_scan(source: Source, owner: VolumeRecord) -> bool:
+    """Tell whether a record is of this scan: at its place, its successor there, or the same content moved."""
+    if owner.root is None or (owner.root, owner.source) == (source.root, source.path):
+        return True
+    if owner.root == source.root:
+        return not Path(owner.root, owner.source.partition("#")[0]).exists()
+    if owner.source != source.path or owner.bytes_in != source.bytes:
+        return False
+    return owner.mtime_ns == source.mtime_ns or owner.fingerprint == fingerprint(source.files)
+
+
+def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:
+    """Return the record of a source that is as volumes.jsonl recorded it, by size and time.
+
+    It has a finished store, or was refused under the same recipe and policy by the same version.
+    """
+    if before is None or (before.bytes_in, before.mtime_ns) != (job.source.bytes, job.source.mtime_ns):
         return None
-    is_same = (before.bytes_in, before.mtime_ns) == (job.source.bytes, job.source.mtime_ns)
-    return already_there(job, before.fingerprint) if is_same else None
+    if before.state in (REFUSED, FAILED):
+        is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
+        return replace(before, root=job.source.root, source=job.source.path, seconds=None) if is_known else None
+    return already_there(job, before.fingerprint) if before.fingerprint else None
 
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:

@@ -17,14 +17,15 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
-from photon_data.questions.manifest import Manifests, build, digests, write
+from photon_data.questions.manifest import Manifests, Unmatched, build, digests, keep_questions, row_ids, write
+from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.records import DATASET, VolumeRecord, write_records
 from photon_data.report import render_report
 from photon_data.store import open_volume
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
-from photon_pipelines.plan import Callback, Gathered, Plan, Request, Result, count_states, gather, plan
+from photon_pipelines.plan import Callback, Plan, Request, Result, collect, count_states, gather, paths_of, plan
 from photon_pipelines.unpack import pending, unpack_all
 
 REPORT, COUNTS = "report.html", "questions.json"
@@ -47,12 +48,16 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out):
-        todo = plan(gathered.jobs, out, request.recipe)
+        todo = plan(gathered.jobs, out, request.recipe, request.retry_failed)
+        questions = collect(gathered.questions, out, request.allow_leaks)
         callback.on_plan(todo, gathered.ignored)
         _write_dataset(request, todo.done, todo.kept, manifests=None)
+        for name, asked in gathered.questions.items():
+            keep_questions(out, name, asked)
         records = _run(todo, out, workers, callback)
         rows = _by_id([*records, *todo.kept])
-        manifests, leak = _write_manifests(request, gathered, rows)
+        rows_before = row_ids(out)
+        manifests, leak = _write_manifests(request, questions, gathered.unmatched, rows)
         versions = _write_dataset(request, records, todo.kept, digests(out))["versions"]
         page = render_report(
             rows,
@@ -66,7 +71,8 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         out.write(REPORT, page)
         counts = count(row for split in manifests.rows.values() for row in split)
         _write_json(out, COUNTS, [asdict(found) for found in counts])
-        return Result(records, todo.kept, manifests, counts, leak, damaged)
+        left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
+        return Result(records, todo.kept, manifests, counts, left, leak, damaged)
 
 
 def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int]]:
@@ -92,6 +98,7 @@ def _write_dataset(
         "source": str(request.source),
         "recipe": request.recipe.to_json(),
         "digest": request.recipe.digest,
+        "paths": paths_of(request),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
@@ -137,14 +144,16 @@ def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> lis
     return records
 
 
-def _write_manifests(request: Request, gathered: Gathered, rows: list[VolumeRecord]) -> tuple[Manifests, str | None]:
+def _write_manifests(
+    request: Request, questions: list[Question] | None, unmatched: Sequence[Unmatched], rows: list[VolumeRecord]
+) -> tuple[Manifests, str | None]:
     """Write the manifests and return them, and what leaks between splits, if that is not allowed.
 
     Splits that leak in their content get no manifests, and old ones go: nobody trains on them by mistake.
     """
-    out, name = request.out.at(""), request.questions.stem if request.questions else None
-    manifests = build(gathered.questions, rows, out=out, instruction=request.recipe.instruction, dataset=name)
-    manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *gathered.unmatched]))
+    out, paths = request.out.at(""), paths_of(request)
+    manifests = build(questions, rows, out=out, instruction=request.recipe.instruction, paths=paths)
+    manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *unmatched]))
     leak = None
     if not request.allow_leaks:
         try:

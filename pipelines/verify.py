@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions.manifest import digests, validate
+from photon_data.questions.manifest import FOLDER, digests, validate
 from photon_data.records import DATASET, VOLUMES, read_records
 from photon_data.store import store_name, verify_store
 
@@ -47,5 +47,5 @@ def _verify_manifests(out: Location) -> Iterator[str]:
             yield f"{name}: missing"
         elif found[name] != recorded.get(name):
             yield f"{name}: differs from what {DATASET} records"
-        elif out.is_local:
-            yield from (f"{name}, {problem}" for problem in validate(out.path / name))
+        elif out.is_local and name.startswith(FOLDER):
+            yield from (f"{name}, {problem}" for problem in validate(out.path / name, root=out.path))

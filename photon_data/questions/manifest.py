@@ -16,13 +16,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, jsonl_bytes
+from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
 from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, read_table, refuse
 from photon_data.records import VolumeRecord
 
 FOLDER, SUFFIX = "manifests", ".jsonl"
+KEPT = "questions"  # folder of the questions that manifests are made from, a file for each data set
 # Columns that hold one text each. ms-swift drops all of them but "channel".
 TEXT_COLUMNS = ("id", "channel", "volume_id", "patient", "split", "task", "kind", "organ", "answer")
 NEVER_EMPTY = ("id", "channel", "volume_id", "split")
@@ -54,18 +55,19 @@ def build(
     *,
     out: Path | str,
     instruction: str,
-    dataset: str | None = None,
+    paths: str = "absolute",
 ) -> Manifests:
     """Return the rows of every split, and the questions that have none.
 
     Every question has a row or is unmatched. Without questions every prepared volume gets one row of split "all": the
     instruction, no answer. Rows do not depend on the order of questions or records. `out` is the folder or URL that
-    holds the stores of `records`. `dataset` is the first half of "channel" for questions that do not name their data
-    set (default: the name of `out`). UsageError for questions without a split (`splits.assign_splits` gives them one)
-    or with a split that cannot name a file.
+    holds the stores of `records`. The stores' paths are "absolute" or "relative" to `out`. The first half of "channel"
+    is the question's data set, or the name of `out`. UsageError for questions without a split
+    (`splits.assign_splits` gives them one) or with a split that cannot name a file.
     """
     records, place = sorted(records, key=lambda record: record.id), Location(str(out))
-    videos = {record.id: place.at(str(record.store)) for record in records if record.is_there}
+    at = place.at if paths == "absolute" else str
+    videos = {record.id: at(str(record.store)) for record in records if record.is_there}
     reasons = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
     if questions is None:
         questions = [Question(name, name, instruction, split=ALL) for name in videos]
@@ -81,7 +83,7 @@ def build(
             matched.append((q, volume_id))
         else:
             unmatched.append(Unmatched(q.id, q.volume, reason or reasons[str(volume_id)]))
-    dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
+    dataset = place.at("").rstrip("/").rpartition("/")[2]
     extra_names = sorted({name for q, _ in matched for name in q.extra} - set(EXTRA_COLUMNS))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):
@@ -181,6 +183,32 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
     return old
 
 
+def keep_questions(out: Location, name: str, questions: Iterable[Question]) -> None:
+    """Write the questions of a data set to OUT/questions/NAME.jsonl, whole."""
+    rows = ({column: getattr(question, column) for column in Question.__slots__} for question in questions)
+    out.write(f"{KEPT}/{name}{SUFFIX}", jsonl_bytes(rows))
+
+
+def kept_questions(out: Location) -> dict[str, list[Question]]:
+    """Return the questions that `out` holds, by data set; UsageError for a file that cannot be read."""
+    found = {}
+    for name in sorted(out.names(KEPT)):
+        if name.endswith(SUFFIX) and not name.startswith("."):
+            try:
+                rows = from_jsonl((out.read(f"{KEPT}/{name}") or b"").decode())
+                found[name.removesuffix(SUFFIX)] = [Question(**row) for row in rows]
+            except (ValueError, TypeError) as error:
+                remedy = "remove it and prepare its data set again"
+                raise UsageError(f"{out.at(f'{KEPT}/{name}')} is damaged: {error}; {remedy}") from None
+    return found
+
+
+def row_ids(out: Location) -> set[str]:
+    """Return the ids of all rows of the manifests that are there."""
+    texts = ((out.read(name) or b"").decode() for name in manifest_names(out))
+    return {str(row.get("id")) for text in texts for row in from_jsonl(text)}
+
+
 def _is_manifest(content: bytes) -> bool:
     """Tell whether the first line of a JSON-lines file is a row as `build` makes it."""
     try:
@@ -196,8 +224,9 @@ def manifest_names(out: Location) -> list[str]:
 
 
 def digests(out: Location) -> dict[str, str]:
-    """Return {name: SHA-256} of the manifests that are there."""
-    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
+    """Return {name: SHA-256} of the manifests that are there, and of the questions that they are made from."""
+    kept = [f"{KEPT}/{name}" for name in out.names(KEPT) if name.endswith(SUFFIX) and not name.startswith(".")]
+    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in [*manifest_names(out), *kept]}
 
 
 def validate(

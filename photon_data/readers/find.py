@@ -61,12 +61,13 @@ def find_scans(
     root: Path,
     *,
     id_from: str = "path",
+    id_prefix: str = "",
     known_ids: Mapping[str, str] = NO_IDS,
     on_file: Callable[[int], None] = lambda count: None,
 ) -> Found:
     """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
 
-    `known_ids` are those that scans have already, by their paths.
+    `known_ids` are those that scans have already, by their paths. New ones begin with `id_prefix`.
 
     Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed. A link to a
     visible file in the root is passed over, since that file is found. A link to a hidden file in the root is taken
@@ -88,7 +89,7 @@ def find_scans(
                 candidates.append(path)
         search.add_folder(candidates)
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
-    ids = assign_ids([named for named, _ in pairs], id_from, known_ids)
+    ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     return Found([replace(source, id=name) for name, (_, source) in zip(ids, pairs, strict=True)], search.counts())
 
 
@@ -314,20 +315,22 @@ class Named(NamedTuple):
     words: tuple[str, ...]
 
 
-def assign_ids(scans: Sequence[Named], id_from: str, known_ids: Mapping[str, str] = NO_IDS) -> list[str]:
+def assign_ids(
+    scans: Sequence[Named], id_from: str, id_prefix: str = "", known_ids: Mapping[str, str] = NO_IDS
+) -> list[str]:
     """Return an id for each scan, no two alike even where case does not count; UsageError for an unknown `id_from`.
 
     path: a/b/x.nii.gz -> "a__b__x"     name: -> "x"     hash: -> "v" + 12 digits of the path's sha256
 
-    What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150 characters, or where two scans
-    would share it, 6 digits of the hash of its path (with suffix) are appended. Scans whose paths are in `known_ids`
-    keep the ids that they have there, and nobody else gets one of them.
+    Each begins with `id_prefix`. What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150
+    characters, or where two scans would share it, 6 digits of the hash of its path (with suffix) are appended. Scans
+    whose paths are in `known_ids` keep the ids that they have there, and nobody else gets one of them.
     """
     if id_from not in ("path", "name", "hash"):
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")
     if id_from == "hash":
-        return [known_ids.get(scan.path, f"v{_digest(scan.path)[:12]}") for scan in scans]
-    plain = ["__".join(scan.words if id_from == "path" else scan.words[-1:]) for scan in scans]
+        return [known_ids.get(scan.path, f"{id_prefix}v{_digest(scan.path)[:12]}") for scan in scans]
+    plain = [id_prefix + "__".join(scan.words if id_from == "path" else scan.words[-1:]) for scan in scans]
     levels = [int(name != _id(name)) for name in plain]
     here = {scan.path for scan in scans}
     gone = [known for path, known in known_ids.items() if path not in here]
