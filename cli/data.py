@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Context, Exit, Option, Typer
+from typer import Argument, Context, Exit, Option, Typer, confirm
 
 from photon_cli import terminal
 from photon_cli.terminal import OK, PARTIAL, ProgressBar, console, errors_as_exit_codes, fail, run_app
@@ -39,8 +39,13 @@ def prepare(
     nan: terminal.Nan = None,
     hu_source: terminal.HuSource = "header",
     id_from: terminal.IdFrom = "path",
+    id_prefix: terminal.IdPrefix = "",
     limit: terminal.Limit = None,
     overwrite: Overwrite = False,
+    retry_failed: Annotated[bool, Option(help="Read again what was refused, timed out or crashed before.")] = False,
+    paths_in_manifests: Annotated[
+        str | None, Option("--paths", help="Of stores in manifests: absolute, or relative to OUT, which can then move.")
+    ] = None,
     dry_run: Annotated[bool, Option(help="Say what would happen; write nothing.")] = False,
     workers: terminal.WorkerCount = None,
     scheduler: terminal.Scheduler = None,
@@ -79,6 +84,7 @@ def inspect(
     hu_source: terminal.HuSource = "header",
     columns: terminal.Columns = [],  # noqa: B006
     id_from: terminal.IdFrom = "path",
+    id_prefix: terminal.IdPrefix = "",
     limit: terminal.Limit = None,
     workers: terminal.WorkerCount = None,
     scheduler: terminal.Scheduler = None,
@@ -104,6 +110,38 @@ def inspect(
                 records, ignored = pipeline.inspect(request, where)
             is_fine = body.print_findings(source, records, ignored, json_file)
     raise Exit(OK if is_fine else PARTIAL)
+
+
+@app.command()
+def status(out: Out) -> None:
+    """Say what a prepared folder holds, and what the next run would do."""
+    with errors_as_exit_codes():
+        from photon_cli.prepare import print_status
+        from photon_data.files import Location
+
+        print_status(Location(out))
+
+
+@app.command()
+def prune(
+    out: Out,
+    ids: Annotated[Path | None, Option(help="File with an id per line: these volumes, for good.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take away volumes whose scans are gone or refused now, or those named, with their rows and questions."""
+    with errors_as_exit_codes():
+        from photon_data.files import Location
+        from photon_pipelines import collection
+
+        location = Location(out)
+        named = ids.read_text(encoding="utf-8").split() if ids else None
+        going = collection.to_prune(location, named)
+        terminal.print_lines(f"{id}: {why}" for id, why in going.items())
+        if not going:
+            console.print("nothing to take away")
+        elif yes or confirm(f"Take {len(going)} volumes away, with their rows and questions?"):
+            result = collection.prune(location, named)
+            console.print(f"{len(going)} volumes and {len(result.left)} rows of manifests are gone")
 
 
 @app.command()

@@ -30,11 +30,13 @@ from photon_data.datasets.combine import Collection, combine, missing_paths, rea
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, jsonl_bytes
+from photon_data.questions.manifest import kept_questions
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
+from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import Plan, Request, Result
@@ -58,13 +60,14 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         fields += ["seed"] if given_options(context, ["seed"]) else []
         run: dict[str, Any] = {name: given[name] for name in fields}
         run |= {"prompt": given["prompt_style"], "policy": Policy(max_voxels=given["max_voxels"])}
+        run |= _run_options(given)
         request = planning.request_of_manifest(source, given["only"], out, **run)
     else:
         policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
         settings = [f"{key}={given[name]}" for key, name in policy_options.items() if given[name] is not None]
         recipe, policy = named_recipe(given["recipe"], [*given["settings"], *settings])
-        fields += ["seed", "questions", "hu_source", "id_from"]
-        run = {name: given[name] for name in fields if name in given}
+        fields += ["seed", "questions", "hu_source", "id_from", "id_prefix"]
+        run = {name: given[name] for name in fields if name in given} | _run_options(given)
         if "split" in given:  # inspect asks no questions
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}
         columns = pairs(given["columns"], "--columns")
@@ -72,6 +75,11 @@ def request_of(context: Context, source: Path, out: str) -> Request:
     if not request.out.is_shared:
         raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
     return request
+
+
+def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what only `prepare` has: how it treats what OUT holds."""
+    return {"retry_failed": given.get("retry_failed", False), "paths": given.get("paths_in_manifests")}
 
 
 @contextmanager
@@ -131,10 +139,15 @@ def print_result(request: Request, result: Result) -> None:
     print_table(f"{len(result.records)} scans", [*states], [[*map(str, states.values())]], texts=0)
     codes = Counter(record.code for record in result.records if not record.is_there)
     print_lines(f"  {count} x {code}" for code, count in codes.most_common())
+    if remembered := sum(not record.is_there and record.seconds is None for record in result.records):
+        console.print(f"{remembered} of them were not read again: nothing changed since (--retry-failed reads them)")
     if kept:
         console.print(f"{len(kept)} volumes of earlier runs were kept, {min(record.id for record in kept)} first")
     for split, rows in result.manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
+    if result.left:
+        found = f"{len(result.left)} rows that the manifests had are gone: {first_few(result.left, SHOWN_QUESTIONS)}"
+        console.print(found, style="yellow", soft_wrap=True)
     if result.leak is not None:
         console.print(f"No manifests were written: {result.leak}", style="red", soft_wrap=True)
     if result.damaged:
@@ -174,6 +187,27 @@ def _print_counts(counts: Sequence[Count]) -> None:
     print_table("questions (all of it in questions.json)", names, rows)
 
 
+def print_status(out: Location) -> None:
+    """Print what a prepared folder holds: volumes by source folder, questions by data set, and what a run would do."""
+    records, parts = collection.records_of(out), collection.status(out)
+    gigabytes = sum(record.store_bytes or 0 for record in records if record.is_there) / 1e9
+    names = ["source folder", "volumes", "without", "unchanged", "changed", "new", "gone"]
+    rows = []
+    for part in parts:
+        without = ", ".join(f"{count} x {code}" for code, count in part.codes.items())
+        found = ["?"] * 4 if part.gone is None else [part.unchanged, part.changed, part.new, len(part.gone)]
+        rows.append([part.root or "(not recorded)", without, str(part.there), *map(str, found)])
+    names[1:3] = ["without a volume", "volumes"]
+    print_table(f"{out.url}: {gigabytes:,.2f} GB of stores", names, rows, texts=2)
+    questions = kept_questions(out)
+    if questions:
+        counts = [[name, f"{len(own):,}"] for name, own in questions.items()]
+        print_table("questions", ["data set", "questions"], counts, texts=1)
+    if missing := [part.root for part in parts if part.gone is None]:
+        print_lines([f"not there now, so nothing is known of what changed: {first_few(missing)}"])
+    print_lines(["The next prepare of a source does its changed and new scans. `prune` takes away what is gone."])
+
+
 def print_estimate(request: Request, workers: Workers) -> None:
     """Print what `prepare` would do and about what it needs; nothing is written."""
     if request.datasets:
@@ -184,7 +218,9 @@ def print_estimate(request: Request, workers: Workers) -> None:
         request = replace(request, datasets=readable)
     gathered = planning.gather(request)
     print_lines(gathered.notes)
-    costs = _costs(request.recipe, planning.plan(gathered.jobs, request.out, request.recipe), workers)
+    todo = planning.plan(gathered.jobs, request.out, request.recipe, request.retry_failed)
+    planning.collect(gathered, request.out, request.allow_leaks)
+    costs = _costs(request.recipe, todo, workers)
     title = f"photon-data prepare {request.source} {request.out.url} (dry run)"
     print_table(title, ["", ""], [*costs, ("files left alone", left_alone(gathered.ignored))])
 

@@ -163,6 +163,7 @@ Nan = Annotated[str | None, Option(help="refuse scans with NaN or infinite voxel
 HuSource = Annotated[str, Option(help="header, stored (no scaling) or a table: volume, slope, intercept.")]
 Columns = Annotated[list[str], Option(help="Column names of your tables: volume=VolumeName,question=Question.")]
 IdFrom = Annotated[str, Option(help="Volume ids from the relative path, the file name, or a hash: path, name, hash.")]
+IdPrefix = Annotated[str, Option(help="What the ids of this source begin with: siteB_.")]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N scans.")]
 WorkerCount = Annotated[int | None, Option(min=1, help="Local workers; from cores and memory if not given.")]
 Scheduler = Annotated[str | None, Option(help="Address or scheduler file of a Dask cluster to use.")]
@@ -181,7 +182,18 @@ Dtype = Annotated[str, Option(help="auto (bfloat16 on a GPU), float32, bfloat16 
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")]
 
 # A data_manifest.yaml says these for itself.
-DECLARED = ("recipe", "settings", "questions", "columns", "split", "modality", "nan", "hu_source", "id_from")
+DECLARED = (
+    "recipe",
+    "settings",
+    "questions",
+    "columns",
+    "split",
+    "modality",
+    "nan",
+    "hu_source",
+    "id_from",
+    "id_prefix",
+)
 
 
 def given_options(context: Context, parameters: Iterable[str]) -> str:

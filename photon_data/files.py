@@ -65,7 +65,7 @@ class Location:
         """Return the content of a file; None if there is no such file."""
         try:
             return (self.path / name).read_bytes() if self.is_local else self.fs.cat_file(self.at(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, content: bytes) -> None:
@@ -89,7 +89,7 @@ class Location:
             if self.is_local:
                 return sorted(entry.name for entry in (self.path / folder).iterdir())
             return sorted(Path(entry).name for entry in self.fs.ls(self.at(folder), detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
 

@@ -13,6 +13,8 @@ VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
+# The code of a refusal by a person: prune took the volume away, and prepare leaves it out.
+PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
 

@@ -25,7 +25,7 @@ from photon_data.questions.splits import FRACTIONS, Count, assign_splits, leaks,
 from photon_data.questions.table import read_table
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import DATASET, FAILED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
+from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
 
@@ -294,12 +294,22 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     return jobs
 
 
-def collect(own: Mapping[str, list[Question]], out: Location, allow_leaks: bool) -> list[Question] | None:
+def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> list[Question] | None:
     """Return the questions of all data sets that OUT holds, with a run's own in place of their earlier ones.
 
-    None where there are none: each volume then has one row. UsageError for an id in two data sets, and for leaks.
+    None where there are none: each volume then has one row. UsageError for a name or a question's id that two data sets
+    have, and for leaks.
     """
-    parts = kept_questions(out) | own
+    own, kept, ids = gathered.questions, kept_questions(out), {job.source.id for job in gathered.jobs}
+    for name in own.keys() & kept.keys():
+        earlier = {question.volume for question in kept[name]}
+        if earlier and not earlier & ids:
+            found = f"questions about other scans, {first_few(sorted(earlier))}"
+            remedy = "rename the table, or give --id-prefix"
+            raise UsageError(
+                f"expected that {out.at(f'{KEPT}/{name}.jsonl')} is of this source, found {found}; {remedy}"
+            )
+    parts = kept | own
     owner: dict[str, str] = {}
     for name, questions in parts.items():
         if again := [question.id for question in questions if owner.setdefault(question.id, name) != name]:
@@ -378,6 +388,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
     It has a finished store, or was refused under the same recipe and policy by the same version.
     """
+    if before is not None and before.code == PRUNED:
+        return before
     if before is None or (before.bytes_in, before.mtime_ns) != (job.source.bytes, job.source.mtime_ns):
         return None
     if before.state in (REFUSED, FAILED):

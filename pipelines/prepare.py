@@ -49,30 +49,41 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         callback.on_note(note)
     with exclusive(out):
         todo = plan(gathered.jobs, out, request.recipe, request.retry_failed)
-        questions = collect(gathered.questions, out, request.allow_leaks)
+        questions = collect(gathered, out, request.allow_leaks)
         callback.on_plan(todo, gathered.ignored)
         _write_dataset(request, todo.done, todo.kept, manifests=None)
         for name, asked in gathered.questions.items():
             keep_questions(out, name, asked)
         records = _run(todo, out, workers, callback)
-        rows = _by_id([*records, *todo.kept])
-        rows_before = row_ids(out)
-        manifests, leak = _write_manifests(request, questions, gathered.unmatched, rows)
-        versions = _write_dataset(request, records, todo.kept, digests(out))["versions"]
-        page = render_report(
-            rows,
-            recipe=request.recipe,
-            open_volume=lambda record: open_volume(out.at(record.store or ""), "model"),
-            pictures=request.pictures,
-            title=out.at("").rstrip("/").rpartition("/")[2],
-            source=request.source.name,
-            tools=versions,
-        )
-        out.write(REPORT, page)
-        counts = count(row for split in manifests.rows.values() for row in split)
-        _write_json(out, COUNTS, [asdict(found) for found in counts])
-        left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
-        return Result(records, todo.kept, manifests, counts, left, leak, damaged)
+        return finish(request, records, todo.kept, questions, gathered.unmatched)._replace(damaged=damaged)
+
+
+def finish(
+    request: Request,
+    records: list[VolumeRecord],
+    kept: list[VolumeRecord],
+    questions: list[Question] | None,
+    unmatched: Sequence[Unmatched] = (),
+) -> Result:
+    """Write all that is made from records and questions: manifests, dataset.json, report, counts."""
+    out, rows = request.out, _by_id([*records, *kept])
+    rows_before = row_ids(out)
+    manifests, leak = _write_manifests(request, questions, unmatched, rows)
+    versions = _write_dataset(request, records, kept, digests(out))["versions"]
+    page = render_report(
+        rows,
+        recipe=request.recipe,
+        open_volume=lambda record: open_volume(out.at(record.store or ""), "model"),
+        pictures=request.pictures,
+        title=out.at("").rstrip("/").rpartition("/")[2],
+        source=request.source.name,
+        tools=versions,
+    )
+    out.write(REPORT, page)
+    counts = count(row for split in manifests.rows.values() for row in split)
+    _write_json(out, COUNTS, [asdict(found) for found in counts])
+    left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
+    return Result(records, kept, manifests, counts, left, leak, damaged=())
 
 
 def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int]]:

@@ -55,6 +55,7 @@ def build(
     *,
     out: Path | str,
     instruction: str,
+    dataset: str | None = None,
     paths: str = "absolute",
 ) -> Manifests:
     """Return the rows of every split, and the questions that have none.
@@ -62,7 +63,7 @@ def build(
     Every question has a row or is unmatched. Without questions every prepared volume gets one row of split "all": the
     instruction, no answer. Rows do not depend on the order of questions or records. `out` is the folder or URL that
     holds the stores of `records`. The stores' paths are "absolute" or "relative" to `out`. The first half of "channel"
-    is the question's data set, or the name of `out`. UsageError for questions without a split
+    is the question's data set, else `dataset` (default: the name of `out`). UsageError for questions without a split
     (`splits.assign_splits` gives them one) or with a split that cannot name a file.
     """
     records, place = sorted(records, key=lambda record: record.id), Location(str(out))
@@ -83,7 +84,7 @@ def build(
             matched.append((q, volume_id))
         else:
             unmatched.append(Unmatched(q.id, q.volume, reason or reasons[str(volume_id)]))
-    dataset = place.at("").rstrip("/").rpartition("/")[2]
+    dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
     extra_names = sorted({name for q, _ in matched for name in q.extra} - set(EXTRA_COLUMNS))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):

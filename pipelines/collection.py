@@ -1,0 +1,121 @@
+"""A prepared folder as a collection: what it holds, what the next run would do, and what can go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from photon_data.errors import UsageError, first_few
+from photon_data.files import Location, exclusive
+from photon_data.questions.manifest import keep_questions, kept_questions
+from photon_data.readers.find import find_scans
+from photon_data.recipe import Recipe
+from photon_data.records import DATASET, PRUNED, REFUSED, VOLUMES, VolumeRecord, read_records, write_records
+from photon_data.scan import Source
+from photon_data.store import store_name
+from photon_pipelines.plan import Request, Result
+from photon_pipelines.prepare import finish
+
+
+class SourceStatus(NamedTuple):
+    """What a prepared folder knows of one source folder, and what the next run would find there."""
+
+    root: str
+    there: int  # volumes with a store
+    codes: Mapping[str, int]  # why others have none
+    unchanged: int
+    changed: int
+    new: int  # scans without a row: of a data set, also those that no question needs
+    gone: list[VolumeRecord] | None  # volumes whose scan is not there; None where the folder itself is not
+
+
+def status(out: Location) -> list[SourceStatus]:
+    """Return the state of each source folder of a prepared one. UsageError where nothing was prepared."""
+    records = records_of(out)
+    return [_status(root, [r for r in records if r.root == root]) for root in sorted({r.root or "" for r in records})]
+
+
+def _status(root: str, records: Sequence[VolumeRecord]) -> SourceStatus:
+    codes: dict[str, int] = {}
+    for record in records:
+        if not record.is_there:
+            codes[str(record.code)] = codes.get(str(record.code), 0) + 1
+    there, sources = len(records) - sum(codes.values()), _sources(root)
+    if sources is None:
+        return SourceStatus(root, there, codes, 0, 0, 0, None)
+    found = [(record, sources[record.source]) for record in records if record.source in sources]
+    same = sum((record.bytes_in, record.mtime_ns) == (source.bytes, source.mtime_ns) for record, source in found)
+    gone = [record for record in records if record.source not in sources]
+    return SourceStatus(root, there, codes, same, len(found) - same, len(sources) - len(found), gone)
+
+
+def _sources(root: str) -> dict[str, Source] | None:
+    """Return the scans of a source folder by their paths, None where there is no such folder now."""
+    if not root or not Path(root).is_dir():
+        return None
+    return {source.path: source for source in find_scans(Path(root)).sources}
+
+
+def records_of(out: Location) -> list[VolumeRecord]:
+    """Return the rows of volumes.jsonl; UsageError where there is none."""
+    if not out.exists(VOLUMES):
+        raise UsageError(f"expected the output of photon-data prepare, but {out.url} has no {VOLUMES}")
+    return read_records(out)
+
+
+def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
+    """Return {id: why} of the volumes that `prune` takes away: those in `ids`, or all that have no scan any more.
+
+    A volume goes when its scan is gone from its source folder (if that is there), when its scan is refused now, and
+    when volumes.jsonl has no row of it. UsageError for ids that the folder does not have.
+    """
+    records = {record.id: record for record in records_of(out)}
+    stores = {store_name(id) for id in records}
+    orphans = [name for name in out.names("volumes") if name[0] != "." and f"volumes/{name}" not in stores]
+    if ids is not None:
+        asked = list(dict.fromkeys(ids))
+        if unknown := [id for id in asked if id not in records]:
+            raise UsageError(f"expected ids of volumes in {out.url}, found {len(unknown)} others: {first_few(unknown)}")
+        return dict.fromkeys(asked, "named")
+    found = {record.id: "its scan is gone" for part in status(out) for record in part.gone or ()}
+    found |= {
+        id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(store_name(id))
+    }
+    return found | {name.removesuffix(".ome.zarr"): "no row in volumes.jsonl" for name in orphans}
+
+
+def prune(
+    out: Location, ids: Iterable[str] | None = None, on_removed: Callable[[str], Any] = lambda id: None
+) -> Result:
+    """Take volumes away (see `to_prune`), with their rows and questions, and write manifests and report anew.
+
+    Volumes that were named by `ids` keep a row that says so: prepare leaves them out from then on.
+    """
+    with exclusive(out):
+        going, records = to_prune(out, ids), records_of(out)
+        dataset = json.loads(out.read(DATASET) or b"{}")
+        questions = kept_questions(out)
+        for name, own in questions.items():
+            left = [question for question in own if question.volume not in going]
+            if len(left) < len(own):
+                questions[name] = left
+                keep_questions(out, name, left)
+        rows = [r if r.id not in going else _pruned(r) for r in records if r.id not in going or ids is not None]
+        write_records(out, rows)
+        for id in going:
+            out.remove(store_name(id))
+            on_removed(id)
+        recipe = Recipe.from_json(dataset["recipe"])
+        request = Request(Path(dataset["source"]), out, recipe, allow_leaks=True)
+        everything = [question for own in questions.values() for question in own]
+        return finish(request, [], rows, everything or None)
+
+
+def _pruned(record: VolumeRecord) -> VolumeRecord:
+    reason = f"taken away by prune; remove its line from {VOLUMES} to prepare it again"
+    measured = ("fingerprint", "key", "store", "store_bytes", "store_sha256", "facts", "seconds")
+    nothing: dict[str, Any] = dict.fromkeys(measured)
+    return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)

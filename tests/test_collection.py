@@ -1,0 +1,186 @@
+"""A prepared folder over a year: more sources, more data sets, scans that go, a folder that moves."""
+
+import csv
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from raw import write_scan
+
+from photon_data.errors import UsageError
+from photon_data.files import Location, from_jsonl
+from photon_data.recipe import Recipe
+from photon_pipelines import collection
+from photon_pipelines.cluster import Workers
+from photon_pipelines.plan import Request
+from photon_pipelines.prepare import prepare
+from photon_pipelines.verify import verify_output
+from photon_train.rows import read_rows
+
+SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+
+
+def run(source, out, **more):
+    found = {"source": source, "out": Location(str(out)), "recipe": SMALL, "pictures": 0, **more}
+    return prepare(Request(**found), Workers(count=1, timeout_s=120))
+
+
+def table(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "volume", "question", "answer", "patient", "split"), *rows])
+    return path
+
+
+def rows_of(out):
+    """{id of a row: id of its volume} of all manifests."""
+    files = sorted((Path(out) / "manifests").glob("*.jsonl"))
+    return {row["id"]: row["volume_id"] for file in files for row in from_jsonl(file.read_text())}
+
+
+def volumes_of(out):
+    return {row["id"]: row for row in from_jsonl((Path(out) / "volumes.jsonl").read_text())}
+
+
+def bytes_of(out):
+    files = [path for path in Path(out).rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(out): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def problems(out):
+    return list(verify_output(Location(str(out))))
+
+
+@pytest.fixture
+def site_a(tmp_path):
+    for seed, name in enumerate(["one.nii.gz", "deep/two.nii"]):
+        write_scan(tmp_path / "a" / name, seed)
+    return tmp_path / "a"
+
+
+@pytest.fixture
+def site_b(tmp_path):
+    for seed, name in enumerate(["one.nii.gz", "three.nii"], 10):
+        write_scan(tmp_path / "b" / name, seed)
+    return tmp_path / "b"
+
+
+def test_a_year_of_a_folder_loses_no_row_and_mixes_up_no_scan(site_a, site_b, tmp_path):
+    out = tmp_path / "out"
+    questions_a = table(
+        tmp_path / "a.csv",
+        ("a1", "one", "Nodule?", "no", "p1", "train"),
+        ("a2", "deep/two", "Fluid?", "yes", "p2", "test"),
+    )
+    assert run(site_a, out, questions=questions_a, paths="relative").complete
+    assert rows_of(out) == {"a1": "one", "a2": "deep__two"}
+
+    # another hospital has a scan of the same name: nothing is written until its ids are told apart
+    before = bytes_of(out)
+    questions_b = table(
+        tmp_path / "b.csv", ("b1", "three", "Nodule?", "yes", "p3", "train"), ("b2", "one", "?", "no", "p4", "train")
+    )
+    with pytest.raises(UsageError, match=r"one is one.nii.gz of .*/a, not one.nii.gz of .*/b; give .* --id-prefix"):
+        run(site_b, out, questions=questions_b)
+    assert bytes_of(out) == before
+    assert run(site_b, out, questions=questions_b, id_prefix="B_").complete
+    assert rows_of(out) == {"a1": "one", "a2": "deep__two", "b1": "B_three", "b2": "B_one"}
+    assert problems(out) == []
+
+    # each source again, without its table or with it: all rows stay, nothing is read again
+    for source, more in (
+        (site_a, {}),
+        (site_b, {"questions": questions_b, "id_prefix": "B_"}),
+        (site_a, {"questions": questions_a}),
+    ):
+        again = run(source, out, **more)
+        assert again.states["unchanged"] == 2
+        assert again.left == []
+        assert len(rows_of(out)) == 4
+
+    # a scan arrives whose name another one has: ids stay
+    write_scan(site_a / "later" / "one.nii.gz", 5)
+    found = run(site_a, out, id_from="name")
+    assert found.states == {"prepared": 1, "unchanged": 2, "refused": 0, "failed": 0}
+    (new,) = volumes_of(out).keys() - {"one", "deep__two", "B_one", "B_three"}
+    assert new.startswith("one-")
+    assert volumes_of(out)[new]["source"] == "later/one.nii.gz"
+
+    # a question leaves its table: its row is named; the folder moves, and its rows with it
+    table(questions_a, ("a2", "deep/two", "Fluid?", "yes", "p2", "test"))
+    assert run(site_a, out, questions=questions_a).left == ["a1"]
+    moved = shutil.move(out, tmp_path / "elsewhere")
+    assert problems(moved) == []
+    for row in read_rows(Path(moved, "manifests", "train.jsonl")):
+        assert Path(row["videos"][0]).is_relative_to(moved)
+        assert Path(row["videos"][0], "zarr.json").exists()
+
+    # a scan goes, and a patient withdraws consent
+    (site_a / "deep" / "two.nii").unlink()
+    place = Location(str(moved))
+    assert [(part.root, len(part.gone)) for part in collection.status(place)] == [(str(site_a), 1), (str(site_b), 0)]
+    assert collection.to_prune(place) == {"deep__two": "its scan is gone"}
+    assert collection.prune(place).left == ["a2"]
+    assert collection.prune(place, ["B_one"]).left == ["b2"]
+    assert rows_of(moved) == {"b1": "B_three"}
+    assert not list(Path(moved).rglob("*two*"))
+    assert problems(moved) == []
+    assert run(site_b, moved, id_prefix="B_").states == {"prepared": 0, "unchanged": 1, "refused": 1, "failed": 0}
+    assert "B_one" not in rows_of(moved).values()
+    assert not (Path(moved) / "volumes" / "B_one.ome.zarr").exists()
+
+
+def test_what_was_refused_is_not_read_again_until_it_changes_or_is_asked_for(site_a, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (site_a / "bad.nii").write_text("not a scan")
+    first = run(site_a, out)
+    assert first.states == {"prepared": 2, "unchanged": 0, "refused": 1, "failed": 0}
+    read = []
+    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, *_: (read.extend(jobs), iter(()))[1])
+    monkeypatch.setattr("photon_pipelines.prepare.closing", lambda found: NoContext(found))
+    again = run(site_a, out)
+    assert (again.states["refused"], read) == (1, [])
+    assert not again.complete
+    run(site_a, out, retry_failed=True)
+    assert [job.source.id for job in read] == ["bad"]
+
+
+class NoContext:
+    def __init__(self, found):
+        self.found = found
+
+    def __enter__(self):
+        return self.found
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_a_source_that_moved_is_the_same_source(site_a, tmp_path):
+    out = tmp_path / "out"
+    run(site_a, out)
+    shutil.copytree(site_a, tmp_path / "copy", copy_function=shutil.copy)  # with new times
+    shutil.rmtree(site_a)
+    assert run(tmp_path / "copy", out).states["unchanged"] == 2
+    assert {row["root"] for row in volumes_of(out).values()} == {str(tmp_path / "copy")}
+
+
+def test_two_sources_whose_tables_have_one_name_do_not_replace_each_other(site_a, site_b, tmp_path):
+    out = tmp_path / "out"
+    (site_b / "one.nii.gz").unlink()
+    run(site_a, out, questions=table(tmp_path / "x" / "q.csv", ("1", "one", "?", "no", "p1", "train")))
+    with pytest.raises(UsageError, match="expected that .*questions/q.jsonl is of this source"):
+        run(site_b, out, questions=table(tmp_path / "y" / "q.csv", ("2", "three", "?", "no", "p2", "train")))
+    with pytest.raises(UsageError, match="question ids that no other data set has, found 1 of q in z"):
+        run(site_b, out, questions=table(tmp_path / "y" / "z.csv", ("1", "three", "?", "no", "p2", "train")))
+
+
+def test_an_output_and_an_export_within_the_source_are_no_raw_data(site_a, tmp_path):
+    out = site_a / "prepared"
+    run(site_a, out)
+    (site_a / "export" / "volumes").mkdir(parents=True)
+    shutil.copy(site_a / "one.nii.gz", site_a / "export" / "volumes" / "one.nii.gz")
+    (site_a / "export" / "export.json").write_text("{}")
+    again = run(site_a, out)
+    assert again.states == {"prepared": 0, "unchanged": 2, "refused": 0, "failed": 0}
