@@ -42,6 +42,9 @@ def prepare(
     id_prefix: terminal.IdPrefix = "",
     limit: terminal.Limit = None,
     overwrite: Overwrite = False,
+    lock: Annotated[
+        Path | None, Option(help="A dataset.lock: make the same bytes again, and say what differs.")
+    ] = None,
     retry_failed: Annotated[bool, Option(help="Read again what was refused, timed out or crashed before.")] = False,
     paths_in_manifests: Annotated[
         str | None, Option("--paths", help="Of stores in manifests: absolute, or relative to OUT, which can then move.")

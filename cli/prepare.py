@@ -34,7 +34,7 @@ from photon_data.questions.manifest import kept_questions
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import READY, VolumeRecord
+from photon_data.records import READY, VolumeRecord, read_lock
 from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
@@ -66,12 +66,18 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
         settings = [f"{key}={given[name]}" for key, name in policy_options.items() if given[name] is not None]
         recipe, policy = named_recipe(given["recipe"], [*given["settings"], *settings])
+        if given.get("lock") and not given_options(context, ["recipe", "settings"]):
+            recipe = Recipe.from_json(read_lock(given["lock"])["recipe"])
         fields += ["seed", "questions", "hu_source", "id_from", "id_prefix"]
         run = {name: given[name] for name in fields if name in given} | _run_options(given)
         if "split" in given:  # inspect asks no questions
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}
         columns = pairs(given["columns"], "--columns")
         request = Request(source, Location(out), recipe, policy=policy, columns=columns, **run)
+    if request.lock and request.recipe.digest != Recipe.from_json(dict(request.lock["recipe"])).digest:
+        expected = f"the lock's recipe ({request.lock['recipe']['name']})"
+        found = f"another one ({request.recipe.name}, {request.recipe.digest})"
+        raise UsageError(f"--lock: expected {expected}, found {found}; leave --recipe and --set out")
     if not request.out.is_shared:
         raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
     return request
@@ -79,7 +85,8 @@ def request_of(context: Context, source: Path, out: str) -> Request:
 
 def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what only `prepare` has: how it treats what OUT holds."""
-    return {"retry_failed": given.get("retry_failed", False), "paths": given.get("paths_in_manifests")}
+    lock = read_lock(given["lock"]) if given.get("lock") else None
+    return {"retry_failed": given.get("retry_failed", False), "paths": given.get("paths_in_manifests"), "lock": lock}
 
 
 @contextmanager
@@ -145,6 +152,9 @@ def print_result(request: Request, result: Result) -> None:
         console.print(f"{len(kept)} volumes of earlier runs were kept, {min(record.id for record in kept)} first")
     for split, rows in result.manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
+    if request.lock:
+        same = "every volume and question is as in the lock, to the byte"
+        print_lines(result.differences or [same])
     if result.left:
         found = f"{len(result.left)} rows that the manifests had are gone: {first_few(result.left, SHOWN_QUESTIONS)}"
         console.print(found, style="yellow", soft_wrap=True)

@@ -1,15 +1,20 @@
-"""volumes.jsonl: one row for every input, what became of it."""
+"""volumes.jsonl: one row for every input, what became of it; dataset.lock: the proof that two folders are the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hmac
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.recipe import ALGORITHM, Recipe
 
-VOLUMES, DATASET = "volumes.jsonl", "dataset.json"
+VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -75,3 +80,80 @@ def read_records(out: Location) -> list[VolumeRecord]:
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     """Write volumes.jsonl, whole."""
     out.write(VOLUMES, jsonl_bytes(map(vars, records)))
+
+
+def lock_of(
+    records: Iterable[VolumeRecord],
+    questions: Mapping[str, str],
+    recipe: Recipe,
+    versions: Mapping[str, str],
+    salt: str,
+) -> dict[str, Any]:
+    """Return what dataset.lock holds: all that tells whether another folder has the same bytes, without a name.
+
+    Ids, contents, settings and data sets are hashed with the salt. `questions` are {name: SHA-256 of its questions}.
+    """
+    volumes = [
+        {
+            "id": _keyed(salt, record.id),
+            "content": _keyed(salt, str(record.fingerprint)),
+            "settings": _keyed(salt, str(record.key)),
+            "store": record.store_sha256,
+        }
+        for record in records
+        if record.is_there
+    ]
+    return {
+        "format": 1,
+        "salt": salt,
+        "algorithm": ALGORITHM,
+        "recipe": recipe.to_json(),
+        "versions": dict(versions),
+        "volumes": sorted(volumes, key=lambda volume: str(volume["id"])),
+        "questions": {_keyed(salt, name): _keyed(salt, digest) for name, digest in sorted(questions.items())},
+    }
+
+
+def _keyed(salt: str, text: str) -> str:
+    return hmac.new(salt.encode(), text.encode(), "sha256").hexdigest()[:32]
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """Return a dataset.lock that this version can follow; UsageError for another file or another algorithm."""
+    try:
+        lock = json.loads(path.read_bytes())
+        algorithm, _, _ = lock["algorithm"], lock["salt"], [volume["store"] for volume in lock["volumes"]]
+    except OSError as error:
+        raise UsageError(f"--lock: expected a readable file, found {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--lock: expected a dataset.lock, found something else in {path}") from None
+    if algorithm != ALGORITHM:
+        remedy = f"install photon-ct {lock['versions'].get('photon-ct')}"
+        raise UsageError(f"--lock: expected algorithm {ALGORITHM}, found {algorithm} in {path}; {remedy}")
+    return lock
+
+
+def differences(lock: Mapping[str, Any], own: Mapping[str, Any], records: Iterable[VolumeRecord]) -> Iterator[str]:
+    """Yield how a folder differs from a lock, a sentence each. `own` is the folder's lock with the same salt."""
+    expected = {volume["id"]: volume for volume in lock["volumes"]}
+    by_content = defaultdict(list)
+    for volume in expected.values():
+        by_content[volume["content"]].append(volume)
+    names = {_keyed(own["salt"], record.id): record.id for record in records}
+    for volume in sorted(own["volumes"], key=lambda volume: names[volume["id"]]):
+        name, other = names[volume["id"]], expected.pop(volume["id"], None)
+        if other is None:
+            same = "; a volume of the lock with another id has its content" if by_content[volume["content"]] else ""
+            yield f"{name}: not in the lock{same}"
+        elif other["content"] != volume["content"]:
+            yield f"{name}: its source has another content than the lock's"
+        elif other["settings"] != volume["settings"]:
+            yield f"{name}: made with other settings (recipe, rescaling, policy) from the same content"
+        elif other["store"] != volume["store"]:
+            versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
+            changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)
+            yield f"{name}: other bytes from the same content and settings ({changed or 'the same versions'})"
+    if expected:
+        yield f"{len(expected)} volumes of the lock are not here: their scans are missing or refused"
+    if lock["questions"] != own["questions"]:
+        yield "the questions are not those of the lock"

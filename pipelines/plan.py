@@ -53,6 +53,7 @@ class Request:
     limit: int | None = None  # only so many scans
     overwrite: bool = False
     retry_failed: bool = False  # read again what was refused, timed out or crashed before
+    lock: Mapping[str, Any] | None = None  # a dataset.lock whose bytes are to be made again
     pictures: int = 48  # volumes shown as pictures in the report
     paths: str | None = None  # of stores in manifests, "absolute" or "relative" to OUT; None: as OUT has them
 
@@ -108,6 +109,7 @@ class Result(NamedTuple):
     kept: list[VolumeRecord]  # as in the plan
     manifests: Manifests  # no rows where splits leak
     counts: list[Count]  # what the questions are, by data set, task and split
+    differences: list[str]  # from the lock of the request
     left: list[str]  # ids of rows that manifests had before, and have no more
     leak: str | None  # what several splits have in common; None where they are apart, or where leaks are allowed
     damaged: Sequence[str]  # the archives that could not be unpacked as a whole, and why
@@ -121,7 +123,8 @@ class Result(NamedTuple):
     def complete(self) -> bool:
         """Whether every input has its store and every question its row."""
         has_stores = all(record.is_there for record in self.records)
-        return has_stores and not self.manifests.unmatched and self.leak is None and not self.damaged
+        is_whole = self.leak is None and not self.damaged and not self.differences
+        return has_stores and not self.manifests.unmatched and is_whole
 
 
 def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
@@ -177,6 +180,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
+    paths_of(request)  # a misuse is told before the search
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -17,10 +18,19 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
-from photon_data.questions.manifest import Manifests, Unmatched, build, digests, keep_questions, row_ids, write
+from photon_data.questions.manifest import (
+    Manifests,
+    Unmatched,
+    build,
+    digests,
+    keep_questions,
+    question_digests,
+    row_ids,
+    write,
+)
 from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.records import DATASET, VolumeRecord, write_records
+from photon_data.records import DATASET, LOCK, VolumeRecord, differences, lock_of, write_records
 from photon_data.report import render_report
 from photon_data.store import open_volume
 from photon_pipelines.child import children, run_isolated
@@ -82,8 +92,19 @@ def finish(
     out.write(REPORT, page)
     counts = count(row for split in manifests.rows.values() for row in split)
     _write_json(out, COUNTS, [asdict(found) for found in counts])
+    lock = lock_of(rows, question_digests(out), request.recipe, versions, _salt(request))
+    _write_json(out, LOCK, lock)
+    found = list(differences(request.lock, lock, rows)) if request.lock else []
     left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
-    return Result(records, kept, manifests, counts, left, leak, damaged=())
+    return Result(records, kept, manifests, counts, found, left, leak, damaged=())
+
+
+def _salt(request: Request) -> str:
+    """Return the salt of the folder's lock: that of the lock to compare with, else its own, else a new one."""
+    try:
+        return str((request.lock or json.loads(request.out.read(LOCK) or b""))["salt"])
+    except (ValueError, KeyError, TypeError):
+        return secrets.token_hex(16)
 
 
 def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int]]:

@@ -5,12 +5,15 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 from raw import write_scan
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
 from photon_data.recipe import Recipe
+from photon_data.records import read_lock
 from photon_pipelines import collection
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import Request
@@ -170,10 +173,55 @@ def test_two_sources_whose_tables_have_one_name_do_not_replace_each_other(site_a
     out = tmp_path / "out"
     (site_b / "one.nii.gz").unlink()
     run(site_a, out, questions=table(tmp_path / "x" / "q.csv", ("1", "one", "?", "no", "p1", "train")))
-    with pytest.raises(UsageError, match="expected that .*questions/q.jsonl is of this source"):
+    with pytest.raises(UsageError, match=r"expected that .*questions/q\.jsonl is of this source"):
         run(site_b, out, questions=table(tmp_path / "y" / "q.csv", ("2", "three", "?", "no", "p2", "train")))
     with pytest.raises(UsageError, match="question ids that no other data set has, found 1 of q in z"):
         run(site_b, out, questions=table(tmp_path / "y" / "z.csv", ("1", "three", "?", "no", "p2", "train")))
+
+
+def test_a_lock_makes_the_same_bytes_from_the_same_files_elsewhere_and_names_what_differs(site_a, site_b, tmp_path):
+    questions = table(tmp_path / "q.csv", ("1", "one", "Nodule?", "no", "p1", "train"))
+    run(site_a, tmp_path / "out", questions=questions)
+    lock_file = tmp_path / "out" / "dataset.lock"
+    assert not any(word in lock_file.read_text() for word in ("one", "two", "deep", "Nodule", str(tmp_path)))
+    lock = read_lock(lock_file)
+    copy = tmp_path / "elsewhere" / "raw"
+    for name in ("deep/two.nii", "one.nii.gz"):  # in another order, with other times
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(site_a / name, copy / name)
+    again = run(copy, tmp_path / "again", questions=questions, lock=lock)
+    assert (again.differences, again.complete) == ([], True)
+    assert (tmp_path / "again" / "dataset.lock").read_bytes() == lock_file.read_bytes()
+
+    image = nibabel.load(copy / "one.nii.gz")
+    array = np.asarray(image.dataobj).copy()
+    array[5, 5, 5] += 1
+    nibabel.save(nibabel.Nifti1Image(array, image.affine, image.header), copy / "one.nii.gz")
+    (copy / "deep" / "two.nii").unlink()
+    write_scan(copy / "more.nii", 3)
+    other = run(copy, tmp_path / "other", lock=lock)
+    assert not other.complete
+    assert other.differences == [
+        "more: not in the lock",
+        "one: its source has another content than the lock's",
+        "1 volumes of the lock are not here: their scans are missing or refused",
+        "the questions are not those of the lock",
+    ]
+    settings = run(site_a, tmp_path / "stored", questions=questions, hu_source="stored", lock=lock)
+    assert settings.differences == [
+        f"{id}: made with other settings (recipe, rescaling, policy) from the same content"
+        for id in ("deep__two", "one")
+    ]
+
+
+def test_a_lock_of_another_algorithm_or_another_file_is_refused(tmp_path):
+    other = tmp_path / "dataset.lock"
+    other.write_text('{"algorithm": 99, "salt": "", "volumes": [], "versions": {"photon-ct": "9.9"}}')
+    with pytest.raises(UsageError, match=r"found 99 .*; install photon-ct 9\.9"):
+        read_lock(other)
+    other.write_text("[]")
+    with pytest.raises(UsageError, match=r"expected a dataset\.lock"):
+        read_lock(other)
 
 
 def test_an_output_and_an_export_within_the_source_are_no_raw_data(site_a, tmp_path):

@@ -226,8 +226,15 @@ def manifest_names(out: Location) -> list[str]:
 
 def digests(out: Location) -> dict[str, str]:
     """Return {name: SHA-256} of the manifests that are there, and of the questions that they are made from."""
-    kept = [f"{KEPT}/{name}" for name in out.names(KEPT) if name.endswith(SUFFIX) and not name.startswith(".")]
-    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in [*manifest_names(out), *kept]}
+    found = {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
+    return found | {f"{KEPT}/{name}{SUFFIX}": digest for name, digest in question_digests(out).items()}
+
+
+def question_digests(out: Location) -> dict[str, str]:
+    """Return {data set: SHA-256 of the file of its questions}."""
+    names = [name for name in out.names(KEPT) if name.endswith(SUFFIX) and not name.startswith(".")]
+    contents = ((name, out.read(f"{KEPT}/{name}") or b"") for name in names)
+    return {name.removesuffix(SUFFIX): hashlib.sha256(content).hexdigest() for name, content in contents}
 
 
 def validate(
