@@ -148,8 +148,8 @@ def print_result(request: Request, result: Result) -> None:
     print_lines(f"  {count} x {code}" for code, count in codes.most_common())
     if remembered := sum(not record.is_there and record.seconds is None for record in result.records):
         console.print(f"{remembered} of them were not read again: nothing changed since (--retry-failed reads them)")
-    if kept:
-        console.print(f"{len(kept)} volumes of earlier runs were kept, {min(record.id for record in kept)} first")
+    if there := [record.id for record in kept if record.is_there]:
+        console.print(f"{len(there)} volumes of earlier runs were kept, {min(there)} first")
     for split, rows in result.manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
     if request.lock:
@@ -228,7 +228,7 @@ def print_estimate(request: Request, workers: Workers) -> None:
         request = replace(request, datasets=readable)
     gathered = planning.gather(request)
     print_lines(gathered.notes)
-    todo = planning.plan(gathered.jobs, request.out, request.recipe, request.retry_failed)
+    todo = planning.plan(gathered.jobs, request)
     planning.collect(gathered, request.out, request.allow_leaks)
     costs = _costs(request.recipe, todo, workers)
     title = f"photon-data prepare {request.source} {request.out.url} (dry run)"
@@ -300,7 +300,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     recipe = planning.one_recipe(readable)
     request = Request(path, location, recipe, seed=manifest.seed, datasets=readable)
     combined = combine(parts, manifest.seed)
-    todo = planning.plan(planning.jobs_of(request, combined), location, recipe)
+    todo = planning.plan(planning.jobs_of(request, combined), request)
     print_table("for the volumes that are there", ["", ""], _costs(recipe, todo, workers))
     refuse_leaks(leaks(map(planning.as_row, combined.questions)))
     return len(parts) == len(datasets) and not combined.unmatched

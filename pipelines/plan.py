@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from photon_data.datasets.base import DataSet
+from photon_data.datasets.base import UNPACK, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few
@@ -98,7 +98,9 @@ class Plan(NamedTuple):
 
     jobs: list[Job]  # to execute
     done: list[VolumeRecord]  # of inputs whose stores exist already, or that were refused before for the same reasons
-    kept: list[VolumeRecord]  # of volumes of earlier runs that are no input of this one
+    kept: list[
+        VolumeRecord
+    ]  # of earlier runs, of what is no input of this one: volumes, refused scans of other sources
     before: list[VolumeRecord]  # earlier records of the jobs' sources; volumes.jsonl has them until the job is done
 
 
@@ -338,16 +340,19 @@ def paths_of(request: Request) -> str:
     return request.paths
 
 
-def plan(jobs: Sequence[Job], out: Location, recipe: Recipe, retry_failed: bool = False) -> Plan:
+def plan(jobs: Sequence[Job], request: Request) -> Plan:
     """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id."""
+    out, recipe = request.out, request.recipe
     before = {record.id: record for record in read_records(out)}
-    _refuse_namesakes(jobs, before, out)
-    ids = {job.source.id for job in jobs}
-    others = [replace(old, state=UNCHANGED) for old in before.values() if old.is_there and old.id not in ids]
+    _refuse_namesakes(jobs, before, request)
+    ids, roots = {job.source.id for job in jobs}, {job.source.root for job in jobs}
+    others = [old for old in before.values() if old.id not in ids]
+    refused = [old for old in others if not old.is_there and old.root and old.root not in roots]  # of other sources
+    there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), retry_failed), jobs))
-        digests = list(threads.map(lambda record: _digest_of_store(out, record), others))
-    kept = [(record, digest) for record, digest in zip(others, digests, strict=True) if digest]
+        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs))
+        digests = list(threads.map(lambda record: _digest_of_store(out, record), there))
+    kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
     if foreign:
         raise UsageError(
@@ -356,24 +361,31 @@ def plan(jobs: Sequence[Job], out: Location, recipe: Recipe, retry_failed: bool 
         )
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
-    return Plan(todo, [done for done in found if done], [record for record, _ in kept], left)
+    return Plan(todo, [done for done in found if done], [*(record for record, _ in kept), *refused], left)
 
 
-def _refuse_namesakes(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], out: Location) -> None:
-    """UsageError for scans whose ids belong to other scans, and for scans that have another id already."""
+def _refuse_namesakes(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], request: Request) -> None:
+    """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
+
+    The roots of declared data sets are looked through together: which of two scans of one id is meant is known then.
+    """
+    together = {str(root.absolute()) for entry in request.datasets for root in entry.roots}
+    together |= {str(entry.options[UNPACK].absolute()) for entry in request.datasets if UNPACK in entry.options}
     owners = {record.id.casefold(): record for record in before.values()}
     ids = {(record.root, record.source): record.id for record in before.values() if record.root}
     found = []
     for source in (job.source for job in jobs):
         owner = owners.get(source.id.casefold())
         known = ids.get((source.root, source.path), source.id)
-        if owner is not None and not _is_same_scan(source, owner):
+        if owner is not None and owner.root not in together and not _is_same_scan(source, owner):
             found.append(f"{source.id} is {owner.source} of {owner.root}, not {source.path} of {source.root}")
         elif known != source.id and before[known].is_there:
             found.append(f"{source.path} of {source.root} is {known}, not {source.id}")
     if found:
         remedy = "give the scans of this source other ids with --id-prefix NAME, or prune what is gone"
-        raise UsageError(f"expected ids that nobody has in {out.url}, found {len(found)}: {first_few(found)}; {remedy}")
+        raise UsageError(
+            f"expected ids that nobody has in {request.out.url}, found {len(found)}: {first_few(found)}; {remedy}"
+        )
 
 
 def _is_same_scan(source: Source, owner: VolumeRecord) -> bool:

@@ -58,7 +58,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out):
-        todo = plan(gathered.jobs, out, request.recipe, request.retry_failed)
+        todo = plan(gathered.jobs, request)
         questions = collect(gathered, out, request.allow_leaks)
         callback.on_plan(todo, gathered.ignored)
         _write_dataset(request, todo.done, todo.kept, manifests=None)

@@ -91,6 +91,10 @@ def test_a_year_of_a_folder_loses_no_row_and_mixes_up_no_scan(site_a, site_b, tm
     assert rows_of(out) == {"a1": "one", "a2": "deep__two", "b1": "B_three", "b2": "B_one"}
     assert problems(out) == []
 
+    # a scan that cannot be read: it is known, and stays known when the other source is prepared
+    (site_a / "bad.nii").write_text("not a scan")
+    assert run(site_a, out).states["refused"] == 1
+
     # each source again, without its table or with it: all rows stay, nothing is read again
     for source, more in (
         (site_a, {}),
@@ -101,6 +105,8 @@ def test_a_year_of_a_folder_loses_no_row_and_mixes_up_no_scan(site_a, site_b, tm
         assert again.states["unchanged"] == 2
         assert again.left == []
         assert len(rows_of(out)) == 4
+        assert volumes_of(out)["bad"]["code"] == "not-a-scan"
+    (site_a / "bad.nii").unlink()
 
     # a scan arrives whose name another one has: ids stay
     write_scan(site_a / "later" / "one.nii.gz", 5)
