@@ -16,7 +16,7 @@ from photon_data.recipe import Recipe
 from photon_data.records import read_lock
 from photon_pipelines import collection
 from photon_pipelines.cluster import Workers
-from photon_pipelines.plan import Request
+from photon_pipelines.plan import Request, request_of_manifest
 from photon_pipelines.prepare import prepare
 from photon_pipelines.verify import verify_output
 from photon_train.rows import read_rows
@@ -238,3 +238,34 @@ def test_an_output_and_an_export_within_the_source_are_no_raw_data(site_a, tmp_p
     (site_a / "export" / "export.json").write_text("{}")
     again = run(site_a, out)
     assert again.states == {"prepared": 0, "unchanged": 2, "refused": 0, "failed": 0}
+
+
+def test_data_sets_that_are_prepared_one_by_one_stand_beside_each_other(site_a, site_b, tmp_path):
+    table(tmp_path / "a.csv", ("1", "one", "Nodule?", "no", "p1", "train"), ("2", "deep/two", "?", "yes", "p2", "test"))
+    table(tmp_path / "b.csv", ("1", "three", "Nodule?", "yes", "p1", "train"))
+    manifest = tmp_path / "data_manifest.yaml"
+    manifest.write_text(
+        f"recipe: {{name: chest_ct, shape_zyx: [40, 32, 32], model_shape_zyx: [14, 28, 28]}}\ndatasets:\n"
+        f"  A: {{adapter: table, root: {site_a}, annotations: {{questions: {tmp_path}/a.csv}}}}\n"
+        f"  B: {{adapter: table, root: {site_b}, annotations: {{questions: {tmp_path}/b.csv}},"
+        f" options: {{id_prefix: B_}}}}\n"
+    )
+
+    def prepare_only(*names):
+        asked = request_of_manifest(manifest, names, str(tmp_path / "out"), pictures=0)
+        return prepare(asked, Workers(count=1, timeout_s=120))
+
+    first = prepare_only("A")
+    assert set(rows_of(tmp_path / "out").values()) == {"one", "deep__two"}
+    second = prepare_only("B")
+    assert (first.states["prepared"], second.states["prepared"], second.left) == (2, 1, [])
+    rows = rows_of(tmp_path / "out")
+    assert sorted(rows.values()) == ["B_three", "deep__two", "one"]
+    assert {id.partition("/")[0] for id in rows} == {"A", "B"}
+    both = prepare_only()
+    assert (both.states["unchanged"], both.left, rows_of(tmp_path / "out")) == (3, [], rows)
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace("train", "val"))
+    assert prepare_only("A").left == []
+    split_of = {path.stem: path.read_text().count("\n") for path in (tmp_path / "out" / "manifests").iterdir()}
+    assert split_of == {"train": 1, "val": 1, "test": 1}
+    assert problems(tmp_path / "out") == []
