@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import math
@@ -127,10 +128,8 @@ def _split_choices(text: str) -> Any:
     """Return the list that a text writes, or what else it writes as JSON; ValueError where it is neither."""
     if not text.startswith(("[", "(", "{")) or (text[0] != "[" and "|" in text):
         return [part.strip() for part in text.split("|") if part.strip()]
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except ValueError:
-        pass
     try:
         parts = ast.literal_eval(text)
         tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]

@@ -141,12 +141,16 @@ def _read_delimited(text: str, usual: str) -> Table:
     seen = [delimiter for delimiter in DELIMITERS if len(_header(text, delimiter)) > 1]
     if len(seen) < 2:
         return _split(text, seen[0] if seen else usual)
-    tables = {delimiter: _split(text, delimiter) for delimiter in seen}
-    return tables[min(seen, key=lambda delimiter: (len(tables[delimiter].problems), delimiter != usual))]
+    # A name of the header holds a comma, say: of the delimiters that suit most rows, the one with most columns.
+    tables = {delimiter: _split(text, delimiter) for delimiter in sorted(seen, key=lambda d: d != usual)}
+    return min(tables.values(), key=lambda table: (len(table.problems), -len(table.columns)))
 
 
 def _header(text: str, delimiter: str) -> list[str]:
-    return next(filter(None, csv.reader(_lines(text), delimiter=delimiter)), [])
+    try:
+        return next(filter(None, csv.reader(_lines(text), delimiter=delimiter)), [])
+    except csv.Error:  # it opens a quote that nothing closes
+        return []
 
 
 def _split(text: str, delimiter: str, lines_before: int = 0) -> Table:
