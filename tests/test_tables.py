@@ -39,6 +39,14 @@ def test_the_delimiter_of_a_header_that_holds_two_is_the_one_that_all_rows_have(
     assert cells_of(tmp_path, "volume,Size; in mm,n\na,3;4,1\n") == [("a", "3;4", "1")]
     assert cells_of(tmp_path, "volume;question\na;b, c\n", "q.tsv") == [("a", "b, c")]
     assert cells_of(tmp_path, "sep=;\nvolume,a;question\nx;y\n") == [("x", "y")]
+    assert cells_of(tmp_path, "sep=^\nvolume^question\nx^y\n") == [("x", "y")]
+    assert cells_of(tmp_path, "sep=,\nvolume;question\nx;y\n") == [("x", "y")]
+
+
+def test_a_table_of_one_column_is_told_what_is_between_cells(tmp_path):
+    (tmp_path / "q.csv").write_text("volume^question\na^Why?\n")
+    with pytest.raises(UsageError, match=r"found one, 'volume\^question'; put ',' or ';' between .*, as sep=\^"):
+        read_questions(tmp_path / "q.csv")
 
 
 def test_lines_are_counted_as_an_editor_shows_them_below_a_separator_line(tmp_path):

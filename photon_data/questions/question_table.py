@@ -52,6 +52,9 @@ def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list
 
 def _find_columns(path: Path, table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return {field of Question: column} and {key of Question.extra: column}; UsageError with all that is wrong."""
+    if len(table.columns) == 1:
+        remedy = "put ',' or ';' between the cells of a csv, or say in its first line what is between them, as sep=^"
+        raise UsageError(f"{path}: expected columns, found one, {table.columns[0][:60]!r}; {remedy}")
     used = {name: columns.get(name, name) for name in NAMES if name in {*columns, *table.columns, *REQUIRED}}
     unknown = [name for name in columns if name not in NAMES]
     mistakes = [f"expected a column of ours before '=', found {name!r}; {name_hint(name, NAMES)}" for name in unknown]

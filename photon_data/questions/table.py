@@ -136,14 +136,16 @@ def as_name(value: Any) -> Any:
 
 def _read_delimited(text: str, usual: str) -> Table:
     """Return the table of a csv or tsv text, whose delimiter is said by its first line or seen in its header."""
-    if said := SEPARATOR_LINE.match(text):
-        return _split(text[said.end() :], said[1], lines_before=1)
-    seen = [delimiter for delimiter in DELIMITERS if len(_header(text, delimiter)) > 1]
+    said = SEPARATOR_LINE.match(text)
+    body, before = (text[said.end() :], 1) if said else (text, 0)
+    if said and len(_header(body, said[1])) > 1:
+        return _split(body, said[1], before)
+    seen = [delimiter for delimiter in DELIMITERS if len(_header(body, delimiter)) > 1]
     if len(seen) < 2:
-        return _split(text, seen[0] if seen else usual)
+        return _split(body, seen[0] if seen else usual, before)
     # A name of the header holds a comma, say: of the delimiters that suit most rows, the one with most columns.
-    tables = {delimiter: _split(text, delimiter) for delimiter in sorted(seen, key=lambda d: d != usual)}
-    return min(tables.values(), key=lambda table: (len(table.problems), -len(table.columns)))
+    tables = [_split(body, delimiter, before) for delimiter in sorted(seen, key=lambda d: d != usual)]
+    return min(tables, key=lambda table: (len(table.problems), -len(table.columns)))
 
 
 def _header(text: str, delimiter: str) -> list[str]:
@@ -153,7 +155,7 @@ def _header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _split(text: str, delimiter: str, lines_before: int = 0) -> Table:
+def _split(text: str, delimiter: str, lines_before: int) -> Table:
     """Return the table of a text. Rows without any text are skipped; a row that breaks the quoting ends the file."""
     columns: list[str] = []
     table = Table(columns, [], [])
