@@ -174,7 +174,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
-    refuse_unsound(gathered.questions or ())
+    refuse_unsound(request.questions or request.source, gathered.questions or ())
     if gathered.questions and not request.allow_leaks:
         refuse_leaks(leaks(map(as_row, gathered.questions)))
     return gathered

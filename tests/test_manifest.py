@@ -398,10 +398,20 @@ def test_rows_of_earlier_versions_whose_choices_are_an_empty_list_are_sound():
 
 
 def test_questions_whose_rows_would_be_refused_are_told_together_before():
-    manifest.refuse_unsound(QUESTIONS)
-    bad = [replace(QUESTIONS[0], question="a <video> more"), replace(QUESTIONS[1], answer="<image>"), QUESTIONS[2]]
-    with pytest.raises(UsageError, match=r"(?s)2 problems.*question 1: id .q1.*question 2: id .q10.: expected no <im"):
-        manifest.refuse_unsound(bad)
+    manifest.refuse_unsound("q.csv", QUESTIONS)
+    bad = [replace(QUESTIONS[0], question="a <video> more"), replace(QUESTIONS[1], answer="<image>"), *QUESTIONS[1:3]]
+    bad.append(replace(bad[-1], volume="c2"))
+    with pytest.raises(UsageError) as caught:
+        manifest.refuse_unsound("q.csv", bad)
+    message = str(caught.value)
+    for part in (
+        "q.csv: 4 problems",
+        "question 1: id 'q1': expected one <video> in a user turn per video",
+        "question 2: id 'q10': expected no <image> in a turn of the assistant",
+        "question 3: id 'q10': expected an id that occurs once, found it as question 2 too",
+        "question 5: id 'q2': expected an id that occurs once, found it as question 4 too",
+    ):
+        assert part in message
 
 
 def test_stores_are_looked_for_unless_told_not_to(tmp_path):

@@ -225,15 +225,20 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
     return old
 
 
-def refuse_unsound(questions: Iterable[Question]) -> None:
-    """UsageError for questions whose rows `write` would refuse: before scans are read, not after."""
-    problems = []
+def refuse_unsound(source: Path | str, questions: Iterable[Question]) -> None:
+    """UsageError for questions of `source` whose rows `write` would refuse: before scans are read, not after."""
+    problems: list[Problem] = []
+    first_places: dict[tuple[str | None, str], str] = {}
     for number, question in enumerate(questions, 1):
+        place = f"question {number}"
         row = _row(question, "volume", "/store", "data", (), ())
-        for text in [*_check_columns(row)] or _check_messages(row):
-            problems.append(Problem(f"question {number}", "unsound row", f"id {question.id!r}: {text}"))
+        found = [*_check_columns(row)] or [*_check_messages(row)]
+        earlier = first_places.setdefault((question.split, question.id), place)
+        if earlier != place:
+            found.append(f"expected an id that occurs once, found it as {earlier} too; rename one")
+        problems += [Problem(place, "unsound row", f"id {question.id!r}: {text}") for text in found]
     if problems:
-        refuse("questions", problems)
+        refuse(source, problems)
 
 
 def _is_manifest(content: bytes) -> bool:
