@@ -146,6 +146,18 @@ def test_a_manifest_loads_as_ms_swift_does_whatever_the_order_of_its_rows(tmp_pa
     assert datasets.load_dataset("json", data_files=str(path), **options).to_list() == read_values(path)
 
 
+def test_texts_are_put_in_quotes_where_a_reader_of_json_lines_takes_them_for_times():
+    pyarrow_json = pytest.importorskip("pyarrow.json")
+    days = ["2020-01-02", "2020-02-30", "9999-12-31", "20200102", "2020-1-2", "-2020-01-02"]
+    zones = ["", "Z", "+02", "-0230", "+02:30", " "]
+    hours = ["", "T10", " 10:05", "T10:05:06", "T24:00", " 10:05:60", "T1005", "t10", " 10:05:06.5", "T"]
+    for text in (day + hour + zone for day in days for hour in hours for zone in zones):
+        table = pyarrow_json.read_json(io.BytesIO(json.dumps({"text": text}).encode()))
+        questions = [Question("1", "c1", "?", split="s", extra={"day": text}), Question("2", "c1", "?", split="s")]
+        quoted = build(questions).rows["s"][0]["extra"]["day"] != text
+        assert quoted == str(table.schema.field("text").type).startswith("timestamp"), text
+
+
 def test_a_column_of_dates_alone_keeps_their_text():
     questions = [Question(n, "c1", "?", split="s", extra={"day": f"2020-01-0{n}"}) for n in "123"]
     assert [row["extra"]["day"] for row in build(questions).rows["s"]] == ["2020-01-01", "2020-01-02", "2020-01-03"]
