@@ -30,7 +30,7 @@ def prepare(
     ] = None,
     recipe: terminal.RecipeName = "chest_ct",
     settings: terminal.Settings = [],  # noqa: B006
-    questions: Annotated[Path | None, Option(help="csv, tsv or jsonl: id, volume, question, answer, split.")] = None,
+    questions: Annotated[Path | None, Option(help="A table: id, volume, question, answer, split.")] = None,
     columns: terminal.Columns = [],  # noqa: B006
     split: Annotated[str, Option(help="Shares per split where the table has none.")] = "train=0.8,val=0.1,test=0.1",
     seed: Annotated[int, Option(help="Seed of the split.")] = 0,

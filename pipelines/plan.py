@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 from photon_data.datasets.base import UNPACK, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest, read_data_manifest
-from photon_data.errors import UsageError, first_few
+from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job, already_there, fingerprint, recipe_digest
-from photon_data.questions.manifest import KEPT, Manifests, Unmatched, by_name, kept_questions
+from photon_data.questions.manifest import KEPT, Manifests, Match, Unmatched, by_name, kept_questions, refuse_unsound
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
+from photon_data.questions.rescale_table import read_rescales
 from photon_data.questions.splits import FRACTIONS, Count, assign_splits, leaks, refuse_leaks
-from photon_data.questions.table import read_table
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
@@ -186,6 +186,8 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
+    for name, asked in gathered.questions.items():
+        refuse_unsound(name, asked)
     if not request.allow_leaks:
         refuse_leaks(leaks(as_row(question) for part in gathered.questions.values() for question in part))
     return gathered
@@ -205,6 +207,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
     questions: dict[str, list[Question]] = {}
     asked: list[Question] = []
+    notes: Sequence[str] = ()
     if request.questions is not None:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
@@ -228,9 +231,26 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         name = request.id_prefix + request.questions.stem
         find = by_name((source.id, source.path) for source in sources)
         # Ids in place of names of scans: two names of one scan must not be two patients.
-        asked = [replace(q, volume=find(q.volume).id or q.volume, dataset=name) for q in asked]
+        matches = [find(question.volume) for question in asked]
+        notes = _notes_of_unmatched(asked, matches, sources)
+        named = zip(asked, matches, strict=True)
+        asked = [replace(q, volume=match.id or q.volume, dataset=name) for q, match in named]
         questions[name] = assign_splits(asked, fractions=request.fractions, seed=request.seed)
-    return Gathered(jobs, questions, ignored=ignored)
+    return Gathered(jobs, questions, ignored=ignored, notes=notes)
+
+
+def _notes_of_unmatched(
+    questions: Sequence[Question], matches: Sequence[Match], sources: Sequence[Source]
+) -> Sequence[str]:
+    """Return a sentence about the questions that name no scan or several, before hours of work."""
+    reasons = {q.volume: match.reason for q, match in zip(questions, matches, strict=True) if not match.id}
+    if not reasons:
+        return ()
+    paths = [source.path for source in sources]
+    near = {name: nearest_name(name, paths) or paths[0] for name in list(reasons)[:4]}
+    told = [f"{name!r}: {reasons[name]} (a name that there is: {path!r})" for name, path in near.items()]
+    count = sum(match.id is None for match in matches)
+    return [f"{count} of {len(questions)} questions do not name one scan of this source: {first_few(told)}"]
 
 
 def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
@@ -246,7 +266,7 @@ def rescaling(
     """Return the function that gives each source its slope and intercept: None for the header's.
 
     `hu_source` is "header", "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume,
-    slope, intercept; `columns` maps these names to the table's. UsageError where the table names a volume twice.
+    slope, intercept; `columns` maps these names to the table's. UsageError with all problems of the table.
     """
     if hu_source == HEADER:
         return lambda source: None
@@ -255,23 +275,7 @@ def rescaling(
     path = Path(hu_source)
     if not path.is_file():
         raise UsageError(f"--hu-source: expected header, stored or a table, found {hu_source!r}, which is no file")
-    find = by_name((source.id, source.path) for source in sources)
-    volume, slope, intercept = (columns.get(name, name) for name in ("volume", "slope", "intercept"))
-    by_id: dict[str, Rescale] = {}
-    for line, values in read_table(path).rows:
-        try:
-            numbers = float(values[slope]), float(values[intercept])
-            match = find(str(values[volume]))
-        except (KeyError, TypeError, ValueError):
-            expected = f"{volume} (text), {slope}, {intercept} (numbers)"
-            raise UsageError(f"{path.name}, {line}: expected {expected}, found {values}") from None
-        if match.is_ambiguous:
-            found = f"{values[volume]!r}, {match.reason}"
-            raise UsageError(f"{path.name}, {line}: expected the name of one scan, found {found}")
-        if match.id in by_id:
-            raise UsageError(f"{path.name}, {line}: expected one row per volume, found a second one for {match.id}")
-        if match.id:
-            by_id[match.id] = Rescale(*numbers, "table")
+    by_id = read_rescales(path, sources, columns)
     return lambda source: by_id.get(source.id, NOT_IN_TABLE)
 
 

@@ -1,12 +1,18 @@
 """Manifests: no question lost or guessed, the same bytes from any order, strict where ms-swift is not."""
 
 import copy
+import datetime
+import io
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dicom_files import write_series
+from pydicom.uid import generate_uid
+from raw import write_scan
+from scans import ct_like
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
@@ -14,6 +20,7 @@ from photon_data.questions import manifest
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.questions.splits import assign_splits
 from photon_data.questions.table import read_values
+from photon_data.readers.find import find_scans
 from photon_data.records import VolumeRecord
 
 
@@ -109,6 +116,55 @@ def test_values_of_any_type_become_text_so_that_a_column_has_one_type():
     assert extra == {"mm": "", "system": "obey", "tools": '["ruler"]'}
 
 
+def of_many_types(count=40):
+    """Questions whose columns are empty for long, and then something else."""
+    late = {"choices": ["left", "right"], "size": 3.5, "seen": datetime.date(2020, 1, 2), "when": "", "where": {"b": 1}}
+    early = {"seen": "", "when": "2020-01-02", "time": "2020-01-02 10:00", "size": None, "where": {"a": [None]}}
+    questions = [Question(f"q{n:03d}", "c1", "?", split="s", extra=early) for n in range(count)]
+    return questions + [Question(f"r{n:03d}", "c2", "?", "left", "s", "p", extra=late) for n in range(count)]
+
+
+def test_every_row_alone_has_the_types_of_all_to_a_reader_of_json_lines(tmp_path):
+    pyarrow_json = pytest.importorskip("pyarrow.json")
+    manifest.write(build(of_many_types()), tmp_path)
+    lines = (tmp_path / "manifests" / "s.jsonl").read_bytes().splitlines()
+    assert len({str(pyarrow_json.read_json(io.BytesIO(line)).schema) for line in lines}) == 1
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    assert (first["choices"], last["choices"]) == ([""], ["left", "right"])
+    expected = {"seen": "", "size": "", "time": '"2020-01-02 10:00"', "when": '"2020-01-02"', "where": '{"a": [null]}'}
+    assert first["extra"] == expected
+    assert last["extra"] == {"seen": '"2020-01-02"', "size": "3.5", "time": "", "when": "", "where": '{"b": 1}'}
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_manifest_loads_as_ms_swift_does_whatever_the_order_of_its_rows(tmp_path, step):
+    datasets = pytest.importorskip("datasets")
+    manifest.write(build(of_many_types()), tmp_path)
+    path = tmp_path / "manifests" / "s.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[::step]) + "\n")
+    options = {"split": "train", "cache_dir": str(tmp_path / "cache"), "chunksize": 2000}
+    assert datasets.load_dataset("json", data_files=str(path), **options).to_list() == read_values(path)
+
+
+def test_texts_are_put_in_quotes_where_a_reader_of_json_lines_takes_them_for_times():
+    pyarrow_json = pytest.importorskip("pyarrow.json")
+    days = ["2020-01-02", "2020-02-30", "9999-12-31", "20200102", "2020-1-2", "-2020-01-02"]
+    zones = ["", "Z", "+02", "-0230", "+02:30", " "]
+    hours = ["", "T10", " 10:05", "T10:05:06", "T24:00", " 10:05:60", "T1005", "t10", " 10:05:06.5", "T"]
+    for text in (day + hour + zone for day in days for hour in hours for zone in zones):
+        table = pyarrow_json.read_json(io.BytesIO(json.dumps({"text": text}).encode()))
+        questions = [Question("1", "c1", "?", split="s", extra={"day": text}), Question("2", "c1", "?", split="s")]
+        quoted = build(questions).rows["s"][0]["extra"]["day"] != text
+        assert quoted == str(table.schema.field("text").type).startswith("timestamp"), text
+
+
+def test_a_column_of_dates_alone_keeps_their_text():
+    questions = [Question(n, "c1", "?", split="s", extra={"day": f"2020-01-0{n}"}) for n in "123"]
+    assert [row["extra"]["day"] for row in build(questions).rows["s"]] == ["2020-01-01", "2020-01-02", "2020-01-03"]
+    questions[1].extra["day"] = "2020-02-30"  # a text, to those who read dates
+    assert [row["extra"]["day"] for row in build(questions).rows["s"]] == ['"2020-01-01"', "2020-02-30", '"2020-01-03"']
+
+
 def test_rows_are_sorted_by_volume_then_question():
     records = [record("v2"), record("v1")]
     questions = [Question(i, v, "?", split="train") for i, v in (("a", "v2"), ("c", "v1"), ("d", "v2"), ("b", "v1"))]
@@ -140,6 +196,47 @@ def test_a_volume_is_found_by_id_path_or_unique_file_name_and_never_guessed(name
     made = build([Question("q", name, "?", split="s")])
     found = made.rows["s"][0]["volume_id"] if made.rows else made.unmatched[0].reason
     assert found == expected
+
+
+COMPOSED, DECOMPOSED = "J\u00f6rg \u00c5", "Jo\u0308rg A\u030a"
+
+
+@pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("path", [COMPOSED, DECOMPOSED])
+def test_a_name_is_found_in_either_unicode_form_and_ids_stay_as_they_are(tmp_path, path, name):
+    write_scan(tmp_path / path / f"{path}.nii.gz", shape_zyx=(4, 5, 6))
+    (source,) = find_scans(tmp_path).sources
+    find = manifest.by_name([(source.id, source.path)])
+    assert source.path == f"{path}/{path}.nii.gz"
+    for asked in (f"{name}/{name}.nii.gz", f"./{name}/{name}", f"{name}.nii.gz", name, source.id):
+        assert find(asked).id == source.id, asked
+    assert not find("Jorg A").id
+
+
+def test_two_volumes_that_differ_only_in_unicode_form_are_ambiguous_and_told_apart():
+    find = manifest.by_name([("J-1", f"{COMPOSED}.nii.gz"), ("J-2", f"{DECOMPOSED}.nii.gz"), ("x", "x.nii.gz")])
+    for name in (COMPOSED, DECOMPOSED, f"{COMPOSED}.nii.gz"):
+        match = find(name)
+        assert match.is_ambiguous and "with id J-1" in match.reason and "with id J-2" in match.reason
+    assert find("J-2").id == "J-2"
+
+
+def test_a_dicom_volume_is_found_by_its_folder_or_its_series_uid(tmp_path):
+    stored, (first, second, other) = ct_like((3, 8, 9)), (generate_uid() for _ in range(3))
+    write_series(tmp_path / "p#1" / "21057", stored, uid=first)
+    write_series(tmp_path / "p2" / "both", stored, uid=second)
+    write_series(tmp_path / "p2" / "both", stored, uid=other, names=["a.dcm", "b.dcm", "c.dcm"])
+    sources = find_scans(tmp_path).sources
+    find = manifest.by_name((source.id, source.path) for source in sources)
+    one = next(source for source in sources if source.path.startswith("p#1"))
+    for name in ("p#1/21057", "p#1/21057/", "21057", one.path, one.path.rpartition("/")[2], first, one.id):
+        assert find(name).id == one.id, name
+    for name in ("p2/both", "both"):
+        assert find(name).reason.startswith("ambiguous: 2 volumes have this name (p2/both#")
+    ids = {find(second).id, find(other).id}
+    assert ids == {source.id for source in sources} - {one.id}
+    for name in ("p#1", "p", "p2", "1", generate_uid(), first[:-1]):
+        assert find(name) == (None, "no such volume", False), name
 
 
 def test_what_could_not_be_joined_is_told_by_id():
@@ -279,6 +376,7 @@ ANSWER = {"role": "assistant", "content": "left | right"}
         ({"new": "x"}, "expected column 'new' as in the first row (no such column), found str"),
         ({"extra": {"mm": "3"}}, "expected column 'extra' as in the first row"),
         ({"choices": ["a", 1]}, "expected a list of texts in 'choices'"),
+        ({"choices": ["a", ""]}, "expected a list of texts in 'choices'"),
         ({"volume_id": ""}, "expected a text in 'volume_id', found ''"),
         ({"videos": ["volumes/c1.ome.zarr"]}, "expected an absolute path or URL"),
         ({"videos": []}, "expected one <video> in a user turn per video, found 1 for 0"),
@@ -305,6 +403,27 @@ def test_a_row_that_is_not_sound_is_told_with_line_and_id(changes, part):
     problems = manifest.validate(spoilt(**changes), check_stores=False)
     assert all(str(problem).startswith("line 2: id ") for problem in problems)
     assert part in problems[0].text
+
+
+def test_rows_of_earlier_versions_whose_choices_are_an_empty_list_are_sound():
+    assert manifest.validate(spoilt(choices=[]), check_stores=False) == []
+
+
+def test_questions_whose_rows_would_be_refused_are_told_together_before():
+    manifest.refuse_unsound("q.csv", QUESTIONS)
+    bad = [replace(QUESTIONS[0], question="a <video> more"), replace(QUESTIONS[1], answer="<image>"), *QUESTIONS[1:3]]
+    bad.append(replace(bad[-1], volume="c2"))
+    with pytest.raises(UsageError) as caught:
+        manifest.refuse_unsound("q.csv", bad)
+    message = str(caught.value)
+    for part in (
+        "q.csv: 4 problems",
+        "question 1: id 'q1': expected one <video> in a user turn per video",
+        "question 2: id 'q10': expected no <image> in a turn of the assistant",
+        "question 3: id 'q10': expected an id that occurs once, found it as question 2 too",
+        "question 5: id 'q2': expected an id that occurs once, found it as question 4 too",
+    ):
+        assert part in message
 
 
 def test_stores_are_looked_for_unless_told_not_to(tmp_path):

@@ -181,6 +181,7 @@ def test_a_truncated_table_is_refused(tmp_path):
         ('{"volume": "v", "question": "q", "answer": true}', "answer: expected text or a number, found true"),
         ('{"volume": "v", "question": ["q"]}', "question: expected text or a number"),
         ('{"volume": "v", "question": "q", "answer": NaN}', "NaN is not JSON"),
+        ('{"volume": "v", "question": "q", "answer": 1e999}', "1e999 is not JSON"),
         ('{"volume": "v", "question": "\\ud800"}', "surrogates not allowed"),
         ('{"volume": "v", "question": null}', "expected a question, found none"),
         ('{"volume": "v", "question": "q", "choices": ["one"]}', "expected two or more texts, found ['one']"),
@@ -192,6 +193,53 @@ def test_a_truncated_table_is_refused(tmp_path):
 def test_a_json_row_of_the_wrong_kind_is_refused_with_its_line(tmp_path, row, part):
     message = error_of(file(tmp_path, "q.jsonl", '{"volume": "v", "question": "q"}\n' + row + "\n"))
     assert "1 problem (" in message and "line 2: " in message and part in message
+
+
+@pytest.mark.parametrize(
+    ("written", "choices"),
+    [
+        ("left|right", ["left", "right"]),
+        ('["left", "it\'s right"]', ["left", "it's right"]),
+        ("['left', \"it's right\", 'a|b']", ["left", "it's right", "a|b"]),
+        ("('left', 2, 3.5)", ["left", "2", "3.5"]),
+        ("(left) | (right)", ["(left)", "(right)"]),
+        (" [] ", []),
+    ],
+)
+def test_choices_are_read_as_people_and_pandas_write_them(tmp_path, written, choices):
+    (q,) = read_questions(file(tmp_path, "q.jsonl", jsonl({"volume": "v", "question": "Side?", "choices": written})))
+    assert q.extra["choices"] == choices
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "['left' 'right']",  # numpy's way: Python reads it as one text
+        "['left' 'middle', 'right']",
+        "['left', nan]",
+        "['left', None]",
+        "[b'left', b'right']",
+        "[left, right]",
+        "{'A': 'left', 'B': 'right'}",
+        '{"A": "left", "B": "right"}',
+        "__import__('os').abort()",
+        "['left', __import__('os').abort()]",
+        "[" * 5000,
+        {"A": "left", "B": "right"},
+        7,
+        True,
+    ],
+)
+def test_choices_that_are_no_list_are_shown_with_how_to_write_them(tmp_path, written):
+    message = error_of(file(tmp_path, "q.jsonl", jsonl({"volume": "v", "question": "Side?", "choices": written})))
+    assert "line 1: choices: expected two or more texts, found " + str(written)[:60] in message
+    assert 'write them as A|B|C or as a JSON list, ["A", "B"]' in message
+
+
+def test_a_patient_whose_name_is_composed_here_and_decomposed_there_is_one(tmp_path):
+    text = "volume,question,patient\nv1,Why?,J\u00f6rg\nv2,Why?,Jo\u0308rg\n"
+    first, second = read_questions(file(tmp_path, "q.csv", text))
+    assert first.patient == second.patient == "J\u00f6rg"
 
 
 def test_a_file_that_is_no_table_is_refused_with_a_remedy(tmp_path):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
-from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, read_table, refuse
+from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, as_json, read_table, refuse
 from photon_data.records import VolumeRecord
 
 FOLDER, SUFFIX = "manifests", ".jsonl"
@@ -31,6 +33,14 @@ NEVER_EMPTY = ("id", "channel", "volume_id", "split")
 EXTRA_COLUMNS = ("kind", "organ", "choices")
 # The end of a scan's file name, which the name of a volume may lack.
 SCAN_SUFFIX = re.compile(r"\.(nii(\.gz)?|img(\.gz)?|hdr|nrrd|nhdr|mha|mhd|dcm)\Z", re.IGNORECASE | re.ASCII)
+
+# The end of a DICOM volume's source path: FOLDER#KEY, and -2, -3, ... for further stacks of the series.
+SERIES_KEY = re.compile(r"#(?:([0-9a-f]{8,})(?:-\d+)?)?\Z")
+UID = re.compile(r"[0-2](?:\.\d+)+")
+# `datasets` and pyarrow read a column of JSON texts as times where a text is one of these.
+TIME_STAMP = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d)?)?(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
+# In place of an empty list, which has no type: readers of JSON lines give a column that of its first rows.
+NO_CHOICES = ("",)
 
 
 class Unmatched(NamedTuple):
@@ -86,9 +96,10 @@ def build(
             unmatched.append(Unmatched(q.id, q.volume, reason or reasons[str(volume_id)]))
     dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
     extra_names = sorted({name for q, _ in matched for name in q.extra} - set(EXTRA_COLUMNS))
+    mixed = {name for name in extra_names if _is_mixed(_as_text(q.extra.get(name)) for q, _ in matched)}
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):
-        rows[str(q.split)].append(_row(q, volume_id, videos[volume_id], q.dataset or dataset, extra_names))
+        rows[str(q.split)].append(_row(q, volume_id, videos[volume_id], q.dataset or dataset, extra_names, mixed))
     without_questions = videos.keys() - {volume_id for _, volume_id in matched}
     return Manifests(dict(sorted(rows.items())), sorted(unmatched), sorted(without_questions))
 
@@ -105,36 +116,55 @@ def by_name(volumes: Iterable[tuple[str, str]]) -> Callable[[str], Match]:
     """Return the function that finds the volume of a name, among volumes given as (id, source path).
 
     A name is compared with the ids. If none is equal, it is compared with the source paths. If none is equal, it is
-    compared with source paths without the scan's suffix, and with file names with and without suffix.
+    compared with source paths without the scan's suffix (or, of a DICOM series, without its #KEY), and with file names
+    (folder names) with and without suffix. If none is equal and it is a UID, it is compared with the keys of series.
+    Names are equal if their composed Unicode forms are: macOS stores "é" as "e" and an accent.
     """
     in_order = sorted(volumes, key=lambda volume: (volume[1], volume[0]))
 
     def short_names(id_: str, path: str) -> set[str]:
-        file_name = path.rpartition("/")[2]
-        return {SCAN_SUFFIX.sub("", path), file_name, SCAN_SUFFIX.sub("", file_name)}
+        short = SERIES_KEY.sub("", SCAN_SUFFIX.sub("", path))
+        return {short, path.rpartition("/")[2], short.rpartition("/")[2]} - {""}
+
+    def series_key(id_: str, path: str) -> set[str]:
+        key = SERIES_KEY.search(path)
+        return {f"#{key[1][:8]}"} if key and key[1] else set()
 
     @cache  # most tables use ids, and the other indices take as long as all questions together
     def index(names_of: Callable[[str, str], set[str]]) -> dict[str, list[tuple[str, str]]]:
         made: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for volume in in_order:
-            for name in names_of(*volume):
+            for name in {_composed(name) for name in names_of(*volume)}:
                 made[name].append(volume)
         return dict(made)
 
     levels = (lambda id_, path: {id_}, lambda id_, path: {path}, short_names)
 
     def find(name: str) -> Match:
+        name = _composed(name).removeprefix("./").rstrip("/")
         found = next((level[name] for level in map(index, levels) if name in level), [])
+        if not found and UID.fullmatch(name):  # a key is the start of the hash of the SeriesInstanceUID
+            found = index(series_key).get(f"#{hashlib.sha256(name.encode()).hexdigest()[:8]}", [])
         if len(found) > 1:
-            paths = first_few([path for _, path in found])
-            return Match(None, f"ambiguous: {len(found)} volumes have this name ({paths})", is_ambiguous=True)
+            look_alike = len({_composed(path) for _, path in found}) < len(found)
+            names = first_few([f"{path} with id {id_}" if look_alike else path for id_, path in found])
+            return Match(None, f"ambiguous: {len(found)} volumes have this name ({names})", is_ambiguous=True)
         return Match(found[0][0]) if found else Match(None, "no such volume")
 
     return find
 
 
-def _row(question: Question, volume_id: str, video: str, dataset: str, extra_names: Sequence[str]) -> dict[str, Any]:
-    """Return one row. All questions of a table have the same columns with the same types; what is missing is empty."""
+def _composed(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _row(
+    question: Question, volume_id: str, video: str, dataset: str, extra_names: Sequence[str], mixed: Collection[str]
+) -> dict[str, Any]:
+    """Return one row. All questions of a table have the same columns with the same types; what is missing is empty.
+
+    Time stamps in the columns `mixed` are written as JSON texts, in quotes.
+    """
     extra = question.extra
     messages = [{"role": "user", "content": VIDEO_TAG + question.question}]
     if question.answer:
@@ -150,19 +180,33 @@ def _row(question: Question, volume_id: str, video: str, dataset: str, extra_nam
         "task": question.task or "",
         "kind": _as_text(extra.get("kind")),
         "organ": _as_text(extra.get("organ")),
-        "choices": list(extra.get("choices", [])),
+        "choices": list(extra.get("choices") or NO_CHOICES),
         "answer": question.answer or "",
     }
     if extra_names:
         # Not columns of their own: ms-swift obeys columns of some names, such as system, image and label.
-        row["extra"] = {name: _as_text(extra.get(name)) for name in extra_names}
+        texts = {name: _as_text(extra.get(name)) for name in extra_names}
+        row["extra"] = texts | {name: json.dumps(texts[name]) for name in mixed if _is_time(texts[name])}
     return row
 
 
 def _as_text(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    value = as_json(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _is_mixed(texts: Iterable[str]) -> bool:
+    """Tell whether some texts of a column, but not all, are time stamps."""
+    return len({_is_time(text) for text in texts}) > 1
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return bool(TIME_STAMP.fullmatch(text) and datetime.fromisoformat(text))
+    except ValueError:  # the 30th of February
+        return False
 
 
 def write(manifests: Manifests, out: Path | str) -> list[str]:
@@ -208,6 +252,22 @@ def row_ids(out: Location) -> set[str]:
     """Return the ids of all rows of the manifests that are there."""
     texts = ((out.read(name) or b"").decode() for name in manifest_names(out))
     return {str(row.get("id")) for text in texts for row in from_jsonl(text)}
+
+
+def refuse_unsound(source: Path | str, questions: Iterable[Question]) -> None:
+    """UsageError for questions of `source` whose rows `write` would refuse: before scans are read, not after."""
+    problems: list[Problem] = []
+    first_places: dict[tuple[str | None, str], str] = {}
+    for number, question in enumerate(questions, 1):
+        place = f"question {number}"
+        row = _row(question, "volume", "/store", "data", (), ())
+        found = [*_check_columns(row)] or [*_check_messages(row)]
+        earlier = first_places.setdefault((question.split, question.id), place)
+        if earlier != place:
+            found.append(f"expected an id that occurs once, found it as {earlier} too; rename one")
+        problems += [Problem(place, "unsound row", f"id {question.id!r}: {text}") for text in found]
+    if problems:
+        refuse(source, problems)
 
 
 def _is_manifest(content: bytes) -> bool:
@@ -284,7 +344,8 @@ def _check_columns(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"expected a text in {name!r}, found {row.get(name)!r}"
     for name in ("videos", "choices"):
         values = row.get(name)
-        if not isinstance(values, list) or not (_are_texts(values) and all(values)):
+        is_none = name == "choices" and values == list(NO_CHOICES)
+        if not isinstance(values, list) or not (is_none or (_are_texts(values) and all(values))):
             yield f"expected a list of texts in {name!r}, found {values!r}"
     extra = row.get("extra", {})
     if not isinstance(extra, dict) or not _are_texts(extra.values()):

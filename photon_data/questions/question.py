@@ -78,7 +78,7 @@ def _letters(question: Question, shown: bool) -> tuple[str, str | None]:
     """DeepTumorVQA v1's form: the published multiple-choice text, and the letter; plain where there are no choices."""
     if not question.extra.get("letter"):
         return _plain(question, shown)
-    return question.extra.get("mc_question") or _plain(question, True)[0], question.extra["letter"]
+    return str(question.extra.get("mc_question") or _plain(question, True)[0]), str(question.extra["letter"])
 
 
 def _rad3d(question: Question, shown: bool) -> tuple[str, str | None]:
@@ -109,8 +109,8 @@ def _deeptumorvqa(question: Question, shown: bool) -> tuple[str, str | None]:
     if extra.get("answer_type") == "number" and extra.get("spacing"):
         lines.append(f"Voxel spacing (mm): {extra['spacing']}.  Volume shape: {extra.get('shape', '')}.")
     if shown and extra.get("mc_question"):
-        lines += [extra["mc_question"], "Answer with ONLY the single letter (A, B, C, or D)."]
-        return "\n".join(lines), extra.get("letter")
+        lines += [str(extra["mc_question"]), "Answer with ONLY the single letter (A, B, C, or D)."]
+        return "\n".join(lines), str(extra["letter"]) if extra.get("letter") else None
     lines += [question.question, _ANSWER_WITH.get(extra.get("answer_type", ""), _ANSWER_WITH["text"])]
     return "\n".join(lines), question.answer
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
 import json
+import math
+import tokenize
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError, name_hint, nearest_name
 from photon_data.questions.question import Question, with_made_ids
-from photon_data.questions.table import TAG, Problem, Table, TableRow, read_table, refuse
+from photon_data.questions.table import TAG, Problem, Table, TableRow, as_name, read_table, refuse
 
 # Columns with a meaning of their own: those that are fields of Question, and those that are keys of Question.extra.
 FIELDS = ("id", "volume", "question", "answer", "split", "patient", "task")
@@ -18,12 +24,12 @@ REQUIRED = ("volume", "question")
 
 
 def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list[Question]:
-    """Return the questions of a csv, tsv, jsonl or json table, in its order.
+    """Return the questions of a csv, tsv, jsonl, json or parquet table, in its order.
 
     `columns` maps our names to the table's: {"volume": "VolumeName"}; `volume` and `question` are required. Questions
     and answers are kept to the letter, and other fields lose white space at both ends. Numbers of a json table become
-    text as JSON writes them. A table without ids gets them from `with_made_ids`. UsageError with all problems of the
-    file.
+    text as JSON writes them. A patient is one person in every Unicode form of the name. A table without ids gets them
+    from `with_made_ids`. UsageError with all problems of the file.
     """
     table = read_table(path)
     fields, extra = _find_columns(path, table, columns or {})
@@ -46,6 +52,9 @@ def read_questions(path: Path, columns: Mapping[str, str] | None = None) -> list
 
 def _find_columns(path: Path, table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return {field of Question: column} and {key of Question.extra: column}; UsageError with all that is wrong."""
+    if len(table.columns) == 1:
+        remedy = "put ',' or ';' between the cells of a csv, or say in its first line what is between them, as sep=^"
+        raise UsageError(f"{path}: expected columns, found one, {table.columns[0][:60]!r}; {remedy}")
     used = {name: columns.get(name, name) for name in NAMES if name in {*columns, *table.columns, *REQUIRED}}
     unknown = [name for name in columns if name not in NAMES]
     mistakes = [f"expected a column of ours before '=', found {name!r}; {name_hint(name, NAMES)}" for name in unknown]
@@ -77,8 +86,12 @@ def _to_question(
             return default
 
     # A "?" is not empty, so that a text of a wrong type is one problem, not two.
-    texts = {name: read(name, column, _to_text, "?") for name, column in fields.items()}
-    texts |= {name: text.strip() for name, text in texts.items() if name not in ("question", "answer")}
+    texts = {
+        name: read(name, column, _to_text if name in ("question", "answer") else _to_name, "?")
+        for name, column in fields.items()
+    }
+    if "patient" in texts:
+        texts["patient"] = unicodedata.normalize("NFC", texts["patient"])
     optional = {name: text if text.strip() else None for name, text in texts.items() if name not in ("id", *REQUIRED)}
     extra = {name: row.values[column] for name, column in extra_columns.items() if column in row.values}
     if "choices" in extra_columns:
@@ -87,24 +100,55 @@ def _to_question(
 
 
 def _to_text(value: Any) -> str:
-    """Return a text or number as text, null as ""; ValueError for anything else."""
+    """Return a text or finite number as text, null as ""; ValueError for anything else."""
     if value is None or isinstance(value, str):
         return value or ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        found = json.dumps(value)[:60]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        found = json.dumps(value, default=str)[:60]
         raise ValueError(f'expected text or a number, found {found}; write it as text, "Yes" for example')
     return json.dumps(value)
 
 
+def _to_name(value: Any) -> str:
+    return _to_text(as_name(value)).strip()
+
+
 def _to_choices(value: Any) -> list[str]:
-    """Return the choices of a list, of the text of a JSON list, or of texts with "|" between; ValueError for one."""
-    if isinstance(value, str):
-        is_json = value.lstrip().startswith("[")
-        value = json.loads(value) if is_json else [part.strip() for part in value.split("|") if part.strip()]
-    choices = [_to_text(choice) for choice in value or []]
+    """Return the choices of a list, of the text of a list (JSON or Python), or of texts with "|" between; ValueError.
+
+    '["a", "b"]', "['a', 'b']", "a|b" -> ["a", "b"]
+    """
+    parts = _split_choices(value.strip()) if isinstance(value, str) else value
+    if parts is None:
+        return []
+    choices = [_to_text(choice) for choice in parts] if isinstance(parts, list | tuple) else [""]
     if len(choices) == 1 or not all(choice.strip() for choice in choices):
-        raise ValueError(f"expected two or more texts, found {choices}; write them as A|B|C or as a JSON list")
+        raise ValueError(_not_choices(value))
     return choices
+
+
+def _split_choices(text: str) -> Any:
+    """Return the list that a text writes, or what else it writes as JSON; ValueError where it is neither."""
+    if not text.startswith(("[", "(", "{")) or (text[0] != "[" and "|" in text):
+        return [part.strip() for part in text.split("|") if part.strip()]
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    try:
+        parts = ast.literal_eval(text)
+        tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+        raise ValueError(_not_choices(text)) from None
+    # Python joins texts without a comma between them, as numpy prints lists: ['left' 'right'] would be one text.
+    texts = sum(token.type == tokenize.STRING for token in tokens)
+    is_sound = isinstance(parts, list | tuple) and texts == sum(isinstance(part, str) for part in parts)
+    if not is_sound:
+        raise ValueError(_not_choices(text))
+    return parts
+
+
+def _not_choices(found: Any) -> str:
+    written = json.dumps(["A", "B"])
+    return f"expected two or more texts, found {str(found)[:60]}; write them as A|B|C or as a JSON list, {written}"
 
 
 def _check_texts(place: str, question: Question, who: str) -> Iterator[Problem]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +18,13 @@ from photon_data.errors import UsageError
 # ms-swift replaces its tags (this one by a volume), and a model obeys its special tokens: no text may hold either.
 VIDEO_TAG = "<video>"
 TAG = re.compile(r"<(?:video|image|audio|bbox|ref-object|cot-process|start-image)>|<\|\w+\|>")
+
+DELIMITERS = ",;\t|"  # of text tables; a spreadsheet takes ";" where the comma is the decimal sign
+# The first line that Excel reads and does not show: the delimiter of the lines below.
+SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n])"?[ \t]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+# 1,024 is 1024 for some and 1.024 for others; 0,976 and 1,25 are not in doubt.
+AMBIGUOUS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
 class TableRow(NamedTuple):
@@ -59,8 +69,9 @@ def read_values(path: Path) -> list[dict[str, Any]]:
 def read_table(path: Path) -> Table:
     """Return the table of a .csv, .tsv, .jsonl, .json (one list of objects) or .parquet file.
 
-    Text is UTF-8, with or without a byte order mark. Cells of csv and tsv are text; other values keep their type.
-    UsageError if nothing can be read: no such file, another suffix or encoding, a column twice, no rows.
+    Text is UTF-8, with or without a byte order mark. Cells of csv and tsv are text; values of parquet become those of
+    JSON (see `as_json`), other values keep their type. UsageError if nothing can be read: no such file, another suffix
+    or encoding, a column twice, no rows.
     """
     if path.suffix.lower() == ".parquet":
         table = _read_parquet(path)
@@ -102,13 +113,55 @@ def refuse(source: Path | str, problems: list[Problem]) -> NoReturn:
     raise UsageError("\n".join([f"{source}: {number} ({kinds})", *lines]))
 
 
-def _read_delimited(text: str, delimiter: str) -> Table:
-    """Return the table of a csv or tsv text. Blank lines are skipped; a row that breaks the quoting ends the file."""
+def number(value: Any) -> float:
+    """Return the finite number that a cell holds, "0,5" as 0.5; ValueError for anything else, and for "1,024"."""
+    text, doubt = str(value).strip(), ""
+    if isinstance(value, str) and AMBIGUOUS_COMMA.fullmatch(text):
+        doubt = f" ({text.replace(',', '')} or {text.replace(',', '.')}?)"
+    elif isinstance(value, str) and DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
+    try:
+        found = math.nan if doubt or isinstance(value, bool) else float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"expected a number, found {value!r}{doubt}; write it with a point, 0.5 or -1024")
+    return found
+
+
+def as_name(value: Any) -> Any:
+    """Return a value that is to name something: 10004.0, which a column with gaps makes of 10004, as 10004."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _read_delimited(text: str, usual: str) -> Table:
+    """Return the table of a csv or tsv text, whose delimiter is said by its first line or seen in its header."""
+    said = SEPARATOR_LINE.match(text)
+    body, before = (text[said.end() :], 1) if said else (text, 0)
+    if said and len(_header(body, said[1])) > 1:
+        return _split(body, said[1], before)
+    seen = [delimiter for delimiter in DELIMITERS if len(_header(body, delimiter)) > 1]
+    if len(seen) < 2:
+        return _split(body, seen[0] if seen else usual, before)
+    # A name of the header holds a comma, say: of the delimiters that suit most rows, the one with most columns.
+    tables = [_split(body, delimiter, before) for delimiter in sorted(seen, key=lambda d: d != usual)]
+    return min(tables, key=lambda table: (len(table.problems), -len(table.columns)))
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    try:
+        return next(filter(None, csv.reader(_lines(text), delimiter=delimiter)), [])
+    except csv.Error:  # it opens a quote that nothing closes
+        return []
+
+
+def _split(text: str, delimiter: str, lines_before: int) -> Table:
+    """Return the table of a text. Rows without any text are skipped; a row that breaks the quoting ends the file."""
     columns: list[str] = []
     table = Table(columns, [], [])
     reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
     while True:
-        place = f"line {reader.line_num + 1}"
+        place = f"line {lines_before + reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -117,11 +170,13 @@ def _read_delimited(text: str, delimiter: str) -> Table:
             return table
         if cells is None:
             return table
+        if not any(map(str.strip, cells)):
+            continue
         if not columns:
             columns += [name.strip() or f"column_{number}" for number, name in enumerate(cells, 1)]
         elif len(cells) == len(columns):
             table.rows.append(TableRow(place, dict(zip(columns, cells, strict=True))))
-        elif cells:
+        else:
             found = f"{len(cells)}: {delimiter.join(cells)[:60]!r}; the row is cut off or not quoted"
             table.problems.append(Problem(place, "ragged row", f"expected {len(columns)} cells, found {found}"))
 
@@ -169,7 +224,10 @@ def _parse_json(text: str) -> Any:
     def refuse_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON; leave the value out or write null")
 
-    value = json.loads(text, parse_constant=refuse_constant)
+    def finite(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse_constant(digits)
+
+    value = json.loads(text, parse_constant=refuse_constant, parse_float=finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
@@ -192,8 +250,58 @@ def _read_parquet(path: Path) -> Table:
         table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"{path}: expected a readable parquet file, found: {str(error)[:200]}") from None
-    rows = [TableRow(f"row {number}", values) for number, values in enumerate(table.to_pylist(), 1)]
-    return Table(table.column_names, rows, [])
+    problems: list[Problem] = []
+    columns = [
+        _parquet_values(path, name, column, problems)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    rows = [
+        TableRow(f"row {number}", dict(zip(table.column_names, values, strict=True)))
+        for number, values in enumerate(zip(*columns, strict=True), 1)
+    ]
+    return Table(table.column_names, rows, problems)
+
+
+def _parquet_values(path: Path, name: str, column: Any, problems: list[Problem]) -> list[Any]:
+    """Return the values of a column of pyarrow, as JSON has them; those that it cannot have go to `problems`."""
+    try:
+        values = column.to_pylist()
+    except (ValueError, OverflowError) as error:  # nanoseconds, years beyond 9999
+        found = f"{column.type} with a value that Python cannot hold ({str(error)[:100]})"
+        raise UsageError(f"{path}: expected a readable column {name!r}, found {found}; save it as text") from None
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            try:
+                values[index] = as_json(value)
+            except ValueError as error:
+                text = f"column {name!r}: {error}; save it as text or leave the column out"
+                problems.append(Problem(f"row {index + 1}", "value of another type", text))
+    return values
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN as None, dates as ISO text, bytes as UTF-8; ValueError where it cannot.
+
+    Decimals become text with all their digits, other objects the text that Python prints.
+    """
+    if value is None or value != value:  # NaN and NaT differ from themselves
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"expected a finite number, found {value}")
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"expected text, found {len(value)} bytes that are no UTF-8") from None
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
 _READERS: dict[str, Callable[[str], Table]] = {

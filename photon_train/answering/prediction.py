@@ -38,8 +38,13 @@ def question_digest(row: Row) -> str:
     The folders of the volumes do not matter: they can be moved.
     """
     names = [Path(video).name if isinstance(video, str | Path) else "" for video in row.get("videos") or ()]
-    parts = [without_answer(row)["messages"], names, list(row.get("choices") or ())]
+    parts = [without_answer(row)["messages"], names, list(choices_of(row))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def choices_of(row: Row) -> tuple[str, ...]:
+    """Return the choices of a row; without any it has none, or an empty text in their place (docs/manifests.md)."""
+    return tuple(choice for choice in row.get("choices") or () if choice != "")
 
 
 def organ_masks_of(row: Row) -> tuple[str, ...]:

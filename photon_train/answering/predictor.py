@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from photon_data.errors import UsageError
 from photon_data.questions.table import VIDEO_TAG
 from photon_data.volume import Volume
-from photon_train.answering.prediction import Prediction, pack_mask, question_digest, without_answer
+from photon_train.answering.prediction import Prediction, choices_of, pack_mask, question_digest, without_answer
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import Prefix
 from photon_train.flops import peak_memory_mib
@@ -123,7 +123,7 @@ class Predictor:
         """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request."""
         replies: dict[str, Reply] = {}
         for scored in (True, False):
-            part = [r for r in requests if bool(self.settings.choices and r.row.get("choices")) == scored]
+            part = [r for r in requests if bool(self.settings.choices and choices_of(r.row)) == scored]
             if part:
                 replies |= {reply.prediction.id: reply for reply in self._replies(encoded, part, scored, streamer)}
         return [replies[request.id] for request in requests]
@@ -133,7 +133,7 @@ class Predictor:
             inputs = self._inputs(encoded, requests)
             scores: list[dict[str, float]] = [{} for _ in requests]
             if scored:
-                choices = [[str(choice) for choice in request.row["choices"]] for request in requests]
+                choices = [[str(choice) for choice in choices_of(request.row)] for request in requests]
                 ids = [
                     [answer_ids(r, c, self.processor) for c in own] for r, own in zip(requests, choices, strict=True)
                 ]

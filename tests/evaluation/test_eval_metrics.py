@@ -254,6 +254,10 @@ def test_v1_scores_each_question_as_it_is_published():
     assert value(BENCHMARKS["deeptumorvqa-v2"], "score_v2", cases) == pytest.approx((0.7 + 1 + 1) / 3)
 
 
+def test_a_question_whose_choices_are_an_empty_text_has_none():
+    assert (case("left", "left", ("",)).choices, case("left", "left", ("",)).form) == ((), "text")
+
+
 def test_the_free_text_form_of_a_question_with_choices_is_not_closed():
     extra = {"mc_question": "Where? A: head B: tail", "letter": "A", "answer_type": "text"}
     free = case_of(row("q", "head", ("head", "tail"), question="Where?", extra=extra), Prediction("q", "head"))

@@ -87,6 +87,7 @@ def test_an_answer_goes_with_a_folder_that_is_moved_and_not_with_another_volume(
     ]
     others = [row("a", "Where?", "/data/v2.ome.zarr"), row("a", "What?", "/data/v1.ome.zarr"), row("a", "Where?")]
     assert len({question_digest(one) for one in moved}) == 1
+    assert {question_digest({**moved[0], "choices": none}) for none in ([], [""], None)} == {question_digest(moved[0])}
     assert len({question_digest(one) for one in [moved[0], {**moved[0], "choices": ["left", "right"]}, *others]}) == 5
 
 
