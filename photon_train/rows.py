@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
 from photon_data.questions.table import VIDEO_TAG, read_values
-from photon_data.store import NIFTI, read_metadata
+from photon_data.store import NIFTI, is_whole, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
 
 logger = logging.getLogger(__name__)
@@ -126,4 +126,7 @@ def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow
 
 
 def _is_whole(video: str) -> bool:
-    return Path(video).is_file() if video.endswith(NIFTI) else read_metadata(Location(video), "") is not None
+    if video.endswith(NIFTI):
+        return Path(video).is_file()
+    metadata = read_metadata(Location(video), "")
+    return metadata is not None and is_whole(Location(video), "", metadata)
