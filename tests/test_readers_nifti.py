@@ -253,7 +253,7 @@ def test_an_affine_that_is_asked_for_gives_way_to_the_only_one_there_is_as_if_no
         scan = open_file(path, nifti_affine=asked)
         assert scan.geometry == open_file(path).geometry
         assert scan.choices == {}
-    path = write(tmp_path, file_bytes(image_of(sform=0, qform=0)))
+    path = write(tmp_path, file_bytes(sform_code=0, qform_code=0))
     assert refusal(path, nifti_affine=asked).code == "no-geometry"
 
 

@@ -27,7 +27,7 @@ SPACES |= {"lps": (1, 1, 1), "ras": (-1, -1, 1), "las": (1, -1, 1)}
 COMPRESSIONS = {"raw": Compression.NONE, "gzip": Compression.GZIP, "gz": Compression.GZIP}
 BYTE_ORDERS: dict[str, Literal["<", ">"]] = {"little": "<", "big": ">"}
 VECTORS = ("space directions", "space origin", "measurement frame")
-VECTOR = re.compile(r"none|\([^()]*\)")
+VECTOR = re.compile(r"none|\(\s*[^\s(),]+(?:\s*,\s*[^\s(),]+)*\s*\)")
 VECTOR_LIST = re.compile(rf"(?:\s*(?:{VECTOR.pattern}))+\s*")
 COLOURS = ("rgb-color", "hsv-color", "xyz-color", "rgba-color", "3-color", "4-color")
 
