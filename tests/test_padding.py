@@ -27,7 +27,9 @@ METAL[5:8, 18:21, 20:24] = True
 
 def body():
     hu = ct_like(SHAPE).clip(-1000, 3000)
+    hu[hu == 0] = 1  # beside the circle it could not be told from padding
     hu[METAL] = 3071
+    hu[METAL[::-1]] = 0
     return hu
 
 
