@@ -64,7 +64,7 @@ class Probe:
 
     def look(self, plane: np.ndarray) -> np.ndarray:
         """Return the plane to go on with: itself, or a copy without NaN, infinite values and padding."""
-        image = ~np.isnan(plane) if self.padded else ...  # all of it
+        image: Any = ~np.isnan(plane) if self.padded else ...  # all of it
         values = plane[image]
         if plane.dtype.kind == "f":
             with np.errstate(invalid="ignore"):

@@ -31,7 +31,16 @@ from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.resample import Values, grid_to_native, margins_mm, model_grid, resample, resize, target_grid
+from photon_data.resample import (
+    Values,
+    body_box_lps,
+    grid_to_native,
+    margins_mm,
+    model_grid,
+    resample,
+    resize,
+    target_grid,
+)
 from photon_data.scan import Scan, Source, TableGrid
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
@@ -140,9 +149,10 @@ def prepare_volume(
 
     `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where its choices mattered.
     """
-    native, grid = scan.geometry, target_grid(scan.geometry, recipe)
-    _refuse_smaller_than_a_voxel(native, grid)
-    values = _values(scan, recipe, rescale)
+    native, values = scan.geometry, _values(scan, recipe, rescale)
+    _refuse_smaller_than_a_voxel(native, recipe)
+    body = body_box_lps(scan.planes(), native, values) if recipe.centre == "body" else None
+    grid = target_grid(native, recipe, None if body is None else body.mean(axis=0))
     probe = Probe(
         native.shape_zyx,
         values.slope,
@@ -155,13 +165,14 @@ def prepare_volume(
     choices = dict(scan.choices) | _accept(probe, policy or Policy(), rescale)
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
+    facts |= {} if body is None else {"body_mm": dict(zip("xyz", body.T.tolist(), strict=True))}
     return Prepared(Volume(array, grid), model, facts)
 
 
-def _refuse_smaller_than_a_voxel(native: Geometry, grid: Geometry) -> None:
+def _refuse_smaller_than_a_voxel(native: Geometry, recipe: Recipe) -> None:
     """Raise Refused for a scan that is thinner than one voxel of the grid: no voxel centre need lie within it."""
     extent_mm = np.ptp(native.corners_lps(), axis=0)
-    if (extent_mm < grid.spacing_zyx_mm[::-1]).any():
+    if (extent_mm < recipe.spacing_mm[::-1]).any():
         found = " x ".join(f"{mm:.3g}" for mm in extent_mm) + " mm"
         raise refusal("too-small", "", "at least one voxel of the grid a side", found, "check the spacing")
 

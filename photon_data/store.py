@@ -109,8 +109,8 @@ def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[
 
     <chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
 
-    It is what zarr-python writes, with fewer copies (0.15 s less); zarr pads with the fill value, which nobody reads. The hash is of the bytes that were meant to be
-    written; photon-data verify tells what the disk made of them.
+    It is what zarr-python writes, with fewer copies (0.15 s less); it pads with the fill value, which nobody reads.
+    The hash is of the bytes that were meant to be written; photon-data verify tells what the disk made of them.
     """
     counts = tuple(math.ceil(n / c) for n, c in zip(array.shape, chunk, strict=True))
     index = np.empty((*counts, 2), "<u8")

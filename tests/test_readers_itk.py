@@ -147,7 +147,8 @@ def test_the_synonyms_of_metaimage_lie_where_simpleitk_says(tmp_path, changes):
 )
 def test_nrrd_written_by_hand_is_read_as_simpleitk_reads_it(tmp_path, changes):
     data = nrrd(**changes)
-    for name, text in (("a.nrrd", data), ("b.nrrd", data.replace(b"sizes:", b"Sizes:").replace(b"space o", b"Space O"))):
+    title = data.replace(b"sizes:", b"Sizes:").replace(b"space o", b"Space O")
+    for name, text in (("a.nrrd", data), ("b.nrrd", title)):
         path = write(tmp_path, name, text)
         assert_equals_simpleitk(open_file(path), path)
 
@@ -158,7 +159,7 @@ def test_lengths_in_another_unit_become_millimetres(tmp_path, unit, mm):
     directions = " ".join(f"({x:.8g},{y:.8g},{z:.8g})" for x, y, z in np.diag(sides))
     place = f"({origin[0]:.8g}, {origin[1]:.8g}, {origin[2]:.8g})"
     files = {"a.nrrd": nrrd(space_units=f'"{unit}" ' * 3, space_directions=directions, space_origin=place)}
-    numbers = {"ElementSpacing": " ".join(f"{side:.8g}" for side in sides), "Offset": place.strip("()").replace(",", "")}
+    numbers = {"ElementSpacing": "{:.8g} {:.8g} {:.8g}".format(*sides), "Offset": place.strip("()").replace(",", "")}
     files["b.mha"] = mha(DistanceUnits=unit, **numbers)
     for name, data in files.items():
         geometry = open_file(write(tmp_path, name, data)).geometry

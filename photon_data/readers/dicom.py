@@ -29,7 +29,8 @@ def open_series(source: Source, max_voxels: int) -> Scan:
     """Return the Scan of one series: planes in order of position along the slice normal, geometry as its headers say.
 
     Planes hold stored values if all slices agree on slope, intercept and stored type. Otherwise they come rescaled as
-    float32, with slope 1 and intercept 0. Where a header of the series declares padding, they are floats, and it is NaN. MONOCHROME1 changes how a picture is shown, not its HU: it is taken as it is.
+    float32, with slope 1 and intercept 0. Where a header of the series declares padding, they are floats, and padding
+    is NaN. MONOCHROME1 changes how a picture is shown, not its HU: it is taken as it is.
     """
     require_pydicom()
     planes: list[PlaneHeader] = []

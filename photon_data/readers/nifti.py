@@ -1,8 +1,8 @@
 """NIfTI-1 and NIfTI-2, one file or a pair, as the standard reads; what two libraries read differently is refused.
 
 Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and differ, it is
-refused too, until a person picks one: that one is taken where it is coded, the other where that is all there is. Lengths are millimetres where the header names no unit; metres and microns are
-converted, in sform and qform alike.
+refused too, until a person picks one: that one is taken where it is coded, the other where that is all there is.
+Lengths are millimetres where the header names no unit; metres and microns are converted, in sform and qform alike.
 
 Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept
 included (as the standard and nibabel have it); a good slope with an intercept that is not finite is refused.
