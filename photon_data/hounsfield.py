@@ -89,11 +89,11 @@ class Probe:
         limit = (min(self.floor_hu, FAR_BELOW_AIR_HU) - self.intercept) / self.slope
         if not (low < limit if self.slope > 0 else high > limit):
             return plane
-        far = plane < limit if self.slope > 0 else plane > limit
-        self.padding += int(np.count_nonzero(far))
         floor = (self.floor_hu - self.intercept) / self.slope
         if plane.dtype.kind != "f":
             floor = np.clip(np.rint(floor), np.iinfo(plane.dtype).min, np.iinfo(plane.dtype).max)
+        far = plane < limit if self.slope > 0 else plane > limit
+        self.padding += int(np.count_nonzero(far))
         return np.where(far, plane.dtype.type(floor), plane)
 
     def sample_stored(self) -> np.ndarray:

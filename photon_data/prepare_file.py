@@ -262,9 +262,9 @@ def has_padding(facts: Mapping[str, Any], recipe: Recipe) -> bool:
     """
     if "padding_voxels" in facts:
         return bool(facts["padding_voxels"])
-    low, high = (facts["hu_before"][end] for end in ("min", "max"))
+    low, high = ((facts.get("hu_before") or {}).get(end, 0.0) for end in ("min", "max"))
     is_low = low < min(recipe.window_hu[0], FAR_BELOW_AIR_HU)
-    return bool(is_low or (facts["format"] == "dicom" and high >= LARGEST_12_BITS_HU))
+    return bool(is_low or (facts.get("format") == "dicom" and high >= LARGEST_12_BITS_HU))
 
 
 def _prepare(job: Job) -> VolumeRecord:

@@ -224,8 +224,9 @@ def _padding(dataset: FileDataset, order: str) -> tuple[int, int] | None:
         value = dataset.get(keyword)
         if isinstance(value, bytes):  # its type depends on PixelRepresentation, which may be missing
             value = struct.unpack_from(f"{order}H", value)[0] if len(value) >= 2 else None
-        found += [] if value in (None, "") else [int(value)]
-    return (found[0], found[-1]) if found and dataset.get("PixelPaddingValue") not in (None, "", b"") else None
+        found.append(value if isinstance(value, int) else None)
+    value, limit = found
+    return None if value is None else (value, value if limit is None else limit)
 
 
 def _is_image(path: Path, dataset: FileDataset) -> bool:
