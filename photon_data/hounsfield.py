@@ -20,9 +20,10 @@ LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
 # above the mode of air as below it, and padding may lie there too. Lossy compression spreads padding a little; more of
 # that passes below TWICE_AIR_HU, where a second intercept of -1000 or -1024 puts no air.
 TWICE_HU, TWICE_AIR_HU, MOST_TWICE = ((-4000, -1700), (-1300, -1150)), -2300, 0.05
-PADDINGS, LOSSY, LOSSY_BELOW = 2, 2, 16
-# More than this share as dense as bone: soft tissue that was never rescaled.
-DENSE_HU, MOST_DENSE = 700, 0.25
+PADDINGS, LOSSY, LOSSY_BELOW, NEAR_HU, FAR_HU = 2, 2, 16, 50, (720, 1000)
+# More than this share as dense as bone is soft tissue that was never rescaled, where "air" is but one value, and not one
+# that HU are clipped to: padding.
+DENSE_HU, MOST_DENSE, CLIPPED_HU, MOST_OF_AIR = 700, 0.25, (-1000, -1024), 0.9
 # Beyond all bone, more than this share of one value is padding that the header does not declare.
 BEYOND_BONE_HU, MOST_BEYOND_BONE = 1500, 0.05
 # Lower than the noise of air: padding, whose value must not reach into tissue.
@@ -160,7 +161,7 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     is_shifted = absurd >= MOST_ABSURD or _air_rescaled_twice(body) / size > MOST_TWICE
     beyond = np.unique(body[body > BEYOND_BONE_HU], return_counts=True)
     is_padded = beyond[1].max(initial=0) / size > MOST_BEYOND_BONE
-    is_raw = np.count_nonzero(body > DENSE_HU) / size > MOST_DENSE
+    is_raw = np.count_nonzero(body > DENSE_HU) / size > MOST_DENSE and _is_padding(body)
     if not (is_shifted or is_padded or is_raw) and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
         return
     if low >= 0 or (is_raw and air >= LEAST_AIR):
@@ -179,6 +180,12 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     )
 
 
+def _is_padding(body: np.ndarray) -> bool:
+    """Tell whether the air among whole HU is nearly all of one value, and that no end of a clipped range."""
+    values, counts = np.unique(body[(body >= AIR_HU[0]) & (body <= AIR_HU[1])], return_counts=True)
+    return bool(counts.max(initial=0) > MOST_OF_AIR * counts.sum()) and values[counts.argmax()] not in CLIPPED_HU
+
+
 def _air_rescaled_twice(body: np.ndarray) -> float:
     """Return how many of the whole HU lie where a second intercept puts them, and are neither padding nor noise.
 
@@ -192,6 +199,10 @@ def _air_rescaled_twice(body: np.ndarray) -> float:
             below = below[np.abs(below - peak) > (LOSSY if peak > TWICE_AIR_HU else LOSSY_BELOW)]
     counts, edges = np.histogram(body, np.arange(AIR_HU[0], AIR_HU[1] + 1, 10))
     mode = edges[counts.argmax()] + 5
+    at_mode = np.count_nonzero(np.abs(body - mode) < NEAR_HU) / (2 * NEAR_HU)
+    far_below = np.count_nonzero((mode - below > FAR_HU[0]) & (mode - below < FAR_HU[1])) / (FAR_HU[1] - FAR_HU[0])
+    if far_below > at_mode / 2:  # it is no mode, hence all this no noise
+        return float(below.size)
     depths = np.arange(0, mode - TWICE_HU[0][0] + 50, 50)
     excess = np.histogram(mode - below, depths)[0] - np.histogram(body - mode, depths)[0]
     return float(np.maximum(excess, 0).sum())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 GDCM = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91))
 # Bytes behind the pixels that pass as padding; more means that rows or columns are not what the header says.
 MAX_PADDING = 4096
-# What a body can show, from lung to metal in 12 bits. What lossy compression makes of a padding value far above it.
-BODY_HU, BEYOND_TISSUE_HU, LOSSY = (-850, 3071), 1500, 16
+# What a body can show, from lung to metal in 12 bits. Padding beyond NO_BODY_HU may be this much off: lossy compression.
+BODY_HU, NO_BODY_HU, LOSSY = (-850, 3071), (-1500, 1500), 16
 ITEM = 0xE000FFFE  # tag of each piece of compressed pixel data, read as a little-endian word
 
 
@@ -111,7 +111,7 @@ def _without_padding(values: np.ndarray, plane: PlaneHeader, paddings: Collectio
         # As the pixels are: 63536 is -2000 among signed ones, and bits that are not stored are not there.
         low, high = sorted(map(int, _significant_bits(np.array(ends).astype(values.dtype), plane)))
         low_hu, high_hu = sorted(end * plane.slope + plane.intercept for end in (low, high))
-        if low_hu >= BEYOND_TISSUE_HU:
+        if not (high_hu > NO_BODY_HU[0] and low_hu < NO_BODY_HU[1]):
             low, high = low - LOSSY, high + LOSSY
         found = (values >= low) & (values <= high)
         is_like_a_body = high_hu >= BODY_HU[0] and low_hu <= BODY_HU[1]
