@@ -255,6 +255,11 @@ def prepare_file(job: Job) -> VolumeRecord:
     return replace(record, seconds=round(time.perf_counter() - start_s, 3))
 
 
+def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
+    """Tell whether a table was applied on top of the slices' own slopes, as earlier versions did: only they are floats."""
+    return facts.get("format") == "dicom" and facts.get("dtype") == "float32" and facts.get("rescale") != "header"
+
+
 def has_padding(facts: Mapping[str, Any], recipe: Recipe) -> bool:
     """Tell whether a volume has padding, declared or far below air, that must not be interpolated with tissue.
 
@@ -311,6 +316,7 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     is_same = (
         recipe_digest(metadata) == job.recipe.digest
         and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"])
+        and not _rescaled_twice(metadata["facts"])
         and all(getattr(job.policy, key, None) == value for key, value in needed.items())
     )
     return job.record_of_store(UNCHANGED, metadata) if is_same else None
