@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from photon_data.files import write_whole
-from photon_data.store import ome_datasets
+from photon_data.store import FILL_HU, ome_datasets
 from photon_data.volume import Geometry, Volume
 
 # Fiji reads chunks of zarr v2 one by one; this many voxels are 2 MB.
@@ -78,7 +78,7 @@ def _write_ome_zarr_04(volume: Volume, path: Path) -> None:
             dtype="<i2",
             compressors=numcodecs.Zlib(level=1),
             chunk_key_encoding={"name": "v2", "separator": "/"},
-            fill_value=0,
+            fill_value=FILL_HU,
         )
         array[...] = volume.numpy()
 

@@ -65,6 +65,20 @@ class Location:
         """Return the content of a file; None if there is no such file."""
         try:
             return (self.path / name).read_bytes() if self.is_local else self.fs.cat_file(self.at(name))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes; None if there is no such file."""
+        try:
+            if self.is_local:
+                return (self.path / name).stat().st_size if (self.path / name).is_file() else None
+            self.fs.invalidate_cache(self.at(name))  # another process may have changed what a listing said
+            found = self.fs.info(self.at(name))
+            if found["type"] != "file":
+                return None
+            # A web server need not tell sizes.
+            return len(self.fs.cat_file(self.at(name))) if found["size"] is None else int(found["size"])
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import Refused
+from photon_data.errors import EXPORT_AGAIN, Refused, refusal
 
 # Statistics other than min and max come from a regular sample of about this many voxels.
 SAMPLE_VOXELS = 500_000
@@ -16,8 +16,18 @@ LARGEST = 1e30
 
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
-# Below air there is noise, or padding of one value; more than this share of other values is air rescaled twice.
-BELOW_AIR_HU, MOST_BELOW_AIR = (-4000, -1150), 0.05
+# A second rescaling puts air and lung into the first range, and fat into the other. The noise of sharp kernels, as wide
+# above the mode of air as below it, and padding may lie there too. Lossy compression spreads padding a little; more of
+# that passes below TWICE_AIR_HU, where a second intercept of -1000 or -1024 puts no air.
+TWICE_HU, TWICE_AIR_HU, MOST_TWICE = ((-4000, -1700), (-1300, -1150)), -2300, 0.05
+PADDINGS, LOSSY, LOSSY_BELOW, NEAR_HU, FAR_HU = 2, 2, 16, 50, (720, 1000)
+# More than this share as dense as bone is soft tissue that was never rescaled, where "air" is one value only (padding),
+# and not one that HU are clipped to.
+DENSE_HU, MOST_DENSE, CLIPPED_HU, MOST_OF_AIR = 700, 0.25, (-1000, -1024), 0.9
+# Beyond all bone, more than this share of one value is padding that the header does not declare.
+BEYOND_BONE_HU, MOST_BEYOND_BONE = 1500, 0.05
+# Lower than the noise of air: padding, whose value must not reach into tissue.
+FAR_BELOW_AIR_HU = -1500.0
 
 
 class Rescale(NamedTuple):
@@ -31,34 +41,68 @@ class Rescale(NamedTuple):
 
 
 class Probe:
-    """Collects statistics of a scan's stored values, plane by plane; `slope` and `intercept` turn them into HU."""
+    """Collects statistics of a scan's stored values, plane by plane; `slope` and `intercept` turn them into HU.
 
-    def __init__(self, shape_zyx: tuple[int, int, int], slope: float, intercept: float, fill: float = 0.0) -> None:
-        self.slope, self.intercept, self.fill = slope, intercept, fill
+    `fill` replaces what is no number, and `floor_hu` what lies far below air and below it: neither may be interpolated.
+    With `padded`, NaN is declared padding: it is counted apart and is in no statistics.
+    """
+
+    def __init__(
+        self,
+        shape_zyx: tuple[int, int, int],
+        slope: float,
+        intercept: float,
+        fill: float = 0.0,
+        *,
+        floor_hu: float = -np.inf,
+        padded: bool = False,
+    ) -> None:
+        self.slope, self.intercept, self.fill, self.floor_hu, self.padded = slope, intercept, fill, floor_hu, padded
         self.step = max(1, round(np.cbrt(np.prod(shape_zyx, dtype=float) / SAMPLE_VOXELS)))
-        self.count = self.non_finite = 0
+        self.count = self.non_finite = self.padding = 0
         self.low, self.high = np.inf, -np.inf
         self.samples: list[np.ndarray] = []
 
     def look(self, plane: np.ndarray) -> np.ndarray:
-        """Return the plane to go on with: itself, or a copy in which `fill` replaces voxels that are not finite."""
+        """Return the plane to go on with: itself, or a copy without NaN, infinite values and padding."""
+        image: Any = ~np.isnan(plane) if self.padded else ...  # all of it
+        values = plane[image]
         if plane.dtype.kind == "f":
             with np.errstate(invalid="ignore"):
                 finite = np.abs(plane) < LARGEST
             bad = plane.size - int(np.count_nonzero(finite))
             if bad:
-                self.non_finite += bad
+                self.padding += plane.size - values.size
+                self.non_finite += bad - (plane.size - values.size)
                 plane = np.where(finite, plane, self.fill).astype(plane.dtype)
-        if plane.size:
-            self.low, self.high = min(self.low, float(plane.min())), max(self.high, float(plane.max()))
+                values = plane[image]
+        low, high = (float(values.min()), float(values.max())) if values.size else (np.inf, -np.inf)
+        self.low, self.high = min(self.low, low), max(self.high, high)
         if self.count % self.step == 0:
-            self.samples.append(plane[:: self.step, :: self.step].astype(np.float32))
+            every = (slice(None, None, self.step),) * 2
+            sample = plane[every].astype(np.float32)
+            self.samples.append(sample[image[every]] if self.padded else sample)
         self.count += 1
-        return plane
+        return self._with_floor(plane, low, high)
+
+    def _with_floor(self, plane: np.ndarray, low: float, high: float) -> np.ndarray:
+        """Return a plane, of which low and high are the ends, with the floor in place of what lies far below air."""
+        limit = (min(self.floor_hu, FAR_BELOW_AIR_HU) - self.intercept) / self.slope
+        if not (low < limit if self.slope > 0 else high > limit):
+            return plane
+        floor = (self.floor_hu - self.intercept) / self.slope
+        if plane.dtype.kind != "f":
+            floor = np.clip(np.rint(floor), np.iinfo(plane.dtype).min, np.iinfo(plane.dtype).max)
+        far = plane < limit if self.slope > 0 else plane > limit
+        self.padding += int(np.count_nonzero(far))
+        return np.where(far, plane.dtype.type(floor), plane)
 
     def sample_stored(self) -> np.ndarray:
-        """Return the sampled voxels as they are stored, flat."""
-        return np.concatenate([s.ravel() for s in self.samples])
+        """Return the sampled voxels as they are stored, flat; Refused where all of them are padding."""
+        sample = np.concatenate([s.ravel() for s in self.samples])
+        if not sample.size:
+            raise refusal("hu-implausible", "", "an image", "nothing but declared padding", EXPORT_AGAIN)
+        return sample
 
     def sample_hu(self) -> np.ndarray:
         """Return the sampled voxels as HU, flat."""
@@ -111,16 +155,19 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     outside of the reconstruction circle is normal and is not counted against a scan that also has air and tissue.
     """
     absurd = float(np.mean(sample_hu < ABSURD_HU))
-    body = sample_hu[sample_hu > ABSURD_HU]
+    body = np.rint(sample_hu[sample_hu > ABSURD_HU])
     size = max(body.size, 1)
     air, tissue = (np.count_nonzero((body >= a) & (body <= b)) / size for a, b in (AIR_HU, TISSUE_HU))
-    below = np.rint(body[(body > BELOW_AIR_HU[0]) & (body < BELOW_AIR_HU[1])])
-    padding = np.unique(below, return_counts=True)[1].max(initial=0)
-    is_shifted = absurd >= MOST_ABSURD or (below.size - padding) / size > MOST_BELOW_AIR
-    if not is_shifted and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
+    is_shifted = absurd >= MOST_ABSURD or _air_rescaled_twice(body) / size > MOST_TWICE
+    beyond = np.unique(body[body > BEYOND_BONE_HU], return_counts=True)
+    is_padded = beyond[1].max(initial=0) / size > MOST_BEYOND_BONE
+    is_raw = np.count_nonzero(body > DENSE_HU) / size > MOST_DENSE and _is_padding(body)
+    if not (is_shifted or is_padded or is_raw) and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
         return
-    if low >= 0:
-        guess = "no value is negative, so the rescaling was never applied"
+    if low >= 0 or (is_raw and air >= LEAST_AIR):
+        guess = "the rescaling was never applied"
+    elif is_padded:
+        guess = f"{beyond[0][beyond[1].argmax()]:.0f} is padding that no header declares, set it to air before"
     elif is_shifted or (air >= LEAST_AIR and low < AIR_HU[0]):
         guess = "the rescaling seems to have been applied twice"
     else:
@@ -131,3 +178,31 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
         f"{np.median(sample_hu):.0f}, {air:.1%} air and {tissue:.1%} soft tissue: {guess}; "
         "--hu-source gives another slope and intercept, --modality other turns this check off",
     )
+
+
+def _is_padding(body: np.ndarray) -> bool:
+    """Tell whether the air among whole HU is nearly all of one value, and that no end of a clipped range."""
+    values, counts = np.unique(body[(body >= AIR_HU[0]) & (body <= AIR_HU[1])], return_counts=True)
+    return bool(counts.max(initial=0) > MOST_OF_AIR * counts.sum()) and values[counts.argmax()] not in CLIPPED_HU
+
+
+def _air_rescaled_twice(body: np.ndarray) -> float:
+    """Return how many of the whole HU lie where a second intercept puts them, and are neither padding nor noise.
+
+    Noise is judged by the mode of air: of every 50 HU below it, what exceeds the same 50 HU above it is no noise.
+    """
+    below = np.concatenate([body[(body > low) & (body < high)] for low, high in TWICE_HU])
+    for _ in range(PADDINGS):
+        if below.size:
+            values, counts = np.unique(below, return_counts=True)
+            peak = values[counts.argmax()]
+            below = below[np.abs(below - peak) > (LOSSY if peak > TWICE_AIR_HU else LOSSY_BELOW)]
+    counts, edges = np.histogram(body, np.arange(AIR_HU[0], AIR_HU[1] + 1, 10))
+    mode = edges[counts.argmax()] + 5
+    at_mode = np.count_nonzero(np.abs(body - mode) < NEAR_HU) / (2 * NEAR_HU)
+    far_below = np.count_nonzero((mode - below > FAR_HU[0]) & (mode - below < FAR_HU[1])) / (FAR_HU[1] - FAR_HU[0])
+    if far_below > at_mode / 2:  # it is no mode, hence all this no noise
+        return float(below.size)
+    depths = np.arange(0, mode - TWICE_HU[0][0] + 50, 50)
+    excess = np.histogram(mode - below, depths)[0] - np.histogram(body - mode, depths)[0]
+    return float(np.maximum(excess, 0).sum())

@@ -19,17 +19,36 @@ import numpy as np
 
 from photon_data.errors import Refused, UsageError, refusal, unforeseen
 from photon_data.files import Location
-from photon_data.hounsfield import Probe, Rescale, refuse_implausible, refuse_scaled_before, volume_statistics
+from photon_data.hounsfield import (
+    FAR_BELOW_AIR_HU,
+    Probe,
+    Rescale,
+    refuse_implausible,
+    refuse_scaled_before,
+    volume_statistics,
+)
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
-from photon_data.resample import Values, grid_to_native, margins_mm, model_grid, resample, resize, target_grid
+from photon_data.resample import (
+    Values,
+    body_box_lps,
+    grid_to_native,
+    margins_mm,
+    model_grid,
+    resample,
+    resize,
+    target_grid,
+)
 from photon_data.scan import Scan, Source, TableGrid
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
+# Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
+PADDING_FIRST = "padding-first"
+LARGEST_12_BITS_HU = 3071
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Refusals that the next run may not meet again, and failures that it will.
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
@@ -72,15 +91,17 @@ class Job:
         }
         return cls(**{**data, **parts})
 
-    def key(self, content: str, choices: Mapping[str, str], digest: str | None = None) -> str:
+    def key(self, content: str, facts: Mapping[str, Any], digest: str | None = None) -> str:
         """Return the resume key: a hash of all that decides the store's bytes.
 
-        `content` is the fingerprint of the source's files, and `choices` are those of the policy that mattered.
-        `digest` is that of the recipe, where it is not this one's: stores of earlier versions.
+        `content` is the fingerprint of the source's files. Of the `facts` of its volume, the choices of the policy that
+        mattered count, and whether there is padding: it was interpolated by versions that did not count it. `digest` is
+        that of the recipe, where it is not this one's: stores of earlier versions.
         """
         parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
-        parts += [dict(choices)] if choices else []
+        parts += [dict(facts["policy"])] if facts.get("policy") else []
+        parts += [PADDING_FIRST] if has_padding(facts, self.recipe) else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def refusal_key(self) -> str:
@@ -141,27 +162,39 @@ def prepare_volume(
 
     `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where its choices mattered.
     """
-    native, grid = scan.geometry, target_grid(scan.geometry, recipe)
-    _refuse_smaller_than_a_voxel(native, grid)
-    values = _values(scan, recipe, rescale)
-    probe = Probe(native.shape_zyx, values.slope, values.intercept, values.pad_stored)
+    native, values = scan.geometry, _values(scan, recipe, rescale)
+    _refuse_smaller_than_a_voxel(native, recipe)
+    body = body_box_lps(scan.planes(), native, values) if recipe.centre == "body" else None
+    grid = target_grid(native, recipe, None if body is None else body.mean(axis=0))
+    probe = Probe(
+        native.shape_zyx,
+        values.slope,
+        values.intercept,
+        values.pad_stored,
+        floor_hu=recipe.window_hu[0],
+        padded=scan.padded,
+    )
     array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias)
     choices = dict(scan.choices) | _accept(probe, policy or Policy(), rescale)
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
+    facts |= {} if body is None else {"body_mm": dict(zip("xyz", body.T.tolist(), strict=True))}
     return Prepared(Volume(array, grid), model, facts)
 
 
-def _refuse_smaller_than_a_voxel(native: Geometry, grid: Geometry) -> None:
+def _refuse_smaller_than_a_voxel(native: Geometry, recipe: Recipe) -> None:
     """Raise Refused for a scan that is thinner than one voxel of the grid: no voxel centre need lie within it."""
     extent_mm = np.ptp(native.corners_lps(), axis=0)
-    if (extent_mm < grid.spacing_zyx_mm[::-1]).any():
+    if (extent_mm < recipe.spacing_mm[::-1]).any():
         found = " x ".join(f"{mm:.3g}" for mm in extent_mm) + " mm"
         raise refusal("too-small", "", "at least one voxel of the grid a side", found, "check the spacing")
 
 
 def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
     slope, intercept = (rescale.slope, rescale.intercept) if rescale else (scan.slope, scan.intercept)
+    if rescale and scan.rescaled:
+        found, remedy = "slices with several", "leave --hu-source out for it: the slices' own are applied"
+        raise refusal("rescale", "", "one slope and intercept in the headers that --hu-source replaces", found, remedy)
     if rescale and np.isnan(slope):
         raise refusal("not-in-table", "", "a row for this scan in the --hu-source table", "none", "add one")
     if not (np.isfinite([slope, intercept]).all() and slope):
@@ -207,6 +240,7 @@ def _facts(
         "native_to_grid_zyx": np.linalg.inv(to_native).tolist(),
         "cut_mm": cut_mm,
         "pad_mm": pad_mm,
+        "padding_voxels": probe.padding,
         "hu_before": probe.statistics(),
         "hu_after": volume_statistics(array),
     }
@@ -234,6 +268,23 @@ def prepare_file(job: Job) -> VolumeRecord:
     return replace(record, seconds=round(time.perf_counter() - start_s, 3))
 
 
+def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
+    """Tell whether a table was applied on top of the slices' own slopes, which are floats, as earlier versions did."""
+    return facts.get("format") == "dicom" and facts.get("dtype") == "float32" and facts.get("rescale") != "header"
+
+
+def has_padding(facts: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Tell whether a volume has padding, declared or far below air, that must not be interpolated with tissue.
+
+    Stores of earlier versions did not count it; their statistics tell where it is likely.
+    """
+    if "padding_voxels" in facts:
+        return bool(facts["padding_voxels"])
+    low, high = ((facts.get("hu_before") or {}).get(end, 0.0) for end in ("min", "max"))
+    is_low = low < min(recipe.window_hu[0], FAR_BELOW_AIR_HU)
+    return bool(is_low or (facts.get("format") == "dicom" and high >= LARGEST_12_BITS_HU))
+
+
 def _prepare(job: Job) -> VolumeRecord:
     source = job.source
     if source.problem:
@@ -246,7 +297,7 @@ def _prepare(job: Job) -> VolumeRecord:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     identity = {
         "id": source.id,
-        "key": job.key(content, prepared.facts.get("policy", {})),
+        "key": job.key(content, prepared.facts),
         "fingerprint": content,
         "recipe": job.recipe.to_json(),
         "digest": job.recipe.digest,
@@ -277,7 +328,8 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     needed = choices | {key: value for key, value in earlier.items() if value != EARLIER[key]}
     is_same = (
         recipe_digest(metadata) == job.recipe.digest
-        and metadata["key"] == job.key(content, choices, metadata["digest"])
+        and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"])
+        and not _rescaled_twice(metadata["facts"])
         and all(getattr(job.policy, key, None) == value for key, value in needed.items())
     )
     return job.record_of_store(UNCHANGED, metadata) if is_same else None

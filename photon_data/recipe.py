@@ -36,13 +36,14 @@ class Recipe:
     """
 
     name: str = "chest_ct"
-    # The target grid: its direction is the identity in LPS (ITK calls it "RAI"), its centre that of the scan.
+    # The target grid: its direction is the identity in LPS (ITK calls it "RAI"). See `centre` for its place.
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     shape_zyx: tuple[int, int, int] = (364, 364, 364)
     window_hu: tuple[float, float] = (-1000.0, 1000.0)  # values are clipped to this range
     pad_hu: float = -1000.0  # value outside of the scan
     # Smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015). It is slower.
     antialias: bool = False
+    centre: str = "scan"  # of the grid: that of the "scan"'s field of view, or of the box around the "body" in it
     # The model grid: resized trilinearly from the target grid (align_corners=False).
     model_shape_zyx: tuple[int, int, int] = (140, 280, 280)
     instruction: str = "Describe the findings of this CT scan."  # the question of a volume that has none in a table
@@ -55,12 +56,15 @@ class Recipe:
         low, high = self.window_hu
         _check(-32768 <= low < high <= 32767, "window_hu", "low < high, both within int16", self.window_hu)
         _check(low <= self.pad_hu <= high, "pad_hu", f"a value within the window {self.window_hu}", self.pad_hu)
+        _check(self.centre in ("scan", "body"), "centre", "scan or body", self.centre)
         _check("<video>" not in self.instruction, "instruction", "text without a literal <video>", self.instruction)
 
     @property
     def digest(self) -> str:
         """Sixteen hex digits that differ between recipes that can give different bytes."""
         settings = {k: v for k, v in self.to_json().items() if k not in WITHOUT_DIGEST} | EARLIER
+        if self.centre == "scan":  # as before there was a choice
+            del settings["centre"]
         return hashlib.sha256(json.dumps([ALGORITHM, settings], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:

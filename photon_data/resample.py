@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from photon_data.errors import refusal
 from photon_data.recipe import Recipe
 from photon_data.volume import Geometry
 
 # A scan counts as axis-aligned when no voxel of it is further than this from the aligned grid: at 1000 HU/mm, 0.01 HU.
 ALIGNED_MM = 1e-5
+# How finely the body is looked for, and what is denser than lung, noise included.
+BODY_STEP_MM, BODY_HU = 4.0, -300
 # SimpleITK's float32 output is made in blocks of this many planes.
 BLOCK_PLANES = 64
 
@@ -24,9 +27,31 @@ BLOCK_PLANES = 64
 # Grids
 
 
-def target_grid(native: Geometry, recipe: Recipe) -> Geometry:
-    """Return the recipe's grid, direction identity in LPS (ITK's "RAI"), around the centre of the scan."""
-    return Geometry.axis_aligned(recipe.shape_zyx, recipe.spacing_mm, native.centre_lps)
+def target_grid(native: Geometry, recipe: Recipe, centre_lps: Any = None) -> Geometry:
+    """Return the recipe's grid, direction identity in LPS (ITK's "RAI"), around `centre_lps` or the scan's centre."""
+    centre = native.centre_lps if centre_lps is None else centre_lps
+    return Geometry.axis_aligned(recipe.shape_zyx, recipe.spacing_mm, centre)
+
+
+def body_box_lps(planes: Iterator[np.ndarray], native: Geometry, values: Values) -> np.ndarray:
+    """Return the corners [low, high; x, y, z] of the box in LPS mm around the body in a scan; Refused where none is.
+
+    The body is the largest piece of voxels denser than lung that holds together, at about 4 mm, after an opening: the
+    couch is thinner, and falls off. All planes are read.
+    """
+    import SimpleITK as sitk
+
+    strides = np.maximum(np.asarray(BODY_STEP_MM / np.asarray(native.spacing_zyx_mm)).astype(int), 1)
+    sampled = (plane[:: strides[1], :: strides[2]] for k, plane in enumerate(planes) if k % strides[0] == 0)
+    dense = np.stack([values.rescale(plane.astype(np.float32)) > BODY_HU for plane in sampled])
+    image = sitk.GetImageFromArray(dense.astype(np.uint8))
+    pieces = sitk.ConnectedComponent(sitk.BinaryMorphologicalOpening(image, (1, 1, 1)))
+    largest = sitk.GetArrayFromImage(sitk.RelabelComponent(pieces)) == 1
+    if not largest.any():
+        found, remedy = f"nothing denser than {BODY_HU} HU", "--set centre=scan takes the field of view's centre"
+        raise refusal("no-body", "", "a body to put the grid around", found, remedy)
+    world = native.world(np.argwhere(largest) * strides)
+    return np.stack([world.min(axis=0), world.max(axis=0)]).round(3)
 
 
 def model_grid(grid: Geometry, shape_zyx: tuple[int, int, int]) -> Geometry:

@@ -14,6 +14,8 @@ from photon_data.volume import Geometry, Volume
 
 # Published tables round spacing to four digits or more.
 SPACING_SHARE = 0.005
+# What declared padding is in a Volume; a recipe has a value of its own.
+PADDING_HU = -1000
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,21 @@ class Scan:
     format: str
     # Of the policy, without which the header would be refused or give another geometry.
     choices: Mapping[str, str] = field(default_factory=dict)
+    padded: bool = False  # the header declares padding: it is NaN among the values of the planes
+    rescaled: bool = False  # planes are HU already, since slices differ in slope or intercept
 
     def volume(self) -> Volume:
-        """Return the whole scan in HU on its native grid: float32, or stored integers that are HU already; Refused."""
+        """Return the whole scan in HU on its native grid: float32, or stored integers that are HU already; Refused.
+
+        Padding that the header declares is PADDING_HU, in float32.
+        """
         is_hu = self.slope == 1 and self.intercept == 0
-        array = np.empty(self.geometry.shape_zyx, self.dtype if is_hu and self.dtype.kind in "iu" else np.float32)
+        are_integers = is_hu and self.dtype.kind in "iu" and not self.padded
+        array = np.empty(self.geometry.shape_zyx, self.dtype if are_integers else np.float32)
         for z, plane in enumerate(self.planes()):
             array[z] = plane if is_hu else plane * self.slope + self.intercept
+            if self.padded:
+                array[z][np.isnan(array[z])] = PADDING_HU
         return Volume(array, self.geometry)
 
 

@@ -31,12 +31,15 @@ KEY = "photon"
 FORMAT = 1
 METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files")
 ROOT = "zarr.json"
+SHARD = "0/c/0/0/0"  # the one file of voxels of an image group
 GRIDS = {"volume": "", "model": "model/"}
 SUFFIX = ".ome.zarr"
 NIFTI = (".nii", ".nii.gz")  # a row may name such a file of the stored grid in place of a store
 # Chunks are at most this large: an axial slice of 364^3 costs 4 of them, a whole read 52.
 CHUNK_ZYX = (28, 182, 182)
 LARGEST_VOXELS = 4_000_000_000
+# What a part of a store reads as that is not there: the lowest int16, and no tissue. (It was 0, water, once.)
+FILL_HU = -32768
 CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
 ORIENTATION = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
 
@@ -67,8 +70,8 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
 
 def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     shards = {
-        "0/c/0/0/0": _write_array(prepared.volume, folder / "0"),
-        "model/0/c/0/0/0": _write_array(prepared.model, folder / "model" / "0"),
+        SHARD: _write_array(prepared.volume, folder / "0"),
+        f"model/{SHARD}": _write_array(prepared.model, folder / "model" / "0"),
     }
     _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
     files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
@@ -93,10 +96,10 @@ def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
         shards=tuple(math.ceil(n / c) * c for n, c in zip(array.shape, chunk, strict=True)),
         compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
         dimension_names=("z", "y", "x"),
-        fill_value=0,
+        fill_value=FILL_HU,
         config={"write_empty_chunks": True},
     )
-    shard = folder / "c/0/0/0"
+    shard = folder.parent / SHARD
     shard.parent.mkdir(parents=True)
     return _write_shard(array, chunk, shard)
 
@@ -106,8 +109,8 @@ def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[
 
     <chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
 
-    It is what zarr-python writes, with fewer copies (0.15 s less). The hash is of the bytes that were meant to be
-    written; photon-data verify tells what the disk made of them.
+    It is what zarr-python writes, with fewer copies (0.15 s less); it pads with the fill value, which nobody reads.
+    The hash is of the bytes that were meant to be written; photon-data verify tells what the disk made of them.
     """
     counts = tuple(math.ceil(n / c) for n, c in zip(array.shape, chunk, strict=True))
     index = np.empty((*counts, 2), "<u8")
@@ -190,7 +193,8 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     """Return the volume of a store, read lazily: slice `.array_zyx` or take `.numpy()`.
 
     `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x),
-    LPS-aligned. UsageError when it is not one of our stores, or one of another version.
+    LPS-aligned. UsageError when it is not one of our stores, one of another version, or one that lost a part of that
+    grid: a file of it is missing or has not the size that was written.
 
     >>> volume = photon_data.open_volume("a.ome.zarr")
     >>> volume.array_zyx.shape, volume.array_zyx[20].shape, volume.geometry.orientation
@@ -199,21 +203,25 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     (14, 28, 28)
     """
     location = Location(str(path))
-    if read_metadata(location, "") is None:
+    metadata = read_metadata(location, "")
+    if metadata is None:
         expected = f"a store of photon-data (format {FORMAT})"
         raise UsageError(f"expected {expected}, found none at {path}; make it with photon-data prepare")
     if grid not in GRIDS:
         raise UsageError(f"grid: expected volume or model, found {grid!r}")
     place = GRIDS[grid]
     try:
+        metadata["files"][f"{place}{SHARD}"]  # a part that is not listed could not be missed
         ome = json.loads(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
         _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b""), path)
+        for lost in _lost(location, "", metadata, f"{place}0/"):
+            raise UsageError(f"expected a whole store, found {path} with {lost}; prepare it or copy it again")
         array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
         transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
         (sz, sy, sx), translation = (transform[transform["type"]] for transform in transforms)
         steps_lps = ((0, 0, sz), (0, sy, 0), (sx, 0, 0))
         return Volume(array, Geometry.from_arrays(array.shape, translation[::-1], steps_lps))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
 
@@ -232,14 +240,22 @@ def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
 
 
 def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
-    """Tell cheaply whether every file of a local store has its recorded size; on an object store metadata come last."""
-    if not out.is_local:
-        return True
-    folder, sizes = out.path / name, {file: facts["bytes"] for file, facts in metadata["files"].items()}
-    try:
-        return all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except FileNotFoundError:
-        return False
+    """Tell cheaply whether every file of a store has its recorded size."""
+    return not any(_lost(out, name, metadata))
+
+
+def _lost(out: Location, name: str, metadata: dict[str, Any], under: str = "") -> Iterator[str]:
+    """Yield the files of a store below its folder `under` that are not as large as recorded, with what is there.
+
+    zarr itself takes a chunk that is missing for one of fill values.
+    """
+    for file, facts in metadata["files"].items():
+        if not file.startswith(under):
+            continue
+        size = out.size(f"{name}/{file}" if name else file)
+        if size != facts["bytes"]:
+            found = "missing" if size is None else f"of {size:,} bytes"
+            yield f"{file} {found} where {facts['bytes']:,} bytes were written"
 
 
 def verify_store(out: Location, name: str, root_sha256: str | None = None) -> Iterator[str]:

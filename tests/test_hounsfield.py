@@ -17,12 +17,15 @@ def prepare(array, **rescale):
     return prepare_volume(as_scan(array, frame(array.shape), **rescale), CT)
 
 
+Y, X = np.mgrid[-1 : 1 : SHAPE[1] * 1j, -1 : 1 : SHAPE[2] * 1j]
+CIRCLE = X**2 + Y**2 > 1
+
+
 def circle_padded(value):
     """A CT whose corners outside of the reconstruction circle hold a padding value, as scanners write it."""
-    array = ct_like(SHAPE)
-    y, x = np.mgrid[-1 : 1 : SHAPE[1] * 1j, -1 : 1 : SHAPE[2] * 1j]
-    array[:, x**2 + y**2 > 1] = value
-    return array
+    array = ct_like(SHAPE).astype(np.int32)
+    array[:, CIRCLE] = value
+    return array.astype(np.int16) if np.abs(array).max() < 1 << 15 else array
 
 
 def head_like():
@@ -49,6 +52,50 @@ def head_like():
 )
 def test_hounsfield_units_as_scanners_and_data_sets_write_them_are_accepted(array):
     assert prepare(array).volume.array_zyx.min() == -1000
+
+
+def sharp(spread_hu):
+    """As a kernel for lungs with an extended range writes it: noise far below air, cut off nowhere."""
+    return np.rint(ct_like(SHAPE) + np.random.default_rng(3).normal(0, spread_hu, SHAPE)).astype(np.int16)
+
+
+def circle_of(*values, spread=0):
+    """Padding of several values, each spread a little by lossy compression."""
+    rng, shape = np.random.default_rng(4), (SHAPE[0], np.count_nonzero(CIRCLE))
+    return circle_padded(rng.choice(values, shape) + rng.integers(-spread, spread + 1, shape))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        *(sharp(spread) for spread in (90, 130, 200)),
+        circle_of(-3024, -2000),
+        circle_of(-3024, spread=8),
+        circle_of(-2000, spread=2),
+        circle_of(-3024, -2000, spread=2),
+        np.where(np.broadcast_to(CIRCLE, SHAPE), -3024, sharp(130)).astype(np.int16),
+        head_like().clip(-1000, 1000),
+    ],
+)
+def test_sharp_kernels_and_padding_of_two_values_or_of_lossy_compression_are_those_of_a_ct(array):
+    assert prepare(array).volume.array_zyx.min() == -1000
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        *((circle_padded(value).astype(np.int32), f"{value} is padding") for value in (3071, 62512, 1700)),
+        (circle_padded(-2000) + np.int16(1024), "never applied"),  # its padding lies where air should
+        *((sharp(spread) - np.int16(1024), "applied twice") for spread in (1, 20, 90)),
+        (circle_of(-2000) - np.int16(1024), "applied twice"),
+        (2 * ct_like(SHAPE), "applied twice"),
+        (2 * ct_like(SHAPE) - np.int16(1024), "applied twice"),
+        (np.random.default_rng(0).integers(-3000, 3000, SHAPE), "applied twice"),  # no mode near air
+    ],
+)
+def test_padding_beyond_bone_raw_values_and_air_in_a_second_place_are_no_ct(array, said):
+    with pytest.raises(Refused, match=said):
+        prepare(array)
 
 
 @pytest.mark.parametrize(

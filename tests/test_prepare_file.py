@@ -85,6 +85,7 @@ def test_stores_whose_recipe_still_held_a_policy_are_recognised_under_that_polic
     """Recipes had the fields of a policy until d443086, and digests and resume keys were made as here."""
     job = job_of(with_nan(tmp_path / "a.nii.gz"), tmp_path, policy=Policy(**{"non_finite": "fill", **policy}))
     recipe = {**SMALL.to_json(), "modality": "ct", "non_finite": "fill", "nifti_affine": "auto", **policy}
+    del recipe["centre"]  # is younger
     settings = {key: value for key, value in recipe.items() if key not in ("name", "instruction")}
     digest = hashlib.sha256(json.dumps([2, settings], sort_keys=True).encode()).hexdigest()[:16]
     content = fingerprint(job.source.files)
@@ -96,6 +97,21 @@ def test_stores_whose_recipe_still_held_a_policy_are_recognised_under_that_polic
     assert prepare_file(job).state == "unchanged"
     assert prepare_file(replace(job, policy=Policy())).code == "non-finite"
     assert prepare_file(replace(job, recipe=replace(SMALL, pad_hu=-900.0))).state == "prepared"
+
+
+@pytest.mark.parametrize(("low", "state"), [(-1024, "unchanged"), (-1490, "unchanged"), (-3024, "prepared")])
+def test_of_the_stores_that_counted_no_padding_only_those_that_have_some_are_made_anew(tmp_path, low, state):
+    array = ct_like((16, 24, 28))
+    array[:, 0, :] = low
+    job = job_of(write_scan(tmp_path / "a.nii.gz", array=array), tmp_path)
+    record = prepare_file(job)
+    root = tmp_path / record.store / "zarr.json"
+    metadata = json.loads(root.read_text())
+    ours = metadata["attributes"]["photon"]
+    del ours["facts"]["padding_voxels"], ours["recipe"]["centre"]
+    ours["key"] = hashlib.sha256(json.dumps([record.fingerprint, SMALL.digest, None, 2]).encode()).hexdigest()
+    root.write_text(json.dumps(metadata))
+    assert [prepare_file(job).state for _ in range(2)] == [state, "unchanged"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("recipe", "text"), ("recipe", None), ("facts", []), ("key", 3)])

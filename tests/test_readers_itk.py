@@ -136,6 +136,48 @@ def test_the_synonyms_of_metaimage_lie_where_simpleitk_says(tmp_path, changes):
     assert_equals_simpleitk(open_file(path), path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"space_directions": "( 0.7 , 0 , 0 )  (0, 0.8, 0)\t(0, 0 ,2.5)", "space_origin": "( -120.5, 33.25, 410 )"},
+        {"space_directions": "(0.7,0,0)(0,0.8,0)(0,0,2.5)", "measurement_frame": "( 1, 0, 0 ) (0, 1, 0) (0, 0, 1)"},
+        {"sizes": "7, 6,  5"},
+        {"kinds": "domain  domain  domain", "space_units": '"mm"  "mm" "mm"', "content": "a: (b) := c"},
+    ],
+)
+def test_nrrd_written_by_hand_is_read_as_simpleitk_reads_it(tmp_path, changes):
+    data = nrrd(**changes)
+    title = data.replace(b"sizes:", b"Sizes:").replace(b"space o", b"Space O")
+    for name, text in (("a.nrrd", data), ("b.nrrd", title)):
+        path = write(tmp_path, name, text)
+        assert_equals_simpleitk(open_file(path), path)
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("m", 1000), ("cm", 10), ("mm", 1), ("um", 0.001), ("microns", 0.001)])
+def test_lengths_in_another_unit_become_millimetres(tmp_path, unit, mm):
+    sides, origin = np.array([0.7, 0.8, 2.5]) / mm, np.array([-120.5, 33.25, 410]) / mm
+    directions = " ".join(f"({x:.8g},{y:.8g},{z:.8g})" for x, y, z in np.diag(sides))
+    place = f"({origin[0]:.8g}, {origin[1]:.8g}, {origin[2]:.8g})"
+    files = {"a.nrrd": nrrd(space_units=f'"{unit}" ' * 3, space_directions=directions, space_origin=place)}
+    numbers = {"ElementSpacing": "{:.8g} {:.8g} {:.8g}".format(*sides), "Offset": place.strip("()").replace(",", "")}
+    files["b.mha"] = mha(DistanceUnits=unit, **numbers)
+    for name, data in files.items():
+        geometry = open_file(write(tmp_path, name, data)).geometry
+        assert geometry.spacing_zyx_mm == pytest.approx((2.5, 0.8, 0.7))
+        assert geometry.origin_lps == pytest.approx((-120.5, 33.25, 410))
+
+
+def test_metaimages_own_slope_and_offset_are_its_rescaling(tmp_path):
+    path = write(
+        tmp_path, "a.mha", mha(ElementToIntensityFunctionSlope="0.5", ElementToIntensityFunctionOffset="-1024")
+    )
+    scan = open_file(path)
+    assert (scan.slope, scan.intercept) == (0.5, -1024)
+    assert scan.volume().array_zyx[0, 0, 2] == 2 * 0.5 - 1024
+    only = open_file(write(tmp_path, "b.mha", mha(ElementToIntensityFunctionOffset="-1000")))
+    assert (only.slope, only.intercept) == (1, -1000)
+
+
 def test_one_volume_in_four_dimensions_is_a_scan(tmp_path):
     four = {"DimSize": "7 6 5 1", "NDims": "4", "Offset": "-120.5 33.25 410 0", "ElementSpacing": "0.7 0.8 2.5 1"}
     four["TransformMatrix"] = " ".join(str(int(n)) for n in np.eye(4).ravel())
@@ -195,6 +237,11 @@ NRRD_CASES = [
     ("bad-geometry", nrrd(space_origin="(nan,0,0)")),
     ("bad-geometry", nrrd(space_directions="(0.7,0) (0,0.8) (1,1)")),
     ("bad-geometry", nrrd(space_units='"m" "m" "m"')),
+    ("bad-geometry", nrrd(space_units='"mm" "mm" "cm"')),
+    ("bad-geometry", nrrd(space_units='"inch" "inch" "inch"')),
+    ("bad-header", nrrd(space_directions="(0.7 0 0) (0 0.8 0) (0 0 2.5)")),
+    ("data-file", nrrd(b"voxels.raw\n", **{"data_file": "LIST"})),
+    ("data-file", nrrd(b"voxels.raw\n", **{"Data_File": "LIST 2"})),
     ("rgb", nrrd(dimension="4", sizes="3 7 6 5", kinds="RGB-color domain domain domain")),
     ("complex", nrrd(dimension="4", sizes="2 7 6 5", kinds="complex domain domain domain")),
     ("several-volumes", nrrd(dimension="4", sizes="2 7 6 5", space_directions="none (1,0,0) (0,1,0) (0,0,1)")),
@@ -208,6 +255,11 @@ NRRD_CASES = [
     ("data-file", nrrd(data_file="missing.raw")),
 ]
 META_CASES = [
+    ("bad-scaling", mha(ElementToIntensityFunctionSlope="0")),
+    ("bad-scaling", mha(ElementToIntensityFunctionOffset="nan")),
+    ("bad-header", mha(ElementToIntensityFunctionSlope="1 2")),
+    ("bad-geometry", mha(DistanceUnits="inch")),
+    ("data-file", mha(b"voxels.raw\n", ElementDataFile="LIST")),
     ("empty", b""),
     ("not-a-scan", b"\x89PNG" + bytes(300)),
     ("not-a-scan", b"key = value\n" * 40),

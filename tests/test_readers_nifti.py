@@ -246,9 +246,48 @@ def test_a_conflict_shows_both_and_ends_when_a_person_picks_one(tmp_path):
     assert open_file(path, nifti_affine="qform").geometry.spacing_zyx_mm[0] == pytest.approx(3.0)
 
 
-def test_an_affine_that_is_asked_for_must_be_coded(tmp_path):
-    path = write(tmp_path, file_bytes(image_of(qform=0)))
-    assert refusal(path, nifti_affine="qform").code == "no-geometry"
+@pytest.mark.parametrize("asked", ["sform", "qform"])
+def test_an_affine_that_is_asked_for_gives_way_to_the_only_one_there_is_as_if_nothing_were_asked(tmp_path, asked):
+    for options in ({"qform": 0}, {"sform": 0}):
+        path = write(tmp_path, file_bytes(image_of(affine=affine_of(euler2mat(0.1, 0.2, 0.3)), **options)))
+        scan = open_file(path, nifti_affine=asked)
+        assert scan.geometry == open_file(path).geometry
+        assert scan.choices == {}
+    path = write(tmp_path, file_bytes(sform_code=0, qform_code=0))
+    assert refusal(path, nifti_affine=asked).code == "no-geometry"
+
+
+def sheared():
+    affine = affine_of()
+    affine[1, 2] = 0.75
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("sform", "said", "unsaid"),
+    [
+        (sheared(), ("sform sheared by 16.7 degrees", "z step 2.61 mm in the sform, 2.5 in qform and pixdim"), "first"),
+        (affine_of(spacing=(0.7, 0.8, 5.0)), ("z step 5 mm in the sform, 2.5 in qform and pixdim",), "turned"),
+        (affine_of(origin=(-120.5, 33.25, 413)), ("pixdim agrees with both, first voxels 3 mm apart",), "sheared"),
+        (affine_of(euler2mat(0.5, 0, 0)), ("axes turned by 28.6 degrees, pixdim agrees with both",), "sheared"),
+    ],
+    ids=["sheared", "z step", "shift", "turn"],
+)
+def test_a_conflict_says_what_differs_and_whether_pixdim_agrees(tmp_path, sform, said, unsaid):
+    image = image_of()
+    image.set_sform(sform, 1)
+    path = write(tmp_path, image.to_bytes())
+    message = refusal(path).message
+    assert all(words in message for words in said), message
+    assert unsaid not in message
+
+
+@pytest.mark.parametrize("sizes", [(1, 5, 6, 7), (1, 5, 6, 7, 1), (1, 1, 5, 6, 7)])
+def test_a_first_axis_of_one_voxel_is_named_as_that_and_not_as_several_volumes(tmp_path, sizes):
+    path = write(tmp_path, nib.Nifti1Image(np.zeros(sizes, np.int16), affine_of()).to_bytes())
+    found = refusal(path)
+    assert found.code == "channel-first"
+    assert "one voxel long" in found.message and "one file per volume" not in found.message
 
 
 def test_a_broken_affine_beside_a_good_one_names_the_way_out(tmp_path):

@@ -30,6 +30,7 @@ def test_settings_become_the_types_of_their_fields():
         ("non_finite=zero", "refuse or fill"),
         ("nifti_affine=both", "auto, sform or qform"),
         ("antialias=maybe", "true or false"),
+        ("centre=lung", "scan or body"),
         ("instruction=<video> what?", "literal <video>"),
         ("spacing_mm", "expected key=value"),
     ],
@@ -51,6 +52,7 @@ def test_the_digest_differs_exactly_where_bytes_can():
     same = ["name=x", "instruction=Look.", "modality=other", "non_finite=fill", "nifti_affine=sform", "max_voxels=9"]
     assert named_recipe("chest_ct", same)[0].digest == base.digest
     changed = ["spacing_mm=1,1,2", "shape_zyx=9,9,9", "window_hu=-1000,900", "pad_hu=0", "antialias=true"]
+    changed.append("centre=body")
     digests = {named_recipe("chest_ct", [setting])[0].digest for setting in changed}
     assert len(digests | {base.digest}) == len(changed) + 1
 

@@ -1,5 +1,7 @@
 """Against SimpleITK, which resamples by a transform and an interpolator of its own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -220,3 +222,39 @@ def test_planes_that_the_grid_cuts_off_are_read_too():
 
     prepare_any(type(scan)(native, array.dtype, 1.0, 0.0, planes, "memory"), SMALL)
     assert seen == list(range(200))
+
+
+def patient_on_a_couch(shape_zyx=(20, 70, 80), spacing_mm=(5.0, 4.0, 4.0)):
+    """An ellipse of 120 x 80 mm around (50, -20) mm with a lung in it, a couch below, and noise."""
+    y, x = ((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape_zyx[1:], spacing_mm[1:], strict=True))
+    y, x = np.meshgrid(y, x, indexing="ij")
+    hu = np.where(((x - 50) / 60) ** 2 + ((y + 20) / 40) ** 2 < 1, 40.0, -1000.0)
+    hu[((x - 70) / 20) ** 2 + ((y + 20) / 20) ** 2 < 1] = -850
+    hu[(np.abs(y - 40) < 3) & (np.abs(x) < 150)] = 100
+    noisy = np.broadcast_to(hu, shape_zyx) + np.random.default_rng(0).normal(0, 100, shape_zyx)
+    origin = [-(n - 1) / 2 * mm for n, mm in zip(shape_zyx[::-1], spacing_mm[::-1], strict=True)]
+    return noisy.astype(np.int16), Geometry.from_arrays(shape_zyx, origin, np.diag(spacing_mm)[:, ::-1])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_grid_may_lie_around_the_body_without_the_couch_instead_of_the_field_of_view(padded):
+    array, native = patient_on_a_couch()
+    if padded:
+        array[:, :9] = -3024
+    by_scan, by_body = (prepare_volume(as_scan(array, native), replace(SMALL, centre=of)) for of in ("scan", "body"))
+    assert by_scan.volume.geometry.centre_lps == pytest.approx((0, 0, 0))
+    assert by_body.volume.geometry.centre_lps == pytest.approx((50, -20, 0), abs=4)
+    box = by_body.facts["body_mm"]
+    for axis, expected in {"x": (-10, 110), "y": (-60, 20), "z": (-47.5, 47.5)}.items():
+        assert box[axis] == pytest.approx(expected, abs=6)
+    assert "body_mm" not in by_scan.facts
+    expected = resampled_by_itk(array.clip(-1500), native, by_body.volume.geometry, SMALL)
+    inside = np.s_[10:-10, 10:-10, 10:-10]
+    assert np.abs(by_body.volume.array_zyx - expected)[inside].max() <= 0.51
+
+
+def test_a_scan_without_a_body_has_no_centre_of_one():
+    array = np.full((10, 20, 20), -1000, np.int16)
+    with pytest.raises(Refused, match="--set centre=scan") as refusal:
+        prepare_any(as_scan(array, frame((10, 20, 20))), replace(SMALL, centre="body"))
+    assert refusal.value.code == "no-body"

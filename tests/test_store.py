@@ -234,3 +234,68 @@ def test_nothing_of_a_header_but_numbers_is_in_the_store(out):
     assert set(ours) == {"format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files"}
     texts = {value for value in metadata["facts"].values() if isinstance(value, str)}
     assert texts == {"memory", "int16", "header"}
+
+
+def emptied(path: Path):
+    path.write_bytes(b"")
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def replaced_by_a_folder(path: Path):
+    path.unlink()
+    path.mkdir()
+
+
+def grown(path: Path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, emptied, cut, grown, replaced_by_a_folder])
+@pytest.mark.parametrize(("grid", "folder"), [("volume", ""), ("model", "model/")])
+@pytest.mark.parametrize("part", ["0/c/0/0/0", "0/zarr.json"])
+def test_a_part_that_is_missing_or_of_another_size_is_named_when_its_grid_is_read(out, harm, grid, folder, part):
+    harm(out.path / NAME / f"{folder}{part}")
+    said = rf"whole store, found .*{folder}{part} .*were written; prepare it or copy|expected whole metadata.*again"
+    with pytest.raises(UsageError, match=said):
+        open_volume(out.path / NAME, grid)
+    other = {"volume": "model", "model": "volume"}[grid]
+    assert open_volume(out.path / NAME, other).numpy().max() > 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 1000])
+def test_a_part_that_an_object_store_lost_is_named_when_it_is_read_and_makes_the_store_not_whole(prepared, content):
+    out = Location("memory://bucket/lost")
+    metadata = write_store(prepared, out, NAME, IDENTITY)
+    assert is_whole(out, NAME, metadata)
+    out.remove(f"{NAME}/model/0/c/0/0/0")
+    if content is not None:
+        out.write(f"{NAME}/model/0/c/0/0/0", content)
+    with pytest.raises(UsageError, match=r"whole store, found .*model/0/c/0/0/0 (missing|of [\d,]+ bytes) where"):
+        open_volume(out.at(NAME), "model")
+    assert np.array_equal(open_volume(out.at(NAME)).numpy(), prepared.volume.array_zyx)
+    assert not is_whole(out, NAME, metadata)
+
+
+def test_a_store_whose_list_lost_the_voxels_is_damaged(out):
+    root = out.path / NAME / "zarr.json"
+    root.write_text(root.read_text().replace('"model/0/c/0/0/0"', '"model/0/c/0/0/1"'))
+    (out.path / NAME / "model/0/c/0/0/0").rename(out.path / NAME / "model/0/c/0/0/1")
+    with pytest.raises(UsageError, match="expected whole metadata"):
+        open_volume(out.path / NAME, "model")
+
+
+def test_what_is_not_there_reads_as_no_tissue_and_stores_of_the_time_when_it_was_water_stay_valid(out, prepared):
+    array = out.path / NAME / "0/zarr.json"
+    metadata = json.loads(array.read_text())
+    assert metadata["fill_value"] == -32768
+    array.write_text(json.dumps({**metadata, "fill_value": 0}))
+    root = out.path / NAME / "zarr.json"
+    ours = json.loads(root.read_text())
+    facts = {"bytes": array.stat().st_size, "sha256": hashlib.sha256(array.read_bytes()).hexdigest()}
+    ours["attributes"]["photon"]["files"]["0/zarr.json"] = facts
+    root.write_text(json.dumps(ours))
+    assert list(verify_store(out, NAME)) == []
+    assert np.array_equal(open_volume(out.path / NAME).numpy(), prepared.volume.array_zyx)

@@ -29,7 +29,8 @@ def open_series(source: Source, max_voxels: int) -> Scan:
     """Return the Scan of one series: planes in order of position along the slice normal, geometry as its headers say.
 
     Planes hold stored values if all slices agree on slope, intercept and stored type. Otherwise they come rescaled as
-    float32, with slope 1 and intercept 0. MONOCHROME1 changes how a picture is shown, not its HU: it is taken as it is.
+    float32, with slope 1 and intercept 0. Where a header of the series declares padding, they are floats, and padding
+    is NaN. MONOCHROME1 changes how a picture is shown, not its HU: it is taken as it is.
     """
     require_pydicom()
     planes: list[PlaneHeader] = []
@@ -40,10 +41,12 @@ def open_series(source: Source, max_voxels: int) -> Scan:
     _require_slices(planes)
     planes, geometry = stack(planes, max_voxels)
     require_decodable(planes)
+    padded = any(plane.pixels.padding for plane in planes)
     if len({(plane.pixels.dtype, plane.slope, plane.intercept) for plane in planes}) > 1:
-        return Scan(geometry, np.dtype(np.float32), 1.0, 0.0, partial(_rescaled_planes, planes), "dicom")
-    first = planes[0]
-    return Scan(geometry, first.pixels.dtype, first.slope, first.intercept, partial(stored_planes, planes), "dicom")
+        rescaled = partial(_rescaled_planes, planes)
+        return Scan(geometry, np.dtype(np.float32), 1.0, 0.0, rescaled, "dicom", padded=padded, rescaled=True)
+    first, stored = planes[0], partial(stored_planes, planes)
+    return Scan(geometry, first.pixels.dtype, first.slope, first.intercept, stored, "dicom", padded=padded)
 
 
 def _require_slices(planes: Sequence[PlaneHeader]) -> None:

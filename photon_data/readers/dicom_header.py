@@ -39,7 +39,8 @@ PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsS
 KEYWORDS = (
     f"SOPClassUID SeriesInstanceUID ConcatenationUID AcquisitionNumber ImageType NumberOfFrames {PER_FRAME} {SHARED} "
     "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel PhotometricInterpretation "
-    "BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence"
+    "BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence "
+    "PixelPaddingValue PixelPaddingRangeLimit"
 ).split()
 
 
@@ -54,6 +55,7 @@ class PixelLayout(NamedTuple):
     at: int | None  # byte of the file where the pixel data begin; None: there are none, or deflated with the header
     length: int  # bytes the header says there are (UNDEFINED_LENGTH: compressed)
     present: int  # bytes from `at` to the end of the file
+    padding: tuple[int, int] | None = None  # PixelPaddingValue and its RangeLimit (the same where there is none)
 
     @property
     def are_frames_compressed(self) -> bool:
@@ -211,7 +213,20 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
         at=at,
         length=length,
         present=os.fstat(file.fileno()).st_size - (at or 0),
+        padding=_padding(dataset, order),
     )
+
+
+def _padding(dataset: FileDataset, order: str) -> tuple[int, int] | None:
+    """Return the stored values that begin and end the range of padding, whatever type they are written as; or None."""
+    found = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        value = dataset.get(keyword)
+        if isinstance(value, bytes):  # its type depends on PixelRepresentation, which may be missing
+            value = struct.unpack_from(f"{order}H", value)[0] if len(value) >= 2 else None
+        found.append(value if isinstance(value, int) else None)
+    value, limit = found
+    return None if value is None else (value, value if limit is None else limit)
 
 
 def _is_image(path: Path, dataset: FileDataset) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GDCM = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91))
 # Bytes behind the pixels that pass as padding; more means that rows or columns are not what the header says.
 MAX_PADDING = 4096
+# What a body can show, from lung to metal in 12 bits. Beyond NO_BODY_HU, lossy compression may shift padding so far.
+BODY_HU, NO_BODY_HU, LOSSY = (-850, 3071), (-1500, 1500), 16
 ITEM = 0xE000FFFE  # tag of each piece of compressed pixel data, read as a little-endian word
 
 
@@ -82,14 +84,45 @@ def _cannot_decode(syntax: str) -> str:
 
 
 def stored_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
-    """Yield the stored values [row, column] of each plane, without any rescaling, as its `pixels.dtype`."""
+    """Yield the stored values [row, column] of each plane, without any rescaling, as its `pixels.dtype`.
+
+    Where headers declare padding, they are floats, and NaN stands for it in every slice: values that pad one slice pad
+    the others too, also those whose own header does not say so.
+    """
+    paddings = {plane.pixels.padding for plane in planes if plane.pixels.padding}
     with TemporaryDirectory(prefix="photon-dicom-") as scratch:
         for _, of_file in groupby(planes, key=attrgetter("path")):
             frames: list[bytes] = []
             for plane in of_file:
                 if plane.pixels.are_frames_compressed and not frames:
                     frames = _compressed_frames(plane)
-                yield _stored(plane, frames, Path(scratch) / "plane.dcm")
+                values = _stored(plane, frames, Path(scratch) / "plane.dcm")
+                yield _without_padding(values, plane, paddings) if paddings else values
+
+
+def _without_padding(values: np.ndarray, plane: PlaneHeader, paddings: Collection[tuple[int, int]]) -> np.ndarray:
+    """Return stored values as floats with NaN for padding.
+
+    A padding value that tissue or metal may have as well counts only from the slice's edge inwards along a row or a
+    column, so that no hole is made in a body.
+    """
+    padding = np.zeros(values.shape, bool)
+    for ends in paddings:
+        # As the pixels are: 63536 is -2000 among signed ones, and bits that are not stored are not there.
+        low, high = sorted(map(int, _significant_bits(np.array(ends).astype(values.dtype), plane)))
+        low_hu, high_hu = sorted(end * plane.slope + plane.intercept for end in (low, high))
+        if not (high_hu > NO_BODY_HU[0] and low_hu < NO_BODY_HU[1]):
+            low, high = low - LOSSY, high + LOSSY
+        found = (values >= low) & (values <= high)
+        is_like_a_body = high_hu >= BODY_HU[0] and low_hu <= BODY_HU[1]
+        padding |= _from_the_edge(found) | _from_the_edge(found.T).T if is_like_a_body else found
+    return np.where(padding, np.nan, values.astype(np.result_type(values, np.float32)))
+
+
+def _from_the_edge(found: np.ndarray) -> np.ndarray:
+    """Return where `found` [row, column] holds without a gap from the left or the right edge on."""
+    inwards = np.logical_and.accumulate
+    return inwards(found, axis=1) | inwards(found[:, ::-1], axis=1)[:, ::-1]
 
 
 def _stored(plane: PlaneHeader, frames: list[bytes], scratch: Path) -> np.ndarray:

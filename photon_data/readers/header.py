@@ -17,6 +17,7 @@ from photon_data.errors import EXPORT_AGAIN, refusal
 METAIMAGE_LAST = "ElementDataFile"
 MAX_HEADER_BYTES = 1 << 20
 MAX_REFERENCE = 255
+DATA_FILE = ("data file", "datafile")
 
 
 class HeaderText(NamedTuple):
@@ -64,7 +65,7 @@ def nifti_data_file(path: Path) -> Path:
 def nrrd_data_file(path: Path) -> Path:
     """Return the file with the voxels of an NRRD header: `path` itself, or one in its folder; Refused."""
     fields = (re.split(":=?", line, maxsplit=1) for line in nrrd_text(path).lines)
-    references = [value[0] for key, *value in fields if key.strip() in ("data file", "datafile") and value]
+    references = [value[0] for key, *value in fields if key.strip().lower() in DATA_FILE and value]
     return _beside(path, references[0].strip()) if references else path
 
 

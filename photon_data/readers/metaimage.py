@@ -10,7 +10,7 @@ import numpy as np
 
 from photon_data.errors import COPY_AGAIN, Refused, not_a, refusal
 from photon_data.readers.header import METAIMAGE_LAST, metaimage_data_file, metaimage_text
-from photon_data.readers.stream import Compression, Stored, frame, grid_shape, scan_of, wrong_values
+from photon_data.readers.stream import Compression, Stored, frame, grid_shape, mm_per_unit, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
@@ -69,7 +69,18 @@ def open_metaimage(source: Source, max_voxels: int) -> Scan:
     data = metaimage_data_file(path)
     shape_zyx = grid_shape(_sizes(header), path.name, max_voxels)
     stored = _stored(header, data, text.length if data == path else 0, shape_zyx)
-    return scan_of(stored, _geometry(header, shape_zyx), "metaimage")
+    return scan_of(stored, _geometry(header, shape_zyx), "metaimage", *_scaling(header))
+
+
+def _scaling(header: _Header) -> tuple[float, float]:
+    """Return slope and intercept, which MetaIO defines and ITK reads over; Refused where they are no numbers to use."""
+    slope, intercept = (
+        float(usual if (found := header.numbers(f"ElementToIntensityFunction{name}", 1)) is None else found[0])
+        for name, usual in (("Slope", 1), ("Offset", 0))
+    )
+    if slope == 0 or not np.isfinite([slope, intercept]).all():
+        raise header.refused("bad-scaling", "a finite slope (not 0) and offset of its intensities", "others")
+    return slope, intercept
 
 
 def _sizes(header: _Header) -> list[int]:
@@ -125,5 +136,6 @@ def _geometry(header: _Header, shape_zyx: tuple[int, int, int]) -> Geometry:
     directions = matrix.reshape(count, count)
     if directions[:3, 3:].any():
         raise header.refused("bad-geometry", "axes in three dimensions", "a fourth mixed in")
-    steps = directions[:3, :3] * spacing[:3, None]
-    return frame(shape_zyx, origin[:3], steps[::-1], header.name, REMEDY)
+    mm = mm_per_unit([header.fields.get("DistanceUnits", "")], header.name)
+    steps = directions[:3, :3] * spacing[:3, None] * mm
+    return frame(shape_zyx, origin[:3] * mm, steps[::-1], header.name, REMEDY)

@@ -1,8 +1,8 @@
 """NIfTI-1 and NIfTI-2, one file or a pair, as the standard reads; what two libraries read differently is refused.
 
 Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and differ, it is
-refused too, until a person picks one. Lengths are millimetres where the header names no unit; metres and microns are
-converted, in sform and qform alike.
+refused too, until a person picks one: that one is taken where it is coded, the other where that is all there is.
+Lengths are millimetres where the header names no unit; metres and microns are converted, in sform and qform alike.
 
 Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept
 included (as the standard and nibabel have it); a good slope with an intercept that is not finite is refused.
@@ -39,6 +39,7 @@ MAX_VOX_OFFSET = 1 << 26
 # How far apart sform and qform may place the corners of a scan: 0.1 mm, or this share of its diagonal. A
 # float32 quaternion can be off by so much near half a turn, which is usual for CT (w is the root of a difference).
 AGREE_MM, AGREE_SHARE = 0.1, 1e-3
+LEAST_DEGREES = 0.05  # smaller turns are not worth a word
 
 DIRECTIONS = "set a right sform (nibabel, ITK-SNAP or dcm2niix write one)"
 
@@ -144,20 +145,17 @@ def _geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], affine:
     coded = [form for form in AFFINES if header[f"{form}_code"] > 0]
     if affine == BLANK:
         return _blank(header, coded, shape_zyx, name)
-    if affine != "auto" and affine not in coded:
-        found = f"only its {coded[0]}" if coded else "neither"
-        remedy = "--set nifti_affine=auto takes what is there"
-        raise refusal("no-geometry", name, f"a coded {affine}", found, remedy)
     if not coded:
         found = "neither, so left and right are unknown"
         raise refusal("no-geometry", name, "a coded sform or qform", found, DIRECTIONS)
-    if affine != "auto" or len(coded) == 1:
-        return _frame(header, coded[0] if affine == "auto" else affine, shape_zyx, name)
+    if affine in coded or len(coded) == 1:
+        return _frame(header, affine if affine in coded else coded[0], shape_zyx, name)
     sform, qform = (_frame(header, form, shape_zyx, name) for form in AFFINES)
     corners = sform.corners_lps()
     apart = np.linalg.norm(corners - qform.corners_lps(), axis=1).max()
     if apart > max(AGREE_MM, AGREE_SHARE * np.linalg.norm(np.ptp(corners, axis=0))):
-        found = f"corners {apart:.3g} mm apart: sform {_words(sform)}; qform {_words(qform)}"
+        found = f"corners {apart:.3g} mm apart ({_difference(sform, qform)}): sform {_words(sform)}; "
+        found += f"qform {_words(qform)}"
         remedy = "pick one with --set nifti_affine=sform or --set nifti_affine=qform"
         raise refusal("affine-conflict", name, "sform and qform that agree", found, remedy)
     return sform
@@ -172,6 +170,26 @@ def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int
             remedy = "this file says so itself (of CT-RATE, it is v2, in a folder of v1)"
             raise refusal("not-blank", name, expected, f"a {form} with {_words(own)}", remedy)
     return Geometry.from_arrays(shape_zyx, (0, 0, 0), np.eye(3)[::-1])
+
+
+def _difference(sform: Geometry, qform: Geometry) -> str:
+    """Return in words what makes two frames differ: shear, turn, spacing, shift. A qform has the spacing of pixdim."""
+    both = [np.asarray(geometry.steps_lps)[::-1] for geometry in (sform, qform)]  # rows: x, y, z
+    lengths = [np.linalg.norm(steps, axis=1) for steps in both]
+    units = [steps / mm[:, None] for steps, mm in zip(both, lengths, strict=True)]
+    angles = [np.degrees(np.arccos(np.clip(rows @ np.roll(rows, 1, axis=0).T, -1, 1).diagonal())) for rows in units]
+    shear = np.abs(angles[0] - 90).max()
+    turn = np.degrees(np.arccos(np.clip((units[0] * units[1]).sum(axis=1), -1, 1))).max()
+    shift = np.linalg.norm(np.subtract(sform.origin_lps, qform.origin_lps))
+    steps = [
+        f"{axis} step {mm:.4g} mm in the sform, {pixdim:.4g} in qform and pixdim"
+        for axis, mm, pixdim in zip("xyz", *lengths, strict=True)
+        if abs(mm - pixdim) > AGREE_SHARE * pixdim
+    ]
+    parts = [f"sform sheared by {shear:.3g} degrees, as by a tilted gantry"] if shear > LEAST_DEGREES else []
+    parts += [f"axes turned by {turn:.3g} degrees"] if turn > LEAST_DEGREES else []
+    parts += steps or ["pixdim agrees with both"]
+    return ", ".join([*parts, f"first voxels {shift:.3g} mm apart"] if shift > AGREE_MM else parts)
 
 
 def _words(geometry: Geometry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import compress
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, not_a, refusal
 from photon_data.readers.header import HeaderText, nrrd_data_file, nrrd_text
-from photon_data.readers.stream import Compression, Stored, frame, grid_shape, scan_of, wrong_values
+from photon_data.readers.stream import Compression, Stored, frame, grid_shape, mm_per_unit, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
@@ -25,7 +26,9 @@ SPACES = {
 SPACES |= {"lps": (1, 1, 1), "ras": (-1, -1, 1), "las": (1, -1, 1)}
 COMPRESSIONS = {"raw": Compression.NONE, "gzip": Compression.GZIP, "gz": Compression.GZIP}
 BYTE_ORDERS: dict[str, Literal["<", ">"]] = {"little": "<", "big": ">"}
-MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "")
+VECTORS = ("space directions", "space origin", "measurement frame")
+VECTOR = re.compile(r"none|\(\s*[^\s(),]+(?:\s*,\s*[^\s(),]+)*\s*\)")
+VECTOR_LIST = re.compile(rf"(?:\s*(?:{VECTOR.pattern}))+\s*")
 COLOURS = ("rgb-color", "hsv-color", "xyz-color", "rgba-color", "3-color", "4-color")
 
 _SPELLINGS = {
@@ -52,8 +55,8 @@ def open_nrrd(source: Source, max_voxels: int) -> Scan:
     text = nrrd_text(path)
     if not (text.lines and text.lines[0].startswith("NRRD")):
         raise not_a("an NRRD header", path, "name the file after what it is, or export it again")
-    header = _parse(text, path.name)
     data = nrrd_data_file(path)
+    header = _parse(text, path.name)
     sizes, directions = _spatial_axes(header, path.name)
     shape_zyx = grid_shape(sizes, path.name, max_voxels)
     dtype = _dtype(header, path.name)
@@ -65,13 +68,29 @@ def open_nrrd(source: Source, max_voxels: int) -> Scan:
 def _parse(text: HeaderText, name: str) -> Header:
     """Return pynrrd's reading of the header; its errors quote the header, so ours does not quote them."""
     try:
-        header = pynrrd.read_header([line + "\n" for line in text.lines])
+        header = pynrrd.read_header([_plain_field(line) + "\n" for line in text.lines])
     except Exception:  # pynrrd lets through whatever its parsers meet: ValueError, KeyError, TypeError, its own
         raise refusal("bad-header", name, "an NRRD header of version 1 to 5", "errors in it", EXPORT_AGAIN) from None
     missing = [field for field in ("dimension", "sizes", "type", "encoding") if field not in header]
     if missing:
         raise refusal("bad-header", name, "a whole NRRD header", f"no {', '.join(missing)}", EXPORT_AGAIN)
     return header
+
+
+def _plain_field(line: str) -> str:
+    """Return a header line as pynrrd reads it, where teem and ITK read more ways to write it.
+
+    "Space Directions: ( 3, 0 , 0 )(0,3,0)" -> "space directions: (3,0,0) (0,3,0)"
+    """
+    name, colon, value = line.partition(":")
+    field = name.strip().lower()
+    if not colon or line.startswith("#") or value.startswith("="):
+        return line
+    if field in VECTORS and VECTOR_LIST.fullmatch(value):
+        value = " ".join("".join(vector.split()) for vector in VECTOR.findall(value))
+    elif field == "sizes":
+        value = value.replace(",", " ")
+    return f"{field}: {value}"
 
 
 def _spatial_axes(header: Header, name: str) -> tuple[list[int], np.ndarray]:
@@ -111,12 +130,11 @@ def _geometry(header: Header, directions: np.ndarray, shape_zyx: tuple[int, int,
     space = str(header.get("space", "")).lower()
     if space not in SPACES or "space origin" not in header:
         raise refusal("no-geometry", name, "a space origin in LPS, RAS or LAS", "none", SPACE_REMEDY)
-    if any(unit.lower() not in MILLIMETRES for unit in header.get("space units", [])):
-        raise refusal("bad-geometry", name, "space units of mm", "others", SPACE_REMEDY)
+    mm = mm_per_unit(header.get("space units", []), name)
     origin = np.asarray(header["space origin"], float)
     if directions.shape != (3, 3) or origin.shape != (3,):
         raise refusal("bad-geometry", name, "directions and an origin in three dimensions", "others", SPACE_REMEDY)
-    signs = np.array(SPACES[space])
+    signs = np.array(SPACES[space]) * mm
     return frame(shape_zyx, origin * signs, (directions * signs)[::-1], name, SPACE_REMEDY)
 
 

@@ -31,6 +31,9 @@ MAX_DEFLATE_RATIO = 1032
 # One plane is in memory at a time: its sides are bounded, not only the number of voxels.
 MAX_SIDE = 4096
 SPACING_MM = (0.001, 100.0)
+_UNITS = {0.001: "um|µm|micron|micrometer|micrometre", 1.0: "|?|mm|millimeter|millimetre"}
+_UNITS |= {10.0: "cm|centimeter|centimetre", 1000.0: "m|meter|metre"}
+MM_PER_UNIT = {name: mm for mm, names in _UNITS.items() for name in names.split("|")}
 
 
 class Compression(IntEnum):
@@ -174,6 +177,9 @@ def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, i
     found = " x ".join(str(n) for n in sizes) or "none"
     if not sizes or min(sizes) < 1:
         raise refusal("bad-header", name, "sides of at least 1 voxel", found, EXPORT_AGAIN)
+    if sizes[0] == 1 and len(sizes) > 3 and sorted(sizes)[-3] > 1:
+        remedy = "move that axis to the end, or leave it out (array[0] in nibabel, with the affine of the other three)"
+        raise refusal("channel-first", name, "the axes x, y, z first", f"{found}: its first is one voxel long", remedy)
     if prod(sizes[3:]) > 1:
         raise refusal("several-volumes", name, "one volume", found, "split it into one file per volume")
     if len(sizes) < 3 or min(sizes[:3]) < 2:
@@ -197,6 +203,16 @@ def frame(shape_zyx: tuple[int, int, int], origin_lps: Any, steps_lps: Any, name
         found = " x ".join(f"{spacing:.4g}" for spacing in geometry.spacing_zyx_mm[::-1])
         raise refusal("bad-geometry", name, f"voxels of {low:g} to {high:g} mm", f"{found} mm", remedy)
     return geometry
+
+
+def mm_per_unit(units: Sequence[str], name: str) -> float:
+    """Return how many millimetres the one unit of a header has, 1 where it names none ("?" or ""); Refused."""
+    found = {MM_PER_UNIT.get(str(unit).strip().lower().removesuffix("s")) for unit in units or [""]}
+    mm = found.pop() if len(found) == 1 else None
+    if mm is None:
+        remedy = "name the unit that its spacing has"
+        raise refusal("bad-geometry", name, "lengths in one unit of m, cm, mm or um", "others", remedy)
+    return mm
 
 
 def wrong_values(code: str, name: str, found: str) -> Refused:
