@@ -231,7 +231,7 @@ def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: str, unshown: di
     counts = f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed"
     console.print(f"{counts}{rate} {bar.kept_share()}")
     if outcome.changed:
-        console.print(f"{outcome.changed} of them again: their questions or volumes changed since they were answered")
+        console.print(f"{outcome.changed} of them again: their questions or the names of their volumes changed")
     for title, reasons, rest in (
         ("failed", outcome.failed, "their lines have an error"),
         ("no overlay of", unshown, "none of these has an overlay"),

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -53,19 +52,20 @@ def fail(message: str, code: int = MISUSE) -> NoReturn:
 def errors_as_exit_codes() -> Iterator[None]:
     """Turn whatever ends a command early into a sentence and an exit code. SIGTERM ends a command as Ctrl-C does.
 
-    Python drops an exception that is raised while it destroys an object. An interrupt that is lost so is sent again.
+    Python drops an exception that is raised while it destroys an object. An interrupt that is lost so comes again, as
+    an alarm.
     """
     from photon_data.prepare_file import NO_SPACE
 
     def unraisable(lost: Any) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
         else:
             previous_hook(lost)
 
     # Dask leaves a time-out behind when it closes; asyncio reports it
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {sign: signal.signal(sign, signal.default_int_handler) for sign in (signal.SIGTERM, signal.SIGALRM)}
     previous_hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
@@ -78,7 +78,9 @@ def errors_as_exit_codes() -> Iterator[None]:
             fail(f"Stopped: {error.strerror}. What is done is kept.", STOPPED)
         fail(f"Stopped: {error.strerror or error}: {error.filename or ''}", STOPPED)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
         sys.unraisablehook = previous_hook
 
 

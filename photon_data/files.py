@@ -114,8 +114,9 @@ def write_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         with write_whole(folder / "rows.jsonl") as temporary:
             temporary.write_bytes(jsonl_bytes(rows))
 
-    So `path` is always complete: what was there before stays if the block raises or the disk is full. The temporary
-    path is `.NAME.xxxxxxxx.partial` beside `path`, or `temporary` on the same disk: what a killed run left is removed.
+    So `path` is complete wherever it exists: what was there before stays if the block raises or the disk is full. The
+    temporary path is `.NAME.xxxxxxxx.partial` beside `path`, or `temporary` on the same disk: what a killed run left is
+    removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or _new_name(path)

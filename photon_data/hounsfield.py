@@ -17,12 +17,12 @@ LARGEST = 1e30
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
 # A second rescaling puts air and lung into the first range, and fat into the other. The noise of sharp kernels, as
-# wide above the mode of air as below it, and padding may lie there too. Lossy compression spreads padding a little; more of
-# that passes below TWICE_AIR_HU, where a second intercept of -1000 or -1024 puts no air.
+# wide above the mode of air as below it, and padding may lie there too. Lossy compression spreads padding a little;
+# more of that passes below TWICE_AIR_HU, where a second intercept of -1000 or -1024 puts no air.
 TWICE_HU, TWICE_AIR_HU, MOST_TWICE = ((-4000, -1700), (-1300, -1150)), -2300, 0.05
 PADDINGS, LOSSY, LOSSY_BELOW, NEAR_HU, FAR_HU = 2, 2, 16, 50, (720, 1000)
-# More than this share as dense as bone is soft tissue that was never rescaled, where "air" is but one value, and not one
-# that HU are clipped to: padding.
+# More than this share as dense as bone is soft tissue that was never rescaled, where "air" is padding: one value, and
+# not one that HU are clipped to.
 DENSE_HU, MOST_DENSE, CLIPPED_HU, MOST_OF_AIR = 700, 0.25, (-1000, -1024), 0.9
 # Beyond all bone, more than this share of one value is padding that the header does not declare.
 BEYOND_BONE_HU, MOST_BEYOND_BONE = 1500, 0.05
@@ -35,8 +35,8 @@ class Rescale(NamedTuple):
 
     slope: float
     intercept: float
-    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": the table
-    # of a data set whose files hold raw values, so that stored values which are HU already are refused.
+    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": a table of
+    # a data set of raw files; a file that holds HU already is refused.
     given_by: Literal["stored", "table", "metadata"]
 
 
@@ -148,7 +148,7 @@ def refuse_scaled_before(probe: Probe) -> None:
 
 
 def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
-    """Raise Refused when intensities, of which low and high are the ends, cannot be Hounsfield units of a CT.
+    """Raise Refused when intensities from `low` to `high` cannot be Hounsfield units of a CT.
 
     A CT shows air (AIR_HU) around or inside the body and soft tissue (TISSUE_HU). Raw values are all positive; an
     intercept applied twice pushes tissue to -1000 and air below, or everything to about -8192. Padding far below -1000

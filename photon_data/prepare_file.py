@@ -241,10 +241,10 @@ def prepare_file(job: Job) -> VolumeRecord:
     start_s = time.perf_counter()
     try:
         record = _prepare(job)
-    except Refused as refusal:
-        # A record names its source already. A folder has no file.
+    except Refused as refused:
+        # The record has the file's name already. An unreadable folder has no files.
         name = f"{job.source.files[0].name}: " if job.source.files else ""
-        record = job.record(REFUSED, code=refusal.code, reason=refusal.message.removeprefix(name))
+        record = job.record(REFUSED, code=refused.code, reason=refused.message.removeprefix(name))
     except OSError as error:
         if error.errno in NO_SPACE:
             message = f"no space left for {job.out}; free some and run the same command again"
@@ -256,7 +256,7 @@ def prepare_file(job: Job) -> VolumeRecord:
 
 
 def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
-    """Tell whether a table came on top of the slices' own slopes, as in earlier versions: only such DICOM is float32."""
+    """Tell whether a table came on top of slopes per slice, as in earlier versions: only such DICOM is float32."""
     return facts.get("format") == "dicom" and facts.get("dtype") == "float32" and facts.get("rescale") != "header"
 
 
@@ -302,7 +302,7 @@ def opened(job: Job) -> Scan:
 def already_there(job: Job, content: str) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none.
 
-    Its policy does not count, but for choices that mattered when it was made: those have to be this policy's too.
+    Policies may differ, except in the choices that changed this store: those must be equal.
     """
     if job.overwrite or not job.write:
         return None

@@ -19,7 +19,7 @@ ALGORITHM = 2
 WITHOUT_DIGEST = ("name", "instruction")
 # The largest scan of CT-RATE's validation split has 424 million voxels.
 MAX_VOXELS = 1_000_000_000
-# These belonged to the recipe once. Their defaults stay in the digest, so that stores of that time keep theirs.
+# These were fields of Recipe once. The digest still counts their defaults, so that old stores keep their digest.
 EARLIER = {"modality": "ct", "non_finite": "refuse", "nifti_affine": "auto"}
 
 

@@ -123,7 +123,10 @@ class Values:
 def resample(
     planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, antialias: bool
 ) -> np.ndarray:
-    """Return the int16 array [z, y, x] of the scan on `grid`. Every plane is consumed, also where the grid has none."""
+    """Return the int16 array [z, y, x] of the scan on `grid`.
+
+    All planes are read, so that the reader checks the end of the file.
+    """
     axes = aligned_axes(native)
     blur = _blur_voxels(native, grid) if antialias else np.zeros(3)
     if axes is None or blur.any():

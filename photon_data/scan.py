@@ -20,7 +20,7 @@ PADDING_HU = -1000
 
 @dataclass(frozen=True)
 class Source:
-    """One scan found in a folder, before anything but names (and, for DICOM, headers) was read."""
+    """One scan found in a folder, of which names were read, and headers where they tell which files belong to it."""
 
     id: str  # names the volume everywhere
     path: str  # relative to the source folder, with "/", for people and tables

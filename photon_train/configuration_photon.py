@@ -27,15 +27,6 @@ FROM_0_TO_1 = (
 )
 
 
-class Phase(Enum):
-    """What happens to visual tokens after layer its. Evaluation is always HARD."""
-
-    DENSE = "dense"  # nothing is weighted or dropped
-    SOFT = "soft"  # hidden states are multiplied by p, nothing is dropped
-    HARD = "hard"  # dropped for good, with surrogate gradients
-    FLIP = "flip"  # as HARD, and some rows keep the complement
-
-
 class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
     """The 3D vision tower: one channel, cubes of 14 voxels a side.
 
@@ -210,8 +201,20 @@ class PhotonConfig(Qwen2_5_VLConfig):
         return flat
 
 
+class Phase(Enum):
+    """What happens to visual tokens after layer its. Evaluation is always HARD."""
+
+    DENSE = "dense"  # nothing is weighted or dropped
+    SOFT = "soft"  # hidden states are multiplied by p, nothing is dropped
+    HARD = "hard"  # dropped for good, with surrogate gradients
+    FLIP = "flip"  # as HARD, and some rows keep the complement
+
+
 def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) -> Phase:
-    """Return the phase of optimizer step `step`, from 0. Raises ValueError where fractions lack `total_steps`."""
+    """Return the phase of optimizer step `step`, from 0, which a trainer restores on resume.
+
+    Raises ValueError where fractions lack `total_steps`.
+    """
     starts = {Phase.FLIP: config.flip_start, Phase.HARD: config.hard_start, Phase.SOFT: config.soft_start}
     for phase, start in starts.items():
         if isinstance(start, float):

@@ -3,7 +3,7 @@
 `PhotonTextModel._scheduled` reads as the paper's algorithm. With nothing to schedule the stock forward runs. A `Prefix`
 is what the questions on one volume share: every token up to the end of the last volume, computed through layer its.
 
-Legend: B or K rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), N visual tokens of
+Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), N visual tokens of
 the batch, D hidden size, P tokens of a shared prefix, H query heads, K key heads in k and v, d head_dim; axis 3 is
 (t, h, w).
 """
@@ -88,7 +88,7 @@ class Prefix(NamedTuple):
         return {name: torch.cat([value] * rows) for name, value in self.volumes.items()}
 
     def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
-        """Return model inputs of K rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""
+        """Return model inputs of B rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""
         lengths = [len(question) for question in questions]
         if not all(lengths) or not lengths:
             raise ValueError(f"expected questions of at least one token, found lengths {lengths}; leave empty ones out")
@@ -98,9 +98,9 @@ class Prefix(NamedTuple):
 
 
 def with_suffixes(prefix_P: Tensor, suffixes: Sequence[Tensor], padding: int) -> Tensor:
-    """Return int64[K, L], a row for each suffix: [P P P . s s], [P P P s s s]."""
-    suffix_KS = pad_sequence(list(suffixes), batch_first=True, padding_value=padding, padding_side="left")
-    return torch.cat([prefix_P.expand(len(suffixes), -1), suffix_KS.to(prefix_P.device)], dim=1)
+    """Return int64[B, L], a row for each suffix: [P P P . s s], [P P P s s s]."""
+    suffix_BS = pad_sequence(list(suffixes), batch_first=True, padding_value=padding, padding_side="left")
+    return torch.cat([prefix_P.expand(len(suffixes), -1), suffix_BS.to(prefix_P.device)], dim=1)
 
 
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
@@ -124,7 +124,7 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         with_qk: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, Tensor, Tensor]:
-        """Return h_BLD; given `scheduling`, also the selection for rows, prefix included; with_qk, also q and k."""
+        """Return h_BLD; with `scheduling`, (h_BLD, selection over prefix and row); with `with_qk`, (h_BLD, q, k)."""
         # q and k are computed within this forward, where sharded weights are whole.
         rotated_qk = partial(self.rotated_qk, hidden_states, kwargs["position_embeddings"], prefix)
         h_BLD = super().forward(hidden_states, **kwargs)
@@ -317,8 +317,8 @@ class PhotonModel(Qwen2_5_VLModel):
                     piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
                 else:
                     raise ValueError(
-                        f"expected a volume for every run of visual tokens, found {len(volumes)} for more; pass all of "
-                        "them"
+                        f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "
+                        "all of them"
                     )
                 if piece_3L.shape[1] != length:
                     raise ValueError(

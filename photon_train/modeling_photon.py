@@ -35,7 +35,7 @@ PREFILL_ONLY = ("question_mask", "foreground", "pixel_values_videos", "mm_encode
 
 @dataclass
 class PhotonOutput(ModelOutput):
-    """Losses are means over the answer tokens of the batch; a row's band loss is weighted by its share of them."""
+    """Losses are means over the answer tokens of the batch; a row's band loss is weighted by its number of them."""
 
     loss: Tensor | None = None  # 0-d, ce + band + robustness + flip
     logits: Tensor | None = None  # float[B, M, V]; in training float[N, V], where an answer token is predicted

@@ -1,9 +1,9 @@
-"""A volume and a conversation -> what the model takes: patches, token ids, labels, masks, rotary positions.
+"""A volume and a conversation -> what the model takes: patches, token ids, labels, masks.
 
 volume -> model grid -> [0, 1] -> last axis flipped -> patches; messages -> chat template -> ids, with one
 <|video_pad|> per visual token where the text says <video>.
 
-Legend: B rows, L tokens of a row, P patches, X voxels of a patch; axis 3 is (t, h, w).
+Legend: B rows, L tokens of a row, V volumes, P patches, X voxels of a patch; axis 3 is (t, h, w).
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 A scheduler is a function SchedulerContext -> Selection. A new one: a function here, in `SCHEDULERS`, and its name in
 configuration_photon.SCHEDULER_NAMES.
 
-Legend: B rows, L tokens, M tokens after pruning, H query heads, K key heads, G = H / K, Q question tokens, d head_dim,
-F descriptors. All statistics are over the visual tokens of one row, in float32: a row never sees its batch mates.
+Legend: B rows, L tokens, M tokens after pruning, D features, H query heads, K key heads, G = H / K, Q question tokens,
+d head_dim, F descriptors, P patches, X voxels of a patch. All statistics are over the visual tokens of one row, in
+float32: a row never sees its batch mates.
 """
 
 from __future__ import annotations
@@ -42,38 +43,6 @@ class SchedulingInputs(NamedTuple):
         return self.perturbed_B | self.flip_B
 
 
-def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
-    """Return bool[B, L], True at the tokens that stand for a part of a volume."""
-    return input_ids_BL == config.video_token_id
-
-
-def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
-    """Return bool[B, L], True at the text of a user turn that holds a volume, wherever in the turn it stands.
-
-    The first volume with its two markers is not part of the question. Of further volumes the markers are, the patches
-    are not: the published weights were trained so. A turn without end marker runs to the end of the row.
-    """
-    starts_turn_BL = input_ids_BL == config.im_start_token_id
-    turn_BL = starts_turn_BL.cumsum(1)
-
-    def so_far_in_turn(flag_BL: Tensor) -> Tensor:
-        count_BL = flag_BL.cumsum(1)
-        before_turn_BL = torch.where(starts_turn_BL, count_BL - flag_BL.long(), 0).cummax(1).values
-        return count_BL - before_turn_BL
-
-    visual_BL, turn_index_BL = visual_mask(input_ids_BL, config), turn_BL.clamp_max(turn_BL.shape[1] - 1)
-    visual_in_turn = torch.zeros_like(turn_BL).scatter_add(1, turn_index_BL, visual_BL.long())
-    has_volume_BL = visual_in_turn.gather(1, turn_index_BL) > 0
-    in_role_line_BL = so_far_in_turn(torch.ones_like(starts_turn_BL)) <= ROLE_LINE
-    ended_BL = so_far_in_turn(input_ids_BL == config.im_end_token_id) > 0
-    volume_ends_BL = input_ids_BL == config.vision_end_token_id
-    begun_BL = so_far_in_turn(input_ids_BL == config.vision_start_token_id)
-    closed_before_BL = so_far_in_turn(volume_ends_BL) - volume_ends_BL.long()
-    in_first_volume_BL = (begun_BL >= 1) & (closed_before_BL == 0)
-    outside_BL = in_role_line_BL | ended_BL | in_first_volume_BL | visual_BL | (turn_BL == 0)
-    return has_volume_BL & ~outside_BL
-
-
 class SchedulerContext(NamedTuple):
     """What a scheduler decides by."""
 
@@ -104,6 +73,38 @@ class Scheduled(NamedTuple):
     def detached(self) -> Scheduled:
         """Return it without gradients: a report keeps no graph alive, and no DDP bucket waits for it."""
         return self._replace(selection=Selection(*(x.detach() for x in self.selection)))
+
+
+def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
+    """Return bool[B, L], True at the tokens that stand for a part of a volume."""
+    return input_ids_BL == config.video_token_id
+
+
+def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
+    """Return bool[B, L], True at the text of a user turn that holds a volume, wherever in the turn it stands.
+
+    The first volume and its two markers are not part of the question. Of further volumes, only the patches are not:
+    the published weights were trained so. A turn without end marker runs to the end of the row.
+    """
+    starts_turn_BL = input_ids_BL == config.im_start_token_id
+    turn_BL = starts_turn_BL.cumsum(1)
+
+    def so_far_in_turn(flag_BL: Tensor) -> Tensor:
+        count_BL = flag_BL.cumsum(1)
+        before_turn_BL = torch.where(starts_turn_BL, count_BL - flag_BL.long(), 0).cummax(1).values
+        return count_BL - before_turn_BL
+
+    visual_BL, turn_index_BL = visual_mask(input_ids_BL, config), turn_BL.clamp_max(turn_BL.shape[1] - 1)
+    visual_in_turn = torch.zeros_like(turn_BL).scatter_add(1, turn_index_BL, visual_BL.long())
+    has_volume_BL = visual_in_turn.gather(1, turn_index_BL) > 0
+    in_role_line_BL = so_far_in_turn(torch.ones_like(starts_turn_BL)) <= ROLE_LINE
+    ended_BL = so_far_in_turn(input_ids_BL == config.im_end_token_id) > 0
+    volume_ends_BL = input_ids_BL == config.vision_end_token_id
+    begun_BL = so_far_in_turn(input_ids_BL == config.vision_start_token_id)
+    closed_before_BL = so_far_in_turn(volume_ends_BL) - volume_ends_BL.long()
+    in_first_volume_BL = (begun_BL >= 1) & (closed_before_BL == 0)
+    outside_BL = in_role_line_BL | ended_BL | in_first_volume_BL | visual_BL | (turn_BL == 0)
+    return has_volume_BL & ~outside_BL
 
 
 class Float32Linear(nn.Linear):
@@ -233,7 +234,7 @@ def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
         logger.warning("rows %s: all kept, no visual token stands out for their question (none, or one token)", rows)
 
 
-# --- scores of ITS
+# Scores of ITS.
 
 
 def instruction_scores(
@@ -285,6 +286,14 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     columns += [*mean_std(score_BL, visual_BL), *_extremes(score_BL, visual_BL)]
     columns += [mean_std(log_BL, visual_BL)[0], _extremes(log_BL, visual_BL)[1]]
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
+
+
+def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
+    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
+    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
+    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
+    return mean_B1, variance_B1.sqrt()
 
 
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,11 +395,3 @@ def surrogate_gradient(
     scale_BL = scale_BL.clamp(config.sgp_scale_min, config.sgp_scale_max)
     slope_BL = (p_BL * (1 - p_BL)).clamp_min(config.sgp_saturation_floor)
     return (loss_scale * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
-
-
-def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
-    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
-    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
-    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
-    return mean_B1, variance_B1.sqrt()

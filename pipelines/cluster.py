@@ -69,7 +69,7 @@ def execute(
 ) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
 
-    A local cluster runs the task within `session`, which ends with the loop and has to end what still runs.
+    A local cluster runs the task within `session`. It is left when the loop ends; leaving it must end what still runs.
     Raises NoSpace when the output is full and Stopped when no worker is left.
     """
     queue = deque(sorted(jobs, key=lambda job: job.source.bytes, reverse=True))

@@ -93,7 +93,7 @@ class Plan(NamedTuple):
     jobs: list[Job]  # to execute
     done: list[VolumeRecord]  # of inputs whose stores exist already
     kept: list[VolumeRecord]  # of volumes of earlier runs that are no input of this one
-    before: list[VolumeRecord]  # what earlier runs left of the jobs' sources: it stands until the job is done
+    before: list[VolumeRecord]  # earlier records of the jobs' sources; volumes.jsonl has them until the job is done
 
 
 class Result(NamedTuple):

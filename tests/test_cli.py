@@ -194,18 +194,41 @@ def test_other_numbers_of_paths_than_the_command_takes_are_misuse_that_says_whic
     assert list(tmp_path.rglob("volumes.jsonl")) == []
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_arrives_while_an_object_is_destroyed_ends_the_command_all_the_same(sign, capsys):
-    class Destroyed:
-        def __del__(self):
-            signal.raise_signal(sign)
+INTERRUPTS = [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, (signal.SIGINT,))]
 
-    with pytest.raises(typer.Exit) as ended, errors_as_exit_codes():
-        Destroyed()
-        time.sleep(30)
-        pytest.fail("the interrupt was lost")
+
+class Interrupting:
+    """Raises a signal while it is destroyed, where Python drops the exception of the handler."""
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __del__(self):
+        signal.raise_signal(self.sign)
+
+
+@pytest.mark.parametrize(
+    ("sign", "ignored"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, (signal.SIGINT,))]
+)
+def test_an_interrupt_that_arrives_while_an_object_is_destroyed_ends_the_command_all_the_same(sign, ignored, capsys):
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in ignored}  # as in a background job of a shell
+    try:
+        with pytest.raises(typer.Exit) as ended, errors_as_exit_codes():
+            Interrupting(sign)
+            time.sleep(30)
+            pytest.fail("the interrupt was lost")
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert ended.value.exit_code == 130
     assert "Interrupted" in capsys.readouterr().err
+
+
+def test_no_interrupt_comes_after_the_end_of_a_command():
+    with errors_as_exit_codes():
+        Interrupting(signal.SIGTERM)
+    time.sleep(0.2)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_another_error_of_an_object_that_is_destroyed_is_reported_as_ever(monkeypatch):

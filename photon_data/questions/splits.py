@@ -136,8 +136,8 @@ class Count:
     per_volume: tuple[int, float, int]  # least, median and most questions
     answers: dict[str, int]  # the five most frequent, with their numbers
     distinct_answers: int
-    # The answer that is right most often, if it is always given: None where no question has one. It is right on a share
-    # of the questions, and of each subtask's, averaged over the subtasks: what papers print.
+    # The most frequent answer (None: no question has one), the share of questions on which it is right, and the mean of
+    # its shares in the subtasks, which papers print.
     constant_answer: str | None
     constant_accuracy: float | None
     constant_macro: float | None

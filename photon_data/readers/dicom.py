@@ -19,7 +19,7 @@ from photon_data.volume import Geometry
 
 SAME_SPACING = 1e-3  # largest relative difference of pixel spacings within one stack
 # How far a slice may lie from its place on the regular grid, as a part of the slice distance: a tenth.
-# Up to a quarter where this is what positions rounded to 0.1 mm make of thin slices.
+# Positions may be rounded to 0.1 mm, which is a larger part of thin slices: then up to a quarter is allowed.
 # A missing slice puts others off by half a distance or more.
 OFF_GRID, OFF_GRID_ROUNDED, ROUNDING_MM = 0.1, 0.25, 0.1
 ONE_FOLDER_EACH = "put each stack into a folder of its own"
@@ -70,7 +70,8 @@ def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
 def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHeader], Geometry]:
     """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column].
 
-    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared. Refused.
+    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared; it stays so. Raises
+    Refused for planes that form no regular stack.
     """
     _require_geometry(planes)
     _require_one_kind(planes)

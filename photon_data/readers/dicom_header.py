@@ -116,7 +116,7 @@ def read_planes(path: Path) -> list[PlaneHeader]:
     """Return the image planes of one file in its order; [] for DICOM objects without images (RTSTRUCT, SR, SEG, ...).
 
     Only the header is read. An enhanced multi-frame file gives one plane per frame. An old multi-frame file does not
-    say where its frames lie: it gives one plane without position. Refused.
+    say where its frames lie: it gives one plane without a position. Raises Refused for a damaged file.
     """
     sentence = "expected a DICOM header, found one that cannot be read; copy the file again"
     with refusing("dicom-unreadable", path, sentence):

@@ -12,6 +12,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from operator import attrgetter
@@ -55,10 +56,11 @@ def left_alone(ignored: Mapping[str, int]) -> str:
 def find_scans(root: Path, *, id_from: str = "path", on_file: Callable[[int], None] = lambda count: None) -> Found:
     """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
 
-    Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed: one into the root
-    leads to a file that is found anyway (or hidden, as DataLad keeps them: that one is taken), others are counted as
-    ignored. A file with a scan's suffix is always a source, whatever it holds; opening it says what is wrong. What
-    cannot be read is a source with its `problem` set. `on_file` gets the number of files seen so far.
+    Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed. A link to a
+    visible file in the root is passed over, since that file is found. A link to a hidden file in the root is taken
+    (DataLad keeps files so). Other links are counted as ignored. A file with a scan's suffix is always a source,
+    whatever it holds; opening it says what is wrong. What cannot be read is a source with its `problem` set. `on_file`
+    gets the number of files seen so far.
 
     UsageError where there is no `root`, or for an unknown `id_from`.
     """
@@ -174,17 +176,13 @@ class _Search:
         self.sources.append((Named(path, words), source))
 
     def _add_file(self, path: Path, suffix: str) -> None:
-        data, parts, why = path, self._parts(path), None
+        data, parts = path, self._parts(path)
         if suffix in DATA_FILES:
-            try:
+            with suppress(Refused, OSError):  # opening the source says what is wrong with it
                 data = DATA_FILES[suffix](path)
-            except Refused as refused:
-                why = refused
-            except OSError as error:
-                why = unreadable(path, error)
         self.data_files.add(data)
         words = (*parts[:-1], path.name[: -len(suffix)])
-        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix], why)
+        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix])
 
     def _add_dicom(self, files: list[Path]) -> None:
         """Add the series among the DICOM files of one folder, and each file that is unreadable or damaged."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from photon_data.errors import COPY_AGAIN, Refused, not_a, refusal
-from photon_data.readers.header import METAIMAGE_LAST, metaimage_text
+from photon_data.readers.header import METAIMAGE_LAST, metaimage_data_file, metaimage_text
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, mm_per_unit, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
@@ -66,7 +66,7 @@ def open_metaimage(source: Source, max_voxels: int) -> Scan:
     header = _Header({SYNONYMS.get(key, key): value for key, value in pairs}, path.name)
     if "NDims" not in header.fields or METAIMAGE_LAST not in header.fields:
         raise not_a("a MetaImage header", path, "name the file after what it is, or export it again")
-    data = source.files[-1]
+    data = metaimage_data_file(path)
     shape_zyx = grid_shape(_sizes(header), path.name, max_voxels)
     stored = _stored(header, data, text.length if data == path else 0, shape_zyx)
     return scan_of(stored, _geometry(header, shape_zyx), "metaimage", *_scaling(header))

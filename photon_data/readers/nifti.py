@@ -20,12 +20,13 @@ import numpy as np
 from nibabel.quaternions import quat2mat
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
+from photon_data.readers.header import nifti_data_file
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, read_head, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
 
 AFFINES = ("sform", "qform")
-# Asks for a header that says nothing of where its voxels are, because a table does.
+# A value of `affine`: the header must have no affine, since a table gives the grid.
 BLANK = "blank"
 
 # datatype code -> numpy's letter; what is not here is refused by name or as unknown.
@@ -35,8 +36,8 @@ MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 
 # Header extensions lie between header and voxels; a header that claims more of them is not believed.
 MAX_VOX_OFFSET = 1 << 26
-# How far apart sform and qform may place the corners of a scan: 0.1 mm, or this share of its diagonal. So much can a
-# quaternion in float32 lose near half a turn, the usual one for CT (its w is the root of a difference).
+# How far apart sform and qform may place the corners of a scan: 0.1 mm, or this share of its diagonal. A
+# float32 quaternion can be off by so much near half a turn, which is usual for CT (w is the root of a difference).
 AGREE_MM, AGREE_SHARE = 0.1, 1e-3
 LEAST_DEGREES = 0.05  # smaller turns are not worth a word
 
@@ -50,7 +51,7 @@ def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
     """
     path = source.files[0]
     header = _read_header(path)
-    data = source.files[-1]
+    data = nifti_data_file(path) if _is_pair(path) else path
     shape_zyx = grid_shape(_sizes(header, path.name), path.name, max_voxels)
     compression = _compression(data)
     skip = _vox_offset(header, header.single_vox_offset if data == path else 0, path.name)
@@ -87,7 +88,7 @@ def _read_header(path: Path) -> nib.Nifti1Header:
         raise refusal("truncated", path.name, f"a header of {length} bytes", len(head), COPY_AGAIN)
     header = version(head[:length], endianness=order, check=False)
     magic, magics = bytes(header["magic"])[:3], (version.single_magic, version.pair_magic)
-    if magic == magics[path.name.lower().endswith((".hdr", ".hdr.gz"))]:
+    if magic == magics[_is_pair(path)]:
         return header
     if magic in magics:
         expected = "the magic of a single file in .nii and of a pair in .hdr"
@@ -95,6 +96,10 @@ def _read_header(path: Path) -> nib.Nifti1Header:
     found = "a header without its magic (Analyze 7.5?), which has none"
     remedy = "convert it where the orientation is known"
     raise refusal("no-geometry", path.name, "NIfTI with an orientation", found, remedy)
+
+
+def _is_pair(path: Path) -> bool:
+    return path.name.lower().endswith((".hdr", ".hdr.gz"))
 
 
 def _sizes(header: nib.Nifti1Header, name: str) -> list[int]:

@@ -12,7 +12,7 @@ import nrrd as pynrrd
 import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, not_a, refusal
-from photon_data.readers.header import HeaderText, nrrd_text
+from photon_data.readers.header import HeaderText, nrrd_data_file, nrrd_text
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, mm_per_unit, scan_of, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
@@ -56,7 +56,7 @@ def open_nrrd(source: Source, max_voxels: int) -> Scan:
     if not (text.lines and text.lines[0].startswith("NRRD")):
         raise not_a("an NRRD header", path, "name the file after what it is, or export it again")
     header = _parse(text, path.name)
-    data = source.files[-1]
+    data = nrrd_data_file(path)
     sizes, directions = _spatial_axes(header, path.name)
     shape_zyx = grid_shape(sizes, path.name, max_voxels)
     dtype = _dtype(header, path.name)

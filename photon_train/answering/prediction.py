@@ -116,7 +116,7 @@ class PredictionFile:
 
     lines: TextIO
     done: set[str]  # ids that have an answer in it
-    changed: set[str]  # ids whose answer was removed, since it is one to another question
+    changed: set[str]  # ids whose answer was removed, since their question changed
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Add predictions. They are on disk when this returns."""

@@ -173,7 +173,7 @@ MOST_CLASSES = 12
 
 
 def _by_class(cases: Sequence[Case]) -> np.ndarray:
-    """Return float[n, 3 * classes]: the answer is the class, so are both, the response is; [n, 0] for too many."""
+    """Return float[n, 3 * classes], 0 or 1: answer is the class, answer and response are, response is; or [n, 0]."""
     classes = sorted({case.answer for case in cases})
     if len(classes) > MOST_CLASSES:
         return np.zeros((len(cases), 0))

@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
 
     rows: tuple[int, ...]  # indices into the manifest's rows
     number: int  # within its epoch; seeds what is random
-    weight: float = 1.0  # of its loss; in the last step of an epoch, 3 micro-batches for 4 slots: 4/3, 4/3, 4/3, 0
+    weight: float = 1.0  # of its loss: 4/3 where a last step has 3 micro-batches for 4 slots, and 0 for its filler
 
 
 def plan_epoch(
@@ -202,6 +202,49 @@ class MicroBatches(Dataset[Batch]):
         inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
 
 
+class Perturbation(Enum):
+    """What is done to a volume's patch rows."""
+
+    SHUFFLE_PATCHES = "rows in another order"
+    SHUFFLE_VOXELS = "rows in another order, and the voxels in each row"
+    KEEP_PATCHES = "some of the rows stay, the others are 0"
+    KEEP_VOXELS = "some of the voxel positions stay, the others are 0"
+    NOISE = "uniform noise"
+    ZEROS = "zeros"
+
+
+def draw_perturbation(config: PhotonConfig, generator: torch.Generator) -> Perturbation:
+    """Return one perturbation, drawn by the configuration's chances."""
+    chances = config.perturbation_chances
+    index = torch.multinomial(torch.tensor(list(chances.values())), 1, generator=generator)
+    return Perturbation[list(chances)[int(index)].upper()]
+
+
+def perturb(patches_PX: Tensor, how: Perturbation, config: PhotonConfig, generator: torch.Generator) -> Tensor:
+    """Return a new float[P, X], the patch rows of one volume, perturbed. Draws from the (CPU) generator only."""
+
+    def permuted(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator).to(patches_PX.device)
+
+    rows, voxels = patches_PX.shape
+    match how:
+        case Perturbation.SHUFFLE_PATCHES:
+            return patches_PX[permuted(rows)]
+        case Perturbation.SHUFFLE_VOXELS:
+            order_PX = torch.rand(rows, voxels, generator=generator).argsort(1).to(patches_PX.device)
+            return patches_PX[permuted(rows)].gather(1, order_PX)
+        case Perturbation.KEEP_PATCHES:
+            kept = permuted(rows)[: round(config.perturb_kept_patches * rows)]
+            return torch.zeros_like(patches_PX).index_copy(0, kept, patches_PX[kept])
+        case Perturbation.KEEP_VOXELS:
+            kept = permuted(voxels)[: round(config.perturb_kept_voxels * voxels)]
+            return torch.zeros_like(patches_PX).index_copy(1, kept, patches_PX[:, kept])
+        case Perturbation.NOISE:
+            return torch.rand(rows, voxels, generator=generator).to(patches_PX)
+        case Perturbation.ZEROS:
+            return torch.zeros_like(patches_PX)
+
+
 def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rng: random.Random) -> np.ndarray:
     """Return int16 HU of the same shape, changed at random by torchio (an extra). kind: intensity, affine or both.
 
@@ -269,46 +312,3 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
     ahead = dataset.config.prefetch if workers else None
     pinned = device.type == "cuda"
     yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)
-
-
-class Perturbation(Enum):
-    """What is done to a volume's patch rows."""
-
-    SHUFFLE_PATCHES = "rows in another order"
-    SHUFFLE_VOXELS = "rows in another order, and the voxels in each row"
-    KEEP_PATCHES = "some of the rows stay, the others are 0"
-    KEEP_VOXELS = "some of the voxel positions stay, the others are 0"
-    NOISE = "uniform noise"
-    ZEROS = "zeros"
-
-
-def draw_perturbation(config: PhotonConfig, generator: torch.Generator) -> Perturbation:
-    """Return one perturbation, drawn by the configuration's chances."""
-    chances = config.perturbation_chances
-    index = torch.multinomial(torch.tensor(list(chances.values())), 1, generator=generator)
-    return Perturbation[list(chances)[int(index)].upper()]
-
-
-def perturb(patches_PX: Tensor, how: Perturbation, config: PhotonConfig, generator: torch.Generator) -> Tensor:
-    """Return a new float[P, X], the patch rows of one volume, perturbed. Draws from the (CPU) generator only."""
-
-    def permuted(n: int) -> Tensor:
-        return torch.randperm(n, generator=generator).to(patches_PX.device)
-
-    rows, voxels = patches_PX.shape
-    match how:
-        case Perturbation.SHUFFLE_PATCHES:
-            return patches_PX[permuted(rows)]
-        case Perturbation.SHUFFLE_VOXELS:
-            order_PX = torch.rand(rows, voxels, generator=generator).argsort(1).to(patches_PX.device)
-            return patches_PX[permuted(rows)].gather(1, order_PX)
-        case Perturbation.KEEP_PATCHES:
-            kept = permuted(rows)[: round(config.perturb_kept_patches * rows)]
-            return torch.zeros_like(patches_PX).index_copy(0, kept, patches_PX[kept])
-        case Perturbation.KEEP_VOXELS:
-            kept = permuted(voxels)[: round(config.perturb_kept_voxels * voxels)]
-            return torch.zeros_like(patches_PX).index_copy(1, kept, patches_PX[:, kept])
-        case Perturbation.NOISE:
-            return torch.rand(rows, voxels, generator=generator).to(patches_PX)
-        case Perturbation.ZEROS:
-            return torch.zeros_like(patches_PX)

@@ -86,7 +86,7 @@ def load_optimizer_state(checkpoint: Path, model: nn.Module, unwrapped: nn.Modul
     whole: Any = {"state": dict(state), "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=_whole(strict=False))
     for name, parameter in unwrapped.named_parameters():
-        if name not in state:  # torch made one, which counts a step
+        if name not in state:  # it had no state when saved; torch made one that counts a step
             optimizer.state.pop(parameter, None)
 
 

@@ -96,8 +96,8 @@ def start(
     if not resume and (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds a run; go on with it with --resume, or choose another output")
     if bool(config.grounding) != (grounding is not None):
-        found_one = "found one of them; see grounding.grounding_of"
-        raise UsageError(f"grounding: expected it in the config and as an argument, {found_one}")
+        remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
+        raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
     last = next(reversed(checkpoints(folder)), None) if resume else None
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
