@@ -16,13 +16,13 @@ LARGEST = 1e30
 
 AIR_HU, TISSUE_HU, ABSURD_HU = (-1100, -850), (-200, 300), -4000
 LEAST_AIR, LEAST_TISSUE, MOST_ABSURD = 0.001, 0.005, 0.9
-# A second rescaling puts air and lung into the first range, and fat into the other. The noise of sharp kernels, as wide
-# above the mode of air as below it, and padding may lie there too. Lossy compression spreads padding a little; more of
-# that passes below TWICE_AIR_HU, where a second intercept of -1000 or -1024 puts no air.
+# A second rescaling puts air and lung into the first range, and fat into the other. The noise of sharp kernels, as
+# wide above the mode of air as below it, and padding may lie there too. Lossy compression spreads padding a little;
+# more of that passes below TWICE_AIR_HU, where a second intercept of -1000 or -1024 puts no air.
 TWICE_HU, TWICE_AIR_HU, MOST_TWICE = ((-4000, -1700), (-1300, -1150)), -2300, 0.05
 PADDINGS, LOSSY, LOSSY_BELOW, NEAR_HU, FAR_HU = 2, 2, 16, 50, (720, 1000)
-# More than this share as dense as bone is soft tissue that was never rescaled, where "air" is one value only (padding),
-# and not one that HU are clipped to.
+# More than this share as dense as bone is soft tissue that was never rescaled, where "air" is padding: one value, and
+# not one that HU are clipped to.
 DENSE_HU, MOST_DENSE, CLIPPED_HU, MOST_OF_AIR = 700, 0.25, (-1000, -1024), 0.9
 # Beyond all bone, more than this share of one value is padding that the header does not declare.
 BEYOND_BONE_HU, MOST_BEYOND_BONE = 1500, 0.05

@@ -269,7 +269,7 @@ def prepare_file(job: Job) -> VolumeRecord:
 
 
 def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
-    """Tell whether a table was applied on top of the slices' own slopes, which are floats, as earlier versions did."""
+    """Tell whether a table came on top of slopes per slice, as in earlier versions: only such DICOM is float32."""
     return facts.get("format") == "dicom" and facts.get("dtype") == "float32" and facts.get("rescale") != "header"
 
 

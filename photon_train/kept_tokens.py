@@ -115,7 +115,7 @@ def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = 
         raise UsageError(f"expected masks (.nii.gz and the like) in {folder}, found none")
     scans = {source.id: open_scan(source) for source in sources if names is None or source.id in names}
     return [
-        count_mask(name, Volume(np.stack([plane != 0 for plane in scan.planes()]), scan.geometry), cells)
+        count_mask(name, Volume(np.stack([np.nan_to_num(plane) != 0 for plane in scan.planes()]), scan.geometry), cells)
         for name, scan in scans.items()
     ]
 

@@ -217,18 +217,6 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
     )
 
 
-def _padding(dataset: FileDataset, order: str) -> tuple[int, int] | None:
-    """Return the stored values that begin and end the range of padding, whatever type they are written as; or None."""
-    found = []
-    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        value = dataset.get(keyword)
-        if isinstance(value, bytes):  # its type depends on PixelRepresentation, which may be missing
-            value = struct.unpack_from(f"{order}H", value)[0] if len(value) >= 2 else None
-        found.append(value if isinstance(value, int) else None)
-    value, limit = found
-    return None if value is None else (value, value if limit is None else limit)
-
-
 def _is_image(path: Path, dataset: FileDataset) -> bool:
     """Tell images from the objects beside them; Refused where a file ends before it says what it is."""
     sop_class = as_uid(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
@@ -301,6 +289,18 @@ def _perpendicular_pair(cosines: np.ndarray | None) -> np.ndarray | None:
         return None
     turned = np.cross(down_column, np.cross(along_row, down_column))
     return np.array([turned / np.linalg.norm(turned), down_column / np.linalg.norm(down_column)])
+
+
+def _padding(dataset: FileDataset, order: str) -> tuple[int, int] | None:
+    """Return the stored values that begin and end the range of padding, whatever type they are written as; or None."""
+    found = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        value = dataset.get(keyword)
+        if isinstance(value, bytes):  # its type depends on PixelRepresentation, which may be missing
+            value = struct.unpack_from(f"{order}H", value)[0] if len(value) >= 2 else None
+        found.append(value if isinstance(value, int) else None)
+    value, limit = found
+    return None if value is None else (value, value if limit is None else limit)
 
 
 def _digest(uid: Any) -> str:

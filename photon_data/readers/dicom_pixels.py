@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GDCM = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91))
 # Bytes behind the pixels that pass as padding; more means that rows or columns are not what the header says.
 MAX_PADDING = 4096
-# What a body can show, from lung to metal in 12 bits. Beyond NO_BODY_HU, lossy compression may shift padding so far.
+# What a body can show, from lung to metal in 12 bits. Padding beyond NO_BODY_HU may be LOSSY values off.
 BODY_HU, NO_BODY_HU, LOSSY = (-850, 3071), (-1500, 1500), 16
 ITEM = 0xE000FFFE  # tag of each piece of compressed pixel data, read as a little-endian word
 

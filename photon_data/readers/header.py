@@ -18,6 +18,7 @@ METAIMAGE_LAST = "ElementDataFile"
 MAX_HEADER_BYTES = 1 << 20
 MAX_REFERENCE = 255
 DATA_FILE = ("data file", "datafile")
+LIST_OF_FILES = re.compile(r"data ?file:\s*LIST\b", re.IGNORECASE)
 
 
 class HeaderText(NamedTuple):
@@ -28,8 +29,8 @@ class HeaderText(NamedTuple):
 
 
 def nrrd_text(path: Path) -> HeaderText:
-    """Return the header of an NRRD file, to the empty line that ends it; Refused."""
-    return _text(path, lambda line: line == "")
+    """Return the header of an NRRD file, to the empty line that ends it or its list of data files; Refused."""
+    return _text(path, lambda line: line == "" or LIST_OF_FILES.match(line) is not None)
 
 
 def metaimage_text(path: Path) -> HeaderText:
