@@ -38,7 +38,7 @@ def prepare(
     modality: terminal.Modality = None,
     nan: terminal.Nan = None,
     hu_source: terminal.HuSource = "header",
-    id_from: terminal.IdFrom = "path",
+    id_from: terminal.IdFrom = "auto",
     id_prefix: terminal.IdPrefix = "",
     limit: terminal.Limit = None,
     overwrite: Overwrite = False,
@@ -86,7 +86,7 @@ def inspect(
     nan: terminal.Nan = None,
     hu_source: terminal.HuSource = "header",
     columns: terminal.Columns = [],  # noqa: B006
-    id_from: terminal.IdFrom = "path",
+    id_from: terminal.IdFrom = "auto",
     id_prefix: terminal.IdPrefix = "",
     limit: terminal.Limit = None,
     workers: terminal.WorkerCount = None,

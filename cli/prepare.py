@@ -125,7 +125,7 @@ class PreparingBar(ProgressBar, planning.Callback):
         self.states[record.state] += 1
         self.done_bytes += record.bytes_in
         if not record.is_there and record.reason:
-            console.print(f"{record.state} {record.source}: {record.reason}", soft_wrap=True)
+            console.print(f"{record.state} {record.name}: {record.reason}", soft_wrap=True)
         minutes = max((time.monotonic() - self.start_s) / 60, 1e-9)
         done = self.states.total()
         rate = (done - self.states["unchanged"]) / minutes
@@ -203,17 +203,19 @@ def print_status(out: Location) -> None:
     gigabytes = sum(record.store_bytes or 0 for record in records if record.is_there) / 1e9
     names = ["source folder", "volumes", "without", "unchanged", "changed", "new", "gone"]
     rows = []
+    private = {record.root for record in records if record.hidden}
     for part in parts:
+        root = "(private)" if part.root in private else part.root or "(not recorded)"
         without = ", ".join(f"{count} x {code}" for code, count in part.codes.items())
         found = ["?"] * 4 if part.gone is None else [part.unchanged, part.changed, part.new, len(part.gone)]
-        rows.append([part.root or "(not recorded)", without, str(part.there), *map(str, found)])
+        rows.append([root, without, str(part.there), *map(str, found)])
     names[1:3] = ["without a volume", "volumes"]
     print_table(f"{out.url}: {gigabytes:,.2f} GB of stores", names, rows, texts=2)
     questions = kept_questions(out)
     if questions:
         counts = [[name, f"{len(own):,}"] for name, own in questions.items()]
         print_table("questions", ["data set", "questions"], counts, texts=1)
-    if missing := [part.root for part in parts if part.gone is None]:
+    if missing := [part.root for part in parts if part.gone is None and part.root not in private]:
         print_lines([f"not there now, so nothing is known of what changed: {first_few(missing)}"])
     print_lines(["The next prepare of a source does its changed and new scans. `prune` takes away what is gone."])
 
@@ -261,11 +263,11 @@ def print_findings(
     """Print a row per scan, write them to `json_file` if given, and return whether all could be prepared."""
     names = ["id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"]
     print_table(f"{len(records)} scans in {source}", names, map(_findings, records))
-    same = (", ".join(record.source for record in group) for group in duplicates(records))
+    same = (", ".join(record.name for record in group) for group in duplicates(records))
     print_lines(f"the same content: {sources}" for sources in same)
     _print_ignored(ignored)
     if json_file:
-        json_file.write_bytes(jsonl_bytes({**vars(record), "findings": all_remarks(record)} for record in records))
+        json_file.write_bytes(jsonl_bytes({**record.row(), "findings": all_remarks(record)} for record in records))
     return all(record.state == READY for record in records)
 
 

@@ -162,7 +162,9 @@ Modality = Annotated[str | None, Option(help="ct refuses intensities that are no
 Nan = Annotated[str | None, Option(help="refuse scans with NaN or infinite voxels, or fill those voxels.")]
 HuSource = Annotated[str, Option(help="header, stored (no scaling) or a table: volume, slope, intercept.")]
 Columns = Annotated[list[str], Option(help="Column names of your tables: volume=VolumeName,question=Question.")]
-IdFrom = Annotated[str, Option(help="Volume ids from the relative path, the file name, or a hash: path, name, hash.")]
+IdFrom = Annotated[
+    str, Option(help="Ids from path, name, hash (of the path) or key (a secret); auto: key for DICOM, else path.")
+]
 IdPrefix = Annotated[str, Option(help="What the ids of this source begin with: siteB_.")]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N scans.")]
 WorkerCount = Annotated[int | None, Option(min=1, help="Local workers; from cores and memory if not given.")]

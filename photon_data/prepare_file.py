@@ -27,6 +27,7 @@ from photon_data.hounsfield import (
     refuse_scaled_before,
     volume_statistics,
 )
+from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK
@@ -116,8 +117,11 @@ class Job:
         is_lasting = more["code"] not in PASSING if state == REFUSED else state == FAILED and more["code"] in LASTING
         if is_lasting and not source.problem:
             more["key"] = self.refusal_key()
-        root = source.root or None
-        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, root=root, **more)
+        if source.hidden and more.get("reason"):
+            names = [part for file in source.files for part in (str(file), *file.parts[1:])]
+            more["reason"] = without_names(more["reason"], [*names, *source.path.split("/")])
+        more |= {"root": source.root or None, "patient": source.patient or None, "hidden": source.hidden}
+        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
 
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
         """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""

@@ -6,12 +6,13 @@ import hmac
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.private import read_names, save_names
 from photon_data.recipe import ALGORITHM, Recipe
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
@@ -26,7 +27,7 @@ READY = "ready"
 
 @dataclass(frozen=True)
 class VolumeRecord:
-    """What became of one input; `vars(record)` is its row.
+    """What became of one input; `record.row()` is its row.
 
     `facts` are what was measured on the way, as stored in the store too:
     format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
@@ -55,11 +56,22 @@ class VolumeRecord:
     facts: dict[str, Any] | None = None
     seconds: float | None = None  # wall time of the work; None where it was done by an earlier run
     root: str | None = None  # the source folder; None in rows of versions that did not record it
+    patient: str | None = None  # a keyed hash of the patient's ID, of DICOM
+    hidden: bool = False  # source and root may be a patient's name: they are in the private file, not in the row
 
     @property
     def is_there(self) -> bool:
         """Whether the volume's store exists: it was prepared, now or earlier."""
         return self.state in (PREPARED, UNCHANGED)
+
+    @property
+    def name(self) -> str:
+        """What people may be shown: the source's path, or the id where that is hidden."""
+        return self.id if self.hidden else self.source
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of volumes.jsonl, without what is hidden."""
+        return vars(self) | ({"source": "", "root": None} if self.hidden else {})
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
@@ -73,15 +85,28 @@ class VolumeRecord:
 def read_records(out: Location) -> list[VolumeRecord]:
     """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
     try:
-        return [VolumeRecord.from_json(row) for row in from_jsonl((out.read(VOLUMES) or b"").decode())]
+        records = [VolumeRecord.from_json(row) for row in from_jsonl((out.read(VOLUMES) or b"").decode())]
     except (ValueError, TypeError) as error:
         remedy = "remove it, stores are recognised without it"
         raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; {remedy}") from None
+    if not any(record.hidden for record in records):
+        return records
+    names = read_names(out)
+    return [_named(record, *names[record.id]) if record.id in names else record for record in records]
+
+
+def _named(record: VolumeRecord, root: str, source: str) -> VolumeRecord:
+    return replace(record, root=root, source=source) if record.hidden else record
 
 
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
-    """Write volumes.jsonl, whole."""
-    out.write(VOLUMES, jsonl_bytes(map(vars, records)))
+    """Write volumes.jsonl, whole, and what it hides to the private file."""
+    records = list(records)
+    if hidden := [record for record in records if record.hidden]:
+        known = read_names(out)
+        names = {record.id: (record.root, record.source) if record.root else known.get(record.id) for record in hidden}
+        save_names(out, ((id, *place) for id, place in names.items() if place))
+    out.write(VOLUMES, jsonl_bytes(record.row() for record in records))
 
 
 def lock_of(

@@ -31,6 +31,8 @@ class Source:
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
     code: str = "unreadable"  # of the refusal then
     root: str = ""  # the folder that `path` starts from
+    patient: str = ""  # what tells patients apart, where headers say: of a hidden one, a keyed hash
+    hidden: bool = False  # its names may be a patient's: only the private file has them
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def prune(
             out.remove(store_name(id))
             on_removed(id)
         recipe = Recipe.from_json(dataset["recipe"])
-        request = Request(Path(dataset["source"]), out, recipe, allow_leaks=True)
+        request = Request(Path(dataset["source"] or ""), out, recipe, allow_leaks=True)
         everything = [question for own in questions.values() for question in own]
         return finish(request, [], rows, everything or None)
 

@@ -18,6 +18,7 @@ from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job, already_there, fingerprint, recipe_digest
+from photon_data.private import keyed, new_key, private_folder, read_key
 from photon_data.questions.manifest import KEPT, Manifests, Match, Unmatched, by_name, kept_questions, refuse_unsound
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
@@ -62,7 +63,8 @@ class Request:
     columns: Mapping[str, str] = field(default_factory=dict)  # {our name: name in the tables}
     # Share of each split, where the table of questions has no splits.
     fractions: Mapping[str, float] = field(default_factory=lambda: FRACTIONS)
-    id_from: str = "path"  # what volume ids are made from: "path", "name" or "hash"
+    # What volume ids are made from: "path", "name", "hash" or "key"; "auto" is "key" for DICOM and "path" for others.
+    id_from: str = "auto"
     id_prefix: str = ""  # what the ids of this source and the name of its questions begin with
 
 
@@ -91,6 +93,7 @@ class Gathered(NamedTuple):
     unmatched: Sequence[Unmatched] = ()  # questions whose volume is known not to exist
     ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
     notes: Sequence[str] = ()  # sentences for the person who reads along
+    key: str | None = None  # that ids and patients were made with
 
 
 class Plan(NamedTuple):
@@ -214,7 +217,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
     sources, ignored = find_scans(
         request.source,
-        id_from=request.id_from,
+        id_from="path" if request.id_from in ("auto", "key") else request.id_from,
         id_prefix=request.id_prefix,
         known_ids=_ids_of_earlier_runs(request),
         on_file=callback.on_file,
@@ -222,6 +225,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
+    sources, key = _with_hidden_names(request, sources)
     rescale, out = rescaling(request.hu_source, sources, request.columns), request.out.at("")
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale(source), overwrite=request.overwrite)
@@ -234,9 +238,40 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         matches = [find(question.volume) for question in asked]
         notes = _notes_of_unmatched(asked, matches, sources)
         named = zip(asked, matches, strict=True)
-        asked = [replace(q, volume=match.id or q.volume, dataset=name) for q, match in named]
+        patients = {source.id: source.patient or None for source in sources}
+        asked = [
+            replace(q, volume=match.id or q.volume, dataset=name, patient=q.patient or patients.get(match.id or ""))
+            for q, match in named
+        ]
+        unknown = sum(not (question.split or question.patient) for question in asked)
+        if unknown:
+            notes = [*notes, f"{unknown} questions have no patient: their splits are drawn by volume"]
         questions[name] = assign_splits(asked, fractions=request.fractions, seed=request.seed)
-    return Gathered(jobs, questions, ignored=ignored, notes=notes)
+    return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
+
+
+def _with_hidden_names(request: Request, sources: Sequence[Source]) -> tuple[list[Source], str | None]:
+    """Return the sources, ids and patients of some made from a key, and that key, None where none is needed.
+
+    Names of DICOM files and folders may be a patient's; with ids from "key" those of all files are taken to be.
+    """
+    hidden = {"auto": {"dicom"}, "key": {source.format for source in sources}}.get(request.id_from, set())
+    if not hidden & {source.format for source in sources}:
+        return [replace(source, patient="") for source in sources], None
+    known = {(r.root, r.source): r.id for r in read_records(request.out)}
+    key = read_key(request.out)
+    if key is None and any(r.hidden for r in read_records(request.out)):
+        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
+        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
+    key = key or new_key()
+    made = []
+    for source in sources:
+        if source.format in hidden:
+            id = known.get((source.root, source.path), f"{request.id_prefix}v{keyed(key, source.path)}")
+            patient = source.patient and f"p{keyed(key, source.patient)}"
+            source = replace(source, id=id, patient=patient, hidden=True)
+        made.append(source)
+    return made, key
 
 
 def _notes_of_unmatched(
@@ -300,7 +335,8 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     for volume in combined.volumes[: request.limit]:
         recipe, policy = recipes[volume.dataset.name]
         policy = replace(policy, max_voxels=largest)
-        jobs.append(Job(volume.source, out, recipe, policy, volume.rescale, volume.table_grid, request.overwrite))
+        source = replace(volume.source, patient="")
+        jobs.append(Job(source, out, recipe, policy, volume.rescale, volume.table_grid, request.overwrite))
     return jobs
 
 
@@ -382,7 +418,10 @@ def _refuse_namesakes(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], r
         owner = owners.get(source.id.casefold())
         known = ids.get((source.root, source.path), source.id)
         if owner is not None and owner.root not in together and not _is_same_scan(source, owner):
-            found.append(f"{source.id} is {owner.source} of {owner.root}, not {source.path} of {source.root}")
+            other = f"{source.path} of {source.root}" if not source.hidden else "this one"
+            found.append(
+                f"{source.id} is {owner.name} of {'another source' if owner.hidden else owner.root}, not {other}"
+            )
         elif known != source.id and before[known].is_there:
             found.append(f"{source.path} of {source.root} is {known}, not {source.id}")
     if found:

@@ -18,6 +18,7 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
+from photon_data.private import read_key, save_key
 from photon_data.questions.manifest import (
     Manifests,
     Unmatched,
@@ -60,6 +61,11 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     with exclusive(out):
         todo = plan(gathered.jobs, request)
         questions = collect(gathered, out, request.allow_leaks)
+        if gathered.key and read_key(out) is None:
+            place = save_key(out, gathered.key)
+            callback.on_note(
+                f"a key was made, from which ids and patients are: {place}. Keep it, and keep it to yourself"
+            )
         callback.on_plan(todo, gathered.ignored)
         _write_dataset(request, todo.done, todo.kept, manifests=None)
         for name, asked in gathered.questions.items():
@@ -86,7 +92,7 @@ def finish(
         open_volume=lambda record: open_volume(out.at(record.store or ""), "model"),
         pictures=request.pictures,
         title=out.at("").rstrip("/").rpartition("/")[2],
-        source=request.source.name,
+        source="" if any(record.hidden for record in rows) else request.source.name,
         tools=versions,
     )
     out.write(REPORT, page)
@@ -127,7 +133,7 @@ def _write_dataset(
     """Write dataset.json and return it; `manifests` are {name: SHA-256}, None while the run is not finished."""
     dataset = {
         "format": 1,
-        "source": str(request.source),
+        "source": None if any(record.hidden for record in [*records, *kept]) else str(request.source),
         "recipe": request.recipe.to_json(),
         "digest": request.recipe.digest,
         "paths": paths_of(request),

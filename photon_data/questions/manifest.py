@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -79,6 +80,7 @@ def build(
     records, place = sorted(records, key=lambda record: record.id), Location(str(out))
     at = place.at if paths == "absolute" else str
     videos = {record.id: at(str(record.store)) for record in records if record.is_there}
+    patients = {record.id: record.patient for record in records}
     reasons = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
     if questions is None:
         questions = [Question(name, name, instruction, split=ALL) for name in videos]
@@ -99,6 +101,7 @@ def build(
     mixed = {name for name in extra_names if _is_mixed(_as_text(q.extra.get(name)) for q, _ in matched)}
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):
+        q = q if q.patient or not patients[volume_id] else replace(q, patient=patients[volume_id])
         rows[str(q.split)].append(_row(q, volume_id, videos[volume_id], q.dataset or dataset, extra_names, mixed))
     without_questions = videos.keys() - {volume_id for _, volume_id in matched}
     return Manifests(dict(sorted(rows.items())), sorted(unmatched), sorted(without_questions))

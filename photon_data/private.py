@@ -1,0 +1,89 @@
+"""Names that stay at home: the key that makes ids of them, and the file that says which scan has which id.
+
+Both lie in a folder beside OUT, never in it: /data/prepared has /data/prepared.private. For an object store the folder
+is in the working directory.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from photon_data.errors import UsageError
+from photon_data.files import Location, from_jsonl, jsonl_bytes, write_whole
+
+KEY, NAMES = "key", "names.jsonl"
+DIGITS = 16
+
+
+def private_folder(out: Location) -> Path:
+    """Return the folder of the key and of the names that belong to a prepared folder."""
+    if out.is_local:
+        return out.path.with_name(f"{out.path.name}.private")
+    return Path.cwd() / f"{out.url.rstrip('/').rpartition('/')[2]}.private"
+
+
+def read_key(out: Location) -> str | None:
+    """Return the key of a prepared folder, None where it has none; UsageError for a file that is no key."""
+    path = private_folder(out) / KEY
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"expected a key that can be read, found {path}: {error}") from None
+    if not re.fullmatch(r"[0-9a-f]{32,}", key):
+        raise UsageError(f"expected a key (32 hex digits or more), found something else in {path}; bring the key back")
+    return key
+
+
+def new_key() -> str:
+    """Return a random key."""
+    return secrets.token_hex(32)
+
+
+def keyed(key: str, text: str) -> str:
+    """Return a hash of a name, the same for the same key only."""
+    return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:DIGITS]
+
+
+def save_key(out: Location, key: str) -> Path:
+    """Write the key, readable for its owner only; return its place."""
+    _write(private_folder(out) / KEY, f"{key}\n".encode())
+    return private_folder(out) / KEY
+
+
+def read_names(out: Location) -> dict[str, tuple[str, str]]:
+    """Return {id: (root, path)} of scans whose names are hidden; UsageError for a damaged file."""
+    path = private_folder(out) / NAMES
+    try:
+        return {row["id"]: (row["root"], row["source"]) for row in from_jsonl(path.read_text(encoding="utf-8"))}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"expected rows of id, root and source, found {path} damaged ({error}); bring it back"
+        ) from None
+
+
+def save_names(out: Location, names: Iterable[tuple[str, str, str]]) -> None:
+    """Write the rows (id, root, path), whole, readable for their owner only."""
+    rows = [dict(zip(("id", "root", "source"), row, strict=True)) for row in sorted(names)]
+    _write(private_folder(out) / NAMES, jsonl_bytes(rows))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with write_whole(path) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(content)
+
+
+def without_names(text: str, names: Iterable[str]) -> str:
+    """Return a sentence with "(name)" in place of file and folder names, which may be a patient's."""
+    for name in sorted({name for name in names if name}, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", "(name)", text)
+    return text
