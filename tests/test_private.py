@@ -1,0 +1,148 @@
+"""Patients' names in headers, file names and folders: no output but the private file has them."""
+
+import csv
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_files import write_series
+from raw import write_scan
+from scans import ct_like
+from typer.testing import CliRunner
+
+from photon_cli.data import app
+from photon_data.files import from_jsonl
+
+NAME = "Mustermann"
+SMALL = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "1"]
+
+
+def cli(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "300"})
+    return result.exit_code, result.output
+
+
+def write_patient(folder, patient, seed=0, **more):
+    """Write a CT series whose header, files and folder are full of a name."""
+
+    def edit(ds, z):
+        ds.PatientName, ds.PatientID = f"{NAME}^{patient}", f"{NAME}-{patient}"
+        ds.InstitutionName, ds.SeriesDescription = f"Clinic {NAME}", f"CT of {NAME}"
+
+    stored = ct_like((16, 30, 24), seed) + 1024
+    names = [f"{NAME}_{patient}_{z:03d}.dcm" for z in range(16)]
+    return write_series(folder / f"{NAME}_{patient}", stored.astype(np.uint16), edit=edit, names=names, bits=12, **more)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    write_patient(tmp_path / "raw" / "first", "Erika", 1)
+    write_patient(tmp_path / "raw" / "second", "Erika", 2)  # another series of the same patient
+    write_patient(
+        tmp_path / "raw" / "first", "Max", 3, slices=[*range(7), *range(9, 16)]
+    )  # refused: slices are missing
+    return tmp_path / "raw"
+
+
+def rows_of(out, name):
+    return from_jsonl((out / name).read_text())
+
+
+def whoever_is_named(*places):
+    """The files below the places whose path or content has the name."""
+    files = [path for place in places for path in [place, *place.rglob("*")] if NAME.lower() in path.name.lower()]
+    for path in (path for place in places for path in place.rglob("*") if path.is_file()):
+        if NAME.lower().encode() in path.read_bytes().lower():
+            files.append(path)
+    return files
+
+
+def test_no_output_but_the_private_file_has_a_patients_name(raw, tmp_path, monkeypatch):
+    out, private = tmp_path / "out", tmp_path / "out.private"
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "q.csv"
+    with table.open("w", newline="") as file:
+        rows = [
+            ("volume", "question", "answer"),
+            (f"first/{NAME}_Erika", "Nodule?", "no"),
+            (f"second/{NAME}_Erika", "?", "yes"),
+        ]
+        csv.writer(file).writerows(rows)
+    said = [
+        cli("inspect", raw),
+        cli("prepare", raw, out, "--questions", table, *SMALL),
+        cli("prepare", raw, out, *SMALL),
+    ]
+    said += [
+        cli("verify", out),
+        cli("status", out),
+        cli("export", out, "--format", "nifti", "--to", tmp_path / "nifti"),
+    ]
+    said += [cli("show", next((out / "volumes").iterdir())), cli("show", raw / "second")]
+    assert [code for code, _ in said] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert NAME.lower() not in "".join(text for _, text in said).lower()
+    assert "refused v" in said[1][1]
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    for path in tmp_path.glob("*.png"):
+        shutil.move(path, shown)
+    assert len(list(shown.iterdir())) == 2
+    assert whoever_is_named(out, tmp_path / "nifti", shown) == []
+
+    assert {row["source"].partition("#")[0] for row in rows_of(private, "names.jsonl")} == {
+        f"first/{NAME}_Erika",
+        f"second/{NAME}_Erika",
+        f"first/{NAME}_Max",
+    }
+    assert [stat.S_IMODE((private / name).stat().st_mode) for name in ("key", "names.jsonl")] == [0o600, 0o600]
+
+    # the patient's two series are in one split, whatever their names
+    found = [row for path in (out / "manifests").iterdir() for row in from_jsonl(path.read_text())]
+    assert len(found) == 2
+    assert len({row["patient"] for row in found}) == len({row["split"] for row in found}) == 1
+    assert found[0]["patient"].startswith("p")
+
+
+def test_ids_from_a_key_stay_and_tell_nothing_without_it(raw, tmp_path):
+    ids = []
+    for out in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        cli("prepare", raw, out, *SMALL)
+        ids.append({row["id"]: row["state"] for row in rows_of(out, "volumes.jsonl")})
+    assert ids[0].keys() == ids[1].keys()
+    assert sorted(ids[1].values()) == ["refused", "unchanged", "unchanged"]
+    assert not ids[0].keys() & ids[2].keys()
+    shutil.rmtree(tmp_path / "a.private")
+    code, text = cli("prepare", raw, tmp_path / "a", *SMALL)
+    assert code == 2
+    assert "a.private with the key and the names" in text
+    assert cli("verify", tmp_path / "a")[0] == 0
+
+
+def test_names_of_nifti_are_hidden_on_request_and_those_of_dicom_are_shown_on_request(raw, tmp_path):
+    scan = write_scan(tmp_path / "nifti" / f"{NAME}_Erika.nii.gz")
+    image = nibabel.load(scan)
+    image.header["descrip"] = NAME.encode()
+    nibabel.save(image, scan)
+    code, text = cli("prepare", tmp_path / "nifti", tmp_path / "out", "--id-from", "key", *SMALL)
+    assert (code, NAME in text, whoever_is_named(tmp_path / "out")) == (0, False, [])
+    cli("prepare", raw, tmp_path / "shown", "--id-from", "path", *SMALL)
+    assert any(NAME in row["id"] for row in rows_of(tmp_path / "shown", "volumes.jsonl"))
+    assert not (tmp_path / "shown.private").exists()
+
+
+def test_a_pruned_patient_leaves_the_private_file_too(raw, tmp_path):
+    out = tmp_path / "out"
+    cli("prepare", raw, out, *SMALL)
+    shutil.rmtree(raw / "second")
+    (gone,) = [
+        row["id"] for row in rows_of(tmp_path / "out.private", "names.jsonl") if row["source"].startswith("second")
+    ]
+    code, text = cli("prune", out, "--yes")
+    assert (code, f"{gone}: its scan is gone" in text) == (0, True)
+    assert gone not in (tmp_path / "out.private" / "names.jsonl").read_text()
+    assert json.loads((out / "dataset.json").read_text())["source"] is None
+    assert Path(out, "volumes", f"{gone}.ome.zarr").exists() is False
