@@ -63,7 +63,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
         settings = [f"{key}={given[name]}" for key, name in policy_options.items() if given[name] is not None]
         recipe, policy = named_recipe(given["recipe"], [*given["settings"], *settings])
-        fields += ["seed", "questions", "hu_source", "id_from"]
+        fields += ["seed", "questions", "hu_source", "id_from", "include", "exclude", "follow_links"]
         run = {name: given[name] for name in fields if name in given}
         if "split" in given:  # inspect asks no questions
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}

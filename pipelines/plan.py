@@ -37,7 +37,7 @@ NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 class Request:
     """A request about a folder of scans with tables about it, or about the data sets of a data_manifest.yaml.
 
-    Every data set has its own recipe name, policy, questions and splits; the last five fields are a folder's.
+    Every data set has its own recipe name, policy, questions and splits; the fields from `hu_source` are a folder's.
     """
 
     source: Path  # a folder of scans, one scan, or the data_manifest.yaml
@@ -58,6 +58,9 @@ class Request:
     # Share of each split, where the table of questions has no splits.
     fractions: Mapping[str, float] = field(default_factory=lambda: FRACTIONS)
     id_from: str = "path"  # what volume ids are made from: "path", "name" or "hash"
+    include: Sequence[str] = ()  # globs of what is looked at, and of what is not; see `find_scans`
+    exclude: Sequence[str] = ()
+    follow_links: bool = True
 
 
 class Callback:
@@ -196,7 +199,14 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         questions = read_questions(request.questions, columns)
         questions = with_prompt_style(questions, request.prompt, "shown") if request.prompt else questions
-    sources, ignored = find_scans(request.source, id_from=request.id_from, on_file=callback.on_file)
+    sources, ignored = find_scans(
+        request.source,
+        id_from=request.id_from,
+        on_file=callback.on_file,
+        include=request.include,
+        exclude=request.exclude,
+        follow_links=request.follow_links,
+    )
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")

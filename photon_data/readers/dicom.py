@@ -131,7 +131,7 @@ def _apart(planes: Sequence[PlaneHeader]) -> str:
 
 
 def _require_one_plane_per_position(planes: Sequence[PlaneHeader], along: np.ndarray) -> None:
-    """Refuse planes sorted by position `along` the normal [n] where some positions, or all, are taken more than once."""
+    """Refuse planes, sorted by position `along` the normal [n], where some or all positions are taken twice."""
     first_of_each = np.flatnonzero(np.r_[True, np.diff(along) >= SAME_POSITION_MM])
     times = np.diff(np.r_[first_of_each, len(along)])
     if len(times) == 1:

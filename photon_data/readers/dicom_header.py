@@ -40,16 +40,18 @@ FRAME_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValu
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
 # Tags that tell the volumes of one series apart: passes, phases, reconstructions. Only hashes of them are kept.
 SPLIT_TAGS = (
-    "AcquisitionNumber TemporalPositionIdentifier AcquisitionTime AcquisitionDateTime TriggerTime ContentTime "
-    "NominalPercentageOfCardiacPhase ImageType ConvolutionKernel SliceThickness ReconstructionDiameter KVP EchoTime "
-    "EchoNumbers SeriesNumber"
-).split()
+    *("AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime", "AcquisitionDateTime", "TriggerTime"),
+    *("ContentTime", "NominalPercentageOfCardiacPhase", "ImageType", "ConvolutionKernel", "SliceThickness"),
+    *("ReconstructionDiameter", "KVP", "EchoTime", "EchoNumbers", "SeriesNumber"),
+)
 # Nothing else of a header is ever read: no name, no free text. The patient's id is hashed together with the study.
 KEYWORDS = (
-    f"SOPClassUID SOPInstanceUID StudyInstanceUID PatientID SeriesInstanceUID ConcatenationUID NumberOfFrames {PER_FRAME} {SHARED} "
-    "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel PhotometricInterpretation "
-    "BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence"
-).split() + SPLIT_TAGS
+    f"SOPClassUID SOPInstanceUID StudyInstanceUID PatientID SeriesInstanceUID ConcatenationUID {PER_FRAME} {SHARED} "
+    "NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
+    "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept "
+    "ModalityLUTSequence"
+).split()
+KEYWORDS.extend(SPLIT_TAGS)
 # Names (in the standard) of images that are slices of a volume, also where their header lost its place.
 VOLUMES = ("CT Image", "MR Image", "MR Color", "PET Image", "Positron", "Nuclear Medicine", "3D", "Tomosynthesis")
 # Values of ImageType that say what is no slice.
@@ -92,6 +94,7 @@ class PlaneHeader(NamedTuple):
     study: str  # of the study and the patient's id together
     series: str
     tags: tuple[str, ...]  # of each of SPLIT_TAGS, "" where there is none
+    acquired: float | None  # AcquisitionTime as the number HHMMSS: only its order counts
     container: str  # of the frames of one file: its name or hashed concatenation; "" where it has one frame
     localizer: bool
     color: bool
@@ -299,6 +302,7 @@ def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, fr
         instance=_digest(dataset.get("SOPInstanceUID")),
         study=_digest(f"{dataset.get('StudyInstanceUID')} {_text(dataset, 'PatientID')}"),
         series=_digest(dataset.get("SeriesInstanceUID")),
+        acquired=None if (clock := _numbers([dataset], "AcquisitionTime", 1)) is None else float(clock[0]),
         tags=tuple(text and _digest(text) for text in (_text(dataset, name) for name in SPLIT_TAGS)),
         container="" if frames == 1 else _digest(concatenation) if concatenation else path.name,
         localizer=any(text in SCOUTS for text in _text(dataset, "ImageType").split("\\")),

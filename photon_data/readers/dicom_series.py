@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ OFF_GRID, OFF_GRID_ROUNDED, ROUNDING_MM = 0.1, 0.25, 0.1
 NEAR_DIRECTION = 0.1
 SAME_SPACING = 1e-3  # largest relative difference of pixel spacings within one stack
 EXACT_DIRECTION = 1e-3
+MANY = 30  # parts, more than which are not compared each with each
 KEY_DIGITS = 8
 NO_UID = hashlib.sha256(b"").hexdigest()[:16]
 COPIES, SCOUT, NO_IMAGE = "(copy of a DICOM slice)", "(DICOM scout, no CT volume)", "(DICOM without image)"
@@ -242,10 +243,10 @@ def _told_apart(planes: list[PlaneHeader]) -> tuple[int, list[list[PlaneHeader]]
     """Return the parts that tags (or folders) tell apart, and how many of them are irregular; no parts: none do."""
     names: list[Callable[[PlaneHeader], object]] = [partial(_tag, n) for n in range(len(SPLIT_TAGS))]
     names += [attrgetter("study"), _folder]
+    one, two = (map(partial(partial, _named), combinations(names, count)) for count in (1, 2))
     best: tuple[int, int, list[list[PlaneHeader]]] = (0, 0, [])
-    for count in (1, 2):
-        for some in combinations(names, count):
-            parts = _split(planes, partial(_named, some))
+    for ways in ((_split(planes, name) for name in one), [_passes(planes)], (_split(planes, name) for name in two)):
+        for parts in ways:
             if len(parts) < 2 or min(map(len, parts)) < 2 or any(map(_is_taken_twice, parts)) or _are_halves(parts):
                 continue
             found = sum(not _is_regular(part) for part in parts), len(parts), parts
@@ -253,6 +254,24 @@ def _told_apart(planes: list[PlaneHeader]) -> tuple[int, list[list[PlaneHeader]]
         if best[2] and best[0] == 0:
             break
     return best[0], best[2]
+
+
+def _passes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
+    """Return planes in order of time, cut where a position comes again; regular if a pass follows the other."""
+    if any(plane.acquired is None for plane in planes):
+        return []
+    parts: list[list[PlaneHeader]] = []
+    seen: set[int] = set()
+    places = np.rint(along_normal(planes) / ROUNDING_MM).astype(int)
+    for number in sorted(range(len(planes)), key=lambda number: planes[number].acquired or 0.0):
+        if not parts or int(places[number]) in seen:
+            parts.append([])
+            seen = set()
+        parts[-1].append(planes[number])
+        seen.add(int(places[number]))
+    return (
+        [sorted(part, key=lambda plane: plane.path) for part in parts] if parts and all(map(_is_regular, parts)) else []
+    )
 
 
 def _tag(number: int, plane: PlaneHeader) -> str:
@@ -269,7 +288,11 @@ def _is_taken_twice(planes: Sequence[PlaneHeader]) -> bool:
 
 def _are_halves(parts: Sequence[list[PlaneHeader]]) -> bool:
     """Tell whether two of the parts are one regular stack together."""
-    return any(_is_regular([*one, *other]) for one, other in combinations(parts, 2))
+    # Of many, only those that begin one after the other.
+    pairs = (
+        combinations(parts, 2) if len(parts) <= MANY else pairwise(sorted(parts, key=lambda p: along_normal(p).min()))
+    )
+    return any(_is_regular([*one, *other]) for one, other in pairs)
 
 
 def _on_one_grid(parts: Sequence[list[PlaneHeader]]) -> bool:

@@ -1,6 +1,7 @@
 """Headers that are lines of text, and headers whose voxels lie in another file.
 
-That file (or a link to it) lies in the header's folder. Refused "data-file" where it is missing, outside of it, or one of several.
+That file (or a link to it) lies in the header's folder. Refused "data-file" where it is missing, outside of it, or one
+of several.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 HIDDEN_FOLDERS = ("__MACOSX",)
 # What a folder holds beside files, as it is counted.
-LINK, BROKEN, SPECIAL = "(link)", "(broken link)", "(special file)"
+LINK, BROKEN, SPECIAL = "(link)", "(link to a file that is not there)", "(special file)"
 
 Identity = tuple[int, int] | str
 
