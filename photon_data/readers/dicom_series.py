@@ -250,6 +250,8 @@ def _told_apart(planes: list[PlaneHeader]) -> tuple[int, list[list[PlaneHeader]]
             if len(parts) < 2 or min(map(len, parts)) < 2 or any(map(_is_taken_twice, parts)) or _are_halves(parts):
                 continue
             found = sum(not _is_regular(part) for part in parts), len(parts), parts
+            if found[0] and not _cover_the_same(parts):
+                continue
             best = found if not best[2] or found[:2] < best[:2] else best
         if best[2] and best[0] == 0:
             break
@@ -257,21 +259,20 @@ def _told_apart(planes: list[PlaneHeader]) -> tuple[int, list[list[PlaneHeader]]
 
 
 def _passes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
-    """Return planes in order of time, cut where a position comes again; regular if a pass follows the other."""
+    """Return planes in order of time, cut where a position comes again or the way turns; none if a part is irregular."""
     if any(plane.acquired is None for plane in planes):
         return []
-    parts: list[list[PlaneHeader]] = []
-    seen: set[int] = set()
-    places = np.rint(along_normal(planes) / ROUNDING_MM).astype(int)
-    for number in sorted(range(len(planes)), key=lambda number: planes[number].acquired or 0.0):
-        if not parts or int(places[number]) in seen:
+    places = np.rint(along_normal(planes) / ROUNDING_MM).astype(int).tolist()
+    in_time = sorted(range(len(planes)), key=lambda number: planes[number].acquired or 0.0)
+    parts: list[list[int]] = [[]]
+    for number in in_time:
+        way = [places[n] for n in (*parts[-1][:2], *parts[-1][-1:], number)]
+        turns = len(parts[-1]) > 1 and (way[1] > way[0]) != (way[3] > way[2])
+        if turns or places[number] in [places[n] for n in parts[-1]]:
             parts.append([])
-            seen = set()
-        parts[-1].append(planes[number])
-        seen.add(int(places[number]))
-    return (
-        [sorted(part, key=lambda plane: plane.path) for part in parts] if parts and all(map(_is_regular, parts)) else []
-    )
+        parts[-1].append(number)
+    passes = [[planes[number] for number in sorted(part)] for part in parts]
+    return passes if all(map(_is_regular, passes)) else []
 
 
 def _tag(number: int, plane: PlaneHeader) -> str:
@@ -293,6 +294,13 @@ def _are_halves(parts: Sequence[list[PlaneHeader]]) -> bool:
         combinations(parts, 2) if len(parts) <= MANY else pairwise(sorted(parts, key=lambda p: along_normal(p).min()))
     )
     return any(_is_regular([*one, *other]) for one, other in pairs)
+
+
+def _cover_the_same(parts: Sequence[list[PlaneHeader]]) -> bool:
+    """Tell whether all parts have more than half of the shortest's extent in common: phases, one of them incomplete."""
+    extents = [(along.min(), along.max()) for along in map(along_normal, parts)]
+    common = min(high for _, high in extents) - max(low for low, _ in extents)
+    return bool(common > 0.5 * min(high - low for low, high in extents))
 
 
 def _on_one_grid(parts: Sequence[list[PlaneHeader]]) -> bool:
