@@ -13,6 +13,7 @@ from pathlib import Path
 HEAD_BYTES = 352
 # Remedies that many refusals share.
 COPY_AGAIN, EXPORT_AGAIN = "copy or download it again", "export it again"
+SHORT_TEXT = "a short text, perhaps an error message"
 DOWNLOAD_AGAIN = "the download failed (not found, or no access): log in and download it again"
 # What lies in place of a scan that was not downloaded, as its lower-case text begins: what it is, and what to do.
 _PLACEHOLDERS = {
@@ -62,8 +63,10 @@ def not_a(kind: str, path: Path, remedy: str) -> Refused:
     """Return the refusal of a file that is not the `kind` its name says: "empty" or "not-a-scan"."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    found, instead = _placeholder(head) or (_looks_like(head), "")
-    return refusal("not-a-scan" if head else "empty", path.name, kind, found, instead or remedy)
+    found, remedy = _placeholder(head) or (_looks_like(head), remedy)
+    if found == SHORT_TEXT:
+        remedy = "look into it, and download it again"
+    return refusal("not-a-scan" if head else "empty", path.name, kind, found, remedy)
 
 
 def refuse_placeholder(path: Path) -> None:
@@ -137,7 +140,7 @@ def _looks_like(head: bytes) -> str:
     if not head.strip(b"\0"):
         return "zeros"
     if _is_text(head):
-        return "text, perhaps an error message" if len(head) < HEAD_BYTES else "text"
+        return SHORT_TEXT if len(head) < HEAD_BYTES else "text"
     return "data of an unknown kind"
 
 

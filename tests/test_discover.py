@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from dicom_files import stored_values, write_series
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import fingerprint
 from photon_data.readers import find, open_scan
 from photon_data.readers.dicom_series import Grouped, Series
-from photon_data.readers.find import Named, assign_ids, find_scans
+from photon_data.readers.find import Named, assign_ids, find_one_scan, find_scans
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
@@ -248,6 +250,74 @@ def test_files_are_counted_while_they_are_looked_at(tmp_path):
     seen = []
     find_scans(tmp_path, on_file=seen.append)
     assert seen == [1, 2, 3]
+
+
+def test_globs_choose_by_name_or_by_path_and_what_they_leave_out_is_counted(tmp_path):
+    fill(tmp_path, "a/ct.nii", "a/pet.nii", "b/old/ct.nii", "b/ct.hdr", "b/ct.img", "b/notes.txt", "ct.nii")
+
+    def left(**globs):
+        found = find_scans(tmp_path, **globs)
+        return [source.path for source in found.sources], found.ignored
+
+    everything = ["a/ct.nii", "a/pet.nii", "b/ct.hdr", "b/old/ct.nii", "ct.nii"]
+    assert left() == (everything, {".txt": 1})
+    assert left(include=["ct.*"]) == (["a/ct.nii", "b/ct.hdr", "b/old/ct.nii", "ct.nii"], {"(not in --include)": 2})
+    assert left(include=["a/*", "b/ct.hdr"])[0] == ["a/ct.nii", "a/pet.nii", "b/ct.hdr"]
+    assert left(include=["a/"])[0] == left(include=["./a"])[0] == ["a/ct.nii", "a/pet.nii"]
+    assert left(include=["**/ct.nii"])[0] == ["a/ct.nii", "b/old/ct.nii", "ct.nii"]
+    assert left(exclude=["old", "pet*"]) == (["a/ct.nii", "b/ct.hdr", "ct.nii"], {".txt": 1, "(in --exclude)": 2})
+    assert left(exclude=["b/old"])[0] == ["a/ct.nii", "a/pet.nii", "b/ct.hdr", "ct.nii"]
+    assert left(include=["b"], exclude=["*/old/*", "*.img"]) == (
+        ["b/ct.hdr"],
+        {".txt": 1, "(in --exclude)": 1, "(not in --include)": 3},
+    )
+
+
+PLACEHOLDERS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d4d\nsize 12345\n": "Git LFS pointer; run git lfs pull",
+    b"/annex/objects/SHA256E-s1--00.nii.gz\n": "git-annex pointer; run git annex get",
+    b"\n<!DOCTYPE html><html><body>Entry not found</body></html>": "web page; the download failed",
+    b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC>\n<html>": "web page; the download failed",
+    gzip.compress(b"<html><body>404</body></html>"): "gzip data of a web page; the download failed",
+    b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "XML text.*the download failed",
+    b'{"error": "Repository not found \xe2\x80\x94 sign in"}': "JSON text.*the download failed",
+    b"Access denied. Doe": "short text, perhaps an error message; look into it",
+    b"": "file without bytes; copy or download it again",
+}
+
+
+@pytest.mark.parametrize(("content", "words"), PLACEHOLDERS.items(), ids=range(len(PLACEHOLDERS)))
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.dcm", "a.img", "a.raw"])
+def test_what_lies_in_place_of_a_scan_is_named_with_the_remedy_in_every_format(tmp_path, name, content, words):
+    if name == "a.img":
+        nib.Nifti1Pair(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_filename(tmp_path / "a.hdr")
+    if name == "a.raw":
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 3, 2), "i2")), tmp_path / "a.mhd")
+    (tmp_path / name).write_bytes(content)
+    (source,) = find_scans(tmp_path).sources
+    with pytest.raises(Refused) as caught:
+        open_scan(source)
+    is_named = "perhaps" not in words or name not in ("a.img", "a.raw")  # any text may be voxels
+    assert caught.value.code == (("not-a-scan" if content else "empty") if is_named else "truncated")
+    assert not is_named or re.search(words, caught.value.message)
+    assert "Doe" not in caught.value.message and "take .gz off" not in caught.value.message
+
+
+def test_one_of_several_scans_is_taken_by_any_of_its_names(tmp_path):
+    for seed in range(2):
+        names = [f"{seed}{z}.dcm" for z in range(7)]
+        write_series(tmp_path / "dicom", stored_values(seed=seed), names=names)
+    fill(tmp_path, "b/x.nii")
+    first, second = (source for source in find_scans(tmp_path).sources if source.format == "dicom")
+    key = first.path.partition("#")[2]
+    for wanted in (key, f"#{key}", first.path, first.id):
+        assert find_one_scan(tmp_path, wanted).files == first.files
+    for path in (f"{tmp_path}/dicom#{key}", f"{tmp_path}#{key}"):
+        assert find_one_scan(Path(path)).files == first.files
+    assert find_one_scan(tmp_path, "b/x.nii").format == "nifti"
+    for wanted in (None, "s0", "#00000000"):
+        with pytest.raises(UsageError, match=re.escape(first.path) + ".*" + re.escape(second.path) + ".*--series"):
+            find_one_scan(tmp_path, wanted)
 
 
 # --- ids

@@ -259,7 +259,7 @@ def _told_apart(planes: list[PlaneHeader]) -> tuple[int, list[list[PlaneHeader]]
 
 
 def _passes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
-    """Return planes in order of time, cut where a position comes again or the way turns; none if a part is irregular."""
+    """Return planes in order of time, cut where a position comes again or the way turns; none if one is irregular."""
     if any(plane.acquired is None for plane in planes):
         return []
     places = np.rint(along_normal(planes) / ROUNDING_MM).astype(int).tolist()
