@@ -114,11 +114,10 @@ def _placeholder(head: bytes) -> tuple[str, str] | None:
         except zlib.error:
             return None
     begin = text.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if not _is_text(text):
-        return None
-    if b"<html" in begin:
+    if b"<html" in begin and begin.startswith(b"<"):
         begin = b"<html"
-    found = next((found for start, found in _PLACEHOLDERS.items() if begin.startswith(start)), None)
+    starts = [start for start in _PLACEHOLDERS if begin.startswith(start) and (len(start) > 1 or _is_text(text))]
+    found = _PLACEHOLDERS[starts[0]] if starts else None
     return found and (f"{'gzip data of ' * packed}{found[0]}", found[1])
 
 

@@ -218,6 +218,15 @@ def test_an_orientation_that_varies_is_one_stack_or_a_refusal(tmp_path, angle, c
         np.testing.assert_array_equal(content, VALUES)
 
 
+def test_two_halves_of_other_orientations_that_lack_a_slice_between_them_are_refused(tmp_path):
+    def edit(ds, z):
+        ds.ImageOrientationPatient = ["1", "0.002", "0", "-0.002", "1", "0"] if z > 4 else list(AXIAL)
+
+    write_series(tmp_path, VALUES, slices=[0, 1, 2, 3, 5, 6, 7], edit=edit)
+    [refused] = found(tmp_path).values()
+    assert refused.code == "dicom-missing-slices"
+
+
 def test_a_size_that_changes_on_the_way_is_refused_not_two_halves(tmp_path):
     uid = generate_uid()
     write_series(tmp_path, VALUES, uid=uid, slices=[0, 1, 2, 3])
@@ -314,6 +323,7 @@ def test_what_is_no_volume_of_a_clinical_folder_is_left_aside_by_kind(tmp_path):
     add(SecondaryCaptureImageStorage, grey)
     add(SecondaryCaptureImageStorage, grey, PhotometricInterpretation="RGB")
     add(None, grey, ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"])  # a dose sheet that is called a CT image
+    add(None, grey, PhotometricInterpretation="PALETTE COLOR")
     add(ComputedRadiographyImageStorage, grey)
     for sop_class in (
         *(BasicTextSRStorage, XRayRadiationDoseSRStorage, GrayscaleSoftcopyPresentationStateStorage),
@@ -322,7 +332,7 @@ def test_what_is_no_volume_of_a_clinical_folder_is_left_aside_by_kind(tmp_path):
         add(sop_class)
     assert_scans(tmp_path, {"ct#KEY": VALUES})
     assert find_scans(tmp_path).ignored == {
-        "(DICOM secondary capture)": 3,
+        "(DICOM secondary capture)": 4,
         "(DICOM Computed Radiography Image)": 1,
         "(DICOM Basic Text SR)": 1,
         "(DICOM X-Ray Radiation Dose SR)": 1,

@@ -277,6 +277,7 @@ PLACEHOLDERS = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d4d\nsize 12345\n": "Git LFS pointer; run git lfs pull",
     b"/annex/objects/SHA256E-s1--00.nii.gz\n": "git-annex pointer; run git annex get",
     b"\n<!DOCTYPE html><html><body>Entry not found</body></html>": "web page; the download failed",
+    b"<!DOCTYPE html><title>Acc\xe8s refus\xe9</title>": "web page; the download failed",
     b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC>\n<html>": "web page; the download failed",
     gzip.compress(b"<html><body>404</body></html>"): "gzip data of a web page; the download failed",
     b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "XML text.*the download failed",

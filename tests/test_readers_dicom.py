@@ -465,10 +465,13 @@ def test_a_bare_data_set_is_read_under_any_name(tmp_path, implicit):
         ds.preamble = None
         ds.save_as(to, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
     assert np.array_equal(stored(open_files(bare)), values)
+    for path in files:  # the same with their group 2
+        path.write_bytes(path.read_bytes()[132:])
     (tmp_path / "readme").write_text("no DICOM here " * 100)
     (tmp_path / "voxels.img").write_bytes(np.arange(4000, dtype="<i2").tobytes())
     found = find_scans(tmp_path)
     assert [len(source.files) for source in found.sources] == [7, 7]
+    assert all(np.array_equal(stored(open_files(source.files)), values) for source in found.sources)
     assert found.ignored == {"(no suffix)": 1, ".img": 1}
 
 

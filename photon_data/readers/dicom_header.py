@@ -171,14 +171,14 @@ def read_planes(path: Path) -> Content:
 def _left_aside(kind: str, plane: PlaneHeader, dataset: FileDataset) -> str:
     """Return what an image is that is no slice of a volume, or "".
 
-    It lies nowhere, and is of a kind that need not, or a screenshot by its ImageType; or it is a screenshot in colour.
-    Grey frames of a capture may be a volume that lost its place: they stay, to be refused as that.
+    It lies nowhere, and is of a kind that need not, in colour, or a screenshot by its ImageType; or it is a screenshot
+    in colour. Grey frames of a capture may be a volume that lost its place: they stay, to be refused as that.
     """
     types = [text.upper() for text in _text(dataset, "ImageType").split("\\")]
     is_capture = "Secondary Capture" in kind
     is_screen = is_capture or "SECONDARY" in types[1:2] or any(text in SCREENS for text in types)
     is_placed = plane.position_lps is not None and plane.orientation is not None
-    if is_screen and (plane.color or (not is_placed and plane.frames == 1)):
+    if (is_screen and plane.color) or ((is_screen or plane.color) and not is_placed and plane.frames == 1):
         return CAPTURE
     is_slice = is_capture or any(name in kind for name in VOLUMES) or not kind
     return kind if not (is_placed or is_slice) else ""

@@ -34,7 +34,7 @@ from photon_data.readers.dicom_header import (
 # A missing slice puts others off by half a distance or more.
 OFF_GRID, OFF_GRID_ROUNDED, ROUNDING_MM = 0.1, 0.25, 0.1
 # Stacks of one direction within this may be one that its header tears apart; others are views of their own.
-NEAR_DIRECTION = 0.1
+NEAR_DIRECTION, TORN_DIRECTION = 0.1, 0.01
 SAME_SPACING = 1e-3  # largest relative difference of pixel spacings within one stack
 EXACT_DIRECTION = 1e-3
 MANY = 30  # parts, more than which are not compared each with each
@@ -200,16 +200,26 @@ def _stacks(planes: Sequence[PlaneHeader]) -> list[list[PlaneHeader]]:
         return stacks
     whole, *others = sorted(halves, key=lambda stack: -len(stack))
     others = [other for other in others if whole[0].is_parallel_to(other[0], NEAR_DIRECTION)]
-    if _is_regular([*whole, *(plane for other in others for plane in other)]):
-        joined = others
-    else:
+    joined = [plane for other in others for plane in other]
+    if not _is_regular([*whole, *joined]):
         joined = []
         for other in others:
-            if _is_regular([*whole, *(plane for part in joined for plane in part), *other]):
-                joined.append(other)
-    taken = {plane.path for part in (whole, *joined) for plane in part}
+            if _is_torn([*whole, *joined], other):
+                joined += other
+    taken = {plane.path for plane in (*whole, *joined)}
     rest = [stack for stack in stacks if stack[0].path not in taken]
     return [[plane for plane in planes if plane.path in taken], *rest] if joined else stacks
+
+
+def _is_torn(one: list[PlaneHeader], other: list[PlaneHeader]) -> bool:
+    """Tell whether two stacks are one that its header tears apart: they make a regular one, or lack slices between."""
+    if _is_regular([*one, *other]):
+        return True
+    if not (one[0].is_parallel_to(other[0], TORN_DIRECTION) and _is_regular(one) and _is_regular(other)):
+        return False
+    along = along_normal([*one, *other])
+    here, there = along[: len(one)], along[len(one) :]
+    return bool(here.max() < there.min() or there.max() < here.min()) and _on_one_grid([one, other])
 
 
 # --- volumes of one stack
