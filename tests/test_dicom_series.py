@@ -101,6 +101,14 @@ def test_folders_that_are_whole_scans_under_one_uid_stay_scans_of_their_own(tmp_
     assert_scans(tmp_path, expected | {"p3#KEY": VALUES})
 
 
+def test_folders_that_are_acquisitions_far_apart_stay_scans_of_their_own(tmp_path):
+    uid, other = generate_uid(), stored_values((8, 6, 5), seed=1)
+    write_series(tmp_path / "chest", VALUES, uid=uid, edit=put(AcquisitionNumber=1))
+    away = {"first_lps": (-30.5, -40.25, 160.0), "edit": put(AcquisitionNumber=2)}
+    write_series(tmp_path / "pelvis", other, uid=uid, **away)
+    assert_scans(tmp_path, {"chest#KEY": VALUES, "pelvis#KEY": other})
+
+
 def test_folders_without_a_series_uid_are_never_put_together(tmp_path):
     write_series(tmp_path / "a", VALUES, slices=[0, 1, 2, 3], edit=put(SeriesInstanceUID=""))
     write_series(tmp_path / "b", VALUES, slices=[4, 5, 6, 7], edit=put(SeriesInstanceUID=""))

@@ -34,9 +34,10 @@ from photon_data.readers.dicom_header import (
 # A missing slice puts others off by half a distance or more.
 OFF_GRID, OFF_GRID_ROUNDED, ROUNDING_MM = 0.1, 0.25, 0.1
 # Stacks of one direction within this may be one that its header tears apart; others are views of their own.
-NEAR_DIRECTION, TORN_DIRECTION = 0.1, 0.01
+NEAR_DIRECTION = 0.1
 SAME_SPACING = 1e-3  # largest relative difference of pixel spacings within one stack
-EXACT_DIRECTION = 1e-3
+TORN_DIRECTION, EXACT_DIRECTION = 0.01, 1e-3
+FEW = 4  # slices: fewer are regular by chance
 MANY = 30  # parts, more than which are not compared each with each
 KEY_DIGITS = 8
 NO_UID = hashlib.sha256(b"").hexdigest()[:16]
@@ -188,13 +189,7 @@ def _stacks(planes: Sequence[PlaneHeader]) -> list[list[PlaneHeader]]:
     What lies on one line at one distance is one stack all the same: its images are then refused together, instead of
     becoming two halves of a body.
     """
-    stacks: list[list[PlaneHeader]] = []
-    kind = attrgetter("rows", "columns", "container")
-    for plane in planes:
-        same = (s for s in stacks if kind(plane) == kind(s[0]) and plane.is_parallel_to(s[0], EXACT_DIRECTION))
-        if (stack := next(same, None)) is None:
-            stacks.append(stack := [])
-        stack.append(plane)
+    stacks = _alike(planes, TORN_DIRECTION)
     halves = [stack for stack in stacks if not stack[0].container and not all(plane.localizer for plane in stack)]
     if len(halves) < 2:
         return stacks
@@ -204,22 +199,22 @@ def _stacks(planes: Sequence[PlaneHeader]) -> list[list[PlaneHeader]]:
     if not _is_regular([*whole, *joined]):
         joined = []
         for other in others:
-            if _is_torn([*whole, *joined], other):
-                joined += other
+            joined += other if _is_regular([*whole, *joined, *other]) else []
     taken = {plane.path for plane in (*whole, *joined)}
     rest = [stack for stack in stacks if stack[0].path not in taken]
     return [[plane for plane in planes if plane.path in taken], *rest] if joined else stacks
 
 
-def _is_torn(one: list[PlaneHeader], other: list[PlaneHeader]) -> bool:
-    """Tell whether two stacks are one that its header tears apart: they make a regular one, or lack slices between."""
-    if _is_regular([*one, *other]):
-        return True
-    if not (one[0].is_parallel_to(other[0], TORN_DIRECTION) and _is_regular(one) and _is_regular(other)):
-        return False
-    along = along_normal([*one, *other])
-    here, there = along[: len(one)], along[len(one) :]
-    return bool(here.max() < there.min() or there.max() < here.min()) and _on_one_grid([one, other])
+def _alike(planes: Sequence[PlaneHeader], within: float) -> list[list[PlaneHeader]]:
+    """Return planes of one size, container and orientation together, in order of the first of each."""
+    parts: list[list[PlaneHeader]] = []
+    kind = attrgetter("rows", "columns", "container")
+    for plane in planes:
+        same = (p for p in parts if kind(plane) == kind(p[0]) and plane.is_parallel_to(p[0], within))
+        if (part := next(same, None)) is None:
+            parts.append(part := [])
+        part.append(plane)
+    return parts
 
 
 # --- volumes of one stack
@@ -228,7 +223,8 @@ def _is_torn(one: list[PlaneHeader], other: list[PlaneHeader]) -> bool:
 def _volumes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
     """Split a stack that holds several volumes: passes, phases, reconstructions, or folders that are scans each.
 
-    It does where positions are taken twice or lie closer than usual. It is split by the tag, or the two tags, that
+    It does where positions are taken twice or lie closer than usual, and where folders or tilts do not fit on one grid.
+    It is split by the tag, or the two tags, that
     leave no position twice in a part and no two parts that are halves of one, with most parts regular, then with the
     fewest parts. What lacks a slice stays whole.
     """
@@ -239,20 +235,24 @@ def _volumes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
         return [planes]
     gaps = np.diff(np.sort(along_normal(planes)))
     twice, close = (gaps < SAME_POSITION_MM).any(), (gaps < (1 - OFF_GRID_ROUNDED) * np.median(gaps)).any()
-    if not (twice or close or len(folders) > 1):
+    tilts = _alike(planes, EXACT_DIRECTION)
+    if not (twice or close or len(folders) > 1 or len(tilts) > 1):
         return [planes]
-    irregular, parts = _told_apart(planes)
-    if twice and not parts and len(folders) > 1 and not _are_halves(folders):
+    irregular, parts = _told_apart(planes, tilts)
+    if twice and not parts and len(folders) > 1 and any(map(_is_regular, folders)) and not _are_halves(folders):
         return [part for folder in folders for part in _volumes(folder)]
-    if not parts or not (twice or irregular == 0) or not (twice or close or not _on_one_grid(parts)):
+    if not parts or not (twice or (irregular == 0 and min(map(len, parts)) >= FEW)):
         return [planes]
-    return parts
+    if twice or close or (_are_apart(parts) and (not _on_one_grid(parts) or _is_twofold(planes, folders))):
+        return parts
+    return [planes]
 
 
-def _told_apart(planes: list[PlaneHeader]) -> tuple[int, list[list[PlaneHeader]]]:
-    """Return the parts that tags (or folders) tell apart, and how many of them are irregular; no parts: none do."""
+def _told_apart(planes: list[PlaneHeader], tilts: list[list[PlaneHeader]]) -> tuple[int, list[list[PlaneHeader]]]:
+    """Return the parts that tags (or folders, or tilts) tell apart, and how many are irregular; no parts: none do."""
     names: list[Callable[[PlaneHeader], object]] = [partial(_tag, n) for n in range(len(SPLIT_TAGS))]
-    names += [attrgetter("study"), _folder]
+    tilt_of = {plane.path: number for number, part in enumerate(tilts) for plane in part}
+    names += [attrgetter("study"), _folder, lambda plane: tilt_of[plane.path]]
     one, two = (map(partial(partial, _named), combinations(names, count)) for count in (1, 2))
     best: tuple[int, int, list[list[PlaneHeader]]] = (0, 0, [])
     for ways in ((_split(planes, name) for name in one), [_passes(planes)], (_split(planes, name) for name in two)):
@@ -289,6 +289,13 @@ def _tag(number: int, plane: PlaneHeader) -> str:
     return plane.tags[number]
 
 
+def _is_twofold(planes: list[PlaneHeader], folders: list[list[PlaneHeader]]) -> bool:
+    """Tell whether a tag tells the same parts apart as folders do: acquisitions, not a volume that lacks slices."""
+    by_folder = [{plane.path for plane in part} for part in folders]
+    by_tag = (_split(planes, partial(_tag, number)) for number in range(len(SPLIT_TAGS)))
+    return len(folders) > 1 and any([{plane.path for plane in part} for part in parts] == by_folder for parts in by_tag)
+
+
 def _named(names: Sequence[Callable[[PlaneHeader], object]], plane: PlaneHeader) -> tuple[object, ...]:
     return tuple(name(plane) for name in names)
 
@@ -306,9 +313,20 @@ def _are_halves(parts: Sequence[list[PlaneHeader]]) -> bool:
     return any(_is_regular([*one, *other]) for one, other in pairs)
 
 
+def _extents(parts: Sequence[list[PlaneHeader]]) -> list[tuple[float, float]]:
+    """Return the first and the last position of each part along the normal of the first, sorted."""
+    positions = (np.array([plane.position_lps for plane in part]) @ parts[0][0].normal for part in parts)
+    return sorted((float(along.min()), float(along.max())) for along in positions)
+
+
+def _are_apart(parts: Sequence[list[PlaneHeader]]) -> bool:
+    """Tell whether each part ends before the next one begins."""
+    return all(high < low for (_, high), (low, _) in pairwise(_extents(parts)))
+
+
 def _cover_the_same(parts: Sequence[list[PlaneHeader]]) -> bool:
     """Tell whether all parts have more than half of the shortest's extent in common: phases, one of them incomplete."""
-    extents = [(along.min(), along.max()) for along in map(along_normal, parts)]
+    extents = _extents(parts)
     common = min(high for _, high in extents) - max(low for low, _ in extents)
     return bool(common > 0.5 * min(high - low for low, high in extents))
 
