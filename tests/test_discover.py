@@ -19,8 +19,8 @@ from reading import voxels
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import fingerprint
 from photon_data.readers import find, open_scan
-from photon_data.readers.dicom_series import Grouped, Series
-from photon_data.readers.find import Named, assign_ids, find_one_scan, find_scans
+from photon_data.readers.dicom_series import Series
+from photon_data.readers.find import Grouped, Named, assign_ids, find_one_scan, find_scans
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()

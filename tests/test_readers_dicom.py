@@ -31,8 +31,8 @@ from reading import voxels as stored
 
 from photon_data.errors import Refused
 from photon_data.readers.dicom import open_series
-from photon_data.readers.dicom_series import SCOUT, group_series
-from photon_data.readers.find import find_scans
+from photon_data.readers.dicom_series import SCOUT
+from photon_data.readers.find import find_scans, group_series
 from photon_data.scan import Source
 
 SHUFFLED = ["q.dcm", "b.dcm", "z.dcm", "a.dcm", "m.dcm", "c.dcm", "k.dcm"]

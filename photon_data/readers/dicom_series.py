@@ -19,15 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from photon_data.errors import Refused, unreadable
-from photon_data.readers.dicom_header import (
-    SAME_POSITION_MM,
-    SPLIT_TAGS,
-    PlaneHeader,
-    along_normal,
-    read_planes,
-    require_pydicom,
-)
+from photon_data.readers.dicom_plane import SAME_POSITION_MM, SPLIT_TAGS, PlaneHeader, along_normal
 
 # How far a slice may lie from its place on the regular grid, as a part of the slice distance: a tenth.
 # Up to a quarter where this is what positions rounded to 0.1 mm make of thin slices.
@@ -41,7 +33,7 @@ FEW = 4  # slices: fewer are regular by chance
 MANY = 30  # parts, more than which are not compared each with each
 KEY_DIGITS = 8
 NO_UID = hashlib.sha256(b"").hexdigest()[:16]
-COPIES, SCOUT, NO_IMAGE = "(copy of a DICOM slice)", "(DICOM scout, no CT volume)", "(DICOM without image)"
+COPIES, SCOUT = "(copy of a DICOM slice)", "(DICOM scout, no CT volume)"
 
 
 class Series(NamedTuple):
@@ -53,44 +45,19 @@ class Series(NamedTuple):
     aside: Counter[str]  # files that belong to no stack, by "(kind)"
 
 
-class Grouped(NamedTuple):
-    """What DICOM files are."""
-
-    series: list[Series]  # sorted by uid
-    unreadable: list[tuple[Path, Refused]]  # what is not DICOM or is damaged
-    aside: Counter[str]  # files that are no images of a volume, by "(kind)"
-
-
-def group_series(files: Sequence[Path]) -> Grouped:
-    """Return the series among files of one folder, or of one series in several; Refused("dicom-extra-missing").
-
-    The key of a stack is the start of a hash of the SeriesInstanceUID. The largest stack of a series in a folder (among
-    equals the one with the first file name) has the bare key; the others follow as key-2, key-3, ... Scouts (stacks
-    that are LOCALIZER by their ImageType, every image of them) and copies of a slice are left aside.
-    """
-    require_pydicom()
-    by_series: dict[str, list[PlaneHeader]] = {}
-    unread: list[tuple[Path, Refused]] = []
-    aside: Counter[str] = Counter()
-    for path in sorted(files):
-        try:
-            content = read_planes(path)
-        except (Refused, OSError) as error:
-            unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
-            continue
-        if content.planes:
-            by_series.setdefault(content.planes[0].series, []).append(content.planes[0])
-        else:
-            aside[f"(DICOM {content.kind})" if content.kind else NO_IMAGE] += 1
-    return Grouped([_series(uid, planes) for uid, planes in sorted(by_series.items())], unread, aside)
-
-
 def common_folder(files: Sequence[Path]) -> Path:
     """Return the folder that holds all files, directly or below it."""
     return Path(os.path.commonpath([file.parent for file in files]))
 
 
-def _series(uid: str, planes: list[PlaneHeader]) -> Series:
+def series_of(planes: list[PlaneHeader]) -> Series:
+    """Return the series that planes (the first of each file, sorted by path) are.
+
+    The key of a stack is the start of a hash of the SeriesInstanceUID. The largest stack of a series in a folder (among
+    equals the one with the first file name) has the bare key; the others follow as key-2, key-3, ... Scouts (stacks
+    that are LOCALIZER by their ImageType, every image of them) and copies of a slice are left aside.
+    """
+    uid = planes[0].series
     kept, stacks, aside = _without_copies(planes), [], Counter[str]()
     aside[COPIES] = len(planes) - len(kept)
     volumes = [part for own in _patients(kept) for stack in _stacks(own) for part in _volumes(stack)]
@@ -224,9 +191,8 @@ def _volumes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
     """Split a stack that holds several volumes: passes, phases, reconstructions, or folders that are scans each.
 
     It does where positions are taken twice or lie closer than usual, and where folders or tilts do not fit on one grid.
-    It is split by the tag, or the two tags, that
-    leave no position twice in a part and no two parts that are halves of one, with most parts regular, then with the
-    fewest parts. What lacks a slice stays whole.
+    It is split by the tag, or the two tags, that leave no position twice in a part and no two parts that are halves of
+    one, with most parts regular, then with the fewest parts. What lacks a slice stays whole.
     """
     folders = _split(planes, _folder)
     if planes[0].container or any(plane.position_lps is None or plane.orientation is None for plane in planes):
@@ -306,10 +272,9 @@ def _is_taken_twice(planes: Sequence[PlaneHeader]) -> bool:
 
 def _are_halves(parts: Sequence[list[PlaneHeader]]) -> bool:
     """Tell whether two of the parts are one regular stack together."""
+    in_order = sorted(parts, key=lambda part: along_normal(part).min())
     # Of many, only those that begin one after the other.
-    pairs = (
-        combinations(parts, 2) if len(parts) <= MANY else pairwise(sorted(parts, key=lambda p: along_normal(p).min()))
-    )
+    pairs = combinations(in_order, 2) if len(parts) <= MANY else pairwise(in_order)
     return any(_is_regular([*one, *other]) for one, other in pairs)
 
 

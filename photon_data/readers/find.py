@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, refusal, unreadable
-from photon_data.readers.dicom_series import NO_UID, Grouped, Series, common_folder, group_series
-from photon_data.readers.header import metaimage_data_file, nifti_data_file, nrrd_data_file
+from photon_data.readers.dicom_header import read_planes, require_pydicom
+from photon_data.readers.dicom_plane import PlaneHeader
+from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
+from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
 from photon_data.readers.label_maps import is_label_map
 from photon_data.readers.tree import File, Identity, Tree
 from photon_data.scan import Source
@@ -29,9 +31,10 @@ DATA_FILES = {".hdr": nifti_data_file, ".hdr.gz": nifti_data_file, ".nrrd": nrrd
 DATA_FILES |= {".mha": metaimage_data_file, ".mhd": metaimage_data_file}
 SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
 SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
+TEXT_HEADERS = {"nrrd": nrrd_text, "metaimage": metaimage_text}
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 # How files that are no scans are counted: by what they are, else by suffix.
-LABEL_MAP, DIRECTORY = "(label map)", "(DICOMDIR)"
+LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
 NOT_INCLUDED, EXCLUDED = "(not in --include)", "(in --exclude)"
 # A longer "suffix" may be a piece of somebody's name.
 MAX_SUFFIX = 6
@@ -220,7 +223,9 @@ class _Search:
         self.data_files.add(data)
         files, file_format = [path] if data == path else [path, data], SUFFIXES[suffix]
         is_one_file = path == self.tree.start  # somebody points at it
-        if not (self.label_maps or is_one_file or why) and is_label_map("/".join(parts), files, file_format):
+        if not (self.label_maps or is_one_file or why) and is_label_map(
+            "/".join(parts), files, TEXT_HEADERS.get(file_format)
+        ):
             self.ignored[LABEL_MAP] += 1
             return
         self._add((*parts[:-1], path.name[: -len(suffix)]), "/".join(parts), files, file_format, why)
@@ -249,6 +254,33 @@ class _Search:
             parts = self._parts(path)
             self._add(parts, "/".join(parts), [path], "dicom", why)
         self.ignored += grouped.aside
+
+
+class Grouped(NamedTuple):
+    """What DICOM files are."""
+
+    series: list[Series]  # sorted by uid
+    unreadable: list[tuple[Path, Refused]]  # what is not DICOM or is damaged
+    aside: Counter[str]  # files that are no images of a volume, by "(kind)"
+
+
+def group_series(files: Sequence[Path]) -> Grouped:
+    """Return the series among files of one folder, or of one series in several; Refused("dicom-extra-missing")."""
+    require_pydicom()
+    by_series: dict[str, list[PlaneHeader]] = {}
+    unread: list[tuple[Path, Refused]] = []
+    aside: Counter[str] = Counter()
+    for path in sorted(files):
+        try:
+            content = read_planes(path)
+        except (Refused, OSError) as error:
+            unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
+            continue
+        if content.planes:
+            by_series.setdefault(content.planes[0].series, []).append(content.planes[0])
+        else:
+            aside[f"(DICOM {content.kind})" if content.kind else NO_IMAGE] += 1
+    return Grouped([series_of(planes) for _, planes in sorted(by_series.items())], unread, aside)
 
 
 def _matches(parts: tuple[str, ...], glob: str) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import nibabel as nib
 import numpy as np
-
-from photon_data.readers.header import metaimage_text, nrrd_text
 
 # Words of a file's or folder's name, also as the end of a longer word ("lungmask") or before numbers ("label0001").
 NAMED = re.compile(".*(segs?|segmentations?|labels?(tr|ts|val?)?|labelmaps?|masks?|msk|groundtruth)|gt|rois?|contours?")
@@ -26,8 +25,17 @@ BYTES = {"char", "signed char", "unsigned char", "uchar", "int8", "uint8", "int8
 INTEGER = re.compile(r"(met_|u|unsigned |signed )*(char|short|int|long)")
 
 
-def is_label_map(path: str, files: Sequence[Path], file_format: str) -> bool:
+class HeaderLines(Protocol):
+    """The text of a header."""
+
+    @property
+    def lines(self) -> list[str]: ...  # noqa: D102
+
+
+def is_label_map(path: str, files: Sequence[Path], text_of: Callable[[Path], HeaderLines] | None) -> bool:
     """Tell whether a file is a label map: its `path` below the source says so, and what it holds is one.
+
+    `text_of` reads the header of a file that has a text; without one, it is a NIfTI file.
 
     Content: integers from 0 on, few different ones. A file that cannot be looked at is none: opening it says why.
     """
@@ -36,7 +44,7 @@ def is_label_map(path: str, files: Sequence[Path], file_format: str) -> bool:
     if not is_named_as_one(path):
         return False
     with suppress(Exception):  # damaged headers make libraries raise anything
-        return _nifti_is_one(files) if file_format == "nifti" else _text_header_is_one(files, file_format)
+        return _text_header_is_one(files, text_of(files[0]).lines) if text_of else _nifti_is_one(files)
     return False
 
 
@@ -69,9 +77,8 @@ def _nifti_is_one(files: Sequence[Path]) -> bool:
     return True
 
 
-def _text_header_is_one(files: Sequence[Path], file_format: str) -> bool:
+def _text_header_is_one(files: Sequence[Path], lines: Sequence[str]) -> bool:
     """Tell whether an NRRD or MetaImage header is one of bytes, or of integers that shrink as label maps do."""
-    lines = (nrrd_text if file_format == "nrrd" else metaimage_text)(files[0]).lines
     pairs = (re.split(":|=", line.lower(), maxsplit=1) for line in lines if re.search("[:=]", line))
     fields = {key.strip(): value.strip() for key, value in pairs}
     kind = fields.get("type") or fields.get("elementtype", "")
