@@ -40,6 +40,9 @@ def prepare(
     hu_source: terminal.HuSource = "header",
     id_from: terminal.IdFrom = "auto",
     id_prefix: terminal.IdPrefix = "",
+    include: terminal.Include = [],  # noqa: B006
+    exclude: terminal.Exclude = [],  # noqa: B006
+    follow_links: terminal.FollowLinks = True,
     limit: terminal.Limit = None,
     overwrite: Overwrite = False,
     lock: Annotated[
@@ -88,6 +91,9 @@ def inspect(
     columns: terminal.Columns = [],  # noqa: B006
     id_from: terminal.IdFrom = "auto",
     id_prefix: terminal.IdPrefix = "",
+    include: terminal.Include = [],  # noqa: B006
+    exclude: terminal.Exclude = [],  # noqa: B006
+    follow_links: terminal.FollowLinks = True,
     limit: terminal.Limit = None,
     workers: terminal.WorkerCount = None,
     scheduler: terminal.Scheduler = None,
@@ -167,7 +173,8 @@ def verify(out: Out) -> None:
 
 @app.command()
 def show(
-    volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan.")],
+    volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan; FOLDER#KEY for a series.")],
+    series: terminal.SeriesName = None,
     output: Annotated[Path | None, Option("--output", "-o", help="PNG; beside you, named after the volume.")] = None,
     window: terminal.Window = "full",
     at: terminal.At = None,
@@ -183,7 +190,7 @@ def show(
         if "://" in volume or (Path(volume) / ROOT).exists():
             name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
         else:
-            source = find_one_scan(Path(volume))
+            source = find_one_scan(Path(volume), series)
             name, content = source.id, open_scan(source).volume()
         point = terminal.numbers(at, 3, "--at") if at else None
         picture = three_planes(content, window_hu=terminal.window_of(window), size_px=size, at_lps=point, title=name)

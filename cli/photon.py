@@ -16,7 +16,7 @@ app = Typer(
 )
 
 # Options of photon predict that belong to one scan only, and to rows only.
-OF_SCAN = ("recipe", "settings", "stream", "as_json", "at")
+OF_SCAN = ("recipe", "settings", "stream", "as_json", "at", "series")
 OF_ROWS = ("output", "choices", "shard")
 # Options of photon eval that belong to a model only, and to files of predictions only.
 OF_MODEL = ("choices", "max_new_tokens", "questions_per_batch", "device", "dtype", "revision", "schedulers", "keep")
@@ -85,6 +85,7 @@ def predict(
     output: Annotated[Path | None, Option(help="With --data: predictions (jsonl); goes on with what it has.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
     stream: Annotated[bool, Option(help="Print tokens as they come.")] = False,
+    series: terminal.SeriesName = None,
     choices: terminal.Choices = False,
     max_new_tokens: terminal.MaxNewTokens = 512,
     sample: Annotated[bool, Option(help="Draw tokens instead of taking the likeliest.")] = False,
@@ -129,7 +130,8 @@ def predict(
         else:
             # Read before the model is loaded: most of what can be wrong is wrong with the scan.
             made_by, policy = named_recipe(recipe, settings)
-            scan = open_input(scan_path, replace(made_by, model_shape_zyx=model_shape_of(model, revision)), policy)
+            made_by = replace(made_by, model_shape_zyx=model_shape_of(model, revision))
+            scan = open_input(scan_path, made_by, policy, series)
             body.predict_scan(load, model, scan, questions, overlays, as_json=as_json, stream=stream)
             is_complete = True
     raise Exit(OK if is_complete else PARTIAL)

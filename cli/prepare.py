@@ -68,7 +68,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         recipe, policy = named_recipe(given["recipe"], [*given["settings"], *settings])
         if given.get("lock") and not given_options(context, ["recipe", "settings"]):
             recipe = Recipe.from_json(read_lock(given["lock"])["recipe"])
-        fields += ["seed", "questions", "hu_source", "id_from", "id_prefix"]
+        fields += ["seed", "questions", "hu_source", "id_from", "id_prefix", "include", "exclude", "follow_links"]
         run = {name: given[name] for name in fields if name in given} | _run_options(given)
         if "split" in given:  # inspect asks no questions
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}

@@ -166,6 +166,13 @@ IdFrom = Annotated[
     str, Option(help="Ids from path, name, hash (of the path) or key (a secret); auto: key for DICOM, else path.")
 ]
 IdPrefix = Annotated[str, Option(help="What the ids of this source begin with: siteB_.")]
+Include = Annotated[
+    list[str], Option("--include", help="Glob of paths below SOURCE: only these are looked at. Repeatable.")
+]
+Exclude = Annotated[
+    list[str], Option("--exclude", help="Glob of paths below SOURCE: labelsTr, '*_seg.nii.gz', 'old/*'. Repeatable.")
+]
+FollowLinks = Annotated[bool, Option("--follow-links/--no-follow-links", help="Read what symbolic links lead to.")]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N scans.")]
 WorkerCount = Annotated[int | None, Option(min=1, help="Local workers; from cores and memory if not given.")]
 Scheduler = Annotated[str | None, Option(help="Address or scheduler file of a Dask cluster to use.")]
@@ -173,7 +180,8 @@ Timeout = Annotated[float, Option(min=1, help="Seconds after which a file has fa
 Memory = Annotated[float | None, Option(min=0, help="GB of address space per worker, 0 for no limit.")]
 MaxVoxels = Annotated[int, Option(min=1, help="Refuse scans of more voxels than this.")]
 
-# photon predict and eval; photon-data show has the first two
+# photon predict and eval; photon-data show has the first three
+SeriesName = Annotated[str | None, Option("--series", help="Of a folder with several scans: one by its listed name.")]
 Window = Annotated[str, Option(help="Of pictures: full, lung, mediastinum, soft, bone, or low,high in HU.")]
 At = Annotated[str | None, Option(help="World point x,y,z in LPS mm; else the most salient kept token, or the centre.")]
 Choices = Annotated[bool, Option(help="Score the choices of rows that have some, instead of generating.")]
@@ -195,6 +203,9 @@ DECLARED = (
     "hu_source",
     "id_from",
     "id_prefix",
+    "include",
+    "exclude",
+    "follow_links",
 )
 
 

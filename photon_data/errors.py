@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import struct
 import traceback
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +13,18 @@ from pathlib import Path
 HEAD_BYTES = 352
 # Remedies that many refusals share.
 COPY_AGAIN, EXPORT_AGAIN = "copy or download it again", "export it again"
+SHORT_TEXT = "a short text, perhaps an error message"
+DOWNLOAD_AGAIN = "the download failed (not found, or no access): log in and download it again"
+# What lies in place of a scan that was not downloaded, as its lower-case text begins: what it is, and what to do.
+_PLACEHOLDERS = {
+    b"version https://git-lfs.github.com/": ("a Git LFS pointer", "run git lfs pull in its repository"),
+    b"version https://hawser.github.com/": ("a Git LFS pointer", "run git lfs pull in its repository"),
+    b"/annex/objects/": ("a git-annex pointer", "run git annex get (or datalad get) in its repository"),
+    b"<!doctype html": ("a web page", DOWNLOAD_AGAIN),
+    b"<html": ("a web page", DOWNLOAD_AGAIN),
+    b"<": ("an XML text, as servers answer errors", DOWNLOAD_AGAIN),
+    b"{": ("a JSON text, as servers answer errors", DOWNLOAD_AGAIN),
+}
 _MAGICS = {
     b"\x1f\x8b": "gzip data",
     b"\xff\xd8\xff": "a JPEG picture",
@@ -49,14 +63,68 @@ def not_a(kind: str, path: Path, remedy: str) -> Refused:
     """Return the refusal of a file that is not the `kind` its name says: "empty" or "not-a-scan"."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    if not head:
-        return refusal("empty", path.name, kind, "a file without bytes", COPY_AGAIN)
-    return refusal("not-a-scan", path.name, kind, _looks_like(head), remedy)
+    found, remedy = _placeholder(head) or (_looks_like(head), remedy)
+    if found == SHORT_TEXT:
+        remedy = "look into it, and download it again"
+    return refusal("not-a-scan" if head else "empty", path.name, kind, found, remedy)
+
+
+def refuse_placeholder(path: Path) -> None:
+    """Raise Refused for a file without bytes, and for one that stands for a scan that was not downloaded."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head or _placeholder(head):
+        raise not_a("a scan", path, COPY_AGAIN)
 
 
 def is_dicom(head: bytes) -> bool:
-    """Tell whether the first bytes of a file have the DICOM magic after its 128 bytes of preamble."""
-    return head[128:132] == b"DICM"
+    """Tell whether a file begins as DICOM: with the magic after 128 bytes of preamble, or with a bare data set."""
+    return head[128:132] == b"DICM" or _begins_data_set(head)
+
+
+def _begins_data_set(head: bytes) -> bool:
+    """Tell whether there are three elements of groups 2 or 8, their tags in ascending order, their lengths even."""
+    order, at, last = "<" if head[1:2] == b"\0" else ">", 0, (0, 0)
+    for _ in range(3):
+        element = head[at : at + 12]
+        if len(element) < 12:
+            return False
+        tag, vr = struct.unpack_from(order + "HH", element), element[4:6]
+        if vr in (b"OB", b"OW", b"SQ", b"UN", b"UT"):
+            length, start = struct.unpack_from(order + "L", element, 8)[0], 12
+        elif vr.isalpha() and vr.isupper():
+            length, start = struct.unpack_from(order + "H", element, 6)[0], 8
+        else:  # implicit
+            length, start = struct.unpack_from(order + "L", element, 4)[0], 8
+        if tag <= last or tag[0] not in (2, 8) or length % 2:
+            return False
+        at, last = at + start + length, tag
+    return True
+
+
+def _placeholder(head: bytes) -> tuple[str, str] | None:
+    """Return what stands in place of a scan, and what to do about it; None where the first bytes are not such."""
+    if not head:
+        return "a file without bytes", COPY_AGAIN
+    packed = head.startswith(b"\x1f\x8b")
+    text = head
+    if packed:  # servers compress their answers
+        try:
+            text = zlib.decompressobj(31).decompress(head, HEAD_BYTES)
+        except zlib.error:
+            return None
+    begin = text.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if b"<html" in begin and begin.startswith(b"<"):
+        begin = b"<html"
+    starts = [start for start in _PLACEHOLDERS if begin.startswith(start) and (len(start) > 1 or _is_text(text))]
+    found = _PLACEHOLDERS[starts[0]] if starts else None
+    return found and (f"{'gzip data of ' * packed}{found[0]}", found[1])
+
+
+def _is_text(head: bytes) -> bool:
+    """Tell whether bytes are a text in UTF-8 (its last letter may be cut) without control characters."""
+    text = head.decode("utf-8", "replace").rstrip("\ufffd")
+    return "\ufffd" not in text and all(letter.isprintable() or letter in "\t\n\r\ufeff" for letter in text)
 
 
 def _looks_like(head: bytes) -> str:
@@ -70,7 +138,9 @@ def _looks_like(head: bytes) -> str:
         return "an uncompressed NIfTI file"
     if not head.strip(b"\0"):
         return "zeros"
-    return "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "data of an unknown kind"
+    if _is_text(head):
+        return SHORT_TEXT if len(head) < HEAD_BYTES else "text"
+    return "data of an unknown kind"
 
 
 def unreadable(path: Path, error: OSError) -> Refused:

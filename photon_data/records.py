@@ -44,8 +44,8 @@ class VolumeRecord:
     id: str
     source: str  # path relative to the source folder
     state: str
-    bytes_in: int  # of the source's files together, as is mtime_ns
-    mtime_ns: int
+    bytes_in: int  # of the source's files together
+    mtime_ns: int  # of its file; of several, a number that changes with the name, size or time of any
     fingerprint: str | None = None  # "sha256:..." of the content of its files
     key: str | None = None  # the resume key: a hash of what the store was made from, or of what was refused
     code: str | None = None  # why it was refused or failed: a slug to group by, and a sentence

@@ -27,7 +27,7 @@ class Source:
     files: tuple[Path, ...]  # absolute: one NIfTI, a header and its data file, or the slices of a DICOM series by name
     format: str
     bytes: int
-    mtime_ns: int
+    mtime_ns: int  # of several files: a number that changes with the name, size or time of any of them
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
     code: str = "unreadable"  # of the refusal then
     root: str = ""  # the folder that `path` starts from

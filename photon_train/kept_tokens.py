@@ -110,7 +110,7 @@ def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = 
 
     UsageError for a folder without any; Refused for a file that cannot be read.
     """
-    sources = find_scans(folder).sources
+    sources = find_scans(folder, label_maps=True).sources
     if not sources:
         raise UsageError(f"expected masks (.nii.gz and the like) in {folder}, found none")
     scans = {source.id: open_scan(source) for source in sources if names is None or source.id in names}

@@ -40,7 +40,7 @@ NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 class Request:
     """A request about a folder of scans with tables about it, or about the data sets of a data_manifest.yaml.
 
-    Every data set has its own recipe name, policy, questions and splits; the last five fields are a folder's.
+    Every data set has its own recipe name, policy, questions and splits; the fields from `hu_source` are a folder's.
     """
 
     source: Path  # a folder of scans, one scan, or the data_manifest.yaml
@@ -66,6 +66,9 @@ class Request:
     # What volume ids are made from: "path", "name", "hash" or "key"; "auto" is "key" for DICOM and "path" for others.
     id_from: str = "auto"
     id_prefix: str = ""  # what the ids of this source and the name of its questions begin with
+    include: Sequence[str] = ()  # globs of what is looked at, and of what is not; see `find_scans`
+    exclude: Sequence[str] = ()
+    follow_links: bool = True
 
 
 class Callback:
@@ -221,6 +224,9 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         id_prefix=request.id_prefix,
         known_ids=_ids_of_earlier_runs(request),
         on_file=callback.on_file,
+        include=request.include,
+        exclude=request.exclude,
+        follow_links=request.follow_links,
     )
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"

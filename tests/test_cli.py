@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,37 @@ def test_inspect_finds_duplicates_and_refusals_and_writes_no_store(raw, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert {row["id"]: row["state"] for row in rows} == {"bad": "refused", "copy": "ready", "one": "ready"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.jsonl", "raw"]
+
+
+def test_show_takes_one_of_several_series_by_the_name_that_it_lists(tmp_path):
+    for seed in range(2):
+        names = [f"{seed}{z:02}.dcm" for z in range(16)]
+        write_series(tmp_path / "raw/study", ct_like((16, 24, 28), seed), names=names, rescale=(1, 0))
+    code, text = cli("show", tmp_path / "raw")
+    assert code == 2 and "expected one scan, found 2" in text and "--series" in text
+    name = re.search("study#[0-9a-f]{8}", text).group()
+    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert cli("show", tmp_path / "raw", "--series", name, "-o", pictures[0])[0] == 0
+    assert cli("show", f"{tmp_path}/raw/{name}", "-o", pictures[1])[0] == 0
+    assert all(picture.stat().st_size > 1000 for picture in pictures)
+
+
+def test_globs_and_links_of_the_command_line_choose_what_is_prepared(tmp_path):
+    write_scan(tmp_path / "raw/a/one.nii.gz")
+    write_scan(tmp_path / "raw/old/two.nii.gz")
+    write_scan(tmp_path / "else/three.nii.gz")
+    (tmp_path / "raw/three.nii.gz").symlink_to(tmp_path / "else/three.nii.gz")
+    dry = ("prepare", tmp_path / "raw", tmp_path / "out", "--dry-run", *SMALL)
+    for options, scans, left in [
+        ((), 3, "nothing"),
+        (("--no-follow-links",), 2, "1 (link)"),
+        (("--exclude", "old", "--exclude", "a/*"), 1, "2 (in --exclude)"),
+        (("--include", "*/one.nii.gz"), 1, "2 (not in --include)"),
+    ]:
+        code, text = cli(*dry, *options)
+        assert code == 0 and f"{scans} scans" in text and left in text
+    code, text = cli(*dry, "--include", "labels")
+    assert code == 2 and "3 (not in --include)" in text
 
 
 @pytest.mark.parametrize("what", ["scan", "store"])

@@ -1,13 +1,16 @@
+import gzip
 import hashlib
 import os
 import re
 import stat
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from dicom_files import stored_values, write_series
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +19,8 @@ from reading import voxels
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import fingerprint
 from photon_data.readers import find, open_scan
-from photon_data.readers.find import Grouped, Named, assign_ids, find_scans
+from photon_data.readers.dicom_series import Series
+from photon_data.readers.find import Grouped, Named, assign_ids, find_one_scan, find_scans
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
@@ -48,8 +52,13 @@ def series(monkeypatch):
     def group(files):
         bad = [path for path in files if path.name.startswith("bad")]
         keys = sorted({path.name[0] for path in files if path not in bad})
-        stacks = [(f"{key}123", [path for path in files if path.name[0] == key and path not in bad]) for key in keys]
-        return Grouped(stacks, [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad], 1, 2)
+        series = []
+        for key in keys:
+            members = [path for path in files if path.name[0] == key and path not in bad]
+            uid = f"{key} {files[0].parent}"
+            series.append(Series(uid, members, [(f"{key}123", members)], Counter({"(DICOM scout, no CT volume)": 1})))
+        unreadable = [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad]
+        return Grouped(series, unreadable, Counter({"(DICOM Segmentation)": 1}))
 
     monkeypatch.setattr(find, "group_series", group)
 
@@ -73,7 +82,7 @@ def test_every_format_is_found_in_any_case_sorted_and_the_rest_is_counted(tmp_pa
     found = find_scans(tmp_path)
     expected = ["a.Nii.GZ", "b/x.NII", "b/y.nii.gz", "c.hdr", "d.nrrd", "e.nhdr", "f.mha", "g.MHD", "h.hdr.gz"]
     assert [source.path for source in found.sources] == expected
-    assert found.ignored == {"(no suffix)": 2, "(other)": 1, ".img": 1, ".pdf": 1, ".txt": 2}
+    assert found.ignored == {"(DICOMDIR)": 1, "(no suffix)": 1, "(other)": 1, ".img": 1, ".pdf": 1, ".txt": 2}
     assert {source.path: len(source.files) for source in found.sources}["c.hdr"] == 2
     assert all(file.is_absolute() for source in found.sources for file in source.files)
 
@@ -85,11 +94,19 @@ def test_pairs_are_told_apart_in_any_case(tmp_path):
     assert files == {header: [header, data] for header, data in pairs.items()} | {"f.hdr": ["f.hdr"]}
 
 
-def test_a_source_measures_all_of_its_files(tmp_path):
-    fill(tmp_path, "c.hdr", "c.img")
-    os.utime(tmp_path / "c.img", ns=(1, 2**61))
-    (source,) = find_scans(tmp_path).sources
-    assert source.bytes == 2 * len(NIFTI) and source.mtime_ns == 2**61
+def test_a_source_changes_with_the_name_size_and_time_of_each_of_its_files(tmp_path):
+    fill(tmp_path, "c.hdr", "c.img", "one.nii")
+    for name in ("c.hdr", "c.img", "one.nii"):
+        os.utime(tmp_path / name, ns=(1, 2**60))
+
+    def mark(number=0):
+        return find_scans(tmp_path).sources[number].mtime_ns
+
+    before = mark()
+    assert find_scans(tmp_path).sources[0].bytes == 2 * len(NIFTI) and mark() == before
+    assert mark(1) == 2**60  # of one file it is its time, as ever
+    os.utime(tmp_path / "c.hdr", ns=(1, 2**59))  # an older file came back: size and latest time are the same
+    assert 0 <= mark() < 2**63 and mark() != before
 
 
 def test_hidden_files_are_passed_over(tmp_path):
@@ -106,20 +123,54 @@ def test_a_root_may_be_one_file_or_a_link_or_lie_in_a_hidden_folder(tmp_path):
     assert paths(tmp_path / "link.nii") == ["link.nii"]
 
 
-def test_links_are_never_followed_out_and_never_count_twice(tmp_path):
+def test_links_are_followed_once_and_never_in_circles(tmp_path):
     root, outside = tmp_path / "root", tmp_path / "outside"
     fill(root, "a/scan.nii")
-    fill(outside, "other.nii", "folder/deep.nii")
+    fill(outside, "other.nii", "folder/deep.nii", "folder/deeper/x.nii", ".hidden.nii")
     (root / "again.nii").symlink_to(root / "a/scan.nii")
     (root / "b").symlink_to(root / "a")
     (root / "circle").symlink_to(root)
-    assert find_scans(root) == find_scans(root) and find_scans(root).ignored == {}
-    (root / "out.nii").symlink_to(outside / "other.nii")
+    assert paths(root) == ["a/scan.nii"] and find_scans(root).ignored == {}
+    (root / "z.nii").symlink_to(outside / "other.nii")
+    (root / "a/up.nii").symlink_to("../../outside/other.nii")
     (root / "out").symlink_to(outside)
+    (root / "same").symlink_to(outside / "folder")
+    (outside / "folder/back").symlink_to(root)
+    (outside / "folder/above").symlink_to(tmp_path)
     (root / "broken.nii").symlink_to(root / "nowhere.nii")
     (root / "self.nii").symlink_to(root / "self.nii")
-    (root / "a/up.nii").symlink_to("../../outside/other.nii")
-    assert paths(root) == ["a/scan.nii"] and find_scans(root).ignored == {"(link)": 5}
+    found = find_scans(root)
+    assert paths(root) == ["a/scan.nii", "a/up.nii", "out/folder/deep.nii", "out/folder/deeper/x.nii"]
+    assert found.ignored == {"(link to a file that is not there)": 2, "(link)": 1} and found == find_scans(root)
+    without = find_scans(root, follow_links=False)
+    assert [source.path for source in without.sources] == ["a/scan.nii"] and without.ignored == {"(link)": 9}
+
+
+def test_a_hub_cache_is_read_through_its_links_from_the_snapshot_and_from_above(tmp_path):
+    cache = tmp_path / "datasets--o--CT"
+    fill(cache, "blobs/aa11", "blobs/bb22", "refs/main")
+    for revision, names in {"r1": ("x.nii", "y.hdr", "y.img"), "r2": ("x.nii",)}.items():
+        for name in names:
+            link = cache / "snapshots" / revision / "valid" / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(f"../../../blobs/{'bb22' if name == 'y.img' else 'aa11'}")
+    (cache / "snapshots/r1/valid/y.hdr").unlink()
+    (cache / "snapshots/r1/valid/y.img").unlink()
+    assert paths(cache / "snapshots/r2") == ["valid/x.nii"]
+    found = find_scans(cache)
+    assert [source.path for source in found.sources] == ["snapshots/r1/valid/x.nii"]
+    assert found.ignored == {"(no suffix)": 2}  # refs/main and the other blob; the scan's blob is the scan
+    assert open_scan(found.sources[0]).geometry.shape_zyx == (4, 3, 2)
+
+
+def test_a_header_and_its_data_file_may_both_be_links(tmp_path):
+    image = nib.Nifti1Pair(np.arange(24, dtype="i2").reshape(2, 3, 4), np.eye(4))
+    image.to_filename(tmp_path / "blobs.hdr")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.hdr").symlink_to(tmp_path / "blobs.hdr")
+    (tmp_path / "in/a.img").symlink_to(tmp_path / "blobs.img")
+    found = find_scans(tmp_path / "in")
+    assert found.ignored == {} and voxels(open_scan(found.sources[0])).ravel().sum() == 276
 
 
 def test_a_link_to_a_hidden_file_of_the_root_is_the_scan(tmp_path):
@@ -128,7 +179,7 @@ def test_a_link_to_a_hidden_file_of_the_root_is_the_scan(tmp_path):
     (tmp_path / "sub/scan.nii").symlink_to("../.git/annex/objects/MD5-1.nii")
     (tmp_path / "hidden").symlink_to(".git")
     found = find_scans(tmp_path)
-    assert [source.path for source in found.sources] == ["sub/scan.nii"] and found.ignored == {"(link)": 1}
+    assert [source.path for source in found.sources] == ["sub/scan.nii"] and found.ignored == {}
     assert open_scan(found.sources[0]).geometry.shape_zyx == (4, 3, 2)
 
 
@@ -199,6 +250,75 @@ def test_files_are_counted_while_they_are_looked_at(tmp_path):
     seen = []
     find_scans(tmp_path, on_file=seen.append)
     assert seen == [1, 2, 3]
+
+
+def test_globs_choose_by_name_or_by_path_and_what_they_leave_out_is_counted(tmp_path):
+    fill(tmp_path, "a/ct.nii", "a/pet.nii", "b/old/ct.nii", "b/ct.hdr", "b/ct.img", "b/notes.txt", "ct.nii")
+
+    def left(**globs):
+        found = find_scans(tmp_path, **globs)
+        return [source.path for source in found.sources], found.ignored
+
+    everything = ["a/ct.nii", "a/pet.nii", "b/ct.hdr", "b/old/ct.nii", "ct.nii"]
+    assert left() == (everything, {".txt": 1})
+    assert left(include=["ct.*"]) == (["a/ct.nii", "b/ct.hdr", "b/old/ct.nii", "ct.nii"], {"(not in --include)": 2})
+    assert left(include=["a/*", "b/ct.hdr"])[0] == ["a/ct.nii", "a/pet.nii", "b/ct.hdr"]
+    assert left(include=["a/"])[0] == left(include=["./a"])[0] == ["a/ct.nii", "a/pet.nii"]
+    assert left(include=["**/ct.nii"])[0] == ["a/ct.nii", "b/old/ct.nii", "ct.nii"]
+    assert left(exclude=["old", "pet*"]) == (["a/ct.nii", "b/ct.hdr", "ct.nii"], {".txt": 1, "(in --exclude)": 2})
+    assert left(exclude=["b/old"])[0] == ["a/ct.nii", "a/pet.nii", "b/ct.hdr", "ct.nii"]
+    assert left(include=["b"], exclude=["*/old/*", "*.img"]) == (
+        ["b/ct.hdr"],
+        {".txt": 1, "(in --exclude)": 1, "(not in --include)": 3},
+    )
+
+
+PLACEHOLDERS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d4d\nsize 12345\n": "Git LFS pointer; run git lfs pull",
+    b"/annex/objects/SHA256E-s1--00.nii.gz\n": "git-annex pointer; run git annex get",
+    b"\n<!DOCTYPE html><html><body>Entry not found</body></html>": "web page; the download failed",
+    b"<!DOCTYPE html><title>Acc\xe8s refus\xe9</title>": "web page; the download failed",
+    b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC>\n<html>": "web page; the download failed",
+    gzip.compress(b"<html><body>404</body></html>"): "gzip data of a web page; the download failed",
+    b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "XML text.*the download failed",
+    b'{"error": "Repository not found \xe2\x80\x94 sign in"}': "JSON text.*the download failed",
+    b"Access denied. Doe": "short text, perhaps an error message; look into it",
+    b"": "file without bytes; copy or download it again",
+}
+
+
+@pytest.mark.parametrize(("content", "words"), PLACEHOLDERS.items(), ids=range(len(PLACEHOLDERS)))
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.dcm", "a.img", "a.raw"])
+def test_what_lies_in_place_of_a_scan_is_named_with_the_remedy_in_every_format(tmp_path, name, content, words):
+    if name == "a.img":
+        nib.Nifti1Pair(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_filename(tmp_path / "a.hdr")
+    if name == "a.raw":
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 3, 2), "i2")), tmp_path / "a.mhd")
+    (tmp_path / name).write_bytes(content)
+    (source,) = find_scans(tmp_path).sources
+    with pytest.raises(Refused) as caught:
+        open_scan(source)
+    is_named = "perhaps" not in words or name not in ("a.img", "a.raw")  # any text may be voxels
+    assert caught.value.code == (("not-a-scan" if content else "empty") if is_named else "truncated")
+    assert not is_named or re.search(words, caught.value.message)
+    assert "Doe" not in caught.value.message and "take .gz off" not in caught.value.message
+
+
+def test_one_of_several_scans_is_taken_by_any_of_its_names(tmp_path):
+    for seed in range(2):
+        names = [f"{seed}{z}.dcm" for z in range(7)]
+        write_series(tmp_path / "dicom", stored_values(seed=seed), names=names)
+    fill(tmp_path, "b/x.nii")
+    first, second = (source for source in find_scans(tmp_path).sources if source.format == "dicom")
+    key = first.path.partition("#")[2]
+    for wanted in (key, f"#{key}", first.path, first.id):
+        assert find_one_scan(tmp_path, wanted).files == first.files
+    for path in (f"{tmp_path}/dicom#{key}", f"{tmp_path}#{key}"):
+        assert find_one_scan(Path(path)).files == first.files
+    assert find_one_scan(tmp_path, "b/x.nii").format == "nifti"
+    for wanted in (None, "s0", "#00000000"):
+        with pytest.raises(UsageError, match=re.escape(first.path) + ".*" + re.escape(second.path) + ".*--series"):
+            find_one_scan(tmp_path, wanted)
 
 
 # --- ids
@@ -285,7 +405,12 @@ def test_a_series_is_a_source_with_the_key_in_its_id_and_path(tmp_path, series):
         "p/s/bad.dcm": ("p__s__bad.dcm", ["bad.dcm"]),
         "p/s/scan.nii": ("p__s__scan", ["scan.nii"]),
     }
-    assert found.ignored == {"(DICOM without image)": 2, "(DICOM scout, no CT volume)": 4, "(no suffix)": 2}
+    assert found.ignored == {
+        "(DICOM Segmentation)": 2,
+        "(DICOM scout, no CT volume)": 3,
+        "(DICOMDIR)": 1,
+        "(no suffix)": 1,
+    }
     assert [source.code for source in found.sources if source.problem] == ["not-a-scan"]
     assert ids(tmp_path, "name")["p/s#a123"] == "s__sa123"
 

@@ -31,7 +31,8 @@ from reading import voxels as stored
 
 from photon_data.errors import Refused
 from photon_data.readers.dicom import open_series
-from photon_data.readers.find import group_series
+from photon_data.readers.dicom_series import SCOUT
+from photon_data.readers.find import find_scans, group_series
 from photon_data.scan import Source
 
 SHUFFLED = ["q.dcm", "b.dcm", "z.dcm", "a.dcm", "m.dcm", "c.dcm", "k.dcm"]
@@ -43,6 +44,17 @@ def source_of(files):
 
 def open_files(files, max_voxels=10**9):
     return open_series(source_of(files), max_voxels=max_voxels)
+
+
+def stacks(files):
+    """Return the (key, files) of every stack among files."""
+    return [stack for series in group_series(list(files)).series for stack in series.stacks]
+
+
+def aside(files):
+    """Return what is left aside among files, by kind."""
+    grouped = group_series(list(files))
+    return sum((series.aside for series in grouped.series), grouped.aside)
 
 
 def hu(scan):
@@ -180,9 +192,9 @@ def test_two_acquisitions_under_one_series_become_two_scans(tmp_path):
         write_series(
             tmp_path, values[n], uid=uid, names=names, edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + 4)
         )
-    grouped = group_series(list(tmp_path.iterdir()))
-    assert [key.partition("-")[2] for key, _ in grouped.series] == ["", "2"]
-    for (_, files), expected in zip(grouped.series, values, strict=True):
+    found = stacks(tmp_path.iterdir())
+    assert [key.partition("-")[2] for key, _ in found] == ["", "2"]
+    for (_, files), expected in zip(found, values, strict=True):
         assert np.array_equal(stored(open_files(files)), expected)
 
 
@@ -197,13 +209,13 @@ def test_phases_whose_every_slice_is_an_acquisition_stay_together_and_are_refuse
             names=names,
             edit=lambda ds, z, n=n: setattr(ds, "AcquisitionNumber", n + z),
         )
-    [(_, files)] = group_series(list(tmp_path.iterdir())).series
+    [(_, files)] = stacks(tmp_path.iterdir())
     assert refusal(files).code == "several-volumes"
 
 
 def test_acquisitions_that_follow_one_another_stay_one_scan(tmp_path):
     write_series(tmp_path, stored_values(), edit=lambda ds, z: setattr(ds, "AcquisitionNumber", z // 4))
-    assert [len(files) for _, files in group_series(list(tmp_path.iterdir())).series] == [7]
+    assert [len(files) for _, files in stacks(tmp_path.iterdir())] == [7]
 
 
 def of_type(*values):
@@ -217,9 +229,9 @@ def test_scouts_in_the_same_series_and_in_one_of_their_own_are_counted_and_do_no
     )
     write_series(tmp_path, stored_values((2, 30, 20)), orientation=SAGITTAL, names=["s1.dcm", "s2.dcm"], edit=scout)
     files = write_series(tmp_path, values, uid=uid, edit=of_type("ORIGINAL", "PRIMARY", "AXIAL"))
-    alone = group_series(files).series[0][0]
-    grouped = group_series(list(tmp_path.iterdir()))
-    assert (grouped.series, grouped.scouts) == ([(alone, files)], 3)
+    [(alone, _)] = stacks(files)
+    assert stacks(tmp_path.iterdir()) == [(alone, files)]
+    assert aside(tmp_path.iterdir()) == {SCOUT: 3}
     assert np.array_equal(stored(open_files(files)), values)
     assert refusal(files + within).code == "dicom-mixed"
 
@@ -230,9 +242,8 @@ def test_only_stacks_that_are_localizer_throughout_are_scouts(tmp_path):
 
     a = write_series(tmp_path, stored_values(), edit=first_only)
     b = write_series(tmp_path, stored_values((1, 30, 20)), orientation=CORONAL, names=["looks-like-a-scout.dcm"])
-    grouped = group_series(list(tmp_path.iterdir()))
-    assert sorted(files for _, files in grouped.series) == sorted([a, b])
-    assert grouped.scouts == 0
+    assert sorted(files for _, files in stacks(tmp_path.iterdir())) == sorted([a, b])
+    assert not aside(tmp_path.iterdir())
 
 
 def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_path):
@@ -249,9 +260,9 @@ def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_pa
     (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(5000))
     (tmp_path / "broken-link.dcm").symlink_to(tmp_path / "nowhere")
     grouped = group_series(list(tmp_path.iterdir()))
-    assert sorted(files for _, files in grouped.series) == sorted([a, b])
-    assert all(len(key) == 8 and int(key, 16) >= 0 for key, _ in grouped.series)
-    assert grouped.ignored == 2
+    assert sorted(files for _, files in stacks(tmp_path.iterdir())) == sorted([a, b])
+    assert all(len(key) == 8 and int(key, 16) >= 0 for key, _ in stacks(tmp_path.iterdir()))
+    assert grouped.aside == {"(DICOM RT Structure Set)": 1, "(DICOM Segmentation)": 1}
     assert [path.name for path, _ in grouped.unreadable] == ["broken-link.dcm", "empty.dcm", "noise", "text.dcm"]
     assert [why.code for _, why in grouped.unreadable] == ["dicom-unreadable", "empty", "not-a-scan", "not-a-scan"]
     assert not any("secret" in why.message.lower() for _, why in grouped.unreadable)
@@ -259,8 +270,8 @@ def test_two_series_structures_and_strangers_in_one_folder_are_told_apart(tmp_pa
 
 def test_the_key_is_not_the_uid_and_does_not_depend_on_names(tmp_path):
     uid, values = generate_uid(), stored_values()
-    first = group_series(write_series(tmp_path / "a", values, uid=uid)).series[0][0]
-    assert first == group_series(write_series(tmp_path / "b", values, uid=uid, names=SHUFFLED)).series[0][0]
+    [(first, _)] = stacks(write_series(tmp_path / "a", values, uid=uid))
+    assert first == stacks(write_series(tmp_path / "b", values, uid=uid, names=SHUFFLED))[0][0]
     assert first not in uid
 
 
@@ -343,7 +354,7 @@ def test_rescaling_of_compressed_slices_is_neither_lost_nor_done_twice(tmp_path)
 def test_an_enhanced_multi_frame_file_is_a_scan_in_order_of_its_positions(tmp_path, compressed):
     values = stored_values()
     write_enhanced(tmp_path / "e.dcm", values, order=[3, 1, 6, 0, 2, 5, 4], compressed=compressed)
-    [(_, files)] = group_series([tmp_path / "e.dcm"]).series
+    [(_, files)] = stacks([tmp_path / "e.dcm"])
     scan = open_files(files)
     assert np.array_equal(stored(scan), values)
     assert (scan.slope, scan.intercept) == (1, -1024)
@@ -439,18 +450,25 @@ def test_a_damaged_compressed_frame_is_refused(tmp_path, syntax, damage):
     assert refusal(files).code == "dicom-undecodable"
 
 
-def test_a_bare_data_set_is_read_only_under_a_dicom_name(tmp_path):
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_bare_data_set_is_read_under_any_name(tmp_path, implicit):
     values = stored_values()
-    files = write_series(tmp_path, values)
-    bare = [path.with_suffix(".ima") for path in files]
+    files = write_series(tmp_path / "whole", values)
+    bare = [tmp_path / name for name in ("a.ima", "b", "c.1.2.840", "d.img", "e.CT", "f.dcm", "g.0001")]
     for path, to in zip(files, bare, strict=True):
         ds = dcmread(path)
         del ds.file_meta
         ds.preamble = None
-        ds.save_as(to, implicit_vr=True, little_endian=True, enforce_file_format=False)
+        ds.save_as(to, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
     assert np.array_equal(stored(open_files(bare)), values)
-    nameless = bare[0].rename(tmp_path / "slice")
-    assert [path for path, _ in group_series([nameless]).unreadable] == [nameless]
+    for path in files:  # the same with their group 2
+        path.write_bytes(path.read_bytes()[132:])
+    (tmp_path / "readme").write_text("no DICOM here " * 100)
+    (tmp_path / "voxels.img").write_bytes(np.arange(4000, dtype="<i2").tobytes())
+    found = find_scans(tmp_path)
+    assert [len(source.files) for source in found.sources] == [7, 7]
+    assert all(np.array_equal(stored(open_files(source.files)), values) for source in found.sources)
+    assert found.ignored == {"(no suffix)": 1, ".img": 1}
 
 
 def test_random_damage_raises_nothing_but_refused_and_warns_nobody(tmp_path, capfd):

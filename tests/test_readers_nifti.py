@@ -412,7 +412,7 @@ def test_a_header_needs_just_one_data_file_of_the_right_length(tmp_path):
     nib.save(image, tmp_path / "scan.img")
     header, data = tmp_path / "scan.hdr", tmp_path / "scan.img"
     stored = data.read_bytes()
-    for content, code in ((stored[:-1], "truncated"), (stored + b"\0", "surplus"), (b"", "truncated")):
+    for content, code in ((stored[:-1], "truncated"), (stored + b"\0", "surplus"), (b"", "empty")):
         data.write_bytes(content)
         assert refusal(header).code == code
     (tmp_path / "scan.img.gz").write_bytes(zlib.compress(stored))

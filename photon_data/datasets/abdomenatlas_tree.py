@@ -42,7 +42,7 @@ def find_cts(entry: DataSet, on_file: OnFile) -> FoundVolumes:
 
 
 def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:
-    for source in find_scans(root, on_file=on_file).sources:
+    for source in find_scans(root, on_file=on_file, label_maps=True).sources:
         parts = (root.name, *Path(source.path).parts)
         if parts[-1] == SCAN and ID.fullmatch(parts[-2]):
             yield replace(source, id=parts[-2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from photon_data.errors import Refused, unreadable
+from photon_data.errors import Refused, refuse_placeholder, unreadable
 from photon_data.readers.dicom import open_series
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.metaimage import open_metaimage
@@ -32,6 +32,8 @@ def open_scan(source: Source, *, nifti_affine: str = "auto", max_voxels: int = M
     if source.problem:
         raise Refused(source.code, source.problem)
     try:
+        for file in () if source.format == "dicom" else source.files:
+            refuse_placeholder(file)
         if source.format == "nifti":
             return open_nifti(source, max_voxels, nifti_affine)
         return OPENERS[source.format](source, max_voxels)

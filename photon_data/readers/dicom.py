@@ -11,17 +11,14 @@ from functools import partial
 import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, first_few, refusal
-from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, along_normal, read_planes, require_pydicom
+from photon_data.readers.dicom_header import read_planes, require_pydicom
 from photon_data.readers.dicom_pixels import require_decodable, stored_planes
+from photon_data.readers.dicom_plane import SAME_POSITION_MM, PlaneHeader, along_normal, differing
+from photon_data.readers.dicom_series import ROUNDING_MM, SAME_SPACING, tolerance_mm
 from photon_data.readers.stream import frame, grid_shape, wrong_values
 from photon_data.scan import Scan, Source
 from photon_data.volume import Geometry
 
-SAME_SPACING = 1e-3  # largest relative difference of pixel spacings within one stack
-# How far a slice may lie from its place on the regular grid, as a part of the slice distance: a tenth.
-# Positions may be rounded to 0.1 mm, which is a larger part of thin slices: then up to a quarter is allowed.
-# A missing slice puts others off by half a distance or more.
-OFF_GRID, OFF_GRID_ROUNDED, ROUNDING_MM = 0.1, 0.25, 0.1
 ONE_FOLDER_EACH = "put each stack into a folder of its own"
 
 
@@ -35,7 +32,7 @@ def open_series(source: Source, max_voxels: int) -> Scan:
     require_pydicom()
     planes: list[PlaneHeader] = []
     for path in source.files:
-        if not (of_file := read_planes(path)):
+        if not (of_file := read_planes(path).planes):
             raise refusal("dicom-no-geometry", path.name, "an image", "another kind of DICOM object", "leave it out")
         planes += of_file
     _require_slices(planes)
@@ -54,12 +51,26 @@ def _require_slices(planes: Sequence[PlaneHeader]) -> None:
     name = planes[0].path.name
     if any(plane.color for plane in planes):
         raise wrong_values("rgb", name, "colour: a screenshot")
-    if any(plane.frames > 1 and plane.position_lps is None for plane in planes):
-        remedy = "export it as Enhanced CT or single slices"
-        raise refusal("dicom-multiframe", name, "one position per frame", "a multi-frame file without", remedy)
+    _require_places_of_frames(planes)
+    bare = [plane for plane in planes if not plane.is_rescaled]
+    if 0 < len(bare) < len(planes):
+        found = f"{len(bare)} of {len(planes)} without one of them, {bare[0].path.name} first"
+        raise refusal("dicom-bad-rescale", "", "a slope and an intercept in every slice", found, EXPORT_AGAIN)
     if not all(np.isfinite([plane.slope, plane.intercept]).all() and plane.slope != 0 for plane in planes):
         expected = "a finite slope other than 0 and an intercept"
         raise refusal("dicom-bad-rescale", name, expected, "none in some slices", EXPORT_AGAIN)
+
+
+def _require_places_of_frames(planes: Sequence[PlaneHeader]) -> None:
+    """Refuse a file of several frames that does not say where each of them lies."""
+    for path in dict.fromkeys(plane.path for plane in planes if plane.frames > 1):
+        of_file = [plane for plane in planes if plane.path == path]
+        places = {tuple(plane.position_lps) for plane in of_file if plane.position_lps is not None}
+        frames = of_file[0].frames
+        if len(of_file) < frames or len(places) < 2 or any(plane.position_lps is None for plane in of_file):
+            found = f"{frames} frames and {'the place of only one' if places else 'no position'}"
+            remedy = "export it as Enhanced CT or single slices"
+            raise refusal("dicom-multiframe", path.name, "one position per frame", found, remedy)
 
 
 def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
@@ -70,21 +81,20 @@ def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
 def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHeader], Geometry]:
     """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column].
 
-    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared; it stays so. Raises
-    Refused for planes that form no regular stack.
+    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared. Refused.
     """
     _require_geometry(planes)
     _require_one_kind(planes)
     along = along_normal(planes)
     order = np.argsort(along, kind="stable")
     planes, along = [planes[i] for i in order], along[order]
-    _require_one_plane_per_position(along)
+    _require_one_plane_per_position(planes, along)
     positions = np.array([plane.position_lps for plane in planes])
     # The step from one slice to the next. Less tilt than positions are rounded to is none.
     normal, length = planes[0].normal, positions[-1] - positions[0]
     straight = (length @ normal) * normal
     step = (straight if np.linalg.norm(length - straight) <= ROUNDING_MM else length) / (len(positions) - 1)
-    _require_regular(along, positions, step)
+    _require_regular(planes, positions, step)
     return planes, _geometry(planes[0], len(planes), step, max_voxels)
 
 
@@ -112,8 +122,13 @@ def _require_one_kind(planes: Sequence[PlaneHeader]) -> None:
         raise refusal("dicom-mixed", "", "slices of one kind", found, ONE_FOLDER_EACH)
 
 
-def _require_one_plane_per_position(along: np.ndarray) -> None:
-    """Refuse sorted positions [n] along the normal of which some, or all, are taken more than once."""
+def _apart(planes: Sequence[PlaneHeader]) -> str:
+    """Return in words what tells the planes apart."""
+    return f"they differ in {tags}" if (tags := differing(planes)) else "no tag of their headers tells them apart"
+
+
+def _require_one_plane_per_position(planes: Sequence[PlaneHeader], along: np.ndarray) -> None:
+    """Refuse planes, sorted by position `along` the normal [n], where some or all positions are taken twice."""
     first_of_each = np.flatnonzero(np.r_[True, np.diff(along) >= SAME_POSITION_MM])
     times = np.diff(np.r_[first_of_each, len(along)])
     if len(times) == 1:
@@ -121,23 +136,29 @@ def _require_one_plane_per_position(along: np.ndarray) -> None:
     if times.max() == 1:
         return
     if times.min() == times.max():
-        found = f"{times[0]} at each of {len(times)} positions (phases, or reconstructions under one series)"
-        raise refusal("several-volumes", "", "one image per position", found, ONE_FOLDER_EACH)
+        found = f"{times[0]} at each of {len(times)} positions (phases, or reconstructions under one series); "
+        remedy = "convert it to one file per volume" if planes[0].frames > 1 else ONE_FOLDER_EACH
+        raise refusal("several-volumes", "", "one image per position", found + _apart(planes), remedy)
     at = first_few([f"{mm:.2f}" for mm in along[first_of_each][times > 1]])
-    found = f"several at {np.count_nonzero(times > 1)} of {len(times)} positions ({at} mm along the slice normal)"
-    raise refusal("dicom-duplicate-slices", "", "one image per position", found, "remove the copies")
+    found = f"several at {np.count_nonzero(times > 1)} of {len(times)} positions ({at} mm along the slice normal); "
+    remedy = f"remove the ones that do not belong, or {ONE_FOLDER_EACH}"
+    raise refusal("dicom-duplicate-slices", "", "one image per position", found + _apart(planes), remedy)
 
 
-def _require_regular(along: np.ndarray, positions: np.ndarray, step: np.ndarray) -> None:
+def _require_regular(planes: Sequence[PlaneHeader], positions: np.ndarray, step: np.ndarray) -> None:
     """Refuse sorted slices that leave the regular line: in depth (some are missing) or sideways (they do not fit)."""
+    along = along_normal(planes)
     count, gaps = len(along), np.diff(along)
     usual = float(np.median(gaps))
-    tolerance = max(OFF_GRID * usual, min(ROUNDING_MM, OFF_GRID_ROUNDED * usual))
+    tolerance = tolerance_mm(usual)
     if np.abs(along - np.linspace(along[0], along[-1], count)).max() > tolerance:
         off = np.abs(gaps - usual)
         odd = np.argsort(-off, kind="stable")[: np.count_nonzero(off > tolerance) or 1]
         where = ", ".join(f"{gaps[i]:.2f} mm between {along[i]:.2f} and {along[i + 1]:.2f} mm" for i in sorted(odd[:3]))
         found = f"{len(odd)} other distance(s) along the slice normal: {where}"
+        found += f"; {_apart(planes)}" if differing(planes) else ""
+        folders = len({plane.path.parent for plane in planes})
+        found += f"; they lie in {folders} folders" if folders > 1 else ""
         remedy = "export the missing slices, or one reconstruction with a constant distance"
         raise refusal("dicom-missing-slices", "", f"slices {usual:.2f} mm apart", found, remedy)
     aside = np.linalg.norm(positions - positions[0] - np.arange(count)[:, None] * step, axis=1)

@@ -17,92 +17,46 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
+from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, HEAD_BYTES, Refused, is_dicom, not_a, refusal
+from photon_data.readers.dicom_plane import (
+    EXPLICIT_BIG,
+    EXPLICIT_LITTLE,
+    IMPLICIT_LITTLE,
+    SPLIT_TAGS,
+    PixelLayout,
+    PlaneHeader,
+)
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
     from pydicom.uid import UID
 
-# Transfer syntaxes.
-IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
-PLAIN = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG)
-DEFLATED = "1.2.840.10008.1.2.1.99"
-UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data: items until a delimiter
-SAME_DIRECTION = 1e-3  # largest difference of direction cosines within one stack: 0.2 mm at the edge of a body
-SAME_POSITION_MM = 0.01
 CUT_HEADER = "the end of the header before"
 
 # Where an enhanced (multi-frame) object keeps what a single-frame one has at the top: PS3.3 C.7.6.16.
 FRAME_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")  # + "Sequence"
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
-# Nothing else of a header is ever read: no name, no date, no free text.
+# Nothing else of a header is ever read: no name, no free text. The patient's id is hashed together with the study.
 KEYWORDS = (
-    f"SOPClassUID SeriesInstanceUID ConcatenationUID AcquisitionNumber ImageType NumberOfFrames {PER_FRAME} {SHARED} "
-    "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel PhotometricInterpretation "
-    "BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept ModalityLUTSequence "
-    "PixelPaddingValue PixelPaddingRangeLimit"
+    f"SOPClassUID SOPInstanceUID StudyInstanceUID PatientID SeriesInstanceUID ConcatenationUID {PER_FRAME} {SHARED} "
+    "NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
+    "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept "
+    "ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit"
 ).split()
+KEYWORDS.extend(SPLIT_TAGS)
+# Names (in the standard) of images that are slices of a volume, also where their header lost its place.
+VOLUMES = ("CT Image", "MR Image", "MR Color", "PET Image", "Positron", "Nuclear Medicine", "3D", "Tomosynthesis")
+# Values of ImageType that say what is no slice.
+SCOUTS = ("LOCALIZER", "SCOUT", "SCOUTVIEW", "TOPOGRAM", "SURVIEW")
+SCREENS = ("SCREEN SAVE", "SCREENSHOT", "DOSE", "DOSE_INFO", "DOSE REPORT", "PROTOCOL")
+CAPTURE = "secondary capture"
 
 
-class PixelLayout(NamedTuple):
-    """How the stored values of one file are written."""
+class Content(NamedTuple):
+    """What one DICOM file is."""
 
-    transfer_syntax: str
-    bits_allocated: int
-    bits_stored: int
-    high_bit: int
-    signed: bool
-    at: int | None  # byte of the file where the pixel data begin; None: there are none, or deflated with the header
-    length: int  # bytes the header says there are (UNDEFINED_LENGTH: compressed)
-    present: int  # bytes from `at` to the end of the file
-    padding: tuple[int, int] | None = None  # PixelPaddingValue and its RangeLimit (the same where there is none)
-
-    @property
-    def are_frames_compressed(self) -> bool:
-        """Whether each frame is a piece of its own, compressed, rather than all of them in a row."""
-        return self.transfer_syntax not in (*PLAIN, DEFLATED)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The stored type in native byte order, e.g. uint16 for 12 unsigned bits in 16."""
-        return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
-
-
-class PlaneHeader(NamedTuple):
-    """What the header says of one image plane of a series. None stands for no usable value."""
-
-    path: Path
-    frame: int
-    frames: int
-    series: str  # first 8 hex digits of the sha256 of the SeriesInstanceUID: the UID itself goes no further
-    container: str  # of the frames of one file: its name or hashed concatenation; "" where it has one frame
-    localizer: bool
-    color: bool
-    acquisition: str
-    rows: int
-    columns: int
-    position_lps: np.ndarray | None  # [3] in mm: the centre of the first pixel
-    orientation: np.ndarray | None  # unit vectors [2, 3]: along a row, down a column
-    spacing_mm: np.ndarray | None  # distance of rows, distance of columns
-    slope: float  # HU = slope * stored + intercept; NaN where the header has a table instead
-    intercept: float
-    pixels: PixelLayout
-
-    @property
-    def normal(self) -> np.ndarray:
-        """Unit vector [3] of the slice normal, row x column direction; only where there is an orientation."""
-        return np.cross(*np.asarray(self.orientation))
-
-    def is_parallel_to(self, other: PlaneHeader) -> bool:
-        """Tell whether both have the same orientation, or both none."""
-        if self.orientation is None or other.orientation is None:
-            return self.orientation is other.orientation
-        return bool(np.abs(self.orientation - other.orientation).max() < SAME_DIRECTION)
-
-
-def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
-    """Return the position of each plane along the slice normal of the first, mm [n]; of axial scans the patient's z."""
-    return np.array([plane.position_lps for plane in planes]) @ planes[0].normal
+    kind: str  # in the standard's words
+    planes: list[PlaneHeader]  # in the file's order; none where it is no part of a volume
 
 
 def require_pydicom() -> None:
@@ -112,22 +66,42 @@ def require_pydicom() -> None:
         raise refusal("dicom-extra-missing", "", expected, "it not installed", remedy)
 
 
-def read_planes(path: Path) -> list[PlaneHeader]:
-    """Return the image planes of one file in its order; [] for DICOM objects without images (RTSTRUCT, SR, SEG, ...).
+def read_planes(path: Path) -> Content:
+    """Return what a file is and its image planes; none for what is left aside: reports, masks, screenshots, X-rays.
 
     Only the header is read. An enhanced multi-frame file gives one plane per frame. An old multi-frame file does not
-    say where its frames lie: it gives one plane without a position. Raises Refused for a damaged file.
+    say where its frames lie: it gives one plane. Refused.
     """
     sentence = "expected a DICOM header, found one that cannot be read; copy the file again"
     with refusing("dicom-unreadable", path, sentence):
         dataset, pixels = _read(path)
-        if not _is_image(path, dataset):
-            return []
+        kind = _kind(path, dataset)
+        if not (dataset.get("Rows") and dataset.get("Columns")) or (kind and "Image" not in kind):
+            return Content(kind, [])
         frames = int(dataset.get("NumberOfFrames") or 1)
         placed = len(dataset.get(PER_FRAME) or [])
         if placed and placed != frames:
             raise refusal("dicom-multiframe", path.name, f"positions of {frames} frames", placed, EXPORT_AGAIN)
-        return [_plane(path, dataset, pixels, frame, frames) for frame in range(placed or 1)]
+        first = _plane(path, dataset, pixels, 0, frames)
+        if aside := _left_aside(kind, first, dataset):
+            return Content(aside, [])
+        return Content(kind, [first, *(_plane(path, dataset, pixels, frame, frames) for frame in range(1, placed))])
+
+
+def _left_aside(kind: str, plane: PlaneHeader, dataset: FileDataset) -> str:
+    """Return what an image is that is no slice of a volume, or "".
+
+    It lies nowhere, and is of a kind that need not, in colour, or a screenshot by its ImageType; or it is a screenshot
+    in colour. Grey frames of a capture may be a volume that lost its place: they stay, to be refused as that.
+    """
+    types = [text.upper() for text in _text(dataset, "ImageType").split("\\")]
+    is_capture = "Secondary Capture" in kind
+    is_screen = is_capture or "SECONDARY" in types[1:2] or any(text in SCREENS for text in types)
+    is_placed = plane.position_lps is not None and plane.orientation is not None
+    if (is_screen and plane.color) or ((is_screen or plane.color) and not is_placed and plane.frames == 1):
+        return CAPTURE
+    is_slice = is_capture or any(name in kind for name in VOLUMES) or not kind
+    return kind if not (is_placed or is_slice) else ""
 
 
 @contextmanager
@@ -177,14 +151,15 @@ def _read(path: Path) -> tuple[FileDataset, PixelLayout]:
 
 
 def _read_without_preamble(path: Path, file: BinaryIO) -> FileDataset:
-    """Return the tags of a bare data set (old exports) if its name says DICOM and it has the tags of an image."""
+    """Return the tags of a bare data set (old exports) whose name or first bytes say DICOM and that says its kind."""
     from pydicom import dcmread
 
-    if path.suffix.lower() in (".dcm", ".ima"):
+    file.seek(0)
+    if path.suffix.lower() in (".dcm", ".ima") or is_dicom(file.read(HEAD_BYTES)):
         with suppress(Exception):  # anything may happen in bytes that are not DICOM
             file.seek(0)
             dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
-            if all(dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID", "Rows", "Columns")):
+            if all(dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID")):
                 return dataset
     raise not_a("a DICOM file", path, "export the series again, or leave the file out")
 
@@ -217,19 +192,28 @@ def _pixel_layout(file: BinaryIO, dataset: FileDataset) -> PixelLayout:
     )
 
 
-def _is_image(path: Path, dataset: FileDataset) -> bool:
-    """Tell images from the objects beside them; Refused where a file ends before it says what it is."""
+def _padding(dataset: FileDataset, order: str) -> tuple[int, int] | None:
+    """Return the stored values that begin and end the range of padding, whatever type they are written as; or None."""
+    found = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        value = dataset.get(keyword)
+        if isinstance(value, bytes):  # its type depends on PixelRepresentation, which may be missing
+            value = struct.unpack_from(f"{order}H", value)[0] if len(value) >= 2 else None
+        found.append(value if isinstance(value, int) else None)
+    value, limit = found
+    return None if value is None else (value, value if limit is None else limit)
+
+
+def _kind(path: Path, dataset: FileDataset) -> str:
+    """Return the standard's name of a kind of object, "" for a vendor's own; Refused where a file ends before it."""
     sop_class = as_uid(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
-    has_size = bool(dataset.get("Rows") and dataset.get("Columns"))
-    if sop_class.name == sop_class:  # not in the standard: a vendor's own kind of object, or cut off
+    if sop_class.name == sop_class:  # not in the standard, or cut off
         if not dataset.get("SeriesInstanceUID"):
             raise refusal("dicom-unreadable", path.name, "a kind of object and its series", CUT_HEADER, COPY_AGAIN)
-        return has_size
-    if "Image Storage" not in sop_class.name:
-        return False
-    if not has_size:
+        return ""
+    if "Image Storage" in sop_class.name and not (dataset.get("Rows") and dataset.get("Columns")):
         raise refusal("truncated", path.name, "rows and columns of an image", CUT_HEADER, COPY_AGAIN)
-    return True
+    return sop_class.name.partition(" Storage")[0]
 
 
 def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, frames: int) -> PlaneHeader:
@@ -239,40 +223,56 @@ def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, fr
     places = [*items, dataset]
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     spacing, concatenation = _numbers(places, "PixelSpacing", 2), dataset.get("ConcatenationUID")
-    slope, intercept = _value(places, "RescaleSlope"), _value(places, "RescaleIntercept")
-    if slope is None:
-        slope, intercept = (math.nan, 0.0) if _value(places, "ModalityLUTSequence") else (1.0, intercept)
+    has_table = any(place.get("ModalityLUTSequence") for place in places)
+    given = [any(_text(place, name) for place in places) for name in ("RescaleSlope", "RescaleIntercept")]
+    slope, intercept = _numbers(places, "RescaleSlope", 1), _numbers(places, "RescaleIntercept", 1)
+    if not given[0] and not has_table:
+        slope = np.ones(1)
     return PlaneHeader(
         path=path,
         frame=frame,
         frames=frames,
+        instance=_digest(dataset.get("SOPInstanceUID")),
+        study=_digest(f"{dataset.get('StudyInstanceUID')} {_text(dataset, 'PatientID')}"),
         series=_digest(dataset.get("SeriesInstanceUID")),
+        acquired=None if (clock := _numbers([dataset], "AcquisitionTime", 1)) is None else float(clock[0]),
+        tags=tuple(text and _digest(text) for text in (_text(dataset, name) for name in SPLIT_TAGS)),
         container="" if frames == 1 else _digest(concatenation) if concatenation else path.name,
-        localizer="LOCALIZER" in (dataset.get("ImageType") or []),
+        localizer=any(text in SCOUTS for text in _text(dataset, "ImageType").split("\\")),
         color=int(dataset.get("SamplesPerPixel") or 1) != 1 or not photometric.startswith("MONOCHROME"),
-        acquisition=str(dataset.get("AcquisitionNumber") or ""),
         rows=int(dataset.Rows),
         columns=int(dataset.Columns),
         position_lps=_numbers(places, "ImagePositionPatient", 3),
         orientation=_perpendicular_pair(_numbers(places, "ImageOrientationPatient", 6)),
         spacing_mm=spacing if spacing is not None and (spacing > 0).all() else None,
-        slope=float(slope),
-        intercept=float(intercept or 0.0),
+        slope=math.nan if slope is None else float(slope[0]),
+        intercept=float(intercept[0]) if intercept is not None else math.nan if given[1] else 0.0,
+        is_rescaled=has_table or all(given),
         pixels=pixels,
     )
 
 
-def _value(places: list[Dataset], keyword: str) -> Any:
-    return next((place[keyword].value for place in places if place.get(keyword) not in (None, "")), None)
+def _text(dataset: Dataset, keyword: str) -> str:
+    """Return the text of a tag as the file has it, "" where there is none: nothing is parsed, so nothing can fail."""
+    element = dataset.get_item(keyword)
+    value = None if element is None else element.value
+    if isinstance(value, bytes):
+        return "\\".join(part.strip(" \0") for part in value.decode("latin-1").split("\\"))
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return "" if value is None else "\\".join(map(str, values))
 
 
 def _numbers(places: list[Dataset], keyword: str, count: int) -> np.ndarray | None:
-    """Return `count` finite numbers [count], or None where the header has anything else."""
-    value = _value(places, keyword)
-    if value is None or isinstance(value, (str, float)) or len(value) != count:
+    """Return `count` finite numbers [count], or None where the header has anything else.
+
+    Some systems write the decimal comma of their country, as in 0,75: it is read as a point.
+    """
+    text = next((text for text in (_text(place, keyword) for place in places) if text), "")
+    try:
+        numbers = np.array([float(part.replace(",", ".").replace("_", "?")) for part in text.split("\\")])
+    except ValueError:
         return None
-    numbers = np.array([float(v) for v in value])
-    return numbers if np.isfinite(numbers).all() else None
+    return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
 
 
 def _perpendicular_pair(cosines: np.ndarray | None) -> np.ndarray | None:
@@ -291,17 +291,5 @@ def _perpendicular_pair(cosines: np.ndarray | None) -> np.ndarray | None:
     return np.array([turned / np.linalg.norm(turned), down_column / np.linalg.norm(down_column)])
 
 
-def _padding(dataset: FileDataset, order: str) -> tuple[int, int] | None:
-    """Return the stored values that begin and end the range of padding, whatever type they are written as; or None."""
-    found = []
-    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        value = dataset.get(keyword)
-        if isinstance(value, bytes):  # its type depends on PixelRepresentation, which may be missing
-            value = struct.unpack_from(f"{order}H", value)[0] if len(value) >= 2 else None
-        found.append(value if isinstance(value, int) else None)
-    value, limit = found
-    return None if value is None else (value, value if limit is None else limit)
-
-
 def _digest(uid: Any) -> str:
-    return hashlib.sha256(str(uid or "").encode()).hexdigest()[:8]
+    return hashlib.sha256(str(uid or "").encode()).hexdigest()[:16]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, refusal
-from photon_data.readers.dicom_header import EXPLICIT_BIG, PLAIN, UNDEFINED_LENGTH, PlaneHeader, as_uid, refusing
+from photon_data.readers.dicom_header import as_uid, refusing
+from photon_data.readers.dicom_plane import EXPLICIT_BIG, PLAIN, UNDEFINED_LENGTH, PlaneHeader
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -1,4 +1,4 @@
-"""A folder -> the scans in it, from names and a glance at headers. No voxel is read, and nothing can stop the search.
+"""A folder -> the scans in it, from names and a glance at headers. Nothing can stop the search.
 
 Each scan gets an id, made from where its files lie: safe in file systems and URLs, one per scan, the same in every run.
 """
@@ -9,22 +9,23 @@ import errno
 import hashlib
 import os
 import re
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import count
-from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import numpy as np
-
-from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, unreadable
-from photon_data.readers.dicom_header import SAME_POSITION_MM, PlaneHeader, along_normal, read_planes, require_pydicom
-from photon_data.readers.header import metaimage_data_file, nifti_data_file, nrrd_data_file
+from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, refusal, unreadable
+from photon_data.readers.dicom_header import read_planes, require_pydicom
+from photon_data.readers.dicom_plane import PlaneHeader
+from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
+from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
+from photon_data.readers.label_maps import is_label_map
+from photon_data.readers.tree import File, Identity, Tree
 from photon_data.scan import Source
 
 # Suffix -> what finds the file with the voxels, where that can be another one.
@@ -32,14 +33,15 @@ DATA_FILES = {".hdr": nifti_data_file, ".hdr.gz": nifti_data_file, ".nrrd": nrrd
 DATA_FILES |= {".mha": metaimage_data_file, ".mhd": metaimage_data_file}
 SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
 SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
+TEXT_HEADERS = {"nrrd": nrrd_text, "metaimage": metaimage_text}
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
-HIDDEN_FOLDERS = ("__MACOSX",)
-# What is in a folder that photon-data prepare or export wrote: no raw data.
-OURS = (("dataset.json", "volumes.jsonl"), ("export.json", "volumes"))
-NO_IDS: Mapping[str, str] = MappingProxyType({})
-# Files that are no scans are counted by suffix; a longer "suffix" may be a piece of somebody's name.
+# How files that are no scans are counted: by what they are, else by suffix.
+LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
+NOT_INCLUDED, EXCLUDED = "(not in --include)", "(in --exclude)"
+# A longer "suffix" may be a piece of somebody's name.
 MAX_SUFFIX = 6
 
+NO_IDS: Mapping[str, str] = MappingProxyType({})
 MAX_ID = 150
 # Digits of the path's hash that tell ids apart: none where the name is free, more while two are still the same.
 DIGITS = (0, 6, 16, 64)
@@ -64,248 +66,257 @@ def find_scans(
     id_prefix: str = "",
     known_ids: Mapping[str, str] = NO_IDS,
     on_file: Callable[[int], None] = lambda count: None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    follow_links: bool = True,
+    label_maps: bool = False,
 ) -> Found:
     """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
 
     `known_ids` are those that scans have already, by their paths. New ones begin with `id_prefix`.
 
-    Hidden files and folders, AppleDouble files and __MACOSX are passed over. Links are not followed. A link to a
-    visible file in the root is passed over, since that file is found. A link to a hidden file in the root is taken
-    (DataLad keeps files so). Other links are counted as ignored. A file with a scan's suffix is always a source,
-    whatever it holds; opening it says what is wrong. What cannot be read is a source with its `problem` set. `on_file`
-    gets the number of files seen so far.
+    Hidden files and folders, AppleDouble files, __MACOSX, and folders that we wrote are passed over. Links are
+    followed. A file that is reached twice is one scan: where it lies below `root`, else under its first link. A file
+    with a scan's suffix is always a source, whatever it holds (opening it says what is wrong), but for label maps,
+    unless `label_maps`. What cannot be read is a source with its `problem` set. `on_file` gets the number of files seen
+    so far.
+
+    `include` and `exclude` are globs: one without "/" is for any folder or file name below `root`, one with "/" for a
+    path relative to `root`, of a folder or a file; "*" is for "/" too.
 
     UsageError where there is no `root`, or for an unknown `id_from`.
     """
     if not root.exists():
         raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
-    search = _Search(root.absolute())
-    seen = count(1)
-    for folder in search.folders():
-        candidates = []
-        for path in folder:
+    tree = Tree(root.absolute(), follow_links=follow_links)
+    search, seen = _Search(tree, include, exclude, label_maps), count(1)
+    for folder in tree.folders():
+        for _ in folder:
             on_file(next(seen))
-            if search.is_candidate(path):
-                candidates.append(path)
-        search.add_folder(candidates)
+        search.add_folder(folder)
+    search.add_closed_folders()
+    search.add_series()
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     return Found([replace(source, id=name) for name, (_, source) in zip(ids, pairs, strict=True)], search.counts())
 
 
-def find_one_scan(path: Path) -> Source:
-    """Return the scan that a file is or that a folder holds; UsageError where there is none, or more than one."""
+def find_one_scan(path: Path, series: str | None = None) -> Source:
+    """Return the scan that a file is, that a folder holds, or that is called `series` there; UsageError.
+
+    "FOLDER#KEY" as path is FOLDER with "#KEY" as series. Names are those that the error lists, ids, or keys alone.
+    """
+    folder, mark, key = str(path).rpartition("#")
+    if mark and series is None and not path.exists() and Path(folder).exists():
+        return find_one_scan(Path(folder), f"#{key}")
     sources, ignored = find_scans(path)
-    if len(sources) != 1:
-        names = f", {first_few([source.path for source in sources], 10)}" if sources else ""
+    found = [one for one in sources if series in (None, one.path, one.id, one.path.rpartition("#")[2])]
+    if series and not found:
+        found = [one for one in sources if one.path.endswith(series)]
+    if len(found) != 1:
+        listed = [source.path for source in found or sources]
+        names = f", {first_few(listed, 10)}" if listed else ""
         others = f" (files left alone: {left_alone(ignored)})" if ignored else ""
-        raise UsageError(f"expected one scan, found {len(sources)} in {path}{names}{others}; give the path of one")
-    return sources[0]
+        wanted = f"one scan {series!r}" if series else "one scan"
+        remedy = "name one: --series NAME" if len(sources) > 1 else "give the path of one"
+        raise UsageError(f"expected {wanted}, found {len(found)} in {path}{names}{others}; {remedy}")
+    return found[0]
 
 
 class _Search:
     """What has been found so far: sources that still lack an id, what ids are made from, and what is left alone."""
 
-    def __init__(self, start: Path) -> None:
-        self.start = start
-        self.root = start if start.is_dir() else start.parent
+    def __init__(self, tree: Tree, include: Sequence[str], exclude: Sequence[str], label_maps: bool) -> None:
+        self.tree, self.include, self.exclude, self.label_maps = tree, include, exclude, label_maps
+        self.root = tree.start if tree.start.is_dir() else tree.start.parent
         self.sources: list[tuple[Named, Source]] = []
-        self.leftover: list[Path] = []
+        self.series: dict[str, list[Series]] = {}
+        self.leftover: dict[Path, str] = {}  # how each is counted
+        self.unclaimed: dict[Identity, Path] = {}  # those of them that lie in the tree: a link may say what they are
+        self.taken: set[Identity] = set()
         self.data_files: set[Path] = set()
         self.ignored: Counter[str] = Counter()
 
-    def folders(self) -> Iterator[list[Path]]:
-        """Yield the visible files, folder by folder. A folder that cannot be listed becomes a source."""
-        if self.root != self.start:
-            yield [self.start]
-            return
-
-        def closed(error: OSError) -> None:
-            parts = self._parts(Path(error.filename))
-            problem = f"expected a folder that can be listed, found: {error.strerror}; change its permissions"
-            self._add(parts or (self.root.name,), "/".join(parts) or ".", [], "folder", Refused("unreadable", problem))
-
-        for here, folders, names in os.walk(self.start, onerror=closed):
-            links = [name for name in folders if Path(here, name).is_symlink()]
-            ours = [name for name in folders if _is_ours(Path(here, name))]
-            self.ignored["(prepared or exported folder)"] += len(ours)
-            folders[:] = sorted(n for n in folders if n not in links and n not in ours and not _is_hidden(n))
-            yield [Path(here, name) for name in sorted(names + links) if not _is_hidden(name)]
-
-    def is_candidate(self, path: Path) -> bool:
-        """Tell whether an entry of a folder is to be looked at; links and special files that are not are counted."""
-        if path == self.start:
-            return True
-        try:
-            mode = path.lstat().st_mode
-        except OSError:
-            return True  # it is there and cannot be read: a source with a problem
-        if not stat.S_ISLNK(mode):
-            self.ignored["(special file)"] += not stat.S_ISREG(mode)
-            return stat.S_ISREG(mode)
-        root, target = self.root.resolve(), Path(os.path.realpath(path))
-        is_inside = target.is_relative_to(root) and target.exists()
-        if is_inside and not any(_is_hidden(part) for part in target.relative_to(root).parts):
-            return False  # it is found anyway
-        is_taken = is_inside and target.is_file()  # found in no other way: it is hidden
-        self.ignored["(link)"] += not is_taken
-        return is_taken
-
-    def add_folder(self, files: Iterable[Path]) -> None:
-        slices = []
-        for path in files:
+    def add_folder(self, files: Sequence[File]) -> None:
+        """Add the scans among the files of one folder, or among those that links lead to."""
+        slices: dict[Path, list[Path]] = {}
+        for path, identity, by_link in files:
+            if by_link and identity in self.taken:
+                continue
+            if reason := self._left_out(path):
+                self.leftover[path] = reason
+                continue
             suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
             if suffix:
                 self._add_file(path, suffix)
             elif _may_be_dicom(path):
-                slices.append(path)
+                slices.setdefault(path.parent, []).append(path)
             else:
-                self.leftover.append(path)
-        if slices:
-            self._add_dicom(slices)
+                if not (by_link and identity in self.unclaimed):
+                    self._leave(path, identity)
+                continue
+            if identity is not None:
+                self.taken.add(identity)
+                self.leftover.pop(self.unclaimed.get(identity, path), None)
+        for folder in slices.values():
+            self._group(folder)
+
+    def add_closed_folders(self) -> None:
+        """Add a source for each folder that cannot be listed."""
+        for folder, error in self.tree.closed:
+            parts = self._parts(folder)
+            problem = f"expected a folder that can be listed, found: {error.strerror}; change its permissions"
+            self._add(parts or (self.root.name,), "/".join(parts) or ".", [], "folder", Refused("unreadable", problem))
+
+    def add_series(self) -> None:
+        """Add the DICOM series. One that lies in several folders is grouped again as a whole."""
+        for _, parts in sorted(self.series.items()):
+            for series in parts if len(parts) == 1 else self._regrouped(parts):
+                self.ignored += series.aside
+                for key, members in series.stacks:
+                    words = self._parts(common_folder(members))
+                    named = (*words[:-1], f"{words[-1]}__s{key}") if words else (f"s{key}",)
+                    self._add(named, "/".join(words) + f"#{key}", members, "dicom")
 
     def counts(self) -> dict[str, int]:
-        """Return how many files were left alone, by suffix; data files of headers belong to their scans."""
-        suffixes = [path.suffix.lower() or "(no suffix)" for path in self.leftover if path not in self.data_files]
-        rest = Counter("(other)" if s[0] == "." and len(s) > MAX_SUFFIX else s for s in suffixes)
-        return dict(sorted((self.ignored + rest).items()))
+        """Return how many files were left alone, by kind or suffix; data files of headers belong to their scans."""
+        rest = Counter(kind for path, kind in self.leftover.items() if path not in self.data_files)
+        return dict(sorted((self.ignored + self.tree.counts + rest).items()))
 
     def _parts(self, path: Path) -> tuple[str, ...]:
         return path.relative_to(self.root).parts
 
+    def _left_out(self, path: Path) -> str:
+        """Return how a file is counted that the globs leave out, "" for one that they do not."""
+        parts = self._parts(path)
+        if self.include and not any(_matches(parts, glob) for glob in self.include):
+            return NOT_INCLUDED
+        return EXCLUDED if any(_matches(parts, glob) for glob in self.exclude) else ""
+
+    def _leave(self, path: Path, identity: Identity | None) -> None:
+        suffix = path.suffix.lower() or "(no suffix)"
+        kind = "(other)" if suffix[0] == "." and len(suffix) > MAX_SUFFIX else suffix
+        self.leftover[path] = DIRECTORY if path.name.lower() == "dicomdir" else kind
+        if identity is not None:
+            self.unclaimed[identity] = path
+
     def _add(
         self, words: tuple[str, ...], path: str, files: list[Path], file_format: str, why: Refused | None = None
     ) -> None:
-        size, mtime_ns = 0, 0
+        facts = []
         for file in files:
             try:
-                facts = file.stat()
-                size, mtime_ns = size + facts.st_size, max(mtime_ns, facts.st_mtime_ns)
+                status = file.stat()
+                facts.append((os.path.relpath(file, self.root), status.st_size, status.st_mtime_ns))
                 if not os.access(file, os.R_OK):
                     raise PermissionError(errno.EACCES, "permission denied")
             except OSError as error:
                 why = why or unreadable(file, error)
-        source = Source("", path, tuple(files), file_format, size, mtime_ns, root=str(self.root))
+        size, mark, root = sum(size for _, size, _ in facts), _change_mark(facts), str(self.root)
+        source = Source("", path, tuple(files), file_format, size, mark, root=root)
         if why:
             source = replace(source, problem=why.message, code=why.code)
         self.sources.append((Named(path, words), source))
 
     def _add_file(self, path: Path, suffix: str) -> None:
-        data, parts = path, self._parts(path)
+        data, parts, why = path, self._parts(path), None
         if suffix in DATA_FILES:
             with suppress(Refused, OSError):  # opening the source says what is wrong with it
                 data = DATA_FILES[suffix](path)
+            if data != path and data.is_symlink() and not self.tree.follow_links:
+                why = refusal("data-file", path.name, "a data file", "a link to one", "leave out --no-follow-links")
         self.data_files.add(data)
-        words = (*parts[:-1], path.name[: -len(suffix)])
-        self._add(words, "/".join(parts), [path] if data == path else [path, data], SUFFIXES[suffix])
+        files, file_format = [path] if data == path else [path, data], SUFFIXES[suffix]
+        is_one_file = path == self.tree.start  # somebody points at it
+        if not (self.label_maps or is_one_file or why) and is_label_map(
+            "/".join(parts), files, TEXT_HEADERS.get(file_format)
+        ):
+            self.ignored[LABEL_MAP] += 1
+            return
+        self._add((*parts[:-1], path.name[: -len(suffix)]), "/".join(parts), files, file_format, why)
 
-    def _add_dicom(self, files: list[Path]) -> None:
-        """Add the series among the DICOM files of one folder, and each file that is unreadable or damaged."""
+    def _group(self, files: list[Path]) -> None:
+        """Group the DICOM files of one folder; add those that are unreadable or damaged."""
         parts = self._parts(files[0])[:-1]
         try:
             grouped = group_series(files)
         except Refused as refused:
             self._add((*parts, "s"), "/".join(parts) + "#", files, "dicom", refused)
             return
-        for key, members in grouped.series:
-            words = (*parts[:-1], f"{parts[-1]}__s{key}") if parts else (f"s{key}",)
-            self._add(words, "/".join(parts) + f"#{key}", members, "dicom")
+        for series in grouped.series:
+            # Files without a series' UID belong together in one folder at most.
+            key = "/".join((*parts, "")) if series.uid == NO_UID else series.uid
+            self.series.setdefault(key, []).append(series)
+        self._add_unreadable(grouped)
+
+    def _regrouped(self, parts: Sequence[Series]) -> list[Series]:
+        grouped = group_series([file for series in parts for file in series.files])
+        self._add_unreadable(grouped)
+        return grouped.series
+
+    def _add_unreadable(self, grouped: Grouped) -> None:
         for path, why in grouped.unreadable:
-            self._add((*parts, path.name), "/".join((*parts, path.name)), [path], "dicom", why)
-        self.ignored.update({"(DICOM without image)": grouped.ignored, "(DICOM scout, no CT volume)": grouped.scouts})
+            parts = self._parts(path)
+            self._add(parts, "/".join(parts), [path], "dicom", why)
+        self.ignored += grouped.aside
 
 
-def _is_ours(folder: Path) -> bool:
-    return any(all(os.path.exists(folder / name) for name in names) for names in OURS)  # noqa: PTH110 - never raises
+class Grouped(NamedTuple):
+    """What DICOM files are."""
+
+    series: list[Series]  # sorted by uid
+    unreadable: list[tuple[Path, Refused]]  # what is not DICOM or is damaged
+    aside: Counter[str]  # files that are no images of a volume, by "(kind)"
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in HIDDEN_FOLDERS
+def group_series(files: Sequence[Path]) -> Grouped:
+    """Return the series among files of one folder, or of one series in several; Refused("dicom-extra-missing")."""
+    require_pydicom()
+    by_series: dict[str, list[PlaneHeader]] = {}
+    unread: list[tuple[Path, Refused]] = []
+    aside: Counter[str] = Counter()
+    for path in sorted(files):
+        try:
+            content = read_planes(path)
+        except (Refused, OSError) as error:
+            unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
+            continue
+        if content.planes:
+            by_series.setdefault(content.planes[0].series, []).append(content.planes[0])
+        else:
+            aside[f"(DICOM {content.kind})" if content.kind else NO_IMAGE] += 1
+    return Grouped([series_of(planes) for _, planes in sorted(by_series.items())], unread, aside)
+
+
+def _matches(parts: tuple[str, ...], glob: str) -> bool:
+    """Tell whether a glob is for a path with these parts, or for a folder above it; see `find_scans`."""
+    glob = glob.removeprefix("./").rstrip("/")
+    if "/" not in glob:
+        return any(fnmatchcase(part, glob) for part in parts)
+    paths = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatchcase(path, shorter) for path in paths for shorter in (glob, glob.removeprefix("**/")))
+
+
+def _change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
+    """Return a number that changes where the (name, size, mtime_ns) of a file does: of one file, its mtime_ns."""
+    if len(facts) == 1:
+        return facts[0][2]
+    digest = hashlib.sha256("".join(f"{fact}\n" for fact in sorted(facts)).encode("utf-8", "surrogateescape"))
+    return int.from_bytes(digest.digest()[:7], "big") if facts else 0
 
 
 def _may_be_dicom(path: Path) -> bool:
-    """Tell whether the name says so; without a suffix (UIDs end in numbers), whether the file has the magic."""
+    """Tell whether the name says so, or the first bytes."""
     name = path.name.lower()
     if name.endswith(DICOM_SUFFIXES):
         return True
-    if name == "dicomdir" or not (path.suffix == "" or path.suffix[1:].isdigit()):
+    if name == "dicomdir":
         return False
     try:
         with path.open("rb") as file:
             return is_dicom(file.read(HEAD_BYTES))
     except OSError:
-        return True
-
-
-class Grouped(NamedTuple):
-    """What the DICOM files of one folder are."""
-
-    series: list[tuple[str, list[Path]]]  # (key, files sorted by name) of each image stack, sorted by key
-    unreadable: list[tuple[Path, Refused]]  # what is not DICOM or is damaged
-    ignored: int  # files without an image: structures, reports, presentation states, segmentations, doses
-    scouts: int  # files of stacks that are LOCALIZER by their ImageType, every image of them
-
-
-def group_series(files: list[Path]) -> Grouped:
-    """Return the image stacks among the files of one folder, from their headers alone.
-
-    The key is the start of a hash of the SeriesInstanceUID. One series may hold several stacks: images that differ in
-    size or orientation (a scout beside the slices is counted and left out), multi-frame files, and acquisitions, where
-    splitting by AcquisitionNumber leaves no position taken twice. Its largest stack (among equals the one with the
-    first file name) has the bare key; the others follow as key-2, key-3, ... Refused("dicom-extra-missing") without
-    pydicom.
-    """
-    require_pydicom()
-    by_series: dict[str, list[PlaneHeader]] = {}
-    unread: list[tuple[Path, Refused]] = []
-    ignored = 0
-    for path in sorted(files):
-        try:
-            planes = read_planes(path)
-        except (Refused, OSError) as error:
-            unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
-        else:
-            ignored += not planes
-            for plane in planes[:1]:
-                by_series.setdefault(plane.series, []).append(plane)
-    series, scouts = [], 0
-    for key, planes in sorted(by_series.items()):
-        stacks = [part for stack in _stacks(planes) for part in _acquisitions(stack)]
-        for n, stack in enumerate(sorted(stacks, key=lambda part: -len(part)), 1):
-            if all(plane.localizer for plane in stack):
-                scouts += len(stack)
-            else:
-                series.append((key if n == 1 else f"{key}-{n}", [plane.path for plane in stack]))
-    return Grouped(series, unread, ignored, scouts)
-
-
-def _stacks(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
-    """Split planes by size, orientation and container: [axial axial scout axial] -> [axial axial axial] [scout]."""
-    stacks: list[list[PlaneHeader]] = []
-    kind = attrgetter("rows", "columns", "container")
-    for plane in planes:
-        same = (stack for stack in stacks if kind(plane) == kind(stack[0]) and plane.is_parallel_to(stack[0]))
-        if (stack := next(same, None)) is None:
-            stacks.append(stack := [])
-        stack.append(plane)
-    return stacks
-
-
-def _acquisitions(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
-    """Split a stack by AcquisitionNumber if positions are taken twice in it, and in none of its acquisitions."""
-    parts: dict[str, list[PlaneHeader]] = {}
-    for plane in planes:
-        parts.setdefault(plane.acquisition, []).append(plane)
-    if _has_duplicates(planes) and not any(len(part) == 1 or _has_duplicates(part) for part in parts.values()):
-        return list(parts.values())
-    return [planes]
-
-
-def _has_duplicates(planes: Sequence[PlaneHeader]) -> bool:
-    """Tell whether two planes lie at one position; False where positions are not known."""
-    if any(plane.position_lps is None or plane.orientation is None for plane in planes):
-        return False
-    return bool((np.diff(np.sort(along_normal(planes))) < SAME_POSITION_MM).any())
+        return path.suffix == "" or path.suffix[1:].isdigit()
 
 
 class Named(NamedTuple):
@@ -338,9 +349,8 @@ def assign_ids(
         made = [_id(name, scan.path, DIGITS[n]) for name, scan, n in zip(plain, scans, levels, strict=True)]
         ids = [known_ids.get(scan.path, name) for scan, name in zip(scans, made, strict=True)]
         times = Counter(name.casefold() for name in [*ids, *gone])
-        shared = [
-            times[name.casefold()] > 1 and scan.path not in known_ids for scan, name in zip(scans, ids, strict=True)
-        ]
+        named = zip(scans, ids, strict=True)
+        shared = [times[name.casefold()] > 1 and scan.path not in known_ids for scan, name in named]
         if not any(shared):
             return ids
         levels = [level + clash for level, clash in zip(levels, shared, strict=True)]

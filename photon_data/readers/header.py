@@ -1,6 +1,7 @@
 """Headers that are lines of text, and headers whose voxels lie in another file.
 
-That file lies in the header's folder. Refused "data-file" where it is missing, outside of it, or one of several.
+That file (or a link to it) lies in the header's folder. Refused "data-file" where it is missing, outside of it, or one
+of several.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def nifti_data_file(path: Path) -> Path:
     """Return the file with the voxels of a NIfTI header: the .img or .img.gz beside it; Refused."""
     stem = path.name[: path.name.lower().rindex("hdr")]
     ends = ("IMG", "IMG.GZ") if "HDR" in path.name[len(stem) :] else ("img", "img.gz")
-    found = [data for data in (path.with_name(stem + end) for end in ends) if data.is_file() and not data.is_symlink()]
+    found = [data for data in (path.with_name(stem + end) for end in ends) if data.is_file()]
     if len(found) != 1:
         raise refusal("data-file", path.name, "one .img or .img.gz beside it", len(found), "copy the pair")
     return found[0]
@@ -82,8 +83,8 @@ def _beside(header: Path, reference: str) -> Path:
     if not words or words[0].upper() == "LIST" or "%" in reference:
         raise refusal("data-file", header.name, "one data file", "a list in its header", "save it as one file")
     folder = header.parent.resolve()
-    data = folder / reference
-    if "\0" in reference or len(reference) > MAX_REFERENCE or not data.resolve().is_relative_to(folder):
+    data = folder / reference  # may be a link: a cache keeps all of its files elsewhere
+    if "\0" in reference or len(reference) > MAX_REFERENCE or not data.parent.resolve().is_relative_to(folder):
         raise refusal("data-file", header.name, "a data file in its folder", "a path that leads out", "move it there")
     if not data.is_file():
         raise refusal("data-file", header.name, "its data file beside it", "none", "copy both files")

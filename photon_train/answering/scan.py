@@ -15,6 +15,7 @@ from photon_data.prepare_file import prepare_volume
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
+from photon_data.scan import Source
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
 
@@ -29,8 +30,10 @@ class ScanInput(NamedTuple):
     seconds: dict[str, float]  # {"read", "prepare"}
 
 
-def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> ScanInput:
+def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None) -> ScanInput:
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
+
+    `series` names one of the scans of a folder, as `find_one_scan` takes it.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused, with the words of `prepare`, for one that must not become a store.
@@ -43,11 +46,10 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None) -> Scan
         seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
         native = Geometry.from_json(metadata["facts"]["geometry"])
         return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
-    return _prepared(Path(place), recipe, policy or Policy(), start)
+    return _prepared(find_one_scan(Path(place), series), recipe, policy or Policy(), start)
 
 
-def _prepared(path: Path, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
-    source = find_one_scan(path)
+def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
     scan = open_scan(source, nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
     reading = time.perf_counter() - start
 

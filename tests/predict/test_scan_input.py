@@ -57,6 +57,20 @@ def test_a_raw_scan_and_its_store_give_the_same_bytes_and_grids(tmp_path, write)
     assert raw.seconds["prepare"] > 0 == store.seconds["prepare"]
 
 
+def test_one_of_several_series_is_asked_about_by_its_name(tmp_path):
+    for seed in range(2):
+        names = [f"{seed}{z:02}.dcm" for z in range(16)]
+        write_series(tmp_path / "raw", ct_like((16, 24, 28), seed), names=names, rescale=(1, 0))
+    with pytest.raises(UsageError, match="found 2"):
+        open_input(str(tmp_path / "raw"), SMALL)
+    sources = find_scans(tmp_path / "raw").sources
+    inputs = [open_input(str(tmp_path / "raw"), SMALL, series=source.path) for source in sources]
+    assert [one.id for one in inputs] == [source.id for source in sources]
+    assert inputs[0].model.array_zyx.tobytes() != inputs[1].model.array_zyx.tobytes()
+    by_path = open_input(f"{tmp_path}/raw{sources[1].path}", SMALL)
+    assert by_path.model.array_zyx.tobytes() == inputs[1].model.array_zyx.tobytes()
+
+
 def cut_off(folder):
     path = nifti(folder)
     path.write_bytes(path.read_bytes()[:-200])
