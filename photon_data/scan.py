@@ -31,7 +31,7 @@ class Source:
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
     code: str = "unreadable"  # of the refusal then
     root: str = ""  # the folder that `path` starts from
-    patient: str = ""  # what tells patients apart, where headers say: of a hidden one, a keyed hash
+    patient: str = ""  # a hash that tells patients apart, where headers say; of a hidden source, a keyed one
     hidden: bool = False  # its names may be a patient's: only the private file has them
 
 

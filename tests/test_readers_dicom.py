@@ -48,7 +48,7 @@ def open_files(files, max_voxels=10**9):
 
 def stacks(files):
     """Return the (key, files) of every stack among files."""
-    return [stack for series in group_series(list(files)).series for stack in series.stacks]
+    return [stack[:2] for series in group_series(list(files)).series for stack in series.stacks]
 
 
 def aside(files):

@@ -36,10 +36,10 @@ CUT_HEADER = "the end of the header before"
 # Where an enhanced (multi-frame) object keeps what a single-frame one has at the top: PS3.3 C.7.6.16.
 FRAME_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")  # + "Sequence"
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
-# Nothing else of a header is ever read: no name, no free text. The patient's id is hashed together with the study.
+# Nothing else of a header is ever read: no name, no free text. Of the patient's id only hashes are kept.
 KEYWORDS = (
-    f"SOPClassUID SOPInstanceUID StudyInstanceUID PatientID SeriesInstanceUID ConcatenationUID {PER_FRAME} {SHARED} "
-    "NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
+    "SOPClassUID SOPInstanceUID StudyInstanceUID PatientID IssuerOfPatientID SeriesInstanceUID ConcatenationUID "
+    f"{PER_FRAME} {SHARED} NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept "
     "ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit"
 ).split()
@@ -228,12 +228,14 @@ def _plane(path: Path, dataset: FileDataset, pixels: PixelLayout, frame: int, fr
     slope, intercept = _numbers(places, "RescaleSlope", 1), _numbers(places, "RescaleIntercept", 1)
     if not given[0] and not has_table:
         slope = np.ones(1)
+    patient = _text(dataset, "PatientID").strip()
     return PlaneHeader(
         path=path,
         frame=frame,
         frames=frames,
         instance=_digest(dataset.get("SOPInstanceUID")),
-        study=_digest(f"{dataset.get('StudyInstanceUID')} {_text(dataset, 'PatientID')}"),
+        study=_digest(f"{dataset.get('StudyInstanceUID')} {patient}"),
+        patient=patient and _digest(f"{_text(dataset, 'IssuerOfPatientID')} {patient}"),
         series=_digest(dataset.get("SeriesInstanceUID")),
         acquired=None if (clock := _numbers([dataset], "AcquisitionTime", 1)) is None else float(clock[0]),
         tags=tuple(text and _digest(text) for text in (_text(dataset, name) for name in SPLIT_TAGS)),

@@ -60,6 +60,7 @@ class PlaneHeader(NamedTuple):
     # Hashes, of 16 hex digits: the texts themselves go no further.
     instance: str
     study: str  # of the study and the patient's id together
+    patient: str  # of the issuer and the patient's id; "" where there is none
     series: str
     tags: tuple[str, ...]  # of each of SPLIT_TAGS, "" where there is none
     acquired: float | None  # AcquisitionTime as the number HHMMSS: only its order counts

@@ -36,12 +36,20 @@ NO_UID = hashlib.sha256(b"").hexdigest()[:16]
 COPIES, SCOUT = "(copy of a DICOM slice)", "(DICOM scout, no CT volume)"
 
 
+class Stack(NamedTuple):
+    """The images of one volume."""
+
+    key: str  # unique in the folder that holds the files
+    files: list[Path]
+    patient: str  # its hash, "" where the header has none
+
+
 class Series(NamedTuple):
     """The images of one SeriesInstanceUID."""
 
     uid: str  # its hash
     files: list[Path]  # all of them, sorted
-    stacks: list[tuple[str, list[Path]]]  # (key, files): the key is unique in the folder that holds the files
+    stacks: list[Stack]
     aside: Counter[str]  # files that belong to no stack, by "(kind)"
 
 
@@ -69,7 +77,8 @@ def series_of(planes: list[PlaneHeader]) -> Series:
         if all(plane.localizer for plane in stack):
             aside[SCOUT] += len(stack)
         else:
-            stacks.append((key if numbers[folder] == 1 else f"{key}-{numbers[folder]}", files))
+            key = key if numbers[folder] == 1 else f"{key}-{numbers[folder]}"
+            stacks.append(Stack(key, files, stack[0].patient))
     return Series(uid, [plane.path for plane in planes], stacks, +aside)
 
 

@@ -120,7 +120,9 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
         wanted = f"one scan {series!r}" if series else "one scan"
         remedy = "name one: --series NAME" if len(sources) > 1 else "give the path of one"
         raise UsageError(f"expected {wanted}, found {len(found)} in {path}{names}{others}; {remedy}")
-    return found[0]
+    (one,) = found
+    # A folder's name may be a patient's.
+    return replace(one, id=f"series-{one.path.rpartition('#')[2]}") if one.format == "dicom" else one
 
 
 class _Search:
@@ -173,10 +175,10 @@ class _Search:
         for _, parts in sorted(self.series.items()):
             for series in parts if len(parts) == 1 else self._regrouped(parts):
                 self.ignored += series.aside
-                for key, members in series.stacks:
+                for key, members, patient in series.stacks:
                     words = self._parts(common_folder(members))
                     named = (*words[:-1], f"{words[-1]}__s{key}") if words else (f"s{key}",)
-                    self._add(named, "/".join(words) + f"#{key}", members, "dicom")
+                    self._add(named, "/".join(words) + f"#{key}", members, "dicom", patient=patient)
 
     def counts(self) -> dict[str, int]:
         """Return how many files were left alone, by kind or suffix; data files of headers belong to their scans."""
@@ -201,7 +203,13 @@ class _Search:
             self.unclaimed[identity] = path
 
     def _add(
-        self, words: tuple[str, ...], path: str, files: list[Path], file_format: str, why: Refused | None = None
+        self,
+        words: tuple[str, ...],
+        path: str,
+        files: list[Path],
+        file_format: str,
+        why: Refused | None = None,
+        patient: str = "",
     ) -> None:
         facts = []
         for file in files:
@@ -213,7 +221,7 @@ class _Search:
             except OSError as error:
                 why = why or unreadable(file, error)
         size, mark, root = sum(size for _, size, _ in facts), _change_mark(facts), str(self.root)
-        source = Source("", path, tuple(files), file_format, size, mark, root=root)
+        source = Source("", path, tuple(files), file_format, size, mark, root=root, patient=patient)
         if why:
             source = replace(source, problem=why.message, code=why.code)
         self.sources.append((Named(path, words), source))
