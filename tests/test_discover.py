@@ -19,7 +19,7 @@ from reading import voxels
 from photon_data.errors import Refused, UsageError
 from photon_data.prepare_file import fingerprint
 from photon_data.readers import find, open_scan
-from photon_data.readers.dicom_series import Series
+from photon_data.readers.dicom_series import Series, Stack
 from photon_data.readers.find import Grouped, Named, assign_ids, find_one_scan, find_scans
 
 NOBODY = 65534
@@ -56,7 +56,9 @@ def series(monkeypatch):
         for key in keys:
             members = [path for path in files if path.name[0] == key and path not in bad]
             uid = f"{key} {files[0].parent}"
-            series.append(Series(uid, members, [(f"{key}123", members)], Counter({"(DICOM scout, no CT volume)": 1})))
+            series.append(
+                Series(uid, members, [Stack(f"{key}123", members, "")], Counter({"(DICOM scout, no CT volume)": 1}))
+            )
         unreadable = [(path, Refused("not-a-scan", f"{path.name}: no DICOM")) for path in bad]
         return Grouped(series, unreadable, Counter({"(DICOM Segmentation)": 1}))
 

@@ -39,7 +39,8 @@ PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsS
 # Nothing else of a header is ever read: no name, no free text. Of the patient's id only hashes are kept.
 KEYWORDS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID PatientID IssuerOfPatientID SeriesInstanceUID ConcatenationUID "
-    f"{PER_FRAME} {SHARED} NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
+    f"{PER_FRAME} {SHARED} NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing "
+    "Rows Columns SamplesPerPixel "
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept "
     "ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit"
 ).split()
