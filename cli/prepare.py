@@ -39,7 +39,8 @@ from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped, Workers
-from photon_pipelines.plan import Plan, Request, Result
+from photon_pipelines.plan import Plan, Result
+from photon_pipelines.request import Request
 from photon_pipelines.unpack import pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes, write_whole
+from photon_data.scan import Source
 
 KEY, NAMES = "key", "names.jsonl"
 DIGITS = 16
@@ -38,11 +40,6 @@ def read_key(out: Location) -> str | None:
     if not re.fullmatch(r"[0-9a-f]{32,}", key):
         raise UsageError(f"expected a key (32 hex digits or more), found something else in {path}; bring the key back")
     return key
-
-
-def new_key() -> str:
-    """Return a random key."""
-    return secrets.token_hex(32)
 
 
 def keyed(key: str, text: str) -> str:
@@ -80,6 +77,23 @@ def _write(path: Path, content: bytes) -> None:
     with write_whole(path) as temporary:
         temporary.touch(mode=0o600)
         temporary.write_bytes(content)
+
+
+def hide_names(
+    sources: Sequence[Source], formats: Collection[str], out: Location, id_prefix: str, known_ids: Mapping[str, str]
+) -> tuple[list[Source], str]:
+    """Return the sources and a key; those of `formats` have ids and patients made with it.
+
+    `known_ids` are those that scans have in OUT already, by their paths. The key is OUT's, or a new one.
+    """
+    key, made = read_key(out) or secrets.token_hex(32), []
+    for source in sources:
+        if source.format in formats:
+            id = known_ids.get(source.path, f"{id_prefix}v{keyed(key, source.path)}")
+            patient = source.patient and f"p{keyed(key, source.patient)}"
+            source = replace(source, id=id, patient=patient, hidden=True)
+        made.append(source)
+    return made, key
 
 
 def without_names(text: str, names: Iterable[str]) -> str:

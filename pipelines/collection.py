@@ -16,8 +16,9 @@ from photon_data.recipe import Recipe
 from photon_data.records import DATASET, PRUNED, REFUSED, VOLUMES, VolumeRecord, read_records, write_records
 from photon_data.scan import Source
 from photon_data.store import store_name
-from photon_pipelines.plan import Request, Result
+from photon_pipelines.plan import Result
 from photon_pipelines.prepare import finish
+from photon_pipelines.request import Request
 
 
 class SourceStatus(NamedTuple):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,59 +15,23 @@ from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
-from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import Job, already_there, fingerprint, recipe_digest
-from photon_data.private import keyed, new_key, private_folder, read_key
-from photon_data.questions.manifest import KEPT, Manifests, Match, Unmatched, by_name, kept_questions, refuse_unsound
+from photon_data.private import hide_names, private_folder, read_key
+from photon_data.questions.manifest import KEPT, Manifests, Match, by_name, kept_questions, refuse_unsound
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
-from photon_data.questions.rescale_table import read_rescales
-from photon_data.questions.splits import FRACTIONS, Count, assign_splits, leaks, refuse_leaks
+from photon_data.questions.rescale_table import HEADER, rescaling
+from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
+from photon_pipelines.request import Gathered, Request
 
-HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
 PATHS = ("absolute", "relative")
-# A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
-NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request about a folder of scans with tables about it, or about the data sets of a data_manifest.yaml.
-
-    Every data set has its own recipe name, policy, questions and splits; the fields from `hu_source` are a folder's.
-    """
-
-    source: Path  # a folder of scans, one scan, or the data_manifest.yaml
-    out: Location
-    recipe: Recipe
-    policy: Policy = field(default_factory=Policy)  # for data sets, only its max_voxels counts
-    datasets: tuple[DataSet, ...] = ()  # none for a folder of scans
-    prompt: str | None = None  # style of the questions; None for the manifest's own, or for questions as they are
-    seed: int = 0
-    allow_leaks: bool = False
-    limit: int | None = None  # only so many scans
-    overwrite: bool = False
-    retry_failed: bool = False  # read again what was refused, timed out or crashed before
-    lock: Mapping[str, Any] | None = None  # a dataset.lock whose bytes are to be made again
-    pictures: int = 48  # volumes shown as pictures in the report
-    paths: str | None = None  # of stores in manifests, "absolute" or "relative" to OUT; None: as OUT has them
-
-    hu_source: str = HEADER  # "header", "stored", or the path of a table: see `rescaling`
-    questions: Path | None = None  # a table of questions; None for one row per volume
-    columns: Mapping[str, str] = field(default_factory=dict)  # {our name: name in the tables}
-    # Share of each split, where the table of questions has no splits.
-    fractions: Mapping[str, float] = field(default_factory=lambda: FRACTIONS)
-    # What volume ids are made from: "path", "name", "hash" or "key"; "auto" is "key" for DICOM and "path" for others.
-    id_from: str = "auto"
-    id_prefix: str = ""  # what the ids of this source and the name of its questions begin with
-    include: Sequence[str] = ()  # globs of what is looked at, and of what is not; see `find_scans`
-    exclude: Sequence[str] = ()
-    follow_links: bool = True
+# Formats whose names of files and folders may be a patient's, by what ids are made from.
+HIDDEN = {"auto": {"dicom"}}
 
 
 class Callback:
@@ -86,17 +49,6 @@ class Callback:
     def on_note(self, note: str) -> None: ...  # noqa: D102
     def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None: ...  # noqa: D102
     def on_record(self, record: VolumeRecord) -> None: ...  # noqa: D102
-
-
-class Gathered(NamedTuple):
-    """What is to be prepared and asked."""
-
-    jobs: list[Job]
-    questions: dict[str, list[Question]]  # by data set, with splits; empty for one row per volume
-    unmatched: Sequence[Unmatched] = ()  # questions whose volume is known not to exist
-    ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
-    notes: Sequence[str] = ()  # sentences for the person who reads along
-    key: str | None = None  # that ids and patients were made with
 
 
 class Plan(NamedTuple):
@@ -218,11 +170,12 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
+    known_ids = _ids_of_earlier_runs(request)
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
         id_prefix=request.id_prefix,
-        known_ids=_ids_of_earlier_runs(request),
+        known_ids=known_ids,
         on_file=callback.on_file,
         include=request.include,
         exclude=request.exclude,
@@ -231,10 +184,16 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
-    sources, key = _with_hidden_names(request, sources)
-    rescale, out = rescaling(request.hu_source, sources, request.columns), request.out.at("")
+    key, formats = None, {source.format for source in sources}
+    if hidden := formats if request.id_from == "key" else formats & HIDDEN.get(request.id_from, set()):
+        sources, key = hide_names(sources, hidden, request.out, request.id_prefix, known_ids)
+    else:
+        sources = [replace(source, patient="") for source in sources]
+    rescale, out = None, request.out.at("")
+    if request.hu_source != HEADER:
+        rescale = rescaling(request.hu_source, sources, request.columns)
     jobs = [
-        Job(source, out, request.recipe, request.policy, rescale(source), overwrite=request.overwrite)
+        Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
         for source in sources[: request.limit]
     ]
     if request.questions is not None:
@@ -256,30 +215,6 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
 
 
-def _with_hidden_names(request: Request, sources: Sequence[Source]) -> tuple[list[Source], str | None]:
-    """Return the sources, ids and patients of some made from a key, and that key, None where none is needed.
-
-    Names of DICOM files and folders may be a patient's; with ids from "key" those of all files are taken to be.
-    """
-    hidden = {"auto": {"dicom"}, "key": {source.format for source in sources}}.get(request.id_from, set())
-    if not hidden & {source.format for source in sources}:
-        return [replace(source, patient="") for source in sources], None
-    known = {(r.root, r.source): r.id for r in read_records(request.out)}
-    key = read_key(request.out)
-    if key is None and any(r.hidden for r in read_records(request.out)):
-        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
-        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
-    key = key or new_key()
-    made = []
-    for source in sources:
-        if source.format in hidden:
-            id = known.get((source.root, source.path), f"{request.id_prefix}v{keyed(key, source.path)}")
-            patient = source.patient and f"p{keyed(key, source.patient)}"
-            source = replace(source, id=id, patient=patient, hidden=True)
-        made.append(source)
-    return made, key
-
-
 def _notes_of_unmatched(
     questions: Sequence[Question], matches: Sequence[Match], sources: Sequence[Source]
 ) -> Sequence[str]:
@@ -295,29 +230,13 @@ def _notes_of_unmatched(
 
 
 def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
-    """Return the ids that scans of the source have in OUT, by their paths."""
-    source = request.source.absolute()
+    """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
+    source, records = request.source.absolute(), read_records(request.out)
+    if any(record.hidden for record in records) and read_key(request.out) is None:
+        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
+        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
     root = str(source if source.is_dir() else source.parent)
-    return {record.source: record.id for record in read_records(request.out) if record.root in (None, root)}
-
-
-def rescaling(
-    hu_source: str, sources: Sequence[Source], columns: Mapping[str, str]
-) -> Callable[[Source], Rescale | None]:
-    """Return the function that gives each source its slope and intercept: None for the header's.
-
-    `hu_source` is "header", "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume,
-    slope, intercept; `columns` maps these names to the table's. UsageError with all problems of the table.
-    """
-    if hu_source == HEADER:
-        return lambda source: None
-    if hu_source == STORED:
-        return lambda source: Rescale(1.0, 0.0, "stored")
-    path = Path(hu_source)
-    if not path.is_file():
-        raise UsageError(f"--hu-source: expected header, stored or a table, found {hu_source!r}, which is no file")
-    by_id = read_rescales(path, sources, columns)
-    return lambda source: by_id.get(source.id, NOT_IN_TABLE)
+    return {record.source: record.id for record in records if record.root in (None, root)}
 
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:

@@ -25,8 +25,9 @@ from photon_data.readers.find import find_scans
 from photon_data.recipe import ALGORITHM, Policy, Recipe
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
-from photon_pipelines.plan import Callback, Request
+from photon_pipelines.plan import Callback
 from photon_pipelines.prepare import prepare
+from photon_pipelines.request import Request
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))

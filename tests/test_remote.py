@@ -14,8 +14,8 @@ from photon_data.files import Location, exclusive
 from photon_data.prepare_file import prepare_file
 from photon_data.recipe import Recipe
 from photon_pipelines.cluster import Workers
-from photon_pipelines.plan import Request
 from photon_pipelines.prepare import prepare
+from photon_pipelines.request import Request
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))

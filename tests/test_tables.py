@@ -11,7 +11,8 @@ from photon_data.files import Location
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.table import number, read_table
 from photon_data.recipe import Recipe
-from photon_pipelines.plan import Callback, Request, gather
+from photon_pipelines.plan import Callback, gather
+from photon_pipelines.request import Request
 
 HEAD, ROW = ("id", "volume", "question", "answer"), ("1", "a", "Is it 1,5; or 2?", 'Yes, "big"')
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))

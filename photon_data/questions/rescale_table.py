@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from photon_data.errors import UsageError, name_hint
@@ -12,6 +13,9 @@ from photon_data.questions.table import Problem, as_name, number, read_table, re
 from photon_data.scan import Source
 
 COLUMNS = ("volume", "slope", "intercept")
+HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
+# A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
+NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 
 
 def read_rescales(path: Path, sources: Sequence[Source], columns: Mapping[str, str]) -> dict[str, Rescale]:
@@ -53,3 +57,18 @@ def read_rescales(path: Path, sources: Sequence[Source], columns: Mapping[str, s
         found = f"none of {len(table.rows)} ({table.rows[0].values[volume]!r} first)"
         raise UsageError(f"{path}: expected rows for scans like {sources[0].path!r}, found {found}; correct the names")
     return by_id
+
+
+def rescaling(hu_source: str, sources: Sequence[Source], columns: Mapping[str, str]) -> Callable[[Source], Rescale]:
+    """Return the function that gives each source the slope and intercept that replace the header's.
+
+    `hu_source` is "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume, slope,
+    intercept; `columns` maps these names to the table's. UsageError with all problems of the table.
+    """
+    if hu_source == STORED:
+        return lambda source: Rescale(1.0, 0.0, "stored")
+    path = Path(hu_source)
+    if not path.is_file():
+        raise UsageError(f"--hu-source: expected header, stored or a table, found {hu_source!r}, which is no file")
+    by_id = read_rescales(path, sources, columns)
+    return lambda source: by_id.get(source.id, NOT_IN_TABLE)
