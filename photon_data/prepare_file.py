@@ -118,8 +118,7 @@ class Job:
         if is_lasting and not source.problem:
             more["key"] = self.refusal_key()
         if source.hidden and more.get("reason"):
-            names = [part for file in source.files for part in (str(file), *file.parts[1:])]
-            more["reason"] = without_names(more["reason"], [*names, *source.path.split("/")])
+            more["reason"] = without_names(more["reason"], source.files)
         more |= {"root": source.root or None, "patient": source.patient or None, "hidden": source.hidden}
         return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
 

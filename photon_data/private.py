@@ -96,8 +96,14 @@ def hide_names(
     return made, key
 
 
-def without_names(text: str, names: Iterable[str]) -> str:
-    """Return a sentence with "(name)" in place of file and folder names, which may be a patient's."""
-    for name in sorted({name for name in names if name}, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", "(name)", text)
+def without_names(text: str, files: Iterable[Path]) -> str:
+    """Return a sentence with "(name)" in place of the names of files and of folders in paths.
+
+    "expected a slope in every slice, found none in in/Doe.dcm" -> "... in every slice, found none in (name)/(name)"
+    """
+    names = {file.name for file in files if re.search("[^\\W\\d_]", file.name)}  # numbers are nobody's name
+    folders = {part for file in files for part in file.parent.parts[1:]}
+    for name in sorted(folders | names, key=len, reverse=True):
+        word = rf"(?<![\w.]){re.escape(name)}(?!\w)"
+        text = re.sub(word if name in names else rf"{word}(?=/)", "(name)", text)
     return text

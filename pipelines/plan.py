@@ -210,7 +210,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         ]
         unknown = sum(not (question.split or question.patient) for question in asked)
         if unknown:
-            notes = [*notes, f"{unknown} questions have no patient: their splits are drawn by volume"]
+            notes = [*notes, f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume"]
         questions[name] = assign_splits(asked, fractions=request.fractions, seed=request.seed)
     return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from photon_cli.data import app
 from photon_data.files import from_jsonl
+from photon_data.private import without_names
 
 NAME = "Mustermann"
 SMALL = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "1"]
@@ -146,3 +147,12 @@ def test_a_pruned_patient_leaves_the_private_file_too(raw, tmp_path):
     assert gone not in (tmp_path / "out.private" / "names.jsonl").read_text()
     assert json.loads((out / "dataset.json").read_text())["source"] is None
     assert Path(out, "volumes", f"{gone}.ome.zarr").exists() is False
+
+
+def test_sentences_lose_the_names_of_files_and_no_other_word():
+    files = [Path("/data/in/Doe John/every"), Path("/data/in/Doe John/IM_1.dcm"), Path("/data/in/Doe John/12")]
+    text = "expected one in every slice, found 12 without in /data/in/Doe John/IM_1.dcm and IM_1.dcm, not IM_1.dcm.old"
+    expected = (
+        "expected one in (name) slice, found 12 without in /(name)/(name)/(name)/(name) and (name), not (name).old"
+    )
+    assert without_names(text, files) == expected
