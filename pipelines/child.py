@@ -148,7 +148,7 @@ def children() -> Iterator[None]:
 
 def main(address_space_bytes: int) -> None:
     """Answer jobs until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
-    if address_space_bytes > 0:
+    if address_space_bytes > 0 and sys.platform == "linux":  # macOS has the limit, and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
     _die_with_parent()
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from asyncio import CancelledError
 from collections import deque
@@ -55,7 +54,7 @@ class Workers:
     def local_count(self) -> int:
         """Return how many local workers there are."""
         by_memory = int(0.8 * MEMORY_LIMIT / WORKER_BYTES)
-        return self.count or max(1, min(len(os.sched_getaffinity(0)), dask.system.CPU_COUNT, by_memory))
+        return self.count or max(1, min(dask.system.CPU_COUNT, by_memory))  # it knows affinity and control groups
 
     def address_space_bytes(self) -> int:
         """Return the limit of each worker's process, 0 for none."""

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -270,3 +271,11 @@ def test_data_sets_that_are_prepared_one_by_one_stand_beside_each_other(site_a, 
     split_of = {path.stem: path.read_text().count("\n") for path in (tmp_path / "out" / "manifests").iterdir()}
     assert split_of == {"train": 1, "val": 1, "test": 1}
     assert problems(tmp_path / "out") == []
+
+
+def test_a_run_needs_nothing_that_only_linux_has_to_count_cores(site_a, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert Workers().local_count() >= 1
+    assert (
+        prepare(Request(site_a, Location(str(tmp_path / "out")), SMALL, pictures=0), Workers()).states["prepared"] == 2
+    )
