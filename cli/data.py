@@ -114,7 +114,7 @@ def inspect(
             terminal.refuse_beside_manifest(context, "limit", "json_file")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
-            request = body.request_of(context, source, out=".")
+            request = body.request_of(context, source, out="memory://inspected")
             with body.stopped_as_exit_code(), console.status("reading scans"):
                 records, ignored = pipeline.inspect(request, where)
             is_fine = body.print_findings(source, records, ignored, json_file)
@@ -149,7 +149,7 @@ def prune(
         if not going:
             console.print("nothing to take away")
         elif yes or confirm(f"Take {len(going)} volumes away, with their rows and questions?"):
-            result = collection.prune(location, named)
+            result = collection.prune(location, going, for_good=ids is not None)
             console.print(f"{len(going)} volumes and {len(result.left)} rows of manifests are gone")
 
 

@@ -30,7 +30,7 @@ from photon_data.datasets.combine import Collection, combine, missing_paths, rea
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, jsonl_bytes
-from photon_data.questions.manifest import kept_questions
+from photon_data.questions.kept import kept_questions
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
@@ -79,7 +79,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         expected = f"the lock's recipe ({request.lock['recipe']['name']})"
         found = f"another one ({request.recipe.name}, {request.recipe.digest})"
         raise UsageError(f"--lock: expected {expected}, found {found}; leave --recipe and --set out")
-    if not request.out.is_shared:
+    if "pictures" in given and not request.out.is_shared:  # inspect writes nothing
         raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
     return request
 

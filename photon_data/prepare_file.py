@@ -124,9 +124,10 @@ class Job:
 
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
         """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""
-        size, sha256 = metadata["bytes"], metadata["sha256"]
         more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
-        return self.record(state, store=store_name(self.source.id), store_bytes=size, store_sha256=sha256, **more)
+        more["arrays_sha256"] = hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
+        more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
+        return self.record(state, store=store_name(self.source.id), **more)
 
 
 def prepare(

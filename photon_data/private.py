@@ -6,6 +6,7 @@ is in the working directory.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import re
 import secrets
@@ -25,7 +26,9 @@ def private_folder(out: Location) -> Path:
     """Return the folder of the key and of the names that belong to a prepared folder."""
     if out.is_local:
         return out.path.with_name(f"{out.path.name}.private")
-    return Path.cwd() / f"{out.url.rstrip('/').rpartition('/')[2]}.private"
+    url = out.url.rstrip("/")
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]  # buckets have folders of the same name
+    return Path.cwd() / f"{url.rpartition('/')[2]}-{digest}.private"
 
 
 def read_key(out: Location) -> str | None:
@@ -37,6 +40,8 @@ def read_key(out: Location) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"expected a key that can be read, found {path}: {error}") from None
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
     if not re.fullmatch(r"[0-9a-f]{32,}", key):
         raise UsageError(f"expected a key (32 hex digits or more), found something else in {path}; bring the key back")
     return key
@@ -51,6 +56,11 @@ def save_key(out: Location, key: str) -> Path:
     """Write the key, readable for its owner only; return its place."""
     _write(private_folder(out) / KEY, f"{key}\n".encode())
     return private_folder(out) / KEY
+
+
+def has_names(out: Location) -> bool:
+    """Tell whether there is a file of names."""
+    return (private_folder(out) / NAMES).exists()
 
 
 def read_names(out: Location) -> dict[str, tuple[str, str]]:
@@ -73,7 +83,8 @@ def save_names(out: Location, names: Iterable[tuple[str, str, str]]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
     with write_whole(path) as temporary:
         temporary.touch(mode=0o600)
         temporary.write_bytes(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
-from photon_data.private import read_names, save_names
+from photon_data.private import has_names, read_names, save_names
 from photon_data.recipe import ALGORITHM, Recipe
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
@@ -53,6 +52,7 @@ class VolumeRecord:
     store: str | None = None
     store_bytes: int | None = None
     store_sha256: str | None = None  # of the store's root metadata, which record every other file of it
+    arrays_sha256: str | None = None  # of those records alone: it does not depend on the id
     facts: dict[str, Any] | None = None
     seconds: float | None = None  # wall time of the work; None where it was done by an earlier run
     root: str | None = None  # the source folder; None in rows of versions that did not record it
@@ -87,7 +87,7 @@ def read_records(out: Location) -> list[VolumeRecord]:
     try:
         records = [VolumeRecord.from_json(row) for row in from_jsonl((out.read(VOLUMES) or b"").decode())]
     except (ValueError, TypeError) as error:
-        remedy = "remove it, stores are recognised without it"
+        remedy = "bring it back from a copy, or prepare into another folder"
         raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; {remedy}") from None
     if not any(record.hidden for record in records):
         return records
@@ -102,7 +102,8 @@ def _named(record: VolumeRecord, root: str, source: str) -> VolumeRecord:
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     """Write volumes.jsonl, whole, and what it hides to the private file."""
     records = list(records)
-    if hidden := [record for record in records if record.hidden]:
+    hidden = [record for record in records if record.hidden]
+    if hidden or has_names(out):
         known = read_names(out)
         names = {record.id: (record.root, record.source) if record.root else known.get(record.id) for record in hidden}
         save_names(out, ((id, *place) for id, place in names.items() if place))
@@ -125,7 +126,7 @@ def lock_of(
             "id": _keyed(salt, record.id),
             "content": _keyed(salt, str(record.fingerprint)),
             "settings": _keyed(salt, str(record.key)),
-            "store": record.store_sha256,
+            "arrays": record.arrays_sha256 or record.store_sha256,
         }
         for record in records
         if record.is_there
@@ -147,40 +148,58 @@ def _keyed(salt: str, text: str) -> str:
 
 def read_lock(path: Path) -> dict[str, Any]:
     """Return a dataset.lock that this version can follow; UsageError for another file or another algorithm."""
+    expected = UsageError(f"--lock: expected a dataset.lock, found something else in {path}")
     try:
         lock = json.loads(path.read_bytes())
-        algorithm, _, _ = lock["algorithm"], lock["salt"], [volume["store"] for volume in lock["volumes"]]
+        algorithm, versions = lock["algorithm"], dict(lock["versions"])
     except OSError as error:
         raise UsageError(f"--lock: expected a readable file, found {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"--lock: expected a dataset.lock, found something else in {path}") from None
+        raise expected from None
     if algorithm != ALGORITHM:
-        remedy = f"install photon-ct {lock['versions'].get('photon-ct')}"
+        remedy = f"install photon-ct {versions.get('photon-ct')}"
         raise UsageError(f"--lock: expected algorithm {ALGORITHM}, found {algorithm} in {path}; {remedy}")
+    try:
+        _ = lock["salt"], lock["questions"], Recipe.from_json(lock["recipe"])
+        _ = [[volume[name] for name in ("id", "content", "settings", "arrays")] for volume in lock["volumes"]]
+    except (KeyError, TypeError, AttributeError, UsageError):
+        raise expected from None
     return lock
 
 
 def differences(lock: Mapping[str, Any], own: Mapping[str, Any], records: Iterable[VolumeRecord]) -> Iterator[str]:
-    """Yield how a folder differs from a lock, a sentence each. `own` is the folder's lock with the same salt."""
-    expected = {volume["id"]: volume for volume in lock["volumes"]}
-    by_content = defaultdict(list)
-    for volume in expected.values():
-        by_content[volume["content"]].append(volume)
+    """Yield how a folder differs from a lock, a sentence each. `own` is the folder's lock with the same salt.
+
+    A volume is known by its id, or else by its content: ids of DICOM depend on a key of their folder.
+    """
+    left = {volume["id"]: volume for volume in lock["volumes"]}
     names = {_keyed(own["salt"], record.id): record.id for record in records}
+    strangers = []
     for volume in sorted(own["volumes"], key=lambda volume: names[volume["id"]]):
-        name, other = names[volume["id"]], expected.pop(volume["id"], None)
-        if other is None:
-            same = "; a volume of the lock with another id has its content" if by_content[volume["content"]] else ""
-            yield f"{name}: not in the lock{same}"
-        elif other["content"] != volume["content"]:
-            yield f"{name}: its source has another content than the lock's"
-        elif other["settings"] != volume["settings"]:
-            yield f"{name}: made with other settings (recipe, rescaling, policy) from the same content"
-        elif other["store"] != volume["store"]:
-            versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
-            changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)
-            yield f"{name}: other bytes from the same content and settings ({changed or 'the same versions'})"
-    if expected:
-        yield f"{len(expected)} volumes of the lock are not here: their scans are missing or refused"
+        if other := left.pop(volume["id"], None):
+            yield from _difference(names[volume["id"]], volume, other, lock, own)
+        else:
+            strangers.append(volume)
+    by_content = {volume["content"]: volume["id"] for volume in left.values()}
+    for volume in strangers:
+        if other := left.pop(by_content.get(volume["content"], ""), None):
+            yield from _difference(names[volume["id"]], volume, other, lock, own)
+        else:
+            yield f"{names[volume['id']]}: not in the lock"
+    if left:
+        yield f"{len(left)} volumes of the lock are not here: their scans are missing or refused"
     if lock["questions"] != own["questions"]:
         yield "the questions are not those of the lock"
+
+
+def _difference(
+    name: str, volume: Mapping[str, str], other: Mapping[str, str], lock: Mapping[str, Any], own: Mapping[str, Any]
+) -> Iterator[str]:
+    if other["content"] != volume["content"]:
+        yield f"{name}: its source has another content than the lock's"
+    elif other["settings"] != volume["settings"]:
+        yield f"{name}: made with other settings (recipe, rescaling, policy) from the same content"
+    elif other["arrays"] != volume["arrays"]:
+        versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
+        changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)
+        yield f"{name}: other bytes from the same content and settings ({changed or 'the same versions'})"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, exclusive
-from photon_data.questions.manifest import keep_questions, kept_questions
+from photon_data.questions.kept import keep_questions, kept_questions
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import DATASET, PRUNED, REFUSED, VOLUMES, VolumeRecord, read_records, write_records
@@ -19,6 +19,8 @@ from photon_data.store import store_name
 from photon_pipelines.plan import Result
 from photon_pipelines.prepare import finish
 from photon_pipelines.request import Request
+
+OnRemoved = Callable[[str], object]
 
 
 class SourceStatus(NamedTuple):
@@ -48,16 +50,22 @@ def _status(root: str, records: Sequence[VolumeRecord]) -> SourceStatus:
     if sources is None:
         return SourceStatus(root, there, codes, 0, 0, 0, None)
     found = [(record, sources[record.source]) for record in records if record.source in sources]
+    blocked = tuple(source.path.rstrip("#") for source in sources.values() if source.problem)
     same = sum((record.bytes_in, record.mtime_ns) == (source.bytes, source.mtime_ns) for record, source in found)
-    gone = [record for record in records if record.source not in sources]
+    # Nothing is known of what lies in a folder that cannot be listed.
+    gone = [r for r in records if r.source not in sources and not any(_is_below(r.source, path) for path in blocked)]
     return SourceStatus(root, there, codes, same, len(found) - same, len(sources) - len(found), gone)
 
 
+def _is_below(path: str, folder: str) -> bool:
+    return folder in ("", ".") or path == folder or path.startswith((f"{folder}/", f"{folder}#"))
+
+
 def _sources(root: str) -> dict[str, Source] | None:
-    """Return the scans of a source folder by their paths, None where there is no such folder now."""
+    """Return the scans of a source folder by their paths; None where it is not there now, or empty: not mounted."""
     if not root or not Path(root).is_dir():
         return None
-    return {source.path: source for source in find_scans(Path(root)).sources}
+    return {source.path: source for source in find_scans(Path(root)).sources} or None
 
 
 def records_of(out: Location) -> list[VolumeRecord]:
@@ -81,42 +89,45 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
         if unknown := [id for id in asked if id not in records]:
             raise UsageError(f"expected ids of volumes in {out.url}, found {len(unknown)} others: {first_few(unknown)}")
         return dict.fromkeys(asked, "named")
-    found = {record.id: "its scan is gone" for part in status(out) for record in part.gone or ()}
+    gone = (record for part in status(out) for record in part.gone or () if record.code != PRUNED)
+    found = {record.id: "its scan is gone" for record in gone}
     found |= {
         id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(store_name(id))
     }
     return found | {name.removesuffix(".ome.zarr"): "no row in volumes.jsonl" for name in orphans}
 
 
-def prune(
-    out: Location, ids: Iterable[str] | None = None, on_removed: Callable[[str], Any] = lambda id: None
-) -> Result:
-    """Take volumes away (see `to_prune`), with their rows and questions, and write manifests and report anew.
+def prune(out: Location, going: Iterable[str], *, for_good: bool, on_removed: OnRemoved = lambda id: None) -> Result:
+    """Take volumes away, with their rows and questions, and write manifests and report anew.
 
-    Volumes that were named by `ids` keep a row that says so: prepare leaves them out from then on.
+    With `for_good` their rows stay and say so: prepare leaves such scans out from then on, under any name.
     """
     with exclusive(out):
-        going, records = to_prune(out, ids), records_of(out)
-        dataset = json.loads(out.read(DATASET) or b"{}")
+        ids, records, request = set(going), records_of(out), _request_of(out)
         questions = kept_questions(out)
         for name, own in questions.items():
-            left = [question for question in own if question.volume not in going]
-            if len(left) < len(own):
-                questions[name] = left
-                keep_questions(out, name, left)
-        rows = [r if r.id not in going else _pruned(r) for r in records if r.id not in going or ids is not None]
+            questions[name] = [question for question in own if question.volume not in ids]
+            keep_questions(out, name, questions[name])
+        rows = [_pruned(r) if r.id in ids else r for r in records if r.id not in ids or for_good]
         write_records(out, rows)
-        for id in going:
+        for id in ids:
             out.remove(store_name(id))
             on_removed(id)
-        recipe = Recipe.from_json(dataset["recipe"])
-        request = Request(Path(dataset["source"] or ""), out, recipe, allow_leaks=True)
-        everything = [question for own in questions.values() for question in own]
-        return finish(request, [], rows, everything or None)
+        return finish(request, [], rows, questions)
+
+
+def _request_of(out: Location) -> Request:
+    """Return what is known of a prepared folder as a request; UsageError where dataset.json is gone or damaged."""
+    try:
+        dataset = json.loads(out.read(DATASET) or b"")
+        return Request(Path(dataset["source"] or ""), out, Recipe.from_json(dataset["recipe"]), allow_leaks=True)
+    except (ValueError, KeyError, TypeError):
+        expected = f"a {DATASET} with the recipe of {out.url}"
+        raise UsageError(f"expected {expected}, found none that can be read; run prepare again") from None
 
 
 def _pruned(record: VolumeRecord) -> VolumeRecord:
     reason = f"taken away by prune; remove its line from {VOLUMES} to prepare it again"
-    measured = ("fingerprint", "key", "store", "store_bytes", "store_sha256", "facts", "seconds")
+    measured = ("key", "store", "store_bytes", "store_sha256", "facts", "seconds")
     nothing: dict[str, Any] = dict.fromkeys(measured)
     return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from photon_data.datasets.base import UNPACK, DataSet
+from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
-from photon_data.prepare_file import Job, already_there, fingerprint, recipe_digest
+from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import hide_names, private_folder, read_key
-from photon_data.questions.manifest import KEPT, Manifests, Match, by_name, kept_questions, refuse_unsound
+from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
+from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.rescale_table import HEADER, rescaling
@@ -27,11 +29,12 @@ from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
+from photon_pipelines.owners import refuse_namesakes, withdrawn_jobs
 from photon_pipelines.request import Gathered, Request
 
 PATHS = ("absolute", "relative")
-# Formats whose names of files and folders may be a patient's, by what ids are made from.
-HIDDEN = {"auto": {"dicom"}}
+# What DICOM archives hold: names of their files and folders may be a patient's.
+HIDDEN = ("dicom", "folder")
 
 
 class Callback:
@@ -56,9 +59,7 @@ class Plan(NamedTuple):
 
     jobs: list[Job]  # to execute
     done: list[VolumeRecord]  # of inputs whose stores exist already, or that were refused before for the same reasons
-    kept: list[
-        VolumeRecord
-    ]  # of earlier runs, of what is no input of this one: volumes, refused scans of other sources
+    kept: list[VolumeRecord]  # of earlier runs, no input of this one: volumes, and refused scans of other sources
     before: list[VolumeRecord]  # earlier records of the jobs' sources; volumes.jsonl has them until the job is done
 
 
@@ -141,6 +142,8 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
     paths_of(request)  # a misuse is told before the search
+    if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*)?", request.id_prefix):
+        raise UsageError(f"--id-prefix: expected letters, digits, . _ and -, found {request.id_prefix!r}")
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
@@ -165,7 +168,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
     questions: dict[str, list[Question]] = {}
     asked: list[Question] = []
-    notes: Sequence[str] = ()
+    notes: list[str] = []
     if request.questions is not None:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
@@ -185,8 +188,10 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
     key, formats = None, {source.format for source in sources}
-    if hidden := formats if request.id_from == "key" else formats & HIDDEN.get(request.id_from, set()):
+    hidden = formats if request.id_from == "key" else HIDDEN if request.id_from == "auto" and "dicom" in formats else ()
+    if hidden:
         sources, key = hide_names(sources, hidden, request.out, request.id_prefix, known_ids)
+        notes = _notes_of_old_ids(sources)
     else:
         sources = [replace(source, patient="") for source in sources]
     rescale, out = None, request.out.at("")
@@ -196,37 +201,59 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
         for source in sources[: request.limit]
     ]
-    if request.questions is not None:
-        name = request.id_prefix + request.questions.stem
-        find = by_name((source.id, source.path) for source in sources)
-        # Ids in place of names of scans: two names of one scan must not be two patients.
-        matches = [find(question.volume) for question in asked]
-        notes = _notes_of_unmatched(asked, matches, sources)
-        named = zip(asked, matches, strict=True)
-        patients = {source.id: source.patient or None for source in sources}
-        asked = [
-            replace(q, volume=match.id or q.volume, dataset=name, patient=q.patient or patients.get(match.id or ""))
-            for q, match in named
-        ]
-        unknown = sum(not (question.split or question.patient) for question in asked)
-        if unknown:
-            notes = [*notes, f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume"]
-        questions[name] = assign_splits(asked, fractions=request.fractions, seed=request.seed)
-    return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
+    if request.questions is None:
+        return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
+    joined, unmatched = _joined(asked, sources, request)
+    notes += _notes_of_unmatched(asked, unmatched, sources)
+    if unknown := sum(not (question.split or question.patient) for question in joined):
+        notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
+    questions[str(joined[0].dataset)] = assign_splits(joined, fractions=request.fractions, seed=request.seed)
+    return Gathered(jobs, questions, unmatched, ignored, notes, key)
+
+
+def _joined(
+    asked: Sequence[Question], sources: Sequence[Source], request: Request
+) -> tuple[list[Question], list[Unmatched]]:
+    """Return the questions with ids of scans in place of names, and those that name no scan or several.
+
+    Two names of one scan must not be two patients, and a scan of another source never answers to a name.
+    """
+    assert request.questions is not None
+    name, by_id = request.id_prefix + request.questions.stem.lstrip("."), {source.id: source for source in sources}
+    find, made, unmatched = by_name((source.id, source.path) for source in sources), [], []
+    for question in asked:
+        match = find(question.volume)
+        if match.id is None:
+            shown, reason = question.volume, match.reason
+            if any(source.hidden for source in sources):
+                shown, reason = "(name)", reason.partition(" (")[0]
+            unmatched.append(Unmatched(question.id, shown, reason))
+            made.append(replace(question, volume=f"{UNKNOWN}{shown}", dataset=name))
+        else:
+            patient = question.patient or by_id[match.id].patient or None
+            made.append(replace(question, volume=match.id, dataset=name, patient=patient))
+    return made, unmatched
 
 
 def _notes_of_unmatched(
-    questions: Sequence[Question], matches: Sequence[Match], sources: Sequence[Source]
-) -> Sequence[str]:
+    questions: Sequence[Question], unmatched: Sequence[Unmatched], sources: Sequence[Source]
+) -> list[str]:
     """Return a sentence about the questions that name no scan or several, before hours of work."""
-    reasons = {q.volume: match.reason for q, match in zip(questions, matches, strict=True) if not match.id}
+    reasons = {one.volume: one.reason for one in unmatched}
     if not reasons:
-        return ()
-    paths = [source.path for source in sources]
+        return []
+    paths = [source.id if source.hidden else source.path for source in sources]
     near = {name: nearest_name(name, paths) or paths[0] for name in list(reasons)[:4]}
     told = [f"{name!r}: {reasons[name]} (a name that there is: {path!r})" for name, path in near.items()]
-    count = sum(match.id is None for match in matches)
-    return [f"{count} of {len(questions)} questions do not name one scan of this source: {first_few(told)}"]
+    found = f"{len(unmatched)} of {len(questions)} questions do not name one scan of this source"
+    return [f"{found}: {first_few(told)}"]
+
+
+def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
+    """Return a sentence about scans that have ids made from names, which stay."""
+    old = [source.id for source in sources if source.hidden and not re.search(r"v[0-9a-f]{16}\Z", source.id)]
+    remedy = "prepare into another folder to have keyed ones"
+    return [f"{len(old)} scans keep ids that were made from names, {old[0]} first; {remedy}"] if old else []
 
 
 def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
@@ -235,8 +262,12 @@ def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
     if any(record.hidden for record in records) and read_key(request.out) is None:
         expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
         raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
-    root = str(source if source.is_dir() else source.parent)
-    return {record.source: record.id for record in records if record.root in (None, root)}
+    root, found = str(source if source.is_dir() else source.parent), {}
+    for record in sorted(records, key=lambda record: record.root == root):
+        may_be_ours = record.root is None or not Path(record.root).exists()  # not recorded, or moved
+        if record.root == root or (may_be_ours and record.id.startswith(request.id_prefix)):
+            found[record.source] = record.id
+    return found
 
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
@@ -265,32 +296,28 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     return jobs
 
 
-def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> list[Question] | None:
+def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, list[Question]]:
     """Return the questions of all data sets that OUT holds, with a run's own in place of their earlier ones.
 
-    None where there are none: each volume then has one row. UsageError for a name or a question's id that two data sets
-    have, and for leaks.
+    UsageError for a name or a question's id that two data sets have, and for leaks.
     """
-    own, kept, ids = gathered.questions, kept_questions(out), {job.source.id for job in gathered.jobs}
+    own, kept, roots = gathered.questions, kept_questions(out), {job.source.root for job in gathered.jobs}
+    ids = {job.source.id for job in gathered.jobs} | {r.id for r in read_records(out) if r.root in roots}
     for name in own.keys() & kept.keys():
-        earlier = {question.volume for question in kept[name]}
+        earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
         if earlier and not earlier & ids:
             found = f"questions about other scans, {first_few(sorted(earlier))}"
             remedy = "rename the table, or give --id-prefix"
-            raise UsageError(
-                f"expected that {out.at(f'{KEPT}/{name}.jsonl')} is of this source, found {found}; {remedy}"
-            )
-    parts = kept | own
-    owner: dict[str, str] = {}
+            raise UsageError(f"expected that {out.at(file_of(name))} is of this source, found {found}; {remedy}")
+    parts, owner = kept | own, dict[str, str]()
     for name, questions in parts.items():
         if again := [question.id for question in questions if owner.setdefault(question.id, name) != name]:
             found = f"{len(again)} of {owner[again[0]]} in {name}, {again[0]} first"
-            remedy = f"change them, or remove {out.at(f'{KEPT}/{name}.jsonl')} if it is not needed"
+            remedy = f"change them, or remove {out.at(file_of(name))} if it is not needed"
             raise UsageError(f"expected question ids that no other data set has, found {found}; {remedy}")
-    everything = [question for questions in parts.values() for question in questions]
     if not allow_leaks:
-        refuse_leaks(leaks(map(as_row, everything)))
-    return everything or None
+        refuse_leaks(leaks(as_row(question) for questions in parts.values() for question in questions))
+    return parts
 
 
 def paths_of(request: Request) -> str:
@@ -307,12 +334,17 @@ def paths_of(request: Request) -> str:
 
 def plan(jobs: Sequence[Job], request: Request) -> Plan:
     """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id."""
-    out, recipe = request.out, request.recipe
-    before = {record.id: record for record in read_records(out)}
-    _refuse_namesakes(jobs, before, request)
-    ids, roots = {job.source.id for job in jobs}, {job.source.root for job in jobs}
-    others = [old for old in before.values() if old.id not in ids]
-    refused = [old for old in others if not old.is_there and old.root and old.root not in roots]  # of other sources
+    out, recipe, records = request.out, request.recipe, read_records(request.out)
+    withdrawn = withdrawn_jobs(jobs, records)
+    jobs = [job for job in jobs if job.source.id not in withdrawn]
+    refuse_namesakes([job.source for job in jobs], records, request)
+    before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
+    others = [old for old in records if old.id not in ids]
+    # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
+    roots = set() if request.is_partial else {job.source.root for job in jobs}
+    refused = [
+        old for old in others if not old.is_there and (old.code == PRUNED or (old.root and old.root not in roots))
+    ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs))
@@ -326,45 +358,9 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
         )
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
-    return Plan(todo, [done for done in found if done], [*(record for record, _ in kept), *refused], left)
-
-
-def _refuse_namesakes(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], request: Request) -> None:
-    """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
-
-    The roots of declared data sets are looked through together: which of two scans of one id is meant is known then.
-    """
-    together = {str(root.absolute()) for entry in request.datasets for root in entry.roots}
-    together |= {str(entry.options[UNPACK].absolute()) for entry in request.datasets if UNPACK in entry.options}
-    owners = {record.id.casefold(): record for record in before.values()}
-    ids = {(record.root, record.source): record.id for record in before.values() if record.root}
-    found = []
-    for source in (job.source for job in jobs):
-        owner = owners.get(source.id.casefold())
-        known = ids.get((source.root, source.path), source.id)
-        if owner is not None and owner.root not in together and not _is_same_scan(source, owner):
-            other = f"{source.path} of {source.root}" if not source.hidden else "this one"
-            found.append(
-                f"{source.id} is {owner.name} of {'another source' if owner.hidden else owner.root}, not {other}"
-            )
-        elif known != source.id and before[known].is_there:
-            found.append(f"{source.path} of {source.root} is {known}, not {source.id}")
-    if found:
-        remedy = "give the scans of this source other ids with --id-prefix NAME, or prune what is gone"
-        raise UsageError(
-            f"expected ids that nobody has in {request.out.url}, found {len(found)}: {first_few(found)}; {remedy}"
-        )
-
-
-def _is_same_scan(source: Source, owner: VolumeRecord) -> bool:
-    """Tell whether a record is of this scan: at its place, its successor there, or the same content moved."""
-    if owner.root is None or (owner.root, owner.source) == (source.root, source.path):
-        return True
-    if owner.root == source.root:
-        return not Path(owner.root, owner.source.partition("#")[0]).exists()
-    if owner.source != source.path or owner.bytes_in != source.bytes:
-        return False
-    return owner.mtime_ns == source.mtime_ns or owner.fingerprint == fingerprint(source.files)
+    done = [*withdrawn.values(), *(record for record in found if record)]
+    named = {record.id for record in done}
+    return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
 
 
 def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:
@@ -372,8 +368,6 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
     It has a finished store, or was refused under the same recipe and policy by the same version.
     """
-    if before is not None and before.code == PRUNED:
-        return before
     if before is None or (before.bytes_in, before.mtime_ns) != (job.source.bytes, job.source.mtime_ns):
         return None
     if before.state in (REFUSED, FAILED):

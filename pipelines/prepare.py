@@ -19,16 +19,15 @@ from typing import Any
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
 from photon_data.private import read_key, save_key
-from photon_data.questions.manifest import (
-    Manifests,
-    Unmatched,
-    build,
-    digests,
+from photon_data.questions.kept import (
+    UNKNOWN,
+    content_digests,
+    digests_of_all,
     keep_questions,
     question_digests,
     row_ids,
-    write,
 )
+from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.records import DATASET, LOCK, VolumeRecord, differences, lock_of, write_records
@@ -62,44 +61,53 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     with exclusive(out):
         todo = plan(gathered.jobs, request)
         questions = collect(gathered, out, request.allow_leaks)
-        if gathered.key and read_key(out) is None:
-            place = save_key(out, gathered.key)
-            callback.on_note(
-                f"a key was made, from which ids and patients are: {place}. Keep it, and keep it to yourself"
-            )
+        if gathered.key:
+            _keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
-        _write_dataset(request, todo.done, todo.kept, manifests=None)
-        for name, asked in gathered.questions.items():
-            keep_questions(out, name, asked)
+        _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=gathered.key is not None)
+        there = question_digests(out)
+        for name, asked in questions.items():
+            if name in gathered.questions or name not in there:
+                keep_questions(out, name, asked)
         records = _run(todo, out, workers, callback)
         return finish(request, records, todo.kept, questions, gathered.unmatched)._replace(damaged=damaged)
+
+
+def _keep_key(key: str, out: Location, callback: Callback) -> None:
+    """Write the key that ids were made with; UsageError where another run has made one meanwhile."""
+    if (there := read_key(out)) is None:
+        note = "a key was made, from which ids and patients are"
+        callback.on_note(f"{note}: {save_key(out, key)}. Keep it, and keep it to yourself")
+    elif there != key:
+        raise UsageError(f"expected the key that this run began with, found another one of {out.url}; run it again")
 
 
 def finish(
     request: Request,
     records: list[VolumeRecord],
     kept: list[VolumeRecord],
-    questions: list[Question] | None,
+    questions: Mapping[str, Sequence[Question]],
     unmatched: Sequence[Unmatched] = (),
 ) -> Result:
     """Write all that is made from records and questions: manifests, dataset.json, report, counts."""
     out, rows = request.out, _by_id([*records, *kept])
     rows_before = row_ids(out)
     manifests, leak = _write_manifests(request, questions, unmatched, rows)
-    versions = _write_dataset(request, records, kept, digests(out))["versions"]
+    hidden = any(record.hidden for record in rows)
+    versions = _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)["versions"]
     page = render_report(
         rows,
         recipe=request.recipe,
         open_volume=lambda record: open_volume(out.at(record.store or ""), "model"),
         pictures=request.pictures,
         title=out.at("").rstrip("/").rpartition("/")[2],
-        source="" if any(record.hidden for record in rows) else request.source.name,
+        source="" if hidden else request.source.name,
         tools=versions,
     )
     out.write(REPORT, page)
     counts = count(row for split in manifests.rows.values() for row in split)
     _write_json(out, COUNTS, [asdict(found) for found in counts])
-    lock = lock_of(rows, question_digests(out), request.recipe, versions, _salt(request))
+    lock = lock_of(rows, content_digests(questions), request.recipe, versions, _salt(request))
     _write_json(out, LOCK, lock)
     found = list(differences(request.lock, lock, rows)) if request.lock else []
     left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
@@ -129,12 +137,17 @@ def _by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
 
 
 def _write_dataset(
-    request: Request, records: Sequence[VolumeRecord], kept: Sequence[VolumeRecord], manifests: dict[str, str] | None
+    request: Request,
+    records: Sequence[VolumeRecord],
+    kept: Sequence[VolumeRecord],
+    manifests: dict[str, str] | None,
+    *,
+    hidden: bool,
 ) -> dict[str, Any]:
     """Write dataset.json and return it; `manifests` are {name: SHA-256}, None while the run is not finished."""
     dataset = {
         "format": 1,
-        "source": None if any(record.hidden for record in [*records, *kept]) else str(request.source),
+        "source": None if hidden or not request.source.name else str(request.source),
         "recipe": request.recipe.to_json(),
         "digest": request.recipe.digest,
         "paths": paths_of(request),
@@ -184,14 +197,20 @@ def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> lis
 
 
 def _write_manifests(
-    request: Request, questions: list[Question] | None, unmatched: Sequence[Unmatched], rows: list[VolumeRecord]
+    request: Request,
+    questions: Mapping[str, Sequence[Question]],
+    unmatched: Sequence[Unmatched],
+    rows: list[VolumeRecord],
 ) -> tuple[Manifests, str | None]:
     """Write the manifests and return them, and what leaks between splits, if that is not allowed.
 
     Splits that leak in their content get no manifests, and old ones go: nobody trains on them by mistake.
     """
     out, paths = request.out.at(""), paths_of(request)
-    manifests = build(questions, rows, out=out, instruction=request.recipe.instruction, paths=paths)
+    asked = [q for part in questions.values() for q in part if not q.volume.startswith(UNKNOWN)]
+    everything = asked if questions else None  # without any, each volume has a row
+    instruction = request.recipe.instruction
+    manifests = build(everything, rows, out=out, instruction=instruction, paths=paths, by_id=True)
     manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *unmatched]))
     leak = None
     if not request.allow_leaks:

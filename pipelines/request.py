@@ -51,6 +51,11 @@ class Request:
     exclude: Sequence[str] = ()
     follow_links: bool = True
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether only a part of the source is looked at."""
+        return bool(self.limit is not None or self.include or self.exclude or self.datasets)
+
 
 class Gathered(NamedTuple):
     """What is to be prepared and asked."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions.manifest import FOLDER, digests, validate
+from photon_data.questions.kept import digests_of_all
+from photon_data.questions.manifest import FOLDER, validate
 from photon_data.records import DATASET, VOLUMES, read_records
 from photon_data.store import store_name, verify_store
 
@@ -41,7 +42,7 @@ def _verify_manifests(out: Location) -> Iterator[str]:
     if recorded is None:
         yield "the last run was cut short, manifests may be old: run prepare again"
         return
-    found = digests(out)
+    found = digests_of_all(out)
     for name in sorted({*found, *recorded}):
         if name not in found:
             yield f"{name}: missing"

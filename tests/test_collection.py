@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -132,8 +133,8 @@ def test_a_year_of_a_folder_loses_no_row_and_mixes_up_no_scan(site_a, site_b, tm
     place = Location(str(moved))
     assert [(part.root, len(part.gone)) for part in collection.status(place)] == [(str(site_a), 1), (str(site_b), 0)]
     assert collection.to_prune(place) == {"deep__two": "its scan is gone"}
-    assert collection.prune(place).left == ["a2"]
-    assert collection.prune(place, ["B_one"]).left == ["b2"]
+    assert collection.prune(place, ["deep__two"], for_good=False).left == ["a2"]
+    assert collection.prune(place, ["B_one"], for_good=True).left == ["b2"]
     assert rows_of(moved) == {"b1": "B_three"}
     assert not list(Path(moved).rglob("*two*"))
     assert problems(moved) == []
@@ -210,8 +211,8 @@ def test_a_lock_makes_the_same_bytes_from_the_same_files_elsewhere_and_names_wha
     other = run(copy, tmp_path / "other", lock=lock)
     assert not other.complete
     assert other.differences == [
-        "more: not in the lock",
         "one: its source has another content than the lock's",
+        "more: not in the lock",
         "1 volumes of the lock are not here: their scans are missing or refused",
         "the questions are not those of the lock",
     ]
@@ -279,3 +280,94 @@ def test_a_run_needs_nothing_that_only_linux_has_to_count_cores(site_a, tmp_path
     assert (
         prepare(Request(site_a, Location(str(tmp_path / "out")), SMALL, pictures=0), Workers()).states["prepared"] == 2
     )
+
+
+def test_a_question_about_a_scan_that_is_not_there_never_goes_to_one_of_another_source(site_a, site_b, tmp_path):
+    out = tmp_path / "out"
+    lost = table(tmp_path / "a.csv", ("1", "one", "?", "no", "p1", "train"), ("2", "three", "?", "no", "p2", "train"))
+    assert [one.id for one in run(site_a, out, questions=lost).manifests.unmatched] == ["2"]
+    run(site_b, out, id_prefix="B_")
+    assert rows_of(out) == {"1": "one"}
+    (site_a / "one.nii.gz").unlink()
+    collection.prune(Location(str(out)), ["one"], for_good=False)
+    run(site_a, out)
+    assert rows_of(out) == {}
+    # names that were mistyped can be corrected
+    run(site_b, out, id_prefix="B_", questions=table(tmp_path / "b.csv", ("3", "onne", "?", "no", "p3", "train")))
+    corrected = table(tmp_path / "b.csv", ("3", "one", "?", "no", "p3", "train"))
+    assert run(site_b, out, id_prefix="B_", questions=corrected).complete
+    assert rows_of(out) == {"3": "B_one"}
+
+
+def as_an_earlier_version_left(out):
+    """Take away what earlier versions did not write: source folders in rows, and the questions' files."""
+    rows = [{**row, "root": None} for row in volumes_of(out).values()]
+    (out / "volumes.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shutil.rmtree(out / "questions", ignore_errors=True)
+
+
+def test_a_folder_of_an_earlier_version_keeps_its_rows_and_its_scans(site_a, site_b, tmp_path):
+    out = tmp_path / "out"
+    rows = [("1", "one", "Nodule?", "A", "p1", "train"), ("2", "deep/two", "Fluid?", "", "p2", "test")]
+    run(site_a, out, questions=table(tmp_path / "a.csv", *rows))
+    before = {path.name: path.read_bytes() for path in (out / "manifests").iterdir()}
+    as_an_earlier_version_left(out)
+    with pytest.raises(
+        UsageError, match=r"one is one\.nii\.gz of a source that is not recorded, not one\.nii\.gz of .*/b"
+    ):
+        run(site_b, out)
+    assert run(site_b, out, id_prefix="B_").left == []
+    assert {path.name: path.read_bytes() for path in (out / "manifests").iterdir()} == before
+    assert run(site_a, out).states["unchanged"] == 2
+
+
+def test_a_volume_that_was_withdrawn_does_not_come_back_in_part_by_another_name_or_time(site_a, tmp_path):
+    out = tmp_path / "out"
+    run(site_a, out)
+    collection.prune(Location(str(out)), ["deep__two"], for_good=True)
+    run(site_a, out, limit=1)
+    shutil.copy(site_a / "deep" / "two.nii", site_a / "again.nii")
+    (site_a / "deep" / "two.nii").unlink()
+    assert collection.to_prune(Location(str(out))) == {}
+    result = run(site_a, out)
+    assert result.states == {"prepared": 0, "unchanged": 1, "refused": 1, "failed": 0}
+    assert {path.name for path in (out / "volumes").iterdir()} == {"one.ome.zarr"}
+    assert {volumes_of(out)[id]["code"] for id in ("deep__two", "again")} == {"pruned"}
+
+
+def test_nothing_is_gone_from_a_source_that_is_empty_or_not_there(site_a, tmp_path):
+    out = tmp_path / "out"
+    run(site_a, out)
+    for path in [*site_a.rglob("*.nii*")]:
+        path.unlink()
+    assert collection.to_prune(Location(str(out))) == {}
+    shutil.rmtree(site_a)
+    assert collection.to_prune(Location(str(out))) == {}
+    (out / "dataset.json").unlink()
+    with pytest.raises(UsageError, match=r"expected a dataset\.json with the recipe"):
+        collection.prune(Location(str(out)), ["one"], for_good=True)
+    assert (out / "volumes" / "one.ome.zarr").exists()
+
+
+def test_ids_stay_where_a_source_moved_and_a_store_without_a_row_is_not_taken_for_a_namesake(site_a, site_b, tmp_path):
+    out = tmp_path / "out"
+    run(site_a, out)
+    write_scan(site_a / "x" / "one.nii.gz", 7)
+    run(site_a, out, id_from="name")
+    ids = volumes_of(out).keys()
+    site_a.rename(tmp_path / "moved")
+    assert run(tmp_path / "moved", out, id_from="name").states["unchanged"] == 3
+    assert volumes_of(out).keys() == ids
+    with pytest.raises(UsageError, match=r"moved/one\.nii\.gz of .* is one, not moved__one"):
+        run(tmp_path, out, include=["moved"])
+    (out / "volumes.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"one is a store without a row in volumes\.jsonl, and of another scan"):
+        run(site_b, out)
+    assert run(tmp_path / "moved", out).states["unchanged"] >= 2
+
+
+@pytest.mark.parametrize("prefix", ["a/b", "../x", ".hidden", "a b"])
+def test_a_prefix_that_is_no_part_of_a_file_name_is_misuse(site_a, tmp_path, prefix):
+    with pytest.raises(UsageError, match="--id-prefix: expected letters"):
+        run(site_a, tmp_path / "out", id_prefix=prefix)
+    assert not (tmp_path / "out").exists()

@@ -151,7 +151,7 @@ def test_the_multiple_choice_form_has_the_letter_as_its_answer(tumors):
     path = declare(tumors, tumor=deeptumorvqa(questions={"prompt": "deeptumorvqa", "choices": "shown"}))
     datasets = read_data_manifest(path).datasets
     data = gather(Request(path, Location(str(tumors / "out")), one_recipe(datasets), datasets=datasets))
-    bench = next(question for question in data.questions or [] if question.split == "test")
+    bench = next(q for part in data.questions.values() for q in part if q.split == "test")
     assert bench.question == (
         "You are given the full 3D abdominal CT volume (NIfTI, native voxel spacing).\n"
         "Voxel spacing (mm): [0.83 0.83 5.0].  Volume shape: (512, 512, 116).\n"
@@ -199,7 +199,7 @@ def test_reports_of_benchmark_scans_leak_into_its_test_split_unless_they_are_lef
         gather(order(tumors, reports=atlas(tumors), tumor=deeptumorvqa()))
     safe = atlas(tumors, annotations={"benchmark": "test_qa.json"})
     data = gather(order(tumors, reports=safe, tumor=deeptumorvqa()))
-    splits = {(question.volume, question.split) for question in data.questions or []}
+    splits = {(question.volume, question.split) for part in data.questions.values() for question in part}
     assert splits == {(A, "train"), (B, "test")}
     assert "reports: 1 questions are left out: in DeepTumorVQA's benchmark" in data.notes
 

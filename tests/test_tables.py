@@ -186,7 +186,7 @@ def test_a_rescale_table_of_other_scans_or_columns_is_refused(scans, tmp_path):
 def test_questions_that_name_no_scan_are_told_before_scans_are_read(scans, tmp_path):
     table = tmp_path / "q.csv"
     table.write_text("volume;question\na;Is it?\nc.nii.gz;Is it?\n")
-    (note,) = gathered(scans, questions=table).notes
+    note = gathered(scans, questions=table).notes[0]
     assert note.startswith("1 of 2 questions do not name one scan of this source: 'c.nii.gz': no such volume (a name")
     assert "'a.nii.gz'" in note or "'b.nii.gz'" in note
 

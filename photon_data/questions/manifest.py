@@ -19,14 +19,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
 from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, as_json, read_table, refuse
 from photon_data.records import VolumeRecord
 
 FOLDER, SUFFIX = "manifests", ".jsonl"
-KEPT = "questions"  # folder of the questions that manifests are made from, a file for each data set
 # Columns that hold one text each. ms-swift drops all of them but "channel".
 TEXT_COLUMNS = ("id", "channel", "volume_id", "patient", "split", "task", "kind", "organ", "answer")
 NEVER_EMPTY = ("id", "channel", "volume_id", "split")
@@ -68,14 +67,16 @@ def build(
     instruction: str,
     dataset: str | None = None,
     paths: str = "absolute",
+    by_id: bool = False,
 ) -> Manifests:
     """Return the rows of every split, and the questions that have none.
 
-    Every question has a row or is unmatched. Without questions every prepared volume gets one row of split "all": the
-    instruction, no answer. Rows do not depend on the order of questions or records. `out` is the folder or URL that
-    holds the stores of `records`. The stores' paths are "absolute" or "relative" to `out`. The first half of "channel"
-    is the question's data set, else `dataset` (default: the name of `out`). UsageError for questions without a split
-    (`splits.assign_splits` gives them one) or with a split that cannot name a file.
+    Every question has a row or is unmatched. Its `volume` is an id, or a name unless `by_id` (see `by_name`). Without
+    questions every prepared volume gets one row of split "all": the instruction, no answer. Rows do not depend on the
+    order of questions or records. `out` is the folder or URL that holds the stores of `records`. The stores' paths are
+    "absolute" or "relative" to `out`. The first half of "channel" is the question's data set, else `dataset` (default:
+    the name of `out`). UsageError for questions without a split (`splits.assign_splits` gives them one) or with a split
+    that cannot name a file.
     """
     records, place = sorted(records, key=lambda record: record.id), Location(str(out))
     at = place.at if paths == "absolute" else str
@@ -88,7 +89,8 @@ def build(
         found = f"{len(without)} without, {without[0]!r} first"
         raise UsageError(f"expected a split for every question, found {found}; assign splits first")
     check_split_names({str(q.split) for q in questions})
-    find = by_name((record.id, record.source) for record in records)
+    ids = {record.id for record in records}
+    find = _by_id(ids) if by_id else by_name((record.id, record.source) for record in records)
     matched, unmatched = [], []
     for q in questions:
         volume_id, reason, _ = find(q.volume)
@@ -155,6 +157,10 @@ def by_name(volumes: Iterable[tuple[str, str]]) -> Callable[[str], Match]:
         return Match(found[0][0]) if found else Match(None, "no such volume")
 
     return find
+
+
+def _by_id(ids: Collection[str]) -> Callable[[str], Match]:
+    return lambda name: Match(name) if name in ids else Match(None, "no such volume")
 
 
 def _composed(name: str) -> str:
@@ -231,32 +237,6 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
     return old
 
 
-def keep_questions(out: Location, name: str, questions: Iterable[Question]) -> None:
-    """Write the questions of a data set to OUT/questions/NAME.jsonl, whole."""
-    rows = ({column: getattr(question, column) for column in Question.__slots__} for question in questions)
-    out.write(f"{KEPT}/{name}{SUFFIX}", jsonl_bytes(rows))
-
-
-def kept_questions(out: Location) -> dict[str, list[Question]]:
-    """Return the questions that `out` holds, by data set; UsageError for a file that cannot be read."""
-    found = {}
-    for name in sorted(out.names(KEPT)):
-        if name.endswith(SUFFIX) and not name.startswith("."):
-            try:
-                rows = from_jsonl((out.read(f"{KEPT}/{name}") or b"").decode())
-                found[name.removesuffix(SUFFIX)] = [Question(**row) for row in rows]
-            except (ValueError, TypeError) as error:
-                remedy = "remove it and prepare its data set again"
-                raise UsageError(f"{out.at(f'{KEPT}/{name}')} is damaged: {error}; {remedy}") from None
-    return found
-
-
-def row_ids(out: Location) -> set[str]:
-    """Return the ids of all rows of the manifests that are there."""
-    texts = ((out.read(name) or b"").decode() for name in manifest_names(out))
-    return {str(row.get("id")) for text in texts for row in from_jsonl(text)}
-
-
 def refuse_unsound(source: Path | str, questions: Iterable[Question]) -> None:
     """UsageError for questions of `source` whose rows `write` would refuse: before scans are read, not after."""
     problems: list[Problem] = []
@@ -288,16 +268,8 @@ def manifest_names(out: Location) -> list[str]:
 
 
 def digests(out: Location) -> dict[str, str]:
-    """Return {name: SHA-256} of the manifests that are there, and of the questions that they are made from."""
-    found = {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
-    return found | {f"{KEPT}/{name}{SUFFIX}": digest for name, digest in question_digests(out).items()}
-
-
-def question_digests(out: Location) -> dict[str, str]:
-    """Return {data set: SHA-256 of the file of its questions}."""
-    names = [name for name in out.names(KEPT) if name.endswith(SUFFIX) and not name.startswith(".")]
-    contents = ((name, out.read(f"{KEPT}/{name}") or b"") for name in names)
-    return {name.removesuffix(SUFFIX): hashlib.sha256(content).hexdigest() for name, content in contents}
+    """Return {name: SHA-256} of the manifests that are there."""
+    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
 
 
 def validate(

@@ -122,7 +122,7 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
         raise UsageError(f"expected {wanted}, found {len(found)} in {path}{names}{others}; {remedy}")
     (one,) = found
     # A folder's name may be a patient's.
-    return replace(one, id=f"series-{one.path.rpartition('#')[2]}") if one.format == "dicom" else one
+    return replace(one, id=f"s{one.path.rpartition('#')[2]}") if one.format == "dicom" else one
 
 
 class _Search:

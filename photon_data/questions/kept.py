@@ -1,0 +1,115 @@
+"""OUT/questions: the questions of every data set in a prepared folder. Manifests are made from all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from photon_data.errors import UsageError
+from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.questions.manifest import EXTRA_COLUMNS, NO_CHOICES, digests, manifest_names
+from photon_data.questions.question import Question
+from photon_data.questions.splits import ALL
+from photon_data.questions.table import VIDEO_TAG
+
+FOLDER, SUFFIX = "questions", ".jsonl"
+# What the `volume` of a question begins with that names no scan of its source: no id does, so it never gets a row.
+UNKNOWN = "?"
+
+
+def file_of(name: str) -> str:
+    """Return the name below OUT of the file of a data set's questions."""
+    return f"{FOLDER}/{name}{SUFFIX}"
+
+
+def keep_questions(out: Location, name: str, questions: Iterable[Question]) -> None:
+    """Write the questions of a data set, whole."""
+    rows = ({column: getattr(question, column) for column in Question.__slots__} for question in questions)
+    out.write(file_of(name), jsonl_bytes(rows))
+
+
+def kept_questions(out: Location) -> dict[str, list[Question]]:
+    """Return the questions that `out` holds, by data set; UsageError for a file that cannot be read.
+
+    A folder of an earlier version has no such files: its manifests have the questions.
+    """
+    found = {}
+    for name in _names(out):
+        try:
+            rows = from_jsonl((out.read(file_of(name)) or b"").decode())
+            found[name] = [Question(**row) for row in rows]
+        except (ValueError, TypeError) as error:
+            remedy = "bring it back, or remove it and prepare its data set again"
+            raise UsageError(f"{out.at(file_of(name))} is damaged: {error}; {remedy}") from None
+    return found or _questions_of_manifests(out)
+
+
+def digests_of_all(out: Location) -> dict[str, str]:
+    """Return {name: SHA-256} of the manifests that are there and of the files that they are made from."""
+    return digests(out) | {file_of(name): digest for name, digest in question_digests(out).items()}
+
+
+def question_digests(out: Location) -> dict[str, str]:
+    """Return {data set: SHA-256 of the file of its questions}."""
+    return {name: hashlib.sha256(out.read(file_of(name)) or b"").hexdigest() for name in _names(out)}
+
+
+def content_digests(questions: Mapping[str, Sequence[Question]]) -> dict[str, str]:
+    """Return {data set: SHA-256 of what is asked}, which does not depend on the ids of volumes."""
+    found = {}
+    for name, part in questions.items():
+        content = [(q.id, q.question, q.answer, q.split, q.task) for q in sorted(part, key=lambda q: q.id)]
+        found[name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return found
+
+
+def row_ids(out: Location) -> set[str]:
+    """Return the ids of the rows of all manifests that can be read."""
+    return {str(row.get("id")) for row in _rows(out)}
+
+
+def _names(out: Location) -> list[str]:
+    names = (name for name in out.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith("."))
+    return sorted(name.removesuffix(SUFFIX) for name in names)
+
+
+def _rows(out: Location) -> list[dict[str, Any]]:
+    found = []
+    for name in manifest_names(out):
+        try:
+            rows = from_jsonl((out.read(name) or b"").decode())
+        except ValueError:  # it is written anew
+            continue
+        found += [row for row in rows if isinstance(row, dict)]
+    return found
+
+
+def _questions_of_manifests(out: Location) -> dict[str, list[Question]]:
+    found = defaultdict(list)
+    for row in _rows(out):
+        is_ours = {"id", "messages", "channel", "volume_id", "split"} <= row.keys()
+        if is_ours and (row["split"], row["id"]) != (ALL, row["volume_id"]):  # that is a volume without a question
+            found[row["channel"].partition("/")[0]].append(_question_of(row))
+    return dict(found)
+
+
+def _question_of(row: Mapping[str, Any]) -> Question:
+    """Return the question that a row was made from."""
+    text = next(message["content"] for message in row["messages"] if message["role"] == "user")
+    extra = dict(row.get("extra") or {}) | {name: row[name] for name in EXTRA_COLUMNS if row.get(name)}
+    if extra.get("choices") == list(NO_CHOICES):
+        del extra["choices"]
+    return Question(
+        id=row["id"],
+        volume=row["volume_id"],
+        question=text.removeprefix(VIDEO_TAG),
+        answer=row.get("answer") or None,
+        split=row["split"],
+        patient=row.get("patient") or None,
+        task=row.get("task") or None,
+        extra=extra,
+        dataset=row["channel"].partition("/")[0],
+    )

@@ -1,0 +1,91 @@
+"""To which scan an id belongs: namesakes, scans that moved, and volumes that were withdrawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from photon_data.datasets.base import UNPACK
+from photon_data.errors import UsageError, first_few
+from photon_data.files import Location
+from photon_data.prepare_file import Job, fingerprint
+from photon_data.records import PRUNED, REFUSED, VolumeRecord
+from photon_data.scan import Source
+from photon_data.store import read_metadata, store_name
+from photon_pipelines.request import Request
+
+
+def refuse_namesakes(sources: Sequence[Source], records: Sequence[VolumeRecord], request: Request) -> None:
+    """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
+
+    The roots of declared data sets are looked through together: which of two scans of one id is meant is known then.
+    """
+    together = {str(root.absolute()) for entry in request.datasets for root in entry.roots}
+    together |= {str(entry.options[UNPACK].absolute()) for entry in request.datasets if UNPACK in entry.options}
+    owners = {record.id.casefold(): record for record in records}
+    ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
+    known = {Path(record.store).name for record in records if record.store}
+    strays = {name for name in request.out.names("volumes") if name[0] != "."} - known
+    found = []
+    for source in sources:
+        owner = owners.get(source.id.casefold())
+        place = os.path.join(source.root, source.path)  # noqa: PTH118
+        if owner is not None and owner.root not in together and not _is_same_scan(source, owner, request.overwrite):
+            found.append(f"{source.id} is {_place(owner.hidden, owner.source, owner.root)}, not {_place_of(source)}")
+        elif ids.get(place, source.id) != source.id:
+            found.append(f"{_place_of(source)} is {ids[place]}, not {source.id}")
+        elif owner is None and _is_stray_of_another(source, strays, request.out):
+            found.append(f"{source.id} is a store without a row in volumes.jsonl, and of another scan")
+    if found:
+        remedy = "give the scans of this source other ids with --id-prefix NAME, or prune what is gone"
+        raise UsageError(
+            f"expected ids that nobody has in {request.out.url}, found {len(found)}: {first_few(found)}; {remedy}"
+        )
+
+
+def _place(hidden: bool, path: str, root: str | None) -> str:
+    return "a scan of another source" if hidden else f"{path} of {root or 'a source that is not recorded'}"
+
+
+def _place_of(source: Source) -> str:
+    return "this one" if source.hidden else f"{source.path} of {source.root}"
+
+
+def _is_same_scan(source: Source, owner: VolumeRecord, overwrite: bool) -> bool:
+    """Tell whether a record is of this scan: at its place, its successor there, or the same content moved."""
+    if owner.root is None and overwrite:
+        return True
+    if (owner.root, owner.source) == (source.root, source.path):
+        return True
+    if owner.root == source.root:
+        return not Path(owner.root, owner.source.partition("#")[0]).exists()
+    if owner.source != source.path or owner.bytes_in != source.bytes:
+        return False
+    if not owner.is_there:  # nothing is lost: it is read again
+        return True
+    return owner.mtime_ns == source.mtime_ns or owner.fingerprint == fingerprint(source.files)
+
+
+def _is_stray_of_another(source: Source, strays: Iterable[str], out: Location) -> bool:
+    """Tell whether there is a store of this id that no row knows, made from another content."""
+    name = store_name(source.id)
+    if Path(name).name not in strays:
+        return False
+    metadata = read_metadata(out, name)
+    return metadata is not None and metadata["fingerprint"] != fingerprint(source.files)
+
+
+def withdrawn_jobs(jobs: Iterable[Job], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
+    """Return {id: record} of the jobs whose scans `prune` took away by name: by their id, or by their content."""
+    pruned = {record.id: record for record in records if record.code == PRUNED}
+    sizes, contents = {r.bytes_in for r in pruned.values()}, {r.fingerprint for r in pruned.values() if r.fingerprint}
+    found = {}
+    for job in jobs:
+        source, known = job.source, pruned.get(job.source.id)
+        if known is not None and (known.root, known.source) == (source.root, source.path):
+            found[source.id] = known
+        elif contents and source.bytes in sizes and fingerprint(source.files) in contents:
+            reason = next(record.reason for record in pruned.values())
+            found[source.id] = job.record(REFUSED, code=PRUNED, reason=reason)
+    return found
