@@ -67,11 +67,8 @@ def test_no_output_but_the_private_file_has_a_patients_name(raw, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     table = tmp_path / "q.csv"
     with table.open("w", newline="") as file:
-        rows = [
-            ("volume", "question", "answer"),
-            (f"first/{NAME}_Erika", "Nodule?", "no"),
-            (f"second/{NAME}_Erika", "?", "yes"),
-        ]
+        rows = [("volume", "question", "answer"), (f"first/{NAME}_Erika", "Nodule?", "no")]
+        rows += [(f"second/{NAME}_Erika", "?", "yes"), (f"{NAME}_Nobody", "Who?", "no")]
         csv.writer(file).writerows(rows)
     said = [
         cli("inspect", raw),
@@ -145,6 +142,10 @@ def test_a_pruned_patient_leaves_the_private_file_too(raw, tmp_path):
     code, text = cli("prune", out, "--yes")
     assert (code, f"{gone}: its scan is gone" in text) == (0, True)
     assert gone not in (tmp_path / "out.private" / "names.jsonl").read_text()
+    shutil.rmtree(raw / "first")
+    write_scan(raw / "other.nii")  # a folder without any scan is taken for one that is not mounted
+    cli("prune", out, "--yes")
+    assert (tmp_path / "out.private" / "names.jsonl").read_text() == ""
     assert json.loads((out / "dataset.json").read_text())["source"] is None
     assert Path(out, "volumes", f"{gone}.ome.zarr").exists() is False
 
