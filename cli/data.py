@@ -141,6 +141,7 @@ def prune(
     with errors_as_exit_codes():
         from photon_data.files import Location
         from photon_pipelines import collection
+        from photon_pipelines import prepare as pipeline
 
         location = Location(out)
         named = ids.read_text(encoding="utf-8").split() if ids else None
@@ -149,7 +150,7 @@ def prune(
         if not going:
             console.print("nothing to take away")
         elif yes or confirm(f"Take {len(going)} volumes away, with their rows and questions?"):
-            result = collection.prune(location, going, for_good=ids is not None)
+            result = pipeline.prune(location, going, for_good=ids is not None)
             console.print(f"{len(going)} volumes and {len(result.left)} rows of manifests are gone")
 
 

@@ -1,8 +1,9 @@
-"""Files and folders, local or in an object store: written whole or not at all, held by one run; rows as JSON lines."""
+"""Files and folders, local or in an object store: written whole or not at all, held by one run; rows, fingerprints."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,23 @@ def from_jsonl(text: str) -> list[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error.msg})") from None
     return rows
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Return "sha256:<64 hex>" of the content of the files, in their order; names and dates do not count.
+
+    One file gives the hash that `sha256sum` prints. Several give the hash of their (size, sha256) pairs, so that bytes
+    moved from the end of one file to the start of the next show. OSError for a file that cannot be read.
+    """
+    digests = []
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests.append((file.tell(), digest))
+    if len(digests) == 1:
+        return f"sha256:{digests[0][1]}"
+    listing = "".join(f"{size} {digest}\n" for size, digest in digests)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
 LOCK = ".lock"

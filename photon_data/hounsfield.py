@@ -30,6 +30,9 @@ BEYOND_BONE_HU, MOST_BEYOND_BONE = 1500, 0.05
 FAR_BELOW_AIR_HU = -1500.0
 
 
+HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
+
+
 class Rescale(NamedTuple):
     """HU = slope * stored + intercept, and who gives them."""
 

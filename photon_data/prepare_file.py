@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from photon_data.errors import Refused, UsageError, refusal, unforeseen
-from photon_data.files import Location
+from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
     FAR_BELOW_AIR_HU,
     Probe,
@@ -348,20 +348,3 @@ def recipe_digest(metadata: Mapping[str, Any]) -> str:
         return Recipe.from_json(recipe).digest
     except UsageError:  # a recipe of another version
         return str(metadata["digest"])
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Return "sha256:<64 hex>" of the content of the files, in their order; names and dates do not count.
-
-    One file gives the hash that `sha256sum` prints. Several give the hash of their (size, sha256) pairs, so that bytes
-    moved from the end of one file to the start of the next show. OSError for a file that cannot be read.
-    """
-    digests = []
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests.append((file.tell(), digest))
-    if len(digests) == 1:
-        return f"sha256:{digests[0][1]}"
-    listing = "".join(f"{size} {digest}\n" for size, digest in digests)
-    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"

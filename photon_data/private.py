@@ -58,11 +58,6 @@ def save_key(out: Location, key: str) -> Path:
     return private_folder(out) / KEY
 
 
-def has_names(out: Location) -> bool:
-    """Tell whether there is a file of names."""
-    return (private_folder(out) / NAMES).exists()
-
-
 def read_names(out: Location) -> dict[str, tuple[str, str]]:
     """Return {id: (root, path)} of scans whose names are hidden; UsageError for a damaged file."""
     path = private_folder(out) / NAMES

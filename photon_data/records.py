@@ -11,7 +11,7 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
-from photon_data.private import has_names, read_names, save_names
+from photon_data.private import read_names, save_names
 from photon_data.recipe import ALGORITHM, Recipe
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
@@ -102,8 +102,7 @@ def _named(record: VolumeRecord, root: str, source: str) -> VolumeRecord:
 def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
     """Write volumes.jsonl, whole, and what it hides to the private file."""
     records = list(records)
-    hidden = [record for record in records if record.hidden]
-    if hidden or has_names(out):
+    if hidden := [record for record in records if record.hidden]:
         known = read_names(out)
         names = {record.id: (record.root, record.source) if record.root else known.get(record.id) for record in hidden}
         save_names(out, ((id, *place) for id, place in names.items() if place))

@@ -1,26 +1,17 @@
-"""A prepared folder as a collection: what it holds, what the next run would do, and what can go."""
+"""A prepared folder as a collection: what it holds, what the next run would do, and what can go (`prepare.prune`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, exclusive
-from photon_data.questions.kept import keep_questions, kept_questions
+from photon_data.files import Location
 from photon_data.readers.find import find_scans
-from photon_data.recipe import Recipe
-from photon_data.records import DATASET, PRUNED, REFUSED, VOLUMES, VolumeRecord, read_records, write_records
+from photon_data.records import PRUNED, VOLUMES, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import store_name
-from photon_pipelines.plan import Result
-from photon_pipelines.prepare import finish
-from photon_pipelines.request import Request
-
-OnRemoved = Callable[[str], object]
 
 
 class SourceStatus(NamedTuple):
@@ -95,39 +86,3 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
         id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(store_name(id))
     }
     return found | {name.removesuffix(".ome.zarr"): "no row in volumes.jsonl" for name in orphans}
-
-
-def prune(out: Location, going: Iterable[str], *, for_good: bool, on_removed: OnRemoved = lambda id: None) -> Result:
-    """Take volumes away, with their rows and questions, and write manifests and report anew.
-
-    With `for_good` their rows stay and say so: prepare leaves such scans out from then on, under any name.
-    """
-    with exclusive(out):
-        ids, records, request = set(going), records_of(out), _request_of(out)
-        questions = kept_questions(out)
-        for name, own in questions.items():
-            questions[name] = [question for question in own if question.volume not in ids]
-            keep_questions(out, name, questions[name])
-        rows = [_pruned(r) if r.id in ids else r for r in records if r.id not in ids or for_good]
-        write_records(out, rows)
-        for id in ids:
-            out.remove(store_name(id))
-            on_removed(id)
-        return finish(request, [], rows, questions)
-
-
-def _request_of(out: Location) -> Request:
-    """Return what is known of a prepared folder as a request; UsageError where dataset.json is gone or damaged."""
-    try:
-        dataset = json.loads(out.read(DATASET) or b"")
-        return Request(Path(dataset["source"] or ""), out, Recipe.from_json(dataset["recipe"]), allow_leaks=True)
-    except (ValueError, KeyError, TypeError):
-        expected = f"a {DATASET} with the recipe of {out.url}"
-        raise UsageError(f"expected {expected}, found none that can be read; run prepare again") from None
-
-
-def _pruned(record: VolumeRecord) -> VolumeRecord:
-    reason = f"taken away by prune; remove its line from {VOLUMES} to prepare it again"
-    measured = ("key", "store", "store_bytes", "store_sha256", "facts", "seconds")
-    nothing: dict[str, Any] = dict.fromkeys(measured)
-    return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)

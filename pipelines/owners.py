@@ -8,9 +8,8 @@ from pathlib import Path
 
 from photon_data.datasets.base import UNPACK
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location
-from photon_data.prepare_file import Job, fingerprint
-from photon_data.records import PRUNED, REFUSED, VolumeRecord
+from photon_data.files import Location, fingerprint
+from photon_data.records import PRUNED, VolumeRecord
 from photon_data.scan import Source
 from photon_data.store import read_metadata, store_name
 from photon_pipelines.request import Request
@@ -76,16 +75,16 @@ def _is_stray_of_another(source: Source, strays: Iterable[str], out: Location) -
     return metadata is not None and metadata["fingerprint"] != fingerprint(source.files)
 
 
-def withdrawn_jobs(jobs: Iterable[Job], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
-    """Return {id: record} of the jobs whose scans `prune` took away by name: by their id, or by their content."""
-    pruned = {record.id: record for record in records if record.code == PRUNED}
-    sizes, contents = {r.bytes_in for r in pruned.values()}, {r.fingerprint for r in pruned.values() if r.fingerprint}
-    found = {}
-    for job in jobs:
-        source, known = job.source, pruned.get(job.source.id)
-        if known is not None and (known.root, known.source) == (source.root, source.path):
+def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
+    """Return {id: row of what was taken away} of scans that `prune` took by name: by their place, or by content."""
+    pruned = [record for record in records if record.code == PRUNED]
+    places = {(record.root, record.source): record for record in pruned}
+    contents = {record.fingerprint: record for record in pruned if record.fingerprint}
+    sizes, found = {record.bytes_in for record in pruned}, {}
+    for source in sources:
+        known = places.get((source.root, source.path))
+        if known is None and contents and source.bytes in sizes:
+            known = contents.get(fingerprint(source.files))
+        if known is not None:
             found[source.id] = known
-        elif contents and source.bytes in sizes and fingerprint(source.files) in contents:
-            reason = next(record.reason for record in pruned.values())
-            found[source.id] = job.record(REFUSED, code=PRUNED, reason=reason)
     return found

@@ -16,21 +16,22 @@ from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
+from photon_data.hounsfield import HEADER
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import hide_names, private_folder, read_key
 from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
 from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
-from photon_data.questions.rescale_table import HEADER, rescaling
+from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
-from photon_pipelines.owners import refuse_namesakes, withdrawn_jobs
-from photon_pipelines.request import Gathered, Request
+from photon_pipelines.owners import refuse_namesakes, withdrawn
+from photon_pipelines.request import Request
 
 PATHS = ("absolute", "relative")
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -52,6 +53,17 @@ class Callback:
     def on_note(self, note: str) -> None: ...  # noqa: D102
     def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None: ...  # noqa: D102
     def on_record(self, record: VolumeRecord) -> None: ...  # noqa: D102
+
+
+class Gathered(NamedTuple):
+    """What is to be prepared and asked."""
+
+    jobs: list[Job]
+    questions: dict[str, list[Question]]  # by data set, with splits; empty for one row per volume
+    unmatched: Sequence[Unmatched] = ()  # questions whose volume is known not to exist
+    ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
+    notes: Sequence[str] = ()  # sentences for the person who reads along
+    key: str | None = None  # that ids and patients were made with
 
 
 class Plan(NamedTuple):
@@ -335,13 +347,16 @@ def paths_of(request: Request) -> str:
 def plan(jobs: Sequence[Job], request: Request) -> Plan:
     """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id."""
     out, recipe, records = request.out, request.recipe, read_records(request.out)
-    withdrawn = withdrawn_jobs(jobs, records)
-    jobs = [job for job in jobs if job.source.id not in withdrawn]
+    pruned = withdrawn([job.source for job in jobs], records)
+    gone = [(job, pruned[job.source.id]) for job in jobs if job.source.id in pruned]
+    left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in gone]
+    jobs = [job for job in jobs if job.source.id not in pruned]
     refuse_namesakes([job.source for job in jobs], records, request)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
-    roots = set() if request.is_partial else {job.source.root for job in jobs}
+    is_partial = request.limit is not None or request.include or request.exclude or request.datasets
+    roots = set() if is_partial else {job.source.root for job in jobs}
     refused = [
         old for old in others if not old.is_there and (old.code == PRUNED or (old.root and old.root not in roots))
     ]
@@ -358,7 +373,7 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
         )
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
-    done = [*withdrawn.values(), *(record for record in found if record)]
+    done = [*left_out, *(record for record in found if record)]
     named = {record.id for record in done}
     return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
 

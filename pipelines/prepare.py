@@ -1,4 +1,4 @@
-"""The whole of `photon-data prepare`: find scans -> plan -> run the jobs -> write rows -> report.
+"""The whole of `photon-data prepare`: find scans -> plan -> run the jobs -> write rows -> report. And of `prune`.
 
 Whatever it leaves is complete; run it again and it goes on.
 """
@@ -18,21 +18,34 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
-from photon_data.private import read_key, save_key
+from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,
     content_digests,
     digests_of_all,
     keep_questions,
+    kept_questions,
     question_digests,
     row_ids,
 )
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.records import DATASET, LOCK, VolumeRecord, differences, lock_of, write_records
+from photon_data.recipe import Recipe
+from photon_data.records import (
+    DATASET,
+    LOCK,
+    PRUNED,
+    REFUSED,
+    VOLUMES,
+    VolumeRecord,
+    differences,
+    lock_of,
+    read_records,
+    write_records,
+)
 from photon_data.report import render_report
-from photon_data.store import open_volume
+from photon_data.store import open_volume, store_name
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, paths_of, plan
@@ -130,6 +143,43 @@ def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Map
     gathered = gather(request)
     jobs = [replace(job, write=False) for job in gathered.jobs]
     return _by_id(execute(jobs, run_isolated, workers, children())), gathered.ignored
+
+
+def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
+    """Take volumes away, with their rows and questions, and write manifests and report anew.
+
+    With `for_good` their rows stay and say so: prepare leaves such scans out from then on, under any name.
+    """
+    with exclusive(out):
+        ids, records, request = set(going), read_records(out), _request_of(out)
+        questions = kept_questions(out)
+        for name, own in questions.items():
+            questions[name] = [question for question in own if question.volume not in ids]
+            keep_questions(out, name, questions[name])
+        rows = [_pruned(r) if r.id in ids else r for r in records if r.id not in ids or for_good]
+        write_records(out, rows)
+        if any(record.hidden for record in records):
+            save_names(out, ((r.id, r.root, r.source) for r in rows if r.hidden and r.root))
+        for id in ids:
+            out.remove(store_name(id))
+        return finish(request, [], rows, questions)
+
+
+def _request_of(out: Location) -> Request:
+    """Return what is known of a prepared folder as a request; UsageError where dataset.json is gone or damaged."""
+    try:
+        dataset = json.loads(out.read(DATASET) or b"")
+        return Request(Path(dataset["source"] or ""), out, Recipe.from_json(dataset["recipe"]), allow_leaks=True)
+    except (ValueError, KeyError, TypeError):
+        expected = f"a {DATASET} with the recipe of {out.url}"
+        raise UsageError(f"expected {expected}, found none that can be read; run prepare again") from None
+
+
+def _pruned(record: VolumeRecord) -> VolumeRecord:
+    reason = f"taken away by prune; remove its line from {VOLUMES} to prepare it again"
+    measured = ("key", "store", "store_bytes", "store_sha256", "facts", "seconds")
+    nothing: dict[str, Any] = dict.fromkeys(measured)
+    return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)
 
 
 def _by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:

@@ -1,18 +1,15 @@
-"""What `photon-data prepare` is requested to do, and what a look at the sources makes of it."""
+"""What `photon-data prepare` is requested to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from photon_data.datasets.base import DataSet
 from photon_data.files import Location
-from photon_data.prepare_file import Job
-from photon_data.questions.manifest import Unmatched
-from photon_data.questions.question import Question
-from photon_data.questions.rescale_table import HEADER
+from photon_data.hounsfield import HEADER
 from photon_data.questions.splits import FRACTIONS
 from photon_data.recipe import Policy, Recipe
 
@@ -50,19 +47,3 @@ class Request:
     include: Sequence[str] = ()  # globs of what is looked at, and of what is not; see `find_scans`
     exclude: Sequence[str] = ()
     follow_links: bool = True
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether only a part of the source is looked at."""
-        return bool(self.limit is not None or self.include or self.exclude or self.datasets)
-
-
-class Gathered(NamedTuple):
-    """What is to be prepared and asked."""
-
-    jobs: list[Job]
-    questions: dict[str, list[Question]]  # by data set, with splits; empty for one row per volume
-    unmatched: Sequence[Unmatched] = ()  # questions whose volume is known not to exist
-    ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
-    notes: Sequence[str] = ()  # sentences for the person who reads along
-    key: str | None = None  # that ids and patients were made with

@@ -19,7 +19,7 @@ from photon_data.records import read_lock
 from photon_pipelines import collection
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import request_of_manifest
-from photon_pipelines.prepare import prepare
+from photon_pipelines.prepare import prepare, prune
 from photon_pipelines.request import Request
 from photon_pipelines.verify import verify_output
 from photon_train.rows import read_rows
@@ -133,8 +133,8 @@ def test_a_year_of_a_folder_loses_no_row_and_mixes_up_no_scan(site_a, site_b, tm
     place = Location(str(moved))
     assert [(part.root, len(part.gone)) for part in collection.status(place)] == [(str(site_a), 1), (str(site_b), 0)]
     assert collection.to_prune(place) == {"deep__two": "its scan is gone"}
-    assert collection.prune(place, ["deep__two"], for_good=False).left == ["a2"]
-    assert collection.prune(place, ["B_one"], for_good=True).left == ["b2"]
+    assert prune(place, ["deep__two"], for_good=False).left == ["a2"]
+    assert prune(place, ["B_one"], for_good=True).left == ["b2"]
     assert rows_of(moved) == {"b1": "B_three"}
     assert not list(Path(moved).rglob("*two*"))
     assert problems(moved) == []
@@ -289,7 +289,7 @@ def test_a_question_about_a_scan_that_is_not_there_never_goes_to_one_of_another_
     run(site_b, out, id_prefix="B_")
     assert rows_of(out) == {"1": "one"}
     (site_a / "one.nii.gz").unlink()
-    collection.prune(Location(str(out)), ["one"], for_good=False)
+    prune(Location(str(out)), ["one"], for_good=False)
     run(site_a, out)
     assert rows_of(out) == {}
     # names that were mistyped can be corrected
@@ -324,7 +324,7 @@ def test_a_folder_of_an_earlier_version_keeps_its_rows_and_its_scans(site_a, sit
 def test_a_volume_that_was_withdrawn_does_not_come_back_in_part_by_another_name_or_time(site_a, tmp_path):
     out = tmp_path / "out"
     run(site_a, out)
-    collection.prune(Location(str(out)), ["deep__two"], for_good=True)
+    prune(Location(str(out)), ["deep__two"], for_good=True)
     run(site_a, out, limit=1)
     shutil.copy(site_a / "deep" / "two.nii", site_a / "again.nii")
     (site_a / "deep" / "two.nii").unlink()
@@ -345,7 +345,7 @@ def test_nothing_is_gone_from_a_source_that_is_empty_or_not_there(site_a, tmp_pa
     assert collection.to_prune(Location(str(out))) == {}
     (out / "dataset.json").unlink()
     with pytest.raises(UsageError, match=r"expected a dataset\.json with the recipe"):
-        collection.prune(Location(str(out)), ["one"], for_good=True)
+        prune(Location(str(out)), ["one"], for_good=True)
     assert (out / "volumes" / "one.ome.zarr").exists()
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from photon_data.errors import UsageError, name_hint
-from photon_data.hounsfield import Rescale
+from photon_data.hounsfield import STORED, Rescale
 from photon_data.questions.manifest import by_name
 from photon_data.questions.table import Problem, as_name, number, read_table, refuse
 from photon_data.scan import Source
 
 COLUMNS = ("volume", "slope", "intercept")
-HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
 # A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
 NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
 
