@@ -275,9 +275,9 @@ def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
         expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
         raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
     root, found = str(source if source.is_dir() else source.parent), {}
-    for record in sorted(records, key=lambda record: record.root == root):
-        may_be_ours = record.root is None or not Path(record.root).exists()  # not recorded, or moved
-        if record.root == root or (may_be_ours and record.id.startswith(request.id_prefix)):
+    unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
+    for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
+        if record.root == root or (record.root in unclear and record.id.startswith(request.id_prefix)):
             found[record.source] = record.id
     return found
 
