@@ -175,7 +175,7 @@ def test_a_damaged_table_of_volumes_is_misuse_that_says_what_to_do(source, tmp_p
     out = tmp_path / "out"
     prepare(request(source, out, limit=1), TWO)
     (out / "volumes.jsonl").write_text(row + "\n")
-    with pytest.raises(UsageError, match=r"damaged.*remove it"):
+    with pytest.raises(UsageError, match=r"damaged.*bring it back"):
         prepare(request(source, out), TWO)
 
 
