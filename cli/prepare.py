@@ -34,7 +34,7 @@ from photon_data.questions.kept import kept_questions
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import READY, VolumeRecord, read_lock
+from photon_data.records import READY, VolumeRecord, read_lock, records_of
 from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
@@ -200,9 +200,9 @@ def _print_counts(counts: Sequence[Count]) -> None:
 
 def print_status(out: Location) -> None:
     """Print what a prepared folder holds: volumes by source folder, questions by data set, and what a run would do."""
-    records, parts = collection.records_of(out), collection.status(out)
+    records, parts = records_of(out), collection.status(out)
     gigabytes = sum(record.store_bytes or 0 for record in records if record.is_there) / 1e9
-    names = ["source folder", "volumes", "without", "unchanged", "changed", "new", "gone"]
+    names = ["source folder", "without a volume", "volumes", "unchanged", "changed", "new", "gone"]
     rows = []
     private = {record.root for record in records if record.hidden}
     for part in parts:
@@ -210,7 +210,6 @@ def print_status(out: Location) -> None:
         without = ", ".join(f"{count} x {code}" for code, count in part.codes.items())
         found = ["?"] * 4 if part.gone is None else [part.unchanged, part.changed, part.new, len(part.gone)]
         rows.append([root, without, str(part.there), *map(str, found)])
-    names[1:3] = ["without a volume", "volumes"]
     print_table(f"{out.url}: {gigabytes:,.2f} GB of stores", names, rows, texts=2)
     questions = kept_questions(out)
     if questions:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ LARGEST_12_BITS_HU = 3071
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Refusals that the next run may not meet again, and failures that it will.
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
+
+
+_version = cache(version)  # looked up for every refusal
 
 
 class NoSpace(OSError):
@@ -107,7 +111,7 @@ class Job:
 
     def refusal_key(self) -> str:
         """Return the key of a refusal: a hash of all but the file that decides whether it is refused."""
-        parts = [self.recipe.digest, vars(self.policy), self.rescale, ALGORITHM, version("photon-ct")]
+        parts = [self.recipe.digest, vars(self.policy), self.rescale, ALGORITHM, _version("photon-ct")]
         parts += [self.stated.to_json()] if self.stated else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -107,8 +107,9 @@ def without_names(text: str, files: Iterable[Path]) -> str:
 
     "expected a slope in every slice, found none in in/Doe.dcm" -> "... in every slice, found none in (name)/(name)"
     """
-    names = {file.name for file in files if re.search("[^\\W\\d_]", file.name)}  # numbers are nobody's name
-    folders = {part for file in files for part in file.parent.parts[1:]}
+    files = list(files)  # of 10,000 slices few are named; a number is nobody's name
+    names = {file.name for file in files if file.name in text and re.search("[^\\W\\d_]", file.name)}
+    folders = {part for folder in {file.parent for file in files} for part in folder.parts[1:] if part in text}
     for name in sorted(folders | names, key=len, reverse=True):
         word = rf"(?<![\w.]){re.escape(name)}(?!\w)"
         text = re.sub(word if name in names else rf"{word}(?=/)", "(name)", text)

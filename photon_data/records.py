@@ -95,6 +95,13 @@ def read_records(out: Location) -> list[VolumeRecord]:
     return [_named(record, *names[record.id]) if record.id in names else record for record in records]
 
 
+def records_of(out: Location) -> list[VolumeRecord]:
+    """Return the rows of volumes.jsonl; UsageError where there is none."""
+    if not out.exists(VOLUMES):
+        raise UsageError(f"expected the output of photon-data prepare, but {out.url} has no {VOLUMES}")
+    return read_records(out)
+
+
 def _named(record: VolumeRecord, root: str, source: str) -> VolumeRecord:
     return replace(record, root=root, source=source) if record.hidden else record
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
 from photon_data.readers.find import find_scans
-from photon_data.records import PRUNED, VOLUMES, VolumeRecord, read_records
+from photon_data.records import PRUNED, VolumeRecord, records_of
 from photon_data.scan import Source
-from photon_data.store import store_name
+from photon_data.store import SUFFIX, store_name
 
 
 class SourceStatus(NamedTuple):
@@ -59,13 +59,6 @@ def _sources(root: str) -> dict[str, Source] | None:
     return {source.path: source for source in find_scans(Path(root)).sources} or None
 
 
-def records_of(out: Location) -> list[VolumeRecord]:
-    """Return the rows of volumes.jsonl; UsageError where there is none."""
-    if not out.exists(VOLUMES):
-        raise UsageError(f"expected the output of photon-data prepare, but {out.url} has no {VOLUMES}")
-    return read_records(out)
-
-
 def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     """Return {id: why} of the volumes that `prune` takes away: those in `ids`, or all that have no scan any more.
 
@@ -85,4 +78,4 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     found |= {
         id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(store_name(id))
     }
-    return found | {name.removesuffix(".ome.zarr"): "no row in volumes.jsonl" for name in orphans}
+    return found | {name.removesuffix(SUFFIX): "no row in volumes.jsonl" for name in orphans}

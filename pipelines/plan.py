@@ -232,12 +232,13 @@ def _joined(
     """
     assert request.questions is not None
     name, by_id = request.id_prefix + request.questions.stem.lstrip("."), {source.id: source for source in sources}
+    is_hidden = any(source.hidden for source in sources)
     find, made, unmatched = by_name((source.id, source.path) for source in sources), [], []
     for question in asked:
         match = find(question.volume)
         if match.id is None:
             shown, reason = question.volume, match.reason
-            if any(source.hidden for source in sources):
+            if is_hidden:
                 shown, reason = "(name)", reason.partition(" (")[0]
             unmatched.append(Unmatched(question.id, shown, reason))
             made.append(replace(question, volume=f"{UNKNOWN}{shown}", dataset=name))

@@ -158,8 +158,8 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
             keep_questions(out, name, questions[name])
         rows = [_pruned(r) if r.id in ids else r for r in records if r.id not in ids or for_good]
         write_records(out, rows)
-        if any(record.hidden for record in records):
-            save_names(out, ((r.id, r.root, r.source) for r in rows if r.hidden and r.root))
+        if any(record.hidden for record in records) and not any(record.hidden for record in rows):
+            save_names(out, ())  # write_records has nobody to name
         for id in ids:
             out.remove(store_name(id))
         return finish(request, [], rows, questions)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 
-from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.questions.kept import digests_of_all
 from photon_data.questions.manifest import FOLDER, validate
-from photon_data.records import DATASET, VOLUMES, read_records
+from photon_data.records import DATASET, records_of
 from photon_data.store import store_name, verify_store
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
@@ -20,9 +19,7 @@ def verify_output(out: Location, progress: Callable[[int, int], object] = lambda
 
     UsageError where nothing was prepared. `progress` gets the number of stores that are checked, and of all.
     """
-    if not out.exists(VOLUMES):
-        raise UsageError(f"expected the output of photon-data prepare, but {out.url} has no {VOLUMES}")
-    records = [record for record in read_records(out) if record.is_there]
+    records = [record for record in records_of(out) if record.is_there]
     for number, record in enumerate(records, 1):
         yield from verify_store(out, store_name(record.id), record.store_sha256)
         progress(number, len(records))
