@@ -138,7 +138,7 @@ def voxels_between(native: Geometry, grid: Geometry, spans: np.ndarray) -> int:
         within = (before % 2 == 1) & (np.searchsorted(ends, depth, "right") == before)
         for index, size in ((row, native.shape_zyx[1]), (column, native.shape_zyx[2])):
             within = within & (index >= -0.5) & (index < size - 0.5)
-        count += np.count_nonzero(np.broadcast_to(within, grid.shape_zyx[1:]))
+        count += int(np.count_nonzero(np.broadcast_to(within, grid.shape_zyx[1:])))
     return count
 
 

@@ -96,9 +96,7 @@ def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
         yield (stored * plane.slope + plane.intercept).astype(np.float32)
 
 
-def stack(
-    planes: Sequence[PlaneHeader], policy: Policy
-) -> tuple[list[PlaneHeader], Geometry, TrueSlices | None]:
+def stack(planes: Sequence[PlaneHeader], policy: Policy) -> tuple[list[PlaneHeader], Geometry, TrueSlices | None]:
     """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column].
 
     With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared. Where slices do not lie

@@ -63,7 +63,8 @@ def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
         if affine not in (*AFFINES, GIVEN):
             raise
         geometry = _indices(shape_zyx) if affine == GIVEN else _geometry(header, shape_zyx, affine, path.name)
-        change = Change(conflict.code, conflict.found, f"the {affine} was taken")
+        taken = "the affine of the overrides" if affine == GIVEN else f"the {affine}"
+        change = Change(conflict.code, f"found {conflict.found}", f"{taken} was taken")
     scan = scan_of(stored, geometry, "nifti", *scaling)
     if change is None:
         return scan
