@@ -376,7 +376,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
     It has a finished store, or was refused under the same recipe and policy by the same version.
     """
-    if before is None or (before.bytes_in, before.mtime_ns) != (job.source.bytes, job.source.mtime_ns):
+    source = job.source
+    if before is None or source.problem or (before.bytes_in, before.mtime_ns) != (source.bytes, source.mtime_ns):
         return None
     if before.state in (REFUSED, FAILED):
         is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
