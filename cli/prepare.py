@@ -313,6 +313,7 @@ def _findings(record: VolumeRecord) -> list[str]:
         accept = f" [--accept {record.accept}]" if record.accept else ""
         return [record.id, "", "", "", "", "", f"{record.state} ({record.code}): {record.reason}{accept}"]
     geometry, hu = facts["geometry"], facts["hu_before"]
+    changes = [f"{change['code']}: {change['after']}" for change in facts.get("changes", ())]
     return [
         record.id,
         facts["format"],
@@ -320,7 +321,7 @@ def _findings(record: VolumeRecord) -> list[str]:
         " ".join(f"{s:.2f}" for s in geometry["spacing_zyx_mm"]),
         geometry["orientation_zyx"],
         f"{hu['min']:.0f} to {hu['max']:.0f}",
-        "; ".join(all_remarks(record)) or "fine",
+        "; ".join([*changes, *all_remarks(record)]) or "fine",
     ]
 
 

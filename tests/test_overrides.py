@@ -271,3 +271,27 @@ def test_options_that_cannot_be_followed_are_misuse(tmp_path, words, said):
     write_scan(tmp_path / "raw" / "a.nii.gz")
     code, text = cli("prepare", tmp_path / "raw", tmp_path / "out", *OPTIONS, *words)
     assert code == 2 and said in text
+
+
+def test_data_sets_of_a_manifest_take_codes_and_overrides_too(tmp_path):
+    with_nan(tmp_path / "raw" / "a.nii.gz")
+    marked(tmp_path / "raw" / "b.nii.gz")
+    recipe = "{name: chest_ct, shape_zyx: [40, 32, 32], model_shape_zyx: [14, 28, 28]}"
+    manifest, out = tmp_path / "data_manifest.yaml", tmp_path / "out"
+    manifest.write_text(f"recipe: {recipe}\ndatasets:\n  own: {{adapter: folder, root: raw}}\n")
+    words = ("prepare", "--manifest", manifest, out, "--workers", "1")
+    file = table(tmp_path, {"volume": "b", "crop": "2:9, :, :"})
+    assert cli(*words)[0] == 1
+    code, text = cli(*words, "--accept", "non-finite", "--overrides", file)
+    rows = {row["source"]: row for row in from_jsonl((out / "volumes.jsonl").read_text())}
+    assert code == 0, text
+    assert rows["a.nii.gz"]["facts"]["policy"] == {"non_finite": "fill"}
+    assert rows["b.nii.gz"]["facts"]["geometry"]["shape_zyx"] == [7, 24, 28]
+
+
+def test_what_inspect_would_do_with_an_override_is_in_its_findings(tmp_path):
+    with_nan(tmp_path / "raw" / "a.nii.gz")
+    _, text = cli("inspect", tmp_path / "raw", "--workers", "1")
+    assert "[--accept non-finite]" in " ".join(text.split())
+    code, text = cli("inspect", tmp_path / "raw", "--workers", "1", "--accept", "non-finite")
+    assert code == 0 and "made -1000 HU" in " ".join(text.replace("│", " ").split())
