@@ -65,7 +65,7 @@ def test_what_was_found_and_what_was_made_is_recorded(tmp_path):
     change, _ = facts["changes"]
     assert change["code"] == "dicom-missing-slices"
     assert "3.00 mm between 102.00 and 105.00 mm" in change["before"]
-    assert "1 gaps of 2 missing slices, 3.00 mm at most" in change["after"]
+    assert "2 missing slices in 1 gap(s), 3.00 mm at most" in change["after"]
 
 
 def test_voxels_in_gaps_are_counted_within_the_scan_alone(tmp_path):

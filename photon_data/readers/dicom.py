@@ -59,7 +59,7 @@ def _repaired(scan: Scan, planes: Sequence[PlaneHeader], slices: TrueSlices) -> 
     missing = [count for *_, count in slices.gaps if count]
     choices = {"repair_slices": max(missing, default=0), "repair_gap_mm": round(widest, 2)}
     made = "resampled on the true positions of its slices, linearly between neighbours"
-    made += f"; {len(missing)} gaps of {sum(missing)} missing slices, {widest:.2f} mm at most" if missing else ""
+    made += f"; {sum(missing)} missing slices in {len(missing)} gap(s), {widest:.2f} mm at most" if missing else ""
     before = f"expected slices {slices.distance_mm:.2f} mm apart, found {_distances(planes, slices.distance_mm)}"
     return replace(scan, slices=slices, choices=choices, changes=(Change(UNEVEN, before, made),))
 
