@@ -38,6 +38,9 @@ def prepare(
     modality: terminal.Modality = None,
     nan: terminal.Nan = None,
     hu_source: terminal.HuSource = "header",
+    accept: terminal.Accept = [],  # noqa: B006
+    repair: terminal.Repair = [],  # noqa: B006
+    overrides: terminal.Overrides = None,
     id_from: terminal.IdFrom = "auto",
     id_prefix: terminal.IdPrefix = "",
     include: terminal.Include = [],  # noqa: B006
@@ -88,6 +91,9 @@ def inspect(
     modality: terminal.Modality = None,
     nan: terminal.Nan = None,
     hu_source: terminal.HuSource = "header",
+    accept: terminal.Accept = [],  # noqa: B006
+    repair: terminal.Repair = [],  # noqa: B006
+    overrides: terminal.Overrides = None,
     columns: terminal.Columns = [],  # noqa: B006
     id_from: terminal.IdFrom = "auto",
     id_prefix: terminal.IdPrefix = "",
@@ -101,6 +107,9 @@ def inspect(
     memory: terminal.Memory = None,
     max_voxels: terminal.MaxVoxels = MAX_VOXELS,
     json_file: Annotated[Path | None, Option("--json", help="Also write one JSON row per scan here.")] = None,
+    propose: Annotated[
+        Path | None, Option(help="Also write a csv for --overrides: how to repair what is refused.")
+    ] = None,
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
     with errors_as_exit_codes():
@@ -111,13 +120,14 @@ def inspect(
         source, out = terminal.source_and_out(paths, manifest, "SOURCE")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
-            terminal.refuse_beside_manifest(context, "limit", "json_file")
+            terminal.refuse_beside_manifest(context, "limit", "json_file", "propose", "accept", "repair", "overrides")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
             request = body.request_of(context, source, out="memory://inspected")
             with body.stopped_as_exit_code(), console.status("reading scans"):
                 records, ignored = pipeline.inspect(request, where)
             is_fine = body.print_findings(source, records, ignored, json_file)
+            body.print_proposals(records, propose)
     raise Exit(OK if is_fine else PARTIAL)
 
 

@@ -29,11 +29,13 @@ from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, jsonl_bytes
+from photon_data.files import Location, jsonl_bytes, write_whole
 from photon_data.questions.kept import kept_questions
+from photon_data.questions.override_table import COLUMNS as OVERRIDES
+from photon_data.questions.override_table import proposed_rows, proposed_table
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
-from photon_data.recipe import Policy, Recipe, named_recipe
+from photon_data.recipe import Policy, Recipe, accepted, named_recipe
 from photon_data.records import READY, VolumeRecord, read_lock, records_of
 from photon_data.remarks import all_remarks, duplicates
 from photon_pipelines import collection
@@ -49,19 +51,21 @@ COMPRESSED = 0.45
 FILES_PER_STORE = 6
 WORKER_GB, OBLIQUE_WORKER_GB = 0.4, 1.5
 SHOWN_QUESTIONS = 10
+# What --repair knows: the code of the refusal that it takes back.
+REPAIRS = {"slices": "dicom-missing-slices"}
 ANSWER_LENGTH = 40
 
 
 def request_of(context: Context, source: Path, out: str) -> Request:
     """Return the request that the options of `prepare` or `inspect` make; UsageError where they cannot be followed."""
     given = context.params
-    fields = ["limit", "overwrite", "pictures", "allow_leaks"]
+    fields = ["limit", "overwrite", "pictures", "allow_leaks", "overrides"]
     if given["manifest"]:
         refuse_beside_manifest(context)
         fields += ["seed"] if given_options(context, ["seed"]) else []
         run: dict[str, Any] = {name: given[name] for name in fields}
         run |= {"prompt": given["prompt_style"], "policy": Policy(max_voxels=given["max_voxels"])}
-        run |= _run_options(given)
+        run |= _run_options(given) | {"accept": _accepted(given)}
         request = planning.request_of_manifest(source, given["only"], out, **run)
     else:
         policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
@@ -71,6 +75,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
             recipe = Recipe.from_json(read_lock(given["lock"])["recipe"])
         fields += ["seed", "questions", "hu_source", "id_from", "id_prefix", "include", "exclude", "follow_links"]
         run = {name: given[name] for name in fields if name in given} | _run_options(given)
+        run |= {"accept": _accepted(given)}
         if "split" in given:  # inspect asks no questions
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}
         columns = pairs(given["columns"], "--columns")
@@ -88,6 +93,17 @@ def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what only `prepare` has: how it treats what OUT holds."""
     lock = read_lock(given["lock"]) if given.get("lock") else None
     return {"retry_failed": given.get("retry_failed", False), "paths": given.get("paths_in_manifests"), "lock": lock}
+
+
+def _accepted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what --accept and --repair change of the policy of all scans; UsageError for what neither knows."""
+    codes = []
+    for text in given["repair"]:
+        name, _, count = (part.strip() for part in text.partition("="))
+        if name not in REPAIRS:
+            raise UsageError(f"--repair: expected {', '.join(REPAIRS)}, found {text!r}")
+        codes.append(f"{REPAIRS[name]}={count}")
+    return accepted([*given["accept"], *codes])
 
 
 @contextmanager
@@ -145,8 +161,9 @@ def print_result(request: Request, result: Result) -> None:
     """Print counts, the manifests, what is missing, and where to look."""
     states, kept, unmatched = result.states, result.kept, result.manifests.unmatched
     print_table(f"{len(result.records)} scans", [*states], [[*map(str, states.values())]], texts=0)
-    codes = Counter(record.code for record in result.records if not record.is_there)
-    print_lines(f"  {count} x {code}" for code, count in codes.most_common())
+    codes = Counter((record.code, record.accept) for record in result.records if not record.is_there)
+    for (code, accept), count in codes.most_common():
+        print_lines([f"  {count} x {code}" + (f" (--accept {accept} would let them pass)" if accept else "")])
     if remembered := sum(not record.is_there and record.seconds is None for record in result.records):
         console.print(f"{remembered} of them were not read again: nothing changed since (--retry-failed reads them)")
     if there := [record.id for record in kept if record.is_there]:
@@ -271,12 +288,32 @@ def print_findings(
     return all(record.state == READY for record in records)
 
 
+def print_proposals(records: Sequence[VolumeRecord], table: Path | None) -> None:
+    """Print how refused scans can be let pass, by code; write a table for --overrides to `table` if given.
+
+    The table has paths of scans: where these are hidden, it is readable for its owner only.
+    """
+    rows = proposed_rows(records)
+    found = Counter((row["code"], ", ".join(f"{key} {row[key]}" for key in OVERRIDES if row[key])) for row in rows)
+    print_lines(f"{count} x {code}: {cells}" for (code, cells), count in found.most_common())
+    if rows:
+        remedy = "for all scans of a code: prepare --accept; for single ones: a table, prepare --overrides"
+        console.print(f"these can be let pass, ? is yours to choose ({remedy})", soft_wrap=True)
+    if table:
+        with write_whole(table) as temporary:
+            temporary.touch(mode=0o600 if any(record.hidden for record in records) else 0o666)
+            temporary.write_text(proposed_table(records), encoding="utf-8")
+        console.print(f"{table}: {len(rows)} rows for --overrides", soft_wrap=True)
+
+
 def _findings(record: VolumeRecord) -> list[str]:
     """Return a scan's line of the table."""
     facts = record.facts
     if facts is None:
-        return [record.id, "", "", "", "", "", f"{record.state} ({record.code}): {record.reason}"]
+        accept = f" [--accept {record.accept}]" if record.accept else ""
+        return [record.id, "", "", "", "", "", f"{record.state} ({record.code}): {record.reason}{accept}"]
     geometry, hu = facts["geometry"], facts["hu_before"]
+    changes = [f"{change['code']}: {change['after']}" for change in facts.get("changes", ())]
     return [
         record.id,
         facts["format"],
@@ -284,7 +321,7 @@ def _findings(record: VolumeRecord) -> list[str]:
         " ".join(f"{s:.2f}" for s in geometry["spacing_zyx_mm"]),
         geometry["orientation_zyx"],
         f"{hu['min']:.0f} to {hu['max']:.0f}",
-        "; ".join(all_remarks(record)) or "fine",
+        "; ".join([*changes, *all_remarks(record)]) or "fine",
     ]
 
 

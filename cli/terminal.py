@@ -161,6 +161,13 @@ Settings = Annotated[list[str], Option("--set", help="Change the recipe: spacing
 Modality = Annotated[str | None, Option(help="ct refuses intensities that are no HU; other does not look.")]
 Nan = Annotated[str | None, Option(help="refuse scans with NaN or infinite voxels, or fill those voxels.")]
 HuSource = Annotated[str, Option(help="header, stored (no scaling) or a table: volume, slope, intercept.")]
+Accept = Annotated[
+    list[str], Option("--accept", help="Code of a refusal to take back: non-finite, affine-conflict=sform. Repeatable.")
+]
+Repair = Annotated[
+    list[str], Option(help="slices[=N]: DICOM of uneven distances, with up to N (3) missing slices in a row.")
+]
+Overrides = Annotated[Path | None, Option(help="A table about single scans: volume, affine, slope, crop, skip, ...")]
 Columns = Annotated[list[str], Option(help="Column names of your tables: volume=VolumeName,question=Question.")]
 IdFrom = Annotated[
     str, Option(help="Ids from path, name, hash (of the path) or key (a secret); auto: key for DICOM, else path.")

@@ -42,21 +42,24 @@ _MAGICS = {
 class Refused(ValueError):
     """A scan that must not become a store, and why: a stable slug to group by ("truncated"), and a sentence to read.
 
-    Neither may quote free text of a header: that is where patients' names are.
+    Neither may quote free text of a header: that is where patients' names are. `found` is the part of the sentence that
+    says what is there; `accept` is what `--accept` takes to let this very scan pass, "CODE=?" where a person has to
+    choose, and "" where nothing does.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, found: str = "", accept: str = "") -> None:
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code, self.message, self.found, self.accept = code, message, found or message, accept
 
 
 class UsageError(ValueError):
     """A command, option or table that cannot be followed: expected, found, what to do. Nothing was written."""
 
 
-def refusal(code: str, name: str, expected: str, found: object, remedy: str) -> Refused:
+def refusal(code: str, name: str, expected: str, found: object, remedy: str, accept: str = "") -> Refused:
     """Return the refusal of a file (or, without a name, of several) in one sentence: expected X, found Y; do Z."""
-    return Refused(code, f"{name and name + ': '}expected {expected}, found {found}; {remedy}")
+    sentence = f"{name and name + ': '}expected {expected}, found {found}; {remedy}"
+    return Refused(code, sentence, found=str(found), accept=accept)
 
 
 def not_a(kind: str, path: Path, remedy: str) -> Refused:

@@ -175,12 +175,11 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
         guess = "the rescaling seems to have been applied twice"
     else:
         guess = "these are not the intensities of a CT, or they were windowed or rescaled before"
-    raise Refused(
-        "hu-implausible",
-        f"expected Hounsfield units (air near -1000, tissue near 0), found {low:.0f} to {high:.0f} with median "
-        f"{np.median(sample_hu):.0f}, {air:.1%} air and {tissue:.1%} soft tissue: {guess}; "
-        "--hu-source gives another slope and intercept, --modality other turns this check off",
-    )
+    found = f"{low:.0f} to {high:.0f} with median {np.median(sample_hu):.0f}, "
+    found += f"{air:.1%} air and {tissue:.1%} soft tissue: {guess}"
+    remedy = "--hu-source gives another slope and intercept, --modality other turns this check off"
+    expected = "Hounsfield units (air near -1000, tissue near 0)"
+    raise refusal("hu-implausible", "", expected, found, remedy, "hu-implausible=?")
 
 
 def _is_padding(body: np.ndarray) -> bool:

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -28,10 +28,11 @@ from photon_data.hounsfield import (
     refuse_scaled_before,
     volume_statistics,
 )
+from photon_data.override import SKIPPED, Override
 from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
-from photon_data.readers.nifti import BLANK
+from photon_data.readers.nifti import BLANK, GIVEN
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
 from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
 from photon_data.resample import (
@@ -43,8 +44,9 @@ from photon_data.resample import (
     resample,
     resize,
     target_grid,
+    voxels_between,
 )
-from photon_data.scan import Scan, Source, TableGrid
+from photon_data.scan import Change, Scan, Source, TableGrid
 from photon_data.store import is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
@@ -76,6 +78,7 @@ class Job:
     stated: TableGrid | None = None
     overwrite: bool = False  # prepare it even if its store is there
     write: bool = True  # False: do everything but write; the record is then "ready"
+    override: Override | None = None  # what a person says of this scan
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back."""
@@ -93,8 +96,20 @@ class Job:
             "policy": Policy(**data["policy"]),
             "rescale": data["rescale"] and Rescale(*data["rescale"]),
             "stated": data["stated"] and TableGrid.from_json(data["stated"]),
+            "override": data["override"] and Override(**data["override"]),
         }
         return cls(**{**data, **parts})
+
+    def adjusted(self, override: Override | None, accepted: Mapping[str, Any]) -> Job:
+        """Return the job with what a person accepts of all scans and says of this one."""
+        if override is None:
+            return replace(self, policy=replace(self.policy, **accepted))
+        source, policy = self.source, replace(self.policy, **{**accepted, **override.policy})
+        if override.skip:
+            source = replace(source, problem=f"a person left it out: {override.skip}", code=SKIPPED)
+        said = override.rescale
+        rescale = Rescale(said[0], said[1], "table") if said else self.rescale
+        return replace(self, source=source, policy=policy, rescale=rescale, override=override)
 
     def key(self, content: str, facts: Mapping[str, Any], digest: str | None = None) -> str:
         """Return the resume key: a hash of all that decides the store's bytes.
@@ -105,6 +120,7 @@ class Job:
         """
         parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
+        parts += [said] if self.override and (said := self.override.key()) else []
         parts += [dict(facts["policy"])] if facts.get("policy") else []
         parts += [PADDING_FIRST] if has_padding(facts, self.recipe) else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -113,6 +129,7 @@ class Job:
         """Return the key of a refusal: a hash of all but the file that decides whether it is refused."""
         parts = [self.recipe.digest, vars(self.policy), self.rescale, ALGORITHM, _version("photon-ct")]
         parts += [self.stated.to_json()] if self.stated else []
+        parts += [said] if self.override and (said := self.override.key()) else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def record(self, state: str, **more: Any) -> VolumeRecord:
@@ -159,21 +176,28 @@ def prepare(
         opened = Scan(scan.geometry, array.dtype, 1.0, 0.0, lambda: iter(array), "array")
     else:
         source = find_one_scan(Path(scan))
-        opened = open_scan(source, nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
+        opened = open_scan(source, policy)
     return prepare_volume(opened, recipe or Recipe(), policy, rescale)
 
 
 def prepare_volume(
-    scan: Scan, recipe: Recipe, policy: Policy | None = None, rescale: Rescale | None = None
+    scan: Scan,
+    recipe: Recipe,
+    policy: Policy | None = None,
+    rescale: Rescale | None = None,
+    centre_lps: Sequence[float] | None = None,
 ) -> Prepared:
     """Return the scan as `recipe` says; Refused if it must not become a store.
 
-    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where its choices mattered.
+    `rescale` replaces the slope and intercept of the header, and `centre_lps` the recipe's centre of the grid. The
+    facts hold a "policy" where its choices mattered, and "changes" where something was repaired or overridden.
     """
-    native, values = scan.geometry, _values(scan, recipe, rescale)
+    native, values, body = scan.geometry, _values(scan, recipe, rescale), None
+    depths = scan.slices.depths if scan.slices else None
     _refuse_smaller_than_a_voxel(native, recipe)
-    body = body_box_lps(scan.planes(), native, values) if recipe.centre == "body" else None
-    grid = target_grid(native, recipe, None if body is None else body.mean(axis=0))
+    if recipe.centre == "body" and centre_lps is None:
+        body = body_box_lps(scan.planes(), native, values, depths)
+    grid = target_grid(native, recipe, centre_lps if body is None else body.mean(axis=0))
     probe = Probe(
         native.shape_zyx,
         values.slope,
@@ -182,11 +206,16 @@ def prepare_volume(
         floor_hu=recipe.window_hu[0],
         padded=scan.padded,
     )
-    array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias)
-    choices = dict(scan.choices) | _accept(probe, policy or Policy(), rescale)
+    array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias, depths)
+    choices, changes = _accept(probe, policy or Policy(), rescale, recipe)
+    choices, changes = dict(scan.choices) | choices, [*scan.changes, *changes]
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
     facts |= {} if body is None else {"body_mm": dict(zip("xyz", body.T.tolist(), strict=True))}
+    facts |= {"changes": [change._asdict() for change in changes]} if changes else {}
+    if scan.slices:
+        in_gaps = voxels_between(native, grid, scan.slices.gaps_in_depth)
+        facts["slices"] = {**scan.slices.to_json(), "voxels_in_gaps": in_gaps}
     return Prepared(Volume(array, grid), model, facts)
 
 
@@ -211,23 +240,27 @@ def _values(scan: Scan, recipe: Recipe, rescale: Rescale | None) -> Values:
     return Values(slope, intercept, recipe.window_hu, recipe.pad_hu)
 
 
-def _accept(probe: Probe, policy: Policy, rescale: Rescale | None) -> dict[str, str]:
-    """Return the choices of the policy without which this scan would be refused; Refused where the policy says so."""
-    choices = {}
+def _accept(
+    probe: Probe, policy: Policy, rescale: Rescale | None, recipe: Recipe
+) -> tuple[dict[str, str], list[Change]]:
+    """Return the choices of the policy without which this scan would be refused, and what they change; Refused."""
+    choices, changes = {}, []
     if probe.non_finite:
+        found = f"{probe.non_finite} NaN or infinite ones"
         if policy.non_finite == "refuse":
-            found = f"{probe.non_finite} NaN or infinite ones"
-            raise refusal("non-finite", "", "finite voxels", found, "--nan fill pads them")
+            raise refusal("non-finite", "", "finite voxels", found, "--nan fill pads them", "non-finite")
         choices["non_finite"] = policy.non_finite
+        changes.append(Change("non-finite", f"expected finite voxels, found {found}", f"made {recipe.pad_hu:g} HU"))
     if rescale and rescale.given_by == "metadata":
         refuse_scaled_before(probe)
     try:
         refuse_implausible(probe.sample_hu(), *probe.range_hu())
-    except Refused:
+    except Refused as refused:
         if policy.modality == "ct":
             raise
         choices["modality"] = policy.modality
-    return choices
+        changes.append(Change(refused.code, refused.found, "taken as they are: no Hounsfield units are expected"))
+    return choices, changes
 
 
 def _facts(
@@ -265,7 +298,8 @@ def prepare_file(job: Job) -> VolumeRecord:
     except Refused as refused:
         # The record has the file's name already. An unreadable folder has no files.
         name = f"{job.source.files[0].name}: " if job.source.files else ""
-        record = job.record(REFUSED, code=refused.code, reason=refused.message.removeprefix(name))
+        reason = refused.message.removeprefix(name)
+        record = job.record(REFUSED, code=refused.code, reason=reason, accept=refused.accept or None)
     except OSError as error:
         if error.errno in NO_SPACE:
             message = f"no space left for {job.out}; free some and run the same command again"
@@ -300,7 +334,10 @@ def _prepare(job: Job) -> VolumeRecord:
     content = fingerprint(source.files)
     if done := already_there(job, content):
         return done
-    prepared = prepare_volume(opened(job), job.recipe, job.policy, job.rescale)
+    scan, said = opened(job), job.override
+    prepared = prepare_volume(scan, job.recipe, job.policy, job.rescale, said.centre_lps if said else None)
+    if said:
+        prepared.facts.update(said.facts(scan, prepared.facts))
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     identity = {
@@ -315,9 +352,10 @@ def _prepare(job: Job) -> VolumeRecord:
 
 def opened(job: Job) -> Scan:
     """Return the job's scan, its header read and found sound, on the grid that is stated for it; Refused."""
-    affine = BLANK if job.stated and job.stated.replaces_header else job.policy.nifti_affine
-    scan = open_scan(job.source, nifti_affine=affine, max_voxels=job.policy.max_voxels)
-    return replace(scan, geometry=job.stated.reconcile(scan.geometry)) if job.stated else scan
+    affine = GIVEN if job.override and job.override.affine else None
+    scan = open_scan(job.source, job.policy, affine=BLANK if job.stated and job.stated.replaces_header else affine)
+    scan = replace(scan, geometry=job.stated.reconcile(scan.geometry)) if job.stated else scan
+    return job.override.apply(scan) if job.override else scan
 
 
 def already_there(job: Job, content: str) -> VolumeRecord | None:
@@ -338,7 +376,7 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
         recipe_digest(metadata) == job.recipe.digest
         and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"])
         and not _rescaled_twice(metadata["facts"])
-        and all(getattr(job.policy, key, None) == value for key, value in needed.items())
+        and job.policy.allows(needed)
     )
     return job.record_of_store(UNCHANGED, metadata) if is_same else None
 

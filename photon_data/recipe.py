@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from photon_data.errors import UsageError, name_hint
 
@@ -90,9 +90,13 @@ class Policy:
 
     modality: str = "ct"  # "ct" refuses intensities that cannot be Hounsfield units; "other" does not
     non_finite: str = "refuse"  # "refuse" scans with NaN or infinite voxels, or "fill" these with the recipe's pad_hu
-    # "auto": sform if coded, else qform, and refuse where both are coded and differ; "sform"; "qform".
+    # Sform if coded, else qform. Where both are coded and differ, "auto" refuses, "sform" and "qform" pick that one.
     nifti_affine: str = "auto"
     max_voxels: int = MAX_VOXELS  # larger scans are refused
+    # DICOM slices at uneven distances, up to so many missing in a row, are resampled on their true positions; 0 takes
+    # uneven distances with no slice missing, -1 refuses both.
+    repair_slices: int = -1
+    repair_gap_mm: float = 10.0  # the widest distance of two slices between which such a repair interpolates
 
     def __post_init__(self) -> None:
         """UsageError for a choice that does not exist."""
@@ -101,6 +105,58 @@ class Policy:
         affines = ("auto", "sform", "qform")
         _check(self.nifti_affine in affines, "nifti_affine", "auto, sform or qform", self.nifti_affine)
         _check(self.max_voxels >= 1, "max_voxels", "a number above 0", self.max_voxels)
+        _check(self.repair_slices >= -1, "repair_slices", "a number of missing slices, or -1", self.repair_slices)
+        _check(0 < self.repair_gap_mm < 1000, "repair_gap_mm", "0 to 1000 mm", self.repair_gap_mm)
+
+    def allows(self, choices: Mapping[str, Any]) -> bool:
+        """Tell whether this policy lets a volume pass for which `choices` mattered, in the very same way."""
+        own = vars(self)
+        return all(
+            key in own and (own[key] >= value if key in LIMITS else own[key] == value) for key, value in choices.items()
+        )
+
+
+LIMITS = ("repair_slices", "repair_gap_mm")  # of a volume, what it takes is recorded, not what was allowed
+
+
+class Acceptance(NamedTuple):
+    """What `--accept CODE=VALUE` changes of a policy."""
+
+    field: str
+    usual: str | None  # the value of a code alone; None: a person has to give one
+    values: str  # which there are, in words
+
+
+# By the code of the refusal that it takes back. docs/reading.md has the same table.
+ACCEPTANCES = {
+    "dicom-missing-slices": Acceptance("repair_slices", "3", "the most missing slices in a row, 0 for none"),
+    "affine-conflict": Acceptance("nifti_affine", None, "sform or qform"),
+    "non-finite": Acceptance("non_finite", "fill", "fill"),
+    "hu-implausible": Acceptance("modality", "other", "other"),
+    "too-large": Acceptance("max_voxels", None, "the most voxels of a scan"),
+}
+
+
+def accepted(texts: Sequence[str]) -> dict[str, Any]:
+    """Return {field of a policy: value} for codes of refusals with their values; UsageError for what is neither.
+
+    ["non-finite", "affine-conflict=sform"] -> {"non_finite": "fill", "nifti_affine": "sform"}
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        code, _, value = (part.strip() for part in text.partition("="))
+        if code not in ACCEPTANCES:
+            raise UsageError(f"expected a code that can be accepted, found {code!r}; {name_hint(code, ACCEPTANCES)}")
+        field, usual, values = ACCEPTANCES[code]
+        given = value or usual
+        if given is None or given == "?":
+            raise UsageError(f"{code}: expected {code}={values}, found {text!r}; a person has to choose")
+        change = _convert(Policy, field, given)
+        if vars(Policy(**{field: change}))[field] == vars(Policy())[field]:
+            raise UsageError(f"{code}: expected {values}, found {given!r}, which accepts nothing")
+        if changes.setdefault(field, change) != change:
+            raise UsageError(f"{code}: expected one value, found {changes[field]} and {change}")
+    return changes
 
 
 def chest_ct() -> Recipe:

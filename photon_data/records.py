@@ -31,6 +31,10 @@ class VolumeRecord:
     `facts` are what was measured on the way, as stored in the store too:
     format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
     policy                {"nifti_affine": ...}: the choices of the policy that mattered; no such key where none did
+    changes               [{"code", "before", "after"}]: what was repaired, accepted or overridden; no key where nothing
+    override              the row of the table of overrides, {column: cell}; no such key without one
+    slices                of a repaired series: their positions along the normal and the usual distance in mm, gaps
+                          [from, to, slices missing], step of the grid, voxels of the target grid in gaps
     geometry, grid        Geometry.to_json() of the native grid and of the target grid
     cut_mm, pad_mm        {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid, and the other way
                           round, at the low and the high end of each world axis (L, P, S grow)
@@ -49,6 +53,7 @@ class VolumeRecord:
     key: str | None = None  # the resume key: a hash of what the store was made from, or of what was refused
     code: str | None = None  # why it was refused or failed: a slug to group by, and a sentence
     reason: str | None = None
+    accept: str | None = None  # what --accept takes to let it pass; "CODE=?" where a person has to choose
     store: str | None = None
     store_bytes: int | None = None
     store_sha256: str | None = None  # of the store's root metadata, which record every other file of it

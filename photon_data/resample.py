@@ -33,11 +33,13 @@ def target_grid(native: Geometry, recipe: Recipe, centre_lps: Any = None) -> Geo
     return Geometry.axis_aligned(recipe.shape_zyx, recipe.spacing_mm, centre)
 
 
-def body_box_lps(planes: Iterator[np.ndarray], native: Geometry, values: Values) -> np.ndarray:
+def body_box_lps(
+    planes: Iterator[np.ndarray], native: Geometry, values: Values, depths: np.ndarray | None = None
+) -> np.ndarray:
     """Return the corners [low, high; x, y, z] of the box in LPS mm around the body in a scan; Refused where none is.
 
     The body is the largest piece of voxels denser than lung that holds together, at about 4 mm, after an opening: the
-    couch is thinner, and falls off. All planes are read.
+    couch is thinner, and falls off. All planes are read. `depths` as in `resample`.
     """
     import SimpleITK as sitk
 
@@ -50,7 +52,10 @@ def body_box_lps(planes: Iterator[np.ndarray], native: Geometry, values: Values)
     if not largest.any():
         found, remedy = f"nothing denser than {BODY_HU} HU", "--set centre=scan takes the field of view's centre"
         raise refusal("no-body", "", "a body to put the grid around", found, remedy)
-    world = native.world(np.argwhere(largest) * strides)
+    index = np.argwhere(largest) * strides.astype(float)
+    if depths is not None:
+        index[:, 0] = depths[index[:, 0].astype(int)]
+    world = native.world(index)
     return np.stack([world.min(axis=0), world.max(axis=0)]).round(3)
 
 
@@ -120,22 +125,63 @@ class Values:
         np.copyto(out, hu, casting="unsafe")
 
 
+def voxels_between(native: Geometry, grid: Geometry, spans: np.ndarray) -> int:
+    """Return how many voxels of `grid` lie in the scan and strictly within one of `spans` [n, 2] along its axis 0."""
+    matrix, ends, count = np.round(grid_to_native(native, grid), 12), np.sort(spans.ravel()), 0
+    for z in range(grid.shape_zyx[0]):
+        along = [np.float64(z), *np.ogrid[: grid.shape_zyx[1], : grid.shape_zyx[2]]]
+        # An axis that does not matter is left out: of an aligned scan this is one number, a row, a column.
+        depth, row, column = (
+            np.round(m[3] + sum((m[a] * along[a] for a in range(3) if m[a]), np.zeros((1, 1))), 9) for m in matrix[:3]
+        )
+        before = np.searchsorted(ends, depth)
+        within = (before % 2 == 1) & (np.searchsorted(ends, depth, "right") == before)
+        for index, size in ((row, native.shape_zyx[1]), (column, native.shape_zyx[2])):
+            within = within & (index >= -0.5) & (index < size - 0.5)
+        count += int(np.count_nonzero(np.broadcast_to(within, grid.shape_zyx[1:])))
+    return count
+
+
 def resample(
-    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, antialias: bool
+    planes: Iterator[np.ndarray],
+    native: Geometry,
+    grid: Geometry,
+    values: Values,
+    antialias: bool,
+    depths: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the int16 array [z, y, x] of the scan on `grid`.
 
-    All planes are read, so that the reader checks the end of the file.
+    All planes are read, so that the reader checks the end of the file. `depths` are where the planes lie along axis 0
+    of `native`, ascending from 0 to its last index, where they are not one at each index.
     """
     axes = aligned_axes(native)
     blur = _blur_voxels(native, grid) if antialias else np.zeros(3)
     if axes is None or blur.any():
+        planes = planes if depths is None else _evened_out(planes, depths)
         return _resample_whole(planes, native, grid, values, blur)
-    return _resample_streamed(planes, native, grid, values, axes)
+    return _resample_streamed(planes, native, grid, values, axes, depths)
+
+
+def _evened_out(planes: Iterator[np.ndarray], depths: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a plane for each whole depth: float32, linear between the planes at its two neighbours in `depths`."""
+    last, last_depth, whole = np.empty(0), 0.0, 0
+    for depth, plane in zip(depths, planes, strict=True):
+        plane = plane.astype(np.float32)  # a copy: the next one may reuse the buffer
+        while whole <= depth:
+            weight = (whole - last_depth) / (depth - last_depth) if whole < depth else 1.0
+            yield plane if weight == 1 else last + np.float32(weight) * (plane - last)
+            whole += 1
+        last, last_depth = plane, depth
 
 
 def _resample_streamed(
-    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, axes: tuple[int, ...]
+    planes: Iterator[np.ndarray],
+    native: Geometry,
+    grid: Geometry,
+    values: Values,
+    axes: tuple[int, ...],
+    depths: np.ndarray | None,
 ) -> np.ndarray:
     """Stream the planes of a scan whose array axes run along the grid's axes `axes`: two planes are held at a time.
 
@@ -149,6 +195,8 @@ def _resample_streamed(
         position = np.round(matrix[a, 3] + matrix[a, axis] * np.arange(grid.shape_zyx[axis]), 9)
         within = np.flatnonzero((position >= -0.5) & (position < n_in - 0.5))
         spans.append(slice(within[0], within[-1] + 1) if len(within) else slice(0))
+        if a == 0 and depths is not None:
+            n_in, position = len(depths), np.interp(position, depths, np.arange(len(depths)))
         maps.append(_axis_map(position[spans[a]], n_in))
     depth, rows, columns = maps
     array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)

@@ -35,6 +35,40 @@ class Source:
     hidden: bool = False  # its names may be a patient's: only the private file has them
 
 
+class Change(NamedTuple):
+    """What a repair, a choice of the policy or an override changed of a scan: numbers and our words, no header text."""
+
+    code: str  # of the refusal that was taken back, or "override"
+    before: str  # what was found
+    after: str  # what was made of it
+
+
+class TrueSlices(NamedTuple):
+    """Where the slices of a series lie that are not one distance apart; all in mm along the slice normal."""
+
+    positions_mm: tuple[float, ...]  # ascending
+    distance_mm: float  # the usual one
+    step_mm: float  # of the regular grid that stands for them
+    gaps: tuple[tuple[float, float, int], ...]  # wider than usual: from, to, and how many slices are missing between
+
+    @property
+    def depths(self) -> np.ndarray:
+        """Each slice's index along axis 0 of the grid: 0 for the first, a whole number for the last."""
+        return self._depth(np.array(self.positions_mm))
+
+    @property
+    def gaps_in_depth(self) -> np.ndarray:
+        """The ends [n, 2] of the gaps as indices along axis 0 of the grid."""
+        return self._depth(np.array([gap[:2] for gap in self.gaps]).reshape(-1, 2))
+
+    def _depth(self, mm: np.ndarray) -> np.ndarray:
+        return np.round((mm - self.positions_mm[0]) / self.step_mm, 9)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is recorded of them."""
+        return {**self._asdict(), "positions_mm": [round(mm, 4) for mm in self.positions_mm]}
+
+
 @dataclass(frozen=True)
 class Scan:
     """One raw scan whose header has been read and found sound."""
@@ -48,15 +82,19 @@ class Scan:
     planes: Callable[[], Iterator[np.ndarray]]
     format: str
     # Of the policy, without which the header would be refused or give another geometry.
-    choices: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()  # what these choices, and a person's override, made of what was found
     padded: bool = False  # the header declares padding: it is NaN among the values of the planes
     rescaled: bool = False  # planes are HU already, since slices differ in slope or intercept
+    # Of a series that is repaired: planes are its slices, which do not lie at 0, 1, 2, ... of axis 0.
+    slices: TrueSlices | None = None
 
     def volume(self) -> Volume:
         """Return the whole scan in HU on its native grid: float32, or stored integers that are HU already; Refused.
 
         Padding that the header declares is PADDING_HU, in float32.
         """
+        assert self.slices is None, "only a resampled volume is repaired"
         is_hu = self.slope == 1 and self.intercept == 0
         are_integers = is_hu and self.dtype.kind in "iu" and not self.padded
         array = np.empty(self.geometry.shape_zyx, self.dtype if are_integers else np.float32)

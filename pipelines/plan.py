@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,23 +16,24 @@ from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
+from photon_data.override import SKIPPED
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import hide_names, private_folder, read_key
 from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
 from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
+from photon_data.questions.override_table import read_overrides
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
+from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
 from photon_pipelines.owners import refuse_namesakes, withdrawn
-from photon_pipelines.request import Request
+from photon_pipelines.request import Request, paths_of
 
-PATHS = ("absolute", "relative")
 # What DICOM archives hold: names of their files and folders may be a patient's.
 HIDDEN = ("dicom", "folder")
 
@@ -95,7 +95,7 @@ class Result(NamedTuple):
     @property
     def complete(self) -> bool:
         """Whether every input has its store and every question its row."""
-        has_stores = all(record.is_there for record in self.records)
+        has_stores = all(record.is_there or record.code == SKIPPED for record in self.records)
         is_whole = self.leak is None and not self.damaged and not self.differences
         return has_stores and not self.manifests.unmatched and is_whole
 
@@ -159,6 +159,10 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
+    sources = [job.source for job in gathered.jobs]
+    overrides = read_overrides(request.overrides, sources) if request.overrides else {}
+    jobs = [job.adjusted(overrides.get(job.source.id), request.accept) for job in gathered.jobs[: request.limit]]
+    gathered = gathered._replace(jobs=jobs)
     for name, asked in gathered.questions.items():
         refuse_unsound(name, asked)
     if not request.allow_leaks:
@@ -211,7 +215,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         rescale = rescaling(request.hu_source, sources, request.columns)
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
-        for source in sources[: request.limit]
+        for source in sources
     ]
     if request.questions is None:
         return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
@@ -301,7 +305,7 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
     jobs, recipes = [], {entry.name: recipe_of(entry) for entry in request.datasets}
     out, largest = request.out.at(""), request.policy.max_voxels
-    for volume in combined.volumes[: request.limit]:
+    for volume in combined.volumes:
         recipe, policy = recipes[volume.dataset.name]
         policy = replace(policy, max_voxels=largest)
         source = replace(volume.source, patient="")
@@ -331,18 +335,6 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     if not allow_leaks:
         refuse_leaks(leaks(as_row(question) for questions in parts.values() for question in questions))
     return parts
-
-
-def paths_of(request: Request) -> str:
-    """Return whether manifests name stores by "absolute" or "relative" paths: as requested, else as OUT has them."""
-    if request.paths is None:
-        try:
-            return str(json.loads(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
-        except (ValueError, AttributeError):
-            return PATHS[0]
-    if request.paths not in PATHS:
-        raise UsageError(f"--paths: expected {' or '.join(PATHS)}, found {request.paths!r}")
-    return request.paths
 
 
 def plan(jobs: Sequence[Job], request: Request) -> Plan:
@@ -384,7 +376,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
     It has a finished store, or was refused under the same recipe and policy by the same version.
     """
-    if before is None or (before.bytes_in, before.mtime_ns) != (job.source.bytes, job.source.mtime_ns):
+    source = job.source
+    if before is None or source.problem or (before.bytes_in, before.mtime_ns) != (source.bytes, source.mtime_ns):
         return None
     if before.state in (REFUSED, FAILED):
         is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)

@@ -48,8 +48,8 @@ from photon_data.report import render_report
 from photon_data.store import open_volume, store_name
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
-from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, paths_of, plan
-from photon_pipelines.request import Request
+from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
+from photon_pipelines.request import Request, paths_of
 from photon_pipelines.unpack import pending, unpack_all
 
 REPORT, COUNTS = "report.html", "questions.json"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.base import DataSet
+from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.questions.splits import FRACTIONS
 from photon_data.recipe import Policy, Recipe
+from photon_data.records import DATASET
+
+PATHS = ("absolute", "relative")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class Request:
     recipe: Recipe
     policy: Policy = field(default_factory=Policy)  # for data sets, only its max_voxels counts
     datasets: tuple[DataSet, ...] = ()  # none for a folder of scans
+    # What is accepted of all scans, whatever policy they have: {field of the policy: value}, see `accepted`.
+    accept: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Path | None = None  # a table of what a person says of single scans
     prompt: str | None = None  # style of the questions; None for the manifest's own, or for questions as they are
     seed: int = 0
     allow_leaks: bool = False
@@ -47,3 +55,15 @@ class Request:
     include: Sequence[str] = ()  # globs of what is looked at, and of what is not; see `find_scans`
     exclude: Sequence[str] = ()
     follow_links: bool = True
+
+
+def paths_of(request: Request) -> str:
+    """Return whether manifests name stores by "absolute" or "relative" paths: as requested, else as OUT has them."""
+    if request.paths is None:
+        try:
+            return str(json.loads(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
+        except (ValueError, AttributeError):
+            return PATHS[0]
+    if request.paths not in PATHS:
+        raise UsageError(f"--paths: expected {' or '.join(PATHS)}, found {request.paths!r}")
+    return request.paths

@@ -10,6 +10,7 @@ import SimpleITK as sitk
 from photon_data.errors import Refused
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_scans
+from photon_data.recipe import Policy
 from photon_data.scan import Scan
 
 # Every way to lay three array axes along three world axes: signed permutation matrices, the left-handed ones too.
@@ -20,7 +21,7 @@ AXIS_ORDERS = [
 
 def open_file(path: Path, **options) -> Scan:
     (source,) = find_scans(path).sources
-    return open_scan(source, **options)
+    return open_scan(source, Policy(**options))
 
 
 def voxels(scan: Scan) -> np.ndarray:

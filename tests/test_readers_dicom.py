@@ -33,6 +33,7 @@ from photon_data.errors import Refused
 from photon_data.readers.dicom import open_series
 from photon_data.readers.dicom_series import SCOUT
 from photon_data.readers.find import find_scans, group_series
+from photon_data.recipe import Policy
 from photon_data.scan import Source
 
 SHUFFLED = ["q.dcm", "b.dcm", "z.dcm", "a.dcm", "m.dcm", "c.dcm", "k.dcm"]
@@ -43,7 +44,7 @@ def source_of(files):
 
 
 def open_files(files, max_voxels=10**9):
-    return open_series(source_of(files), max_voxels=max_voxels)
+    return open_series(source_of(files), Policy(max_voxels=max_voxels))
 
 
 def stacks(files):

@@ -268,7 +268,7 @@ def sheared():
     [
         (sheared(), ("sform sheared by 16.7 degrees", "z step 2.61 mm in the sform, 2.5 in qform and pixdim"), "first"),
         (affine_of(spacing=(0.7, 0.8, 5.0)), ("z step 5 mm in the sform, 2.5 in qform and pixdim",), "turned"),
-        (affine_of(origin=(-120.5, 33.25, 413)), ("pixdim agrees with both, first voxels 3 mm apart",), "sheared"),
+        (affine_of(origin=(-120.5, 33.25, 413)), ("only first voxels 3 mm apart, pixdim agrees with both",), "sheared"),
         (affine_of(euler2mat(0.5, 0, 0)), ("axes turned by 28.6 degrees, pixdim agrees with both",), "sheared"),
     ],
     ids=["sheared", "z step", "shift", "turn"],

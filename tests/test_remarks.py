@@ -31,6 +31,11 @@ def test_a_sound_scan_has_no_remarks():
     assert attention(record(), []) == 0
 
 
+@pytest.mark.parametrize("low", [(-1200.0, -1010.0), (-1024.0, -1024.0), (-3024.0, -3024.0)])
+def test_noise_below_air_and_values_that_are_air_before_interpolation_have_no_remark(low):
+    assert all_remarks(record(hu_before={**GOOD_HU, "min": low[0], "p01": low[1]})) == []
+
+
 def test_what_was_not_measured_has_no_remarks():
     refused = VolumeRecord("a", "a.nii", REFUSED, 1, 1, code="truncated", reason="cut short")
     assert all_remarks(refused) == [] and attention(refused, []) == 0
@@ -58,6 +63,15 @@ def test_what_is_cut_off_is_said_by_side_of_the_body(cut, remark):
         ({"steps": ((0, 0.3, 1), (0, 0.7, 0), (0.7, 0, 0))}, "its axes are not perpendicular (tilted gantry?)"),
         ({"pad_mm": {"z": [150, 154]}}, "the scan covers 60 of the grid's 364 mm from foot to head"),
         ({"hu_before": {**GOOD_HU, "non_finite": 12}}, "NaN or infinite voxels were filled: 12"),
+        (
+            {"hu_before": {**GOOD_HU, "min": -1200.0, "p01": -1200.0}},
+            "at least 1 % of the voxels are -1200 HU: undeclared padding? It reaches into its neighbours",
+        ),
+        (
+            {"slices": {"gaps": [[1.0, 4.0, 2], [5.0, 6.4, 0], [9.0, 11.0, 1]]}},
+            "3 missing slices were interpolated",
+        ),
+        ({"slices": {"gaps": [[5.0, 6.4, 0]]}}, "its slices lie at uneven distances"),
         ({"hu_before": {**GOOD_HU, "max": 214.0}}, "HU maximum 214 is below 300: no bone?"),
         ({"hu_before": {**GOOD_HU, "min": -200.0}}, "HU minimum -200 is above -900: no air?"),
         ({"hu_before": {**GOOD_HU, "min": 0.0, "max": 0.0}}, "all voxels have the same value, 0"),

@@ -6,6 +6,7 @@ DICOM has no checksums: a bit flipped inside of the pixel data goes unnoticed un
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,16 +15,20 @@ from photon_data.errors import EXPORT_AGAIN, first_few, refusal
 from photon_data.readers.dicom_header import read_planes, require_pydicom
 from photon_data.readers.dicom_pixels import require_decodable, stored_planes
 from photon_data.readers.dicom_plane import SAME_POSITION_MM, PlaneHeader, along_normal, differing
-from photon_data.readers.dicom_series import ROUNDING_MM, SAME_SPACING, tolerance_mm
+from photon_data.readers.dicom_series import OFF_GRID_ROUNDED, ROUNDING_MM, SAME_SPACING, tolerance_mm
 from photon_data.readers.stream import frame, grid_shape, wrong_values
-from photon_data.scan import Scan, Source
+from photon_data.recipe import ACCEPTANCES, Policy
+from photon_data.scan import Change, Scan, Source, TrueSlices
 from photon_data.volume import Geometry
 
 ONE_FOLDER_EACH = "put each stack into a folder of its own"
+UNEVEN = "dicom-missing-slices"
 
 
-def open_series(source: Source, max_voxels: int) -> Scan:
+def open_series(source: Source, policy: Policy) -> Scan:
     """Return the Scan of one series: planes in order of position along the slice normal, geometry as its headers say.
+
+    Slices at uneven distances, which the policy has repaired, come as they are, with their true positions.
 
     Planes hold stored values if all slices agree on slope, intercept and stored type. Otherwise they come rescaled as
     float32, with slope 1 and intercept 0. Where a header of the series declares padding, they are floats, and padding
@@ -36,14 +41,27 @@ def open_series(source: Source, max_voxels: int) -> Scan:
             raise refusal("dicom-no-geometry", path.name, "an image", "another kind of DICOM object", "leave it out")
         planes += of_file
     _require_slices(planes)
-    planes, geometry = stack(planes, max_voxels)
+    planes, geometry, slices = stack(planes, policy)
     require_decodable(planes)
     padded = any(plane.pixels.padding for plane in planes)
     if len({(plane.pixels.dtype, plane.slope, plane.intercept) for plane in planes}) > 1:
         rescaled = partial(_rescaled_planes, planes)
-        return Scan(geometry, np.dtype(np.float32), 1.0, 0.0, rescaled, "dicom", padded=padded, rescaled=True)
-    first, stored = planes[0], partial(stored_planes, planes)
-    return Scan(geometry, first.pixels.dtype, first.slope, first.intercept, stored, "dicom", padded=padded)
+        scan = Scan(geometry, np.dtype(np.float32), 1.0, 0.0, rescaled, "dicom", padded=padded, rescaled=True)
+    else:
+        first, stored = planes[0], partial(stored_planes, planes)
+        scan = Scan(geometry, first.pixels.dtype, first.slope, first.intercept, stored, "dicom", padded=padded)
+    return scan if slices is None else _repaired(scan, planes, slices)
+
+
+def _repaired(scan: Scan, planes: Sequence[PlaneHeader], slices: TrueSlices) -> Scan:
+    """Return the scan with what is recorded of its uneven slices; the choices are what the repair took."""
+    widest = max((high - low for low, high, _ in slices.gaps), default=0.0)
+    missing = [count for *_, count in slices.gaps if count]
+    choices = {"repair_slices": max(missing, default=0), "repair_gap_mm": round(widest, 2)}
+    made = "resampled on the true positions of its slices, linearly between neighbours"
+    made += f"; {sum(missing)} missing slices in {len(missing)} gap(s), {widest:.2f} mm at most" if missing else ""
+    before = f"expected slices {slices.distance_mm:.2f} mm apart, found {_distances(planes, slices.distance_mm)}"
+    return replace(scan, slices=slices, choices=choices, changes=(Change(UNEVEN, before, made),))
 
 
 def _require_slices(planes: Sequence[PlaneHeader]) -> None:
@@ -78,10 +96,11 @@ def _rescaled_planes(planes: Sequence[PlaneHeader]) -> Iterator[np.ndarray]:
         yield (stored * plane.slope + plane.intercept).astype(np.float32)
 
 
-def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHeader], Geometry]:
+def stack(planes: Sequence[PlaneHeader], policy: Policy) -> tuple[list[PlaneHeader], Geometry, TrueSlices | None]:
     """Return the planes in order along the slice normal (row x column direction) and the grid [slice, row, column].
 
-    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared. Refused.
+    With a tilted gantry the slice step is not parallel to the normal, and the grid is sheared. Where slices do not lie
+    at one distance, and the policy repairs that, the grid has the usual distance and the slices lie in it. Refused.
     """
     _require_geometry(planes)
     _require_one_kind(planes)
@@ -89,13 +108,17 @@ def stack(planes: Sequence[PlaneHeader], max_voxels: int) -> tuple[list[PlaneHea
     order = np.argsort(along, kind="stable")
     planes, along = [planes[i] for i in order], along[order]
     _require_one_plane_per_position(planes, along)
-    positions = np.array([plane.position_lps for plane in planes])
+    positions, slices = np.array([plane.position_lps for plane in planes]), _uneven_slices(planes, policy)
+    depths = np.arange(len(planes)) if slices is None else slices.depths
     # The step from one slice to the next. Less tilt than positions are rounded to is none.
     normal, length = planes[0].normal, positions[-1] - positions[0]
     straight = (length @ normal) * normal
-    step = (straight if np.linalg.norm(length - straight) <= ROUNDING_MM else length) / (len(positions) - 1)
-    _require_regular(planes, positions, step)
-    return planes, _geometry(planes[0], len(planes), step, max_voxels)
+    step = (straight if np.linalg.norm(length - straight) <= ROUNDING_MM else length) / depths[-1]
+    aside = np.linalg.norm(positions - positions[0] - depths[:, None] * step, axis=1)
+    if aside.max() > tolerance_mm(float(np.median(np.diff(along)))):
+        found = f"some up to {aside.max():.2f} mm beside it"
+        raise refusal("dicom-mixed", "", "slices on one straight line", found, ONE_FOLDER_EACH)
+    return planes, _geometry(planes[0], round(depths[-1]) + 1, step, policy.max_voxels), slices
 
 
 def _require_geometry(planes: Sequence[PlaneHeader]) -> None:
@@ -145,26 +168,50 @@ def _require_one_plane_per_position(planes: Sequence[PlaneHeader], along: np.nda
     raise refusal("dicom-duplicate-slices", "", "one image per position", found + _apart(planes), remedy)
 
 
-def _require_regular(planes: Sequence[PlaneHeader], positions: np.ndarray, step: np.ndarray) -> None:
-    """Refuse sorted slices that leave the regular line: in depth (some are missing) or sideways (they do not fit)."""
+def _uneven_slices(planes: Sequence[PlaneHeader], policy: Policy) -> TrueSlices | None:
+    """Return where sorted planes lie that do not lie at one distance, None where they do.
+
+    Refused unless the policy repairs it. What lies closer than usual in the middle of others may belong to another
+    volume, and is always refused; a finer part at one end is not.
+    """
     along = along_normal(planes)
-    count, gaps = len(along), np.diff(along)
-    usual = float(np.median(gaps))
-    tolerance = tolerance_mm(usual)
-    if np.abs(along - np.linspace(along[0], along[-1], count)).max() > tolerance:
-        off = np.abs(gaps - usual)
-        odd = np.argsort(-off, kind="stable")[: np.count_nonzero(off > tolerance) or 1]
-        where = ", ".join(f"{gaps[i]:.2f} mm between {along[i]:.2f} and {along[i + 1]:.2f} mm" for i in sorted(odd[:3]))
-        found = f"{len(odd)} other distance(s) along the slice normal: {where}"
-        found += f"; {_apart(planes)}" if differing(planes) else ""
-        folders = len({plane.path.parent for plane in planes})
-        found += f"; they lie in {folders} folders" if folders > 1 else ""
-        remedy = "export the missing slices, or one reconstruction with a constant distance"
-        raise refusal("dicom-missing-slices", "", f"slices {usual:.2f} mm apart", found, remedy)
-    aside = np.linalg.norm(positions - positions[0] - np.arange(count)[:, None] * step, axis=1)
-    if aside.max() > tolerance:
-        found = f"some up to {aside.max():.2f} mm beside it"
-        raise refusal("dicom-mixed", "", "slices on one straight line", found, ONE_FOLDER_EACH)
+    gaps, extent = np.diff(along), along[-1] - along[0]
+    median = float(np.median(gaps))
+    if np.abs(along - np.linspace(along[0], along[-1], len(along))).max() <= tolerance_mm(median):
+        return None
+    usual = float(np.percentile(gaps, 50, method="lower"))
+    close, missing = gaps < (1 - OFF_GRID_ROUNDED) * usual, np.rint(gaps / usual).astype(int) - 1
+    widest = float(gaps.max())
+    problem, accept = "", ""
+    if close.any() and np.count_nonzero(np.diff(close)) != 1:
+        problem = "slices that lie closer than usual may be of another volume: nothing repairs that"
+    elif widest > policy.repair_gap_mm:
+        problem = f"{widest:.2f} mm between slices is more than repair_gap_mm={policy.repair_gap_mm:g} allows to repair"
+    elif missing.max() > policy.repair_slices:
+        is_usual = missing.max() <= int(ACCEPTANCES[UNEVEN].usual or 0)
+        value = "" if is_usual else f"={missing.max()}"
+        accept = f"{UNEVEN}{value}"
+        problem = f"--repair slices{value} resamples it on the true positions"
+    if problem:
+        remedy = f"export the missing slices, or one reconstruction with a constant distance; {problem}"
+        raise refusal(UNEVEN, "", f"slices {median:.2f} mm apart", _distances(planes, median), remedy, accept)
+    fine = float(np.percentile(gaps[close], 50, method="lower")) if close.any() else usual
+    wide = [n for n, gap in enumerate(gaps) if gap > usual + tolerance_mm(usual)]
+    ends = tuple((round(float(along[n]), 4), round(float(along[n + 1]), 4), int(missing[n])) for n in wide)
+    return TrueSlices(tuple(along.tolist()), round(usual, 4), extent / max(1, round(extent / fine)), ends)
+
+
+def _distances(planes: Sequence[PlaneHeader], usual: float) -> str:
+    """Return in words which distances of sorted planes are not the usual one."""
+    along = along_normal(planes)
+    gaps = np.diff(along)
+    off = np.abs(gaps - usual)
+    odd = np.argsort(-off, kind="stable")[: np.count_nonzero(off > tolerance_mm(usual)) or 1]
+    where = ", ".join(f"{gaps[i]:.2f} mm between {along[i]:.2f} and {along[i + 1]:.2f} mm" for i in sorted(odd[:3]))
+    found = f"{len(odd)} other distance(s) along the slice normal: {where}"
+    found += f"; {_apart(planes)}" if differing(planes) else ""
+    folders = len({plane.path.parent for plane in planes})
+    return found + (f"; they lie in {folders} folders" if folders > 1 else "")
 
 
 def _geometry(first: PlaneHeader, slices: int, step: np.ndarray, max_voxels: int) -> Geometry:

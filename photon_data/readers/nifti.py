@@ -1,7 +1,7 @@
 """NIfTI-1 and NIfTI-2, one file or a pair, as the standard reads; what two libraries read differently is refused.
 
-Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and differ, it is
-refused too, until a person picks one: that one is taken where it is coded, the other where that is all there is.
+Geometry: the sform where it is coded, else the qform, else the scan is refused. Where both are coded and differ (or the
+sform is broken), it is refused too, until a person picks one. A pick changes nothing where there is no conflict.
 Lengths are millimetres where the header names no unit; metres and microns are converted, in sform and qform alike.
 
 Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept
@@ -10,7 +10,6 @@ included (as the standard and nibabel have it); a good slope with an intercept t
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,12 +21,12 @@ from nibabel.quaternions import quat2mat
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
 from photon_data.readers.header import nifti_data_file
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, read_head, scan_of, wrong_values
-from photon_data.scan import Scan, Source
+from photon_data.scan import Change, Scan, Source
 from photon_data.volume import RAS_LPS, Geometry
 
 AFFINES = ("sform", "qform")
-# A value of `affine`: the header must have no affine, since a table gives the grid.
-BLANK = "blank"
+# Values of `affine`: the header must have no affine, since a table gives the grid; a person gives one, whatever it has.
+BLANK, GIVEN = "blank", "given"
 
 # datatype code -> numpy's letter; what is not here is refused by name or as unknown.
 DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -47,7 +46,8 @@ DIRECTIONS = "set a right sform (nibabel, ITK-SNAP or dcm2niix write one)"
 def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
     """Return the Scan of a NIfTI file or pair; Refused as the package lists.
 
-    `affine` is "auto", "sform", "qform" or "blank". A choice that changes the geometry is recorded in `Scan.choices`.
+    `affine` is "auto", "sform", "qform", "blank" or "given". A pick without which the scan would be refused is recorded
+    in `Scan.choices`. With "given", a scan whose header has no geometry is on the grid of its indices.
     """
     path = source.files[0]
     header = _read_header(path)
@@ -56,14 +56,19 @@ def open_nifti(source: Source, max_voxels: int, affine: str = "auto") -> Scan:
     compression = _compression(data)
     skip = _vox_offset(header, header.single_vox_offset if data == path else 0, path.name)
     stored = Stored(data, compression, 0, skip, shape_zyx, _dtype(header, path.name))
-    geometry = _geometry(header, shape_zyx, affine, path.name)
-    scan = scan_of(stored, geometry, "nifti", *_scaling(header, path.name))
-    if affine not in AFFINES:
+    scaling, change = _scaling(header, path.name), None
+    try:
+        geometry = _geometry(header, shape_zyx, BLANK if affine == BLANK else "auto", path.name)
+    except Refused as conflict:
+        if affine not in (*AFFINES, GIVEN):
+            raise
+        geometry = _indices(shape_zyx) if affine == GIVEN else _geometry(header, shape_zyx, affine, path.name)
+        taken = "the affine of the overrides" if affine == GIVEN else f"the {affine}"
+        change = Change(conflict.code, f"found {conflict.found}", f"{taken} was taken")
+    scan = scan_of(stored, geometry, "nifti", *scaling)
+    if change is None:
         return scan
-    with suppress(Refused):
-        if geometry == _geometry(header, shape_zyx, "auto", path.name):
-            return scan
-    return replace(scan, choices={"nifti_affine": affine})
+    return replace(scan, choices={} if affine == GIVEN else {"nifti_affine": affine}, changes=(change,))
 
 
 def _compression(path: Path) -> Compression:
@@ -157,7 +162,7 @@ def _geometry(header: nib.Nifti1Header, shape_zyx: tuple[int, int, int], affine:
         found = f"corners {apart:.3g} mm apart ({_difference(sform, qform)}): sform {_words(sform)}; "
         found += f"qform {_words(qform)}"
         remedy = "pick one with --set nifti_affine=sform or --set nifti_affine=qform"
-        raise refusal("affine-conflict", name, "sform and qform that agree", found, remedy)
+        raise refusal("affine-conflict", name, "sform and qform that agree", found, remedy, "affine-conflict=?")
     return sform
 
 
@@ -169,17 +174,26 @@ def _blank(header: nib.Nifti1Header, coded: list[str], shape_zyx: tuple[int, int
             expected = "a blank header, because a table says where the voxels are"
             remedy = "this file says so itself (of CT-RATE, it is v2, in a folder of v1)"
             raise refusal("not-blank", name, expected, f"a {form} with {_words(own)}", remedy)
+    return _indices(shape_zyx)
+
+
+def _indices(shape_zyx: tuple[int, int, int]) -> Geometry:
     return Geometry.from_arrays(shape_zyx, (0, 0, 0), np.eye(3)[::-1])
 
 
 def _difference(sform: Geometry, qform: Geometry) -> str:
-    """Return in words what makes two frames differ: shear, turn, spacing, shift. A qform has the spacing of pixdim."""
+    """Return in words what makes two frames differ: shear, flip, turn, spacing, shift; "only" where it is one of them.
+
+    A qform has no spacing of its own but pixdim's, so that both say the same is no evidence.
+    """
     both = [np.asarray(geometry.steps_lps)[::-1] for geometry in (sform, qform)]  # rows: x, y, z
     lengths = [np.linalg.norm(steps, axis=1) for steps in both]
     units = [steps / mm[:, None] for steps, mm in zip(both, lengths, strict=True)]
     angles = [np.degrees(np.arccos(np.clip(rows @ np.roll(rows, 1, axis=0).T, -1, 1).diagonal())) for rows in units]
     shear = np.abs(angles[0] - 90).max()
-    turn = np.degrees(np.arccos(np.clip((units[0] * units[1]).sum(axis=1), -1, 1))).max()
+    turns = np.degrees(np.arccos(np.clip((units[0] * units[1]).sum(axis=1), -1, 1)))
+    flips = [axis for axis, degrees in zip("xyz", turns, strict=True) if degrees > 180 - LEAST_DEGREES]
+    turn = turns.max() if len(flips) < np.count_nonzero(turns > LEAST_DEGREES) else 0.0
     shift = np.linalg.norm(np.subtract(sform.origin_lps, qform.origin_lps))
     steps = [
         f"{axis} step {mm:.4g} mm in the sform, {pixdim:.4g} in qform and pixdim"
@@ -188,15 +202,18 @@ def _difference(sform: Geometry, qform: Geometry) -> str:
     ]
     parts = [f"sform sheared by {shear:.3g} degrees, as by a tilted gantry"] if shear > LEAST_DEGREES else []
     parts += [f"axes turned by {turn:.3g} degrees"] if turn > LEAST_DEGREES else []
-    parts += steps or ["pixdim agrees with both"]
-    return ", ".join([*parts, f"first voxels {shift:.3g} mm apart"] if shift > AGREE_MM else parts)
+    parts += [f"{' and '.join(flips)} flipped"] if flips and not turn else []
+    parts += steps
+    parts += [f"first voxels {shift:.3g} mm apart"] if shift > AGREE_MM else []
+    return ("only " if len(parts) == 1 else "") + ", ".join([*parts, *([] if steps else ["pixdim agrees with both"])])
 
 
 def _words(geometry: Geometry) -> str:
     spacing = " x ".join(f"{mm:.4g}" for mm in geometry.spacing_zyx_mm[::-1])
-    origin = ", ".join(f"{mm:.2f}" for mm in geometry.affine_ras[:3, 3])
+    ends = (geometry.world((0, 0, 0)), geometry.world((geometry.shape_zyx[0] - 1, 0, 0)))
+    first, last = (", ".join(f"{mm:.1f}" for mm in RAS_LPS @ end + 0.0) for end in ends)
     axes = "".join(nib.aff2axcodes(geometry.affine_ras))
-    return f"{spacing} mm, origin ({origin}) RAS, axes {axes}"
+    return f"{spacing} mm, axes {axes}, slices ({first}) to ({last}) RAS"
 
 
 def _frame(header: nib.Nifti1Header, form: str, shape_zyx: tuple[int, int, int], name: str) -> Geometry:

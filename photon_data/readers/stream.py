@@ -185,7 +185,8 @@ def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, i
     if len(sizes) < 3 or min(sizes[:3]) < 2:
         raise refusal("two-d", name, "a volume of at least 2 voxels a side", found, "leave it out")
     if prod(sizes) > max_voxels:
-        raise refusal("too-large", name, f"at most {max_voxels:,} voxels", found, "raise the limit or crop the scan")
+        remedy, needed = "raise the limit or crop the scan", f"too-large={prod(sizes)}"
+        raise refusal("too-large", name, f"at most {max_voxels:,} voxels", found, remedy, needed)
     if max(sizes) > MAX_SIDE:
         raise refusal("too-large", name, f"sides of at most {MAX_SIDE} voxels", found, "crop the scan")
     return int(sizes[2]), int(sizes[1]), int(sizes[0])

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 OpenVolume = Callable[[VolumeRecord], Volume]
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-MOST_VOLUME_LINES, MOST_REFUSED_LINES, MOST_DUPLICATE_LINES = 5_000, 2_000, 200
+MOST_VOLUME_LINES, MOST_REFUSED_LINES, MOST_DUPLICATE_LINES, MOST_CHANGED_LINES = 5_000, 2_000, 200, 2_000
 PANEL_PX, JPEG_QUALITY = 240, 80
 # Lung, soft tissue and bone can all be told apart in it.
 CT_WINDOW: Window = (-1000, 500)
@@ -56,6 +56,7 @@ def render_report(
     measured = [volume for volume in volumes if volume.extent_lps_mm]
     counts = Counter(record.state for record in records)
     listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
+    changed = changed_lines(records)
     same_content = [(len(group), first_few([record.id for record in group], 10)) for group in duplicates(records)]
     values = {
         "title": title,
@@ -69,6 +70,8 @@ def render_report(
         "measured": len(measured),
         "chapters": summary_charts(measured, recipe) if measured else {},
         "lost": lost_groups(records),
+        "changed": changed[:MOST_CHANGED_LINES],
+        "changed_left": len(changed[MOST_CHANGED_LINES:]),
         "same_content": same_content[:MOST_DUPLICATE_LINES],
         "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
         "volumes": len(volumes),
@@ -164,6 +167,14 @@ def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
         for ((state, code), group), share in zip(groups.items(), shares, strict=True)
     ]
     return sorted(lost, key=lambda group: (-group["inputs"], group["state"], group["code"]))
+
+
+def changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, str]]:
+    """Return (id, code, before, after) of all that was repaired, accepted or overridden, by code and id."""
+    there = (record for record in records if record.is_there)
+    changes = ((record.id, change) for record in there for change in (record.facts or {}).get("changes", ()))
+    lines = [(id, change["code"], change["before"], change["after"]) for id, change in changes]
+    return sorted(lines, key=lambda line: (line[1], line[0]))
 
 
 def fair_shares(counts: Sequence[int], total: int) -> list[int]:

@@ -50,7 +50,7 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series:
 
 
 def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
-    scan = open_scan(source, nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
+    scan = open_scan(source, policy)
     reading = time.perf_counter() - start
 
     def timed_planes() -> Iterator[np.ndarray]:
