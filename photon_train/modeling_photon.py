@@ -8,6 +8,7 @@ or tokens of a prefix, X voxels of a patch, V vocabulary; axis 3 is (t, h, w).
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 
+from photon_train.checkpoint import check_loaded, checkpoint_keys, config_for, layout_of, register_published_names
 from photon_train.configuration_photon import Phase, PhotonConfig, phase_at
 from photon_train.decoder import PhotonModel, Prefix
-from photon_train.pretrained import check_loaded, checkpoint_keys, config_for, layout_of, register_published_names
 from photon_train.processing_photon import IGNORED, prefix_length
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
@@ -364,6 +365,13 @@ def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Ten
     """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
     r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
     return F.relu(r_B - high) + F.relu(low - r_B)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 register_published_names("PhotonForConditionalGeneration")

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, BatchFeature
 
 from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, open_volume
+from photon_train.checkpoint import hub_options
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.pretrained import hub_options
 from photon_train.scheduling import ROLE_LINE, question_mask, visual_mask
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"

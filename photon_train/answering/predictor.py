@@ -30,8 +30,7 @@ from photon_data.volume import Volume
 from photon_train.answering.prediction import Prediction, choices_of, pack_mask, question_digest, without_answer
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import Prefix
-from photon_train.flops import peak_memory_mib
-from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.modeling_photon import PhotonForConditionalGeneration, peak_memory_mib
 from photon_train.processing_photon import PhotonProcessor, prefix_length
 from photon_train.rows import Row, prefix_of
 from photon_train.scheduling import Scheduled, visual_mask

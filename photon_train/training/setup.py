@@ -1,4 +1,4 @@
-"""A config -> a run that is ready for its next step: its rows, the model, what of it is trained, and the optimizer.
+"""A config -> a run that is ready for its next step: its rows, the model, what of it is trained and how fast.
 
 The run starts from the beginning or from its last checkpoint.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,11 +28,11 @@ from transformers import AutoTokenizer
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_train.checkpoint import ADAPTER, checkpoints, load_optimizer_state, read_state
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training.batches import Batch, steps_per_epoch
-from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimizer_state, read_state
 from photon_train.training.config import TrainConfig, with_values
 
 CONFIG = "config.json"
@@ -252,3 +253,34 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         {"params": own, "lr": config.learning_rates[module], "weight_decay": decay, "module": module}
         for (module, decay), own in groups.items()
     ]
+
+
+def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return what every peak learning rate is multiplied by in optimizer step `step`, counted from 0.
+
+    Rises in a line over the warm-up (the last step of which has 1), then falls to 0 along a cosine or a line, or stays.
+    """
+    rising = math.ceil(config.warmup * total_steps)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(total_steps - rising, 1)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+
+
+def set_learning_rates(optimizer: Any, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Set the optimizer's learning rates for a step and return them by module."""
+    factor = learning_rate_factor(config, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rates[group["module"]] * factor
+    return {group["module"]: group["lr"] for group in optimizer.param_groups}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the norm of the gradients of each module that has any, of all processes."""
+    squares: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm: Any = torch.linalg.vector_norm(parameter.grad.float())
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # where processes share the weight
+            squares[module_of(name)].append(whole.square())
+    return {module: float(torch.stack(values).sum().sqrt()) for module, values in squares.items()}

@@ -19,10 +19,9 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
-from photon_train.training.checkpoint import checkpoints
+from photon_train.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
-from photon_train.training.log import read_log
-from photon_train.training.loop import TrainingStopped, run_steps
+from photon_train.training.loop import TrainingStopped, read_log, run_steps
 from photon_train.training.setup import MODULES, check_processes, make_accelerator, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
@@ -276,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_skips_the_step(config, model
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(config, monkeypatch):
-    import photon_train.training.checkpoint as module
+    import photon_train.checkpoint as module
 
     save = module.save_file
 
