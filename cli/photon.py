@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typer import Argument, Context, Exit, Option, Typer, echo
 from photon_cli import terminal
 from photon_cli.terminal import OK, PARTIAL, STOPPED, ProgressBar, console, errors_as_exit_codes, fail, run_app
 from photon_data.errors import UsageError
+from photon_data.files import Location, exclusive
 
 if TYPE_CHECKING:
     from photon_train.training.config import TrainConfig
@@ -48,16 +50,17 @@ def init(
         fail("photon: expected either --tiny DIR, or --from MODEL with --output DIR")
     if target.exists() and any(target.iterdir()):
         fail(f"photon: expected an empty or new directory, found files in {target}; choose another")
-    from photon_train import tiny as models
+    with errors_as_exit_codes():
+        from photon_train import tiny as models
 
-    try:
-        if source is None:
-            shape = {"model_shape_zyx": tuple(int(n) for n in model_shape.split(","))} if model_shape else {}
-            model = models.tiny(target, stage, seed, **shape)
-        else:
-            model = models.start_from(source, target, revision, seed)
-    except (ValueError, OSError) as error:
-        fail(f"photon: {error}")
+        try:
+            if source is None:
+                shape = {"model_shape_zyx": tuple(int(n) for n in model_shape.split(","))} if model_shape else {}
+                model = models.tiny(target, stage, seed, **shape)
+            else:
+                model = models.start_from(source, target, revision, seed)
+        except ValueError as error:
+            fail(f"photon: {error}")
     echo(f"stage {model.config.stage}, {model.num_parameters():,} parameters: {target}")
 
 
@@ -83,9 +86,11 @@ def train(
 
         disable_progress_bar()  # transformers' own bar
         run = _train_config(stage, config, settings, {name: value for name, value in given.items() if value})
+        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it holds the folder for all of them
         try:
             if not dry_run:
-                _train(run, resume)
+                with exclusive(Location(run.output)) if is_first else nullcontext():
+                    _train(run, resume)
             elif description := loop.dry_run(run, grounding_of(run.grounding) if run.grounding else None):
                 console.print(description, soft_wrap=True)
         except loop.TrainingStopped as error:
@@ -260,14 +265,11 @@ def evaluate(
     """Score a model or predictions on a benchmark's questions, with intervals and blind baselines."""
     if misplaced := terminal.given_options(context, OF_FILES if model else OF_MODEL):
         fail(f"{misplaced}: expected {'no --model' if model else '--model'} beside it; the two ways do not mix")
-    try:
-        from photon_cli import eval as body
-    except ModuleNotFoundError as error:
-        fail(f"photon: expected the extra `eval`, {error.name} is not installed; pip install 'photon-ct[eval]'")
-    from photon_train.evaluation.results import Settings
-
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
     with errors_as_exit_codes():
+        from photon_cli import eval as body
+        from photon_train.evaluation.results import Settings
+
         answering: body.Answering
         if model:
             from photon_cli.predict import answer_benchmark, loading

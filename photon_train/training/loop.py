@@ -296,7 +296,7 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     if not run.accelerator.is_main_process:
         return {}
     if run.config.lora_rank:
-        save_merged(load_model(run.config, checkpoints(run.folder)[-1])[0], run.processor, run.folder)
+        save_merged(load_model(run.config, checkpoints(run.folder)[-1], verify=False)[0], run.processor, run.folder)
     return write_summary(run.folder, run.state["step"], seconds)
 
 

@@ -28,7 +28,15 @@ from transformers import AutoTokenizer
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_train.checkpoint import ADAPTER, checkpoints, load_optimizer_state, read_state
+from photon_train.checkpoint import (
+    ADAPTER,
+    checkpoints,
+    load_optimizer_state,
+    loading,
+    newest_whole,
+    read_state,
+    remove_leftovers,
+)
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
@@ -99,11 +107,15 @@ def start(
     if bool(config.grounding) != (grounding is not None):
         remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
         raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
-    last = next(reversed(checkpoints(folder)), None) if resume else None
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        remove_leftovers(folder)
+    newest = newest_whole if is_main else lambda run: next(reversed(checkpoints(run)), None)
+    last = newest(folder) if resume else None
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
-    model, processor = load_model(config, last)
+    model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
     state["rows"] = hashlib.sha256(text.encode()).hexdigest()
@@ -171,24 +183,30 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         raise UsageError(f"groups_per_step: expected a multiple of the {processes} processes, {found}")
 
 
-def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:
-    """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one."""
+def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple[Any, PhotonProcessor]:
+    """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one.
+
+    `verify`: compare the files of a model to start from with their digests; `last` was compared before.
+    """
     torch.manual_seed(config.seed)  # for fresh parts
     adapter = last / ADAPTER if last and (last / ADAPTER).is_file() else None
     source = str(last) if last and not adapter else config.model
     if not source:
         raise UsageError("model: expected a checkpoint to start from, found none; photon init makes one")
     options: dict[str, Any] = {"revision": config.revision or None} if source == config.model else {}
-    model: Any = PhotonForConditionalGeneration.from_pretrained(
-        source,
-        stage=2 if config.stage == "s2" else None,
-        dtype=torch.float32,
-        attn_implementation=config.attention,
-        **{"scheduler": "its" if config.stage == "s2" else "none", **config.photon},  # earlier stages drop no tokens
-        **options,
-    )
+    scheduler = "its" if config.stage == "s2" else "none"  # earlier stages drop no tokens
+    with loading(source):
+        model: Any = PhotonForConditionalGeneration.from_pretrained(
+            source,
+            stage=2 if config.stage == "s2" else None,
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            verify=verify and source == config.model,
+            **{"scheduler": scheduler, **config.photon},
+            **options,
+        )
+        processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
     model.config.use_cache = False
-    processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
     _set_gradient_checkpointing(model.model.language_model, config.gradient_checkpointing)
     _set_gradient_checkpointing(model.model.visual, config.vision_gradient_checkpointing)
     if config.lora_rank:
