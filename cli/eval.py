@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
+from photon_data.files import Location, exclusive
 from photon_data.questions.table import read_values
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
@@ -85,16 +87,21 @@ def score(
     training_rows = [row for path in train for row in read_values(path)]
     check(benchmark, rows, settings)
     volumes = volumes_with_masks(masks, rows) if masks else {}
-    files, config = answering(rows)
-    if config:
-        settings = replace(settings, grid_zyx=config.tokens_thw)
-    predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
-    counted = _counted(masks, volumes, settings) if masks else {}
-    evaluation = evaluate(
-        benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
-    )
-    pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
-    paths = write_report(evaluation, output, overlays=pictures)
+    with ExitStack() as held:  # the folder, from where something is written on
+        if answers_now:
+            held.enter_context(exclusive(Location(str(output))))
+        files, config = answering(rows)
+        if config:
+            settings = replace(settings, grid_zyx=config.tokens_thw)
+        predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
+        counted = _counted(masks, volumes, settings) if masks else {}
+        evaluation = evaluate(
+            benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
+        )
+        if not answers_now:
+            held.enter_context(exclusive(Location(str(output))))
+        pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
+        paths = write_report(evaluation, output, overlays=pictures)
     print_evaluation(evaluation)
     if masks and not any(answers.mask_recalls for answers in evaluation.answers):
         grid = " x ".join(map(str, settings.grid_zyx))

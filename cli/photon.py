@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Exit, Option, Typer, echo
 
 from photon_cli import terminal
-from photon_cli.terminal import OK, PARTIAL, errors_as_exit_codes, fail, run_app
+from photon_cli.terminal import OK, PARTIAL, STOPPED, ProgressBar, console, errors_as_exit_codes, fail, run_app
+from photon_data.errors import UsageError
+from photon_data.files import Location, exclusive
+
+if TYPE_CHECKING:
+    from photon_train.training.config import TrainConfig
 
 app = Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
 
-# Options of photon predict that belong to one scan only, and to rows only.
-OF_SCAN = ("recipe", "settings", "stream", "as_json", "at", "series")
+PLAIN_LINES = 20  # without a terminal a training run prints about this many lines, however long it takes
+# Options of photon predict that belong to a raw scan only, to one scan only, and to rows only.
+OF_RAW = ("recipe", "settings", "series")
+OF_SCAN = (*OF_RAW, "stream", "as_json", "at")
 OF_ROWS = ("output", "choices", "shard")
 # Options of photon eval that belong to a model only, and to files of predictions only.
 OF_MODEL = ("choices", "max_new_tokens", "questions_per_batch", "device", "dtype", "revision", "schedulers", "keep")
@@ -40,16 +50,17 @@ def init(
         fail("photon: expected either --tiny DIR, or --from MODEL with --output DIR")
     if target.exists() and any(target.iterdir()):
         fail(f"photon: expected an empty or new directory, found files in {target}; choose another")
-    from photon_train import tiny as models
+    with errors_as_exit_codes():
+        from photon_train import tiny as models
 
-    try:
-        if source is None:
-            shape = {"model_shape_zyx": tuple(int(n) for n in model_shape.split(","))} if model_shape else {}
-            model = models.tiny(target, stage, seed, **shape)
-        else:
-            model = models.start_from(source, target, revision, seed)
-    except (ValueError, OSError) as error:
-        fail(f"photon: {error}")
+        try:
+            if source is None:
+                shape = {"model_shape_zyx": tuple(int(n) for n in model_shape.split(","))} if model_shape else {}
+                model = models.tiny(target, stage, seed, **shape)
+            else:
+                model = models.start_from(source, target, revision, seed)
+        except ValueError as error:
+            fail(f"photon: {error}")
     echo(f"stage {model.config.stage}, {model.num_parameters():,} parameters: {target}")
 
 
@@ -68,9 +79,88 @@ def train(
     """Train a stage on prepared volumes; stop it at any moment, go on with --resume."""
     given = {"data": data, "model": model, "output": str(output) if output else None, "eval": evaluate_on}
     with errors_as_exit_codes():
-        from photon_cli.train import train as run
+        from transformers.utils.logging import disable_progress_bar
 
-        run(stage, {name: value for name, value in given.items() if value}, config, settings, resume, dry_run)
+        from photon_train.training import loop
+        from photon_train.training.grounding import grounding_of
+
+        disable_progress_bar()  # transformers' own bar
+        run = _train_config(stage, config, settings, {name: value for name, value in given.items() if value})
+        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it holds the folder for all of them
+        try:
+            if not dry_run:
+                with exclusive(Location(run.output)) if is_first else nullcontext():
+                    _train(run, resume)
+            elif description := loop.dry_run(run, grounding_of(run.grounding) if run.grounding else None):
+                console.print(description, soft_wrap=True)
+        except loop.TrainingStopped as error:
+            fail(f"Stopped: {error}", STOPPED)
+
+
+def _train_config(stage: str, file: Path | None, settings: Sequence[str], given: dict[str, Any]) -> TrainConfig:
+    """Return the configuration of the named run, changed by the file, then by --set, then by the `given` options."""
+    import torch
+
+    from photon_train.training.config import named_run, read_config, with_values
+
+    config = named_run(stage)
+    if file:
+        config = with_values(config, read_config(file))
+    changes = {}
+    for setting in settings:  # unlike in other options, a comma belongs to the value
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
+            raise UsageError(f"--set: expected key=value, found {setting!r}; for example groups_per_step=4")
+        changes[name] = value
+    config = with_values(config, {**changes, **given})
+    return config if torch.cuda.is_available() else replace(config, precision="fp32")
+
+
+def _train(config: TrainConfig, resume: bool) -> None:
+    """Train, with progress."""
+    from photon_train.training.grounding import grounding_of
+    from photon_train.training.loop import run_steps
+    from photon_train.training.setup import start
+
+    bar = _TrainingBar("training")
+    masks = ProgressBar("masks of volumes")
+
+    def on_masks(done: int, total: int) -> None:
+        masks.count(done, total)
+        masks.line(f"masks of {done} of {total} volumes")
+
+    with masks if config.grounding else nullcontext():
+        grounding = grounding_of(config.grounding, on_masks) if config.grounding else None
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding)
+    first_step, bar.total_steps = run.state["step"], run.total_steps
+    if run.accelerator.is_main_process:
+        console.print_json(data=run.config.to_json())
+        console.print(f"{len(run.rows)} rows, step {first_step} of {run.total_steps}, {run.accelerator.device}")
+    bar.update(total=run.total_steps, completed=first_step)
+    with bar:
+        summary = run_steps(run)
+    if summary:
+        files = f"checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl"
+        console.print(f"{run.folder}: {files}", soft_wrap=True)
+
+
+class _TrainingBar(ProgressBar):
+    total_steps = 0
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        # The first step always has a plain line: in stage 2 it says what is kept at the start.
+        parts = [f"loss {row['loss']:.3f}"]
+        if row.get("keep_ratio") is not None:
+            theta = row.get("threshold") or float("nan")
+            parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {theta:.3f}")
+        parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
+        if row.get("eval_loss") is not None:
+            parts.append(f"eval loss {row['eval_loss']:.3f}, exact {row['eval_exact']:.1%}")
+        text = ", ".join(parts)
+        self.update(completed=row["step"], detail=text)
+        is_due = row["step"] % max(self.total_steps // PLAIN_LINES, 1) == 0 or "eval_loss" in row
+        if row["step"] == 1 or (is_due and not console.is_terminal):
+            console.print(f"step {row['step']}/{self.total_steps}  {text}", soft_wrap=True)
 
 
 @app.command()
@@ -120,7 +210,7 @@ def predict(
         from photon_cli import predict as body
         from photon_data.recipe import named_recipe
         from photon_train.answering.predictor import AnswerSettings, model_shape_of
-        from photon_train.answering.scan import open_input
+        from photon_train.answering.scan import is_store, open_input, open_store
 
         overlays = body.overlays_of(overlay, window, at, masks)
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
@@ -129,9 +219,14 @@ def predict(
             is_complete = body.predict_rows(load, device, data, output, shard, overlays)
         else:
             # Read before the model is loaded: most of what can be wrong is wrong with the scan.
-            made_by, policy = named_recipe(recipe, settings)
-            made_by = replace(made_by, model_shape_zyx=model_shape_of(model, revision))
-            scan = open_input(scan_path, made_by, policy, series)
+            if not is_store(scan_path):
+                made_by, policy = named_recipe(recipe, settings)
+                made_by = replace(made_by, model_shape_zyx=model_shape_of(model, revision))
+                scan = open_input(scan_path, made_by, policy, series)
+            elif needless := terminal.given_options(context, OF_RAW):
+                fail(f"{needless}: expected a raw scan beside it, found the store {scan_path}; leave it out")
+            else:
+                scan = open_store(scan_path)
             body.predict_scan(load, model, scan, questions, overlays, as_json=as_json, stream=stream)
             is_complete = True
     raise Exit(OK if is_complete else PARTIAL)
@@ -170,14 +265,11 @@ def evaluate(
     """Score a model or predictions on a benchmark's questions, with intervals and blind baselines."""
     if misplaced := terminal.given_options(context, OF_FILES if model else OF_MODEL):
         fail(f"{misplaced}: expected {'no --model' if model else '--model'} beside it; the two ways do not mix")
-    try:
-        from photon_cli import eval as body
-    except ModuleNotFoundError as error:
-        fail(f"photon: expected the extra `eval`, {error.name} is not installed; pip install 'photon-ct[eval]'")
-    from photon_train.evaluation.results import Settings
-
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
     with errors_as_exit_codes():
+        from photon_cli import eval as body
+        from photon_train.evaluation.results import Settings
+
         answering: body.Answering
         if model:
             from photon_cli.predict import answer_benchmark, loading

@@ -25,6 +25,13 @@ MISUSE = 2  # the command cannot be followed; nothing was written
 STOPPED = 3  # the run could not go on (no space, no workers); what is done is kept
 INTERRUPTED = 130  # Ctrl-C or SIGTERM; what is done is kept
 
+# What `pip install photon-ct` leaves out -> the extra that has it.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "tokenizers", "matplotlib"), "train"),
+    **dict.fromkeys(("sacrebleu", "rouge_score", "nltk"), "eval"),
+    "peft": "lora",
+}
+
 LINE_S = 10  # without a terminal, a progress line is printed at most this often
 WIDTH = None if sys.stdout.isatty() else 160  # a log file has room for a table
 
@@ -71,12 +78,17 @@ def errors_as_exit_codes() -> Iterator[None]:
         yield
     except (UsageError, Refused) as error:
         fail(str(error))
+    except ModuleNotFoundError as error:
+        if (name := str(error.name).partition(".")[0]) not in EXTRAS:
+            raise
+        extra = EXTRAS[name]
+        fail(f"expected the extra `{extra}`, found that {name} is not installed; pip install 'photon-ct[{extra}]'")
     except KeyboardInterrupt:
         fail("Interrupted. What is done is kept; the same command goes on from here.", INTERRUPTED)
     except OSError as error:
         if error.errno in NO_SPACE:
             fail(f"Stopped: {error.strerror}. What is done is kept.", STOPPED)
-        fail(f"Stopped: {error.strerror or error}: {error.filename or ''}", STOPPED)
+        fail(f"Stopped: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), STOPPED)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for sign, handler in previous.items():

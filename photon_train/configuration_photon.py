@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground")
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
@@ -224,3 +225,47 @@ def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) ->
         if step >= start:
             return phase
     return Phase.DENSE
+
+
+class Layout(Enum):
+    """What a checkpoint was trained as."""
+
+    STOCK = "Qwen2.5-VL"
+    STAGE1 = "Photon stage 1"
+    STAGE2 = "Photon stage 2"
+
+
+def layout_of(keys: set[str]) -> Layout:
+    """Return the layout that the tensor names show. Raises ValueError when they show none."""
+    parts = {".atp.": Layout.STAGE2, "visual.vision_patch_embed.": Layout.STAGE1, "visual.patch_embed.": Layout.STOCK}
+    for part, layout in parts.items():
+        if any(part in key for key in keys):
+            return layout
+    raise ValueError(
+        f"expected a Qwen2.5-VL or Photon checkpoint, found neither patch_embed nor vision_patch_embed "
+        f"among {len(keys)} keys, such as {sorted(keys)[:3]}; check the path"
+    )
+
+
+def config_for(path: str, layout: Layout, stage: int | None, settings: dict[str, Any], **kwargs: Any) -> PhotonConfig:
+    """Return the configuration to load a checkpoint for `stage` (default: its own; below it: ValueError)."""
+    own_stage = 2 if layout is Layout.STAGE2 else 1
+    stage = own_stage if stage is None else stage
+    if stage < own_stage:
+        raise ValueError(
+            f"{layout.value} checkpoint: expected stage {own_stage}, found {stage}; for no pruning set scheduler='none'"
+        )
+    saved, _ = PhotonConfig.get_config_dict(path, **hub_options(kwargs))
+    if layout is Layout.STOCK:
+        # one channel and cubic patches in place of RGB frames
+        rgb, fresh = saved["vision_config"], PhotonVisionConfig()
+        cubic = {"in_channels": 1, "in_chans": 1, "temporal_patch_size": rgb.get("patch_size", fresh.patch_size)}
+        settings = {"vision_config": {**rgb, **cubic, "tokens_per_second": fresh.tokens_per_second}, **settings}
+    if stage == 2 and layout is not Layout.STAGE2:
+        settings = {"scheduler": "its", **settings}
+    return PhotonConfig.from_dict({**saved, **settings, "stage": stage})
+
+
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that say where on the hub to look."""
+    return {k: v for k, v in kwargs.items() if k in HUB_OPTIONS and v is not None}

@@ -1,4 +1,4 @@
-"""What an answer costs: FLOPs of one volume's prefill from the configuration alone, and the memory a process used.
+"""What an answer costs: FLOPs of one volume's prefill, from the configuration alone.
 
 A multiply-add is two FLOPs. Attention is counted over all pairs, as torch's counter does (a causal kernel does about
 half). Norms, activations and softmax are left out. tests/model/test_flops.py compares the counts with torch's counter;
@@ -7,13 +7,10 @@ benchmarks/model_flops.py adds questions on a shared prefix, and bytes.
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    import torch
-
     from photon_train.configuration_photon import PhotonConfig
 
 # Tokens around volume and question: system turn and start of the volume; its end and the assistant's header.
@@ -125,12 +122,3 @@ def scoring(config: PhotonConfig, tokens: int, length: int, question: int) -> in
 def head(config: PhotonConfig) -> int:
     """FLOPs of the logits at one position."""
     return 2 * config.text_config.hidden_size * config.text_config.vocab_size
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        import torch  # late: counting FLOPs does not wait for it
-
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

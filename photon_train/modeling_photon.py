@@ -8,9 +8,12 @@ or tokens of a prefix, X voxels of a patch, V vocabulary; axis 3 is (t, h, w).
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,9 +25,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 
-from photon_train.configuration_photon import Phase, PhotonConfig, phase_at
+from photon_train.checkpoint import (
+    INDEX,
+    check_loaded,
+    checkpoint_keys,
+    register_published_names,
+    saving,
+    write_digests,
+)
+from photon_train.configuration_photon import Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
-from photon_train.pretrained import check_loaded, checkpoint_keys, config_for, layout_of, register_published_names
 from photon_train.processing_photon import IGNORED, prefix_length
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
@@ -67,16 +77,22 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path_or_id: str, *, config: PhotonConfig | None = None, stage: int | None = None, **kwargs: Any
+        cls,
+        path_or_id: str,
+        *,
+        config: PhotonConfig | None = None,
+        stage: int | None = None,
+        verify: bool = True,
+        **kwargs: Any,
     ) -> Self:
         """Return the model of a local directory or hub id (with `revision`): Qwen2.5-VL, Photon stage 1 or stage 2.
 
         `stage=2` adds a fresh threshold predictor to a checkpoint without one. A Qwen2.5-VL checkpoint gets a fresh 3D
-        patch embedding. Settings of PhotonConfig may be given by name. Raises ValueError for pickles and for any other
-        missing, unexpected or misshapen key.
+        patch embedding. Settings of PhotonConfig may be given by name. Raises ValueError for pickles, for any other
+        missing, unexpected or misshapen key, and where a file is not as its digests.json says (`verify`).
         """
         path_or_id = str(path_or_id)
-        layout = layout_of(checkpoint_keys(path_or_id, **kwargs))
+        layout = layout_of(checkpoint_keys(path_or_id, verify, **kwargs))
         if config is None:
             settings = {name: kwargs.pop(name) for name in list(kwargs) if name in PhotonConfig.__dataclass_fields__}
             config = config_for(path_or_id, layout, stage, settings, **kwargs)
@@ -85,6 +101,12 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         model, info = loaded
         check_loaded(info, layout, config.stage)
         return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
+        """Write what `from_pretrained` reads, and its digests. OSError on a full disk."""
+        with saving(folder := Path(save_directory)):
+            super().save_pretrained(folder, *args, **kwargs)
+        write_digests(folder, [*folder.glob("model*.safetensors"), INDEX, "config.json", "generation_config.json"])
 
     def forward(
         self,
@@ -364,6 +386,13 @@ def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Ten
     """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
     r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
     return F.relu(r_B - high) + F.relu(low - r_B)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 register_published_names("PhotonForConditionalGeneration")

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, BatchFeature
 
 from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, open_volume
-from photon_train.configuration_photon import PhotonConfig
-from photon_train.pretrained import hub_options
+from photon_train.checkpoint import write_digests
+from photon_train.configuration_photon import PhotonConfig, hub_options
 from photon_train.scheduling import ROLE_LINE, question_mask, visual_mask
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -69,9 +69,10 @@ class PhotonProcessor:
         return cls(tokenizer, PhotonConfig.from_pretrained(str(path_or_id), **kwargs))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the tokenizer and config.json."""
-        self.tokenizer.save_pretrained(directory)
+        """Write the tokenizer and config.json, and their digests."""
+        files = self.tokenizer.save_pretrained(directory)
         self.config.save_pretrained(directory)
+        write_digests(Path(directory), [*files, "config.json"])
 
     def __call__(
         self,

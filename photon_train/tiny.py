@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS
 from photon_data.phantom.questions import CAPTION, WORDINGS
+from photon_train.checkpoint import loading
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
@@ -30,15 +31,17 @@ def start_from(
 ) -> PhotonForConditionalGeneration:
     """Return the stage-1 start of a Qwen2.5-VL checkpoint, its 3D patch embedding drawn with `seed`; write it too."""
     torch.manual_seed(seed)
-    model = PhotonForConditionalGeneration.from_pretrained(path_or_id, revision=revision)
+    with loading(path_or_id):
+        model = PhotonForConditionalGeneration.from_pretrained(path_or_id, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, revision=revision)
     if model.config.stage != 1:
         raise ValueError(
             f"expected a Qwen2.5-VL or stage-1 checkpoint, found one of stage 2 at {path_or_id}; start from the "
             "checkpoint that it was trained from"
         )
-    processor = PhotonProcessor(AutoTokenizer.from_pretrained(path_or_id, revision=revision), model.config)
+    processor = PhotonProcessor(tokenizer, model.config)
     model.save_pretrained(output)
-    processor.tokenizer.save_pretrained(output)
+    processor.save_pretrained(output)
     return model
 
 
@@ -60,7 +63,7 @@ def tiny(output: Path, stage: int = 1, seed: int = 0, **settings: Any) -> Photon
                 parameter.normal_(0, 0.3)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    PhotonProcessor(tokenizer, model.config).save_pretrained(output)
     return model
 
 

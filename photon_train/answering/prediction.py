@@ -140,12 +140,13 @@ def prediction_file(path: Path, settings: Mapping[str, Any], digests: Mapping[st
     ({id: `question_digest`}). UsageError for a file of other settings, of a running process, or of something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _match_settings(path, settings).open() as lock:
+    with path.with_name(f".{path.name}.lock").open("a") as lock:  # a file that is never replaced
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             found = "found that another run is writing it; wait or choose another"
             raise UsageError(f"{path}: expected a file of its own, {found}") from None
+        _match_settings(path, settings)
         done, changed = _repair(path, digests)
         with path.open("a", encoding="utf-8") as lines:
             yield PredictionFile(lines, done, changed)
@@ -190,8 +191,8 @@ def merge_parts(
     return True
 
 
-def _match_settings(path: Path, settings: Mapping[str, Any]) -> Path:
-    """Write the settings beside a new file, and return where; UsageError for an older file with other settings."""
+def _match_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings beside a new file; UsageError for an older file with other settings."""
     place = path.with_name(f"{path.name}.settings.json")
     expected = json.loads(json.dumps(settings))
     if not place.exists():
@@ -199,10 +200,9 @@ def _match_settings(path: Path, settings: Mapping[str, Any]) -> Path:
             missing = f"{place.name} beside it, which says how it was made"
             raise UsageError(f"{path}: expected {missing}, found none; choose a new file")
         Location(str(path.parent)).write(place.name, (json.dumps(expected, indent=1) + "\n").encode())
-        return place
+        return
     found = json.loads(place.read_text(encoding="utf-8"))
     both = [(name, found.get(name), expected.get(name)) for name in sorted(expected.keys() | found.keys())]
     differences = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in both if old != new)
     if differences:
         raise UsageError(f"{path}: expected the same settings as before, found {differences}; choose another --output")
-    return place

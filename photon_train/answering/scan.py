@@ -15,7 +15,6 @@ from photon_data.prepare_file import prepare_volume
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
-from photon_data.scan import Source
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
 
@@ -38,18 +37,10 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series:
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused, with the words of `prepare`, for one that must not become a store.
     """
-    start = time.perf_counter()
-    if "://" in place or (Path(place) / ROOT).exists():
-        lazy = open_volume(place, grid="model")
-        model, metadata = Volume(lazy.numpy(), lazy.geometry), read_metadata(Location(place), "")
-        assert metadata is not None, "open_volume has read it"
-        seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
-        native = Geometry.from_json(metadata["facts"]["geometry"])
-        return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
-    return _prepared(find_one_scan(Path(place), series), recipe, policy or Policy(), start)
-
-
-def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
+    if is_store(place):
+        return open_store(place)
+    start, policy = time.perf_counter(), policy or Policy()
+    source = find_one_scan(Path(place), series)
     scan = open_scan(source, policy)
     reading = time.perf_counter() - start
 
@@ -65,3 +56,19 @@ def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> S
     prepared = prepare_volume(replace(scan, planes=timed_planes), recipe, policy)
     seconds = {"read": reading, "prepare": time.perf_counter() - start - reading}
     return ScanInput(source.id, prepared.model, prepared.volume, scan.geometry, seconds)
+
+
+def is_store(place: str) -> bool:
+    """Return whether a path or URL is that of a store; raw scans are local."""
+    return "://" in place or (Path(place) / ROOT).exists()
+
+
+def open_store(place: str) -> ScanInput:
+    """Return the scan of a store, as it was prepared. Raises what `open_volume` raises."""
+    start = time.perf_counter()
+    lazy = open_volume(place, grid="model")
+    model, metadata = Volume(lazy.numpy(), lazy.geometry), read_metadata(Location(place), "")
+    assert metadata is not None, "open_volume has read it"
+    seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
+    native = Geometry.from_json(metadata["facts"]["geometry"])
+    return ScanInput(metadata["id"], model, open_volume(place), native, seconds)

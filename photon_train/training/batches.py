@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import random
+import resource
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -304,11 +305,20 @@ def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
 
 
 def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one."""
+    """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one.
+
+    OSError when the workers cannot go on: one was killed, or there are too few open files for them.
+    """
     workers = dataset.config.workers
     if workers < 0:  # up to 8 of the CPUs that the compute leaves over
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = max(min((os.cpu_count() or 1) // processes - 1, 8), 1)
     ahead = dataset.config.prefetch if workers else None
     pinned = device.type == "cuda"
-    yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)
+    try:
+        yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)
+    except (RuntimeError, OSError) as error:  # of torch: a row that cannot be read is a batch with an error
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first = str(error).partition(". ")[0]
+        remedy = f"raise `ulimit -n` (now {limit}), give them more memory, or set workers to fewer or 0"
+        raise OSError(f"the {workers} processes that read ahead cannot go on: {first}; {remedy}") from error

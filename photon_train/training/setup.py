@@ -1,4 +1,4 @@
-"""A config -> a run that is ready for its next step: its rows, the model, what of it is trained, and the optimizer.
+"""A config -> a run that is ready for its next step: its rows, the model, what of it is trained and how fast.
 
 The run starts from the beginning or from its last checkpoint.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,11 +28,19 @@ from transformers import AutoTokenizer
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_train.checkpoint import (
+    ADAPTER,
+    checkpoints,
+    load_optimizer_state,
+    loading,
+    newest_whole,
+    read_state,
+    remove_leftovers,
+)
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training.batches import Batch, steps_per_epoch
-from photon_train.training.checkpoint import ADAPTER, checkpoints, load_optimizer_state, read_state
 from photon_train.training.config import TrainConfig, with_values
 
 CONFIG = "config.json"
@@ -98,11 +107,15 @@ def start(
     if bool(config.grounding) != (grounding is not None):
         remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
         raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
-    last = next(reversed(checkpoints(folder)), None) if resume else None
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        remove_leftovers(folder)
+    newest = newest_whole if is_main else lambda run: next(reversed(checkpoints(run)), None)
+    last = newest(folder) if resume else None
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
-    model, processor = load_model(config, last)
+    model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
     state["rows"] = hashlib.sha256(text.encode()).hexdigest()
@@ -170,24 +183,30 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         raise UsageError(f"groups_per_step: expected a multiple of the {processes} processes, {found}")
 
 
-def load_model(config: TrainConfig, last: Path | None) -> tuple[Any, PhotonProcessor]:
-    """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one."""
+def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple[Any, PhotonProcessor]:
+    """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one.
+
+    `verify`: compare the files of a model to start from with their digests; `last` was compared before.
+    """
     torch.manual_seed(config.seed)  # for fresh parts
     adapter = last / ADAPTER if last and (last / ADAPTER).is_file() else None
     source = str(last) if last and not adapter else config.model
     if not source:
         raise UsageError("model: expected a checkpoint to start from, found none; photon init makes one")
     options: dict[str, Any] = {"revision": config.revision or None} if source == config.model else {}
-    model: Any = PhotonForConditionalGeneration.from_pretrained(
-        source,
-        stage=2 if config.stage == "s2" else None,
-        dtype=torch.float32,
-        attn_implementation=config.attention,
-        **{"scheduler": "its" if config.stage == "s2" else "none", **config.photon},  # earlier stages drop no tokens
-        **options,
-    )
+    scheduler = "its" if config.stage == "s2" else "none"  # earlier stages drop no tokens
+    with loading(source):
+        model: Any = PhotonForConditionalGeneration.from_pretrained(
+            source,
+            stage=2 if config.stage == "s2" else None,
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            verify=verify and source == config.model,
+            **{"scheduler": scheduler, **config.photon},
+            **options,
+        )
+        processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
     model.config.use_cache = False
-    processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
     _set_gradient_checkpointing(model.model.language_model, config.gradient_checkpointing)
     _set_gradient_checkpointing(model.model.visual, config.vision_gradient_checkpointing)
     if config.lora_rank:
@@ -252,3 +271,34 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         {"params": own, "lr": config.learning_rates[module], "weight_decay": decay, "module": module}
         for (module, decay), own in groups.items()
     ]
+
+
+def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return what every peak learning rate is multiplied by in optimizer step `step`, counted from 0.
+
+    Rises in a line over the warm-up (the last step of which has 1), then falls to 0 along a cosine or a line, or stays.
+    """
+    rising = math.ceil(config.warmup * total_steps)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(total_steps - rising, 1)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+
+
+def set_learning_rates(optimizer: Any, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Set the optimizer's learning rates for a step and return them by module."""
+    factor = learning_rate_factor(config, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rates[group["module"]] * factor
+    return {group["module"]: group["lr"] for group in optimizer.param_groups}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the norm of the gradients of each module that has any, of all processes."""
+    squares: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm: Any = torch.linalg.vector_norm(parameter.grad.float())
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # where processes share the weight
+            squares[module_of(name)].append(whole.square())
+    return {module: float(torch.stack(values).sum().sqrt()) for module, values in squares.items()}

@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
+from photon_data.files import Location, exclusive
 from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.evaluate import evaluate
 from photon_train.evaluation.report import write_report
@@ -95,6 +96,14 @@ def test_what_cannot_be_followed_is_said_and_nothing_is_written(files, words, sa
     assert code == 2
     assert said in text
     assert not (files / "out").exists()
+
+
+def test_a_second_evaluation_into_a_folder_is_misuse(files):
+    with exclusive(Location(str(files / "out"))):
+        code, text = ask(files)
+    assert (code, "another run" in text) == (2, True)
+    assert not (files / "out" / "scores.json").exists()
+    assert ask(files)[0] == 0
 
 
 def test_without_predictions_blind_baselines_are_scored(files):

@@ -113,6 +113,7 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
         (("--data", tmp_path / "no.jsonl", "--output", "p.jsonl"), "no.jsonl"),
         ((scan, "?", *FAST, *COARSE, "--at", "1,2"), "--at: expected 3 numbers"),
         ((scan, " ", *FAST, *COARSE), "expected a question"),
+        ((store(tmp_path, "a", 0), "?", *COARSE), "--set: expected a raw scan beside it"),
         ((scan, "?", *COARSE, "--window", "lungs"), "expected a window, full, lung"),
         ((scan, "?", *COARSE, "--window", "5,1"), "low < high"),
         ((scan, "?", *COARSE, "--device", "gpu"), "or cuda:N, found 'gpu'"),

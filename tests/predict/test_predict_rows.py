@@ -143,7 +143,7 @@ def test_other_settings_another_model_or_an_unknown_file_are_refused(model_dir, 
 def test_two_runs_do_not_write_one_file(model, rows, tmp_path):
     path = tmp_path / "p.jsonl"
     predict_rows(model, rows[:1], path)
-    with (tmp_path / "p.jsonl.settings.json").open() as held:
+    with (tmp_path / ".p.jsonl.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another run is writing it"):
             predict_rows(model, rows, path)

@@ -9,8 +9,13 @@ from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.rows import read_train_rows
 from photon_train.training.config import RUNS, TrainConfig, named_run, s2, with_values
-from photon_train.training.loop import learning_rate_factor, set_learning_rates
-from photon_train.training.setup import choose_trained, module_of, parameter_groups
+from photon_train.training.setup import (
+    choose_trained,
+    learning_rate_factor,
+    module_of,
+    parameter_groups,
+    set_learning_rates,
+)
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from answers import put
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
-from photon_train.training.checkpoint import checkpoints
+from photon_train.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
-from photon_train.training.log import read_log
-from photon_train.training.loop import TrainingStopped, run_steps
+from photon_train.training.loop import TrainingStopped, read_log, run_steps
 from photon_train.training.setup import MODULES, check_processes, make_accelerator, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
@@ -275,20 +275,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_skips_the_step(config, model
     assert [row["loss"] for row in rows] == [None] * 3  # JSON has no NaN
 
 
-def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(config, monkeypatch):
-    import photon_train.training.checkpoint as module
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),  # as it says it
+]
+
+
+@pytest.mark.parametrize("reason", FULL)
+def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(config, monkeypatch, reason):
+    import photon_train.checkpoint as module
 
     save = module.save_file
 
     def full(tensors, path, metadata=None):
         if "checkpoint-4" in str(path):
             save({"begun": torch.zeros(3)}, path)
-            raise OSError(28, "No space left on device")
+            raise reason
         save(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as full_disk:
         trained(config)
+    assert full_disk.value.errno == 28
     monkeypatch.undo()
     run = start(config, resume=True)
     assert run.state["step"] == 2
