@@ -20,7 +20,6 @@ from photon_train.evaluation.cases import Case, Gaps, Joined, Row, case_of, grou
 from photon_train.evaluation.choice_metrics import any_question, is_free_text
 from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_costs, summarise_kept
 from photon_train.evaluation.metric import POINTS, Metric, Patients, draw_patients, estimate_of, points
-from photon_train.evaluation.parsing import parse_number
 from photon_train.evaluation.results import Answers, Average, Comparison, Evaluation, Score, ScoredCase, Settings
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
@@ -48,7 +47,7 @@ BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
         *(rouge("rougeL", any_question), meteor_exact_stem(any_question)),
     ),
     # Any questions: the metrics that suit the form of each.
-    "vqa": (*_CLOSED, *_NUMERIC, _BLEU_1, _ROUGE_1, _ROUGE_L, _EXACT, *_SIZES),
+    "vqa": (*_CLOSED, *_NUMERIC, *_SIZES, _BLEU_1, _ROUGE_1, _ROUGE_L, _EXACT),
 }
 
 
@@ -177,9 +176,7 @@ class _Scoring:
 
 def _is_unparsed(case: Case) -> bool:
     """Tell whether a response means no answer of the expected form; text always means something."""
-    if case.closed or case.form == "yes-no":
-        return choice.parsed_answer(case) is None
-    return case.form == "number" and parse_number(case.response) is None
+    return choice.what_is_read(case) is None
 
 
 class Key(NamedTuple):
