@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,14 @@ from photon_train.evaluation.published import (
     without_punctuation,
 )
 from photon_train.evaluation.quantities import Quantity
+
+
+class ReliabilityBin(NamedTuple):
+    """Questions of about the same confidence; a calibrated model is right as often as its confidence says."""
+
+    questions: int
+    confidence: float
+    accuracy: float
 
 
 def any_question(case: Case) -> bool:
@@ -173,7 +182,7 @@ class Auroc(Metric[Case]):
 
 def _of_confusion(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
     """Return the metric with a formula of the columns of `_confusion`."""
-    return Metric(name, _is_yes_no, _confusion, lambda sums: formula(*np.moveaxis(sums, -1, 0)))
+    return Metric(name, _is_yes_no, _confusion, lambda sums: formula(*np.moveaxis(sums, -1, 0)), by_question=False)
 
 
 # Yes is positive. A response that is neither yes nor no is wrong: FN or FP. DeepTumorVQA v2 takes it for a no.
@@ -183,8 +192,48 @@ YES_NO_METRICS = (
     _of_confusion("specificity_unparsed_is_no", lambda tp, fn, tn, fp, unparsed: (tn + unparsed) / (tn + fp)),
     _of_confusion("balanced_accuracy", lambda tp, fn, tn, fp, unparsed: (tp / (tp + fn) + tn / (tn + fp)) / 2),
     _of_confusion("f1_yes", lambda tp, fn, tn, fp, unparsed: 2 * tp / (2 * tp + fn + fp)),
-    Auroc("auroc", lambda case: _is_yes_no(case) and _has_choice_scores(case), _scores_and_labels, lambda sums: sums),
+    Auroc(
+        "auroc",
+        lambda case: _is_yes_no(case) and _has_choice_scores(case),
+        _scores_and_labels,
+        lambda sums: sums,
+        by_question=False,
+    ),
 )
+
+CONFIDENCE_BINS = 10
+
+
+def _confidence_bins(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 3 * bins]: in the bin of its confidence each case adds 1, its confidence, and 1 if it is right.
+
+    The confidence is the probability of the choice with the highest score, of all choices together 1.
+    """
+    rows = np.zeros((len(cases), CONFIDENCE_BINS, 3))
+    for row, case in zip(rows, cases, strict=True):
+        scores = np.array([case.prediction.choice_scores[text] for text in case.choices])
+        confidence = 1 / np.exp(scores - scores.max()).sum()
+        place = min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)
+        row[place] = 1, confidence, _best_scored(case) == case.answer
+    return rows.reshape(len(cases), 3 * CONFIDENCE_BINS)
+
+
+def _calibration_error(sums: np.ndarray) -> np.ndarray:
+    counts, confidence, right = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    return np.asarray(np.abs(confidence - right).sum(axis=-1) / counts.sum(axis=-1))
+
+
+# ECE: the mean of |confidence - accuracy| of 10 bins of equal width, weighted by their questions. 0 is best.
+CALIBRATION_ERROR = Metric(
+    "calibration_error", _has_choice_scores, _confidence_bins, _calibration_error, by_question=False, of_text=False
+)
+
+
+def reliability_of(cases: Sequence[Case]) -> tuple[ReliabilityBin, ...]:
+    """Return the bins that hold questions, of the cases with scores of all their choices."""
+    sums = _confidence_bins([case for case in cases if _has_choice_scores(case)]).sum(axis=0).reshape(-1, 3)
+    return tuple(ReliabilityBin(int(n), confidence / n, right / n) for n, confidence, right in sums if n)
+
 
 # A question with more different answers than this has no confusion table.
 MOST_CLASSES = 12
@@ -207,7 +256,7 @@ def _mean_of_classes(name: str, formula: Callable[..., np.ndarray]) -> Metric[Ca
         true, right, given = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
         return np.asarray(np.where(true > 0, formula(true, right, given), 0.0).sum(axis=-1) / (true > 0).sum(axis=-1))
 
-    return Metric(name, _expects("choice"), _by_class, mean, as_label)
+    return Metric(name, _expects("choice"), _by_class, mean, as_label, by_question=False)
 
 
 # Of choices other than yes and no.

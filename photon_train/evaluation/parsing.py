@@ -176,12 +176,12 @@ def _spellings(choices: tuple[str, ...], letters: str) -> _Spellings:
 # What stands before an answer that is stated as such, which outweighs the rest.
 _CUE = re.compile(
     r"\banswers? ?(?:(?:is|was|(?:would|should|must) be)\b|[:=]):?"
-    r"|\b(?:correct|right|best) (?:option|choice|one) ?(?:is|:):?|\b(?:option|choice|conclusion) ?:|\bi (?:(?:would|will) )?(?:choose|select|pick|go with)\b"
+    r"|\b(?:correct|right|best) (?:option|choice|one) ?(?:is|:):?"
+    r"|\b(?:option|choice|conclusion) ?:|\bi (?:(?:would|will) )?(?:choose|select|pick|go with)\b"
     r"|</?answer>|\\boxed\b|答案 ?(?:应该?)?[是为]?:?|选择?项?[是为]?:?",
     re.IGNORECASE,
 )
-# What takes back everything before it.
-_RETRACTION = re.compile(
+_RETRACTION = re.compile(  # what takes back everything before it
     r"\b(?:wait|actually|correction:|scratch that|i mean|i meant|on second thoughts?|let me (?:reconsider|think again)"
     r"|sorry|my mistake|or rather|i changed? my mind)\b|不对|更正",
     re.IGNORECASE,
@@ -193,8 +193,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _WRAPPERS = " \t\n.,;:!?*_'\"()[]{}#$<>|=&"
-# Before a letter that is a choice.
-_LETTER_CUES = _words(
+_LETTER_CUES = _words(  # before a letter that is a choice
     "option options choice choices answer answers letter is be choose select pick with for so therefore thus hence"
     " : = -> => 选 项 是 为 案 择"
 )
