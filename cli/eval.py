@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,21 @@ import numpy as np
 
 from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
+from photon_data.files import Location, jsonl_bytes
 from photon_data.questions.table import read_values
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import grouped
-from photon_train.evaluation.evaluate import check, chosen_rows, evaluate
+from photon_train.evaluation.compare import compare, read_scored
+from photon_train.evaluation.evaluate import ALL_TASKS, check, chosen_rows, evaluate
+from photon_train.evaluation.imported import join_results, read_results
 from photon_train.evaluation.report import (
     FormattedTable,
     both_averages,
     cases_to_picture,
+    comparison_to_json,
     formatted,
     formatted_interval,
     formatted_p,
@@ -112,6 +117,50 @@ def score(
     return evaluation
 
 
+def import_results(path: Path, form: str, columns: Mapping[str, str], data: Sequence[Path], output: Path) -> bool:
+    """Write the results of another tool as predictions of the data's questions, and beside them a list of those that
+    answer none for sure. Print the counts; return whether there are none of these. UsageError for a file that exists.
+    """
+    if output.exists():
+        raise UsageError(f"{output}: expected a new file, found one; choose another --output or remove it")
+    results = read_results(path, form, columns)
+    imported = join_results(results, [row for one in data for row in read_values(one)])
+    places = (f"{one.place}: {one.reason}" for one in imported.left_out[:10])
+    if not imported.predictions:
+        raise UsageError("\n  ".join([f"{path}: expected answers to questions of the data, found none", *places]))
+    folder, left_out = Location(str(output.parent)), output.with_name(f"{output.stem}.left_out.jsonl")
+    folder.write(output.name, jsonl_bytes(asdict(one) for one in imported.predictions))
+    console.print(
+        f"{len(imported.predictions):,} of {len(results):,} results answer a question: {output}", soft_wrap=True
+    )
+    if imported.left_out:
+        folder.write(left_out.name, jsonl_bytes(one._asdict() for one in imported.left_out))
+        print_lines(places)
+        console.print(f"left out: {len(imported.left_out):,}, all in {left_out}", soft_wrap=True)
+    return not imported.left_out
+
+
+def compare_evaluations(
+    paths: Sequence[Path], output: Path | None, bootstrap: int, seed: int, *, verbose: bool
+) -> None:
+    """Print how the evaluations of folders differ from the first, and write all differences to `output`, if given."""
+    read = [(path, name, scored) for path in paths for name, scored in read_scored(path).items()]
+    names = [name for _, name, _ in read]
+    if len(set(names)) < len(names):
+        names = [f"{path}: {name}" for path, name, _ in read]
+    if len(set(names)) < len(names):
+        raise UsageError("expected different evaluations, found one of them twice")
+    questions = [scored for _, _, scored in read]
+    comparisons = compare([*zip(names, questions, strict=True)], Settings(bootstrap=bootstrap, seed=seed))
+    main = {(task, one.metric) for scored in questions for one in scored for task in (one.task, ALL_TASKS)}
+    for comparison in comparisons:
+        console.print(f"{comparison.second} and {comparison.first}: {comparison.questions:,} questions of both")
+        _print_differences(comparison, None if verbose else main)
+    if output:
+        text = json.dumps([comparison_to_json(one) for one in comparisons], indent=1, ensure_ascii=False)
+        Location(str(output.parent)).write(output.name, f"{text}\n".encode("utf-8", "backslashreplace"))
+
+
 def _names_of(paths: Sequence[Path]) -> list[str]:
     """Return a name for each file: its stem, or with its folders where two stems are the same."""
     if len({path.resolve() for path in paths}) < len(paths):
@@ -179,8 +228,9 @@ def print_evaluation(evaluation: Evaluation, *, verbose: bool = False) -> None:
             _print_costs(answers)
     for table in _recall_tables(evaluation, verbose=verbose):
         print_table(*table, texts=1)
+    main = {(one.task, one.metric) for one, _ in main_scores(evaluation.answers[0])}
     for comparison in evaluation.comparisons if verbose or not compared else ():
-        _print_differences(comparison, evaluation.answers[0], verbose=verbose)
+        _print_differences(comparison, None if verbose else main)
     for trade_off in compared:
         print_table(*trade_off_table(trade_off), texts=1)
     if not verbose:
@@ -221,18 +271,20 @@ def _print_scores(answers: Answers) -> None:
     print_table(answers.name, ["task", "metric", *names], rows, texts=2)
 
 
-def _print_differences(comparison: Comparison, like: Answers, *, verbose: bool) -> None:
-    main = {(one.task, one.metric) for one, _ in main_scores(like)}
+def _print_differences(comparison: Comparison, main: Collection[tuple[str, str]] | None) -> None:
+    """Print the differences of the main metrics, given as (task, metric); None: of all, by question too."""
     rows = []
     for pair in both_averages(comparison.scores):
-        if verbose or (pair[0].task, pair[0].metric) in main:
+        if main is None or (pair[0].task, pair[0].metric) in main:
             cells = [
                 text
                 for one in pair
                 for text in (formatted(one.estimate), formatted_interval(one.estimate), formatted_p(one))
             ]
-            rows.append([pair[0].task, pair[0].metric, *(cells if verbose else cells[:3]), f"{pair[0].questions:,}"])
-    names = ["macro", "95 %", "p", *(["by question", "95 %", "p"] if verbose else []), "n"]
+            rows.append(
+                [pair[0].task, pair[0].metric, *(cells if main is None else cells[:3]), f"{pair[0].questions:,}"]
+            )
+    names = ["macro", "95 %", "p", *(["by question", "95 %", "p"] if main is None else []), "n"]
     print_table(f"{comparison.second} minus {comparison.first}", ["task", "metric", *names], rows, texts=2)
 
 

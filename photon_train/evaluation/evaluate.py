@@ -182,10 +182,11 @@ class _Scoring:
         for metric in (metric for metric in self.metrics if metric.by_question):
             if found := [case for case in cases if metric.applies(case)]:
                 for case, value in zip(found, metric.of_each(found).tolist(), strict=True):
-                    scores[case.id][metric.name] = points(value)
+                    scores[case.id][metric.name_of_each] = points(value)
         for case in cases:
-            main = next(metric.name for metric in self.metrics if metric.applies(case))
-            yield ScoredCase(case, main, scores[case.id][main] or 0.0, choice.what_is_read(case), scores[case.id])
+            main = next(metric for metric in self.metrics if metric.applies(case))
+            own = scores[case.id]
+            yield ScoredCase(case, main.name, own[main.name_of_each] or 0.0, choice.what_is_read(case), own)
 
     def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
         """Return second - first of what both have over as many questions."""

@@ -19,7 +19,7 @@ from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.choice_metrics import ReliabilityBin
 from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.results import Answers, Evaluation, Score, ScoredCase
+from photon_train.evaluation.results import Answers, Comparison, Evaluation, Score, ScoredCase
 
 SCORES, REPORT, QUESTIONS = "scores.json", "report.html", "per_question.jsonl"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -72,7 +72,7 @@ def write_questions(evaluation: Evaluation, folder: Path) -> Path:
             **{name: getattr(one.case, name) for name in names},
             "response": one.case.prediction.response,
             "read": one.read,
-            "metric": one.metric,
+            "metric": one.metric if one.metric in one.scores else f"{one.metric}_sentence",
             "scores": one.scores,
         }
         for answers in evaluation.answers
@@ -105,15 +105,15 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
             }
             for answers in evaluation.answers
         ],
-        "differences": [
-            {
-                **{name: getattr(comparison, name) for name in ("first", "second", "questions")},
-                "second_minus_first": [_score_to_json(score) for score in comparison.scores],
-            }
-            for comparison in evaluation.comparisons
-        ],
+        "differences": [comparison_to_json(comparison) for comparison in evaluation.comparisons],
         "trade_offs": [_rounded(asdict(trade_off)) for trade_off in trade_offs(evaluation)],
     }
+
+
+def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the differences of two files of predictions as plain values."""
+    row = {name: getattr(comparison, name) for name in ("first", "second", "questions")}
+    return row | {"second_minus_first": [_score_to_json(score) for score in comparison.scores]}
 
 
 def _score_to_json(score: Score) -> dict[str, Any]:

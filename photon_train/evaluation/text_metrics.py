@@ -47,7 +47,7 @@ def bleu(order: int, applies: Applies[Case]) -> Metric[Case]:
     def observe(cases: Sequence[Case]) -> np.ndarray:
         return np.array([counts(case.response, case.answer) for case in cases], float)
 
-    return Metric(f"bleu{order}", applies, observe, of_sums)
+    return Metric(f"bleu{order}", applies, observe, of_sums, is_mean=False)
 
 
 def rouge(kind: str, applies: Applies[Case]) -> Metric[Case]:
