@@ -20,9 +20,9 @@ from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import grouped
-from photon_train.evaluation.compare import compare, read_scored
-from photon_train.evaluation.evaluate import ALL_TASKS, check, chosen_rows, evaluate
+from photon_train.evaluation.evaluate import ALL_TASKS, check, chosen_rows, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
+from photon_train.evaluation.paired import pairs_of, read_scored
 from photon_train.evaluation.report import (
     FormattedTable,
     both_averages,
@@ -151,7 +151,9 @@ def compare_evaluations(
     if len(set(names)) < len(names):
         raise UsageError("expected different evaluations, found one of them twice")
     questions = [scored for _, _, scored in read]
-    comparisons = compare([*zip(names, questions, strict=True)], Settings(bootstrap=bootstrap, seed=seed))
+    settings = Settings(bootstrap=bootstrap, seed=seed)
+    pairs = pairs_of([*zip(names, questions, strict=True)], settings)
+    comparisons = [compared(*pair, settings) for pair in pairs]
     main = {(task, one.metric) for scored in questions for one in scored for task in (one.task, ALL_TASKS)}
     for comparison in comparisons:
         console.print(f"{comparison.second} and {comparison.first}: {comparison.questions:,} questions of both")
@@ -213,25 +215,25 @@ def print_evaluation(evaluation: Evaluation, *, verbose: bool = False) -> None:
     console.print("; ".join([f"{evaluation.benchmark}: {number}", *chosen]))
     learned = f"constant answers were chosen on {evaluation.learned_on}"
     console.print(f"{learned}; scores in points, 95 % intervals by patient")
-    compared = trade_offs(evaluation)
+    against_kept = trade_offs(evaluation)
     for answers in evaluation.answers:
         if verbose:
             _print_scores(answers)
-        elif not compared:
+        elif not against_kept:
             _print_main_scores(answers)
         if answers.gaps:
             console.print(f"{answers.name}: {answers.gaps.sentence()}", soft_wrap=True)
         if answers.unparsed:
             counts = ", ".join(f"{count:,} of {task}" for task, count in answers.unparsed.items())
             console.print(f"{answers.name}: responses that mean no answer, counted as wrong: {counts}", soft_wrap=True)
-        if verbose or not compared:
+        if verbose or not against_kept:
             _print_costs(answers)
     for table in _recall_tables(evaluation, verbose=verbose):
         print_table(*table, texts=1)
     main = {(one.task, one.metric) for one, _ in main_scores(evaluation.answers[0])}
-    for comparison in evaluation.comparisons if verbose or not compared else ():
+    for comparison in evaluation.comparisons if verbose or not against_kept else ():
         _print_differences(comparison, None if verbose else main)
-    for trade_off in compared:
+    for trade_off in against_kept:
         print_table(*trade_off_table(trade_off), texts=1)
     if not verbose:
         console.print("all metrics, subtasks and cases are on the page; --verbose prints the tables")

@@ -19,9 +19,9 @@ from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.choice_metrics import ReliabilityBin
 from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.results import Answers, Comparison, Evaluation, Score, ScoredCase
+from photon_train.evaluation.results import QUESTIONS, Answers, Comparison, Evaluation, Score, ScoredCase
 
-SCORES, REPORT, QUESTIONS = "scores.json", "report.html", "per_question.jsonl"
+SCORES, REPORT = "scores.json", "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 MACRO = "macro_over_subtasks"
 SHOWN_CASES = 12

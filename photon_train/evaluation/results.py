@@ -11,6 +11,8 @@ from photon_train.evaluation.kept import Costs, Kept, MaskRecalls
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.text_metrics import LabelTable
 
+QUESTIONS = "per_question.jsonl"  # a line per question, which later evaluations are compared with
+
 # "subtask": of that subtask alone. Of a task: the mean of its subtasks, with equal weights ("macro_over_subtasks") or
 # weighted by their numbers of questions.
 Average = Literal["subtask", "macro_over_subtasks", "question_weighted"]

@@ -1,19 +1,17 @@
-"""Evaluations on disk -> their differences, question by question: no data, predictions or model are needed again."""
+"""Evaluations on disk -> pairs that are compared question by question, without data, predictions or a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from photon_data.errors import UsageError, first_few
 from photon_data.questions.table import Problem, read_table, refuse
 from photon_train.evaluation.cases import Case
-from photon_train.evaluation.evaluate import compared
-from photon_train.evaluation.metric import Metric, draw_patients, mean_of
-from photon_train.evaluation.report import QUESTIONS
-from photon_train.evaluation.results import Comparison, Settings
+from photon_train.evaluation.metric import Metric, Patients, draw_patients, mean_of
+from photon_train.evaluation.results import QUESTIONS, Settings
 
 
 @dataclass(frozen=True)
@@ -57,27 +55,38 @@ def read_scored(path: Path) -> dict[str, list[ScoredQuestion]]:
     return {name: sorted(questions.values(), key=lambda one: one.id) for name, questions in found.items()}
 
 
-def compare(evaluations: Sequence[tuple[str, Sequence[ScoredQuestion]]], settings: Settings) -> list[Comparison]:
-    """Return the differences of each later evaluation to the first, by every metric that scores single questions.
+class Pair(NamedTuple):
+    """Two evaluations of the same questions; both sides in the same order."""
 
-    Only the questions of both count. UsageError where these have other answers or patients, and where none is of both.
+    first: str
+    one: list[Case]
+    second: str
+    other: list[Case]
+    metrics: list[Metric[Case]]  # those that score single questions
+    patients: Patients
+
+
+def pairs_of(evaluations: Sequence[tuple[str, Sequence[ScoredQuestion]]], settings: Settings) -> list[Pair]:
+    """Return the first evaluation with each later one; only the questions of both count.
+
+    UsageError where these have other answers or patients, and where none is of both.
     """
     first, one = evaluations[0]
-    comparisons = []
+    found = []
     for second, other in evaluations[1:]:
         theirs = {question.id: question for question in other}
         both = [(question, theirs[question.id]) for question in one if question.id in theirs]
         if odd := [a.id for a, b in both if (a.answer, a.patient, a.task) != (b.answer, b.patient, b.task)]:
-            found = f"others for {len(odd)}: {first_few(odd)}"
-            raise UsageError(f"{second}: expected the answers, patients and tasks of {first}, found {found}")
+            others = f"others for {len(odd)}: {first_few(odd)}"
+            raise UsageError(f"{second}: expected the answers, patients and tasks of {first}, found {others}")
         if not both:
             raise UsageError(f"{second}: expected questions of {first}, found none; were they made from the same data?")
-        names = dict.fromkeys(name for question in one for name in (question.metric, *question.scores))
-        metrics = [_metric(name) for name in names]
+        metrics = [_metric(name) for name in dict.fromkeys(name for question in one for name in question.scores)]
         patients = draw_patients([question.patient for question in one], settings.bootstrap, settings.seed)
+        # A metric needs no more of a case than a line has.
         cases = [cast(list[Case], [pair[side] for pair in both]) for side in (0, 1)]
-        comparisons.append(compared(first, cases[0], second, cases[1], metrics, patients, settings))
-    return comparisons
+        found.append(Pair(first, cases[0], second, cases[1], metrics, patients))
+    return found
 
 
 def _metric(name: str) -> Metric[Case]:
