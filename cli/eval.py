@@ -225,7 +225,9 @@ def print_evaluation(evaluation: Evaluation, *, verbose: bool = False) -> None:
             console.print(f"{answers.name}: {answers.gaps.sentence()}", soft_wrap=True)
         if answers.unparsed:
             counts = ", ".join(f"{count:,} of {task}" for task, count in answers.unparsed.items())
-            console.print(f"{answers.name}: responses that mean no answer, counted as wrong: {counts}", soft_wrap=True)
+            console.print(
+                f"{answers.name}: responses that mean no answer (wrong where one is read): {counts}", soft_wrap=True
+            )
         if verbose or not against_kept:
             _print_costs(answers)
     for table in _recall_tables(evaluation, verbose=verbose):

@@ -66,9 +66,7 @@ class Answers:
     name: str
     gaps: Gaps
     scores: tuple[Score, ...]
-    unparsed: dict[str, int] = field(
-        default_factory=dict
-    )  # by task, responses that mean no answer; they count as wrong
+    unparsed: dict[str, int] = field(default_factory=dict)  # by task, responses that mean no answer
     scored_cases: tuple[ScoredCase, ...] = ()  # by id
     costs: Costs | None = None
     kept: Kept | None = None

@@ -52,7 +52,7 @@ def score(files, name, *more):
 def test_every_question_has_a_line_with_what_was_read_and_all_its_scores(files):
     code, text = score(files, "preds")
     assert code == 0
-    assert "responses that mean no answer, counted as wrong: 1 of closed" in text
+    assert "responses that mean no answer (wrong where one is read): 1 of closed" in text
     lines = {line["id"]: line for line in lines_of(files / "preds" / "per_question.jsonl")}
     assert {id: line["read"] for id, line in lines.items()} == {
         **{"c1": "no", "c2": None, "n1": "12 mm", "s1": "30 x 13 mm", "t1": "lower lobe"},
