@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
     learning = rows_of(args.folder / "train") if args.train else []
-    print_evaluation(evaluate("3d-rad", rows_of(args.folder / args.split), {}, train=learning))
+    print_evaluation(evaluate("3d-rad", rows_of(args.folder / args.split), {}, train=learning), verbose=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +14,31 @@ import numpy as np
 
 from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive
+from photon_data.files import Location, exclusive, jsonl_bytes
 from photon_data.questions.table import read_values
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import grouped
-from photon_train.evaluation.evaluate import check, evaluate
+from photon_train.evaluation.evaluate import ALL_TASKS, check, chosen_rows, compared, evaluate
+from photon_train.evaluation.imported import join_results, read_results
+from photon_train.evaluation.paired import pairs_of, read_scored
 from photon_train.evaluation.report import (
+    FormattedTable,
     both_averages,
     cases_to_picture,
+    comparison_to_json,
     formatted,
     formatted_interval,
+    formatted_p,
     formatted_value,
+    main_scores,
     recall_tables,
+    shown_scores,
     trade_off_table,
     trade_offs,
+    write_questions,
     write_report,
 )
 from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
@@ -73,6 +82,7 @@ def score(
     overlays: int,
     *,
     answers_now: bool,
+    verbose: bool = False,
 ) -> Evaluation:
     """Read rows, have them answered, evaluate, write and print; return the evaluation.
 
@@ -81,16 +91,18 @@ def score(
     masks        a folder per volume id: the recall of its masks by kept tokens is measured
     overlays     so many cases of the first file get pictures
     answers_now  a model reads the volumes: relative paths are looked for where training looks for them
+    verbose      print every table, not only the main scores
     """
     read_data = read_rows if answers_now or masks or overlays else read_values
     rows = [row for path in data for row in read_data(path)]
     training_rows = [row for path in train for row in read_values(path)]
-    check(benchmark, rows, settings)
-    volumes = volumes_with_masks(masks, rows) if masks else {}
+    chosen = [*chosen_rows(rows, settings)]
+    check(benchmark, chosen, settings)
+    volumes = volumes_with_masks(masks, chosen) if masks else {}
     with ExitStack() as held:  # the folder, from where something is written on
         if answers_now:
             held.enter_context(exclusive(Location(str(output))))
-        files, config = answering(rows)
+        files, config = answering(chosen)
         if config:
             settings = replace(settings, grid_zyx=config.tokens_thw)
         predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
@@ -101,14 +113,60 @@ def score(
         if not answers_now:
             held.enter_context(exclusive(Location(str(output))))
         pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
-        paths = write_report(evaluation, output, overlays=pictures)
-    print_evaluation(evaluation)
+        paths = [*write_report(evaluation, output, overlays=pictures), write_questions(evaluation, output)]
+    print_evaluation(evaluation, verbose=verbose)
     if masks and not any(answers.mask_recalls for answers in evaluation.answers):
         grid = " x ".join(map(str, settings.grid_zyx))
         reason = f"no prediction says which of {grid} tokens it kept; --config MODEL says the grid"
         console.print(f"no recall of masks: {reason}")
-    console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
+    console.print(f"page: {paths[1]}; beside it {paths[0].name} and {paths[2].name}", soft_wrap=True)
     return evaluation
+
+
+def import_results(path: Path, form: str, columns: Mapping[str, str], data: Sequence[Path], output: Path) -> bool:
+    """Write the results of another tool as predictions of the data's questions, and beside them a list of those that
+    answer none for sure. Print the counts; return whether there are none of these. UsageError for a file that exists.
+    """
+    if output.exists():
+        raise UsageError(f"{output}: expected a new file, found one; choose another --output or remove it")
+    results = read_results(path, form, columns)
+    imported = join_results(results, [row for one in data for row in read_values(one)])
+    places = (f"{one.place}: {one.reason}" for one in imported.left_out[:10])
+    if not imported.predictions:
+        raise UsageError("\n  ".join([f"{path}: expected answers to questions of the data, found none", *places]))
+    folder, left_out = Location(str(output.parent)), output.with_name(f"{output.stem}.left_out.jsonl")
+    folder.write(output.name, jsonl_bytes(asdict(one) for one in imported.predictions))
+    console.print(
+        f"{len(imported.predictions):,} of {len(results):,} results answer a question: {output}", soft_wrap=True
+    )
+    if imported.left_out:
+        folder.write(left_out.name, jsonl_bytes(one._asdict() for one in imported.left_out))
+        print_lines(places)
+        console.print(f"left out: {len(imported.left_out):,}, all in {left_out}", soft_wrap=True)
+    return not imported.left_out
+
+
+def compare_evaluations(
+    paths: Sequence[Path], output: Path | None, bootstrap: int, seed: int, *, verbose: bool
+) -> None:
+    """Print how the evaluations of folders differ from the first, and write all differences to `output`, if given."""
+    read = [(path, name, scored) for path in paths for name, scored in read_scored(path).items()]
+    names = [name for _, name, _ in read]
+    if len(set(names)) < len(names):
+        names = [f"{path}: {name}" for path, name, _ in read]
+    if len(set(names)) < len(names):
+        raise UsageError("expected different evaluations, found one of them twice")
+    questions = [scored for _, _, scored in read]
+    settings = Settings(bootstrap=bootstrap, seed=seed)
+    pairs = pairs_of([*zip(names, questions, strict=True)], settings)
+    comparisons = [compared(*pair, settings) for pair in pairs]
+    main = {(task, one.metric) for scored in questions for one in scored for task in (one.task, ALL_TASKS)}
+    for comparison in comparisons:
+        console.print(f"{comparison.second} and {comparison.first}: {comparison.questions:,} questions of both")
+        _print_differences(comparison, None if verbose else main)
+    if output:
+        text = json.dumps([comparison_to_json(one) for one in comparisons], indent=1, ensure_ascii=False)
+        Location(str(output.parent)).write(output.name, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def _names_of(paths: Sequence[Path]) -> list[str]:
@@ -155,45 +213,89 @@ def _pictures(
     return {first.name: pictures}
 
 
-def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the averages of every file of predictions, and the differences between them."""
-    console.print(f"{evaluation.benchmark}: {evaluation.questions:,} questions, {evaluation.patients:,} patients")
+def print_evaluation(evaluation: Evaluation, *, verbose: bool = False) -> None:
+    """Print the main scores of every file of predictions, and what they differ by; verbose: all tables of the page."""
+    number = f"{evaluation.questions:,} questions, {evaluation.patients:,} patients"
+    chosen = [f"only {', '.join(evaluation.settings.tasks)}"] if evaluation.settings.tasks else []
+    chosen += [f"only the first {evaluation.settings.limit}"] if evaluation.settings.limit else []
+    console.print("; ".join([f"{evaluation.benchmark}: {number}", *chosen]))
     learned = f"constant answers were chosen on {evaluation.learned_on}"
     console.print(f"{learned}; scores in points, 95 % intervals by patient")
+    against_kept = trade_offs(evaluation)
     for answers in evaluation.answers:
-        _print_scores(answers)
+        if verbose:
+            _print_scores(answers)
+        elif not against_kept:
+            _print_main_scores(answers)
+        if answers.gaps:
+            console.print(f"{answers.name}: {answers.gaps.sentence()}", soft_wrap=True)
         if answers.unparsed:
-            counts = ", ".join(f"{count} of {task}" for task, count in answers.unparsed.items())
-            console.print(f"responses that mean no answer, counted as wrong: {counts}")
-        _print_costs(answers)
-        for table in recall_tables(answers.mask_recalls) if answers.mask_recalls else []:
-            print_table(*table, texts=1)
-    for comparison in evaluation.comparisons:
-        _print_differences(comparison)
-    for trade_off in trade_offs(evaluation):
+            counts = ", ".join(f"{count:,} of {task}" for task, count in answers.unparsed.items())
+            console.print(
+                f"{answers.name}: responses that mean no answer (wrong where one is read): {counts}", soft_wrap=True
+            )
+        if verbose or not against_kept:
+            _print_costs(answers)
+    for table in _recall_tables(evaluation, verbose=verbose):
+        print_table(*table, texts=1)
+    main = {(one.task, one.metric) for one, _ in main_scores(evaluation.answers[0])}
+    for comparison in evaluation.comparisons if verbose or not against_kept else ():
+        _print_differences(comparison, None if verbose else main)
+    for trade_off in against_kept:
         print_table(*trade_off_table(trade_off), texts=1)
+    if not verbose:
+        console.print("all metrics, subtasks and cases are on the page; --verbose prints the tables")
+
+
+def _recall_tables(evaluation: Evaluation, *, verbose: bool) -> list[FormattedTable]:
+    """Return the tables of what was kept of masks; without `verbose`, the mean of the first table of the first file."""
+    tables = [table for one in evaluation.answers if one.mask_recalls for table in recall_tables(one.mask_recalls)]
+    return tables if verbose else [table._replace(lines=table.lines[:1]) for table in tables[:1]]
+
+
+def _print_main_scores(answers: Answers) -> None:
+    pairs = main_scores(answers)
+    others = list(dict.fromkeys(name for one, _ in pairs for name in one.baselines if name != CONSTANT))
+    shown = [name for name in others if name != MAJORITY]
+    rows = [
+        [
+            *(one.task, one.metric, formatted(one.estimate), formatted_interval(one.estimate)),
+            *(formatted_value(one.baselines.get(name)) for name in (CONSTANT, *shown)),
+            *(f"{one.questions:,}", f"{one.patients:,}"),
+        ]
+        for one, _ in pairs
+    ]
+    names = ["score", "95 %", "constant", *(name.replace("_", " ") for name in shown), "n", "patients"]
+    print_table(answers.name, ["task", "metric", *names], rows, texts=2)
 
 
 def _print_scores(answers: Answers) -> None:
     rows = []
-    for score, by_question in both_averages(answers.scores):
+    for score, by_question in both_averages(shown_scores(answers)):
         blind = {name: formatted_value(value) for name, value in score.baselines.items()}
         fixed = [blind.pop(name, formatted_value(None)) for name in (CONSTANT, MAJORITY)]
         cells = [formatted(score.estimate), formatted_interval(score.estimate), *fixed, " ".join(blind.values())]
         counts = [str(score.questions), str(score.patients)]
         rows.append([score.task, score.metric, *cells, formatted(by_question.estimate), *counts])
-    title = answers.name + (f"\n{answers.gaps.sentence()}" if answers.gaps else "")
     names = ["macro", "95 %", "constant", "majority", "other blind rules", "by question", "n", "patients"]
-    print_table(title, ["task", "metric", *names], rows, texts=2)
+    print_table(answers.name, ["task", "metric", *names], rows, texts=2)
 
 
-def _print_differences(comparison: Comparison) -> None:
+def _print_differences(comparison: Comparison, main: Collection[tuple[str, str]] | None) -> None:
+    """Print the differences of the main metrics, given as (task, metric); None: of all, by question too."""
     rows = []
     for pair in both_averages(comparison.scores):
-        cells = [text(one.estimate) for one in pair for text in (formatted, formatted_interval)]
-        rows.append([pair[0].task, pair[0].metric, *cells, str(pair[0].questions)])
-    names = ["task", "metric", "macro", "95 %", "by question", "95 %", "n"]
-    print_table(f"{comparison.second} minus {comparison.first}", names, rows, texts=2)
+        if main is None or (pair[0].task, pair[0].metric) in main:
+            cells = [
+                text
+                for one in pair
+                for text in (formatted(one.estimate), formatted_interval(one.estimate), formatted_p(one))
+            ]
+            rows.append(
+                [pair[0].task, pair[0].metric, *(cells if main is None else cells[:3]), f"{pair[0].questions:,}"]
+            )
+    names = ["macro", "95 %", "p", *(["by question", "95 %", "p"] if main is None else []), "n"]
+    print_table(f"{comparison.second} minus {comparison.first}", ["task", "metric", *names], rows, texts=2)
 
 
 def _print_costs(answers: Answers) -> None:

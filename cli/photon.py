@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Exit, Option, Typer, echo
+from typer.core import TyperGroup
 
 from photon_cli import terminal
 from photon_cli.terminal import OK, PARTIAL, STOPPED, ProgressBar, console, errors_as_exit_codes, fail, run_app
@@ -232,12 +233,26 @@ def predict(
     raise Exit(OK if is_complete else PARTIAL)
 
 
-@app.command(name="eval")
+class _ScoresUnlessNamed(TyperGroup):
+    """`photon eval vqa ...` is `photon eval score vqa ...`; import and compare are named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take what begins with no name of a command for the words of `score`."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["score", *args])
+
+
+evals = Typer(cls=_ScoresUnlessNamed, rich_markup_mode=None, help="Score, import and compare predictions.")
+app.add_typer(evals, name="eval")
+
+
+@evals.command(name="score")
 def evaluate(
     context: Context,
-    benchmark: Annotated[str, Argument(help="3d-rad, deeptumorvqa-v1, deeptumorvqa-v2, report or vqa.")],
+    benchmark: Annotated[
+        str, Argument(help="3d-rad, deeptumorvqa-v1, deeptumorvqa-v2, report or vqa. Or: import, compare (--help).")
+    ],
     data: Annotated[list[Path], Option(help="A manifest with the questions and answers. Repeatable.")],
-    output: Annotated[Path, Option(help="Folder for scores.json and report.html; with --model, predictions too.")],
+    output: Annotated[Path, Option(help="Folder for the page and the scores; with --model, predictions too.")],
     predictions: Annotated[
         list[Path], Option(help="A file of predictions. Repeatable. Without it and --model: blind baselines.")
     ] = [],  # noqa: B006
@@ -258,11 +273,17 @@ def evaluate(
     labels: Annotated[list[Path], Option(help="Twice: tables of labels of the answers, of the responses.")] = [],  # noqa: B006
     config: Annotated[str | None, Option(help="Model directory behind --predictions: its FLOPs are counted.")] = None,
     bertscore: Annotated[bool, Option(help="BERTScore too; needs the package bert-score.")] = False,
+    tasks: Annotated[str, Option(help="Only questions of these tasks: a,b.")] = "",
+    limit: Annotated[int | None, Option(min=1, help="Only the first N questions of the data.")] = None,
     allow_partial: Annotated[bool, Option(help="Leave questions without a prediction out, and say so.")] = False,
-    bootstrap: Annotated[int, Option(min=0, help="Resamplings of the patients.")] = 1000,
-    seed: Annotated[int, Option(help="Seed of the resamplings.")] = 0,
+    bootstrap: terminal.Bootstrap = 1000,
+    seed: terminal.BootstrapSeed = 0,
+    verbose: Annotated[bool, Option("--verbose", help="Print all tables of the page.")] = False,
 ) -> None:
-    """Score a model or predictions on a benchmark's questions, with intervals and blind baselines."""
+    """Score a model or predictions on a benchmark's questions, with intervals and blind baselines.
+
+    `photon eval import` reads result files of other tools, `photon eval compare` tells what evaluations differ by.
+    """
     if misplaced := terminal.given_options(context, OF_FILES if model else OF_MODEL):
         fail(f"{misplaced}: expected {'no --model' if model else '--model'} beside it; the two ways do not mix")
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
@@ -281,10 +302,55 @@ def evaluate(
         else:
             answering = body.answered_before(predictions, config)
         scoring = Settings(allow_partial, bootstrap, seed, body.label_tables(labels), bertscore)
+        scoring = replace(scoring, tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()), limit=limit)
         evaluation = body.score(
-            benchmark, answering, data, output, scoring, train, masks, pictures, answers_now=bool(model)
+            benchmark,
+            answering,
+            data,
+            output,
+            scoring,
+            train,
+            masks,
+            pictures,
+            answers_now=bool(model),
+            verbose=verbose,
         )
     raise Exit(PARTIAL if evaluation.is_partial else OK)
+
+
+@evals.command(name="import")
+def import_results(
+    results: Annotated[Path, Argument(help="A result file of another tool.")],
+    data: Annotated[list[Path], Option(help="A manifest with the questions that it answers. Repeatable.")],
+    output: Annotated[Path, Option(help="A new file of predictions (jsonl), for photon eval.")],
+    form: Annotated[str, Option("--format", help="photon (the authors'), ms-swift, or table (csv, jsonl, ...).")],
+    columns: Annotated[
+        list[str], Option(help="Of a table: id, volume, question, response, label as it names them: response=Pred.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Join the answers of another tool to the data's questions, by id or by volume and text, never by line."""
+    with errors_as_exit_codes():
+        from photon_cli import eval as body
+
+        is_complete = body.import_results(results, form, terminal.pairs(columns, "--columns"), data, output)
+    raise Exit(OK if is_complete else PARTIAL)
+
+
+@evals.command()
+def compare(
+    evaluations: Annotated[list[Path], Argument(help="Folders of photon eval; each is compared with the first.")],
+    output: Annotated[Path | None, Option(help="A JSON file for all differences.")] = None,
+    bootstrap: terminal.Bootstrap = 1000,
+    seed: terminal.BootstrapSeed = 0,
+    verbose: Annotated[bool, Option("--verbose", help="Print all metrics.")] = False,
+) -> None:
+    """Tell by how much evaluations differ, question by question: intervals and p-values by patient."""
+    if len(evaluations) < 2:
+        fail("expected two or more evaluations, found one; photon eval compare A B")
+    with errors_as_exit_codes():
+        from photon_cli import eval as body
+
+        body.compare_evaluations(evaluations, output, bootstrap, seed, verbose=verbose)
 
 
 def main() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import string
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-LETTERS = "ABCDEFGH"
+LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,8 +43,14 @@ def question_digest(row: Row) -> str:
 
 
 def choices_of(row: Row) -> tuple[str, ...]:
-    """Return the choices of a row; without any it has none, or an empty text in their place (docs/manifests.md)."""
-    return tuple(choice for choice in row.get("choices") or () if choice != "")
+    """Return the choices of a row; without any it has none, or an empty text in their place (docs/manifests.md).
+
+    UsageError for what is no list of texts: the characters of "yes|no" are no choices.
+    """
+    choices = row.get("choices") or ()
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise UsageError(f'{row.get("id")}: expected a list of texts in choices, found {choices!r}; write ["A", "B"]')
+    return tuple(choice for choice in choices if choice != "")
 
 
 def organ_masks_of(row: Row) -> tuple[str, ...]:
@@ -88,12 +94,19 @@ class Prediction:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Return the predictions of a file, duplicates too, without unknown keys; UsageError for what is no prediction."""
+    """Return the predictions of a file, duplicates too; UsageError for what is no prediction.
+
+    Keys that are none of ours are left out, and so are keys of ours with values of another type: any tool may write
+    `id` and `response`, and have a `seconds` of its own.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(str(error)) from None
-    names, found = {f.name for f in fields(Prediction)}, []
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UsageError(f"{path}: expected a readable file, found: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise UsageError(f"{path}: expected UTF-8, found {byte}; save it as UTF-8") from None
+    found = []
     for place, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
         try:
             row = json.loads(line)
@@ -101,8 +114,39 @@ def read_predictions(path: Path) -> list[Prediction]:
             raise UsageError(f"{place}: expected a line of JSON ({error}); was the file cut off?") from None
         if not isinstance(row, dict) or {type(row.get("id")), type(row.get("response", ""))} != {str}:
             raise UsageError(f"{place}: expected an object with texts `id` and `response`, found {line.strip()[:80]!r}")
-        found.append(Prediction(**{name: value for name, value in row.items() if name in names}))
+        values = {name: value for name, value in row.items() if name in _IS_OURS and _IS_OURS[name](value)}
+        found.append(Prediction(**values, error=str(row.get("error") or "")))  # null and true are of other tools
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_hexadecimal(value: object) -> bool:
+    return isinstance(value, str) and len(value) % 2 == 0 and not set(value) - set("0123456789abcdef")
+
+
+# Whether a value can be that of a field of `Prediction`, by name.
+_IS_OURS: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("id", "response", "asked", "volume_id", "scheduler"), _is_text),
+    **dict.fromkeys(("visual_tokens", "kept_tokens", "text_tokens"), _is_count),
+    **dict.fromkeys(("threshold", "peak_memory_mib"), _is_number),
+    **dict.fromkeys(("choice_scores", "seconds"), _are_numbers),
+    "kept": _is_hexadecimal,
+}
 
 
 def pack_mask(keep_V: np.ndarray) -> str:

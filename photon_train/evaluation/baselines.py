@@ -13,7 +13,7 @@ from photon_data.questions.question import LETTERS
 from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, Form, grouped
 from photon_train.evaluation.metric import Metric
-from photon_train.evaluation.parsing import parse_number
+from photon_train.evaluation.published import parse_number_v1
 
 CONSTANT, MAJORITY = "best_constant", "majority_per_subtask"
 # So many of the most frequent answers are tried as the constant of an open question.
@@ -103,7 +103,7 @@ def best_constant(cases: Sequence[Case], metrics: Sequence[Metric[Case]]) -> Con
         return Constant(answers[0][0])
     tried = [answer for answer, _ in answers[:MOST_TRIED]]
     if first.form == "number":
-        numbers = [value for case in cases if (value := parse_number(case.answer)) is not None]
+        numbers = [value for case in cases if (value := parse_number_v1(case.answer)) is not None]
         tried += [f"{median(numbers):g}"] if numbers else []
     metric = next((metric for metric in metrics if metric.applies(first)), None)
     if metric is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
 from photon_data.questions.table import VIDEO_TAG
 from photon_train.answering.prediction import Prediction, choices_of, organ_masks_of, question_digest
+from photon_train.evaluation.parsing import parse_choice
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -36,11 +37,17 @@ class Case:
     label: str  # the answer as the row has it ("B. No", "B" or "No"), which a strict comparison is made with
     answer: str  # its text ("No")
     letter: str  # of the answer, "" for a question without choices
+    lettered: bool  # the question or its label has the letters of the choices, so that a response can have them
     choices: tuple[str, ...]
     response: str
     prediction: Prediction  # that the response is from; of a baseline, an empty one
     organ_masks: tuple[str, ...] = ()  # names of the masks it asks about, where the row names some
     lesion: str = ""  # name of the mask of a lesion, likewise
+
+    @property
+    def answer_is_no_choice(self) -> bool:
+        """Whether no response can be right: the row is a bad one."""
+        return self.closed and self.answer not in self.choices
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,10 @@ def rows_by_id(rows: Iterable[Row]) -> dict[str, Row]:
     blank = sorted(row["id"] for row in found if not row["answer"])
     if blank:
         raise UsageError(f"expected questions with an answer in the data, found {_listed('without one', blank)}")
+    other = sorted(row["id"] for row in found if case_of(row, Prediction(row["id"])).answer_is_no_choice)
+    if other:
+        what = _listed("whose answer is none of their choices", other)
+        raise UsageError(f"expected answers that are one of the choices, found {what}; correct or remove these rows")
     return {row["id"]: row for row in found}
 
 
@@ -136,6 +147,9 @@ _OPEN_ANSWER = "-. "
 _FORMS: dict[str, Form] = {"number": "number", "yes-no": "yes-no", "measurement": "size"}  # by the row's "answer_type"
 _NUMBER_AND_UNIT = re.compile(r"[-+]?\d+(?:\.\d+)?\s*(?:mm|cm|HU|%|ml|cc|cm\^3)?", re.IGNORECASE)
 
+_SIDES = re.compile(r"[\d.,]+ ?(?:mm|cm)?(?: ?[x×*] ?[\d.,]+ ?(?:mm|cm)?)+(?<=m)", re.IGNORECASE)  # "30x13 mm"
+_FIRST_LETTER = re.compile(r"(?<!\w)A ?[.:)]")
+
 
 def case_of(row: Row, prediction: Prediction) -> Case:
     """Return the case of a manifest's row; a row without a patient counts its volume as its patient."""
@@ -146,10 +160,14 @@ def case_of(row: Row, prediction: Prediction) -> Case:
     # DeepTumorVQA's free-text questions have choices too, which they do not show.
     if choices and extra.get("mc_question"):
         closed = label != answer or f"\nA. {choices[0]}" in text
+    # A table may have the letter for an answer, or "left" for "Left".
+    if closed and answer not in choices and (meant := parse_choice(answer, choices)) is not None:
+        answer = choices[meant]
+    letter = extra.get("letter") or (LETTERS[choices.index(answer) :][:1] if answer in choices else "")
     response = prediction.response.strip()
     if not closed and label.startswith(_OPEN_ANSWER):
         label, response = label.removeprefix(_OPEN_ANSWER), response.removeprefix(_OPEN_ANSWER)
-    return Case(
+    case = Case(
         id=row["id"],
         patient=row["patient"] or row["volume_id"],
         volume_id=row["volume_id"],
@@ -160,12 +178,24 @@ def case_of(row: Row, prediction: Prediction) -> Case:
         question=extra.get("plain_question") or text,
         label=label,
         answer=answer,
-        letter=extra.get("letter") or (LETTERS[choices.index(answer)] if answer in choices else ""),
+        letter=letter,
+        lettered=closed and bool(_FIRST_LETTER.search(text) or (letter and label[:2] in (letter, f"{letter}."))),
         choices=choices,
         response=response,
         prediction=prediction,
         organ_masks=organ_masks_of(row),
         lesion=extra.get("lesion") or "",
+    )
+    return replace(case, response=as_label(case, response)) if _was_chosen(case) else case
+
+
+def _was_chosen(case: Case) -> bool:
+    """Return whether the response is the choice with the highest score: it has no wording of its own then."""
+    scores = case.prediction.choice_scores
+    return (
+        case.closed
+        and case.response in case.choices
+        and case.response == max(scores, key=scores.__getitem__, default="")
     )
 
 
@@ -175,12 +205,13 @@ def _form(answer_type: str, answer: str, choices: tuple[str, ...], closed: bool)
     if closed:
         return "choice"
     is_number = not answer_type and _NUMBER_AND_UNIT.fullmatch(answer)
-    return _FORMS.get(answer_type, "number" if is_number else "text")
+    is_size = not answer_type and _SIDES.fullmatch(answer)
+    return _FORMS.get(answer_type, "number" if is_number else "size" if is_size else "text")
 
 
 def as_letter(case: Case, answer: str) -> str:
     """Return an answer as its letter: "B"; "" where it is no choice of this question."""
-    return LETTERS[case.choices.index(answer)] if answer in case.choices else ""
+    return LETTERS[case.choices.index(answer) :][:1] if answer in case.choices else ""
 
 
 def as_letter_and_text(case: Case, answer: str) -> str:

@@ -7,25 +7,33 @@ scores of numbers are published as "MRA". Each of these has a name of its own he
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
 from photon_train.evaluation.cases import Case, Form, as_label, as_letter, as_letter_and_text
 from photon_train.evaluation.metric import Applies, Metric, mean_of
-from photon_train.evaluation.parsing import (
-    THINKING,
+from photon_train.evaluation.parsing import parse_choice, parse_quantity, parse_size, parse_yes_no
+from photon_train.evaluation.published import (
     collapsed,
-    parse_choice,
     parse_letter_v2,
-    parse_number,
+    parse_number_v1,
     parse_number_v2,
-    parse_size_mm,
+    parse_yes_no_v2,
     without_punctuation,
 )
+from photon_train.evaluation.quantities import Quantity
+
+
+class ReliabilityBin(NamedTuple):
+    """Questions of about the same confidence; a calibrated model is right as often as its confidence says."""
+
+    questions: int
+    confidence: float
+    accuracy: float
 
 
 def any_question(case: Case) -> bool:
@@ -46,12 +54,12 @@ _is_closed, _is_yes_no, _is_number = attrgetter("closed"), _expects("yes-no"), _
 
 
 def _is_size(case: Case) -> bool:
-    return not case.closed and case.form in ("size", "number") and parse_size_mm(case.answer) is not None
+    return not case.closed and case.form in ("size", "number") and parse_size(case.answer) is not None
 
 
 def _has_choice_scores(case: Case) -> bool:
     scores = case.prediction.choice_scores
-    return case.closed and bool(scores) and all(choice in scores for choice in case.choices)
+    return case.closed and bool(scores) and all(math.isfinite(scores.get(choice, math.nan)) for choice in case.choices)
 
 
 def parsed_answer(case: Case) -> str | None:
@@ -63,10 +71,20 @@ def parsed_answer(case: Case) -> str | None:
     return parse_yes_no(case.response) if _is_yes_no(case) else None
 
 
-def parse_yes_no(response: str) -> str | None:
-    """Return "yes" or "no", whichever word comes first; None where neither does."""
-    found = re.search(r"\b(yes|no)\b", THINKING.sub("", response), re.IGNORECASE)
-    return found[1].lower() if found else None
+def _quantity(case: Case) -> Quantity | None:
+    """Return the number of a response, that in the unit of the answer where it has several."""
+    true = parse_quantity(case.answer)
+    return parse_quantity(case.response, true.unit if true else "")
+
+
+def what_is_read(case: Case) -> str | None:
+    """Return what a response means as an answer of the expected form; None where it cannot be told. Text is itself."""
+    if case.closed or _is_yes_no(case):
+        return parsed_answer(case)
+    if case.form in ("number", "size"):
+        read = parse_size(case.response) if case.form == "size" else _quantity(case)
+        return None if read is None else str(read)
+    return case.response
 
 
 def _true_answer(case: Case) -> str:
@@ -81,6 +99,10 @@ def _has_letter_v2(case: Case) -> bool:
     return parse_letter_v2(case.response) == case.letter
 
 
+def _has_the_letter(case: Case) -> bool:
+    return bool(case.letter) and f"{case.letter}." in case.response
+
+
 def _best_scored(case: Case) -> str:
     return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
 
@@ -89,7 +111,12 @@ ACCURACIES: tuple[Metric[Case], ...] = (
     # The letter, "B. No", or the text, read by `parse_choice`.
     mean_of("accuracy_robust", _is_closed, _is_right, as_label),
     # "B." stands anywhere in the response (3D-RAD, M3D).
-    mean_of("accuracy_contains_letter", _is_closed, lambda one: f"{one.letter}." in one.response, as_letter_and_text),
+    mean_of(
+        "accuracy_contains_letter",
+        _is_closed,
+        lambda one: bool(one.letter) and f"{one.letter}." in one.response,
+        as_letter_and_text,
+    ),
     # Response and label are equal, case and white space apart (Photon on 3D-RAD).
     mean_of("accuracy_normalised", _is_closed, lambda one: collapsed(one.response) == collapsed(one.label), as_label),
     # They are equal to the letter (Photon on DeepTumorVQA v1).
@@ -155,7 +182,7 @@ class Auroc(Metric[Case]):
 
 def _of_confusion(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
     """Return the metric with a formula of the columns of `_confusion`."""
-    return Metric(name, _is_yes_no, _confusion, lambda sums: formula(*np.moveaxis(sums, -1, 0)))
+    return Metric(name, _is_yes_no, _confusion, lambda sums: formula(*np.moveaxis(sums, -1, 0)), by_question=False)
 
 
 # Yes is positive. A response that is neither yes nor no is wrong: FN or FP. DeepTumorVQA v2 takes it for a no.
@@ -165,8 +192,48 @@ YES_NO_METRICS = (
     _of_confusion("specificity_unparsed_is_no", lambda tp, fn, tn, fp, unparsed: (tn + unparsed) / (tn + fp)),
     _of_confusion("balanced_accuracy", lambda tp, fn, tn, fp, unparsed: (tp / (tp + fn) + tn / (tn + fp)) / 2),
     _of_confusion("f1_yes", lambda tp, fn, tn, fp, unparsed: 2 * tp / (2 * tp + fn + fp)),
-    Auroc("auroc", lambda case: _is_yes_no(case) and _has_choice_scores(case), _scores_and_labels, lambda sums: sums),
+    Auroc(
+        "auroc",
+        lambda case: _is_yes_no(case) and _has_choice_scores(case),
+        _scores_and_labels,
+        lambda sums: sums,
+        by_question=False,
+    ),
 )
+
+CONFIDENCE_BINS = 10
+
+
+def _confidence_bins(cases: Sequence[Case]) -> np.ndarray:
+    """Return float[n, 3 * bins]: in the bin of its confidence each case adds 1, its confidence, and 1 if it is right.
+
+    The confidence is the probability of the choice with the highest score, of all choices together 1.
+    """
+    rows = np.zeros((len(cases), CONFIDENCE_BINS, 3))
+    for row, case in zip(rows, cases, strict=True):
+        scores = np.array([case.prediction.choice_scores[text] for text in case.choices])
+        confidence = 1 / np.exp(scores - scores.max()).sum()
+        place = min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)
+        row[place] = 1, confidence, _best_scored(case) == case.answer
+    return rows.reshape(len(cases), 3 * CONFIDENCE_BINS)
+
+
+def _calibration_error(sums: np.ndarray) -> np.ndarray:
+    counts, confidence, right = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    return np.asarray(np.abs(confidence - right).sum(axis=-1) / counts.sum(axis=-1))
+
+
+# ECE: the mean of |confidence - accuracy| of 10 bins of equal width, weighted by their questions. 0 is best.
+CALIBRATION_ERROR = Metric(
+    "calibration_error", _has_choice_scores, _confidence_bins, _calibration_error, by_question=False, of_text=False
+)
+
+
+def reliability_of(cases: Sequence[Case]) -> tuple[ReliabilityBin, ...]:
+    """Return the bins that hold questions, of the cases with scores of all their choices."""
+    sums = _confidence_bins([case for case in cases if _has_choice_scores(case)]).sum(axis=0).reshape(-1, 3)
+    return tuple(ReliabilityBin(int(n), confidence / n, right / n) for n, confidence, right in sums if n)
+
 
 # A question with more different answers than this has no confusion table.
 MOST_CLASSES = 12
@@ -189,7 +256,7 @@ def _mean_of_classes(name: str, formula: Callable[..., np.ndarray]) -> Metric[Ca
         true, right, given = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
         return np.asarray(np.where(true > 0, formula(true, right, given), 0.0).sum(axis=-1) / (true > 0).sum(axis=-1))
 
-    return Metric(name, _expects("choice"), _by_class, mean, as_label)
+    return Metric(name, _expects("choice"), _by_class, mean, as_label, by_question=False)
 
 
 # Of choices other than yes and no.
@@ -214,13 +281,26 @@ def _error(response: str, answer: str, parse: Callable[[str], float | None]) -> 
 MRA_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 
 
-def mra_thresholds(response: str, answer: str) -> float:
-    """Return the share of thresholds t = .50, .55 ... .95 for which the relative error is below 1 - t.
+def share_of_thresholds(error: float) -> float:
+    """Return the share of thresholds t = .50, .55 ... .95 for which a relative error is below 1 - t.
 
     Mean relative accuracy as DeepTumorVQA v1 was scored by Photon. No number is 0. A relative error of 0.30 gives 0.5.
     """
-    error = _error(response, answer, parse_number)
     return sum(error < 1 - threshold for threshold in MRA_THRESHOLDS) / len(MRA_THRESHOLDS)
+
+
+def mra_thresholds_v1(response: str, answer: str) -> float:
+    """Return the `share_of_thresholds` of the first number, whatever its unit."""
+    return share_of_thresholds(_error(response, answer, parse_number_v1))
+
+
+def mra_thresholds(response: str, answer: str) -> float:
+    """Return the `share_of_thresholds` of the number that a response means: 1.2 cm is 12 mm, and 12 cm is not."""
+    true = parse_quantity(answer)
+    value = true and parse_quantity(response, true.unit)
+    if not true or not value or (true.unit and value.unit and true.unit != value.unit):
+        return 0.0
+    return share_of_thresholds(_relative_error(value.value, true.value))
 
 
 def mra_linear(response: str, answer: str) -> float:
@@ -235,10 +315,10 @@ def within(response: str, answer: str, band: float) -> float:
 
 def same_size(response: str, answer: str, band: float) -> float:
     """Return 1 for as many sides, each within `band` of its own, else 0; "20x15 mm" is "1.5 x 2 cm"."""
-    sides, true = parse_size_mm(response), parse_size_mm(answer)
-    if sides is None or true is None or len(sides) != len(true):
+    size, true = parse_size(response), parse_size(answer)
+    if size is None or true is None or size.bound != true.bound or len(size.sides_mm) != len(true.sides_mm):
         return 0.0
-    return float(all(_relative_error(a, b) <= band for a, b in zip(sides, true, strict=True)))
+    return float(all(_relative_error(a, b) <= band for a, b in zip(size.sides_mm, true.sides_mm, strict=True)))
 
 
 def _in_band(name: str, applies: Applies[Case], score: Callable[..., float], band: float) -> Metric[Case]:
@@ -247,6 +327,7 @@ def _in_band(name: str, applies: Applies[Case], score: Callable[..., float], ban
 
 NUMERIC_METRICS: tuple[Metric[Case], ...] = (
     mean_of("mra_thresholds", _is_number, lambda case: mra_thresholds(case.response, case.answer)),
+    mean_of("mra_thresholds_v1", _is_number, lambda case: mra_thresholds_v1(case.response, case.answer)),
     mean_of("mra_linear", _is_number, lambda case: mra_linear(case.response, case.answer)),
     *(_in_band("within", _is_number, within, band) for band in (0.05, 0.10, 0.20, 0.50)),
 )
@@ -256,7 +337,7 @@ SIZE_METRICS = tuple(_in_band("size_within", _is_size, same_size, band) for band
 
 def _score_v1(case: Case) -> float:
     if case.form == "number" and not case.closed:
-        return mra_thresholds(case.response, case.answer)
+        return mra_thresholds_v1(case.response, case.answer)
     return float(case.response == case.label)
 
 
@@ -266,7 +347,7 @@ def _score_v2(case: Case) -> float:
     if case.form == "number":
         return mra_linear(case.response, case.answer)
     if case.form == "yes-no":
-        return float(parse_yes_no(case.response) == case.answer.lower())
+        return float(parse_yes_no_v2(case.response) == case.answer.lower())
     return float(_is_equal_normalised(case))
 
 

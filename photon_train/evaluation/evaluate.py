@@ -6,9 +6,9 @@ Reads and writes no files. Legend: W ways of weighting the patients (see `metric
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,18 +19,24 @@ from photon_train.evaluation.baselines import CONSTANT, Baseline, answered, fit_
 from photon_train.evaluation.cases import Case, Gaps, Joined, Row, case_of, grouped, join, rows_by_id
 from photon_train.evaluation.choice_metrics import any_question, is_free_text
 from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_costs, summarise_kept
-from photon_train.evaluation.metric import POINTS, Metric, Patients, draw_patients, estimate_of, points
-from photon_train.evaluation.parsing import parse_number
+from photon_train.evaluation.metric import Metric, Patients, draw_patients, estimate_of, points
 from photon_train.evaluation.results import Answers, Average, Comparison, Evaluation, Score, ScoredCase, Settings
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
+AnyRow = TypeVar("AnyRow", bound=Row)
 BLIND = "blind baselines"
 ALL_TASKS = "all"
 
-_CLOSED = (*choice.ACCURACIES, choice.ACCURACY_YES_NO, *choice.YES_NO_METRICS, *choice.CLASS_METRICS)
+_CLOSED = (
+    *choice.ACCURACIES,
+    choice.ACCURACY_YES_NO,
+    *choice.YES_NO_METRICS,
+    *choice.CLASS_METRICS,
+    choice.CALIBRATION_ERROR,
+)
 _NUMERIC, _SIZES, _EXACT = choice.NUMERIC_METRICS, choice.SIZE_METRICS, choice.EXACT_NORMALISED
 _BLEU_1, _ROUGE_1, _ROUGE_L = bleu(1, is_free_text), rouge("rouge1", is_free_text), rouge("rougeL", is_free_text)
 # Which metrics each benchmark is scored by. The first one that applies to a question is its main one.
@@ -48,7 +54,7 @@ BENCHMARKS: dict[str, tuple[Metric[Case], ...]] = {
         *(rouge("rougeL", any_question), meteor_exact_stem(any_question)),
     ),
     # Any questions: the metrics that suit the form of each.
-    "vqa": (*_CLOSED, *_NUMERIC, _BLEU_1, _ROUGE_1, _ROUGE_L, _EXACT, *_SIZES),
+    "vqa": (*_CLOSED, *_NUMERIC, *_SIZES, _BLEU_1, _ROUGE_1, _ROUGE_L, _EXACT),
 }
 
 
@@ -77,8 +83,13 @@ def evaluate(
     metrics = _metrics(benchmark, settings)
     if settings.labels and len(predictions) > 1:
         raise UsageError(f"expected one file of predictions beside labels of its responses, found {len(predictions)}")
-    questions = rows_by_id(rows)
-    files = [(name, join(rows, found, allow_partial=settings.allow_partial)) for name, found in predictions.items()]
+    chosen = chosen_rows(rows, settings)
+    questions = rows_by_id(chosen)
+    left_out = {row["id"] for row in rows} - questions.keys()
+    files = [
+        (name, join(chosen, [one for one in found if one.id not in left_out], allow_partial=settings.allow_partial))
+        for name, found in predictions.items()
+    ]
     cases = [case_of(questions[id], Prediction(id)) for id in sorted(questions)]
     without = [case for case in cases if not any(metric.applies(case) for metric in metrics)]
     if without:
@@ -101,6 +112,15 @@ def evaluate(
         learned_on=fitted.learned_on,
         is_partial=any(joined.gaps for _, joined in files),
     )
+
+
+def chosen_rows(rows: Sequence[AnyRow], settings: Settings) -> Sequence[AnyRow]:
+    """Return the rows of the settings' tasks, at most their limit, in order. UsageError for a task that no row has."""
+    names = {row["task"] or row["channel"] for row in rows}
+    if unknown := sorted(set(settings.tasks) - names):
+        raise UsageError(f"expected tasks of the data ({', '.join(sorted(names))}), found {', '.join(unknown)}")
+    found = [row for row in rows if not settings.tasks or (row["task"] or row["channel"]) in settings.tasks]
+    return found[: settings.limit]
 
 
 def check(benchmark: str, rows: Sequence[Row], settings: Settings) -> None:
@@ -135,11 +155,12 @@ class _Scoring:
             name=name,
             gaps=joined.gaps,
             scores=scores_of(table_of(cases, self.metrics, self.patients), self.baseline_tables(cases)),
-            unparsed=dict(sorted(Counter(case.task for case in cases if _is_unparsed(case)).items())),
-            scored_cases=tuple(self.scored(case) for case in cases),
+            unparsed=dict(sorted(Counter(case.task for case in cases if choice.what_is_read(case) is None).items())),
+            scored_cases=tuple(self.scored(cases)),
             costs=summarise_costs(cases, self.config) if timed or (counted and self.config) else None,
             kept=summarise_kept(cases, self.settings.grid_zyx) if counted else None,
             mask_recalls=mask_recalls(cases, self.masks, self.patients) if self.masks else None,
+            reliability=choice.reliability_of(cases),
         )
 
     def baselines_alone(self, cases: Sequence[Case]) -> Answers:
@@ -156,30 +177,20 @@ class _Scoring:
                 tables[name] = table_of(cases, label_metrics(reference, responses.constant(value)), self.patients)
         return tables
 
-    def scored(self, case: Case) -> ScoredCase:
-        metric = next(metric for metric in self.metrics if metric.applies(case))
-        return ScoredCase(case, metric.name, round(POINTS * metric.value([case]), 4))
+    def scored(self, cases: Sequence[Case]) -> Iterator[ScoredCase]:
+        scores: dict[str, dict[str, float | None]] = {case.id: {} for case in cases}
+        for metric in (metric for metric in self.metrics if metric.by_question):
+            if found := [case for case in cases if metric.applies(case)]:
+                for case, value in zip(found, metric.of_each(found).tolist(), strict=True):
+                    scores[case.id][metric.name_of_each] = points(value)
+        for case in cases:
+            main = next(metric for metric in self.metrics if metric.applies(case))
+            own = scores[case.id]
+            yield ScoredCase(case, main.name, own[main.name_of_each] or 0.0, choice.what_is_read(case), own)
 
     def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
         """Return second - first of what both have over as many questions."""
-        both = {case.id for case in one.cases} & {case.id for case in other.cases}
-        minuend, table = (
-            table_of([case for case in joined.cases if case.id in both], self.metrics, self.patients)
-            for joined in (other, one)
-        )
-        scores = tuple(
-            Score(*key, estimate_of(minuend[key].values - value.values), value.questions, len(value.patients))
-            for key, value in _task_by_task(table)
-            if key in minuend and minuend[key].questions == value.questions
-        )
-        return Comparison(first, second, len(both), scores)
-
-
-def _is_unparsed(case: Case) -> bool:
-    """Tell whether a response means no answer of the expected form; text always means something."""
-    if case.closed or case.form == "yes-no":
-        return choice.parsed_answer(case) is None
-    return case.form == "number" and parse_number(case.response) is None
+        return compared(first, one.cases, second, other.cases, self.metrics, self.patients, self.settings)
 
 
 class Key(NamedTuple):
@@ -267,3 +278,60 @@ def scores_of(table: ScoreTable, baselines: Mapping[str, ScoreTable]) -> tuple[S
 def _task_by_task(table: ScoreTable) -> list[tuple[Key, Replicated]]:
     """Return the entries by task, all tasks together last; of one task, in the order of the metrics."""
     return sorted(table.items(), key=lambda item: (item[0].task == ALL_TASKS, item[0].task))
+
+
+def compared(
+    first: str,
+    one: Sequence[Case],
+    second: str,
+    other: Sequence[Case],
+    metrics: Sequence[Metric[Case]],
+    patients: Patients,
+    settings: Settings,
+) -> Comparison:
+    """Return second - first over the questions that both answered, with intervals and p-values by patient."""
+    both = {case.id for case in one} & {case.id for case in other}
+    subtrahend, minuend = ([case for case in cases if case.id in both] for cases in (one, other))
+    table, larger = (table_of(cases, metrics, patients) for cases in (subtrahend, minuend))
+    chances = _p_values(
+        subtrahend, minuend, [metric for metric in metrics if metric.of_text and not metric.is_costly], settings
+    )
+    scores = tuple(
+        Score(
+            *key,
+            estimate_of(larger[key].values - value.values),
+            value.questions,
+            len(value.patients),
+            p_value=chances.get(key),
+        )
+        for key, value in _task_by_task(table)
+        if key in larger and larger[key].questions == value.questions
+    )
+    return Comparison(first, second, len(both), scores)
+
+
+def _p_values(
+    one: Sequence[Case], other: Sequence[Case], metrics: Sequence[Metric[Case]], settings: Settings
+) -> dict[Key, float]:
+    """Return by score how often a difference at least as large comes by chance, by a permutation test of patients.
+
+    If both are equally good, the answers of any patient can be swapped between them. They are, for a random half of
+    the patients, as often as patients are resampled; the observed difference counts as one of these.
+    """
+    names = sorted({case.patient for case in one})
+    if not (names and settings.bootstrap):
+        return {}
+    drawn = np.random.default_rng([settings.seed, 1]).random((settings.bootstrap, len(names))) < 0.5
+    swapped = np.vstack([np.zeros(len(names)), drawn])
+    index = {f"{name}\n{side}": i + side * len(names) for side in (0, 1) for i, name in enumerate(names)}
+    cases = [replace(case, patient=f"{case.patient}\n{side}") for side in (0, 1) for case in (one, other)[side]]
+    first, second = (
+        table_of(cases, metrics, Patients(index, np.hstack(weights)))
+        for weights in ((1 - swapped, swapped), (swapped, 1 - swapped))
+    )
+    found = {}
+    for key in first.keys() & second.keys():
+        differences = np.abs(second[key].values - first[key].values)
+        if np.isfinite(differences).all():
+            found[key] = float(np.mean(differences >= differences[0] - 1e-12))
+    return found

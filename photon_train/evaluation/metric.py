@@ -33,12 +33,25 @@ class Metric(Generic[Case]):
     observe: Callable[[Sequence[Case]], np.ndarray]  # n cases -> float[n, k], what each of them adds
     formula: Callable[[np.ndarray], np.ndarray]  # sums float[..., k] -> float[...], NaN where it is not defined
     written: Written[Case] = as_text  # an answer as this metric reads it; baselines answer so
+    by_question: bool = True  # the score of one question is what it adds; not so of a share of the "yes" alone
+    is_mean: bool = True  # the score of all is the mean of those; not so of BLEU of a corpus
+    is_costly: bool = False  # a model computes it: differences of it get no p-values
     of_text: bool = True  # it reads the text of a response; a metric of other data has baselines of its own
 
     def replicates(self, cases: Sequence[Case], patient_n: np.ndarray, weights_WP: np.ndarray) -> np.ndarray:
         """Return float[W], the score of the cases under every weighting of their patients."""
         with np.errstate(divide="ignore", invalid="ignore"):  # a division by zero gives NaN
             return np.asarray(self.formula(resampled_sums(self.observe(cases), patient_n, weights_WP)), float)
+
+    @property
+    def name_of_each(self) -> str:
+        """The name of the score of one question."""
+        return self.name if self.is_mean else f"{self.name}_sentence"
+
+    def of_each(self, cases: Sequence[Case]) -> np.ndarray:
+        """Return float[n], the score of each case alone."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.formula(self.observe(cases)), float)
 
     def value(self, cases: Sequence[Case]) -> float:
         """Return the score of the cases, each counting once."""

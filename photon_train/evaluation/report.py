@@ -12,18 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from photon_data.files import Location
+from photon_data.files import Location, jsonl_bytes
 from photon_data.report import page
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Case, grouped
+from photon_train.evaluation.choice_metrics import ReliabilityBin
 from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.results import Answers, Evaluation, Score, ScoredCase
+from photon_train.evaluation.results import QUESTIONS, Answers, Comparison, Evaluation, Score, ScoredCase
 
 SCORES, REPORT = "scores.json", "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 MACRO = "macro_over_subtasks"
 SHOWN_CASES = 12
+SHOWN_UNREAD = 50
+# These look for the letter of a choice, which a question without letters does not ask for: all zeros say nothing.
+OF_LETTERS = ("accuracy_contains_letter", "accuracy_letter_v2")
 
 
 def write_report(
@@ -45,6 +49,7 @@ def write_report(
     filters: dict[str, Callable[..., str]] = {
         "points": formatted,
         "interval": formatted_interval,
+        "p": formatted_p,
         "value": formatted_value,
         "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
         "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
@@ -53,6 +58,28 @@ def write_report(
     where.write(REPORT, page.render(TEMPLATE, values, filters))
     where.write(SCORES, f"{text}\n".encode("utf-8", "backslashreplace"))
     return [folder / SCORES, folder / REPORT]
+
+
+def write_questions(evaluation: Evaluation, folder: Path) -> Path:
+    """Write per_question.jsonl into `folder`, a line per question and file of predictions, and return its path.
+
+    It holds what was asked of whom, the answer, the response, what was read from it (null: nothing) and all scores.
+    """
+    names = ("id", "patient", "volume_id", "task", "subtask", "answer")
+    rows = (
+        {
+            "predictions": answers.name,
+            **{name: getattr(one.case, name) for name in names},
+            "response": one.case.prediction.response,
+            "read": one.read,
+            "metric": one.metric if one.metric in one.scores else f"{one.metric}_sentence",
+            "scores": one.scores,
+        }
+        for answers in evaluation.answers
+        for one in answers.scored_cases
+    )
+    Location(str(folder)).write(QUESTIONS, jsonl_bytes(rows))
+    return folder / QUESTIONS
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -70,6 +97,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
                 "name": answers.name,
                 "gaps": asdict(answers.gaps),
                 "unparsed": answers.unparsed,
+                "calibration": [_rounded(one._asdict()) for one in answers.reliability],
                 "scores": [_score_to_json(score) for score in answers.scores],
                 "costs": _rounded(answers.costs and asdict(answers.costs)),
                 "kept": _rounded(answers.kept and asdict(answers.kept)),
@@ -77,15 +105,15 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
             }
             for answers in evaluation.answers
         ],
-        "differences": [
-            {
-                **{name: getattr(comparison, name) for name in ("first", "second", "questions")},
-                "second_minus_first": [_score_to_json(score) for score in comparison.scores],
-            }
-            for comparison in evaluation.comparisons
-        ],
+        "differences": [comparison_to_json(comparison) for comparison in evaluation.comparisons],
         "trade_offs": [_rounded(asdict(trade_off)) for trade_off in trade_offs(evaluation)],
     }
+
+
+def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the differences of two files of predictions as plain values."""
+    row = {name: getattr(comparison, name) for name in ("first", "second", "questions")}
+    return row | {"second_minus_first": [_score_to_json(score) for score in comparison.scores]}
 
 
 def _score_to_json(score: Score) -> dict[str, Any]:
@@ -93,6 +121,7 @@ def _score_to_json(score: Score) -> dict[str, Any]:
     row |= {"value": score.estimate.value, "interval": list(score.estimate[1:])}
     row |= {"questions": score.questions, "patients": score.patients}
     row |= {"baselines": score.baselines} if score.baselines else {}
+    row |= {"p_value": score.p_value} if score.p_value is not None else {}
     if score.above_constant:
         row["above_constant"] = {"value": score.above_constant.value, "interval": list(score.above_constant[1:])}
     return row
@@ -111,7 +140,7 @@ def _rounded(value: Any) -> Any:
 
 def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
     tasks = []
-    for task, scores in grouped(answers.scores, lambda score: score.task).items():
+    for task, scores in grouped(shown_scores(answers), lambda score: score.task).items():
         blind = list(dict.fromkeys(name for score in scores for name in score.baselines))
         subtasks = [score for score in scores if score.average == "subtask"]
         tasks.append({"name": task, "blind": blind, "averages": both_averages(scores), "subtasks": subtasks})
@@ -122,10 +151,46 @@ def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
         "tasks": tasks,
         "kept_charts": _kept_charts(answers.kept) if answers.kept else [],
         "recall_tables": recall_tables(answers.mask_recalls) if answers.mask_recalls else [],
+        "reliability": _reliability_chart(answers.reliability) if answers.reliability else [],
+        "unread": [one for one in answers.scored_cases if one.read is None][:SHOWN_UNREAD],
         "worst": worst,
         "best": best,
         "pictures": pictures,
     }
+
+
+def shown_scores(answers: Answers) -> list[Score]:
+    """Return the scores without those that do not apply: of letters, where no question of the task has letters."""
+    lettered = {one.case.task for one in answers.scored_cases if one.case.lettered}
+    if lettered or not answers.scored_cases:
+        lettered.add("all")
+    return [
+        score
+        for score in answers.scores
+        if score.metric not in OF_LETTERS or score.task in lettered or not answers.scored_cases
+    ]
+
+
+def main_scores(answers: Answers) -> list[tuple[Score, Score]]:
+    """Return both averages of the main metrics: for each task, those that its questions are judged by."""
+    main = {(one.case.task, one.metric) for one in answers.scored_cases}
+    overall = {metric for _, metric in main}
+    first = {score.task: score.metric for score in reversed(answers.scores)}  # of baselines alone
+    return [
+        (macro, weighted)
+        for macro, weighted in both_averages(answers.scores)
+        if (macro.task, macro.metric) in main
+        or (macro.task == "all" and macro.metric in overall)
+        or (not main and first[macro.task] == macro.metric)
+    ]
+
+
+def _reliability_chart(bins: Sequence[ReliabilityBin]) -> list[page.Chart]:
+    points = [
+        page.ScatterPoint(f"{one.questions} questions", one.confidence, 100 * one.accuracy, None, None) for one in bins
+    ]
+    words = "accuracy, points, against the probability of the chosen answer; calibrated: 70 points at 70 %, and so on"
+    return [page.scatter_plot(points, name="Reliability", words=words)]
 
 
 def _score_charts(answers: Answers) -> list[page.Chart]:
@@ -315,6 +380,11 @@ def formatted(estimate: Estimate | None) -> str:
 def formatted_value(value: float | None) -> str:
     """Return "82.01" for a number in points, "-" for None."""
     return "-" if value is None else f"{value:.2f}"
+
+
+def formatted_p(score: Score) -> str:
+    """Return "0.012", "-" where there is none."""
+    return "-" if score.p_value is None else f"{score.p_value:.3f}"
 
 
 def formatted_interval(estimate: Estimate | None) -> str:

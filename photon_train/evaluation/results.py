@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from photon_train.evaluation.cases import Case, Gaps
+from photon_train.evaluation.choice_metrics import ReliabilityBin
 from photon_train.evaluation.kept import Costs, Kept, MaskRecalls
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.text_metrics import LabelTable
+
+QUESTIONS = "per_question.jsonl"  # a line per question, which later evaluations are compared with
 
 # "subtask": of that subtask alone. Of a task: the mean of its subtasks, with equal weights ("macro_over_subtasks") or
 # weighted by their numbers of questions.
@@ -25,6 +28,8 @@ class Settings:
     labels: tuple[LabelTable, LabelTable] | None = None  # findings of the reference reports, and of the responses
     with_bertscore: bool = False  # needs the package bert-score and its weights
     grid_zyx: tuple[int, int, int] = (10, 10, 10)  # of visual tokens
+    tasks: tuple[str, ...] = ()  # only questions of these; none: of all
+    limit: int | None = None  # only so many questions, the first ones of the data
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,18 @@ class Score:
     patients: int
     baselines: dict[str, float | None] = field(default_factory=dict)  # the same metric over the same questions, by name
     above_constant: Estimate | None = None  # score minus that of the best constant answer, patients resampled together
+    p_value: float | None = None  # of a difference: how often one as large comes by chance, answers swapped by patient
 
 
 @dataclass(frozen=True)
 class ScoredCase:
-    """A case and its score by the first metric that applies to it, in points."""
+    """A case, what its response is read as (None: it means no answer), and its scores in points."""
 
     case: Case
-    metric: str
-    score: float
+    metric: str  # the first one that applies
+    score: float  # by this metric
+    read: str | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)  # by every metric that scores single questions
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,12 @@ class Answers:
     name: str
     gaps: Gaps
     scores: tuple[Score, ...]
-    unparsed: dict[str, int] = field(
-        default_factory=dict
-    )  # by task, responses that mean no answer; they count as wrong
+    unparsed: dict[str, int] = field(default_factory=dict)  # by task, responses that mean no answer
     scored_cases: tuple[ScoredCase, ...] = ()  # by id
     costs: Costs | None = None
     kept: Kept | None = None
     mask_recalls: MaskRecalls | None = None
+    reliability: tuple[ReliabilityBin, ...] = ()  # of predictions with scores of the choices
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def bleu(order: int, applies: Applies[Case]) -> Metric[Case]:
     def observe(cases: Sequence[Case]) -> np.ndarray:
         return np.array([counts(case.response, case.answer) for case in cases], float)
 
-    return Metric(f"bleu{order}", applies, observe, of_sums)
+    return Metric(f"bleu{order}", applies, observe, of_sums, is_mean=False)
 
 
 def rouge(kind: str, applies: Applies[Case]) -> Metric[Case]:
@@ -92,7 +92,7 @@ def bertscore(applies: Applies[Case]) -> Metric[Case]:
         _, _, f1 = scorer().score([case.response for case in cases], [case.answer for case in cases])
         return with_ones(map(float, f1))
 
-    return Metric("bertscore_f1", applies, observe, ratio)
+    return Metric("bertscore_f1", applies, observe, ratio, is_costly=True)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,12 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
     def metric(name: str, formula: Callable[..., np.ndarray]) -> Metric[Case]:
         """Return the metric of found, missed and false over all findings, and the number of labels."""
         return Metric(
-            name, applies, observe, lambda sums: formula(*by_finding(sums).sum(-1), sums[..., -1]), of_text=False
+            name,
+            applies,
+            observe,
+            lambda sums: formula(*by_finding(sums).sum(-1), sums[..., -1]),
+            by_question=False,
+            of_text=False,
         )
 
     def macro_f1(sums: np.ndarray) -> np.ndarray:
@@ -176,7 +181,7 @@ def label_metrics(reference: LabelTable, response: LabelTable) -> list[Metric[Ca
         metric("label_precision", lambda tp, fn, fp, labels: tp / (tp + fp)),
         metric("label_recall", lambda tp, fn, fp, labels: tp / (tp + fn)),
         metric("label_f1_micro", lambda tp, fn, fp, labels: 2 * tp / (2 * tp + fn + fp)),
-        Metric("label_f1_macro", applies, observe, macro_f1, of_text=False),
+        Metric("label_f1_macro", applies, observe, macro_f1, by_question=False, of_text=False),
         metric("crg", crg),
     ]
 

@@ -25,7 +25,7 @@ from photon_train.evaluation.choice_metrics import (
     within,
 )
 from photon_train.evaluation.evaluate import BENCHMARKS
-from photon_train.evaluation.parsing import parse_size_mm
+from photon_train.evaluation.parsing import parse_size
 from photon_train.evaluation.text_metrics import (
     LabelTable,
     bertscore,
@@ -131,7 +131,8 @@ def test_a_tolerance_band_holds_its_edge():
     ],
 )
 def test_sizes_are_read_in_mm_the_longest_side_first(text, sides):
-    assert parse_size_mm(text) == (sides and pytest.approx(sides))
+    size = parse_size(text)
+    assert (size and size.sides_mm) == (sides and pytest.approx(sides))
 
 
 def test_a_size_is_right_in_any_unit_and_order_and_wrong_with_a_side_missing():

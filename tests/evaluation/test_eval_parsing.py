@@ -1,17 +1,22 @@
 import string
+import time
 
+import phrasings
 import pytest
 from answers import case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon_train.evaluation.choice_metrics import ACCURACIES, parse_yes_no
-from photon_train.evaluation.parsing import (
-    parse_choice,
+from photon_train.evaluation.choice_metrics import ACCURACIES
+from photon_train.evaluation.parsing import parse_choice, parse_quantity, parse_size, parse_yes_no, said
+from photon_train.evaluation.published import (
+    collapsed,
     parse_letter_v2,
-    parse_number,
+    parse_number_v1,
     parse_number_v2,
+    parse_yes_no_v2,
     without_punctuation,
+    without_thinking,
 )
 
 YES_NO = ("Yes", "No")
@@ -105,15 +110,97 @@ def test_the_published_letters_are_read_as_their_authors_do():
         ("none", None, None),
     ],
 )
-def test_the_first_number_counts(text, v1, v2):
-    assert (parse_number(text), parse_number_v2(text)) == (v1, v2)
+def test_the_published_numbers_are_the_first_ones(text, v1, v2):
+    assert (parse_number_v1(text), parse_number_v2(text)) == (v1, v2)
 
 
-def test_yes_and_no_are_words():
-    assert [parse_yes_no(t) for t in ("Yes.", "There is no nodule, yes", "normal", "NO", "Yesterday")] == [
+def test_the_published_yes_or_no_is_the_first_of_the_words():
+    assert [parse_yes_no_v2(t) for t in ("Yes.", "There is no nodule, yes", "normal", "NO", "Yesterday")] == [
         "yes",
         "no",
         None,
         "no",
         None,
     ]
+
+
+# --- as people write
+
+
+def test_there_are_two_hundred_phrasings():
+    choices = sum(len(rows) for _, rows in phrasings.CHOICES)
+    assert choices + len(phrasings.YES_OR_NO) + len(phrasings.NUMBERS) + len(phrasings.SIZES) >= 200
+
+
+@pytest.mark.parametrize(("choices", "rows"), phrasings.CHOICES)
+def test_a_choice_is_read_as_a_person_reads_it(choices, rows):
+    read = [(text, parse_choice(text, choices)) for text, _ in rows]
+    assert [(text, None if index is None else choices[index]) for text, index in read] == rows
+
+
+def test_yes_and_no_are_read_as_a_person_reads_them():
+    assert [(text, parse_yes_no(text)) for text, _ in phrasings.YES_OR_NO] == phrasings.YES_OR_NO
+
+
+def test_numbers_and_sizes_are_read_as_a_person_reads_them():
+    numbers = [(text, unit, parse_quantity(text, unit)) for text, unit, _ in phrasings.NUMBERS]
+    assert [(text, unit, read and str(read)) for text, unit, read in numbers] == phrasings.NUMBERS
+    sizes = [(text, parse_size(text)) for text, _ in phrasings.SIZES]
+    assert [(text, read and str(read)) for text, read in sizes] == phrasings.SIZES
+
+
+# --- what a model that loops writes
+
+CHOICES = ("Left lung", "Right lung", "Both lungs", "<3 cm", ">3 cm")
+READERS = {
+    "choice": lambda text: parse_choice.__wrapped__(text, CHOICES),
+    "number": lambda text: parse_quantity.__wrapped__(text, "mm"),
+    "size": parse_size.__wrapped__,
+    "said": said,
+    "without_thinking": without_thinking,
+    "letter_v2": parse_letter_v2,
+    "yes_no_v2": parse_yes_no_v2,
+    "number_v1": parse_number_v1,
+    "number_v2": parse_number_v2,
+    "collapsed": collapsed,
+    "without_punctuation": without_punctuation,
+}
+LOOPS = [
+    *(
+        "<think>",
+        "</think>",
+        "<think>a</think>b ",
+        "\\boxed{",
+        "(A) ",
+        "A, B, ",
+        " ",
+        "\u3000",
+        "9",
+        "1,",
+        "1x",
+        "1 x ",
+    ),
+    *(
+        f"1{' ' * 50}x",
+        "1\u00a0",
+        "- 1",
+        "answer is ",
+        "Answer: A ",
+        "wait ",
+        "not ",
+        "left lung ",
+        "less than ",
+        "3 cm ",
+    ),
+    *("a\u0316\u0301", "选B", "a'", "a", "A. Left lung or (B) no 3x4 cm <think> "),
+]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_time_to_read_a_loop_is_linear(name):
+    """A quadratic reader takes 64 times as long for 8 times the text: minutes for 400 kB."""
+    for loop in LOOPS:
+        for size in (100_000, 400_000):  # the longest text that is read as an answer, and more than that
+            start = time.process_time()
+            READERS[name]((loop * (size // len(loop) + 1))[:size])
+            assert time.process_time() - start < 5, (name, loop, size)

@@ -1,0 +1,172 @@
+"""Numbers and sizes in a response, as a person reads them, in mm and ml. The time is linear in the text."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_WORDS = "zero|one|two|three|four|five|six|seven|eight|nine|ten"
+_DIGITS = {word: str(number) for number, word in enumerate(_WORDS.split("|"))}
+# Before a number, words that are < > ≤ ≥.
+COMPARISON = re.compile(
+    r"\b(?:((?:less|smaller|fewer|lower|shorter) than|below|under)"
+    r"|((?:more|greater|larger|bigger|longer|higher) than|over|above|exceeding)"
+    r"|(at most|up to|no more than|not more than)|(at least|no less than|not less than))"
+    rf" (?=\d|(?:{_WORDS})\b)",
+    re.IGNORECASE,
+)
+HAS_NUMBER = re.compile(rf"\d|\b(?:{_WORDS})\b", re.IGNORECASE)
+# Factors to mm and ml.
+LENGTHS = {"mm": 1.0, "cm": 10.0} | {
+    f"{prefix}met{end}{plural}": factor
+    for prefix, factor in (("milli", 1.0), ("centi", 10.0))
+    for end in ("er", "re")
+    for plural in ("", "s")
+}
+VOLUMES = dict.fromkeys(["ml", "cc", "ccm", "cm3", "milliliter", "milliliters", "millilitre", "millilitres"], 1.0) | {
+    **dict.fromkeys(["l", "liter", "liters", "litre", "litres"], 1000.0),
+    "mm3": 0.001,
+}
+
+
+def number_of(digits: str) -> float | None:
+    """Return what digits with points and commas are: "1,234.5" 1234.5, "1,5" 1.5, "1,234" 1234; None for "1.2.3"."""
+    whole, mark, decimals = digits, "", ""
+    if (last := max(digits.rfind(","), digits.rfind("."))) >= 0:
+        whole, mark, decimals = digits[:last], digits[last], digits[last + 1 :]
+    groups = re.split("[.,]", whole)
+    others = set(whole) & {",", "."}
+    is_grouped = len(groups[0]) <= 3 and groups[0] != "0" and all(len(group) == 3 for group in groups[1:])
+    if mark in others or (mark == "," and not others and len(decimals) == 3 and is_grouped):  # 1,234 and 1.234.567
+        groups, decimals = [*groups, decimals], ""
+        is_grouped = is_grouped and len(groups[-1]) == 3 and len(others) <= 1
+    if len(groups) > 1 and not is_grouped:
+        return None
+    return float(f"{''.join(groups)}.{decimals or 0}")
+
+
+def canonical(words: list[str]) -> list[str]:
+    """Return words with numbers in one form, lengths in mm and volumes in ml: "1 - 3 cm" is "10 - 30 mm"."""
+    words = [_DIGITS.get(word, word) for word in words]
+    factor, unit, is_joined = 1.0, "", False
+    for at in range(len(words) - 1, -1, -1):
+        word = words[at]
+        if word[0].isdecimal() and word[0].isascii():
+            value = number_of(word)
+            # A float holds 15 digits: a longer number, as in a UID, is only equal to itself.
+            words[at] = word if value is None or len(word) > 15 else f"{value * (factor if unit else 1):.15g}"
+            is_joined = True
+        elif unit and is_joined and word in ("-", "x", "to", "by"):
+            is_joined = False
+        else:
+            length, volume = LENGTHS.get(word), VOLUMES.get(word)
+            is_joined, factor, unit = False, length or volume or 1.0, "mm" if length else "ml" if volume else ""
+            words[at] = unit or word
+    return words
+
+
+class Quantity(NamedTuple):
+    """A number, and its unit: "mm", "ml", "hu", "%", or "" where it has none."""
+
+    value: float
+    unit: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value:.10g} {self.unit}".strip()
+
+
+# Digits that stand alone, not those of T2 or BDMAP_00012, and the word behind them.
+_NUMBER = re.compile(
+    r"(?<![\w.,])(minus |[-+])?(\d+(?:[.,]\d+)*|\.\d+)(e[-+]?\d{1,3})?(?!\d)"
+    r"( ?)((?!(?:x|to|by|of|and|or)\b)(?:(?:mm|cm)\^?3|%|[^\W\d_]+))?",
+    re.IGNORECASE,
+)
+_STATED = re.compile(
+    r"\b(?:answer|total|result)(?: is| of|:| =)|= ?(?=[-+]?[\d.])|\\boxed\b|答案[是为]?:?", re.IGNORECASE
+)
+_END_OF_STATEMENT = re.compile(r"[;\n]|[.,](?!\d)")
+# A number in words; not "the one on the left".
+_NUMBER_WORD = re.compile(rf"\b(?!one (?:of|on|in|is|that|which|side)\b)(?:{_WORDS})\b", re.IGNORECASE)
+_CHANGING = ("<", ">", "≤", "≥", "±", "/")
+
+
+def quantity_in(text: str, unit: str = "") -> Quantity | None:
+    """Return the one number that a normalised text means: "about -1,234.5 HU" -> -1234.5 hu; None for none or several.
+
+    With several, those of the wanted `unit` count alone, and those behind "answer is", "total:" or "=" before all
+    others. A range (2-3 mm), a bound (< 5 mm), a size (2x3 mm) and a fraction (2/3) are no number.
+    """
+    if not re.search(r"\d", text):
+        text = _NUMBER_WORD.sub(lambda word: _DIGITS[word[0].lower()], text)
+    stated = [_END_OF_STATEMENT.split(text[cue.end() :], maxsplit=1)[0] for cue in [*_STATED.finditer(text)][-1:]]
+    for part in [*stated, text]:
+        found = _quantities(part)
+        wanted: set[Quantity | None] = {one for one in found if unit and one and one.unit == unit}
+        if len(meant := wanted or set(found)) == 1:
+            return meant.pop()
+    return None
+
+
+def _quantities(text: str) -> list[Quantity | None]:
+    """Return all numbers of a normalised text, None for one that is a part of more."""
+    found: list[Quantity | None] = []
+    end = 0
+    for match in _NUMBER.finditer(text):
+        sign, digits, exponent, space, word = match.groups(default="")
+        between = text[max(end, match.start() - 8) : match.start()].strip().lower()
+        end = match.end()
+        joined = bool(found) and between in ("x", "*", "-", "/", "to", "by", "of", "±", "+/-", "and", "or")
+        value = number_of(digits if digits[0] != "." else f"0{digits}")
+        if joined:
+            found[-1] = None
+        if value is None or joined or between.endswith(_CHANGING):
+            found.append(None)
+        elif one := _with_unit(value, word, exponent, is_attached=not space):
+            found.append(one._replace(value=-one.value) if sign[:1] in ("-", "m", "M") else one)
+    return found
+
+
+def _with_unit(value: float, word: str, exponent: str, *, is_attached: bool) -> Quantity | None:
+    """Return a quantity in mm or ml; None for "3D" and "5th". A word apart that is no unit is left out: "3 nodules"."""
+    value *= 10.0 ** min(int(exponent[1:] or 0), 300)
+    unit = word.lower().replace("^", "")
+    for name, factors in (("mm", LENGTHS), ("ml", VOLUMES)):
+        if unit in factors:
+            return Quantity(float(f"{value * factors[unit]:.12g}"), name)
+    if unit in ("", "hu", "%") or not is_attached:
+        return Quantity(value, unit if unit in ("hu", "%") else "")
+    return None
+
+
+# "30x13 mm", "2 cm x 15 mm": lengths with a multiplication sign between; a unit counts for those before it without one.
+_LENGTH = r"\d+(?:[.,]\d+)?"
+_LENGTH_UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b"
+_SIZE = re.compile(rf"{_LENGTH}\s*(?:{_LENGTH_UNIT})?(?:\s*[x×*]\s*{_LENGTH}\s*(?:{_LENGTH_UNIT})?)*", re.IGNORECASE)
+_SIDE = re.compile(rf"({_LENGTH})\s*({_LENGTH_UNIT})?", re.IGNORECASE)
+
+
+class Size(NamedTuple):
+    """Sides in mm, the longest first, and "<" or ">" where they are a bound."""
+
+    sides_mm: tuple[float, ...]
+    bound: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.bound}{' x '.join(f'{side:.10g}' for side in self.sides_mm)} mm"
+
+
+def size_in(text: str) -> Size | None:
+    """Return the one size that a normalised text has: "15 x 20 mm", "2x1.5 cm" -> (20, 15).
+
+    None for lengths without a unit, and for several sizes that differ.
+    """
+    found: set[Size] = set()
+    for match in _SIZE.finditer(text):
+        mm_per_unit, sides = 0.0, []
+        for length, unit in reversed(_SIDE.findall(match[0])):
+            mm_per_unit = {"m": 1.0, "c": 10.0}[unit[0].lower()] if unit else mm_per_unit
+            sides.append(float(length.replace(",", ".")) * mm_per_unit)
+        if all(sides):
+            bound = text[max(match.start() - 2, 0) : match.start()].strip()[-1:]
+            found.add(Size(tuple(sorted(sides, reverse=True)), bound if bound in ("<", ">", "≤", "≥") else ""))
+    return found.pop() if len(found) == 1 else None
