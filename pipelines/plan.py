@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
+from photon_data.json_text import from_json
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import hide_names, private_folder, read_key
 from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
@@ -25,7 +25,7 @@ from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
-from photon_data.readers.find import find_scans, left_alone
+from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
@@ -154,8 +154,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
     paths_of(request)  # a misuse is told before the search
-    if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*)?", request.id_prefix):
-        raise UsageError(f"--id-prefix: expected letters, digits, . _ and -, found {request.id_prefix!r}")
+    check_id_prefix(request.id_prefix)
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
@@ -337,7 +336,7 @@ def paths_of(request: Request) -> str:
     """Return whether manifests name stores by "absolute" or "relative" paths: as requested, else as OUT has them."""
     if request.paths is None:
         try:
-            return str(json.loads(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
+            return str(from_json(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
         except (ValueError, AttributeError):
             return PATHS[0]
     if request.paths not in PATHS:
