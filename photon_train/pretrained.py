@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,24 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils.hub import cached_file
 
+from photon_data.errors import UsageError, is_out_of_memory
 from photon_train.configuration_photon import PhotonConfig, PhotonVisionConfig
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+
+
+@contextmanager
+def refusing_model(model: str) -> Iterator[None]:
+    """Raise UsageError for whatever libraries raise over the files of a model, which may be somebody else's."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        found = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{model}: expected a model that can be loaded, found: {found[:2000]}") from None
 
 
 class Layout(Enum):

@@ -32,6 +32,7 @@ from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import Prefix
 from photon_train.flops import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.pretrained import refusing_model
 from photon_train.processing_photon import PhotonProcessor, prefix_length
 from photon_train.rows import Row, prefix_of
 from photon_train.scheduling import Scheduled, visual_mask
@@ -336,7 +337,7 @@ def load_predictor(
     name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
     options: dict[str, Any] = {key: value for key, value in photon.items() if value is not None}
     options["revision"] = revision
-    with _loading(model):
+    with refusing_model(model):
         loaded = PhotonForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, name), **options)
         tokenizer = PhotonProcessor.from_pretrained(model, **options).tokenizer
     return Predictor(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
@@ -344,17 +345,9 @@ def load_predictor(
 
 def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, int]:
     """Return the shape (z, y, x) of the grid that a model reads, from its configuration alone."""
-    with _loading(model):
+    with refusing_model(model):
         depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
     return depth, height, width
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{model}: expected a model that can be loaded, found: {error}") from None
 
 
 def _device(name: str) -> torch.device:

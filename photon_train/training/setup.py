@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.pretrained import refusing_model
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training.batches import Batch, steps_per_epoch
@@ -102,7 +103,8 @@ def start(
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
-    model, processor = load_model(config, last)
+    with refusing_model(str(last or config.model)):
+        model, processor = load_model(config, last)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
     state["rows"] = hashlib.sha256(text.encode()).hexdigest()
