@@ -216,7 +216,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def _new_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    name = path.name
+    while len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES - 20:
+        name = name[:-1]
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def _remove(path: Path) -> None:

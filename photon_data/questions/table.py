@@ -30,7 +30,7 @@ AMBIGUOUS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 # A larger table does not fit into memory beside what is made of it; a longer cell is no cell.
 MAX_BYTES, MAX_CELL = 2 << 30, 1 << 24
 # Rows of parquet that are decoded at a time: a few bytes of it can stand for any number of values.
-PARQUET_ROWS = 4096
+PARQUET_ROWS = 1024
 
 
 class TableRow(NamedTuple):
@@ -250,7 +250,7 @@ def _read_parquet(path: Path) -> Table:
             batches, size = [], 0
             for batch in file.iter_batches(PARQUET_ROWS):
                 batches.append(batch)
-                size += batch.nbytes
+                size += sum(map(_decoded_bytes, batch.columns))
                 if size > MAX_BYTES:
                     raise ValueError(f"more than {MAX_BYTES:,} bytes of values")
             table = pyarrow.Table.from_batches(batches, file.schema_arrow)
@@ -266,6 +266,18 @@ def _read_parquet(path: Path) -> Table:
         for number, values in enumerate(zip(*columns, strict=True), 1)
     ]
     return Table(table.column_names, rows, problems)
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Return how many bytes the values of a column of pyarrow take once each is one of its own."""
+    import pyarrow
+    from pyarrow import compute
+
+    if not (
+        pyarrow.types.is_dictionary(column.type) and column.type.value_type in (pyarrow.string(), pyarrow.binary())
+    ):
+        return int(column.nbytes)
+    return int(compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
 
 
 def _parquet_values(path: Path, name: str, column: Any, problems: list[Problem]) -> list[Any]:

@@ -9,6 +9,8 @@ from typing import BinaryIO
 # An enhanced object with the places of thousands of frames takes a few MB.
 MAX_HEADER_BYTES = 1 << 25
 CHUNK = 1 << 16
+# What a read counts for at least: a hole in a file is as many empty elements as fit in.
+LEAST = 64
 
 
 class TooLong(ValueError):
@@ -31,7 +33,7 @@ class DicomFile:
         if size < 0:
             return self._start_of_deflated()
         count = max(0, min(size, self.size - self.file.tell()))
-        self.left -= count
+        self.left -= max(count, LEAST)
         if self.left < 0:
             raise TooLong(f"expected at most {self.most:,} bytes, found more")
         return self.file.read(count)
