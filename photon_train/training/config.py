@@ -127,8 +127,10 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """
     changes: dict[str, Any] = {}
     photon = dict(config.photon)
-    for name, value in values.items():
-        if name == "photon" and isinstance(value, Mapping):
+    for name, value in ((str(name), value) for name, value in values.items()):
+        if name == "photon":
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                raise UsageError(f"photon: expected settings by name, found {value!r:.100}")
             photon.update(value)
         elif name.startswith("photon."):
             if isinstance(value, str):  # 3 is a number of steps, 0.25 a share of the run

@@ -108,7 +108,7 @@ def damaged_value(draw, value):
         parent, key = draw(st.sampled_from(places))
         kind = draw(st.sampled_from(["value", "value", "value", "drop", "wrap", "rename", "deep"]))
         if kind == "value":
-            parent[key] = draw(st.sampled_from(VALUES))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
         elif kind == "drop" and parent is not root:
             del parent[key]
         elif kind == "rename" and isinstance(parent, dict) and parent is not root:

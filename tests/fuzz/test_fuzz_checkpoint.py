@@ -32,7 +32,7 @@ def _load(folder):
             return None
 
 
-@budget(40)
+@budget(25)
 @given(st.data(), st.sampled_from(FILES))
 def test_a_model_with_a_damaged_file_loads_or_is_refused(whole, tmp_path, data, name):
     folder = tmp_path / "model"

@@ -106,7 +106,7 @@ def test_damaged_lists_of_a_prepared_folder_are_told_and_nothing_is_written_else
 PARTS = ["zarr.json", "0/zarr.json", "model/zarr.json", "model/0/zarr.json", "0/c/0/0/0", "model/0/c/0/0/0"]
 
 
-@budget(120)
+@budget(80)
 @given(st.data(), st.sampled_from(PARTS))
 def test_a_store_with_a_damaged_file_is_read_as_it_was_or_refused_and_never_another_size(
     prepared, tmp_path, data, part
