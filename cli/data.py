@@ -150,11 +150,12 @@ def prune(
     """Take away volumes whose scans are gone or refused now, or those named, with their rows and questions."""
     with errors_as_exit_codes():
         from photon_data.files import Location
+        from photon_data.questions.table import read_text
         from photon_pipelines import collection
         from photon_pipelines import prepare as pipeline
 
         location = Location(out)
-        named = ids.read_text(encoding="utf-8").split() if ids else None
+        named = read_text(ids, (ids.suffix.lower(),)).split() if ids else None
         going = collection.to_prune(location, named)
         terminal.print_lines(f"{id}: {why}" for id, why in going.items())
         if not going:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
 import typer
 from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
 from typer import Argument, Context, Option
 
 from photon_data.errors import Refused, UsageError
@@ -36,17 +41,45 @@ LINE_S = 10  # without a terminal, a progress line is printed at most this often
 WIDTH = None if sys.stdout.isatty() else 160  # a log file has room for a table
 
 
-class _PipeSafeConsole(Console):
-    """A console that falls silent when its reader is gone: `| head` neither ends the work nor changes the exit code."""
+# What a terminal obeys (it may rename windows, clear screens) or shows in another order; not tabs and line ends.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """Return a text of a file, a model or a library with its control characters written as JSON has them."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class _SafeConsole(Console):
+    """A console for texts from anywhere: only rich itself sends control characters.
+
+    It falls silent when its reader is gone: `| head` neither ends the work nor changes the exit code.
+    """
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return rich's text of a plain one: before it is measured and wrapped."""
+        return super().render_str(plain(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Yield the pieces of anything printed: here pass texts that rich made by itself, as of a progress bar."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(plain(piece.text), piece.style)
+
+
+class _PlainRecord(logging.LogRecord):
+    """A line of a log, of ours or of a library."""
+
+    def getMessage(self) -> str:
+        return plain(super().getMessage())
+
 
 # No markup: file names hold brackets.
-console = _PipeSafeConsole(highlight=False, markup=False, width=WIDTH)
-errors = _PipeSafeConsole(stderr=True, highlight=False, markup=False)
+console = _SafeConsole(highlight=False, markup=False, width=WIDTH)
+errors = _SafeConsole(stderr=True, highlight=False, markup=False)
 
 
 def fail(message: str, code: int = MISUSE) -> NoReturn:
@@ -97,9 +130,16 @@ def errors_as_exit_codes() -> Iterator[None]:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line. What the terminal's encoding lacks in file names and answers is printed as escapes."""
+    """Run a command line. What the terminal's encoding lacks in file names and answers is printed as escapes.
+
+    So are control characters, whoever prints: the console, logs, warnings, and a traceback that should not be.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.setLogRecordFactory(_PlainRecord)
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *parts, **more: plain(format_warning(*parts, **more))
+    sys.excepthook = lambda *error: sys.stderr.write(plain("".join(traceback.format_exception(*error))))
     app()
 
 
@@ -128,7 +168,10 @@ class ProgressBar:
     def __init__(self, description: str, total: int | None = None) -> None:
         from rich import progress as rich
 
-        columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[detail]}")
+        named, detail = (
+            rich.TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[detail]}")
+        )
+        columns = (named, rich.BarColumn(), rich.MofNCompleteColumn(), detail)
         times = (rich.TimeElapsedColumn(), "left", rich.TimeRemainingColumn())
         self._progress = rich.Progress(*columns, *times, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task(description, total=total, detail="")

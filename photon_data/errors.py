@@ -170,6 +170,13 @@ def name_hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory did not suffice: Python's own, or in the words of a C++ library."""
+    words = ("bad_alloc", "failed to allocate", "unable to allocate", "cannot allocate memory", "out of memory")
+    is_library = isinstance(error, RuntimeError | OSError | SystemError)
+    return isinstance(error, MemoryError) or (is_library and any(word in str(error).lower() for word in words))
+
+
 def unforeseen(error: Exception) -> str:
     """Return where an unforeseen error arose, without its text: that may quote a header, and headers name patients."""
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -20,11 +21,41 @@ import fsspec
 from fsspec.utils import get_protocol
 
 from photon_data.errors import UsageError
+from photon_data.json_text import from_json
+
+# What no part of a name below a folder of ours may hold: control characters, a backslash; a drive letter at its start;
+# a space or a dot at its end, which Windows drops.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^[A-Za-z]:|[ .]$")
+MAX_NAME_BYTES = 255
+# Names that Windows keeps for devices, with any suffix: we make none.
+RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
+
+
+def is_safe(name: str) -> bool:
+    """Tell whether a relative path stays below its folder and is a name on every system.
+
+    "volumes/a.ome.zarr" is one. "../a", "/a", "a//b", "C:a", "a.", "", a backslash and a part of 256 bytes are not.
+    """
+    # A byte of a file name that is no UTF-8 counts as one.
+    parts = [(part, len(part.encode("utf-8", "replace"))) for part in name.split("/")]
+    return all(part and not UNSAFE.search(part) and length <= MAX_NAME_BYTES for part, length in parts)
+
+
+def refuse_unsafe(name: str, what: str) -> str:
+    """Return `what` is to name one file or folder, if it `is_safe`; UsageError where it is not, or is a longer path."""
+    if "/" in name or not is_safe(name):
+        expected = f"{what} without '/', '\\', control characters and a dot or space at its end"
+        raise UsageError(f"expected {expected}, of at most {MAX_NAME_BYTES} bytes, found {name[:300]!r}; rename it")
+    return name
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder: a local path or an fsspec URL ("s3://bucket/out"). Names below it are relative paths with "/"."""
+    """A folder: a local path or an fsspec URL ("s3://bucket/out"). Names below it are relative paths with "/".
+
+    What is not `is_safe` is no name: there is no such file, and to write or remove one is a UsageError. So is to write
+    behind a link that leads out of the folder.
+    """
 
     url: str
 
@@ -55,15 +86,36 @@ class Location:
         return Path(os.path.abspath(self.url.removeprefix("file://")))  # noqa: PTH100 - resolve() would follow links
 
     def at(self, name: str) -> str:
-        """Return the path or URL of `name`, in the form that opens it elsewhere."""
+        """Return the path or URL of `name`, in the form that opens it elsewhere; of the folder itself for ""."""
+        if name:
+            self._refuse_unsafe(name)
         return str(self.path / name) if self.is_local else f"{self.url.rstrip('/')}/{name}"
+
+    def place(self, name: str) -> Path:
+        """Return the local path to write `name` to; UsageError where a link on the way leads out of the folder."""
+        self._refuse_unsafe(name)
+        path = self.path / name
+        root, parent = os.path.realpath(self.path), os.path.realpath(path.parent)
+        if not Path(parent).is_relative_to(root):
+            raise UsageError(
+                f"expected that {path} lies in {root}, found a link that leads to {parent}; remove the link"
+            )
+        return path
+
+    def _refuse_unsafe(self, name: str) -> None:
+        if not is_safe(name):
+            raise UsageError(f"expected a name below {self.url}, found {name[:300]!r}, which could lead out of it")
 
     def exists(self, name: str) -> bool:
         """Tell whether there is a file or folder of that name."""
+        if not is_safe(name):
+            return False
         return (self.path / name).exists() if self.is_local else bool(self.fs.exists(self.at(name)))
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file; None if there is no such file."""
+        if not is_safe(name):
+            return None
         try:
             return (self.path / name).read_bytes() if self.is_local else self.fs.cat_file(self.at(name))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -71,6 +123,8 @@ class Location:
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""
+        if not is_safe(name):
+            return None
         try:
             if self.is_local:
                 return (self.path / name).stat().st_size if (self.path / name).is_file() else None
@@ -86,7 +140,7 @@ class Location:
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file. If that fails, the file that was there before stays."""
         if self.is_local:
-            with write_whole(self.path / name) as temporary:
+            with write_whole(self.place(name)) as temporary:
                 temporary.write_bytes(content)
         else:
             self.fs.pipe_file(self.at(name), content)
@@ -94,7 +148,7 @@ class Location:
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it, if there is one."""
         if self.is_local:
-            _remove(self.path / name)
+            _remove(self.place(name))
         elif self.fs.exists(self.at(name)):
             self.fs.rm(self.at(name), recursive=True)
 
@@ -162,7 +216,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def _new_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    name = path.name
+    while len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES - 20:
+        name = name[:-1]
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def _remove(path: Path) -> None:
@@ -187,9 +244,9 @@ def from_jsonl(text: str) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error.msg})") from None
+                rows.append(from_json(line))
+            except ValueError as error:
+                raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error})") from None
     return rows
 
 
@@ -231,7 +288,8 @@ def exclusive(out: Location) -> Iterator[None]:
 
     try:
         out.path.mkdir(parents=True, exist_ok=True)
-        lock = (out.path / LOCK).open("a")
+        # Not through a link: what it leads to would be emptied.
+        lock = os.fdopen(os.open(out.path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a")
     except OSError as error:
         raise UsageError(f"expected a folder that can be written to, found {out.url}: {error.strerror}") from None
     with lock:
@@ -258,7 +316,7 @@ def _this_process() -> dict[str, Any]:
 def _holder(out: Location) -> dict[str, Any]:
     """Return the holder that a lock names; {} where its text is not whole, as while it is being written."""
     try:
-        holder = json.loads(out.read(LOCK) or b"")
+        holder = from_json(out.read(LOCK) or b"")
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from photon_data.errors import Refused, UsageError, refusal, unforeseen
+from photon_data.errors import Refused, UsageError, is_out_of_memory, refusal, unforeseen
 from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
     FAR_BELOW_AIR_HU,
@@ -300,14 +300,24 @@ def prepare_file(job: Job) -> VolumeRecord:
         name = f"{job.source.files[0].name}: " if job.source.files else ""
         reason = refused.message.removeprefix(name)
         record = job.record(REFUSED, code=refused.code, reason=reason, accept=refused.accept or None)
-    except OSError as error:
+    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
+        record = _failed(job, error)
+    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
+
+
+def _failed(job: Job, error: Exception) -> VolumeRecord:
+    """Return the record of a job that ended with an error; NoSpace where the disk is full."""
+    if is_out_of_memory(error):
+        reason = (
+            "expected that a worker's memory suffices, found none left; allow more with --memory, or fewer --workers"
+        )
+        return job.record(FAILED, code="memory", reason=reason)
+    if isinstance(error, OSError):
         if error.errno in NO_SPACE:
             message = f"no space left for {job.out}; free some and run the same command again"
             raise NoSpace(error.errno, message) from None
-        record = job.record(FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
-    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
-        record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
-    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
+        return job.record(FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
+    return job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
 
 
 def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
@@ -331,6 +341,13 @@ def _prepare(job: Job) -> VolumeRecord:
     source = job.source
     if source.problem:
         raise Refused(source.code, source.problem)
+    try:
+        scan = opened(job)  # first: of a file that its header refuses, not every byte is read
+    except Refused:
+        is_there = not job.overwrite and read_metadata(Location(job.out), store_name(source.id))
+        if is_there and (done := already_there(job, fingerprint(source.files))):
+            return done
+        raise
     content = fingerprint(source.files)
     if done := already_there(job, content):
         return done

@@ -210,7 +210,7 @@ def _convert(owner: type, key: str, value: Any) -> Any:
             return kind(value)
         parts = value.split(",") if isinstance(value, str) else list(value)
         return tuple(item(part) for item, part in zip(items, parts, strict=True))
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise UsageError(f"{key}: expected {expected}, found {value!r}") from None
 
 

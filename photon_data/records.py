@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hmac
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.json_text import fields_of, from_json
 from photon_data.private import read_names, save_names
 from photon_data.recipe import ALGORITHM, Recipe
+from photon_data.store import store_name
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
 # Every input ends in exactly one of these.
@@ -80,20 +82,35 @@ class VolumeRecord:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
-        """Return the record of a row; keys of newer versions are ignored."""
-        if not isinstance(row, dict):
-            raise ValueError(f"expected a row, found {row!r:.80}")
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in row.items() if key in known})
+        """Return the record of a row; keys of newer versions are ignored. ValueError for what no row of ours holds.
+
+        Rows come from elsewhere too, and files are named after them: an id can name one, and a store has that name.
+        """
+        record = cls(**fields_of(cls, row))
+        if record.state not in (*STATES, READY):
+            raise ValueError(f"expected a state of {', '.join(STATES)}, found {record.state!r:.80}")
+        if record.store not in (None, store_name(record.id)):
+            raise ValueError(
+                f"expected {store_name(record.id)} as the store of {record.id}, found {record.store!r:.80}"
+            )
+        return record
 
 
 def read_records(out: Location) -> list[VolumeRecord]:
     """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
+    place = ""
     try:
-        records = [VolumeRecord.from_json(row) for row in from_jsonl((out.read(VOLUMES) or b"").decode())]
-    except (ValueError, TypeError) as error:
+        rows = from_jsonl((out.read(VOLUMES) or b"").decode())
+        records = []
+        for number, row in enumerate(rows, 1):
+            place = f"row {number}: "
+            records.append(VolumeRecord.from_json(row))
+        place = ""
+        if twice := [id for id, count in Counter(record.id for record in records).items() if count > 1]:
+            raise ValueError(f"expected every id once, found {twice[0]!r} again")
+    except ValueError as error:
         remedy = "bring it back from a copy, or prepare into another folder"
-        raise UsageError(f"{out.at(VOLUMES)} is damaged: {error}; {remedy}") from None
+        raise UsageError(f"{out.at(VOLUMES)} is damaged: {place}{error}; {remedy}") from None
     if not any(record.hidden for record in records):
         return records
     names = read_names(out)
@@ -161,7 +178,7 @@ def read_lock(path: Path) -> dict[str, Any]:
     """Return a dataset.lock that this version can follow; UsageError for another file or another algorithm."""
     expected = UsageError(f"--lock: expected a dataset.lock, found something else in {path}")
     try:
-        lock = json.loads(path.read_bytes())
+        lock = from_json(path.read_bytes())
         algorithm, versions = lock["algorithm"], dict(lock["versions"])
     except OSError as error:
         raise UsageError(f"--lock: expected a readable file, found {path}: {error.strerror}") from None
@@ -171,9 +188,12 @@ def read_lock(path: Path) -> dict[str, Any]:
         remedy = f"install photon-ct {versions.get('photon-ct')}"
         raise UsageError(f"--lock: expected algorithm {ALGORITHM}, found {algorithm} in {path}; {remedy}")
     try:
-        _ = lock["salt"], lock["questions"], Recipe.from_json(lock["recipe"])
-        _ = [[volume[name] for name in ("id", "content", "settings", "arrays")] for volume in lock["volumes"]]
-    except (KeyError, TypeError, AttributeError, UsageError):
+        Recipe.from_json(lock["recipe"])
+        texts = [lock["salt"], *dict(lock["questions"]).values(), *versions.values()]
+        texts += [volume[name] for volume in lock["volumes"] for name in ("id", "content", "settings", "arrays")]
+        if not all(isinstance(text, str) for text in texts):
+            raise expected
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise expected from None
     return lock
 

@@ -23,7 +23,8 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, write_whole
+from photon_data.files import Location, refuse_unsafe, write_whole
+from photon_data.json_text import from_json
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
@@ -45,8 +46,10 @@ ORIENTATION = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "
 
 
 def store_name(volume_id: str) -> str:
-    """Return where the store of a volume lies below the output folder."""
-    return f"volumes/{volume_id}{SUFFIX}"
+    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file."""
+    if not volume_id or volume_id.startswith("."):
+        raise UsageError(f"expected an id that begins with a letter or a digit, found {volume_id[:80]!r}; rename it")
+    return f"volumes/{refuse_unsafe(volume_id + SUFFIX, 'an id')}"
 
 
 def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
     for a store.
     """
     if out.is_local:
-        with write_whole(out.path / name) as folder:
+        with write_whole(out.place(name)) as folder:
             return _write(prepared, folder, identity)
     with tempfile.TemporaryDirectory(prefix="photon-") as scratch:
         written = _write(prepared, Path(scratch), identity)
@@ -174,7 +177,7 @@ def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     """
     content = out.read(f"{name}/{ROOT}" if name else ROOT) or b""
     try:
-        ours = json.loads(content)["attributes"][KEY]
+        ours = from_json(content)["attributes"][KEY]
         found = _with_size({key: ours[key] for key in METADATA}, content)
         is_ours = ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)
         return found if is_ours else None
@@ -212,8 +215,8 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     place = GRIDS[grid]
     try:
         metadata["files"][f"{place}{SHARD}"]  # a part that is not listed could not be missed
-        ome = json.loads(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
-        _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b""), path)
+        ome = from_json(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
+        _check_array(from_json(location.read(f"{place}0/{ROOT}") or b""), path)
         for lost in _lost(location, "", metadata, f"{place}0/"):
             raise UsageError(f"expected a whole store, found {path} with {lost}; prepare it or copy it again")
         array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
@@ -221,7 +224,9 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
         (sz, sy, sx), translation = (transform[transform["type"]] for transform in transforms)
         steps_lps = ((0, 0, sz), (0, sy, 0), (sx, 0, 0))
         return Volume(array, Geometry.from_arrays(array.shape, translation[::-1], steps_lps))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
 

@@ -42,7 +42,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils.hub import cached_file
 
-from photon_data.errors import UsageError, unforeseen
+from photon_data.errors import UsageError, is_out_of_memory, unforeseen
 from photon_data.files import Location, fingerprint, write_whole
 from photon_train.configuration_photon import Layout, hub_options
 
@@ -127,14 +127,16 @@ def _header_of(file: Path) -> set[str]:
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """UsageError for a model that the block cannot load: names whatever its files raise."""
+    """Raise UsageError for whatever libraries raise over the files of a model, which may be somebody else's."""
     try:
         yield
-    except MemoryError:
+    except UsageError:
         raise
     except Exception as error:  # what a damaged configuration or tokenizer raises has no end
+        if is_out_of_memory(error):
+            raise
         reason = str(error) if isinstance(error, ValueError | OSError) else unforeseen(error)
-        raise UsageError(f"{model}: expected a model that can be loaded, found: {reason}") from error
+        raise UsageError(f"{model}: expected a model that can be loaded, found: {reason[:2000]}") from error
 
 
 def check_loaded(info: dict[str, Any], layout: Layout, stage: int) -> None:

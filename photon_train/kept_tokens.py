@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from photon_data.errors import UsageError
+from photon_data.files import is_safe
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Recipe
@@ -130,7 +131,7 @@ class VolumeMasks(NamedTuple):
 def volumes_with_masks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return {id: path} of the volumes, of rows of one, that have a folder of masks; UsageError where there is none."""
     places = {row["volume_id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
-    found = {id: place for id, place in sorted(places.items()) if id and (folder / id).is_dir()}
+    found = {id: place for id, place in sorted(places.items()) if is_safe(id) and (folder / id).is_dir()}
     if not found:
         expected = f"folders in {folder} with the volume ids of some of {len(places)} volumes"
         raise UsageError(f"--masks: expected {expected}, found none")

@@ -86,7 +86,8 @@ def salient_point(cells: Geometry, keep_V: np.ndarray, saliency_V: np.ndarray) -
 def folders_of(directory: Path, name: str, volumes: int) -> list[Path]:
     """Return a folder for each volume of the row `name`; an id that is no folder name is changed into one."""
     plain = re.sub(r"[^\w.=-]+", "_", name).lstrip(".")
-    if plain != name or len(name) > LONGEST_NAME:
-        plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    if plain != name or len(name.encode("utf-8", "replace")) > LONGEST_NAME:
+        start = plain.encode("utf-8", "replace")[:LONGEST_NAME].decode("utf-8", "ignore")
+        plain = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     folder = directory / plain
     return [folder] if volumes == 1 else [folder / f"volume-{number}" for number in range(1, volumes + 1)]

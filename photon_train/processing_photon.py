@@ -9,10 +9,13 @@ Legend: B rows, L tokens of a row, V volumes, P patches, X voxels of a patch; ax
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 SPECIALS = (*MARKERS, "<|image_pad|>", "<image>")
+TEMPLATE_S = 10  # a template takes less than a millisecond
 IGNORED = -100  # the label of what is not to be learned
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -61,6 +65,8 @@ class PhotonProcessor:
         length = len(tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])
         if length != ROLE_LINE:
             raise ValueError(f"expected a tokenizer with role lines of {ROLE_LINE} tokens, found {length}; use Qwen's")
+        if tokenizer.chat_template:  # somebody's program: told now, not of each row, where it fails or does not end
+            self._text([{"role": "user", "content": "?"}], for_training=False)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
@@ -167,10 +173,8 @@ class PhotonProcessor:
 
     def _ids(self, sample: Sample, for_training: bool, max_length: int | None = None) -> Tensor:
         """Return int64[L] of one sample, a <|video_pad|> for every visual token."""
-        text = self.tokenizer.apply_chat_template(
-            [{**m, "content": m["content"].replace(VIDEO_TAG, VOLUME_TEXT)} for m in sample.messages],
-            tokenize=False,
-            add_generation_prompt=not for_training,
+        text = self._text(
+            [{**m, "content": m["content"].replace(VIDEO_TAG, VOLUME_TEXT)} for m in sample.messages], for_training
         )
         short = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = short.repeat_interleave(torch.where(visual_mask(short, self.config), self.visual_tokens(), 1))
@@ -180,6 +184,14 @@ class PhotonProcessor:
                 f"alone takes {self.visual_tokens()}) or leave the row out: cutting it would cut off the question"
             )
         return ids
+
+    def _text(self, messages: Sequence[Mapping[str, Any]], for_training: bool) -> str:
+        """Return what the model's chat template makes of messages; ValueError where it takes TEMPLATE_S seconds."""
+        with _alarm(TEMPLATE_S, "expected a chat template that ends, found one that does not; is it the model's own?"):
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not for_training
+            )
+        return text
 
     def _labels(self, ids: Tensor, sample: Sample) -> Tensor:
         """Return int64[L]: the assistant's words and end markers; IGNORED elsewhere and where `loss` is false."""
@@ -191,6 +203,25 @@ class PhotonProcessor:
                 answer = slice(start + ROLE_LINE, end + 1)
                 labels[answer] = ids[answer]
         return labels
+
+
+@contextmanager
+def _alarm(seconds: float, message: str) -> Iterator[None]:
+    """Raise ValueError(message) in the block once it takes so long; in the main thread only, which gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise ValueError(message)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:

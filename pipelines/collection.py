@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location
+from photon_data.files import Location, is_safe
 from photon_data.readers.find import find_scans
 from photon_data.records import PRUNED, VolumeRecord, records_of
 from photon_data.scan import Source
@@ -67,7 +67,9 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     """
     records = {record.id: record for record in records_of(out)}
     stores = {store_name(id) for id in records}
-    orphans = [name for name in out.names("volumes") if name[0] != "." and f"volumes/{name}" not in stores]
+    orphans = [
+        name for name in out.names("volumes") if name[0] != "." and f"volumes/{name}" not in stores and is_safe(name)
+    ]
     if ids is not None:
         asked = list(dict.fromkeys(ids))
         if unknown := [id for id in asked if id not in records]:

@@ -26,7 +26,7 @@ from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
-from photon_data.readers.find import find_scans, left_alone
+from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
@@ -154,8 +154,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
     paths_of(request)  # a misuse is told before the search
-    if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*)?", request.id_prefix):
-        raise UsageError(f"--id-prefix: expected letters, digits, . _ and -, found {request.id_prefix!r}")
+    check_id_prefix(request.id_prefix)
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)

@@ -18,6 +18,7 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, exclusive, refresh
+from photon_data.json_text import from_json
 from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,
@@ -111,7 +112,7 @@ def finish(
     page = render_report(
         rows,
         recipe=request.recipe,
-        open_volume=lambda record: open_volume(out.at(record.store or ""), "model"),
+        open_volume=lambda record: open_volume(out.at(store_name(record.id)), "model"),
         pictures=request.pictures,
         title=out.at("").rstrip("/").rpartition("/")[2],
         source="" if hidden else request.source.name,
@@ -130,7 +131,7 @@ def finish(
 def _salt(request: Request) -> str:
     """Return the salt of the folder's lock: that of the lock to compare with, else its own, else a new one."""
     try:
-        return str((request.lock or json.loads(request.out.read(LOCK) or b""))["salt"])
+        return str((request.lock or from_json(request.out.read(LOCK) or b""))["salt"])
     except (ValueError, KeyError, TypeError):
         return secrets.token_hex(16)
 
@@ -168,9 +169,9 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
 def _request_of(out: Location) -> Request:
     """Return what is known of a prepared folder as a request; UsageError where dataset.json is gone or damaged."""
     try:
-        dataset = json.loads(out.read(DATASET) or b"")
+        dataset = from_json(out.read(DATASET) or b"")
         return Request(Path(dataset["source"] or ""), out, Recipe.from_json(dataset["recipe"]), allow_leaks=True)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         expected = f"a {DATASET} with the recipe of {out.url}"
         raise UsageError(f"expected {expected}, found none that can be read; run prepare again") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from photon_data.datasets.base import DataSet
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
+from photon_data.json_text import from_json
 from photon_data.questions.splits import FRACTIONS
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import DATASET
@@ -61,7 +61,7 @@ def paths_of(request: Request) -> str:
     """Return whether manifests name stores by "absolute" or "relative" paths: as requested, else as OUT has them."""
     if request.paths is None:
         try:
-            return str(json.loads(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
+            return str(from_json(request.out.read(DATASET) or b"{}").get("paths", PATHS[0]))
         except (ValueError, AttributeError):
             return PATHS[0]
     if request.paths not in PATHS:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 
 from photon_data.files import Location
+from photon_data.json_text import from_json
 from photon_data.questions.kept import digests_of_all
 from photon_data.questions.manifest import FOLDER, validate
 from photon_data.records import DATASET, records_of
@@ -32,7 +32,7 @@ def verify_output(out: Location, progress: Callable[[int, int], object] = lambda
 
 def _verify_manifests(out: Location) -> Iterator[str]:
     try:
-        recorded = json.loads(out.read(DATASET) or b"")["manifests"]
+        recorded = from_json(out.read(DATASET) or b"")["manifests"]
     except (ValueError, KeyError, TypeError):
         yield f"{DATASET}: not readable; run prepare again"
         return

@@ -22,12 +22,18 @@ from typing import IO, Any, NamedTuple, Self
 from isal import igzip, isal_zlib
 
 from photon_data.files import Location, write_whole
+from photon_data.json_text import from_json
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 MEMBER = re.compile(r"(?:.*/)?(BDMAP_[0-9]{8})/ct\.nii\.gz")
 SCAN = "ct.nii.gz"
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 20
+# A few MB of gzip can hold a tar of billions of members, or of one whose name takes GBs.
+MAX_MEMBERS, MAX_HEADER_BYTES = 1_000_000, 1 << 20
+_GNU, _PAX = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK), (tarfile.XHDTYPE, tarfile.XGLTYPE)
+LONG_HEADERS = (*_GNU, *_PAX, tarfile.SOLARIS_XHDTYPE)
+SPARSE_GOES_ON = 482  # the byte of a header that says so
 
 
 class Contents(NamedTuple):
@@ -48,7 +54,7 @@ def find_archives(roots: Iterable[Path]) -> list[Path]:
 def known_ids(archive: Path, folder: Path) -> list[str] | None:
     """Return the ids in an archive that was read to its end and has not changed since; None without such a marker."""
     try:
-        marker = json.loads(Location(str(folder)).read(_marker(archive)) or b"null")
+        marker = from_json(Location(str(folder)).read(_marker(archive)) or b"null")
     except ValueError:
         return None
     return marker.get("ids") if isinstance(marker, dict) and marker | _identity(archive) == marker else None
@@ -57,7 +63,7 @@ def known_ids(archive: Path, folder: Path) -> list[str] | None:
 # The name of the file that says which CTs are in an archive. An archive that was read to its end has one.
 def _marker(archive: Path) -> str:
     path_hash = hashlib.sha256(str(archive).encode(errors="surrogateescape")).hexdigest()[:12]
-    return f".archives/{archive.name}-{path_hash}.json"
+    return f".archives/{re.sub('[^A-Za-z0-9._-]', '-', archive.name)[-100:]}-{path_hash}.json"
 
 
 def _identity(archive: Path) -> dict[str, Any]:
@@ -75,7 +81,11 @@ def unpack(archive: Path, folder: Path, ids: Collection[str], on_bytes: Callable
     try:
         stream = _Stream(archive, on_bytes)
         with stream.raw, tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictMember) as tar:
-            for member in tar:
+            count = 0
+            while member := tar.next():
+                count, tar.members = count + 1, []  # type: ignore[attr-defined]  # tarfile would keep all of them
+                if count > MAX_MEMBERS:
+                    raise tarfile.ReadError(f"more than {MAX_MEMBERS:,} members")
                 match = MEMBER.fullmatch(member.name)
                 name = match[1] if match else ""
                 is_requested = name in ids and name not in found.taken
@@ -132,16 +142,27 @@ def _as_read_error() -> Iterator[None]:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """A member whose header can be read. tarfile takes a bad or missing one for the end; here an empty block is."""
+    """A member whose header can be read. tarfile takes a bad or missing one for the end; here an empty block is.
+
+    Of a long name, of attributes (pax) and of a sparse file's map, tarfile reads as much as their header says.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            found = super().frombuf(buf, encoding, errors)
+            if found.type in LONG_HEADERS and found.size > MAX_HEADER_BYTES:
+                raise tarfile.ReadError(f"a name or attributes of {found.size:,} bytes")
+            if found.type == tarfile.GNUTYPE_SPARSE and buf[SPARSE_GOES_ON]:
+                raise tarfile.ReadError("a sparse file of many parts")
+            return found
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise
             raise tarfile.ReadError(str(error)) from None
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise tarfile.ReadError("a sparse file of many parts")
 
 
 def _refuse_content_after_end(tar: tarfile.TarFile) -> None:

@@ -17,9 +17,10 @@ from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Word
 from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import PROMPTS
 from photon_data.questions.question_table import NAMES
-from photon_data.questions.table import read_text
+from photon_data.yaml_text import read_yaml, value_of
 
 T = TypeVar("T")
+LARGEST = 1 << 63  # number; infinity is none
 
 ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
 # The name of a data set begins ids and can be the name of a file.
@@ -155,7 +156,8 @@ class _Node(NamedTuple):
 
     def error(self, expected: str) -> UsageError:
         kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
-        return UsageError(f"{self.place}: expected {expected}, found {kinds.get(type(self.value)) or repr(self.value)}")
+        found = kinds.get(type(self.value)) or f"{self.value!r:.100}"
+        return UsageError(f"{self.place}: expected {expected}, found {found}")
 
     def mapping(self, names: Collection[str] | None = None) -> Mapping[str, _Node]:
         """Return a mapping; its keys have to be among `names`, if they are given."""
@@ -179,11 +181,15 @@ class _Node(NamedTuple):
 
     def paths(self) -> tuple[Path, ...]:
         """Return `texts` as paths; relative ones start at the folder of the file."""
-        return tuple(self.path.absolute().parent / Path(text).expanduser() for text in self.texts())
+        try:
+            return tuple(self.path.absolute().parent / Path(text).expanduser() for text in self.texts())
+        except RuntimeError:
+            raise self.error("a path whose ~ is a home folder") from None
 
     def number(self, above: int, kind: str = "number") -> float:
         allowed = int if kind == "whole number" else int | float
-        if isinstance(self.value, bool) or not isinstance(self.value, allowed) or not self.value > above:
+        is_number = isinstance(self.value, allowed) and not isinstance(self.value, bool)
+        if not (is_number and above < self.value < LARGEST):
             raise self.error(f"a {kind} above {above}")
         return self.value
 
@@ -197,28 +203,14 @@ class _Node(NamedTuple):
 
 
 def _read_yaml(path: Path) -> _Node:
-    """Return the one document of a YAML file; UsageError if it is not YAML, or has a key twice."""
-    try:
-        root = yaml.compose(read_text(path, (".yaml", ".yml")), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path.name}, line {mark.line + 1}" if mark else path.name
-        raise UsageError(f"{place}: expected YAML, found: {getattr(error, 'problem', error)}") from None
-    if root is None:
-        raise UsageError(f"{path.name}: expected data sets, found an empty file")
-    scalars = yaml.SafeLoader("")
+    """Return the one document of a YAML file; UsageError as `read_yaml`."""
 
     def value(node: yaml.Node) -> Any:
         if isinstance(node, yaml.SequenceNode):
             return [_Node(value(item), path, item.start_mark.line + 1) for item in node.value]
         if not isinstance(node, yaml.MappingNode):
-            return scalars.construct_object(node)
-        found: dict[str, _Node] = {}
-        for key, item in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in found:
-                raise UsageError(f"{path.name}, line {line}: expected every key once, found {name!r} again")
-            found[name] = _Node(value(item), path, line)  # the line of its key
-        return found
+            return value_of(node)
+        lines = [(str(key.value), item, key.start_mark.line + 1) for key, item in node.value]  # the lines of the keys
+        return {name: _Node(value(item), path, line) for name, item, line in lines}
 
-    return _Node(value(root), path, root.start_mark.line + 1)
+    return read_yaml(path, (".yaml", ".yml"), lambda root: _Node(value(root), path, root.start_mark.line + 1))

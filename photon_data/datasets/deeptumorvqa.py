@@ -6,7 +6,6 @@ multiple-choice question. benchmark/test_qa.json wraps its list in an object and
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from photon_data.datasets.abdomenatlas_tree import ID, find_cts, original_ids
 from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, text_rows
 from photon_data.errors import UsageError, nearest_name
+from photon_data.json_text import from_json
 from photon_data.questions.question import Question
 from photon_data.questions.table import Problem, Table, TableRow, read_table, read_text, refuse
 
@@ -81,7 +81,7 @@ def _read_json(path: Path) -> Table:
     """Return the table of a list of objects, or of an object {"questions": [...]}."""
     text = read_text(path, (".json",))
     try:
-        content = json.loads(text)
+        content = from_json(text, strict=True)
     except ValueError as error:
         raise UsageError(f"{path}: expected JSON, found: {error}; download the damaged file again") from None
     items = content.get("questions") if isinstance(content, dict) else content

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, SourceVolume
 from photon_data.questions.question import Question
 from photon_data.questions.question_table import read_questions
-from photon_data.readers.find import find_scans, left_alone
+from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 
 
 def read_tables(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
@@ -34,6 +34,7 @@ def _scans(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the scans below the roots whose path matches the option `pattern`; `id_prefix` begins their ids."""
     pattern, id_from = entry.options.get("pattern", "*"), entry.options.get("id_from", "path")
     prefix = entry.options.get("id_prefix", "")
+    check_id_prefix(prefix, f"{entry.place}, data set {entry.name}: id_prefix")
     volumes, notes = [], []
     for root in entry.roots:
         scans = find_scans(root, id_from=id_from, on_file=on_file)

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.files import Location, from_jsonl, is_safe, jsonl_bytes, refuse_unsafe
+from photon_data.json_text import fields_of
 from photon_data.questions.manifest import EXTRA_COLUMNS, NO_CHOICES, digests, manifest_names
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL
@@ -21,8 +22,8 @@ UNKNOWN = "?"
 
 
 def file_of(name: str) -> str:
-    """Return the name below OUT of the file of a data set's questions."""
-    return f"{FOLDER}/{name}{SUFFIX}"
+    """Return the name below OUT of the file of a data set's questions; UsageError for a name that is none of a file."""
+    return f"{FOLDER}/{refuse_unsafe(name + SUFFIX, 'the name of a data set or table')}"
 
 
 def keep_questions(out: Location, name: str, questions: Iterable[Question]) -> None:
@@ -40,8 +41,8 @@ def kept_questions(out: Location) -> dict[str, list[Question]]:
     for name in _names(out):
         try:
             rows = from_jsonl((out.read(file_of(name)) or b"").decode())
-            found[name] = [Question(**row) for row in rows]
-        except (ValueError, TypeError) as error:
+            found[name] = [Question(**fields_of(Question, row)) for row in rows]
+        except ValueError as error:
             remedy = "bring it back, or remove it and prepare its data set again"
             raise UsageError(f"{out.at(file_of(name))} is damaged: {error}; {remedy}") from None
     return found or _questions_of_manifests(out)
@@ -72,7 +73,8 @@ def row_ids(out: Location) -> set[str]:
 
 
 def _names(out: Location) -> list[str]:
-    names = (name for name in out.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith("."))
+    listed = (name for name in out.names(FOLDER) if is_safe(name))
+    names = (name for name in listed if name.endswith(SUFFIX) and not name.startswith("."))
     return sorted(name.removesuffix(SUFFIX) for name in names)
 
 

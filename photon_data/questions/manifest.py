@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, jsonl_bytes
+from photon_data.files import Location, is_safe, jsonl_bytes
+from photon_data.json_text import from_json
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
 from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, as_json, read_table, refuse
@@ -256,7 +257,7 @@ def refuse_unsound(source: Path | str, questions: Iterable[Question]) -> None:
 def _is_manifest(content: bytes) -> bool:
     """Tell whether the first line of a JSON-lines file is a row as `build` makes it."""
     try:
-        row = json.loads(content.partition(b"\n")[0])
+        row = from_json(content.partition(b"\n")[0])
     except ValueError:
         return False
     return isinstance(row, dict) and {"messages", "videos", "volume_id"} <= row.keys()
@@ -264,7 +265,8 @@ def _is_manifest(content: bytes) -> bool:
 
 def manifest_names(out: Location) -> list[str]:
     """Return the names below `out` of the manifests that are there, sorted."""
-    return [f"{FOLDER}/{name}" for name in out.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith(".")]
+    names = (name for name in out.names(FOLDER) if name.endswith(SUFFIX) and not name.startswith("."))
+    return [f"{FOLDER}/{name}" for name in names if is_safe(name)]
 
 
 def digests(out: Location) -> dict[str, str]:

@@ -103,7 +103,8 @@ def _to_text(value: Any) -> str:
     """Return a text or finite number as text, null as ""; ValueError for anything else."""
     if value is None or isinstance(value, str):
         return value or ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not is_number:
         found = json.dumps(value, default=str)[:60]
         raise ValueError(f'expected text or a number, found {found}; write it as text, "Yes" for example')
     return json.dumps(value)

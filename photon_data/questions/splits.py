@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
+from photon_data.files import RESERVED
 from photon_data.questions.question import Question
 
 FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.8, "val": 0.1, "test": 0.1})
@@ -59,8 +60,8 @@ def check_split_names(splits: Iterable[str]) -> None:
     """UsageError for a split that cannot name a file, or two that differ only in upper and lower case."""
     seen: dict[str, str] = {}
     for split in sorted(splits):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", split):
-            expected = "split names of letters, digits, '.', '_' and '-'"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", split) or RESERVED.fullmatch(split):
+            expected = "split names of at most 100 letters, digits, '.', '_' and '-', that Windows keeps for no device"
             raise UsageError(f"expected {expected}, found {split!r}; rename it in the table")
         other = seen.setdefault(split.casefold(), split)
         if other != split:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
 import math
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from photon_data.errors import UsageError
+from photon_data.json_text import from_json
 
 # ms-swift replaces its tags (this one by a volume), and a model obeys its special tokens: no text may hold either.
 VIDEO_TAG = "<video>"
@@ -25,6 +25,12 @@ SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n])"?[ \t]*(?:\r\n|\r|\n|\Z)', re.IGNO
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 # 1,024 is 1024 for some and 1.024 for others; 0,976 and 1,25 are not in doubt.
 AMBIGUOUS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+
+
+# A larger table does not fit into memory beside what is made of it; a longer cell is no cell.
+MAX_BYTES, MAX_CELL = 2 << 30, 1 << 24
+# Rows of parquet that are decoded at a time: a few bytes of it can stand for any number of values.
+PARQUET_ROWS = 1024
 
 
 class TableRow(NamedTuple):
@@ -87,13 +93,16 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def read_text(path: Path, suffixes: Collection[str]) -> str:
-    """Return the text of a UTF-8 file; UsageError for another suffix, no file or another encoding."""
+def read_text(path: Path, suffixes: Collection[str], most: int = MAX_BYTES) -> str:
+    """Return the text of a UTF-8 file; UsageError for another suffix, no file, another encoding, or a larger one."""
     if path.suffix.lower() not in suffixes:
         found = repr(path.suffix) if path.suffix else "no suffix"
         raise UsageError(f"{path}: expected {', '.join(suffixes)}, found {found}; save the table as one of these")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise UsageError(f"{path}: expected at most {most:,} bytes, found more; is this the right file?")
         return data.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: expected a readable file, found: {error.strerror}") from None
@@ -159,12 +168,17 @@ def _split(text: str, delimiter: str, lines_before: int) -> Table:
     """Return the table of a text. Rows without any text are skipped; a row that breaks the quoting ends the file."""
     columns: list[str] = []
     table = Table(columns, [], [])
+    csv.field_size_limit(MAX_CELL)
     reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
     while True:
         place = f"line {lines_before + reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            if "field limit" in str(error):
+                text = f"expected at most {MAX_CELL:,} characters in a cell, found more; is a quote never closed?"
+                table.problems.append(Problem(place, "long cell", text))
+                return table
             found = f"{error}; the file is cut off, or a quote inside a cell is not doubled"
             table.problems.append(Problem(place, "broken quoting", f"expected closed quotes, found: {found}"))
             return table
@@ -186,7 +200,7 @@ def _read_json_lines(text: str) -> Table:
     for number, line in enumerate(_lines(text), 1):
         if line.strip():
             try:
-                values.append((f"line {number}", _parse_json(line)))
+                values.append((f"line {number}", from_json(line, strict=True)))
             except ValueError as error:
                 found = f"{line[:60]!r} ({error})"
                 problems.append(Problem(f"line {number}", "not JSON", f"expected one JSON object, found {found}"))
@@ -195,7 +209,7 @@ def _read_json_lines(text: str) -> Table:
 
 def _read_json_list(text: str) -> Table:
     try:
-        values = _parse_json(text)
+        values = from_json(text, strict=True)
     except ValueError as error:
         return Table([], [], [Problem("file", "not JSON", f"expected one JSON list, found: {error}")])
     if not isinstance(values, list):
@@ -218,21 +232,6 @@ def _type(value: Any) -> str:
     return names.get(type(value), "a number or a boolean")
 
 
-def _parse_json(text: str) -> Any:
-    """Return the value of a JSON text; ValueError for other text, NaN, and halves of surrogate pairs (not UTF-8)."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON; leave the value out or write null")
-
-    def finite(digits: str) -> float:
-        return value if math.isfinite(value := float(digits)) else refuse_constant(digits)
-
-    value = json.loads(text, parse_constant=refuse_constant, parse_float=finite)
-    if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
-    return value
-
-
 def _lines(text: str) -> Iterable[str]:
     """Yield lines with their ends. str.splitlines also splits at U+2028 and U+0085, which a text may hold."""
     return (match[0] for match in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text))
@@ -247,8 +246,15 @@ def _read_parquet(path: Path) -> Table:
         remedy = "pip install 'photon-ct[parquet]'"
         raise UsageError(f"{path}: expected pyarrow to read parquet, found none; {remedy}") from None
     try:
-        table = parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        with parquet.ParquetFile(path) as file:
+            batches, size = [], 0
+            for batch in file.iter_batches(PARQUET_ROWS):
+                batches.append(batch)
+                size += sum(map(_decoded_bytes, batch.columns))
+                if size > MAX_BYTES:
+                    raise ValueError(f"more than {MAX_BYTES:,} bytes of values")
+            table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
         raise UsageError(f"{path}: expected a readable parquet file, found: {str(error)[:200]}") from None
     problems: list[Problem] = []
     columns = [
@@ -260,6 +266,18 @@ def _read_parquet(path: Path) -> Table:
         for number, values in enumerate(zip(*columns, strict=True), 1)
     ]
     return Table(table.column_names, rows, problems)
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Return how many bytes the values of a column of pyarrow take once each is one of its own."""
+    import pyarrow
+    from pyarrow import compute
+
+    if not (
+        pyarrow.types.is_dictionary(column.type) and column.type.value_type in (pyarrow.string(), pyarrow.binary())
+    ):
+        return int(column.nbytes)
+    return int(compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
 
 
 def _parquet_values(path: Path, name: str, column: Any, problems: list[Problem]) -> list[Any]:

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, HEAD_BYTES, Refused, is_dicom, not_a, refusal
+from photon_data.errors import (
+    COPY_AGAIN,
+    EXPORT_AGAIN,
+    HEAD_BYTES,
+    Refused,
+    is_dicom,
+    is_out_of_memory,
+    not_a,
+    refusal,
+)
+from photon_data.readers.dicom_file import DicomFile
 from photon_data.readers.dicom_plane import (
     EXPLICIT_BIG,
     EXPLICIT_LITTLE,
@@ -121,7 +131,7 @@ def refusing(code: str, path: Path, sentence: str) -> Iterator[None]:
     except Exception as error:
         # EINVAL: a length that led out of the file.
         is_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-        if is_disk or isinstance(error, Refused):
+        if is_disk or isinstance(error, Refused) or is_out_of_memory(error):
             raise
         raise Refused(code, f"{path.name}: {sentence} ({type(error).__name__})") from None
     finally:
@@ -145,7 +155,7 @@ def _read(path: Path) -> tuple[FileDataset, PixelLayout]:
         raise refusal("dicom-unreadable", path.name, "a regular file", "none (a broken link?)", "restore it")
     with path.open("rb") as file:
         try:
-            dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS)
+            dataset = dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=KEYWORDS)
         except (InvalidDicomError, EOFError):
             dataset = _read_without_preamble(path, file)
         return dataset, _pixel_layout(file, dataset)
@@ -159,7 +169,7 @@ def _read_without_preamble(path: Path, file: BinaryIO) -> FileDataset:
     if path.suffix.lower() in (".dcm", ".ima") or is_dicom(file.read(HEAD_BYTES)):
         with suppress(Exception):  # anything may happen in bytes that are not DICOM
             file.seek(0)
-            dataset = dcmread(file, stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
+            dataset = dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
             if all(dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID")):
                 return dataset
     raise not_a("a DICOM file", path, "export the series again, or leave the file out")

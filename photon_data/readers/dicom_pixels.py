@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, refusal
+from photon_data.readers.dicom_file import MAX_HEADER_BYTES, DicomFile
 from photon_data.readers.dicom_header import as_uid, refusing
 from photon_data.readers.dicom_plane import EXPLICIT_BIG, PLAIN, UNDEFINED_LENGTH, PlaneHeader
 
@@ -48,8 +49,13 @@ def require_decodable(planes: Sequence[PlaneHeader]) -> None:
             raise Refused("dicom-undecodable", f"{path.name}: {_cannot_decode(syntax)}")
 
 
+def _bytes_of(plane: PlaneHeader) -> int:
+    """Return how many bytes the decoded pixels of the plane's file take."""
+    return plane.frames * plane.rows * plane.columns * plane.pixels.bits_allocated // 8
+
+
 def _require_plain_bytes(plane: PlaneHeader) -> None:
-    length, expected = plane.pixels.length, plane.frames * plane.rows * plane.columns * plane.pixels.bits_allocated // 8
+    length, expected = plane.pixels.length, _bytes_of(plane)
     if length == UNDEFINED_LENGTH:
         raise _undecodable(plane, "uncompressed pixels", "compressed ones")
     found = min(length, plane.pixels.present)
@@ -136,6 +142,9 @@ def _stored(plane: PlaneHeader, frames: list[bytes], scratch: Path) -> np.ndarra
         return _significant_bits(_read_plain(plane), plane)
     with refusing("dicom-undecodable", plane.path, _cannot_decode(syntax)):
         if syntax in GDCM:
+            # Decoders believe the size in the picture, and take the memory for it.
+            if _size_in(frames[plane.frame]) not in ((plane.rows, plane.columns), None):
+                raise ValueError("expected a picture of the header's size")
             # A JPEG of any kind ends with a marker (padding may follow); without it, libjpeg would fill in the rest.
             if not frames[plane.frame].rstrip(b"\0\xff").endswith(b"\xff\xd9"):
                 raise ValueError("expected the end of an image")
@@ -143,7 +152,9 @@ def _stored(plane: PlaneHeader, frames: list[bytes], scratch: Path) -> np.ndarra
         if plane.pixels.are_frames_compressed:
             values = _decode_with_pydicom(_bare(plane, frames[plane.frame]), 0)
         else:
-            values = _decode_with_pydicom(dcmread(plane.path), plane.frame)
+            with plane.path.open("rb") as file:
+                dataset = dcmread(DicomFile(file, MAX_HEADER_BYTES + _bytes_of(plane)))
+            values = _decode_with_pydicom(dataset, plane.frame)
         return _checked(_significant_bits(values, plane), plane)
 
 
@@ -172,7 +183,7 @@ def _compressed_frames(plane: PlaneHeader) -> list[bytes]:
 
     with plane.path.open("rb") as file:
         file.seek(plane.pixels.at or 0)
-        items = file.read()
+        items = file.read(2 * _bytes_of(plane) + MAX_HEADER_BYTES)  # what follows them may be endless
     at, tag = 0, ITEM
     while tag == ITEM:
         if at + 8 > len(items):
@@ -182,6 +193,25 @@ def _compressed_frames(plane: PlaneHeader) -> list[bytes]:
     sentence = "expected compressed frames, found other pixel data; copy the file again"
     with refusing("dicom-undecodable", plane.path, sentence):
         return list(generate_frames(items[:at], number_of_frames=plane.frames))
+
+
+def _size_in(frame: bytes) -> tuple[int, int] | None:
+    """Return the rows and columns that a JPEG, JPEG-LS or JPEG 2000 picture says it has; None where it says none."""
+    if frame.startswith(b"\xff\x4f\xff\x51"):  # JPEG 2000: the ends of the image and its start, from the canvas
+        if len(frame) < 24:
+            return None
+        width, height, left, top = struct.unpack_from(">4L", frame, 8)
+        return height - top, width - left
+    at = 2
+    while at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xFF:  # a byte of filling
+            at += 1
+        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return struct.unpack_from(">HH", frame, at + 5)
+        else:
+            at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
+    return None
 
 
 def _bare(plane: PlaneHeader, frame: bytes) -> Dataset:

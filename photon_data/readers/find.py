@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, refusal, unreadable
+from photon_data.files import RESERVED
 from photon_data.readers.dicom_header import read_planes, require_pydicom
 from photon_data.readers.dicom_plane import PlaneHeader
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
@@ -342,15 +343,16 @@ def assign_ids(
     path: a/b/x.nii.gz -> "a__b__x"     name: -> "x"     hash: -> "v" + 12 digits of the path's sha256
 
     Each begins with `id_prefix`. What is not A-Z a-z 0-9 . _ - becomes "-". Where that changed a name, cut it to 150
-    characters, or where two scans would share it, 6 digits of the hash of its path (with suffix) are appended. Scans
-    whose paths are in `known_ids` keep the ids that they have there, and nobody else gets one of them.
+    characters, where Windows keeps it for a device, or where two scans would share it, 6 digits of the hash of its path
+    (with suffix) are appended. Scans whose paths are in `known_ids` keep the ids that they have there, and nobody else
+    gets one of them.
     """
     if id_from not in ("path", "name", "hash"):
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")
     if id_from == "hash":
         return [known_ids.get(scan.path, f"{id_prefix}v{_digest(scan.path)[:12]}") for scan in scans]
     plain = [id_prefix + "__".join(scan.words if id_from == "path" else scan.words[-1:]) for scan in scans]
-    levels = [int(name != _id(name)) for name in plain]
+    levels = [int(name != _id(name) or bool(RESERVED.fullmatch(name))) for name in plain]
     here = {scan.path for scan in scans}
     gone = [known for path, known in known_ids.items() if path not in here]
     while True:
@@ -362,6 +364,12 @@ def assign_ids(
         if not any(shared):
             return ids
         levels = [level + clash for level, clash in zip(levels, shared, strict=True)]
+
+
+def check_id_prefix(prefix: str, option: str = "--id-prefix") -> None:
+    """UsageError for what ids cannot begin with: they name files."""
+    if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,49})?", prefix):
+        raise UsageError(f"{option}: expected letters, digits, . _ and -, at most 50, found {prefix[:80]!r}")
 
 
 def _id(name: str, path: str = "", digits: int = 0) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,8 @@ SEGMENTATIONS = (".seg.nrrd", ".seg.nhdr")
 PLANES, FEW_VALUES, MANY_VALUES, EQUAL_NEIGHBOURS = 4, 32, 256, 0.8
 # Label maps shrink by this factor and more; a CT of 8 bits does not.
 SHRINKS = 20
+# The search looks at no more: of a larger plane, at more constant planes, at a header with larger extensions.
+LARGEST_PLANE, MOST_VOXELS, MAX_EXTENSIONS = 1 << 24, 1 << 30, 1 << 24
 BYTES = {"char", "signed char", "unsigned char", "uchar", "int8", "uint8", "int8_t", "uint8_t", "met_char", "met_uchar"}
 INTEGER = re.compile(r"(met_|u|unsigned |signed )*(char|short|int|long)")
 
@@ -55,10 +59,12 @@ def is_named_as_one(path: str) -> bool:
 
 
 def _nifti_is_one(files: Sequence[Path]) -> bool:
+    if not _has_sane_header(files[0]):
+        return False
     image = nib.load(files[0], keep_file_open=True)
     assert isinstance(image, nib.nifti1.Nifti1Pair)
     count, size = math.prod(image.shape), image.get_data_dtype().itemsize
-    if image.ndim < 3 or math.prod(image.shape[:2]) > 1 << 24:
+    if image.ndim < 3 or math.prod(image.shape[:2]) > LARGEST_PLANE:
         return False
     if size == 1 and count > SHRINKS * files[-1].stat().st_size:
         return True
@@ -74,7 +80,25 @@ def _nifti_is_one(files: Sequence[Path]) -> bool:
         looked_at += bool((plane != plane.flat[0]).any())
         if looked_at == PLANES:
             break
+        if (z + 1) * plane.size > MOST_VOXELS:
+            return False
     return True
+
+
+def _has_sane_header(path: Path) -> bool:
+    """Tell whether the extensions of a NIfTI header are small: nibabel reads them whole, and gzip can hold GBs."""
+    is_pair = path.name.lower().endswith((".hdr", ".hdr.gz"))
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        head = file.read(MAX_EXTENSIONS + 1 if is_pair else nib.Nifti2Header.sizeof_hdr)
+    if is_pair:
+        return len(head) <= MAX_EXTENSIONS
+    for order in "<>":
+        size, offset = struct.unpack_from(f"{order}i104xf", head)
+        if size == nib.Nifti2Header.sizeof_hdr:
+            (offset,) = struct.unpack_from(f"{order}q", head, 168)
+        if size in (nib.Nifti1Header.sizeof_hdr, nib.Nifti2Header.sizeof_hdr):
+            return bool(offset <= MAX_EXTENSIONS)
+    return False
 
 
 def _text_header_is_one(files: Sequence[Path], lines: Sequence[str]) -> bool:

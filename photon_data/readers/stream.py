@@ -28,6 +28,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 17
 # Deflate packs at most 258 bytes into 2 bits; a smaller file cannot hold what its header promises.
 MAX_DEFLATE_RATIO = 1032
+# What cannot be compressed grows by less than a fiftieth; zeros may follow a gzip stream.
+MAX_PADDING = 1 << 24
 # One plane is in memory at a time: its sides are bounded, not only the number of voxels.
 MAX_SIDE = 4096
 SPACING_MM = (0.001, 100.0)
@@ -71,6 +73,8 @@ def scan_of(stored: Stored, geometry: Geometry, file_format: str, slope: float =
             raise _truncated(stored, f"{max(found, 0):,}")
     elif (max(found, 0) + 1) * MAX_DEFLATE_RATIO < expected:
         raise _truncated(stored, "a file too small to hold them")
+    elif found > expected + expected // 50 + MAX_PADDING:
+        raise _surplus(stored.path.name, f"less than {expected:,} compressed bytes", f"{found:,}")
     return Scan(geometry, stored.dtype.newbyteorder("="), slope, intercept, partial(stream_planes, stored), file_format)
 
 

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, jsonl_bytes
+from photon_data.json_text import fields_of, from_json
+from photon_data.questions.table import read_text
 
 Row = Mapping[str, Any]
 
@@ -57,12 +59,15 @@ def organ_masks_of(row: Row) -> tuple[str, ...]:
     """Return the names of the masks a row asks about: a JSON list in its `extra`. UsageError for anything else."""
     listed = (row.get("extra") or {}).get("organ_masks") or "[]"
     try:
-        names = json.loads(listed)
+        names = from_json(listed)
     except (ValueError, TypeError):
         names = None
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UsageError(f"{row.get('id')}: expected a JSON list of names in extra.organ_masks, found {listed!r}")
     return tuple(names)
+
+
+MOST_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -88,65 +93,44 @@ class Prediction:
         """Return False if this answers another question than that of the digest; None stands for any."""
         return not self.asked or digest is None or digest == self.asked
 
+    def check(self) -> None:
+        """Raise ValueError for numbers that no model counts, and for kept tokens that are not those of the volume."""
+        try:
+            self.id.encode()
+            kept = bytes.fromhex(self.kept)
+        except ValueError:
+            raise ValueError("expected `id` in UTF-8 and `kept` in hexadecimal digits, found others") from None
+        if not 0 <= self.kept_tokens <= self.visual_tokens <= MOST_TOKENS or not 0 <= self.text_tokens <= MOST_TOKENS:
+            raise ValueError(f"expected 0 <= `kept_tokens` <= `visual_tokens` < {MOST_TOKENS:,}, found other numbers")
+        if kept and len(kept) != (self.visual_tokens + 7) // 8:
+            raise ValueError(f"expected `kept` of {self.visual_tokens} tokens, found {8 * len(kept)} bits")
+
     def to_json(self) -> str:
         """Return the line of the file, with its line end."""
         return jsonl_bytes([asdict(self)]).decode()
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Return the predictions of a file, duplicates too; UsageError for what is no prediction.
+    """Return the predictions of a file, duplicates too, without unknown keys; UsageError for what is no prediction.
 
-    Keys that are none of ours are left out, and so are keys of ours with values of another type: any tool may write
-    `id` and `response`, and have a `seconds` of its own.
+    Other tools write `null` for what they do not know. A key of ours with a value of another type is refused: what it
+    should mean would be guessed.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UsageError(f"{path}: expected a readable file, found: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x}"
-        raise UsageError(f"{path}: expected UTF-8, found {byte}; save it as UTF-8") from None
-    found = []
+    lines, found = read_text(path, (path.suffix.lower(),)).split("\n"), []
     for place, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
         try:
-            row = json.loads(line)
+            row = from_json(line)
         except ValueError as error:
             raise UsageError(f"{place}: expected a line of JSON ({error}); was the file cut off?") from None
         if not isinstance(row, dict) or {type(row.get("id")), type(row.get("response", ""))} != {str}:
             raise UsageError(f"{place}: expected an object with texts `id` and `response`, found {line.strip()[:80]!r}")
-        values = {name: value for name, value in row.items() if name in _IS_OURS and _IS_OURS[name](value)}
-        found.append(Prediction(**values, error=str(row.get("error") or "")))  # null and true are of other tools
+        known = {name: value for name, value in row.items() if value is not None}
+        try:
+            found.append(Prediction(**fields_of(Prediction, known)))
+            found[-1].check()
+        except ValueError as error:
+            raise UsageError(f"{place}: {error}; correct it, or leave that key out") from None
     return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_hexadecimal(value: object) -> bool:
-    return isinstance(value, str) and len(value) % 2 == 0 and not set(value) - set("0123456789abcdef")
-
-
-# Whether a value can be that of a field of `Prediction`, by name.
-_IS_OURS: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("id", "response", "asked", "volume_id", "scheduler"), _is_text),
-    **dict.fromkeys(("visual_tokens", "kept_tokens", "text_tokens"), _is_count),
-    **dict.fromkeys(("threshold", "peak_memory_mib"), _is_number),
-    **dict.fromkeys(("choice_scores", "seconds"), _are_numbers),
-    "kept": _is_hexadecimal,
-}
 
 
 def pack_mask(keep_V: np.ndarray) -> str:
@@ -245,7 +229,10 @@ def _match_settings(path: Path, settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{path}: expected {missing}, found none; choose a new file")
         Location(str(path.parent)).write(place.name, (json.dumps(expected, indent=1) + "\n").encode())
         return
-    found = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        found = dict(from_json(place.read_bytes()))
+    except (ValueError, TypeError):
+        raise UsageError(f"{place}: expected the settings of {path.name}, found damage; bring it back") from None
     both = [(name, found.get(name), expected.get(name)) for name in sorted(expected.keys() | found.keys())]
     differences = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in both if old != new)
     if differences:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from photon_data.errors import UsageError, name_hint
+from photon_data.json_text import from_json
+from photon_data.yaml_text import read_yaml, value_of
 from photon_train.configuration_photon import PhotonConfig
 
 
@@ -110,14 +112,8 @@ LEAST = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the settings of a .json or .yaml file. UsageError for a file that holds no object."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        reason = f"found one that cannot be read: {error}"
-        raise UsageError(f"{path}: expected a YAML or JSON file of settings, {reason}") from None
+    """Return the settings of a .json or .yaml file. UsageError for one that cannot be read, or holds no object."""
+    found = read_yaml(path, (".json", ".yaml", ".yml"), value_of)
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise UsageError(f"{path}: expected settings by name, found {kind}; write lines of `name: value`")
@@ -131,13 +127,15 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """
     changes: dict[str, Any] = {}
     photon = dict(config.photon)
-    for name, value in values.items():
-        if name == "photon" and isinstance(value, Mapping):
+    for name, value in ((str(name), value) for name, value in values.items()):
+        if name == "photon":
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                raise UsageError(f"photon: expected settings by name, found {value!r:.100}")
             photon.update(value)
         elif name.startswith("photon."):
             if isinstance(value, str):  # 3 is a number of steps, 0.25 a share of the run
                 with suppress(ValueError):
-                    value = json.loads(value)
+                    value = from_json(value)
             photon[name.removeprefix("photon.")] = value
         else:
             changes[name] = _converted(name, value)
@@ -153,11 +151,20 @@ def _converted(name: str, value: Any) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if kind in (str, int, float):
-            return kind(value)
-        return tuple(str(part) for part in (value.split(",") if isinstance(value, str) else value) if str(part))
-    except (KeyError, ValueError, TypeError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a list of texts")
-        raise UsageError(f"{name}: expected {expected}, found {value!r}") from None
+            found = kind(value)
+            # The values of a file have types of their own: true is no number, 3.7 no whole one, and a list no text.
+            is_other = isinstance(value, bool) or not isinstance(value, str | int | float)
+            is_rounded = kind is not str and not isinstance(value, str) and found != value
+            if is_other or is_rounded or (kind is float and not math.isfinite(found)):
+                raise ValueError
+            return found
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        if isinstance(value, Mapping) or not all(isinstance(part, str | int | float) for part in parts):
+            raise ValueError
+        return tuple(str(part) for part in parts if str(part))
+    except (KeyError, ValueError, TypeError, OverflowError):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise UsageError(f"{name}: expected {names.get(kind, 'a list of texts')}, found {value!r:.100}") from None
 
 
 def s1() -> TrainConfig:

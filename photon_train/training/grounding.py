@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from photon_data.errors import UsageError
+from photon_data.files import is_safe
 from photon_train.decoder import PhotonDecoderLayer
 from photon_train.kept_tokens import counted_by_volume
 from photon_train.rows import TrainRow
@@ -51,7 +52,8 @@ def mask_shares(
     `folder` holds a folder of masks for each volume id. Rows that name no mask, rows of several volumes, and rows whose
     masks are missing or empty are left out. UsageError where that leaves no volume.
     """
-    named = [row for row in rows if row.organ_masks and len(row.videos) == 1 and (folder / row.volume_id).is_dir()]
+    asked = [row for row in rows if row.organ_masks and len(row.videos) == 1 and is_safe(row.volume_id)]
+    named = [row for row in asked if (folder / row.volume_id).is_dir()]
     if not named:
         expected = "expected a folder of masks for some of the volumes, and rows that name them in organ_masks"
         raise UsageError(f"grounding: {expected}, found none in {folder}; set grounding='' to train without")

@@ -19,6 +19,7 @@ from scans import ct_like
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
+from photon_cli.terminal import plain
 from photon_train.answering.prediction import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
@@ -62,12 +63,8 @@ def test_json_has_all_that_a_prediction_has_and_streaming_says_the_same(model_di
     code, streamed = cli("--model", model_dir, scan, *QUESTIONS[:2], *FAST, *COARSE, "--stream")
     assert code == 0, streamed
     for one in found["predictions"]:
-        assert (
-            f"{one['question']}\n{one['response']}".split()
-            == streamed[streamed.index(one["question"]) :].split()[
-                : len(f"{one['question']}\n{one['response']}".split())
-            ]
-        )
+        shown = plain(f"{one['question']}\n{one['response']}").split()  # an untrained model answers with anything
+        assert streamed[streamed.index(one["question"]) :].split()[: len(shown)] == shown
 
 
 def test_settings_of_the_model_can_be_overridden(model_dir, scan):
