@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +23,10 @@ import fsspec
 from fsspec.utils import get_protocol
 
 from photon_data.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,15 @@ class Location:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
+    def lines(self, name: str) -> Iterator[bytes]:
+        """Yield the lines of a file, one by one; none if there is no such file."""
+        try:
+            file = (self.path / name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return
+        with file:
+            yield from file
+
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""
         try:
@@ -90,6 +106,26 @@ class Location:
                 temporary.write_bytes(content)
         else:
             self.fs.pipe_file(self.at(name), content)
+
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write a whole file of JSON lines, a local one without holding it in memory."""
+        if not self.is_local:
+            self.write(name, jsonl_bytes(rows))
+            return
+        with write_whole(self.path / name) as temporary, temporary.open("wb") as file:
+            file.writelines(map(_jsonl_line, rows))
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that must not be there yet; return whether it was not. Stores that cannot refuse replace it."""
+        try:
+            self.fs.pipe_file(self.at(name), content, mode="create")
+        except (TypeError, ValueError, NotImplementedError):  # this store does not know the mode
+            self.write(name, content)
+        except OSError:
+            if not self.exists(name):
+                raise
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it, if there is one."""
@@ -174,23 +210,55 @@ def _remove(path: Path) -> None:
 
 def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
     """Return rows as JSON lines, keys in their given order. What UTF-8 cannot hold (odd file names) is escaped."""
-    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
     buffer = io.BytesIO()  # b"".join would hold all lines twice
-    buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
+    buffer.writelines(map(_jsonl_line, rows))
     return buffer.getvalue()
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
+
+
+def _jsonl_line(row: dict[str, Any]) -> bytes:
+    return (_encode(row) + "\n").encode("utf-8", "backslashreplace")
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the end of a file of JSON lines, there or not. Half a row that a killed run left goes before."""
+    with path.open("a+b") as file:
+        if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read())[1] != b"\n":
+            file.seek(0)
+            content = file.read()
+            start = content.rfind(b"\n") + 1
+            try:
+                json.loads(content[start:])
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(start)
+        file.write(_jsonl_line(row))
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:
     """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
-    rows = []
     # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
+    return list(jsonl_rows(text.split("\n")))
+
+
+def jsonl_rows(lines: Iterable[str | bytes], *, may_be_cut: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the row of each line; ValueError names the first line that is not JSON.
+
+    `may_be_cut`: a last line without its end is no row. A run was killed while it appended that.
+    """
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error.msg})") from None
-    return rows
+                row = json.loads(line)
+            except ValueError as error:
+                if may_be_cut and line[-1:] not in ("\n", b"\n"):
+                    return
+                shown = line[:80] if isinstance(line, str) else line[:80].decode(errors="backslashreplace")
+                reason = getattr(error, "msg", error)
+                raise ValueError(f"expected JSON on line {number}, found {shown!r} ({reason})") from None
+            yield row
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -211,60 +279,121 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 
 LOCK = ".lock"
-# An object store cannot lock. There the holder refreshes its claim, and a claim that is older than this is void.
-STALE_S = 300
+# Where nothing can be locked (object stores, some cluster disks), the holder writes its claim anew all the time, and a
+# claim that stayed the same for VOID_S is void. Only the waiting run's own clock counts: hosts disagree about the time.
+REFRESH_S, VOID_S, SETTLE_S = 10.0, 45.0, 2.0
+UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Hold:
+    """A run's hold of a folder. Its token is in the folder's lock for as long as nobody else took over."""
+
+    def __init__(self, out: Location) -> None:
+        self.out, self.token = out, uuid.uuid4().hex
+        self.is_lost = False
+
+    def text(self, count: int = 0) -> bytes:
+        """Return what the lock says; `count` makes every claim another one."""
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "count": count}
+        return json.dumps(holder).encode()
+
+    def check(self) -> None:
+        """OSError if another run took over, which happens to a run that was silent for long."""
+        if self.is_lost:
+            found = "another run took over, since this one was silent for too long; run it again when that one ends"
+            raise OSError(errno.ENOLCK, found, self.out.url)
 
 
 @contextlib.contextmanager
-def exclusive(out: Location) -> Iterator[None]:
+def exclusive(out: Location) -> Iterator[Hold]:
     """Hold `out` while the block runs; UsageError when another run holds it. A hold ends with its process."""
+    hold = Hold(out)
     if not out.is_local:
-        if time.time() - _holder(out).get("time", 0) < STALE_S:
-            raise _held_by_another(out)
-        refresh(out)
-        try:
-            yield
-        finally:
-            out.remove(LOCK)
+        with _claimed(hold):
+            yield hold
         return
     import fcntl  # late: without Unix, stores can still be read
 
     try:
         out.path.mkdir(parents=True, exist_ok=True)
-        lock = (out.path / LOCK).open("a")
+        lock = (out.path / LOCK).open("ab")
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
         raise UsageError(f"expected a folder that can be written to, found {out.url}: {error.strerror}") from None
-    with lock:
+    with lock, contextlib.ExitStack() as stack:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(hold.text())
+            lock.flush()
         except BlockingIOError:
             raise _held_by_another(out) from None
-        lock.truncate(0)
-        lock.write(json.dumps(_this_process()))
-        lock.flush()
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+            stack.enter_context(_claimed(hold))
+        yield hold
+
+
+def is_held_by(out: Location, token: str) -> bool:
+    """Tell whether nobody took `out` since the run with this token did. Asked by what may outlive its run."""
+    return bool(_holder(out).get("token", token) == token)
+
+
+@contextlib.contextmanager
+def _claimed(hold: Hold) -> Iterator[None]:
+    """Hold a folder by a claim, which a thread writes anew while the block runs; UsageError if another one lives."""
+    out, ended = hold.out, threading.Event()
+    if seen := out.read(LOCK):
+        log.warning("%s is claimed: waiting up to %.0f s to see whether that run still lives", out.url, VOID_S)
+        end_s = time.monotonic() + VOID_S
+        while time.monotonic() < end_s:
+            time.sleep(REFRESH_S / 4)
+            if (now := out.read(LOCK)) is None:
+                break
+            if now != seen:
+                raise _held_by_another(out)
+    out.remove(LOCK)
+    # Not every store refuses to replace a file: of two runs that write at once, the last one's text stays.
+    is_new = out.create(LOCK, hold.text())
+    time.sleep(SETTLE_S)
+    if not (is_new and is_held_by(out, hold.token)):
+        raise _held_by_another(out)
+
+    def refresh() -> None:
+        count = 0
+        while not (ended.wait(REFRESH_S) or hold.is_lost):
+            try:
+                if is_held_by(out, hold.token):
+                    out.write(LOCK, hold.text(count := count + 1))
+                else:
+                    hold.is_lost = True
+            except Exception as error:  # each store has its own errors of a lost connection, which may come back
+                log.warning("the claim of %s could not be renewed: %s", out.url, error)
+
+    thread = threading.Thread(target=refresh, daemon=True)
+    thread.start()
+    try:
         yield
-
-
-def refresh(out: Location) -> None:
-    """Renew the claim of the run that holds `out`. Call it now and then; only an object store needs it."""
-    if not out.is_local:
-        out.write(LOCK, json.dumps({**_this_process(), "time": time.time()}).encode())
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):  # a claim that cannot be taken back is void soon
+            if is_held_by(out, hold.token):
+                out.remove(LOCK)
 
 
 def _holder(out: Location) -> dict[str, Any]:
     """Return the holder that a lock names; {} where its text is not whole, as while it is being written."""
     try:
         holder = json.loads(out.read(LOCK) or b"")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
 def _held_by_another(out: Location) -> UsageError:
     holder = _holder(out)
-    run = f"another run (process {holder.get('pid')} on {holder.get('host')})"
+    run = f"another run (process {holder.get('pid')} on {holder.get('host')})" if holder else "another run"
     return UsageError(f"expected {out.url} to be free, but {run} is writing there; wait for it or use another folder")

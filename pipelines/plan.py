@@ -206,9 +206,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         notes = _notes_of_old_ids(sources)
     else:
         sources = [replace(source, patient="") for source in sources]
-    rescale, out = None, request.out.at("")
-    if request.hu_source != HEADER:
-        rescale = rescaling(request.hu_source, sources, request.columns)
+    out, is_header = request.out.at(""), request.hu_source == HEADER
+    rescale = None if is_header else rescaling(request.hu_source, sources, request.columns)
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
         for source in sources[: request.limit]
@@ -315,8 +314,10 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     UsageError for a name or a question's id that two data sets have, and for leaks.
     """
     own, kept, roots = gathered.questions, kept_questions(out), {job.source.root for job in gathered.jobs}
-    ids = {job.source.id for job in gathered.jobs} | {r.id for r in read_records(out) if r.root in roots}
-    for name in own.keys() & kept.keys():
+    own_again = own.keys() & kept.keys()
+    known = read_records(out) if own_again else []
+    ids = {job.source.id for job in gathered.jobs} | {record.id for record in known if record.root in roots}
+    for name in own_again:
         earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
         if earlier and not earlier & ids:
             found = f"questions about other scans, {first_few(sorted(earlier))}"
@@ -368,10 +369,9 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
     if foreign:
-        raise UsageError(
-            f"expected one recipe per folder, found {len(foreign)} volumes of another recipe in {out.url} that are not "
-            f"among these inputs, {foreign[0]} first; use another folder, or prepare all of them again"
-        )
+        found_there = f"{len(foreign)} volumes of another recipe in {out.url} that are not among these inputs"
+        remedy = f"{foreign[0]} first; use another folder, or prepare all of them again"
+        raise UsageError(f"expected one recipe per folder, found {found_there}, {remedy}")
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
     done = [*left_out, *(record for record in found if record)]
@@ -389,7 +389,9 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
     if before.state in (REFUSED, FAILED):
         is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
         return replace(before, root=job.source.root, source=job.source.path, seconds=None) if is_known else None
-    return already_there(job, before.fingerprint) if before.fingerprint else None
+    there = already_there(job, before.fingerprint) if before.fingerprint else None
+    same = there and replace(before, state=UNCHANGED, seconds=None)
+    return same if same == there else there  # what is as before takes no memory of its own
 
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:
