@@ -9,6 +9,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError as FutureCancelledError
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,10 @@ def execute(
 def _client(workers: Workers, session: contextlib.AbstractContextManager[None]) -> Iterator[Client]:
     """Yield a client of the cluster that `workers` names. A local cluster ends with the block."""
     if workers.scheduler is not None:
+        for name in ("distributed", "distributed.client"):  # a lost connection is told in a sentence
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         with _connect(workers.scheduler) as client:
+            _refuse_other_versions(client)
             yield client
         return
     with (
@@ -147,6 +151,25 @@ def _connect(scheduler: str) -> Client:
         client.close()
         raise _no_workers(scheduler) from None
     return client
+
+
+def _refuse_other_versions(client: Client) -> None:
+    """Stopped where a worker does not have this version of photon-ct: it could not run the task, or made other bytes."""
+
+    def version_there() -> str:  # a function of a function: Dask sends its code, not the name of its module
+        import importlib
+
+        try:
+            importlib.import_module("photon_pipelines.child")
+            return importlib.metadata.version("photon-ct")
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    here = version("photon-ct")
+    others = {address: found for address, found in client.run(version_there).items() if found != here}
+    if others:
+        address, found = next(iter(others.items()))
+        raise Stopped(f"expected photon-ct {here} on every worker, found {found} on {address}; install it there")
 
 
 def _threads(client: Client) -> int:
