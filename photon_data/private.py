@@ -10,17 +10,19 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from sys import intern
 
-from photon_data.errors import UsageError
+from photon_data.errors import Refused, UsageError
 from photon_data.files import Location, append_row, jsonl_bytes, jsonl_rows, write_whole
 from photon_data.scan import Source
 
 KEY, NAMES = "key", "names.jsonl"
 DIGITS = 16
+KEYED = re.compile(rf"v[0-9a-f]{{{DIGITS}}}\Z")  # the end of an id that was made with a key
 
 
 def private_folder(out: Location) -> Path:
@@ -111,6 +113,16 @@ def hide_names(
             source = replace(source, id=id, patient=patient, hidden=True)
         made.append(source)
     return made, key
+
+
+@contextmanager
+def names_left_out(source: Source) -> Iterator[None]:
+    """Take the names of files and folders out of what is refused in the block, if those of the source are hidden."""
+    try:
+        yield
+    except Refused as refused:
+        message = without_names(refused.message, source.files) if source.hidden else refused.message
+        raise Refused(refused.code, message) from None
 
 
 def without_names(text: str, files: Iterable[Path]) -> str:

@@ -154,7 +154,7 @@ def _connect(scheduler: str) -> Client:
 
 
 def _refuse_other_versions(client: Client) -> None:
-    """Stopped where a worker does not have this version of photon-ct: it could not run the task, or made other bytes."""
+    """Stopped where a worker lacks this version of photon-ct: it could not run the task, or would make other bytes."""
 
     def version_there() -> str:  # a function of a function: Dask sends its code, not the name of its module
         import importlib

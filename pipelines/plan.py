@@ -18,7 +18,7 @@ from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.prepare_file import Job, already_there, recipe_digest
-from photon_data.private import hide_names, private_folder, read_key
+from photon_data.private import KEYED, hide_names
 from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
 from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
@@ -30,7 +30,7 @@ from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
-from photon_pipelines.owners import refuse_namesakes, withdrawn
+from photon_pipelines.owners import ids_of_earlier_runs, refuse_namesakes, withdrawn
 from photon_pipelines.request import Request
 
 PATHS = ("absolute", "relative")
@@ -185,7 +185,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
-    known_ids = _ids_of_earlier_runs(request)
+    known_ids = ids_of_earlier_runs(request)
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -263,23 +263,9 @@ def _notes_of_unmatched(
 
 def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
     """Return a sentence about scans that have ids made from names, which stay."""
-    old = [source.id for source in sources if source.hidden and not re.search(r"v[0-9a-f]{16}\Z", source.id)]
+    old = [source.id for source in sources if source.hidden and not KEYED.search(source.id)]
     remedy = "prepare into another folder to have keyed ones"
     return [f"{len(old)} scans keep ids that were made from names, {old[0]} first; {remedy}"] if old else []
-
-
-def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
-    """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
-    source, records = request.source.absolute(), read_records(request.out)
-    if any(record.hidden for record in records) and read_key(request.out) is None:
-        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
-        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
-    root, found = str(source if source.is_dir() else source.parent), {}
-    unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
-    for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
-        if record.root == root or (record.root in unclear and record.id.startswith(request.id_prefix)):
-            found[record.source] = record.id
-    return found
 
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:

@@ -72,6 +72,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     if request.datasets:
         damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
+    hidden = any(job.source.hidden for job in gathered.jobs)
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out) as hold:
@@ -81,7 +82,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         if gathered.key:
             _keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
-        _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=gathered.key is not None)
+        _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=hidden)
         there = question_digests(out)
         for name, asked in questions.items():
             if name in gathered.questions or name not in there:

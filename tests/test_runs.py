@@ -283,6 +283,7 @@ def test_a_run_that_lost_its_claim_says_so_and_leaves_the_new_holders(store):
 
 def test_of_runs_that_start_at_once_one_gets_in(store, monkeypatch):
     monkeypatch.setattr(files, "SETTLE_S", 1.0)
+    monkeypatch.setattr(files, "VOID_S", 3.0)
     start, let_in, end = threading.Barrier(5), [], threading.Event()
 
     def run():

@@ -173,7 +173,9 @@ def short_count(count: int) -> str:
     for unit, one in (("k", 1_000), ("M", 1_000_000), ("G", 1_000_000_000)):
         if 10_000 <= count < 1_000 * one:
             tenths = 10 * count // one
-            return f"{tenths // 10}{unit}" if tenths >= 100 or not tenths % 10 else f"{tenths // 10}.{tenths % 10}{unit}"
+            return (
+                f"{tenths // 10}{unit}" if tenths >= 100 or not tenths % 10 else f"{tenths // 10}.{tenths % 10}{unit}"
+            )
     return str(count)
 
 

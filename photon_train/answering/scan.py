@@ -12,6 +12,7 @@ import numpy as np
 
 from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
+from photon_data.private import names_left_out
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
@@ -46,7 +47,9 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series:
         seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
         native = Geometry.from_json(metadata["facts"]["geometry"])
         return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
-    return _prepared(find_one_scan(Path(place), series), recipe, policy or Policy(), start)
+    source = find_one_scan(Path(place), series)
+    with names_left_out(source):
+        return _prepared(source, recipe, policy or Policy(), start)
 
 
 def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
