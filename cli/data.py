@@ -183,6 +183,7 @@ def show(
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
     with errors_as_exit_codes():
+        from photon_data.files import write_whole
         from photon_data.picture import three_planes
         from photon_data.private import names_left_out
         from photon_data.readers import open_scan
@@ -198,7 +199,8 @@ def show(
         point = terminal.numbers(at, 3, "--at") if at else None
         picture = three_planes(content, window_hu=terminal.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")
-        picture.save(path)
+        with write_whole(path) as temporary:
+            picture.save(temporary, "PNG")
         console.print(str(path), soft_wrap=True)
 
 

@@ -29,7 +29,7 @@ from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, missing_paths, read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, jsonl_bytes
+from photon_data.files import Location, jsonl_bytes, write_whole
 from photon_data.questions.kept import kept_questions
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
@@ -269,7 +269,9 @@ def print_findings(
     print_lines(f"the same content: {sources}" for sources in same)
     _print_ignored(ignored)
     if json_file:
-        json_file.write_bytes(jsonl_bytes({**record.row(), "findings": all_remarks(record)} for record in records))
+        with write_whole(json_file) as temporary:
+            rows = ({**record.row(), "findings": all_remarks(record)} for record in records)
+            temporary.write_bytes(jsonl_bytes(rows))
     return all(record.state == READY for record in records)
 
 

@@ -1,32 +1,30 @@
 """A run and what belongs to it: its processes end with it, nobody else writes where it does, nothing listens."""
 
+import contextlib
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
-import fsspec
 import psutil
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from raw import write_scan
+from typer.testing import CliRunner
 
+from photon_cli.data import app
 from photon_data import files
-from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive
-from photon_data.prepare_file import Job, prepare_file
-from photon_data.readers.find import find_scans
+from photon_data.files import Location
 from photon_data.recipe import Recipe
 from photon_pipelines.child import FIRST
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import Callback
 from photon_pipelines.prepare import prepare
 from photon_pipelines.request import Request
+from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 COMMAND = [sys.executable, "-m", "photon_cli.data", "prepare"]
@@ -202,118 +200,70 @@ def test_workers_without_the_package_stop_the_run_in_a_sentence(tmp_path, cluste
     assert "Traceback" not in said
 
 
-# Locks
+# Full disks
 
 
-class StandIn(LocalFileSystem):
-    """An object store on the local disk. As some stores do, it knows no condition under which it writes."""
+class FullDisk:
+    """Lets so many files be written whole, then none: what a disk that fills up in the middle does."""
 
-    protocol = "standin"
+    def __init__(self, monkeypatch):
+        self.left = None
+        write, append = files.write_whole, files.append_row
 
-    @classmethod
-    def _strip_protocol(cls, path):
-        return str(path).removeprefix("standin://").rstrip("/")
+        @contextlib.contextmanager
+        def write_whole(path, temporary=None):
+            with write(path, temporary) as beside:
+                yield beside
+                self.count(path)
 
-    def pipe_file(self, path, value, **condition):
-        if condition:
-            raise TypeError("unexpected condition")
-        Path(self._strip_protocol(path)).parent.mkdir(parents=True, exist_ok=True)
-        super().pipe_file(path, value)
+        def append_row(path, row):
+            self.count(path)
+            append(path, row)
 
+        for module in [module for name, module in sys.modules.items() if name.startswith("photon_")]:
+            for name, function in (("write_whole", write_whole), ("append_row", append_row)):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, function)
 
-fsspec.register_implementation("standin", StandIn, clobber=True)
-
-
-@pytest.fixture(params=["memory", "standin", "a disk without locks"])
-def store(request, tmp_path, monkeypatch):
-    for name, seconds in (("REFRESH_S", 0.1), ("VOID_S", 1.0), ("SETTLE_S", 0.2)):
-        monkeypatch.setattr(files, name, seconds)
-    if request.param == "a disk without locks":
-
-        def flock(*_):
-            raise OSError(38, "Function not implemented")
-
-        monkeypatch.setattr("fcntl.flock", flock)
-        yield Location(str(tmp_path / "out"))
-        return
-    out = Location(f"{request.param}://{tmp_path}/out")
-    yield out
-    out.remove("")
+    def count(self, path):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
-def test_a_claim_lives_as_long_as_its_run_however_silent_that_is(store):
-    with exclusive(store) as hold:
-        time.sleep(2.5)  # longer than a claim that is not renewed
-        with pytest.raises(UsageError, match=f"another run .process {os.getpid()} on "), exclusive(store):
-            pass
-        hold.check()
-    with exclusive(store):
-        pass
-    assert not store.exists(".lock")
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_write_stops_the_command_and_what_was_there_stays(tmp_path, monkeypatch):
+    raw, out, small = tmp_path / "raw", tmp_path / "out", [*SETTINGS, "--workers", "1"]
+    write_scan(raw / "a.nii.gz", 1)
+    (raw / "bad.nii").write_text("no scan")
+    table = tmp_path / "q.csv"
+    table.write_text("volume,question,answer\na,Nodule?,no\n")
+    commands = {
+        ("prepare", raw, out, "--questions", table, "--retry-failed", *small): 1,
+        ("export", out, "--format", "nifti", "--to", tmp_path / "nifti", "--overwrite"): 0,
+        ("inspect", raw, "--json", tmp_path / "found.jsonl", "--workers", "1"): 1,
+        ("show", out / "volumes" / "a.ome.zarr", "-o", tmp_path / "a.png"): 0,
+    }
+    for command, code in commands.items():
+        assert cli(*command)[0] == code
+    disk = FullDisk(monkeypatch)
+    for command, code in commands.items():
+        for left in range(100):
+            disk.left = left
+            found, said = cli(*command)
+            assert (found, "No space left" in said, "Traceback" in said) == (
+                (3, True, False) if disk.left < 0 else (code, False, False)
+            )
+            assert {row["id"] for row in files.from_jsonl((out / "volumes.jsonl").read_text())} == {"a", "bad"}
+            if found == code:
+                break
+        assert left > 0
+    disk.left = None
+    assert list(verify_output(Location(str(out)))) == []
+    assert list(tmp_path.rglob("*.partial")) == []
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        b'{"host": "gone", "pid": 1, "token": "a", "count": 7}',
-        b'{"host": "gone", "pid": 1, "time": 99999999999}',  # of a version that trusted clocks
-        b'{"time": "abc"}',
-        b"[" * 100_000,
-        b"\xff\xfe\x00garbage",
-        b"3",
-    ],
-)
-def test_what_a_dead_run_left_is_void_after_a_while_whatever_it_says(store, left):
-    store.write(".lock", left)
-    start_s = time.monotonic()
-    with exclusive(store):
-        assert time.monotonic() - start_s >= 1
-
-
-def test_a_run_that_lost_its_claim_says_so_and_leaves_the_new_holders(store):
-    new = json.dumps({"host": "b", "pid": 2, "token": "new"}).encode()
-    with exclusive(store) as hold:
-        store.write(".lock", new)
-        while not hold.is_lost:
-            time.sleep(0.05)
-        with pytest.raises(OSError, match="another run took over"):
-            hold.check()
-    assert store.read(".lock") == new
-
-
-def test_of_runs_that_start_at_once_one_gets_in(store, monkeypatch):
-    monkeypatch.setattr(files, "SETTLE_S", 1.0)
-    monkeypatch.setattr(files, "VOID_S", 3.0)
-    start, let_in, end = threading.Barrier(5), [], threading.Event()
-
-    def run():
-        start.wait()
-        try:
-            with exclusive(store):
-                let_in.append(1)
-                end.wait(20)
-        except UsageError:
-            pass
-
-    threads = [threading.Thread(target=run) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    time.sleep(4)
-    end.set()
-    for thread in threads:
-        thread.join()
-    assert let_in == [1]
-
-
-def test_a_job_of_a_run_that_is_over_writes_nothing_where_another_run_is(tmp_path):
-    write_scan(tmp_path / "raw" / "a.nii.gz")
-    out = Location(str(tmp_path / "out"))
-    (source,) = find_scans(tmp_path / "raw").sources
-    with exclusive(out) as first:
-        job = Job(source, out.at(""), SMALL, holder=first.token)
-    with exclusive(out):
-        record = prepare_file(job)
-    assert (record.state, record.store, out.names("volumes")) == ("failed", None, [])
-    assert "another run" in str(record.reason)
-    with exclusive(out) as again:
-        assert prepare_file(Job(source, out.at(""), SMALL, holder=again.token)).state == "prepared"
+def cli(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "300"})
+    return result.exit_code, result.output
