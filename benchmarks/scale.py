@@ -26,7 +26,8 @@ import numpy as np
 from tables import print_place, print_table
 
 from photon_data.export import Format
-from photon_data.files import Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, prepare_volume
 from photon_data.recipe import Recipe
 from photon_data.records import PREPARED

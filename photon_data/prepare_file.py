@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from photon_data.errors import Refused, UsageError, refusal, unforeseen
-from photon_data.files import NO_SPACE, Location, fingerprint, is_held_by
+from photon_data.files import NO_SPACE, Location, fingerprint
 from photon_data.hounsfield import (
     FAR_BELOW_AIR_HU,
     Probe,
@@ -28,6 +28,7 @@ from photon_data.hounsfield import (
     refuse_scaled_before,
     volume_statistics,
 )
+from photon_data.lock import is_held_by
 from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan

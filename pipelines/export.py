@@ -9,7 +9,8 @@ from pathlib import Path
 
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
-from photon_data.files import Location, exclusive, from_jsonl
+from photon_data.files import Location, from_jsonl
+from photon_data.lock import exclusive
 from photon_data.questions.manifest import manifest_names
 from photon_data.records import read_records
 from photon_data.store import open_volume

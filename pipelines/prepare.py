@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Hold, Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import Hold, exclusive
 from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,

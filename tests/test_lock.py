@@ -11,9 +11,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from raw import write_scan
 
-from photon_data import files
+from photon_data import lock
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
@@ -43,7 +44,7 @@ fsspec.register_implementation("standin", StandIn, clobber=True)
 @pytest.fixture(params=["memory", "standin", "a disk without locks"])
 def store(request, tmp_path, monkeypatch):
     for name, seconds in (("REFRESH_S", 0.1), ("VOID_S", 1.0), ("SETTLE_S", 0.2)):
-        monkeypatch.setattr(files, name, seconds)
+        monkeypatch.setattr(lock, name, seconds)
     if request.param == "a disk without locks":
 
         def flock(*_):
@@ -98,8 +99,8 @@ def test_a_run_that_lost_its_claim_says_so_and_leaves_the_new_holders(store):
 
 
 def test_of_runs_that_start_at_once_one_gets_in(store, monkeypatch):
-    monkeypatch.setattr(files, "SETTLE_S", 1.0)
-    monkeypatch.setattr(files, "VOID_S", 3.0)
+    monkeypatch.setattr(lock, "SETTLE_S", 1.0)
+    monkeypatch.setattr(lock, "VOID_S", 3.0)
     start, let_in, end = threading.Barrier(5), [], threading.Event()
 
     def run():

@@ -10,7 +10,8 @@ from raw import write_scan
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import exclusive
 from photon_data.prepare_file import prepare_file
 from photon_data.recipe import Recipe
 from photon_pipelines.cluster import Workers
@@ -24,7 +25,7 @@ SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     for name, seconds in (("REFRESH_S", 0.1), ("VOID_S", 1), ("SETTLE_S", 0)):
-        monkeypatch.setattr(f"photon_data.files.{name}", seconds)
+        monkeypatch.setattr(f"photon_data.lock.{name}", seconds)
     monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, *_: (prepare_file(job) for job in jobs))
     out = Location(f"memory://bucket/{tmp_path.name}")
     yield out
