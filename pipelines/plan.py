@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -350,8 +350,8 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs))
-        digests = list(threads.map(lambda record: _digest_of_store(out, record), there))
+        found = _mapped(threads, lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs)
+        digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
     if foreign:
@@ -363,6 +363,12 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     done = [*left_out, *(record for record in found if record)]
     named = {record.id for record in done}
     return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
+
+
+def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return what `do` makes of each item. Some at a time: a waiting task takes more memory than a scan's record."""
+    parts = (items[start : start + 1000] for start in range(0, len(items), 1000))
+    return [result for part in parts for result in threads.map(do, part)]
 
 
 def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:
