@@ -25,6 +25,9 @@ STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
 PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
+# Keys of replies that are no record: of a child that found the output full, and of a machine that can run no child. An
+# exception instead would put the job, and names in it, into the log of a Dask worker.
+OUT_FULL, UNABLE = "no space", "unable"
 
 
 class Facts(Mapping[str, Any]):

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from photon_data.prepare_file import Job, NoSpace, prepare_file
-from photon_data.records import FAILED
+from photon_data.records import FAILED, OUT_FULL, UNABLE
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -30,9 +30,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-# Keys of replies that are no record: of a child that found the output full, and of a machine that can run no child. An
-# exception instead would put the job, and names in it, into the log of a Dask worker.
-NO_SPACE, UNABLE = "no space", "unable"
 # What a child runs first: 0.5 s of imports come after it has tied its life to its parent's. PR_SET_PDEATHSIG (1) of
 # prctl(2) has the kernel kill it, even while SimpleITK holds the interpreter for seconds. A parent that died before
 # that is no longer the parent.
@@ -136,7 +133,7 @@ _ended = threading.Event()
 def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int, holder: str = "") -> dict[str, Any]:
     """Return the record of a job, both as JSON: the job is run in the child process of this thread.
 
-    This is the task that Dask workers run: plain data in, plain data out, {NO_SPACE: ...} or {UNABLE: ...} where there
+    This is the task that Dask workers run: plain data in, plain data out, {OUT_FULL: ...} or {UNABLE: ...} where there
     is no record. `holder` is the token of the run that holds the output.
     """
     if _ended.is_set():
@@ -179,7 +176,7 @@ def main(address_space_bytes: int) -> None:
         try:
             reply = prepare_file(Job.from_json(json.loads(line))).to_json()
         except NoSpace as error:
-            reply = {NO_SPACE: [error.errno, error.strerror]}
+            reply = {OUT_FULL: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

@@ -20,8 +20,7 @@ from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
 from photon_data.prepare_file import Job, NoSpace
-from photon_data.records import FAILED, VolumeRecord
-from photon_pipelines.child import NO_SPACE, UNABLE
+from photon_data.records import FAILED, OUT_FULL, UNABLE, VolumeRecord
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
@@ -198,8 +197,8 @@ def _record(future: Future, job: Job) -> VolumeRecord:
     found = None
     if future.status == "finished":
         reply = future.result()
-        if NO_SPACE in reply:
-            raise NoSpace(*reply[NO_SPACE])
+        if OUT_FULL in reply:
+            raise NoSpace(*reply[OUT_FULL])
         if UNABLE not in reply:
             return VolumeRecord.from_json(reply)
         found = reply[UNABLE]
