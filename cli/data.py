@@ -194,7 +194,9 @@ def show(
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
     with errors_as_exit_codes():
+        from photon_data.files import write_whole
         from photon_data.picture import three_planes
+        from photon_data.private import names_left_out
         from photon_data.readers import open_scan
         from photon_data.readers.find import find_one_scan
         from photon_data.store import ROOT, SUFFIX, open_volume
@@ -203,11 +205,13 @@ def show(
             name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
         else:
             source = find_one_scan(Path(volume), series)
-            name, content = source.id, open_scan(source).volume()
+            with names_left_out(source):
+                name, content = source.id, open_scan(source).volume()
         point = terminal.numbers(at, 3, "--at") if at else None
         picture = three_planes(content, window_hu=terminal.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")
-        picture.save(path)
+        with write_whole(path) as temporary:
+            picture.save(temporary, "PNG")
         console.print(str(path), soft_wrap=True)
 
 

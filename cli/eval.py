@@ -14,7 +14,8 @@ import numpy as np
 
 from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive, jsonl_bytes
+from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
+from photon_data.lock import exclusive
 from photon_data.questions.table import read_values
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
@@ -206,9 +207,12 @@ def _pictures(
                 keep_V = unpack_mask(case.prediction.kept, case.prediction.visual_tokens)
                 path = folders_of(folder, case.id, 1)[0] / PICTURE
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture(canvas, keep_V, keep_V.astype(np.float32), case.question).save(path)
+                with write_whole(path) as temporary:
+                    picture(canvas, keep_V, keep_V.astype(np.float32), case.question).save(temporary, "PNG")
                 pictures[case.id] = path
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
             console.print(f"no overlay of {volume}: {error}", soft_wrap=True)
     return {first.name: pictures}
 

@@ -15,7 +15,8 @@ from typer.core import TyperGroup
 from photon_cli import terminal
 from photon_cli.terminal import OK, PARTIAL, STOPPED, ProgressBar, console, errors_as_exit_codes, fail, run_app
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import exclusive
 
 if TYPE_CHECKING:
     from photon_train.training.config import TrainConfig

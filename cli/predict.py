@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from photon_cli.terminal import ProgressBar, console, numbers, print_lines, window_of
 from photon_data.errors import UsageError
+from photon_data.files import NO_SPACE, write_whole
 from photon_data.picture import AUTO, resolve_window
 from photon_data.questions.table import VIDEO_TAG
 from photon_data.recipe import Recipe
@@ -89,7 +90,8 @@ class _ShownScan:
             folder = folders_of(self.overlays.folder, reply.prediction.id, self.count)[self.number]
             write_overlay(folder, self.canvas, keep_V, saliency_V, title, self.overlays.view)
             if recalls:
-                (folder / RECALL).write_text(json.dumps(recalls, indent=1) + "\n")
+                with write_whole(folder / RECALL) as temporary:
+                    temporary.write_text(json.dumps(recalls, indent=1) + "\n")
         return recalls
 
 
@@ -164,6 +166,8 @@ def predict_rows(
             if overlays.folder:
                 _write_overlays(overlays, predictor, group, replies)
         except (ValueError, OSError) as error:  # no reason not to answer the others
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
             unshown[group.name] = str(error)
 
     with _AnsweringBar("answering") as bar:

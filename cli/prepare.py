@@ -250,7 +250,8 @@ def print_estimate(request: Request, workers: Workers) -> None:
     todo = planning.plan(gathered.jobs, request)
     planning.collect(gathered, request.out, request.allow_leaks)
     costs = _costs(request.recipe, todo, workers)
-    title = f"photon-data prepare {request.source} {request.out.url} (dry run)"
+    source = "SOURCE" if any(job.source.hidden for job in gathered.jobs) else request.source
+    title = f"photon-data prepare {source} {request.out.url} (dry run)"
     print_table(title, ["", ""], [*costs, ("files left alone", left_alone(gathered.ignored))])
 
 
@@ -279,12 +280,15 @@ def print_findings(
 ) -> bool:
     """Print a row per scan, write them to `json_file` if given, and return whether all could be prepared."""
     names = ["id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"]
-    print_table(f"{len(records)} scans in {source}", names, map(_findings, records))
+    place = "" if any(record.hidden for record in records) else f" in {source}"
+    print_table(f"{len(records)} scans{place}", names, map(_findings, records))
     same = (", ".join(record.name for record in group) for group in duplicates(records))
     print_lines(f"the same content: {sources}" for sources in same)
     _print_ignored(ignored)
     if json_file:
-        json_file.write_bytes(jsonl_bytes({**record.row(), "findings": all_remarks(record)} for record in records))
+        with write_whole(json_file) as temporary:
+            rows = ({**record.row(), "findings": all_remarks(record)} for record in records)
+            temporary.write_bytes(jsonl_bytes(rows))
     return all(record.state == READY for record in records)
 
 

@@ -28,7 +28,7 @@ OK = 0  # everything that was requested is there
 PARTIAL = 1  # some inputs were refused or failed (verify: problems were found); the rest is there
 MISUSE = 2  # the command cannot be followed; nothing was written
 STOPPED = 3  # the run could not go on (no space, no workers); what is done is kept
-INTERRUPTED = 130  # Ctrl-C or SIGTERM; what is done is kept
+INTERRUPTED = 130  # Ctrl-C, SIGTERM or SIGHUP; what is done is kept
 
 # What `pip install photon-ct` leaves out -> the extra that has it.
 EXTRAS = {
@@ -90,12 +90,14 @@ def fail(message: str, code: int = MISUSE) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """Turn whatever ends a command early into a sentence and an exit code. SIGTERM ends a command as Ctrl-C does.
+    """Turn whatever ends a command early into a sentence and an exit code.
+
+    SIGTERM and SIGHUP (a terminal that is closed) end a command as Ctrl-C does; under nohup, SIGHUP stays ignored.
 
     Python drops an exception that is raised while it destroys an object. An interrupt that is lost so comes again, as
     an alarm.
     """
-    from photon_data.prepare_file import NO_SPACE
+    from photon_data.files import NO_SPACE
 
     def unraisable(lost: Any) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
@@ -103,9 +105,17 @@ def errors_as_exit_codes() -> Iterator[None]:
         else:
             previous_hook(lost)
 
+    def hang_up(sign: int, frame: Any) -> NoReturn:
+        for one in (console, errors):
+            if one.is_terminal:
+                one.on_broken_pipe()  # a terminal that is gone takes no more text
+        raise KeyboardInterrupt
+
     # Dask leaves a time-out behind when it closes; asyncio reports it
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     previous = {sign: signal.signal(sign, signal.default_int_handler) for sign in (signal.SIGTERM, signal.SIGALRM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     previous_hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield

@@ -1,16 +1,15 @@
-"""Files and folders, local or in an object store: written whole or not at all, held by one run; rows, fingerprints."""
+"""Files and folders, local or in an object store: written whole or not at all; rows, fingerprints."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import socket
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,9 @@ def refuse_unsafe(name: str, what: str) -> str:
         expected = f"{what} without '/', '\\', control characters and a dot or space at its end"
         raise UsageError(f"expected {expected}, of at most {MAX_NAME_BYTES} bytes, found {name[:300]!r}; rename it")
     return name
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,15 @@ class Location:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
+    def lines(self, name: str) -> Iterator[bytes]:
+        """Yield the lines of a file, one by one; none if there is no such file."""
+        try:
+            file = (self.path / name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return
+        with file:
+            yield from file
+
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""
         if not is_safe(name):
@@ -144,6 +155,26 @@ class Location:
                 temporary.write_bytes(content)
         else:
             self.fs.pipe_file(self.at(name), content)
+
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write a whole file of JSON lines, a local one without holding it in memory."""
+        if not self.is_local:
+            self.write(name, jsonl_bytes(rows))
+            return
+        with write_whole(self.place(name)) as temporary, temporary.open("wb") as file:
+            file.writelines(map(_jsonl_line, rows))
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that must not be there yet; return whether it was not. Stores that cannot refuse replace it."""
+        try:
+            self.fs.pipe_file(self.at(name), content, mode="create")
+        except (TypeError, ValueError, NotImplementedError):  # this store does not know the mode
+            self.write(name, content)
+        except OSError:
+            if not self.exists(name):
+                raise
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it, if there is one."""
@@ -231,23 +262,54 @@ def _remove(path: Path) -> None:
 
 def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
     """Return rows as JSON lines, keys in their given order. What UTF-8 cannot hold (odd file names) is escaped."""
-    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
     buffer = io.BytesIO()  # b"".join would hold all lines twice
-    buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
+    buffer.writelines(map(_jsonl_line, rows))
     return buffer.getvalue()
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
+
+
+def _jsonl_line(row: dict[str, Any]) -> bytes:
+    return (_encode(row) + "\n").encode("utf-8", "backslashreplace")
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the end of a file of JSON lines, there or not. Half a row that a killed run left goes before."""
+    with path.open("a+b") as file:
+        if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read())[1] != b"\n":
+            file.seek(0)
+            content = file.read()
+            start = content.rfind(b"\n") + 1
+            try:
+                json.loads(content[start:])
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(start)
+        file.write(_jsonl_line(row))
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:
     """Return the rows of a JSON-lines text; ValueError names the first line that is not JSON."""
-    rows = []
     # Not splitlines(): it also splits at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
+    return list(jsonl_rows(text.split("\n")))
+
+
+def jsonl_rows(lines: Iterable[str | bytes], *, may_be_cut: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the row of each line; ValueError names the first line that is not JSON.
+
+    `may_be_cut`: a last line without its end is no row. A run was killed while it appended that.
+    """
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                rows.append(from_json(line))
+                row = from_json(line)
             except ValueError as error:
-                raise ValueError(f"expected JSON on line {number}, found {line[:80]!r} ({error})") from None
-    return rows
+                if may_be_cut and line[-1:] not in ("\n", b"\n"):
+                    return
+                shown = line[:80] if isinstance(line, str) else line[:80].decode(errors="backslashreplace")
+                raise ValueError(f"expected JSON on line {number}, found {shown!r} ({error})") from None
+            yield row
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -265,64 +327,3 @@ def fingerprint(files: Sequence[Path]) -> str:
         return f"sha256:{digests[0][1]}"
     listing = "".join(f"{size} {digest}\n" for size, digest in digests)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
-
-
-LOCK = ".lock"
-# An object store cannot lock. There the holder refreshes its claim, and a claim that is older than this is void.
-STALE_S = 300
-
-
-@contextlib.contextmanager
-def exclusive(out: Location) -> Iterator[None]:
-    """Hold `out` while the block runs; UsageError when another run holds it. A hold ends with its process."""
-    if not out.is_local:
-        if time.time() - _holder(out).get("time", 0) < STALE_S:
-            raise _held_by_another(out)
-        refresh(out)
-        try:
-            yield
-        finally:
-            out.remove(LOCK)
-        return
-    import fcntl  # late: without Unix, stores can still be read
-
-    try:
-        out.path.mkdir(parents=True, exist_ok=True)
-        # Not through a link: what it leads to would be emptied.
-        lock = os.fdopen(os.open(out.path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a")
-    except OSError as error:
-        raise UsageError(f"expected a folder that can be written to, found {out.url}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held_by_another(out) from None
-        lock.truncate(0)
-        lock.write(json.dumps(_this_process()))
-        lock.flush()
-        yield
-
-
-def refresh(out: Location) -> None:
-    """Renew the claim of the run that holds `out`. Call it now and then; only an object store needs it."""
-    if not out.is_local:
-        out.write(LOCK, json.dumps({**_this_process(), "time": time.time()}).encode())
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def _holder(out: Location) -> dict[str, Any]:
-    """Return the holder that a lock names; {} where its text is not whole, as while it is being written."""
-    try:
-        holder = from_json(out.read(LOCK) or b"")
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _held_by_another(out: Location) -> UsageError:
-    holder = _holder(out)
-    run = f"another run (process {holder.get('pid')} on {holder.get('host')})"
-    return UsageError(f"expected {out.url} to be free, but {run} is writing there; wait for it or use another folder")

@@ -89,7 +89,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return True
     if isinstance(kind, UnionType):
         return any(_is_a(value, one) for one in get_args(kind))
-    if get_origin(kind) is dict:
+    if get_origin(kind) in (dict, Mapping):
         return isinstance(value, dict) and all(_is_a(item, get_args(kind)[1]) for item in value.values())
     if kind in (int, float):
         number = int | float if kind is float else int
@@ -101,7 +101,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     if isinstance(kind, UnionType):
         return " or ".join(map(_words, get_args(kind)))
-    if get_origin(kind) is dict:
+    if get_origin(kind) in (dict, Mapping):
         item = get_args(kind)[1]
         return "an object" if item is Any else f"an object whose values are {_words(item).removeprefix('a ')}s"
     return _WORDS.get(kind, str(kind))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from photon_data.errors import Refused, UsageError, is_out_of_memory, refusal, unforeseen
-from photon_data.files import Location, fingerprint
+from photon_data.files import NO_SPACE, Location, fingerprint
 from photon_data.hounsfield import (
     FAR_BELOW_AIR_HU,
     Probe,
@@ -28,6 +28,7 @@ from photon_data.hounsfield import (
     refuse_scaled_before,
     volume_statistics,
 )
+from photon_data.lock import is_held_by
 from photon_data.override import SKIPPED, Override
 from photon_data.private import without_names
 from photon_data.readers import open_scan
@@ -53,7 +54,6 @@ from photon_data.volume import Geometry, Prepared, Volume
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
 PADDING_FIRST = "padding-first"
 LARGEST_12_BITS_HU = 3071
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Refusals that the next run may not meet again, and failures that it will.
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 
@@ -65,7 +65,7 @@ class NoSpace(OSError):
     """The output is full: nothing more can be prepared, and this says so to the whole run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """All that decides what becomes of one source, in whatever process it is run."""
 
@@ -79,6 +79,7 @@ class Job:
     overwrite: bool = False  # prepare it even if its store is there
     write: bool = True  # False: do everything but write; the record is then "ready"
     override: Override | None = None  # what a person says of this scan
+    holder: str = ""  # the token of the run that holds OUT: nothing is written when another one holds it
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back."""
@@ -357,6 +358,9 @@ def _prepare(job: Job) -> VolumeRecord:
         prepared.facts.update(said.facts(scan, prepared.facts))
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
+    out = Location(job.out)
+    if job.holder and not is_held_by(out, job.holder):  # a worker of another host may outlive its run
+        raise OSError(errno.ENOLCK, "another run took over the output folder")
     identity = {
         "id": source.id,
         "key": job.key(content, prepared.facts),
@@ -364,7 +368,7 @@ def _prepare(job: Job) -> VolumeRecord:
         "recipe": job.recipe.to_json(),
         "digest": job.recipe.digest,
     }
-    return job.record_of_store(PREPARED, write_store(prepared, Location(job.out), store_name(source.id), identity))
+    return job.record_of_store(PREPARED, write_store(prepared, out, store_name(source.id), identity))
 
 
 def opened(job: Job) -> Scan:

@@ -10,16 +10,19 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from sys import intern
 
-from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl, jsonl_bytes, write_whole
+from photon_data.errors import Refused, UsageError
+from photon_data.files import Location, append_row, jsonl_bytes, jsonl_rows, write_whole
 from photon_data.scan import Source
 
 KEY, NAMES = "key", "names.jsonl"
 DIGITS = 16
+KEYED = re.compile(rf"v[0-9a-f]{{{DIGITS}}}\Z")  # the end of an id that was made with a key
 
 
 def private_folder(out: Location) -> Path:
@@ -62,7 +65,9 @@ def read_names(out: Location) -> dict[str, tuple[str, str]]:
     """Return {id: (root, path)} of scans whose names are hidden; UsageError for a damaged file."""
     path = private_folder(out) / NAMES
     try:
-        return {row["id"]: (row["root"], row["source"]) for row in from_jsonl(path.read_text(encoding="utf-8"))}
+        with path.open("rb") as file:
+            rows = jsonl_rows(file, may_be_cut=True)
+            return {row["id"]: (intern(row["root"]), row["source"]) for row in rows}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -75,6 +80,14 @@ def save_names(out: Location, names: Iterable[tuple[str, str, str]]) -> None:
     """Write the rows (id, root, path), whole, readable for their owner only."""
     rows = [dict(zip(("id", "root", "source"), row, strict=True)) for row in sorted(names)]
     _write(private_folder(out) / NAMES, jsonl_bytes(rows))
+
+
+def append_name(out: Location, id: str, root: str, path: str) -> None:
+    """Add a row, in the place of an earlier one of its id."""
+    names = private_folder(out) / NAMES
+    if not names.exists():
+        save_names(out, ())
+    append_row(names, {"id": id, "root": root, "source": path})
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -100,6 +113,16 @@ def hide_names(
             source = replace(source, id=id, patient=patient, hidden=True)
         made.append(source)
     return made, key
+
+
+@contextmanager
+def names_left_out(source: Source) -> Iterator[None]:
+    """Take the names of files and folders out of what is refused in the block, if those of the source are hidden."""
+    try:
+        yield
+    except Refused as refused:
+        message = without_names(refused.message, source.files) if source.hidden else refused.message
+        raise Refused(refused.code, message) from None
 
 
 def without_names(text: str, files: Iterable[Path]) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hmac
-from collections import Counter
+import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.files import Location, append_row, jsonl_rows
 from photon_data.json_text import fields_of, from_json
-from photon_data.private import read_names, save_names
+from photon_data.private import append_name, read_names, save_names
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.store import store_name
 
@@ -24,11 +27,41 @@ STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
 PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
+# Keys of replies that are no record: of a child that found the output full, and of a machine that can run no child. An
+# exception instead would put the job, and names in it, into the log of a Dask worker.
+OUT_FULL, UNABLE = "no space", "unable"
 
 
-@dataclass(frozen=True)
+class Facts(Mapping[str, Any]):
+    """What was measured of one scan, read only: 0.7 kB, where the dicts of 50,000 scans would take half a gigabyte."""
+
+    __slots__ = ("_packed",)
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._packed = zlib.compress(json.dumps(dict(facts)).encode(), 1)
+
+    def __getitem__(self, key: str) -> Any:
+        return _unpacked(self._packed)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_unpacked(self._packed))
+
+    def __len__(self) -> int:
+        return len(_unpacked(self._packed))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Facts, (dict(self),)
+
+
+@lru_cache(8)  # one scan's facts are looked at together
+def _unpacked(packed: bytes) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(zlib.decompress(packed))
+    return facts
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeRecord:
-    """What became of one input; `record.row()` is its row.
+    """What became of one input; `record.row()` is its row. A run holds one for every scan: see benchmarks/scale.py.
 
     `facts` are what was measured on the way, as stored in the store too:
     format, dtype, slope, intercept, rescale ("header" | "stored" | "table" | "metadata")
@@ -60,11 +93,19 @@ class VolumeRecord:
     store_bytes: int | None = None
     store_sha256: str | None = None  # of the store's root metadata, which record every other file of it
     arrays_sha256: str | None = None  # of those records alone: it does not depend on the id
-    facts: dict[str, Any] | None = None
+    facts: Mapping[str, Any] | None = None
     seconds: float | None = None  # wall time of the work; None where it was done by an earlier run
     root: str | None = None  # the source folder; None in rows of versions that did not record it
     patient: str | None = None  # a keyed hash of the patient's ID, of DICOM
     hidden: bool = False  # source and root may be a patient's name: they are in the private file, not in the row
+
+    def __post_init__(self) -> None:
+        """Pack what was measured; what many records have in common is held once."""
+        if self.facts is not None and not isinstance(self.facts, Facts):
+            object.__setattr__(self, "facts", Facts(self.facts))
+        for name in ("state", "code", "root"):
+            if type(value := getattr(self, name)) is str:
+                object.__setattr__(self, name, intern(value))
 
     @property
     def is_there(self) -> bool:
@@ -78,7 +119,12 @@ class VolumeRecord:
 
     def row(self) -> dict[str, Any]:
         """Return the row of volumes.jsonl, without what is hidden."""
-        return vars(self) | ({"source": "", "root": None} if self.hidden else {})
+        return self.to_json() | ({"source": "", "root": None} if self.hidden else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dict that `from_json` reads back, with what is hidden."""
+        data = {name: getattr(self, name) for name in FIELDS}
+        return data | {"facts": None if self.facts is None else dict(self.facts)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
@@ -96,25 +142,28 @@ class VolumeRecord:
         return record
 
 
+FIELDS = tuple(field.name for field in fields(VolumeRecord))
+
+
 def read_records(out: Location) -> list[VolumeRecord]:
-    """Return the rows of volumes.jsonl, none if there is no such file; UsageError if it cannot be read."""
+    """Return what volumes.jsonl says, none if there is no such file; UsageError if it cannot be read.
+
+    While a run goes on, rows are appended: the last one of an id counts.
+    """
+    records: dict[str, VolumeRecord] = {}
     place = ""
     try:
-        rows = from_jsonl((out.read(VOLUMES) or b"").decode())
-        records = []
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(jsonl_rows(out.lines(VOLUMES), may_be_cut=True), 1):
             place = f"row {number}: "
-            records.append(VolumeRecord.from_json(row))
-        place = ""
-        if twice := [id for id, count in Counter(record.id for record in records).items() if count > 1]:
-            raise ValueError(f"expected every id once, found {twice[0]!r} again")
-    except ValueError as error:
+            record = VolumeRecord.from_json(row)
+            records[record.id], place = record, ""
+    except (ValueError, TypeError) as error:
         remedy = "bring it back from a copy, or prepare into another folder"
         raise UsageError(f"{out.at(VOLUMES)} is damaged: {place}{error}; {remedy}") from None
-    if not any(record.hidden for record in records):
-        return records
+    if not any(record.hidden for record in records.values()):
+        return list(records.values())
     names = read_names(out)
-    return [_named(record, *names[record.id]) if record.id in names else record for record in records]
+    return [_named(record, *names[record.id]) if record.id in names else record for record in records.values()]
 
 
 def records_of(out: Location) -> list[VolumeRecord]:
@@ -135,7 +184,14 @@ def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
         known = read_names(out)
         names = {record.id: (record.root, record.source) if record.root else known.get(record.id) for record in hidden}
         save_names(out, ((id, *place) for id, place in names.items() if place))
-    out.write(VOLUMES, jsonl_bytes(record.row() for record in records))
+    out.write_rows(VOLUMES, (record.row() for record in records))
+
+
+def append_record(out: Location, record: VolumeRecord) -> None:
+    """Add a row to volumes.jsonl of a local folder, in the place of an earlier one of its id; see `read_records`."""
+    if record.hidden and record.root:
+        append_name(out, record.id, record.root, record.source)
+    append_row(out.place(VOLUMES), record.row())
 
 
 def lock_of(

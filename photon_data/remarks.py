@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from photon_data.hounsfield import FAR_BELOW_AIR_HU
@@ -33,7 +33,7 @@ def all_remarks(record: VolumeRecord) -> list[str]:
     return cut_remarks(record) + other_remarks(record)
 
 
-def is_hu(facts: dict[str, Any]) -> bool:
+def is_hu(facts: Mapping[str, Any]) -> bool:
     """Tell whether values are in HU: false where a policy accepted values that cannot be."""
     return "modality" not in facts.get("policy", {})
 
@@ -66,7 +66,7 @@ def attention(record: VolumeRecord, other: list[str]) -> float:
     return sum(max(0.0, mm) for ends in ends_mm(record.facts or {}, "cut_mm") for mm in ends) + _REMARK_MM * len(other)
 
 
-def ends_mm(facts: dict[str, Any], key: str) -> list[tuple[float, float]]:
+def ends_mm(facts: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
     """Return "cut_mm" or "pad_mm" as (low end, high end), for the world axes L, P, S; zeros where not measured."""
     ends = (facts.get(key) or {}).get
     return [(float(low), float(high)) for low, high in (ends(axis) or (0.0, 0.0) for axis in AXES)]
@@ -81,7 +81,7 @@ def duplicates(records: Iterable[VolumeRecord]) -> list[list[VolumeRecord]]:
     return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: (-len(group), group[0].id))
 
 
-def _on_values(facts: dict[str, Any], *, in_hu: bool) -> list[str]:
+def _on_values(facts: Mapping[str, Any], *, in_hu: bool) -> list[str]:
     before, after = facts.get("hu_before") or {}, facts.get("hu_after") or {}
     low, high = before.get("min"), before.get("max")
     remarks = [f"NaN or infinite voxels were filled: {before['non_finite']:,}"] if before.get("non_finite") else []
@@ -98,7 +98,7 @@ def _on_values(facts: dict[str, Any], *, in_hu: bool) -> list[str]:
     return remarks
 
 
-def _on_geometry(facts: dict[str, Any]) -> list[str]:
+def _on_geometry(facts: Mapping[str, Any]) -> list[str]:
     if not facts.get("geometry"):
         return []
     geometry = Geometry.from_json(facts["geometry"])
@@ -123,7 +123,7 @@ def _on_geometry(facts: dict[str, Any]) -> list[str]:
     return remarks
 
 
-def _on_empty_grid(facts: dict[str, Any]) -> list[str]:
+def _on_empty_grid(facts: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each axis along which the scan fills little of the grid."""
     if not facts.get("grid"):
         return []

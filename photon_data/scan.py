@@ -18,7 +18,7 @@ SPACING_SHARE = 0.005
 PADDING_HU = -1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One scan found in a folder, of which names were read, and headers where they tell which files belong to it."""
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL.Image import Image
 
 from photon_data.export import nifti_header, write_nifti
+from photon_data.files import write_whole
 from photon_data.picture import Window, three_planes
 from photon_data.resample import model_grid
 from photon_data.volume import Geometry, Volume
@@ -61,7 +62,8 @@ def write_overlay(
     Voxels beyond the prepared grid are 0. UsageError for an invalid window or a point outside of the volume.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    picture(canvas, keep_V, saliency_V, title, view).save(folder / PICTURE)
+    with write_whole(folder / PICTURE) as temporary:
+        picture(canvas, keep_V, saliency_V, title, view).save(temporary, "PNG")
     for name, dtype, values_V in ((KEPT, "<u1", keep_V), (SALIENCY, "<f4", saliency_V)):
         by_token = np.append(values_V, [0]).astype(dtype)  # kept_tokens.OUTSIDE is the last of these
         write_nifti(folder / name, nifti_header(canvas.native, dtype), (by_token[plane] for plane in canvas.tokens))

@@ -6,12 +6,12 @@ A parser that crashes, hangs or takes all memory costs one file: its record says
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from photon_data.prepare_file import Job, NoSpace, prepare_file
-from photon_data.records import FAILED
+from photon_data.records import FAILED, OUT_FULL, UNABLE
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -30,8 +30,23 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-NO_SPACE = "no space"  # key of the reply of a child that found the output full
-PR_SET_PDEATHSIG = 1  # prctl(2): the kernel signals the child even while SimpleITK holds the interpreter for seconds
+# What a child runs first: 0.5 s of imports come after it has tied its life to its parent's. PR_SET_PDEATHSIG (1) of
+# prctl(2) has the kernel kill it, even while SimpleITK holds the interpreter for seconds. A parent that died before
+# that is no longer the parent.
+FIRST = """
+import ctypes, os, signal, sys
+parent, address_space_bytes = map(int, sys.argv[1:])
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != parent:
+    os._exit(1)
+try:
+    from photon_pipelines.child import main
+except ImportError:
+    os._exit(78)
+main(address_space_bytes)
+"""
+NOT_INSTALLED = 78  # as above; EX_CONFIG of sysexits.h
 
 
 # The parent's end
@@ -100,6 +115,8 @@ def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
 
 
 def _cause_of_death(code: int) -> ChildError:
+    if code == NOT_INSTALLED:
+        raise RuntimeError(f"{sys.executable} of {socket.gethostname()} cannot import photon_pipelines")
     if code == -signal.SIGKILL:
         reason = "was killed, most likely for lack of memory; fewer --workers leave more for each"
     elif code < 0:
@@ -113,21 +130,22 @@ _children: dict[tuple[int, int], Child] = {}  # by thread and limit
 _ended = threading.Event()
 
 
-def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int) -> dict[str, Any]:
+def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int, holder: str = "") -> dict[str, Any]:
     """Return the record of a job, both as JSON: the job is run in the child process of this thread.
 
-    This is the task that Dask workers run: plain data in, plain data out. Raises NoSpace when the output is full.
+    This is the task that Dask workers run: plain data in, plain data out, {OUT_FULL: ...} or {UNABLE: ...} where there
+    is no record. `holder` is the token of the run that holds the output.
     """
     if _ended.is_set():
-        raise RuntimeError("the run has ended")
-    command = ("-P", "-m", "photon_pipelines.child", str(address_space_bytes))  # -P: no imports from the working folder
+        return {UNABLE: "the run has ended"}
+    command = ("-P", "-c", FIRST, str(os.getpid()), str(address_space_bytes))  # -P: no imports from the working folder
     child = _children.setdefault((threading.get_ident(), address_space_bytes), Child(*command))
     try:
-        reply = child.ask(job, timeout_s)
+        reply = child.ask({**job, "holder": holder}, timeout_s)
     except ChildError as error:
-        return vars(Job.from_json(job).record(FAILED, code=error.code, reason=str(error)))
-    if NO_SPACE in reply:
-        raise NoSpace(*reply[NO_SPACE])
+        return Job.from_json(job).record(FAILED, code=error.code, reason=str(error)).to_json()
+    except Exception as error:  # no process can be started, say
+        return {UNABLE: f"{type(error).__name__}: {error}"}
     return reply
 
 
@@ -150,30 +168,25 @@ def main(address_space_bytes: int) -> None:
     """Answer jobs until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
     if address_space_bytes > 0 and sys.platform == "linux":  # macOS has the limit, and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
-    _die_with_parent()
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a C library prints must not look like a reply
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = vars(prepare_file(Job.from_json(json.loads(line))))
+            reply = prepare_file(Job.from_json(json.loads(line))).to_json()
         except NoSpace as error:
-            reply = {NO_SPACE: [error.errno, error.strerror]}
+            reply = {OUT_FULL: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends. Without Linux, a thread looks every second."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def poll_parent(parent: int) -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=poll_parent, args=(os.getppid(),), daemon=True).start()
+def _end_with_stdin() -> None:
+    """End this process as soon as the other end of its stdin is closed: by a parent that ended, also without Linux."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), 0)  # nothing but the end
+    poll.poll()
+    os._exit(1)
 
 
 def single_threaded() -> None:
@@ -185,7 +198,3 @@ def single_threaded() -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     numcodecs.blosc.set_nthreads(1)
     zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

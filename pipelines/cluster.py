@@ -6,20 +6,21 @@ import contextlib
 import logging
 import time
 from asyncio import CancelledError
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError as FutureCancelledError
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, Future, LocalCluster, wait
+from distributed import Client, Future, KilledWorker, LocalCluster, wait
 from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
 from photon_data.prepare_file import Job, NoSpace
-from photon_data.records import FAILED, VolumeRecord
+from photon_data.records import FAILED, OUT_FULL, UNABLE, VolumeRecord
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
@@ -27,7 +28,19 @@ MIN_ADDRESS_SPACE_BYTES = 4 << 30
 MIN_MEMORY_GB = 1.0
 NO_WORKERS_S = 120
 
-# (job as JSON, timeout_s, address_space_bytes) -> record as JSON, or NoSpace. Dask pickles it: a function of a module.
+# What says that a scheduler, or the connection to it, is gone. FuturesCancelledError of distributed is the second.
+LOST = (CancelledError, FutureCancelledError, CommClosedError, TimeoutError, OSError)
+# A local cluster is this process's own: it serves no pages, keeps no long logs, takes no samples of its threads.
+LOCAL = {
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.low-level-log-length": 100,
+}
+LOOPBACK = "127.0.0.1:0"
+
+# (job as JSON, timeout_s, address_space_bytes) -> record as JSON, or what there is instead (see `run_isolated`). Dask
+# pickles it: a function of a module.
 Task = Callable[[dict[str, Any], float, int], dict[str, Any]]
 
 
@@ -64,42 +77,61 @@ class Workers:
 
 
 def execute(
-    jobs: Iterable[Job], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
+    jobs: list[Job], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
 ) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
 
-    A local cluster runs the task within `session`. It is left when the loop ends; leaving it must end what still runs.
-    Raises NoSpace when the output is full and Stopped when no worker is left.
+    The list is used up: a job takes memory until it is done. A local cluster runs the task within `session`. It is left
+    when the loop ends; leaving it must end what still runs. Raises NoSpace when the output is full, and Stopped when no
+    worker is left, when the scheduler is gone, and when a worker cannot run the task.
     """
-    queue = deque(sorted(jobs, key=lambda job: job.source.bytes, reverse=True))
+    if not jobs:
+        return
+    jobs.sort(key=lambda job: job.source.bytes)
     limits = workers.timeout_s, workers.address_space_bytes()
     in_flight: dict[Future, Job] = {}
-    with _client(workers, session) as client:
-        most = 2 * _threads(client)
-        while queue or in_flight:
-            while queue and len(in_flight) < most:
-                job = queue.popleft()
-                in_flight[client.submit(task, job.to_json(), *limits, pure=False)] = job
-            for future in _finished(client, in_flight):
-                yield _record(future, in_flight.pop(future))
+    try:
+        with _client(workers, session) as client:
+            most = 2 * _threads(client)
+            while jobs or in_flight:
+                while jobs and len(in_flight) < most:
+                    job = jobs.pop()
+                    in_flight[client.submit(task, job.to_json(), *limits, pure=False)] = job
+                for future in _finished(client, in_flight):
+                    yield _record(future, in_flight.pop(future))
+    except NoSpace:
+        raise
+    except LOST as error:
+        if workers.scheduler is None:
+            raise
+        found = f"the connection to {workers.scheduler} was lost ({type(error).__name__})"
+        raise Stopped(f"expected a scheduler, but {found}; start one and run the same command again") from None
 
 
 @contextlib.contextmanager
 def _client(workers: Workers, session: contextlib.AbstractContextManager[None]) -> Iterator[Client]:
     """Yield a client of the cluster that `workers` names. A local cluster ends with the block."""
     if workers.scheduler is not None:
+        for name in ("distributed", "distributed.client"):  # a lost connection is told in a sentence
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         with _connect(workers.scheduler) as client:
+            _refuse_other_versions(client)
             yield client
         return
-    cluster = LocalCluster(
-        n_workers=1,
-        threads_per_worker=workers.local_count(),
-        processes=False,
-        memory_limit=0,  # the memory is the children's, and they are limited
-        dashboard_address="127.0.0.1:0",
-        silence_logs=logging.CRITICAL,
-    )
-    with cluster, Client(cluster) as client, session:
+    with (
+        dask.config.set(LOCAL),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=workers.local_count(),
+            processes=False,
+            memory_limit=0,  # the memory is the children's, and they are limited
+            dashboard_address=LOOPBACK,  # without an address, Dask listens on all interfaces
+            worker_dashboard_address=LOOPBACK,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+        session,
+    ):
         yield client
 
 
@@ -120,6 +152,25 @@ def _connect(scheduler: str) -> Client:
     return client
 
 
+def _refuse_other_versions(client: Client) -> None:
+    """Stopped where a worker lacks this version of photon-ct: it could not run the task, or would make other bytes."""
+
+    def version_there() -> str:  # a function of a function: Dask sends its code, not the name of its module
+        import importlib
+
+        try:
+            importlib.import_module("photon_pipelines.child")
+            return importlib.metadata.version("photon-ct")
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    here = version("photon-ct")
+    others = {address: found for address, found in client.run(version_there).items() if found != here}
+    if others:
+        address, found = next(iter(others.items()))
+        raise Stopped(f"expected photon-ct {here} on every worker, found {found} on {address}; install it there")
+
+
 def _threads(client: Client) -> int:
     return sum(client.nthreads().values())
 
@@ -133,9 +184,6 @@ def _finished(client: Client, in_flight: dict[Future, Job]) -> list[Future]:
         except TimeoutError:
             if _threads(client):
                 last_worker_s = time.monotonic()
-        except (CancelledError, CommClosedError):
-            lost = "the connection to it was lost; start one and run the same command again"
-            raise Stopped(f"expected a scheduler, but {lost}") from None
     raise _no_workers("the scheduler")
 
 
@@ -145,11 +193,20 @@ def _no_workers(scheduler: str) -> Stopped:
 
 
 def _record(future: Future, job: Job) -> VolumeRecord:
-    """Return the record of a finished future; NoSpace where the task raised it."""
+    """Return the record of a finished future; NoSpace where it found the output full, Stopped where it cannot run."""
+    found = None
     if future.status == "finished":
-        return VolumeRecord.from_json(future.result())
-    error = future.exception() if future.status == "error" else None
-    if isinstance(error, NoSpace):
-        raise error
+        reply = future.result()
+        if OUT_FULL in reply:
+            raise NoSpace(*reply[OUT_FULL])
+        if UNABLE not in reply:
+            return VolumeRecord.from_json(reply)
+        found = reply[UNABLE]
+    elif future.status == "error" and not isinstance(error := future.exception(), KilledWorker):
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        remedy = "the same photon-ct has to be installed there as here; then run the same command again"
+        found = " ".join(found.split())[:300]
+        raise Stopped(f"expected that every worker and the scheduler can run the task, found {found}; {remedy}")
     reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
     return job.record(FAILED, code="worker-lost", reason=reason)

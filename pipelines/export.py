@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
-from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.files import Location, from_jsonl
 from photon_data.json_text import from_json
+from photon_data.lock import exclusive
 from photon_data.questions.manifest import manifest_names
 from photon_data.records import read_records
 from photon_data.store import open_volume, store_name
 
-# Records which store each exported file was made from.
-INDEX = "export.json"
+# Records which store each exported file was made from. It is written about this often, and when an export ends: after a
+# kill, the volumes of this span are exported again.
+INDEX, INDEX_S = "export.json", 30
 
 
 def export_all(
@@ -37,25 +40,35 @@ def export_all(
     if not records:
         raise UsageError(f"expected prepared volumes in {out.url}, found none; run photon-data prepare first")
     target, (suffix, write) = Location(str(folder)), FORMATS[format_]
-    made_from, kept = _made_from(target), 0
-    (folder / "volumes").mkdir(parents=True, exist_ok=True)
-    for number, record in enumerate(records, 1):
-        path = target.place(f"volumes/{record.id}{suffix}")
-        if not overwrite and path.exists() and made_from.get(record.id) == record.store_sha256:
-            kept += 1
-        else:
-            write(open_volume(out.at(store_name(record.id))), path)
-            made_from[record.id] = record.store_sha256
-            target.write(INDEX, json.dumps(made_from, sort_keys=True).encode())
-        progress(number, len(records))
-    names = manifest_names(out)
-    for name in names:
-        target.write(name, jsonl_bytes(_moved(out, name, target, suffix)))
-    return f"{len(records)} volumes, {kept} of them there before; {len(names)} manifests in {folder}"
+    paths = {record.id: target.place(f"volumes/{record.id}{suffix}") for record in records}
+    with exclusive(target):
+        (folder / "volumes").mkdir(parents=True, exist_ok=True)
+        index, kept = {} if overwrite else _read_index(target), dict[str, str | None]()
+        for record in records:
+            if index.get(record.id) == record.store_sha256 and paths[record.id].exists():
+                kept[record.id] = record.store_sha256
+        made_from = dict(kept)
+        _write_index(target, made_from)  # what is to be written anew is in it no more
+        due_s = time.monotonic() + INDEX_S
+        try:
+            for number, record in enumerate(records, 1):
+                if record.id not in kept:
+                    write(open_volume(out.at(store_name(record.id))), paths[record.id])
+                    made_from[record.id] = record.store_sha256
+                progress(number, len(records))
+                if time.monotonic() >= due_s:
+                    _write_index(target, made_from)
+                    due_s = time.monotonic() + INDEX_S
+        finally:
+            _write_index(target, made_from)
+        names = manifest_names(out)
+        for name in names:
+            target.write_rows(name, _moved(out, name, target, suffix))
+    return f"{len(records)} volumes, {len(kept)} of them there before; {len(names)} manifests in {folder}"
 
 
-def _made_from(target: Location) -> dict[str, str | None]:
-    """Return {id: hash of the store} of what an earlier export wrote; {} where that cannot be read."""
+def _read_index(target: Location) -> dict[str, str | None]:
+    """Return {id: SHA-256 of the store that its file was made from}; {} where the index is gone or damaged."""
     try:
         return dict(from_json(target.read(INDEX) or b"{}"))
     except (ValueError, TypeError):
@@ -69,3 +82,7 @@ def _moved(out: Location, name: str, target: Location, suffix: str) -> list[dict
         return [{**row, "videos": [target.at(f"volumes/{row['volume_id']}{suffix}")]} for row in rows]
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{out.at(name)} is damaged: {error}; run photon-data prepare again") from None
+
+
+def _write_index(target: Location, made_from: Mapping[str, str | None]) -> None:
+    target.write(INDEX, json.dumps(made_from, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""To which scan an id belongs: namesakes, scans that moved, and volumes that were withdrawn."""
+"""To which scan an id belongs: earlier runs, namesakes, scans that moved, and volumes that were withdrawn."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ from pathlib import Path
 from photon_data.datasets.base import UNPACK
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
-from photon_data.records import PRUNED, VolumeRecord
+from photon_data.private import KEYED, private_folder, read_key
+from photon_data.records import PRUNED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import read_metadata, store_name
 from photon_pipelines.request import Request
+
+
+def ids_of_earlier_runs(request: Request) -> dict[str, str]:
+    """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
+    source, records = request.source.absolute(), read_records(request.out)
+    key = read_key(request.out)
+    if any(record.hidden and not (record.root and (key or not KEYED.search(record.id))) for record in records):
+        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
+        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
+    root, found = str(source if source.is_dir() else source.parent), {}
+    unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
+    for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
+        if record.root == root or (record.root in unclear and record.id.startswith(request.id_prefix)):
+            found[record.source] = record.id
+    return found
 
 
 def refuse_namesakes(sources: Sequence[Source], records: Sequence[VolumeRecord], request: Request) -> None:

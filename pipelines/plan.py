@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.override import SKIPPED
 from photon_data.prepare_file import Job, already_there, recipe_digest
-from photon_data.private import hide_names, private_folder, read_key
+from photon_data.private import KEYED, hide_names
 from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
 from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
 from photon_data.questions.override_table import read_overrides
@@ -31,7 +30,7 @@ from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
-from photon_pipelines.owners import refuse_namesakes, withdrawn
+from photon_pipelines.owners import ids_of_earlier_runs, refuse_namesakes, withdrawn
 from photon_pipelines.request import Request, paths_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -188,7 +187,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
-    known_ids = _ids_of_earlier_runs(request)
+    known_ids = ids_of_earlier_runs(request)
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -209,9 +208,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         notes = _notes_of_old_ids(sources)
     else:
         sources = [replace(source, patient="") for source in sources]
-    rescale, out = None, request.out.at("")
-    if request.hu_source != HEADER:
-        rescale = rescaling(request.hu_source, sources, request.columns)
+    out, is_header = request.out.at(""), request.hu_source == HEADER
+    rescale = None if is_header else rescaling(request.hu_source, sources, request.columns)
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
         for source in sources
@@ -267,23 +265,9 @@ def _notes_of_unmatched(
 
 def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
     """Return a sentence about scans that have ids made from names, which stay."""
-    old = [source.id for source in sources if source.hidden and not re.search(r"v[0-9a-f]{16}\Z", source.id)]
+    old = [source.id for source in sources if source.hidden and not KEYED.search(source.id)]
     remedy = "prepare into another folder to have keyed ones"
     return [f"{len(old)} scans keep ids that were made from names, {old[0]} first; {remedy}"] if old else []
-
-
-def _ids_of_earlier_runs(request: Request) -> dict[str, str]:
-    """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
-    source, records = request.source.absolute(), read_records(request.out)
-    if any(record.hidden for record in records) and read_key(request.out) is None:
-        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
-        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
-    root, found = str(source if source.is_dir() else source.parent), {}
-    unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
-    for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
-        if record.root == root or (record.root in unclear and record.id.startswith(request.id_prefix)):
-            found[record.source] = record.id
-    return found
 
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
@@ -318,8 +302,10 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     UsageError for a name or a question's id that two data sets have, and for leaks.
     """
     own, kept, roots = gathered.questions, kept_questions(out), {job.source.root for job in gathered.jobs}
-    ids = {job.source.id for job in gathered.jobs} | {r.id for r in read_records(out) if r.root in roots}
-    for name in own.keys() & kept.keys():
+    own_again = own.keys() & kept.keys()
+    known = read_records(out) if own_again else []
+    ids = {job.source.id for job in gathered.jobs} | {record.id for record in known if record.root in roots}
+    for name in own_again:
         earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
         if earlier and not earlier & ids:
             found = f"questions about other scans, {first_few(sorted(earlier))}"
@@ -354,20 +340,25 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs))
-        digests = list(threads.map(lambda record: _digest_of_store(out, record), there))
+        found = _mapped(threads, lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs)
+        digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
     if foreign:
-        raise UsageError(
-            f"expected one recipe per folder, found {len(foreign)} volumes of another recipe in {out.url} that are not "
-            f"among these inputs, {foreign[0]} first; use another folder, or prepare all of them again"
-        )
+        found_there = f"{len(foreign)} volumes of another recipe in {out.url} that are not among these inputs"
+        remedy = f"{foreign[0]} first; use another folder, or prepare all of them again"
+        raise UsageError(f"expected one recipe per folder, found {found_there}, {remedy}")
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
     done = [*left_out, *(record for record in found if record)]
     named = {record.id for record in done}
     return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
+
+
+def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return what `do` makes of each item. Some at a time: a waiting task takes more memory than a scan's record."""
+    parts = (items[start : start + 1000] for start in range(0, len(items), 1000))
+    return [result for part in parts for result in threads.map(do, part)]
 
 
 def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:
@@ -381,7 +372,9 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
     if before.state in (REFUSED, FAILED):
         is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
         return replace(before, root=job.source.root, source=job.source.path, seconds=None) if is_known else None
-    return already_there(job, before.fingerprint) if before.fingerprint else None
+    there = already_there(job, before.fingerprint) if before.fingerprint else None
+    same = there and replace(before, state=UNCHANGED, seconds=None)
+    return same if same == there else there  # what is as before takes no memory of its own
 
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:

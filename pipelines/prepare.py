@@ -12,13 +12,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive, refresh
+from photon_data.files import Location
 from photon_data.json_text import from_json
+from photon_data.lock import Hold, exclusive
 from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,
@@ -40,6 +42,7 @@ from photon_data.records import (
     REFUSED,
     VOLUMES,
     VolumeRecord,
+    append_record,
     differences,
     lock_of,
     read_records,
@@ -54,7 +57,8 @@ from photon_pipelines.request import Request, paths_of
 from photon_pipelines.unpack import pending, unpack_all
 
 REPORT, COUNTS = "report.html", "questions.json"
-# volumes.jsonl is written again about this often. A run that is killed has to read refused files of this span again.
+# Rows are appended to volumes.jsonl as scans end. In an object store it is written anew about this often instead: a run
+# that is killed there has to read refused files of this span again.
 SNAPSHOT_S = 30
 LIBRARIES = ("photon-ct", "numpy", "SimpleITK", "nibabel", "zarr", "numcodecs", "isal", "dask")
 
@@ -70,20 +74,22 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     if request.datasets:
         damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
+    hidden = any(job.source.hidden for job in gathered.jobs)
     for note in gathered.notes:
         callback.on_note(note)
-    with exclusive(out):
+    with exclusive(out) as hold:
         todo = plan(gathered.jobs, request)
         questions = collect(gathered, out, request.allow_leaks)
+        gathered.jobs.clear()  # those to do are in the plan, until they are done
         if gathered.key:
             _keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
-        _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=gathered.key is not None)
+        _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=hidden)
         there = question_digests(out)
         for name, asked in questions.items():
             if name in gathered.questions or name not in there:
                 keep_questions(out, name, asked)
-        records = _run(todo, out, workers, callback)
+        records = _run(todo, hold, workers, callback)
         return finish(request, records, todo.kept, questions, gathered.unmatched)._replace(damaged=damaged)
 
 
@@ -214,12 +220,13 @@ def _write_json(out: Location, name: str, content: Any) -> None:
     out.write(name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
-def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> list[VolumeRecord]:
-    """Run the jobs of a plan and return the records of all inputs, those done before first.
+def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[VolumeRecord]:
+    """Run the jobs of a plan, which are used up, and return the records of all inputs, those done before first.
 
-    volumes.jsonl is kept up to date, also when the run is stopped or interrupted: it has the records of what is done,
-    and of the rest what earlier runs left.
+    volumes.jsonl is kept up to date, also when the run is stopped, interrupted or killed: it has the records of what is
+    done, and of the rest what earlier runs left.
     """
+    out = hold.out
     for folder in ("volumes", "manifests", ""):  # what a killed run left half-written
         for name in out.names(folder):
             if name.startswith(".") and name.endswith(".partial"):
@@ -232,18 +239,22 @@ def _run(todo: Plan, out: Location, workers: Workers, callback: Callback) -> lis
 
     due_s = time.monotonic() + SNAPSHOT_S
     try:
-        with closing(execute(todo.jobs, run_isolated, workers, children())) as finished:
+        task = partial(run_isolated, holder=hold.token)
+        with closing(execute(todo.jobs, task, workers, children())) as finished:
             for record in finished:
+                hold.check()
                 records.append(record)
-                callback.on_record(record)
-                start_s = time.monotonic()
-                if start_s >= due_s:
-                    refresh(out)
+                if out.is_local:
+                    append_record(out, record)
+                elif (start_s := time.monotonic()) >= due_s:
                     write_snapshot()
                     end_s = time.monotonic()
                     due_s = end_s + max(SNAPSHOT_S, 20 * (end_s - start_s))  # more rarely where writing takes long
+                callback.on_record(record)
     finally:
-        write_snapshot()
+        if not hold.is_lost:
+            write_snapshot()
+    hold.check()
     return records
 
 

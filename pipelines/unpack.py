@@ -12,7 +12,8 @@ from photon_data.datasets.archives import find_archives, known_ids, unpack
 from photon_data.datasets.base import UNPACK, DataSet
 from photon_data.datasets.combine import requested_volumes
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import exclusive
 
 # AbdomenAtlas 3.0: 571 GB of archives with 9,262 CTs.
 CASE_GB = 0.062

@@ -153,7 +153,7 @@ def test_show_takes_one_of_several_series_by_the_name_that_it_lists(tmp_path):
         write_series(tmp_path / "raw/study", ct_like((16, 24, 28), seed), names=names, rescale=(1, 0))
     code, text = cli("show", tmp_path / "raw")
     assert code == 2 and "expected one scan, found 2" in text and "--series" in text
-    name = re.search("study#[0-9a-f]{8}", text).group()
+    name = re.search("#[0-9a-f]{8}", text).group()
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
     assert cli("show", tmp_path / "raw", "--series", name, "-o", pictures[0])[0] == 0
     assert cli("show", f"{tmp_path}/raw/{name}", "-o", pictures[1])[0] == 0

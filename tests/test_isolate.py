@@ -1,10 +1,5 @@
 """A child that dies in any way costs its own job; the next one finds a new child."""
 
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 
 from photon_pipelines.child import Child, ChildError
@@ -57,35 +52,3 @@ def test_a_child_that_dies_is_named_and_replaced(child, do, code, said):
 
 def test_a_long_reply_arrives_whole(child):
     assert len(child.ask({"do": "long"}, 20)["padding"]) == 200_000
-
-
-@pytest.mark.parametrize("head_start_s", [0, 3])  # while the child imports its libraries, and (mostly) after it
-def test_the_real_child_ends_with_its_parent(head_start_s):
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import subprocess, sys, time\n"
-            "p = subprocess.Popen([sys.executable, '-P', '-m', 'photon_pipelines.child', '0'], stdin=subprocess.PIPE)\n"
-            "print(p.pid, flush=True); time.sleep(60)",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    time.sleep(head_start_s)
-    parent.kill()
-    parent.wait()
-    for _ in range(600):
-        if not _is_alive(pid):
-            return
-        time.sleep(0.1)
-    pytest.fail("the child outlived its parent")
-
-
-def _is_alive(pid):
-    try:
-        return not Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
-    except FileNotFoundError:
-        return False

@@ -19,7 +19,8 @@ from scans import as_scan, frame
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive, from_jsonl
+from photon_data.files import Location, from_jsonl
+from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, NoSpace, prepare_file, prepare_volume
 from photon_data.readers.find import find_scans
 from photon_data.recipe import ALGORITHM, Policy, Recipe

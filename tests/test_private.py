@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -16,7 +18,11 @@ from typer.testing import CliRunner
 
 from photon_cli.data import app
 from photon_data.files import from_jsonl
+from photon_data.prepare_file import Job
 from photon_data.private import without_names
+from photon_data.readers.find import find_scans
+from photon_data.recipe import Recipe
+from photon_pipelines import child
 
 NAME = "Mustermann"
 SMALL = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "1"]
@@ -82,13 +88,17 @@ def test_no_output_but_the_private_file_has_a_patients_name(raw, tmp_path, monke
     ]
     said += [cli("show", next((out / "volumes").iterdir())), cli("show", raw / "second")]
     assert [code for code, _ in said] == [1, 1, 1, 0, 0, 0, 0, 0]
+    # what is refused of one scan, and what there is to choose from
+    refused = [cli("show", raw / "first", "--series", name) for name in _keys_of(cli("show", raw / "first")[1])]
+    assert sorted(code for code, _ in refused) == [0, 2]
+    said += [*refused, cli("show", raw), cli("prepare", raw, out, "--dry-run", "--retry-failed", *SMALL)]
     assert NAME.lower() not in "".join(text for _, text in said).lower()
     assert "refused v" in said[1][1]
     shown = tmp_path / "shown"
     shown.mkdir()
     for path in tmp_path.glob("*.png"):
         shutil.move(path, shown)
-    assert len(list(shown.iterdir())) == 2
+    assert len(list(shown.iterdir())) == 3
     assert whoever_is_named(out, tmp_path / "nifti", shown) == []
 
     assert {row["source"].partition("#")[0] for row in rows_of(private, "names.jsonl")} == {
@@ -103,6 +113,53 @@ def test_no_output_but_the_private_file_has_a_patients_name(raw, tmp_path, monke
     assert len(found) == 2
     assert len({row["patient"] for row in found}) == len({row["split"] for row in found}) == 1
     assert found[0]["patient"].startswith("p")
+
+    shutil.move(raw / "second", tmp_path / "elsewhere")
+    gone = [cli("status", out), cli("prune", out, "--yes"), cli("verify", out)]
+    assert [code for code, _ in gone] == [0, 0, 0]
+    assert NAME.lower() not in "".join(text for _, text in gone).lower()
+
+
+def _keys_of(text):
+    return re.findall("#[0-9a-f]{8}", text)
+
+
+@pytest.mark.parametrize("how", ["key", "hash"])
+def test_hidden_names_of_nifti_are_in_no_output_also_where_scans_are_refused(tmp_path, how):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_scan(raw / f"{NAME}_Erika.nii.gz", 1)
+    (raw / f"{NAME}_Max.nii.gz").write_bytes((raw / f"{NAME}_Erika.nii.gz").read_bytes()[:500])
+    (raw / f"{NAME}_Moritz.nii").write_text("no scan")
+    table = tmp_path / "q.csv"
+    table.write_text(f"volume,question,answer\n{NAME}_Erika,Nodule?,no\n{NAME}_Nobody,?,no\n{NAME}_Max,?,yes\n")
+    options = ["--id-from", how, *SMALL]
+    said = [cli("inspect", raw, "--id-from", how, "--workers", "1", "--json", tmp_path / "found.jsonl")]
+    said += [cli("prepare", raw, out, "--dry-run", *options), cli("prepare", raw, out, "--questions", table, *options)]
+    ids = {row["id"] for row in rows_of(out, "volumes.jsonl")}
+    said += [cli("prepare", raw, out, "--retry-failed", *options), cli("status", out), cli("verify", out)]
+    (raw / f"{NAME}_Max.nii.gz").unlink()
+    said += [cli("status", out), cli("prepare", raw, out, *options), cli("prune", out, "--yes")]
+    assert [code for code, _ in said] == [1, 0, 1, 1, 0, 0, 0, 1, 0]
+    assert [text for _, text in said if NAME.lower() in text.lower()] == []
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    shutil.move(tmp_path / "found.jsonl", shown)
+    assert whoever_is_named(out, shown) == []
+    assert ids >= {row["id"] for row in rows_of(out, "volumes.jsonl")}
+    assert {row["source"] for row in rows_of(tmp_path / "out.private", "names.jsonl")} == {
+        f"{NAME}_Erika.nii.gz",
+        f"{NAME}_Moritz.nii",
+    }
+    assert (tmp_path / "out.private" / "key").exists() == (how == "key")
+
+
+def test_a_worker_of_a_cluster_logs_no_name(raw, tmp_path):
+    """Dask logs the arguments of a task that raises; ours never does."""
+    (source,) = [s for s in find_scans(raw).sources if "Max" in s.path]
+    job = Job(replace(source, hidden=True), str(tmp_path / "out"), Recipe())
+    with child.children():
+        reply = child.run_isolated(job.to_json(), 60, 1)  # an address space in which nothing can start
+    assert NAME not in json.dumps(reply.get("reason", reply))
 
 
 def test_ids_from_a_key_stay_and_tell_nothing_without_it(raw, tmp_path):

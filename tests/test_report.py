@@ -238,3 +238,15 @@ def test_points_of_equal_shares_stand_side_by_side_and_the_highest_is_named_firs
     assert len(set(places)) == 3
     assert drawn.index("&lt;high&gt; 80.0") < drawn.index("all 50.0") < drawn.index("low 20.0")
     assert "low: 20.00 at 40.0%" in drawn
+
+
+@pytest.mark.parametrize(
+    ("count", "label"),
+    [(1, "1"), (9_999, "9999"), (20_000, "20k"), (123_456, "123k"), (999_999, "999k"), (1_250_000, "1.2M")],
+)
+def test_a_large_count_has_room_beside_its_histogram_and_is_exact_in_the_bars_words(count, label):
+    """The room is 29 px: five digits of 6 px were cut, and read as another number."""
+    chart = histogram(np.zeros(count), name="x", unit="mm")
+    (number,) = [shape for shape in chart.shapes if shape.tag == "text" and shape.attributes["text-anchor"] == "end"]
+    assert number.words == label
+    assert [shape.words.endswith(f": {count:,}") for shape in chart.shapes if shape.tag == "rect"] == [True]

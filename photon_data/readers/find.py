@@ -99,7 +99,9 @@ def find_scans(
     search.add_series()
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
-    return Found([replace(source, id=name) for name, (_, source) in zip(ids, pairs, strict=True)], search.counts())
+    hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
+    sources = [replace(source, id=id, hidden=hidden) for id, (_, source) in zip(ids, pairs, strict=True)]
+    return Found(sources, search.counts())
 
 
 def find_one_scan(path: Path, series: str | None = None) -> Source:
@@ -115,15 +117,19 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
     if series and not found:
         found = [one for one in sources if one.path.endswith(series)]
     if len(found) != 1:
-        listed = [source.path for source in found or sources]
+        keys = [source.path.rpartition("#")[2] for source in found or sources]
+        is_told = len(set(keys)) == len(keys)  # by its key alone: a folder's name may be a patient's
+        listed = [
+            f"#{key}" if is_told and one.format == "dicom" else one.path
+            for key, one in zip(keys, found or sources, strict=True)
+        ]
         names = f", {first_few(listed, 10)}" if listed else ""
         others = f" (files left alone: {left_alone(ignored)})" if ignored else ""
         wanted = f"one scan {series!r}" if series else "one scan"
         remedy = "name one: --series NAME" if len(sources) > 1 else "give the path of one"
         raise UsageError(f"expected {wanted}, found {len(found)} in {path}{names}{others}; {remedy}")
     (one,) = found
-    # A folder's name may be a patient's.
-    return replace(one, id=f"s{one.path.rpartition('#')[2]}") if one.format == "dicom" else one
+    return replace(one, id=f"s{one.path.rpartition('#')[2]}", hidden=True) if one.format == "dicom" else one
 
 
 class _Search:

@@ -87,13 +87,17 @@ class ReportedVolume(NamedTuple):
     """A volume: its record, remarks, and its measures along the world axes L, P, S (None where not measured)."""
 
     record: VolumeRecord
-    facts: dict[str, Any]  # what was measured, empty where nothing was
     cut_remarks: list[str]
     other_remarks: list[str]
     attention: float
     spacing_lps_mm: tuple[float, ...] | None
     extent_lps_mm: tuple[float, ...] | None
     cut_mm: list[tuple[float, float]]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What was measured, empty where nothing was."""
+        return self.record.facts or {}
 
     @property
     def sides_mm(self) -> list[tuple[str, float]]:
@@ -114,7 +118,7 @@ def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
                 # Of a tilted scan, that of the box around it.
                 extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
             remarks = cut_remarks(record), other, attention(record, other)
-            volumes.append(ReportedVolume(record, facts, *remarks, spacing, extent, ends_mm(facts, "cut_mm")))
+            volumes.append(ReportedVolume(record, *remarks, spacing, extent, ends_mm(facts, "cut_mm")))
     return sorted(volumes, key=lambda volume: (-volume.attention, volume.record.id))
 
 
@@ -141,18 +145,23 @@ def summary_charts(volumes: Sequence[ReportedVolume], recipe: Recipe) -> dict[st
 
 
 def _hu_charts(volumes: Sequence[ReportedVolume]) -> list[Chart]:
-    statistics = [volume.facts["hu_before"] for volume in volumes if volume.facts.get("hu_before")]
-    counts = [np.asarray(s["histogram"], float) for s in statistics if s.get("histogram")]
-    shares = [count / count.sum() for count in counts if count.sum()]
-    charts = []
-    if shares:
-        edges = np.linspace(*HISTOGRAM_RANGE, len(shares[0]) + 1)
-        words = f"mean share of voxels in {len(shares[0])} bins, every volume counting the same"
-        charts.append(hu_profile(np.mean(shares, axis=0), edges, name="HU", words=words))
     names = {"p50": "HU in the middle (median) of each volume", "p99": "HU that 1 % of each volume exceed"}
-    for key, name in names.items():
-        charts.append(histogram([s[key] for s in statistics if s.get(key) is not None], name=name, unit="HU"))
-    return charts
+    values: dict[str, list[float]] = {key: [] for key in names}
+    shares, counted = np.zeros(0), 0
+    for volume in volumes:
+        statistics = volume.facts.get("hu_before") or {}
+        counts = np.asarray(statistics.get("histogram") or [], float)
+        if total := counts.sum():
+            shares, counted = counts / total + (shares if counted else 0), counted + 1
+        for key, found in values.items():
+            if statistics.get(key) is not None:
+                found.append(statistics[key])
+    charts = []
+    if counted:
+        edges = np.linspace(*HISTOGRAM_RANGE, len(shares) + 1)
+        words = f"mean share of voxels in {len(shares)} bins, every volume counting the same"
+        charts.append(hu_profile(shares / counted, edges, name="HU", words=words))
+    return charts + [histogram(values[key], name=name, unit="HU") for key, name in names.items()]
 
 
 def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:

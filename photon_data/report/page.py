@@ -155,17 +155,28 @@ def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | Non
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         if count:
             beyond = is_open and right == edges[-1]
-            said = f"{left:g} {unit} or more: {count}" if beyond else f"{left:g} to {right:g} {unit}: {count}"
+            said = f"{left:g} {unit} or more: {count:,}" if beyond else f"{left:g} to {right:g} {unit}: {count:,}"
             tall = max(1.0, y(0) - y(count))
             shapes.append(_bar(x(left) + 0.5, y(0) - tall, max(1.0, x(right) - x(left) - 1), tall, said))
     every = max(1, -(-len(counts) // 5))
     shapes += [_baseline(), *_x_labels(edges[::every].tolist(), x)]
-    shapes.append(_text(_LEFT - 5, y(y.high) + 4, str(int(y.high)), "end"))
+    shapes.append(_text(_LEFT - 5, y(y.high) + 4, short_count(int(y.high)), "end"))
     if mark:
         at = x(mark.at)
         shapes.append(_line(at, at, _TOP - 6, _HEIGHT - _BOTTOM, "mark"))
         shapes.append(_text(at, _TOP - 9, mark.label, "end" if at > _WIDTH / 2 else "start", "mark-label"))
     return Chart(name, words, "Histogram", shapes)
+
+
+def short_count(count: int) -> str:
+    """Return a count in at most four signs, which is the room beside an axis: 9999, 20k, 123k, 1.2M; rounded down."""
+    for unit, one in (("k", 1_000), ("M", 1_000_000), ("G", 1_000_000_000)):
+        if 10_000 <= count < 1_000 * one:
+            tenths = 10 * count // one
+            return (
+                f"{tenths // 10}{unit}" if tenths >= 100 or not tenths % 10 else f"{tenths // 10}.{tenths % 10}{unit}"
+            )
+    return str(count)
 
 
 def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) -> Chart:

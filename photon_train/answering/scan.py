@@ -12,9 +12,11 @@ import numpy as np
 
 from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
+from photon_data.private import names_left_out
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
+from photon_data.scan import Source
 from photon_data.store import ROOT, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
 
@@ -39,8 +41,12 @@ def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series:
     """
     if is_store(place):
         return open_store(place)
-    start, policy = time.perf_counter(), policy or Policy()
-    source = find_one_scan(Path(place), series)
+    start, source = time.perf_counter(), find_one_scan(Path(place), series)
+    with names_left_out(source):
+        return _prepared(source, recipe, policy or Policy(), start)
+
+
+def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> ScanInput:
     scan = open_scan(source, policy)
     reading = time.perf_counter() - start
 

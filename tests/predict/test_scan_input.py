@@ -111,3 +111,13 @@ def test_a_folder_of_two_scans_or_of_none_is_not_one_scan(tmp_path):
         open_input(str(tmp_path / "empty"), SMALL)
     with pytest.raises(UsageError, match="there is no"):
         open_input(str(tmp_path / "nowhere"), SMALL)
+
+
+def test_a_refused_dicom_series_is_told_without_the_names_of_its_files_and_folders(tmp_path):
+    names = [f"Doe_Jane_{z:03}.dcm" for z in range(16)]
+    slices = [*range(7), *range(9, 16)]  # two are missing
+    write_series(tmp_path / "Doe^Jane", np.zeros((16, 24, 28), np.uint16), names=names, slices=slices)
+    with pytest.raises(Refused) as refused:
+        open_input(str(tmp_path / "Doe^Jane"), Recipe())
+    assert "Doe" not in str(refused.value)
+    assert refused.value.__suppress_context__
