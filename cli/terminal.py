@@ -55,7 +55,7 @@ def errors_as_exit_codes() -> Iterator[None]:
     Python drops an exception that is raised while it destroys an object. An interrupt that is lost so comes again, as
     an alarm.
     """
-    from photon_data.prepare_file import NO_SPACE
+    from photon_data.records import NO_SPACE
 
     def unraisable(lost: Any) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from photon_data.errors import Refused, UsageError, refusal, unforeseen
+from photon_data.errors import Refused, UsageError, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
     FAR_BELOW_AIR_HU,
@@ -28,12 +26,11 @@ from photon_data.hounsfield import (
     refuse_scaled_before,
     volume_statistics,
 )
-from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
-from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
+from photon_data.records import PREPARED, READY, UNCHANGED, VolumeRecord, record_of, recorded
 from photon_data.resample import (
     Values,
     body_box_lps,
@@ -45,22 +42,14 @@ from photon_data.resample import (
     target_grid,
 )
 from photon_data.scan import Scan, Source, TableGrid
-from photon_data.store import is_whole, read_metadata, store_name, write_store
+from photon_data.store import arrays_digest, is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
 PADDING_FIRST = "padding-first"
 LARGEST_12_BITS_HU = 3071
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Refusals that the next run may not meet again, and failures that it will.
-PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
-
 
 _version = cache(version)  # looked up for every refusal
-
-
-class NoSpace(OSError):
-    """The output is full: nothing more can be prepared, and this says so to the whole run."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +106,12 @@ class Job:
 
     def record(self, state: str, **more: Any) -> VolumeRecord:
         """Return a record of this job's source in the given state."""
-        source = self.source
-        is_lasting = more["code"] not in PASSING if state == REFUSED else state == FAILED and more["code"] in LASTING
-        if is_lasting and not source.problem:
-            more["key"] = self.refusal_key()
-        if source.hidden and more.get("reason"):
-            more["reason"] = without_names(more["reason"], source.files)
-        more |= {"root": source.root or None, "patient": source.patient or None, "hidden": source.hidden}
-        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
+        return record_of(self, state, **more)
 
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
         """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""
         more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
-        more["arrays_sha256"] = hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
+        more["arrays_sha256"] = arrays_digest(metadata)
         more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
         return self.record(state, store=store_name(self.source.id), **more)
 
@@ -259,21 +241,7 @@ def prepare_file(job: Job) -> VolumeRecord:
 
     Raises NoSpace if the disk is full.
     """
-    start_s = time.perf_counter()
-    try:
-        record = _prepare(job)
-    except Refused as refused:
-        # The record has the file's name already. An unreadable folder has no files.
-        name = f"{job.source.files[0].name}: " if job.source.files else ""
-        record = job.record(REFUSED, code=refused.code, reason=refused.message.removeprefix(name))
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            message = f"no space left for {job.out}; free some and run the same command again"
-            raise NoSpace(error.errno, message) from None
-        record = job.record(FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
-    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
-        record = job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
-    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
+    return recorded(job, _prepare)
 
 
 def _rescaled_twice(facts: Mapping[str, Any]) -> bool:

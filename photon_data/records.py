@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from photon_data.errors import UsageError
+from photon_data.errors import Refused, UsageError, unforeseen
 from photon_data.files import Location, from_jsonl, jsonl_bytes
-from photon_data.private import read_names, save_names
+from photon_data.private import read_names, save_names, without_names
 from photon_data.recipe import ALGORITHM, Recipe
+from photon_data.scan import Source
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
 # Every input ends in exactly one of these.
@@ -22,6 +25,9 @@ STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
 PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
+# Refusals that the next run may not meet again, and failures that it will.
+PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,54 @@ class VolumeRecord:
             raise ValueError(f"expected a row, found {row!r:.80}")
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
+
+
+class NoSpace(OSError):
+    """The output is full: nothing more can be prepared, and this says so to the whole run."""
+
+
+class Work(Protocol):
+    """What a worker does with one source: a scan, or the masks of one."""
+
+    @property
+    def source(self) -> Source: ...  # noqa: D102
+    @property
+    def out(self) -> str: ...  # noqa: D102
+    def refusal_key(self) -> str: ...  # noqa: D102
+
+
+SomeWork = TypeVar("SomeWork", bound=Work)
+
+
+def record_of(work: Work, state: str, **more: Any) -> VolumeRecord:
+    """Return a record of the work's source in the given state, without hidden names."""
+    source = work.source
+    is_lasting = more["code"] not in PASSING if state == REFUSED else state == FAILED and more["code"] in LASTING
+    if is_lasting and not source.problem:
+        more["key"] = work.refusal_key()
+    if source.hidden and more.get("reason"):
+        more["reason"] = without_names(more["reason"], source.files)
+    more |= {"root": source.root or None, "patient": source.patient or None, "hidden": source.hidden}
+    return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
+
+
+def recorded(work: SomeWork, do: Callable[[SomeWork], VolumeRecord]) -> VolumeRecord:
+    """Return the record that `do` makes of the work, or that of its refusal or failure; NoSpace if the disk is full."""
+    start_s = time.perf_counter()
+    try:
+        record = do(work)
+    except Refused as refused:
+        # The record has the file's name already. An unreadable folder has no files.
+        name = f"{work.source.files[0].name}: " if work.source.files else ""
+        record = record_of(work, REFUSED, code=refused.code, reason=refused.message.removeprefix(name))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            message = f"no space left for {work.out}; free some and run the same command again"
+            raise NoSpace(error.errno, message) from None
+        record = record_of(work, FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
+    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
+        record = record_of(work, FAILED, code=type(error).__name__, reason=unforeseen(error))
+    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
 
 
 def read_records(out: Location) -> list[VolumeRecord]:

@@ -19,8 +19,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from photon_data.prepare_file import Job, NoSpace, prepare_file
-from photon_data.records import FAILED
+from photon_data.prepare_file import Job, prepare_file
+from photon_data.records import FAILED, NoSpace
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {

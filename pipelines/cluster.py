@@ -18,8 +18,8 @@ from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
-from photon_data.prepare_file import Job, NoSpace
-from photon_data.records import FAILED, VolumeRecord
+from photon_data.prepare_file import Job
+from photon_data.records import FAILED, NoSpace, VolumeRecord
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
