@@ -44,6 +44,10 @@ def prepare(
     exclude: terminal.Exclude = [],  # noqa: B006
     follow_links: terminal.FollowLinks = True,
     limit: terminal.Limit = None,
+    masks: Annotated[
+        str | None, Option(help="The masks of a scan: 'labelsTr/{name}.nii.gz', '{folder}/segmentations/*.nii.gz'.")
+    ] = None,
+    mask_labels: Annotated[Path | None, Option(help="A table or dataset.json: names of a label map's values.")] = None,
     overwrite: Overwrite = False,
     lock: Annotated[
         Path | None, Option(help="A dataset.lock: make the same bytes again, and say what differs.")
@@ -116,8 +120,9 @@ def inspect(
         else:
             request = body.request_of(context, source, out="memory://inspected")
             with body.stopped_as_exit_code(), console.status("reading scans"):
-                records, ignored = pipeline.inspect(request, where)
+                records, ignored, notes = pipeline.inspect(request, where)
             is_fine = body.print_findings(source, records, ignored, json_file)
+            terminal.print_lines(notes)
     raise Exit(OK if is_fine else PARTIAL)
 
 

@@ -206,6 +206,8 @@ DECLARED = (
     "include",
     "exclude",
     "follow_links",
+    "masks",
+    "mask_labels",
 )
 
 

@@ -41,11 +41,6 @@ class Label:
     source_voxel_ml: float
     voxels: int = 0  # on the grid of the volume
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether nothing of it is left: it lies outside of the grid, or between its voxels."""
-        return bool(self.source_voxels and not self.voxels)
-
 
 class Box(NamedTuple):
     """The part of an array [z, y, x] that is not 0."""

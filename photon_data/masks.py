@@ -20,6 +20,7 @@ import numpy as np
 from photon_data.errors import Refused, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.mask_store import Label, Layers, belongs_to, box_of, mask_store_name, write_masks
+from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import SUFFIXES
 from photon_data.readers.mask_pattern import MaskFile, suffix_of
@@ -94,8 +95,28 @@ class MaskJob:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
-        """Return the record of the masks, whose store has the given metadata."""
-        more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
+        """Return the record of the masks, whose store has the given metadata; its facts are counts and names.
+
+        masks, empty  how many masks there are, and how many of them are empty in their files
+        lost          names of those of which nothing is left, since it lies outside of the grid or between its voxels
+        refused       {name: why} of files that could not be read
+        volume        which one they belong to
+        """
+        more: dict[str, Any] = {name: metadata[name] for name in ("fingerprint", "key")}
+        facts, by_name = metadata["facts"], dict[str, list[Label]]()
+        for label in (Label(**label) for label in facts["labels"]):
+            by_name.setdefault(label.name, []).append(label)
+        more["facts"] = {
+            "volume": facts["volume"],
+            "masks": len(by_name),
+            "empty": sum(not any(label.source_voxels for label in labels) for labels in by_name.values()),
+            "lost": [
+                name
+                for name, labels in by_name.items()
+                if all(not label.voxels for label in labels) and any(label.source_voxels for label in labels)
+            ],
+            "refused": facts["refused"],
+        }
         more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
         return record_of(self, state, store=mask_store_name(self.source.id), **more)
 
@@ -123,17 +144,20 @@ def _prepare(job: MaskJob) -> VolumeRecord:
             read = read_mask(mask, job.policy)
             _refuse_elsewhere(read, native, mask.files[0].name)
         except Refused as error:
-            refused[mask.name or mask.files[0].name] = error.message
+            message = error.message.removeprefix(f"{mask.files[0].name}: ")
+            refused[mask.name] = without_names(message, mask.files) if job.source.hidden else message
             codes.append(error.code)
             continue
         layers.add(_labels(read, mask.name, job.labels, grid), [nearest(read, at) for at in (grid, model)])
     if len(refused) == len(job.masks):
         first = next(iter(refused.values()))
-        raise Refused(codes[0], first if len(refused) == 1 else f"{len(refused)} of {len(refused)} files: {first}")
-    identity = {"id": job.source.id, "key": job.key(content), "fingerprint": content}
+        raise Refused(
+            codes[0], first if len(refused) == 1 else f"all {len(refused)} files are refused, one since: {first}"
+        )
+    identity: dict[str, Any] = {"id": job.source.id, "key": job.key(content), "fingerprint": content}
     identity |= {"recipe": job.recipe.to_json(), "digest": job.recipe.digest}
     facts = {
-        "volume": belongs_to(job.volume.id, job.volume.arrays_sha256, grid.to_json()),
+        "volume": belongs_to(job.volume.id, job.volume.arrays_sha256, (job.volume.facts or {})["grid"]),
         "grids": {"volume": grid.to_json(), "model": model.to_json()},
         "sources": [{"name": mask.name, "content": fingerprint(mask.files)} for mask in job.masks],
         "refused": refused,

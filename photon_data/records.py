@@ -100,6 +100,7 @@ class Work(Protocol):
     @property
     def out(self) -> str: ...  # noqa: D102
     def refusal_key(self) -> str: ...  # noqa: D102
+    def to_json(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 SomeWork = TypeVar("SomeWork", bound=Work)

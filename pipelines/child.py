@@ -19,8 +19,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from photon_data.masks import MaskJob, prepare_masks
 from photon_data.prepare_file import Job, prepare_file
-from photon_data.records import FAILED, NoSpace
+from photon_data.records import FAILED, NoSpace, VolumeRecord, record_of
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -125,10 +126,14 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     try:
         reply = child.ask(job, timeout_s)
     except ChildError as error:
-        return vars(Job.from_json(job).record(FAILED, code=error.code, reason=str(error)))
+        return vars(record_of(_work_of(job), FAILED, code=error.code, reason=str(error)))
     if NO_SPACE in reply:
         raise NoSpace(*reply[NO_SPACE])
     return reply
+
+
+def _work_of(job: dict[str, Any]) -> Job | MaskJob:
+    return MaskJob.from_json(job) if "masks" in job else Job.from_json(job)
 
 
 @contextlib.contextmanager
@@ -156,11 +161,15 @@ def main(address_space_bytes: int) -> None:
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = vars(prepare_file(Job.from_json(json.loads(line))))
+            reply = vars(_done(_work_of(json.loads(line))))
         except NoSpace as error:
             reply = {NO_SPACE: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+
+
+def _done(work: Job | MaskJob) -> VolumeRecord:
+    return prepare_masks(work) if isinstance(work, MaskJob) else prepare_file(work)
 
 
 def _die_with_parent() -> None:

@@ -18,8 +18,7 @@ from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
-from photon_data.prepare_file import Job
-from photon_data.records import FAILED, NoSpace, VolumeRecord
+from photon_data.records import FAILED, NoSpace, VolumeRecord, Work, record_of
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
@@ -64,7 +63,7 @@ class Workers:
 
 
 def execute(
-    jobs: Iterable[Job], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
+    jobs: Iterable[Work], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
 ) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
 
@@ -73,7 +72,7 @@ def execute(
     """
     queue = deque(sorted(jobs, key=lambda job: job.source.bytes, reverse=True))
     limits = workers.timeout_s, workers.address_space_bytes()
-    in_flight: dict[Future, Job] = {}
+    in_flight: dict[Future, Work] = {}
     with _client(workers, session) as client:
         most = 2 * _threads(client)
         while queue or in_flight:
@@ -124,7 +123,7 @@ def _threads(client: Client) -> int:
     return sum(client.nthreads().values())
 
 
-def _finished(client: Client, in_flight: dict[Future, Job]) -> list[Future]:
+def _finished(client: Client, in_flight: dict[Future, Work]) -> list[Future]:
     """Wait until some of the futures are done and return those; Stopped if there was no worker for NO_WORKERS_S."""
     last_worker_s = time.monotonic()
     while time.monotonic() - last_worker_s <= NO_WORKERS_S:
@@ -144,7 +143,7 @@ def _no_workers(scheduler: str) -> Stopped:
     return Stopped(f"expected workers, found {found}; start some and run it again")
 
 
-def _record(future: Future, job: Job) -> VolumeRecord:
+def _record(future: Future, job: Work) -> VolumeRecord:
     """Return the record of a finished future; NoSpace where the task raised it."""
     if future.status == "finished":
         return VolumeRecord.from_json(future.result())
@@ -152,4 +151,4 @@ def _record(future: Future, job: Job) -> VolumeRecord:
     if isinstance(error, NoSpace):
         raise error
     reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
-    return job.record(FAILED, code="worker-lost", reason=reason)
+    return record_of(job, FAILED, code="worker-lost", reason=reason)

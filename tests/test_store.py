@@ -14,7 +14,6 @@ from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Recipe
 from photon_data.store import _write_array, is_whole, read_metadata, verify_store, write_store
-from photon_data.volume import Volume
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
 IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}

@@ -43,6 +43,7 @@ USUAL = (
     "{folder}/segmentation.nii.gz",
     "{folder}/mask.nii.gz",
 )
+MASKS = "(mask by --masks)"  # how they are counted among the files left alone
 NOT_READ = "DICOM SEG and RTSTRUCT are not read, convert them"
 
 

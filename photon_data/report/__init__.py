@@ -45,12 +45,13 @@ def render_report(
     source: str,
     pictures: int = 48,
     tools: Mapping[str, str] | None = None,
+    masks: Sequence[VolumeRecord] = (),
 ) -> bytes:
     """Return the page as UTF-8: the same bytes for the same records, recipe and stores.
 
     `open_volume` returns the model grid of a record; it is called for at most `pictures` of them, and what it raises is
-    shown in that volume's place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part
-    is shown.
+    shown in that volume's place. `tools` maps names to versions; `masks` are rows of masks.jsonl. Of absolute paths, in
+    `source` too, only the last part is shown.
     """
     volumes = reported_volumes(records)
     measured = [volume for volume in volumes if volume.extent_lps_mm]
@@ -71,6 +72,9 @@ def render_report(
         "lost": lost_groups(records),
         "same_content": same_content[:MOST_DUPLICATE_LINES],
         "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
+        "masks": len(masks),
+        "masks_there": sum(row.is_there for row in masks),
+        "mask_problems": masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
         "volumes": len(volumes),
         "cards": [_card(volume, open_volume) for volume in volumes[:pictures]],
         "lines": listed,
@@ -164,6 +168,17 @@ def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
         for ((state, code), group), share in zip(groups.items(), shares, strict=True)
     ]
     return sorted(lost, key=lambda group: (-group["inputs"], group["state"], group["code"]))
+
+
+def masks_that_need_eyes(masks: Sequence[VolumeRecord]) -> list[tuple[str, str, str]]:
+    """Return (volume, mask, why) of masks that were refused, or of which nothing is left on the grid."""
+    found = []
+    for row in masks:
+        facts = row.facts or {}
+        found += [] if row.is_there else [(row.id, "all", row.reason or row.state)]
+        found += [(row.id, name, why) for name, why in facts.get("refused", {}).items()]
+        found += [(row.id, name, "nothing is left of it on the grid") for name in facts.get("lost", ())]
+    return found
 
 
 def fair_shares(counts: Sequence[int], total: int) -> list[int]:
