@@ -165,6 +165,7 @@ def verify(out: Out) -> None:
     with errors_as_exit_codes():
         from photon_data.files import Location
         from photon_data.records import read_records
+        from photon_pipelines.masks import read_rows
         from photon_pipelines.verify import verify_output
 
         location, problems = Location(out), 0
@@ -172,7 +173,7 @@ def verify(out: Out) -> None:
             for problem in verify_output(location, bar.count):
                 problems += 1
                 console.print(problem, soft_wrap=True, style="red")
-        stores = sum(record.is_there for record in read_records(location))
+        stores = sum(row.is_there for row in [*read_records(location), *read_rows(location)])
         console.print(f"{stores} stores checked, {problems} problems")
     raise Exit(PARTIAL if problems else OK)
 

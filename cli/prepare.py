@@ -34,10 +34,10 @@ from photon_data.questions.kept import kept_questions
 from photon_data.questions.label_table import read_label_names
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
-from photon_data.readers.mask_pattern import MaskPattern
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import READY, UNCHANGED, VolumeRecord, read_lock, records_of
 from photon_data.remarks import all_remarks, duplicates
+from photon_data.scan import MaskPattern
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped, Workers
@@ -271,7 +271,7 @@ def print_estimate(request: Request, workers: Workers) -> None:
     todo = planning.plan(gathered.jobs, request)
     planning.collect(gathered, request.out, request.allow_leaks)
     costs = _costs(request.recipe, todo, workers)
-    if found := find_masks(request, [job.source for job in gathered.jobs]):
+    if found := find_masks(request, gathered.jobs):
         megabytes = sum(one.source.bytes for one in found.values()) / 1e6
         there = sum(not one.source.problem for one in found.values())
         costs.append(("masks", f"of {there} of {len(found)} scans, {megabytes:,.0f} MB"))

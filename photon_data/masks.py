@@ -23,11 +23,11 @@ from photon_data.mask_store import Label, Layers, belongs_to, box_of, mask_store
 from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import SUFFIXES
-from photon_data.readers.mask_pattern import MaskFile, suffix_of
+from photon_data.readers.mask_pattern import suffix_of
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import PREPARED, UNCHANGED, VolumeRecord, record_of, recorded
 from photon_data.resample import aligned_axes, grid_to_native, model_grid
-from photon_data.scan import Source
+from photon_data.scan import MaskFile, Source
 from photon_data.store import is_whole, read_metadata
 from photon_data.volume import Geometry
 

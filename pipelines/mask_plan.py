@@ -12,10 +12,12 @@ from typing import NamedTuple
 from photon_data.errors import Refused, UsageError, unreadable
 from photon_data.mask_store import FOLDER
 from photon_data.masks import MaskJob, masks_there, prepare_masks
+from photon_data.prepare_file import Job
 from photon_data.readers.find import change_mark
-from photon_data.readers.mask_pattern import MaskFile, MaskPattern, claimed_twice
+from photon_data.readers.mask_pattern import claimed_twice, masks_of, place_of
+from photon_data.recipe import Policy
 from photon_data.records import FAILED, REFUSED, VolumeRecord
-from photon_data.scan import Source
+from photon_data.scan import MaskFile, MaskPattern, Source
 from photon_pipelines.masks import read_rows
 from photon_pipelines.request import Request
 
@@ -28,6 +30,7 @@ class FoundMasks(NamedTuple):
     source: Source  # of them together, under the scan's id; `problem` says why there are none
     masks: tuple[MaskFile, ...]
     pattern: MaskPattern
+    policy: Policy  # of the scan
 
 
 def pattern_of(request: Request, source: Source) -> MaskPattern | None:
@@ -38,18 +41,18 @@ def pattern_of(request: Request, source: Source) -> MaskPattern | None:
     return next((pattern for pattern in of_root if pattern), None)
 
 
-def find_masks(request: Request, sources: Iterable[Source]) -> dict[str, FoundMasks]:
+def find_masks(request: Request, jobs: Iterable[Job]) -> dict[str, FoundMasks]:
     """Return {id: masks} of all scans that a pattern is for; UsageError for a pattern that finds nothing for any."""
-    asked = [(source, pattern) for source in sources if (pattern := pattern_of(request, source))]
+    asked = [(job, pattern) for job in jobs if (pattern := pattern_of(request, job.source))]
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda pair: _found(*pair), asked))
     fitting = {one.pattern.text for one in found if one.source.code != NO_MASK}
-    for source, pattern in asked:
+    for job, pattern in asked:
         if pattern.text not in fitting:
-            where = "" if source.hidden else f"; for {source.path} they would be {pattern.place(source)}"
+            where = f"; for {job.source.path} they would be {place_of(pattern, job.source)}" * (not job.source.hidden)
             raise UsageError(f"--masks {pattern.text}: expected masks of some scans, found none{where}")
     by_id = {one.source.id: one for one in found}
-    places = {source.id: (pattern.place(source), by_id[source.id].masks) for source, pattern in asked}
+    places = {job.source.id: (place_of(pattern, job.source), by_id[job.source.id].masks) for job, pattern in asked}
     for id, file in claimed_twice(places):
         name = "one" if by_id[id].source.hidden else file.name
         problem = f"expected files of one scan, found {name}, which is of another one too; narrow --masks"
@@ -58,10 +61,11 @@ def find_masks(request: Request, sources: Iterable[Source]) -> dict[str, FoundMa
     return by_id
 
 
-def _found(source: Source, pattern: MaskPattern) -> FoundMasks:
-    place, why, masks, facts = pattern.place(source), None, list[MaskFile](), []
+def _found(job: Job, pattern: MaskPattern) -> FoundMasks:
+    source = job.source
+    place, why, masks, facts = place_of(pattern, source), None, list[MaskFile](), []
     try:
-        masks = pattern.masks(source)
+        masks = masks_of(pattern, source)
         for file in (file for mask in masks for file in mask.files):
             status = file.stat()
             facts.append((os.path.relpath(file, source.root), status.st_size, status.st_mtime_ns))
@@ -75,7 +79,7 @@ def _found(source: Source, pattern: MaskPattern) -> FoundMasks:
     size, mark, path = sum(size for _, size, _ in facts), change_mark(facts), os.path.relpath(place, source.root)
     made = Source(source.id, path, files, FOLDER, size, mark, root=source.root, hidden=source.hidden)
     made = replace(made, problem=why.message, code=why.code) if why else made
-    return FoundMasks(made, tuple(masks), pattern)
+    return FoundMasks(made, tuple(masks), pattern, job.policy)
 
 
 class MaskPlan(NamedTuple):
@@ -90,7 +94,7 @@ def plan_masks(found: Mapping[str, FoundMasks], request: Request, volumes: Itera
     before, jobs = {row.id: row for row in read_rows(request.out)}, []
     for volume in volumes:
         if volume.is_there and (one := found.get(volume.id)):
-            files, how = (one.source, one.masks, one.pattern.labels), (request.recipe, request.policy)
+            files, how = (one.source, one.masks, one.pattern.labels), (request.recipe, one.policy)
             jobs.append(MaskJob(*files, volume, request.out.at(""), *how, request.overwrite))
     with ThreadPoolExecutor(16) as threads:
         rows = list(threads.map(lambda job: _done(job, before.get(job.source.id), request.retry_failed), jobs))

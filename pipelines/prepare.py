@@ -74,7 +74,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     if request.datasets:
         damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
-    found = find_masks(request, [job.source for job in gathered.jobs])
+    found = find_masks(request, gathered.jobs)
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out):
@@ -268,7 +268,7 @@ def _run_masks(todo: MaskPlan, out: Location, workers: Workers, callback: Callba
         callback.on_masks(row, total)
     try:
         with closing(execute(todo.jobs, run_isolated, workers, children())) as finished:
-            for row in finished:
+            for row in finished if todo.jobs else ():
                 rows.append(row)
                 callback.on_masks(row, total)
                 refresh(out)

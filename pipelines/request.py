@@ -13,8 +13,8 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.questions.splits import FRACTIONS
-from photon_data.readers.mask_pattern import MaskPattern
 from photon_data.recipe import Policy, Recipe, named_recipe
+from photon_data.scan import MaskPattern
 
 
 @dataclass(frozen=True)

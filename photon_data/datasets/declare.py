@@ -19,7 +19,7 @@ from photon_data.questions.label_table import read_label_names
 from photon_data.questions.question import PROMPTS
 from photon_data.questions.question_table import NAMES
 from photon_data.questions.table import read_text
-from photon_data.readers.mask_pattern import MaskPattern
+from photon_data.scan import MaskPattern
 
 T = TypeVar("T")
 

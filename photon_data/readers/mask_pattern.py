@@ -14,16 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-from photon_data.errors import Refused, UsageError, first_few, name_hint, refusal
+from photon_data.errors import Refused, UsageError, first_few, refusal
 from photon_data.readers.find import DATA_FILES, SUFFIXES
-from photon_data.scan import Source
+from photon_data.scan import MaskFile, MaskPattern, Source
 
-FIELDS = ("folder", "parent", "name", "case", "id")
-WILD = re.compile(r"[*?\[]")
 # nnU-Net numbers the channels of a case: case_0000.nii.gz has the label map case.nii.gz.
 CHANNEL = re.compile(r"_\d{4}\Z")
 # What `inspect` tries where it meets label maps.
@@ -47,89 +43,53 @@ MASKS = "(mask by --masks)"  # how they are counted among the files left alone
 NOT_READ = "DICOM SEG and RTSTRUCT are not read, convert them"
 
 
-class MaskFile(NamedTuple):
-    """One file of masks of a scan."""
+def place_of(pattern: MaskPattern, source: Source) -> str:
+    """Return the path, or the glob, of the masks of a scan."""
+    text, names = pattern.text.removeprefix("./"), _names_of(source)
+    if "/" not in text:
+        text = f"{{folder}}/{text}"
+    escape = glob.escape if pattern.is_glob else str
+    text = re.sub(r"{(\w+)}", lambda found: escape(names[found[1]]), text)
+    return os.path.normpath(Path(escape(source.root), text))
 
-    name: str  # of its one mask; "" for a label map, whose values have names or numbers
-    files: tuple[Path, ...]  # it, and the data file that its header names
+
+def mask_paths(pattern: MaskPattern, source: Source) -> list[Path]:
+    """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
+    place = place_of(pattern, source)
+    if pattern.is_glob:
+        # Hidden files are passed over.
+        found = [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
+    elif Path(place).is_dir():
+        found = [path for path in Path(place).rglob("*") if not _is_hidden(path.relative_to(place))]
+    else:
+        return [Path(place)] if Path(place).is_file() and Path(place) not in source.files else []
+    own = set(source.files)
+    return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
 
 
-@dataclass(frozen=True)
-class MaskPattern:
-    """Where the masks of scans are, and what the values of label maps are called."""
-
-    text: str
-    labels: Mapping[int, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """UsageError for a pattern that cannot be meant."""
-        fields = re.findall(r"{(\w*)}", self.text)
-        if unknown := [name for name in fields if name not in FIELDS]:
-            expected = f"names in braces among {', '.join(FIELDS)}"
-            raise UsageError(f"--masks: expected {expected}, found {unknown[0]!r}; {name_hint(unknown[0], FIELDS)}")
-        if not fields or re.search("[{}]", re.sub(r"{\w*}", "", self.text)):
-            remedy = "for example 'labelsTr/{name}.nii.gz' or '{folder}/segmentations/*.nii.gz'"
-            raise UsageError(
-                f"--masks: expected a path with names of the scan in braces, found {self.text!r}; {remedy}"
-            )
-        if self.is_glob and not WILD.search(self.text.rpartition("/")[2]):
-            expected = "a file's name with *, which stands for the name of the mask"
-            raise UsageError(f"--masks: expected {expected}, found {self.text!r}")
-        if self.labels and self.is_glob:
-            remedy = "each file is one mask then, called after its file"
-            raise UsageError(f"--mask-labels: expected a pattern of one file per scan, found {self.text!r}; {remedy}")
-
-    @property
-    def is_glob(self) -> bool:
-        """Whether each file is a mask of its own name."""
-        return bool(WILD.search(self.text))
-
-    def place(self, source: Source) -> str:
-        """Return the path, or the glob, of the masks of a scan."""
-        text, names = self.text.removeprefix("./"), _names_of(source)
-        if "/" not in text:
-            text = f"{{folder}}/{text}"
-        escape = glob.escape if self.is_glob else str
-        for name, value in names.items():
-            text = text.replace(f"{{{name}}}", escape(value))
-        return os.path.normpath(Path(escape(source.root), text))
-
-    def paths(self, source: Source) -> list[Path]:
-        """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
-        place = self.place(source)
-        if self.is_glob:
-            # Hidden files are passed over.
-            found = [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
-        elif Path(place).is_dir():
-            found = [path for path in Path(place).rglob("*") if not _is_hidden(path.relative_to(place))]
+def masks_of(pattern: MaskPattern, source: Source) -> list[MaskFile]:
+    """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read."""
+    place, found = Path(place_of(pattern, source)), []
+    paths = mask_paths(pattern, source)
+    for path in paths:
+        suffix = suffix_of(path)
+        if not suffix:
+            raise refusal("format", path.name, "NIfTI, NRRD or MetaImage", "another format", NOT_READ)
+        data = path
+        with suppress(Refused, OSError):  # opening it says what is wrong
+            data = DATA_FILES[suffix](path) if suffix in DATA_FILES else path
+        if pattern.is_glob:
+            name = _starred(path.name, pattern.text.rpartition("/")[2], source) or path.name[: -len(suffix)]
+        elif path == place:
+            name = ""
         else:
-            return [Path(place)] if Path(place).is_file() and Path(place) not in source.files else []
-        own = set(source.files)
-        return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
-
-    def masks(self, source: Source) -> list[MaskFile]:
-        """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read."""
-        place, found = Path(self.place(source)), []
-        paths = self.paths(source)
-        for path in paths:
-            suffix = suffix_of(path)
-            if not suffix:
-                raise refusal("format", path.name, "NIfTI, NRRD or MetaImage", "another format", NOT_READ)
-            data = path
-            with suppress(Refused, OSError):  # opening it says what is wrong
-                data = DATA_FILES[suffix](path) if suffix in DATA_FILES else path
-            if self.is_glob:
-                name = _starred(path.name, self.text.rpartition("/")[2], source) or path.name[: -len(suffix)]
-            elif path == place:
-                name = ""
-            else:
-                name = "__".join((*path.relative_to(place).parts[:-1], path.name[: -len(suffix)]))
-            found.append(MaskFile(name, (path,) if data == path else (path, data)))
-        if twice := [name for name, count in Counter(mask.name for mask in found).items() if count > 1]:
-            remedy = "let * stand for what tells the files apart"
-            raise refusal("mask-names", "", "masks of different names", f"{first_few(twice)} more than once", remedy)
-        _refuse_private(found, source)
-        return found
+            name = "__".join((*path.relative_to(place).parts[:-1], path.name[: -len(suffix)]))
+        found.append(MaskFile(name, (path,) if data == path else (path, data)))
+    if twice := [name for name, count in Counter(mask.name for mask in found).items() if count > 1]:
+        remedy = "let * stand for what tells the files apart"
+        raise refusal("mask-names", "", "masks of different names", f"{first_few(twice)} more than once", remedy)
+    _refuse_private(found, source)
+    return found
 
 
 def suffix_of(path: Path) -> str | None:
@@ -138,7 +98,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def _names_of(source: Source) -> dict[str, str]:
-    """Return what stands for each of FIELDS; of a DICOM series, `name` is that of its folder."""
+    """Return what stands for each of SCAN_NAMES; of a DICOM series, `name` is that of its folder."""
     is_series = source.format == "dicom"
     path = PurePosixPath(source.path.rpartition("#")[0] if is_series else source.path)
     folder = path if is_series else path.parent
@@ -156,8 +116,8 @@ def _names_of(source: Source) -> dict[str, str]:
 
 def _starred(name: str, pattern: str, source: Source) -> str:
     """Return what the wild part of a pattern stands for in a file's name, without the suffix."""
-    for field_name, value in _names_of(source).items():
-        pattern = pattern.replace(f"{{{field_name}}}", glob.escape(value))
+    names = _names_of(source)
+    pattern = re.sub(r"{(\w+)}", lambda found: glob.escape(names[found[1]]), pattern)
     letters = re.findall(r"\[[*?\[]\]|\[[^\]]+\]|.", pattern)  # "[*]" is what glob.escape makes of "*"
     wild = [i for i, letter in enumerate(letters) if letter in "*?" or letter[1:-1] not in "*?["]
     middle = name[wild[0] : len(name) - (len(letters) - wild[-1] - 1)]
@@ -188,7 +148,7 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern | None) -> tuple
     if pattern is None:
         return list(sources), 0
     by_file = {source.files[0]: source for source in sources if source.files}
-    claims = {s.id: {by_file[p].id for p in pattern.paths(s) if p in by_file} for s in sources if s.files}
+    claims = {s.id: {by_file[p].id for p in mask_paths(pattern, s) if p in by_file} for s in sources if s.files}
     masks = {mask for scan, claimed in claims.items() for mask in claimed}
     both = [s.path for s in sources if s.id in masks and any(s.id in claims.get(c, ()) for c in claims.get(s.id, ()))]
     if both:
@@ -200,7 +160,7 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern | None) -> tuple
 
 def usual_pattern(sources: Sequence[Source]) -> tuple[str, int] | None:
     """Return the one of USUAL that finds masks for most scans, and for how many; None where none does."""
-    counts = {text: sum(bool(MaskPattern(text).paths(source)) for source in sources) for text in USUAL}
+    counts = {text: sum(bool(mask_paths(MaskPattern(text), source)) for source in sources) for text in USUAL}
     best = max(USUAL, key=lambda text: counts[text])
     return (best, counts[best]) if counts[best] else None
 
