@@ -399,3 +399,22 @@ def test_a_mask_of_which_the_grid_leaves_nothing_is_named(tmp_path):
     assert (labels["cut"].source_voxels, labels["cut"].inside_voxels, labels["cut"].voxels) == (32, 0, 0)
     assert labels["kept"].inside_voxels == 32
     assert "nothing is left of it" in (tmp_path / "out/report.html").read_text()
+
+
+def test_hidden_names_stay_out_of_all_that_is_written_about_masks(tmp_path):
+    ones = blobs(SHAPE, [1])
+    for seed, name in enumerate(["Smith", "Jones"]):
+        write_scan(tmp_path / f"raw/{name}/ct.nii.gz", seed)
+        write_scan(tmp_path / f"raw/{name}/m/{name}_liver.nii.gz", seed, array=ones)
+        write_scan(tmp_path / f"raw/{name}/m/{name}_bad.nii.gz", seed, array=ones * np.float32(0.5))
+    write_scan(tmp_path / "raw/Miller/ct.nii.gz", 2)
+    write_scan(tmp_path / "raw/Miller/m/Miller_bad.nii.gz", 2, array=ones * np.float32(0.5))
+    result = run(tmp_path, "{folder}/m/{parent}_*.nii.gz", id_from="key")
+    assert sorted(row.code or "" for row in result.masks) == ["", "", "mask-values"]
+    assert [list(row.facts["refused"]) for row in result.masks if row.is_there] == [["bad"], ["bad"]]
+    for path in (tmp_path / "out").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        found = [name for name in (b"Smith", b"Jones", b"Miller") if name in content]
+        assert not found, (path, found)
+    again = run(tmp_path, "{folder}/m/{parent}_*.nii.gz", id_from="key")
+    assert [row.state for row in again.masks if row.is_there] == ["unchanged"] * 2
