@@ -25,8 +25,8 @@ from photon_data.questions.manifest import build, write
 from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.records import PREPARED, VolumeRecord
 from photon_data.store import store_name
-from photon_pipelines.plan import gather, one_recipe
-from photon_pipelines.request import Request
+from photon_pipelines.plan import gather
+from photon_pipelines.request import Request, one_recipe
 
 # split -> (prefix in CT-RATE, volumes, questions)
 SIZES = {"train": ("train", 13_526, 136_195), "test": ("valid", 2_696, 33_910)}

@@ -47,6 +47,10 @@ def prepare(
     exclude: terminal.Exclude = [],  # noqa: B006
     follow_links: terminal.FollowLinks = True,
     limit: terminal.Limit = None,
+    masks: Annotated[
+        str | None, Option(help="The masks of a scan: 'labelsTr/{name}.nii.gz', '{folder}/segmentations/*.nii.gz'.")
+    ] = None,
+    mask_labels: Annotated[Path | None, Option(help="A table or dataset.json: names of a label map's values.")] = None,
     overwrite: Overwrite = False,
     lock: Annotated[
         Path | None, Option(help="A dataset.lock: make the same bytes again, and say what differs.")
@@ -125,9 +129,10 @@ def inspect(
         else:
             request = body.request_of(context, source, out="memory://inspected")
             with body.stopped_as_exit_code(), console.status("reading scans"):
-                records, ignored = pipeline.inspect(request, where)
+                records, ignored, notes = pipeline.inspect(request, where)
             is_fine = body.print_findings(source, records, ignored, json_file)
             body.print_proposals(records, propose)
+            terminal.print_lines(notes)
     raise Exit(OK if is_fine else PARTIAL)
 
 
@@ -171,6 +176,7 @@ def verify(out: Out) -> None:
     with errors_as_exit_codes():
         from photon_data.files import Location
         from photon_data.records import read_records
+        from photon_pipelines.masks import read_rows
         from photon_pipelines.verify import verify_output
 
         location, problems = Location(out), 0
@@ -178,7 +184,7 @@ def verify(out: Out) -> None:
             for problem in verify_output(location, bar.count):
                 problems += 1
                 console.print(problem, soft_wrap=True, style="red")
-        stores = sum(record.is_there for record in read_records(location))
+        stores = sum(row.is_there for row in [*read_records(location), *read_rows(location)])
         console.print(f"{stores} stores checked, {problems} problems")
     raise Exit(PARTIAL if problems else OK)
 

@@ -44,7 +44,7 @@ from photon_train.evaluation.report import (
 )
 from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
-from photon_train.kept_tokens import CountedMask, counted_by_volume, volumes_with_masks
+from photon_train.kept_tokens import CountedMask, MaskHome, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 from photon_train.rows import read_rows
 
@@ -79,7 +79,7 @@ def score(
     output: Path,
     settings: Settings,
     train: Sequence[Path],
-    masks: Path | None,
+    masks: str | None,
     overlays: int,
     *,
     answers_now: bool,
@@ -89,7 +89,7 @@ def score(
 
     What can be refused is refused before a model answers.
 
-    masks        a folder per volume id: the recall of its masks by kept tokens is measured
+    masks        a prepared folder, or a folder per volume id: the recall of its masks by kept tokens is measured
     overlays     so many cases of the first file get pictures
     answers_now  a model reads the volumes: relative paths are looked for where training looks for them
     verbose      print every table, not only the main scores
@@ -99,7 +99,8 @@ def score(
     training_rows = [row for path in train for row in read_values(path)]
     chosen = [*chosen_rows(rows, settings)]
     check(benchmark, chosen, settings)
-    volumes = volumes_with_masks(masks, chosen) if masks else {}
+    home = MaskHome(masks) if masks else None
+    volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
         if answers_now:
             held.enter_context(exclusive(Location(str(output))))
@@ -107,7 +108,7 @@ def score(
         if config:
             settings = replace(settings, grid_zyx=config.tokens_thw)
         predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
-        counted = _counted(masks, volumes, settings) if masks else {}
+        counted = _counted(home, volumes, settings) if home else {}
         evaluation = evaluate(
             benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
         )
@@ -178,10 +179,10 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [path.with_suffix("").as_posix() for path in paths]
 
 
-def _counted(folder: Path, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
+def _counted(home: MaskHome, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
     """Return the masks of the volumes, counted on the tokens; print which could not be read."""
     with ProgressBar("masks of volumes", total=len(volumes)) as bar:
-        found = counted_by_volume(folder, volumes, settings.grid_zyx, lambda: bar.update(advance=1))
+        found = counted_by_volume(home, volumes, settings.grid_zyx, lambda: bar.update(advance=1))
     console.print(f"masks of {len(found.masks)} of {len(volumes)} volumes")
     print_lines(f"no masks of {volume_id}: {reason}" for volume_id, reason in found.unread.items())
     return found.masks

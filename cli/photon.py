@@ -194,7 +194,9 @@ def predict(
     overlay: Annotated[Path | None, Option(help="Folder for what was kept: a picture and NIfTI per question.")] = None,
     window: terminal.Window = "full",
     at: terminal.At = None,
-    masks: Annotated[Path | None, Option(help="Masks (--data: a folder per volume id): recall by kept tokens.")] = None,
+    masks: Annotated[
+        str | None, Option(help="Masks: a prepared folder, or of files (--data: a folder per volume id): recall.")
+    ] = None,
     recipe: terminal.RecipeName = "chest_ct",
     settings: terminal.Settings = [],  # noqa: B006
 ) -> None:
@@ -266,7 +268,9 @@ def evaluate(
     revision: terminal.Revision = None,
     schedulers: Annotated[str, Option(help="The model under each of: its,none,random,uniform,foreground.")] = "",
     keep: Annotated[str, Option(help="Share kept by random, uniform, foreground: match-its or 0.4.")] = "match-its",
-    masks: Annotated[Path | None, Option(help="Masks, a folder per volume id: recall by kept tokens.")] = None,
+    masks: Annotated[
+        str | None, Option(help="Masks, a prepared folder or a folder per volume id: recall by kept tokens.")
+    ] = None,
     overlays: Annotated[
         int | None, Option(min=0, help="Pictures of so many worst and best cases; 6 with --model, else 0.")
     ] = None,

@@ -39,7 +39,7 @@ from photon_train.answering.predictor import (
 )
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.kept_tokens import counted_masks
+from photon_train.kept_tokens import CountedMask, MaskHome, counted_masks
 from photon_train.overlay import DEFAULT_VIEW, Canvas, View, folders_of, write_overlay
 from photon_train.rows import Row, read_rows
 from photon_train.scheduling import SCHEDULERS
@@ -63,10 +63,10 @@ class Overlays(NamedTuple):
 
     folder: Path | None  # for pictures and NIfTI files
     view: View
-    masks: Path | None  # a folder; its masks' recall is measured
+    masks: str | None  # a folder of masks, or a prepared one; the recall of its masks is measured
 
 
-def overlays_of(folder: Path | None, window: str, at: str | None, masks: Path | None) -> Overlays:
+def overlays_of(folder: Path | None, window: str, at: str | None, masks: str | None) -> Overlays:
     """Return what --overlay, --window, --at and --masks say; UsageError now, not when everything is answered."""
     window_hu = window_of(window)
     if window_hu not in (DEFAULT_VIEW.window_hu, AUTO):
@@ -80,7 +80,15 @@ class _ShownScan:
     def __init__(self, overlays: Overlays, scan: ScanInput, predictor: Predictor, number: int, count: int) -> None:
         self.overlays, self.number, self.count = overlays, number, count
         self.canvas = Canvas(scan.volume, scan.native, predictor.processor.config.tokens_thw)
-        self.masks = counted_masks(overlays.masks, self.canvas.cells) if overlays.masks else []
+        self.masks = self._masks(scan, overlays.masks) if overlays.masks else []
+
+    def _masks(self, scan: ScanInput, place: str) -> list[CountedMask]:
+        home = MaskHome(place)
+        if not home.is_prepared:
+            return counted_masks(home.out.path, self.canvas.cells)
+        masks, refused = home.stored(scan.store, self.canvas.cells.shape_zyx)
+        print_lines(f"no mask {name} of {scan.id}: {why}" for name, why in refused.items())
+        return masks
 
     def write(self, reply: Reply, title: str) -> dict[str, Any]:
         """Write the overlay of one question, if there is a folder, and return the recall of each mask by name."""
@@ -191,12 +199,13 @@ def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
 
 
 def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGroup, replies: Sequence[Reply]) -> None:
-    """Write what was kept of each volume of a group; a volume with a folder of masks has their recall beside it."""
+    """Write what was kept of each volume of a group; a volume with masks has their recall beside it."""
     titles = {request.id: _question_of(request.row) for request in group.requests}
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe())
-        masks = overlays.masks / scan.id if overlays.masks else None
-        of_volume = overlays._replace(masks=masks if masks and masks.exists() else None)
+        home = MaskHome(overlays.masks) if overlays.masks else None
+        masks = home and home.has(scan.id) and (home.out.url if home.is_prepared else home.out.at(scan.id))
+        of_volume = overlays._replace(masks=masks or None)
         shown = _ShownScan(of_volume, scan, predictor, number, len(group.videos))
         for reply in replies:
             if not reply.prediction.error:

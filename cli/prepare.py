@@ -31,18 +31,22 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, jsonl_bytes, write_whole
 from photon_data.questions.kept import kept_questions
+from photon_data.questions.label_table import read_label_names
 from photon_data.questions.override_table import COLUMNS as OVERRIDES
 from photon_data.questions.override_table import proposed_rows, proposed_table
 from photon_data.questions.splits import Count, leaks, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe, accepted, named_recipe
-from photon_data.records import READY, VolumeRecord, read_lock, records_of
+from photon_data.records import READY, UNCHANGED, VolumeRecord, read_lock, records_of
 from photon_data.remarks import all_remarks, duplicates
+from photon_data.scan import MaskPattern
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped, Workers
+from photon_pipelines.mask_plan import find_masks
+from photon_pipelines.masks import is_stale, problems_of, read_rows
 from photon_pipelines.plan import Plan, Result
-from photon_pipelines.request import Request
+from photon_pipelines.request import Request, one_recipe, out_of, recipe_of, request_of_manifest
 from photon_pipelines.unpack import pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
@@ -66,7 +70,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         run: dict[str, Any] = {name: given[name] for name in fields}
         run |= {"prompt": given["prompt_style"], "policy": Policy(max_voxels=given["max_voxels"])}
         run |= _run_options(given) | {"accept": _accepted(given)}
-        request = planning.request_of_manifest(source, given["only"], out, **run)
+        request = request_of_manifest(source, given["only"], out, **run)
     else:
         policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
         settings = [f"{key}={given[name]}" for key, name in policy_options.items() if given[name] is not None]
@@ -77,6 +81,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         run = {name: given[name] for name in fields if name in given} | _run_options(given)
         run |= {"accept": _accepted(given)}
         if "split" in given:  # inspect asks no questions
+            run["masks"] = _mask_pattern(given["masks"], given["mask_labels"])
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}
         columns = pairs(given["columns"], "--columns")
         request = Request(source, Location(out), recipe, policy=policy, columns=columns, **run)
@@ -87,6 +92,12 @@ def request_of(context: Context, source: Path, out: str) -> Request:
     if "pictures" in given and not request.out.is_shared:  # inspect writes nothing
         raise UsageError(f"expected a folder or an object store, found {request.out.url}: processes do not share it")
     return request
+
+
+def _mask_pattern(text: str | None, labels: Path | None) -> MaskPattern | None:
+    if labels and not text:
+        raise UsageError("--mask-labels: expected --masks PATTERN beside it, found none")
+    return MaskPattern(text, read_label_names(labels) if labels else {}) if text else None
 
 
 def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def stopped_as_exit_code() -> Iterator[None]:
 class PreparingBar(ProgressBar, planning.Callback):
     """Shows how far a run is, and prints at once every file that was refused or failed; see Callback."""
 
-    total = done_bytes = 0
+    total = done_bytes = masks_done = 0
 
     def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None:  # noqa: D102
         done, total = done_bytes // 1_000_000, total_bytes // 1_000_000
@@ -151,6 +162,13 @@ class PreparingBar(ProgressBar, planning.Callback):
         self.update(advance=1, detail=detail)
         self.line(f"{done} done, {self.total} to do in all: {detail}")
 
+    def on_masks(self, row: VolumeRecord, total: int) -> None:  # noqa: D102
+        self.masks_done += 1
+        if row.state != UNCHANGED:
+            print_lines(problems_of(row))
+        self.update(description="masks", total=total, completed=self.masks_done, detail="")
+        self.line(f"masks of {self.masks_done} of {total} volumes")
+
 
 def _print_ignored(ignored: Mapping[str, int]) -> None:
     if ignored:
@@ -168,6 +186,7 @@ def print_result(request: Request, result: Result) -> None:
         console.print(f"{remembered} of them were not read again: nothing changed since (--retry-failed reads them)")
     if there := [record.id for record in kept if record.is_there]:
         console.print(f"{len(there)} volumes of earlier runs were kept, {min(there)} first")
+    print_lines(_about_masks(result.masks))
     for split, rows in result.manifests.rows.items():
         console.print(f"manifests/{split}.jsonl: {len(rows)} rows on {len({row['volume_id'] for row in rows})} volumes")
     if request.lock:
@@ -187,6 +206,20 @@ def print_result(request: Request, result: Result) -> None:
     if len(unmatched) > SHOWN_QUESTIONS:
         console.print(f"  and {len(unmatched) - SHOWN_QUESTIONS} more")
     console.print(f"{request.out.url}: see report.html, volumes.jsonl", soft_wrap=True)
+
+
+def _about_masks(rows: Sequence[VolumeRecord]) -> list[str]:
+    """Return sentences about the masks of some volumes: how many there are, and what is missing."""
+    if not rows:
+        return []
+    there, codes = [row for row in rows if row.is_there], Counter(row.code for row in rows if not row.is_there)
+    without = "".join(f"; {count} x {code}" for code, count in codes.most_common())
+    masks = sum((row.facts or {}).get("masks", 0) for row in there)
+    lines = [f"masks of {len(there):,} of {len(rows):,} volumes ({masks:,} masks){without}"]
+    for key, why in (("refused", "refused"), ("lost", "left without a voxel by the grid")):
+        if found := [f"{name} of {row.id}" for row in there for name in (row.facts or {}).get(key, ())]:
+            lines.append(f"{len(found):,} masks {why}: {first_few(found)}")
+    return lines
 
 
 def _print_counts(counts: Sequence[Count]) -> None:
@@ -234,6 +267,11 @@ def print_status(out: Location) -> None:
         print_table("questions", ["data set", "questions"], counts, texts=1)
     if missing := [part.root for part in parts if part.gone is None and part.root not in private]:
         print_lines([f"not there now, so nothing is known of what changed: {first_few(missing)}"])
+    volumes = {record.id: record for record in records if record.is_there}
+    masks = [row for row in read_rows(out) if row.id in volumes]
+    stale = [row.id for row in masks if is_stale(out, row, volumes[row.id])]
+    old = f"{len(stale):,} of them are of earlier volumes, {first_few(stale)}: prepare --masks makes them again"
+    print_lines([*_about_masks(masks), *([old] if stale else [])])
     print_lines(["The next prepare of a source does its changed and new scans. `prune` takes away what is gone."])
 
 
@@ -250,6 +288,12 @@ def print_estimate(request: Request, workers: Workers) -> None:
     todo = planning.plan(gathered.jobs, request)
     planning.collect(gathered, request.out, request.allow_leaks)
     costs = _costs(request.recipe, todo, workers)
+    if found := find_masks(request, gathered.jobs):
+        megabytes = sum(one.source.bytes for one in found.values()) / 1e6
+        there = sum(not one.source.problem for one in found.values())
+        costs.append(("masks", f"of {there} of {len(found)} scans, {megabytes:,.0f} MB"))
+        without = [id for id, one in found.items() if one.source.problem]
+        costs += [("scans without masks", f"{len(without)}: {first_few(without)}")] if without else []
     source = "SOURCE" if any(job.source.hidden for job in gathered.jobs) else request.source
     title = f"photon-data prepare {source} {request.out.url} (dry run)"
     print_table(title, ["", ""], [*costs, ("files left alone", left_alone(gathered.ignored))])
@@ -332,7 +376,7 @@ def _findings(record: VolumeRecord) -> list[str]:
 def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: Workers) -> bool:
     """Print what each data set of a manifest has and lacks, and the costs; return whether nothing is missing."""
     manifest = read_data_manifest(path)
-    datasets, location = manifest.only(only), planning.out_of(manifest, out)
+    datasets, location = manifest.only(only), out_of(manifest, out)
     found = [_inspect_dataset(entry, manifest.seed) for entry in datasets]
     names = ["data set", "questions", "volumes needed", "there", "missing", "about it"]
     print_table(f"data sets of {path}", names, [line for _, line in found])
@@ -340,7 +384,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     if not parts:
         return False
     readable = tuple(entry for part in parts for entry in part.datasets)
-    recipe = planning.one_recipe(readable)
+    recipe = one_recipe(readable)
     request = Request(path, location, recipe, seed=manifest.seed, datasets=readable)
     combined = combine(parts, manifest.seed)
     todo = planning.plan(planning.jobs_of(request, combined), request)
@@ -357,7 +401,7 @@ def _inspect_dataset(entry: DataSet, seed: int) -> tuple[Collection | None, list
         archives = pending([entry])
         if whole := next((one for one in archives if one.is_all), None):
             return None, [entry.name, "?", f"{len(whole.requested):,}", "0", f"{len(whole.missing):,}", str(whole)]
-        part = read_dataset(entry, instruction=planning.recipe_of(entry)[0].instruction, seed=seed)
+        part = read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=seed)
     except UsageError as error:
         return None, [entry.name, "?", "?", "?", "?", str(error)]
     found, lacking = {q.volume for q in part.questions}, sorted({question.volume for question in part.unmatched})

@@ -280,6 +280,8 @@ DECLARED = (
     "include",
     "exclude",
     "follow_links",
+    "masks",
+    "mask_labels",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from photon_data.mask_store import open_masks
     from photon_data.prepare_file import prepare
     from photon_data.readers import read
     from photon_data.recipe import Policy, Recipe
@@ -16,11 +17,12 @@ HOMES = {
     "Policy": "recipe",
     "Recipe": "recipe",
     "Volume": "volume",
+    "open_masks": "mask_store",
     "open_volume": "store",
     "prepare": "prepare_file",
     "read": "readers",
 }
-__all__ = ["Geometry", "Policy", "Recipe", "Volume", "open_volume", "prepare", "read"]
+__all__ = ["Geometry", "Policy", "Recipe", "Volume", "open_masks", "open_volume", "prepare", "read"]
 
 
 def __getattr__(name: str) -> Any:

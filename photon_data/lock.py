@@ -83,6 +83,12 @@ def is_held_by(out: Location, token: str) -> bool:
     return bool(_holder(out).get("token", token) == token)
 
 
+def refuse_taken(out: Location, holder: str) -> None:
+    """Raise OSError where another run took `out`: a worker of another host may outlive its run."""
+    if holder and not is_held_by(out, holder):
+        raise OSError(errno.ENOLCK, "another run took over the output folder")
+
+
 @contextlib.contextmanager
 def _claimed(hold: Hold) -> Iterator[None]:
     """Hold a folder by a claim, which a thread writes anew while the block runs; UsageError if another one lives."""

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -18,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from photon_data.errors import Refused, UsageError, is_out_of_memory, refusal, unforeseen
-from photon_data.files import NO_SPACE, Location, fingerprint
+from photon_data.errors import Refused, UsageError, refusal
+from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
     FAR_BELOW_AIR_HU,
     Probe,
@@ -28,14 +26,13 @@ from photon_data.hounsfield import (
     refuse_scaled_before,
     volume_statistics,
 )
-from photon_data.lock import is_held_by
+from photon_data.lock import refuse_taken
 from photon_data.override import SKIPPED, Override
-from photon_data.private import without_names
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK, GIVEN
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
-from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, VolumeRecord
+from photon_data.records import PREPARED, READY, UNCHANGED, VolumeRecord, record_of, recorded
 from photon_data.resample import (
     Values,
     body_box_lps,
@@ -48,21 +45,14 @@ from photon_data.resample import (
     voxels_between,
 )
 from photon_data.scan import Change, Scan, Source, TableGrid
-from photon_data.store import is_whole, read_metadata, store_name, write_store
+from photon_data.store import arrays_digest, is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
 PADDING_FIRST = "padding-first"
 LARGEST_12_BITS_HU = 3071
-# Refusals that the next run may not meet again, and failures that it will.
-PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
-
 
 _version = cache(version)  # looked up for every refusal
-
-
-class NoSpace(OSError):
-    """The output is full: nothing more can be prepared, and this says so to the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +125,12 @@ class Job:
 
     def record(self, state: str, **more: Any) -> VolumeRecord:
         """Return a record of this job's source in the given state."""
-        source = self.source
-        is_lasting = more["code"] not in PASSING if state == REFUSED else state == FAILED and more["code"] in LASTING
-        if is_lasting and not source.problem:
-            more["key"] = self.refusal_key()
-        if source.hidden and more.get("reason"):
-            more["reason"] = without_names(more["reason"], source.files)
-        more |= {"root": source.root or None, "patient": source.patient or None, "hidden": source.hidden}
-        return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
+        return record_of(self, state, **more)
 
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
         """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""
         more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
-        more["arrays_sha256"] = hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
+        more["arrays_sha256"] = arrays_digest(metadata)
         more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
         return self.record(state, store=store_name(self.source.id), **more)
 
@@ -293,32 +276,7 @@ def prepare_file(job: Job) -> VolumeRecord:
 
     Raises NoSpace if the disk is full.
     """
-    start_s = time.perf_counter()
-    try:
-        record = _prepare(job)
-    except Refused as refused:
-        # The record has the file's name already. An unreadable folder has no files.
-        name = f"{job.source.files[0].name}: " if job.source.files else ""
-        reason = refused.message.removeprefix(name)
-        record = job.record(REFUSED, code=refused.code, reason=reason, accept=refused.accept or None)
-    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
-        record = _failed(job, error)
-    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
-
-
-def _failed(job: Job, error: Exception) -> VolumeRecord:
-    """Return the record of a job that ended with an error; NoSpace where the disk is full."""
-    if is_out_of_memory(error):
-        reason = (
-            "expected that a worker's memory suffices, found none left; allow more with --memory, or fewer --workers"
-        )
-        return job.record(FAILED, code="memory", reason=reason)
-    if isinstance(error, OSError):
-        if error.errno in NO_SPACE:
-            message = f"no space left for {job.out}; free some and run the same command again"
-            raise NoSpace(error.errno, message) from None
-        return job.record(FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
-    return job.record(FAILED, code=type(error).__name__, reason=unforeseen(error))
+    return recorded(job, _prepare)
 
 
 def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
@@ -359,8 +317,7 @@ def _prepare(job: Job) -> VolumeRecord:
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     out = Location(job.out)
-    if job.holder and not is_held_by(out, job.holder):  # a worker of another host may outlive its run
-        raise OSError(errno.ENOLCK, "another run took over the output folder")
+    refuse_taken(out, job.holder)
     identity = {
         "id": source.id,
         "key": job.key(content, prepared.facts),

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hmac
 import json
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from photon_data.errors import UsageError
-from photon_data.files import Location, append_row, jsonl_rows
+from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
+from photon_data.files import NO_SPACE, Location, append_row, jsonl_rows
 from photon_data.json_text import fields_of, from_json
-from photon_data.private import append_name, read_names, save_names
+from photon_data.private import append_name, read_names, save_names, without_names
 from photon_data.recipe import ALGORITHM, Recipe
-from photon_data.store import store_name
+from photon_data.scan import Source
+from photon_data.store import SUFFIX
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
 # Every input ends in exactly one of these.
@@ -30,6 +32,8 @@ READY = "ready"
 # Keys of replies that are no record: of a child that found the output full, and of a machine that can run no child. An
 # exception instead would put the job, and names in it, into the log of a Dask worker.
 OUT_FULL, UNABLE = "no space", "unable"
+# Refusals that the next run may not meet again, and failures that it will.
+PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 
 
 class Facts(Mapping[str, Any]):
@@ -135,14 +139,73 @@ class VolumeRecord:
         record = cls(**fields_of(cls, row))
         if record.state not in (*STATES, READY):
             raise ValueError(f"expected a state of {', '.join(STATES)}, found {record.state!r:.80}")
-        if record.store not in (None, store_name(record.id)):
-            raise ValueError(
-                f"expected {store_name(record.id)} as the store of {record.id}, found {record.store!r:.80}"
-            )
+        names = [f"{folder}/{record.id}{SUFFIX}" for folder in ("volumes", "masks")]
+        if record.store not in (None, *names):
+            raise ValueError(f"expected {' or '.join(names)} as the store, found {record.store!r:.80}")
         return record
 
 
 FIELDS = tuple(field.name for field in fields(VolumeRecord))
+
+
+class NoSpace(OSError):
+    """The output is full: nothing more can be prepared, and this says so to the whole run."""
+
+
+class Work(Protocol):
+    """What a worker does with one source: a scan, or the masks of one."""
+
+    @property
+    def source(self) -> Source: ...  # noqa: D102
+    @property
+    def out(self) -> str: ...  # noqa: D102
+    def refusal_key(self) -> str: ...  # noqa: D102
+    def to_json(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+SomeWork = TypeVar("SomeWork", bound=Work)
+
+
+def record_of(work: Work, state: str, **more: Any) -> VolumeRecord:
+    """Return a record of the work's source in the given state, without hidden names."""
+    source = work.source
+    is_lasting = more["code"] not in PASSING if state == REFUSED else state == FAILED and more["code"] in LASTING
+    if is_lasting and not source.problem:
+        more["key"] = work.refusal_key()
+    if source.hidden and more.get("reason"):
+        more["reason"] = without_names(more["reason"], source.files)
+    more |= {"root": source.root or None, "patient": source.patient or None, "hidden": source.hidden}
+    return VolumeRecord(source.id, source.path, state, source.bytes, source.mtime_ns, **more)
+
+
+def recorded(work: SomeWork, do: Callable[[SomeWork], VolumeRecord]) -> VolumeRecord:
+    """Return the record that `do` makes of the work, or that of its refusal or failure; NoSpace if the disk is full."""
+    start_s = time.perf_counter()
+    try:
+        record = do(work)
+    except Refused as refused:
+        # The record has the file's name already. An unreadable folder has no files.
+        name = f"{work.source.files[0].name}: " if work.source.files else ""
+        reason = refused.message.removeprefix(name)
+        record = record_of(work, REFUSED, code=refused.code, reason=reason, accept=refused.accept or None)
+    except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded
+        record = _failed(work, error)
+    return replace(record, seconds=round(time.perf_counter() - start_s, 3))
+
+
+def _failed(work: Work, error: Exception) -> VolumeRecord:
+    """Return the record of work that ended with an error; NoSpace where the disk is full."""
+    if is_out_of_memory(error):
+        expected = "expected that a worker's memory suffices, found none left"
+        return record_of(
+            work, FAILED, code="memory", reason=f"{expected}; allow more with --memory, or fewer --workers"
+        )
+    if not isinstance(error, OSError):
+        return record_of(work, FAILED, code=type(error).__name__, reason=unforeseen(error))
+    if error.errno in NO_SPACE:
+        message = f"no space left for {work.out}; free some and run the same command again"
+        raise NoSpace(error.errno, message) from None
+    return record_of(work, FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
 
 
 def read_records(out: Location) -> list[VolumeRecord]:

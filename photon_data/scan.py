@@ -1,7 +1,8 @@
-"""A raw scan between disk and volume: found (`Source`), then opened but not yet read (`Scan`)."""
+"""A raw scan between disk and volume: found (`Source`), then opened but not yet read (`Scan`); where its masks are."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from photon_data.errors import Refused, refusal
+from photon_data.errors import Refused, UsageError, name_hint, refusal
 from photon_data.volume import Geometry, Volume
 
 # Published tables round spacing to four digits or more.
@@ -140,3 +141,46 @@ def _conflict(unit: str, in_header: tuple[float, ...], in_table: tuple[float, ..
     expected = f"a header that agrees with the data set's table, {table} {unit} (z, y, x)"
     remedy = "one of the two belongs to another version or file"
     return refusal("table-conflict", "", expected, f"{header} {unit}", remedy)
+
+
+# What may stand in braces in a MaskPattern.
+SCAN_NAMES = ("folder", "parent", "name", "case", "id")
+WILD = re.compile(r"[*?\[]")
+
+
+class MaskFile(NamedTuple):
+    """One file of masks of a scan."""
+
+    name: str  # of its one mask; "" for a label map, whose values have names or numbers
+    files: tuple[Path, ...]  # it, and the data file that its header names
+
+
+@dataclass(frozen=True)
+class MaskPattern:
+    """Where the masks of scans are, and what the values of label maps are called."""
+
+    text: str
+    labels: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """UsageError for a pattern that cannot be meant."""
+        fields = re.findall(r"{(\w*)}", self.text)
+        if unknown := [name for name in fields if name not in SCAN_NAMES]:
+            expected = f"names in braces among {', '.join(SCAN_NAMES)}"
+            raise UsageError(f"--masks: expected {expected}, found {unknown[0]!r}; {name_hint(unknown[0], SCAN_NAMES)}")
+        if not fields or re.search("[{}]", re.sub(r"{\w*}", "", self.text)):
+            remedy = "for example 'labelsTr/{name}.nii.gz' or '{folder}/segmentations/*.nii.gz'"
+            raise UsageError(
+                f"--masks: expected a path with names of the scan in braces, found {self.text!r}; {remedy}"
+            )
+        if self.is_glob and not WILD.search(self.text.rpartition("/")[2]):
+            expected = "a file's name with *, which stands for the name of the mask"
+            raise UsageError(f"--masks: expected {expected}, found {self.text!r}")
+        if self.labels and self.is_glob:
+            remedy = "each file is one mask then, called after its file"
+            raise UsageError(f"--mask-labels: expected a pattern of one file per scan, found {self.text!r}; {remedy}")
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether each file is a mask of its own name."""
+        return bool(WILD.search(self.text))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -53,17 +53,28 @@ def store_name(volume_id: str) -> str:
 
 
 def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+    """Write the store `name` of a volume below `out`, replacing one that is there; return its metadata.
+
+    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts; see `write_images`.
+    """
+    images = [(image.numpy(), image.geometry) for image in (prepared.volume, prepared.model)]
+    return write_images(images, out, name, {**identity, "facts": prepared.facts}, FILL_HU)
+
+
+def write_images(
+    images: Sequence[tuple[np.ndarray, Geometry]], out: Location, name: str, ours: dict[str, Any], fill: int
+) -> dict[str, Any]:
     """Write the store `name` below `out`, replacing one that is there; return its metadata (see `read_metadata`).
 
-    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts. Locally it is written
-    beside, synced and renamed; on an object store the root metadata go last, and without them no reader takes the rest
-    for a store.
+    `images` are two arrays, on the grid of the volume and on the model grid; a first axis may count channels. Locally
+    it is written beside, synced and renamed; on an object store the root metadata go last, and without them no reader
+    takes the rest for a store.
     """
     if out.is_local:
         with write_whole(out.place(name)) as folder:
-            return _write(prepared, folder, identity)
+            return _write(images, folder, ours, fill)
     with tempfile.TemporaryDirectory(prefix="photon-") as scratch:
-        written = _write(prepared, Path(scratch), identity)
+        written = _write(images, Path(scratch), ours, fill)
         out.remove(f"{name}/{ROOT}")
         out.remove(name)
         for file in [*written["files"], ROOT]:
@@ -71,44 +82,47 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
         return written
 
 
-def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    shards = {
-        SHARD: _write_array(prepared.volume, folder / "0"),
-        f"model/{SHARD}": _write_array(prepared.model, folder / "model" / "0"),
-    }
-    _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
+def _write(
+    images: Sequence[tuple[np.ndarray, Geometry]], folder: Path, ours: dict[str, Any], fill: int
+) -> dict[str, Any]:
+    (array, geometry), (model, model_geometry) = images
+    shards = dict([_write_array(array, folder, "0", fill), _write_array(model, folder, "model/0", fill)])
+    _write_group(folder / "model", {"ome": _ome("model", model_geometry, model.ndim)})
     files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
-    ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
-    content = _write_group(folder, {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours})
+    ours = {"format": FORMAT, **ours, "files": files}
+    content = _write_group(folder, {"ome": _ome(ours["id"], geometry, array.ndim), KEY: ours})
     return _with_size(ours, content)
 
 
-def _write_array(volume: Volume, folder: Path) -> dict[str, Any]:
-    """Write one array as a single checksummed shard, chunks of padding too; return {"bytes", "sha256"} of the shard.
+def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple[str, dict[str, Any]]:
+    """Write one array as a single checksummed shard, chunks of padding too; return its name, {"bytes", "sha256"}.
 
     lz4 costs half the CPU time of zstd for a fifth more bytes (benchmarks/store_codecs.py).
     """
-    array = volume.numpy()
-    # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140.
-    chunk = tuple(math.ceil(n / math.ceil(n / most)) for n, most in zip(array.shape, CHUNK_ZYX, strict=True))
+    # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140. Channels are apart.
+    most_zyx = zip(array.shape[-3:], CHUNK_ZYX, strict=True)
+    chunk = (1,) * (array.ndim - 3) + tuple(math.ceil(n / math.ceil(n / most)) for n, most in most_zyx)
     zarr.create_array(
-        folder,
+        folder / name,
         shape=array.shape,
         dtype=array.dtype,
         chunks=chunk,
         shards=tuple(math.ceil(n / c) * c for n, c in zip(array.shape, chunk, strict=True)),
-        compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
-        dimension_names=("z", "y", "x"),
-        fill_value=FILL_HU,
+        compressors=[
+            BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=array.itemsize),
+            Crc32cCodec(),
+        ],
+        dimension_names=("c", "z", "y", "x")[-array.ndim :],
+        fill_value=fill,
         config={"write_empty_chunks": True},
     )
-    shard = folder.parent / SHARD
-    shard.parent.mkdir(parents=True)
-    return _write_shard(array, chunk, shard)
+    shard = "/".join([name, "c", *("0" * array.ndim)])
+    (folder / shard).parent.mkdir(parents=True)
+    return shard, _write_shard(array, chunk, folder / shard)
 
 
 def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[str, Any]:
-    """Write an int16 array as a zarr v3 shard, the last chunks padded with 0; return {"bytes", "sha256"} of the file.
+    """Write an array of integers as a zarr v3 shard, the last chunks padded with 0; return {"bytes", "sha256"} of it.
 
     <chunk 0><crc32c><chunk 1><crc32c> ... <index: offset and length of every chunk, uint64><crc32c>
 
@@ -117,7 +131,7 @@ def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[
     """
     counts = tuple(math.ceil(n / c) for n, c in zip(array.shape, chunk, strict=True))
     index = np.empty((*counts, 2), "<u8")
-    padded, digest, position = np.zeros(chunk, "<i2"), hashlib.sha256(), 0
+    padded, digest, position = np.zeros(chunk, array.dtype.newbyteorder("<")), hashlib.sha256(), 0
     with path.open("wb") as file:
 
         def write(data: bytes) -> int:
@@ -130,7 +144,7 @@ def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[
             if part.shape != chunk:
                 padded[...] = 0
             padded[tuple(slice(n) for n in part.shape)] = part
-            length = write(blosc.compress(padded, b"lz4", 1, blosc.BITSHUFFLE, 0, typesize=2))
+            length = write(blosc.compress(padded, b"lz4", 1, blosc.BITSHUFFLE, 0, typesize=padded.itemsize))
             index[place] = position, length
             position += length
         position += write(index.tobytes())
@@ -143,19 +157,20 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> bytes:
     return content
 
 
-def _ome(name: str, geometry: Geometry) -> dict[str, Any]:
-    """Return OME-Zarr 0.5 metadata of one image with one level; orientation as in RFC-4."""
+def _ome(name: str, geometry: Geometry, ndim: int) -> dict[str, Any]:
+    """Return OME-Zarr 0.5 metadata of one image with one level; orientation as in RFC-4. A fourth axis is channels."""
     axes: list[dict[str, Any]] = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
     for axis in axes:
         axis["orientation"] = {"type": "anatomical", "value": ORIENTATION[axis["name"]]}
-    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry)}]}
+    axes = [{"name": "c", "type": "channel"}] * (ndim - 3) + axes
+    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry, ndim)}]}
 
 
-def ome_datasets(geometry: Geometry) -> list[dict[str, Any]]:
-    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, "0"."""
+def ome_datasets(geometry: Geometry, ndim: int = 3) -> list[dict[str, Any]]:
+    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, "0"; axes before z, y, x count channels."""
     transforms = [
-        {"type": "scale", "scale": list(geometry.spacing_zyx_mm)},
-        {"type": "translation", "translation": list(geometry.origin_lps[::-1])},
+        {"type": "scale", "scale": [*[1.0] * (ndim - 3), *geometry.spacing_zyx_mm]},
+        {"type": "translation", "translation": [*[0.0] * (ndim - 3), *geometry.origin_lps[::-1]]},
     ]
     return [{"path": "0", "coordinateTransformations": transforms}]
 
@@ -183,6 +198,11 @@ def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
         return found if is_ours else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def arrays_digest(metadata: dict[str, Any]) -> str:
+    """Return a hash of all files of a store but its root metadata: of its voxels and where they lie, not of its id."""
+    return hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
 
 
 def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
@@ -216,7 +236,7 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
     try:
         metadata["files"][f"{place}{SHARD}"]  # a part that is not listed could not be missed
         ome = from_json(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
-        _check_array(from_json(location.read(f"{place}0/{ROOT}") or b""), path)
+        check_array(from_json(location.read(f"{place}0/{ROOT}") or b""), path)
         for lost in _lost(location, "", metadata, f"{place}0/"):
             raise UsageError(f"expected a whole store, found {path} with {lost}; prepare it or copy it again")
         array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
@@ -231,12 +251,13 @@ def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
 
 
-def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
-    """Raise UsageError, before anything is decoded, unless this is a sane int16 volume in our codecs."""
+def check_array(metadata: dict[str, Any], path: str | Path, ndim: int = 3, dtype: str = "int16") -> None:
+    """Raise UsageError, before anything is decoded, unless this is a sane array in our codecs: a volume, or masks."""
     shape = metadata.get("shape", [])
-    dtype = metadata.get("data_type")
-    if dtype != "int16" or len(shape) != 3 or math.prod(shape) > LARGEST_VOXELS:
-        raise UsageError(f"expected a three-dimensional int16 array, found {dtype} {shape} in {path}")
+    found = metadata.get("data_type")
+    if found != dtype or len(shape) != ndim or math.prod(shape[-3:]) > LARGEST_VOXELS:
+        dimensions = {3: "three", 4: "four"}[ndim]
+        raise UsageError(f"expected a {dimensions}-dimensional {dtype} array, found {found} {shape} in {path}")
     outer = metadata.get("codecs", [])
     inner = [c for codec in outer for c in codec.get("configuration", {}).get("codecs", [])]
     unknown = {codec.get("name") for codec in [*outer, *inner]} - CODECS

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_data.files import is_safe
+from photon_data.files import Location, is_safe
+from photon_data.mask_store import Masks, mask_store_name, open_masks
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Recipe
+from photon_data.records import VOLUMES
 from photon_data.resample import model_grid, target_grid
 from photon_data.store import ROOT, open_volume
 from photon_data.volume import Geometry, Volume
@@ -65,9 +67,13 @@ def token_map(native: Geometry, cells: Geometry) -> np.ndarray:
 
 def kept_voxels(keep_V: np.ndarray, grid: Geometry, cells: Geometry) -> np.ndarray:
     """Return bool [z, y, x] on the prepared grid itself: True in kept tokens."""
+    return np.asarray(keep_V[token_boxes(cells)][np.ix_(*_boxes_of(grid, cells))])
+
+
+def _boxes_of(grid: Geometry, cells: Geometry) -> list[np.ndarray]:
+    """Return, along z, y and x, the box that holds each voxel of the prepared grid."""
     sides = zip(grid.shape_zyx, cells.shape_zyx, strict=True)
-    nearest = [(2 * np.arange(n) + 1) * boxes // (2 * n) for n, boxes in sides]
-    return np.asarray(keep_V[token_boxes(cells)][np.ix_(*nearest)])
+    return [(2 * np.arange(n) + 1) * boxes // (2 * n) for n, boxes in sides]
 
 
 class MaskRecall(NamedTuple):
@@ -121,25 +127,103 @@ def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = 
     ]
 
 
+def counted_stored_masks(masks: Masks, cells: Geometry, names: Container[str] | None = None) -> list[CountedMask]:
+    """Return the masks of a store, counted on the tokens by the voxels of the prepared grid, all or those of `names`.
+
+    What lay outside of the grid in a file counts among its voxels, as so many of the grid's size.
+    """
+    wanted = [name for name in masks.names if names is None or name in names]
+    labels = {name: [label for label in masks.labels if label.name == name] for name in wanted}
+    used = {label.layer for own in labels.values() for label in own if label.value}
+    counts = {layer: _counts_of_layer(masks, layer, cells) for layer in used}
+    nothing_V, counted = np.zeros(np.prod(cells.shape_zyx), np.int64), []
+    for name, own in labels.items():
+        counts_V = sum((counts[label.layer][label.value] for label in own if label.value), nothing_V)
+        beyond_ml = sum((label.source_voxels - label.inside_voxels) * label.source_voxel_ml for label in own)
+        voxels = int(counts_V.sum()) + round(beyond_ml / masks.geometry.voxel_ml)
+        ml = sum(label.source_voxels * label.source_voxel_ml for label in own)
+        counted.append(CountedMask(name, counts_V, voxels, ml))
+    return counted
+
+
+def _counts_of_layer(masks: Masks, layer: int, cells: Geometry) -> np.ndarray:
+    """Return int64[value, V]: the voxels of each value of a layer in each token."""
+    array, tokens = np.asarray(masks.layers_lzyx[layer]), token_boxes(cells)
+    slabs, rows, columns = _boxes_of(masks.geometry, cells)
+    count_V, values = tokens.size, 1 + int(array.max())
+    counts = np.zeros(values * count_V, np.int64)
+    for plane, slab in zip(array, slabs, strict=True):
+        if plane.any():
+            tokens_yx = tokens[slab][np.ix_(rows, columns)]
+            counts += np.bincount((plane * np.int64(count_V) + tokens_yx).ravel(), minlength=len(counts))
+    return counts.reshape(values, count_V)
+
+
 class VolumeMasks(NamedTuple):
-    """Masks by volume id, and why those of a volume could not be read."""
+    """Masks by volume id, and why those of a volume, or some of them, could not be read."""
 
     masks: dict[str, list[CountedMask]]
     unread: dict[str, str]
 
 
-def volumes_with_masks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return {id: path} of the volumes, of rows of one, that have a folder of masks; UsageError where there is none."""
+class ReadMasks(NamedTuple):
+    """The masks of one volume, and why some of them could not be read."""
+
+    counted: list[CountedMask]
+    refused: Mapping[str, str]
+
+
+class MaskHome:
+    """Where masks of volumes are: a prepared folder, or a folder with a folder of mask files per volume id."""
+
+    def __init__(self, place: str | Path) -> None:
+        self.out = Location(str(place))
+        self.is_prepared = bool(self.out.exists(VOLUMES))
+
+    def has(self, volume_id: str) -> bool:
+        """Tell whether there is a store, or a folder, of the masks of a volume."""
+        if self.is_prepared:
+            return self.out.exists(mask_store_name(volume_id))
+        return self.out.is_local and (self.out.path / volume_id).is_dir()
+
+    def counted(
+        self, volume_id: str, place: str, tokens_zyx: tuple[int, int, int], names: Container[str] | None = None
+    ) -> ReadMasks:
+        """Return the masks of the volume at `place`, all or those of `names`; UsageError or Refused where not read."""
+        if self.is_prepared:
+            return self.stored(place, tokens_zyx, names)
+        if "://" in place or (Path(place) / ROOT).exists():
+            grid = open_volume(place).geometry
+        else:  # a raw scan: its header says what it would be prepared to
+            grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
+        return ReadMasks(counted_masks(self.out.path / volume_id, model_grid(grid, tokens_zyx), names), {})
+
+    def stored(self, place: str, tokens_zyx: tuple[int, int, int], names: Container[str] | None = None) -> ReadMasks:
+        """Return the masks that a prepared folder has of the store at `place`.
+
+        UsageError for a raw scan, and for masks that were made for another content or recipe of the volume.
+        """
+        if not (place and ("://" in place or (Path(place) / ROOT).exists())):
+            remedy = "give the store, or a folder of mask files"
+            raise UsageError(f"--masks {self.out.url}: expected a store, found a raw scan; {remedy}")
+        masks = open_masks(place, self.out.at(""))
+        refused = {name: why for name, why in masks.refused.items() if names is None or name in names}
+        return ReadMasks(counted_stored_masks(masks, model_grid(masks.geometry, tokens_zyx), names), refused)
+
+
+def volumes_with_masks(home: MaskHome, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return {id: path} of the volumes, of rows of one, that have masks; UsageError where there is none."""
     places = {row["volume_id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
-    found = {id: place for id, place in sorted(places.items()) if is_safe(id) and (folder / id).is_dir()}
+    found = {id: place for id, place in sorted(places.items()) if is_safe(id) and home.has(id)}
     if not found:
-        expected = f"folders in {folder} with the volume ids of some of {len(places)} volumes"
-        raise UsageError(f"--masks: expected {expected}, found none")
+        expected = f"masks of some of {len(places)} volumes in {home.out.url}"
+        remedy = "give the folder that photon-data prepare --masks wrote, or one with a folder of masks per volume id"
+        raise UsageError(f"--masks: expected {expected}, found none; {remedy}")
     return found
 
 
 def counted_by_volume(
-    folder: Path,
+    home: MaskHome,
     places: Mapping[str, str],
     tokens_zyx: tuple[int, int, int],
     on_volume: Callable[[], object] = lambda: None,
@@ -149,11 +233,9 @@ def counted_by_volume(
     found = VolumeMasks({}, {})
     for id, place in places.items():
         try:
-            if "://" in place or (Path(place) / ROOT).exists():
-                grid = open_volume(place).geometry
-            else:  # a raw scan: its header says what it would be prepared to
-                grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
-            found.masks[id] = counted_masks(folder / id, model_grid(grid, tokens_zyx), names)
+            found.masks[id], refused = home.counted(id, place, tokens_zyx, names)
+            if refused:
+                found.unread[id] = "; ".join(f"mask {name} was refused: {why}" for name, why in refused.items())
         except (ValueError, OSError) as error:
             found.unread[id] = str(error)
         on_volume()

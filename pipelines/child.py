@@ -19,8 +19,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from photon_data.prepare_file import Job, NoSpace, prepare_file
-from photon_data.records import FAILED, OUT_FULL, UNABLE
+from photon_data.masks import MaskJob, prepare_masks
+from photon_data.prepare_file import Job, prepare_file
+from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, VolumeRecord, record_of
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -143,10 +144,14 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     try:
         reply = child.ask({**job, "holder": holder}, timeout_s)
     except ChildError as error:
-        return Job.from_json(job).record(FAILED, code=error.code, reason=str(error)).to_json()
+        return record_of(_work_of(job), FAILED, code=error.code, reason=str(error)).to_json()
     except Exception as error:  # no process can be started, say
         return {UNABLE: f"{type(error).__name__}: {error}"}
     return reply
+
+
+def _work_of(job: dict[str, Any]) -> Job | MaskJob:
+    return MaskJob.from_json(job) if "masks" in job else Job.from_json(job)
 
 
 @contextlib.contextmanager
@@ -174,11 +179,15 @@ def main(address_space_bytes: int) -> None:
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = prepare_file(Job.from_json(json.loads(line))).to_json()
+            reply = _done(_work_of(json.loads(line))).to_json()
         except NoSpace as error:
             reply = {OUT_FULL: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+
+
+def _done(work: Job | MaskJob) -> VolumeRecord:
+    return prepare_masks(work) if isinstance(work, MaskJob) else prepare_file(work)
 
 
 def _end_with_stdin() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import CancelledError as FutureCancelledError
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,8 +19,7 @@ from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
-from photon_data.prepare_file import Job, NoSpace
-from photon_data.records import FAILED, OUT_FULL, UNABLE, VolumeRecord
+from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, SomeWork, VolumeRecord, Work, record_of
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
@@ -77,7 +76,7 @@ class Workers:
 
 
 def execute(
-    jobs: list[Job], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
+    jobs: list[SomeWork], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
 ) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
 
@@ -89,7 +88,7 @@ def execute(
         return
     jobs.sort(key=lambda job: job.source.bytes)
     limits = workers.timeout_s, workers.address_space_bytes()
-    in_flight: dict[Future, Job] = {}
+    in_flight: dict[Future, SomeWork] = {}
     try:
         with _client(workers, session) as client:
             most = 2 * _threads(client)
@@ -175,7 +174,7 @@ def _threads(client: Client) -> int:
     return sum(client.nthreads().values())
 
 
-def _finished(client: Client, in_flight: dict[Future, Job]) -> list[Future]:
+def _finished(client: Client, in_flight: Mapping[Future, Work]) -> list[Future]:
     """Wait until some of the futures are done and return those; Stopped if there was no worker for NO_WORKERS_S."""
     last_worker_s = time.monotonic()
     while time.monotonic() - last_worker_s <= NO_WORKERS_S:
@@ -192,7 +191,7 @@ def _no_workers(scheduler: str) -> Stopped:
     return Stopped(f"expected workers, found {found}; start some and run it again")
 
 
-def _record(future: Future, job: Job) -> VolumeRecord:
+def _record(future: Future, job: Work) -> VolumeRecord:
     """Return the record of a finished future; NoSpace where it found the output full, Stopped where it cannot run."""
     found = None
     if future.status == "finished":
@@ -209,4 +208,4 @@ def _record(future: Future, job: Job) -> VolumeRecord:
         found = " ".join(found.split())[:300]
         raise Stopped(f"expected that every worker and the scheduler can run the task, found {found}; {remedy}")
     reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
-    return job.record(FAILED, code="worker-lost", reason=reason)
+    return record_of(job, FAILED, code="worker-lost", reason=reason)

@@ -12,6 +12,7 @@ from photon_data.readers.find import find_scans
 from photon_data.records import PRUNED, VolumeRecord, records_of
 from photon_data.scan import Source
 from photon_data.store import SUFFIX, store_name
+from photon_pipelines.masks import orphans as masks_alone
 
 
 class SourceStatus(NamedTuple):
@@ -80,4 +81,5 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     found |= {
         id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(store_name(id))
     }
-    return found | {name.removesuffix(SUFFIX): "no row in volumes.jsonl" for name in orphans}
+    found |= {name.removesuffix(SUFFIX): "no row in volumes.jsonl" for name in orphans}
+    return dict.fromkeys(masks_alone(out, records.values()), "masks without a volume") | found

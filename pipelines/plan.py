@@ -6,12 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from photon_data.datasets.base import DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
-from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
@@ -26,12 +23,12 @@ from photon_data.questions.question_table import read_questions
 from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
-from photon_data.recipe import Policy, Recipe, named_recipe
+from photon_data.readers.mask_pattern import MASKS, scans_alone
 from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
 from photon_pipelines.owners import ids_of_earlier_runs, refuse_namesakes, withdrawn
-from photon_pipelines.request import Request, paths_of
+from photon_pipelines.request import Request, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
 HIDDEN = ("dicom", "folder")
@@ -45,6 +42,7 @@ class Callback:
     on_note     a sentence for the person who reads along
     on_plan     what will be done, and the number of files that are no scans, by suffix
     on_record   a scan that was prepared, refused, or failed
+    on_masks    what became of the masks of a volume, and of how many in all
     """
 
     def on_archive(self, name: str, done_bytes: int, total_bytes: int) -> None: ...  # noqa: D102 - see above
@@ -52,6 +50,7 @@ class Callback:
     def on_note(self, note: str) -> None: ...  # noqa: D102
     def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None: ...  # noqa: D102
     def on_record(self, record: VolumeRecord) -> None: ...  # noqa: D102
+    def on_masks(self, row: VolumeRecord, total: int) -> None: ...  # noqa: D102
 
 
 class Gathered(NamedTuple):
@@ -85,6 +84,7 @@ class Result(NamedTuple):
     left: list[str]  # ids of rows that manifests had before, and have no more
     leak: str | None  # what several splits have in common; None where they are apart, or where leaks are allowed
     damaged: Sequence[str]  # the archives that could not be unpacked as a whole, and why
+    masks: Sequence[VolumeRecord] = ()  # what became of the masks of its volumes
 
     @property
     def states(self) -> dict[str, int]:
@@ -94,53 +94,16 @@ class Result(NamedTuple):
     @property
     def complete(self) -> bool:
         """Whether every input has its store and every question its row."""
-        has_stores = all(record.is_there or record.code == SKIPPED for record in self.records)
+        has_stores = all(one.is_there or one.code == SKIPPED for one in [*self.records, *self.masks])
         is_whole = self.leak is None and not self.damaged and not self.differences
-        return has_stores and not self.manifests.unmatched and is_whole
+        has_masks = not any((row.facts or {}).get("refused") for row in self.masks)
+        return has_stores and has_masks and not self.manifests.unmatched and is_whole
 
 
 def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
     """Return {state: number of records} with every state."""
     found = Counter(record.state for record in records)
     return {state: found[state] for state in STATES}
-
-
-def request_of_manifest(path: Path, only: Sequence[str], out: str | None, **options: Any) -> Request:
-    """Return the request for the data sets of a data_manifest.yaml, or for those named in `only`.
-
-    `options` are further fields of the request; the seed is the manifest's, if none is given.
-    """
-    manifest = read_data_manifest(path)
-    datasets = manifest.only(only)
-    options = {"seed": manifest.seed, **options}
-    return Request(path, out_of(manifest, out), one_recipe(datasets), datasets=datasets, **options)
-
-
-def out_of(manifest: DataManifest, out: str | None) -> Location:
-    """Return where to write: what the command says, else what the manifest says; UsageError where neither does."""
-    where = out or manifest.out
-    if where is None:
-        expected = f"an output folder as `out:` in {manifest.path.name} or after --manifest"
-        raise UsageError(f"expected {expected}, found neither")
-    return Location(where)
-
-
-def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
-    """Return the one recipe of the data sets; UsageError where there are several, since a folder holds one."""
-    recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
-    if len({recipe.digest for recipe in recipes.values()}) > 1:
-        found = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
-        remedy = "prepare them one by one, with --only NAME OUT"
-        raise UsageError(f"expected one recipe per output folder, found {found}; {remedy}")
-    return next(iter(recipes.values()))
-
-
-def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
-    """Return the recipe that an entry names, and its policy; UsageError with its place for one that is not known."""
-    try:
-        return named_recipe(entry.recipe.name, entry.recipe.settings)
-    except UsageError as error:
-        raise entry.error(str(error)) from None
 
 
 def gather(request: Request, callback: Callback | None = None) -> Gathered:
@@ -198,6 +161,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         exclude=request.exclude,
         follow_links=request.follow_links,
     )
+    sources, masks = scans_alone(sources, request.masks)
+    ignored = ignored | ({MASKS: masks} if masks else {})
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")

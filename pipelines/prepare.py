@@ -21,6 +21,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.json_text import from_json
 from photon_data.lock import Hold, exclusive
+from photon_data.mask_store import FOLDER as MASK_STORES
 from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,
@@ -34,6 +35,8 @@ from photon_data.questions.kept import (
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
+from photon_data.readers.find import LABEL_MAP
+from photon_data.readers.mask_pattern import usual_pattern
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
@@ -52,6 +55,8 @@ from photon_data.report import render_report
 from photon_data.store import open_volume, store_name
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
+from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
+from photon_pipelines.masks import forget, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
 from photon_pipelines.request import Request, paths_of
 from photon_pipelines.unpack import pending, unpack_all
@@ -75,6 +80,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
     hidden = any(job.source.hidden for job in gathered.jobs)
+    found = find_masks(request, gathered.jobs)
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out) as hold:
@@ -90,7 +96,9 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
             if name in gathered.questions or name not in there:
                 keep_questions(out, name, asked)
         records = _run(todo, hold, workers, callback)
-        return finish(request, records, todo.kept, questions, gathered.unmatched)._replace(damaged=damaged)
+        masks = _run_masks(plan_masks(found, request, records), hold, workers, callback) if found else []
+        result = finish(request, records, todo.kept, questions, gathered.unmatched)
+        return result._replace(damaged=damaged, masks=masks)
 
 
 def _keep_key(key: str, out: Location, callback: Callback) -> None:
@@ -115,6 +123,7 @@ def finish(
     manifests, leak = _write_manifests(request, questions, unmatched, rows)
     hidden = any(record.hidden for record in rows)
     versions = _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)["versions"]
+    there = {record.id for record in rows if record.is_there}
     page = render_report(
         rows,
         recipe=request.recipe,
@@ -123,6 +132,7 @@ def finish(
         title=out.at("").rstrip("/").rpartition("/")[2],
         source="" if hidden else request.source.name,
         tools=versions,
+        masks=[row for row in read_rows(out) if row.id in there],
     )
     out.write(REPORT, page)
     counts = count(row for split in manifests.rows.values() for row in split)
@@ -142,14 +152,17 @@ def _salt(request: Request) -> str:
         return secrets.token_hex(16)
 
 
-def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int]]:
-    """Return the record of every scan, by id, and the number of other files by suffix. Nothing is written.
+def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int], list[str]]:
+    """Return the record of every scan, by id, the number of other files by suffix, and notes. Nothing is written.
 
     The state of a scan that would be prepared is "ready", of others "refused" or "failed".
     """
     gathered = gather(request)
     jobs = [replace(job, write=False) for job in gathered.jobs]
-    return _by_id(execute(jobs, run_isolated, workers, children())), gathered.ignored
+    notes = []
+    if LABEL_MAP in gathered.ignored and (found := usual_pattern([job.source for job in jobs])):
+        notes.append(f"--masks '{found[0]}' would find the masks of {found[1]} of {len(jobs)} scans")
+    return _by_id(execute(jobs, run_isolated, workers, children())), gathered.ignored, notes
 
 
 def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
@@ -167,6 +180,7 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
         write_records(out, rows)
         if any(record.hidden for record in records) and not any(record.hidden for record in rows):
             save_names(out, ())  # write_records has nobody to name
+        forget(out, ids)
         for id in ids:
             out.remove(store_name(id))
         return finish(request, [], rows, questions)
@@ -227,7 +241,7 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
     done, and of the rest what earlier runs left.
     """
     out = hold.out
-    for folder in ("volumes", "manifests", ""):  # what a killed run left half-written
+    for folder in ("volumes", MASK_STORES, "manifests", ""):  # what a killed run left half-written
         for name in out.names(folder):
             if name.startswith(".") and name.endswith(".partial"):
                 out.remove(str(Path(folder, name)))
@@ -256,6 +270,25 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
             write_snapshot()
     hold.check()
     return records
+
+
+def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback) -> list[VolumeRecord]:
+    """Make the masks of a plan and return what became of all of them; masks.jsonl has them, also of a stopped run."""
+    rows, jobs = list(todo.done), [*todo.jobs]
+    total = len(jobs) + len(rows)
+    for row in rows:
+        callback.on_masks(row, total)
+    try:
+        task = partial(run_isolated, holder=hold.token)
+        with closing(execute(jobs, task, workers, children())) as finished:
+            for row in finished:
+                hold.check()
+                rows.append(row)
+                callback.on_masks(row, total)
+    finally:
+        if not hold.is_lost:
+            write_rows(hold.out, [*read_rows(hold.out), *rows])
+    return rows
 
 
 def _write_manifests(

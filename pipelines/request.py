@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.base import DataSet
+from photon_data.datasets.declare import DataManifest, read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.json_text import from_json
 from photon_data.questions.splits import FRACTIONS
-from photon_data.recipe import Policy, Recipe
+from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import DATASET
+from photon_data.scan import MaskPattern
 
 PATHS = ("absolute", "relative")
 
@@ -44,6 +46,7 @@ class Request:
     pictures: int = 48  # volumes shown as pictures in the report
     paths: str | None = None  # of stores in manifests, "absolute" or "relative" to OUT; None: as OUT has them
 
+    masks: MaskPattern | None = None  # which files are the masks of a scan; None: masks are left as they are
     hu_source: str = HEADER  # "header", "stored", or the path of a table: see `rescaling`
     questions: Path | None = None  # a table of questions; None for one row per volume
     columns: Mapping[str, str] = field(default_factory=dict)  # {our name: name in the tables}
@@ -67,3 +70,41 @@ def paths_of(request: Request) -> str:
     if request.paths not in PATHS:
         raise UsageError(f"--paths: expected {' or '.join(PATHS)}, found {request.paths!r}")
     return request.paths
+
+
+def request_of_manifest(path: Path, only: Sequence[str], out: str | None, **options: Any) -> Request:
+    """Return the request for the data sets of a data_manifest.yaml, or for those named in `only`.
+
+    `options` are further fields of the request; the seed is the manifest's, if none is given.
+    """
+    manifest = read_data_manifest(path)
+    datasets = manifest.only(only)
+    options = {"seed": manifest.seed, **options}
+    return Request(path, out_of(manifest, out), one_recipe(datasets), datasets=datasets, **options)
+
+
+def out_of(manifest: DataManifest, out: str | None) -> Location:
+    """Return where to write: what the command says, else what the manifest says; UsageError where neither does."""
+    where = out or manifest.out
+    if where is None:
+        expected = f"an output folder as `out:` in {manifest.path.name} or after --manifest"
+        raise UsageError(f"expected {expected}, found neither")
+    return Location(where)
+
+
+def one_recipe(datasets: Sequence[DataSet]) -> Recipe:
+    """Return the one recipe of the data sets; UsageError where there are several, since a folder holds one."""
+    recipes = {entry.name: recipe_of(entry)[0] for entry in datasets}
+    if len({recipe.digest for recipe in recipes.values()}) > 1:
+        found = ", ".join(f"{name} {recipe.name} ({recipe.digest})" for name, recipe in recipes.items())
+        remedy = "prepare them one by one, with --only NAME OUT"
+        raise UsageError(f"expected one recipe per output folder, found {found}; {remedy}")
+    return next(iter(recipes.values()))
+
+
+def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
+    """Return the recipe that an entry names, and its policy; UsageError with its place for one that is not known."""
+    try:
+        return named_recipe(entry.recipe.name, entry.recipe.settings)
+    except UsageError as error:
+        raise entry.error(str(error)) from None

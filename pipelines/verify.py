@@ -10,6 +10,7 @@ from photon_data.questions.kept import digests_of_all
 from photon_data.questions.manifest import FOLDER, validate
 from photon_data.records import DATASET, records_of
 from photon_data.store import store_name, verify_store
+from photon_pipelines.masks import verify_masks
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
 
@@ -27,6 +28,7 @@ def verify_output(out: Location, progress: Callable[[int, int], object] = lambda
     for name in out.names("volumes"):
         if f"volumes/{name}" not in known:
             yield f"volumes/{name}: {NO_ROW}"
+    yield from verify_masks(out, records)
     yield from _verify_manifests(out)
 
 

@@ -18,9 +18,8 @@ from photon_data.recipe import Recipe
 from photon_data.records import read_lock
 from photon_pipelines import collection
 from photon_pipelines.cluster import Workers
-from photon_pipelines.plan import request_of_manifest
 from photon_pipelines.prepare import prepare, prune
-from photon_pipelines.request import Request
+from photon_pipelines.request import Request, request_of_manifest
 from photon_pipelines.verify import verify_output
 from photon_train.rows import read_rows
 

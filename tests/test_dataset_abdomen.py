@@ -7,8 +7,8 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.datasets.deeptumorvqa import parse_choices
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_pipelines.plan import gather, one_recipe
-from photon_pipelines.request import Request
+from photon_pipelines.plan import gather
+from photon_pipelines.request import Request, one_recipe
 
 SPACED = [
     "Question ID",

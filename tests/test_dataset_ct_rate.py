@@ -13,8 +13,8 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import Job, prepare_file
-from photon_pipelines.plan import gather, one_recipe
-from photon_pipelines.request import Request
+from photon_pipelines.plan import gather
+from photon_pipelines.request import Request, one_recipe
 
 REPORT = ("VolumeName", *REPORT_COLUMNS)
 

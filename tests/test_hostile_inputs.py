@@ -25,7 +25,8 @@ from photon_data.datasets import archives
 from photon_data.datasets.combine import read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import Refused, UsageError
-from photon_data.files import Location, exclusive, is_safe
+from photon_data.files import Location, is_safe
+from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.questions import table as tables
 from photon_data.questions.kept import file_of

@@ -21,9 +21,10 @@ from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
 from photon_data.lock import exclusive
-from photon_data.prepare_file import Job, NoSpace, prepare_file, prepare_volume
+from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.readers.find import find_scans
 from photon_data.recipe import ALGORITHM, Policy, Recipe
+from photon_data.records import NoSpace
 from photon_data.scan import Source
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import Callback

@@ -14,7 +14,6 @@ from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Recipe
 from photon_data.store import _write_array, is_whole, read_metadata, verify_store, write_store
-from photon_data.volume import Volume
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
 IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}
@@ -71,14 +70,15 @@ def test_the_array_is_sharded_checksummed_and_names_its_axes(out):
     assert metadata["dimension_names"] == ["z", "y", "x"]
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 9), (28, 182, 182), (30, 200, 185), (56, 10, 365)])
+@pytest.mark.parametrize("shape", [(5, 7, 9), (28, 182, 182), (30, 200, 185), (56, 10, 365), (3, 30, 9, 185)])
 def test_a_shard_of_ours_is_read_by_zarr_and_its_facts_are_of_its_bytes(tmp_path, shape):
-    voxels = np.random.default_rng(3).integers(-1000, 1000, shape).astype(np.int16)
-    facts = _write_array(Volume(voxels, frame(shape)), tmp_path / "0")
+    dtype = np.int16 if len(shape) == 3 else np.uint8
+    voxels = np.random.default_rng(3).integers(-1000, 1000, shape).astype(dtype)
+    name, facts = _write_array(voxels, tmp_path, "0", 0)
     stored = zarr.open_array(tmp_path / "0", mode="r")
     assert np.array_equal(stored[...], voxels)
     assert np.array_equal(stored[2:4, 3:, ::2], voxels[2:4, 3:, ::2])
-    shard = (tmp_path / "0" / "c/0/0/0").read_bytes()
+    shard = (tmp_path / name).read_bytes()
     assert facts == {"bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError, name_hint
 from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
-from photon_data.scan import Source, TableGrid
+from photon_data.scan import MaskPattern, Source, TableGrid
 
 # A callback; it gets the number of files seen so far.
 OnFile = Callable[[int], None]
@@ -62,6 +62,7 @@ class DataSet:
     wording: Wording = field(default_factory=Wording)
     volumes: str = "all"  # which reconstructions of a scan: all, first, thinnest, sharpest
     recipe: RecipeChoice = field(default_factory=RecipeChoice)
+    masks: MaskPattern | None = None  # which files are the masks of a scan
     mix: Mapping[str, Share] = field(default_factory=dict)  # {our split: Share}
     # Of this adapter alone: texts, {text: text} or, for UNPACK, a Path
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -15,14 +15,16 @@ import yaml
 
 from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
 from photon_data.errors import UsageError, nearest_name
+from photon_data.questions.label_table import read_label_names
 from photon_data.questions.question import PROMPTS
 from photon_data.questions.question_table import NAMES
+from photon_data.scan import MaskPattern
 from photon_data.yaml_text import read_yaml, value_of
 
 T = TypeVar("T")
 LARGEST = 1 << 63  # number; infinity is none
 
-ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "mix", "options")
+ENTRY = ("adapter", "root", "annotations", "splits", "questions", "volumes", "recipe", "masks", "mix", "options")
 # The name of a data set begins ids and can be the name of a file.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -85,6 +87,7 @@ def _entry(name: str, item: _Node, recipe: RecipeChoice) -> DataSet:
         wording=_read(found, "questions", _wording, Wording()),
         volumes=_read(found, "volumes", lambda which: which.one_of(("all", "first", "thinnest", "sharpest")), "all"),
         recipe=_read(found, "recipe", lambda choice: _recipe(choice, recipe.name), recipe),
+        masks=_read(found, "masks", _masks, None),
         mix=_read(found, "mix", lambda mix: {split: _share(share) for split, share in mix.mapping().items()}, {}),
         options=_read(
             found, "options", lambda all_: {name: _option(name, one) for name, one in all_.mapping().items()}, {}
@@ -128,6 +131,16 @@ def _recipe(item: _Node, default_name: str = RecipeChoice().name) -> RecipeChoic
 
 def _setting(item: _Node) -> str:
     return ",".join(map(_setting, item.value)) if isinstance(item.value, list) else str(item.value)
+
+
+def _masks(item: _Node) -> MaskPattern:
+    """Return the pattern of `masks: PATTERN` or of `masks: {files: PATTERN, labels: TABLE}`."""
+    found = item.mapping(("files", "labels")) if isinstance(item.value, dict) else {"files": item}
+    labels = read_label_names(found["labels"].paths()[0]) if "labels" in found else {}
+    try:
+        return MaskPattern(_read(found, "files", _Node.text, ""), labels)
+    except UsageError as error:
+        raise UsageError(f"{item.place}: {error}") from None
 
 
 def _share(item: _Node) -> Share:

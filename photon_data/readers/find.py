@@ -227,7 +227,7 @@ class _Search:
                     raise PermissionError(errno.EACCES, "permission denied")
             except OSError as error:
                 why = why or unreadable(file, error)
-        size, mark, root = sum(size for _, size, _ in facts), _change_mark(facts), str(self.root)
+        size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), str(self.root)
         source = Source("", path, tuple(files), file_format, size, mark, root=root, patient=patient)
         if why:
             source = replace(source, problem=why.message, code=why.code)
@@ -312,7 +312,7 @@ def _matches(parts: tuple[str, ...], glob: str) -> bool:
     return any(fnmatchcase(path, shorter) for path in paths for shorter in (glob, glob.removeprefix("**/")))
 
 
-def _change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
+def change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
     """Return a number that changes where the (name, size, mtime_ns) of a file does: of one file, its mtime_ns."""
     if len(facts) == 1:
         return facts[0][2]

@@ -45,12 +45,13 @@ def render_report(
     source: str,
     pictures: int = 48,
     tools: Mapping[str, str] | None = None,
+    masks: Sequence[VolumeRecord] = (),
 ) -> bytes:
     """Return the page as UTF-8: the same bytes for the same records, recipe and stores.
 
     `open_volume` returns the model grid of a record; it is called for at most `pictures` of them, and what it raises is
-    shown in that volume's place. `tools` maps names to versions. Of absolute paths, in `source` too, only the last part
-    is shown.
+    shown in that volume's place. `tools` maps names to versions; `masks` are rows of masks.jsonl. Of absolute paths, in
+    `source` too, only the last part is shown.
     """
     volumes = reported_volumes(records)
     measured = [volume for volume in volumes if volume.extent_lps_mm]
@@ -74,6 +75,9 @@ def render_report(
         "changed_left": len(changed[MOST_CHANGED_LINES:]),
         "same_content": same_content[:MOST_DUPLICATE_LINES],
         "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
+        "masks": len(masks),
+        "masks_there": sum(row.is_there for row in masks),
+        "mask_problems": masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
         "volumes": len(volumes),
         "cards": [_card(volume, open_volume) for volume in volumes[:pictures]],
         "lines": listed,
@@ -184,6 +188,17 @@ def changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, 
     changes = ((record.id, change) for record in there for change in (record.facts or {}).get("changes", ()))
     lines = [(id, change["code"], change["before"], change["after"]) for id, change in changes]
     return sorted(lines, key=lambda line: (line[1], line[0]))
+
+
+def masks_that_need_eyes(masks: Sequence[VolumeRecord]) -> list[tuple[str, str, str]]:
+    """Return (volume, mask, why) of masks that were refused, or of which nothing is left on the grid."""
+    found = []
+    for row in masks:
+        facts = row.facts or {}
+        found += [] if row.is_there else [(row.id, "all", row.reason or row.state)]
+        found += [(row.id, name, why) for name, why in facts.get("refused", {}).items()]
+        found += [(row.id, name, "nothing is left of it on the grid") for name in facts.get("lost", ())]
+    return found
 
 
 def fair_shares(counts: Sequence[int], total: int) -> list[int]:

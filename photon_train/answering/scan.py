@@ -29,6 +29,7 @@ class ScanInput(NamedTuple):
     volume: Volume  # int16 HU on the prepared grid; of a store, read lazily
     native: Geometry  # the grid of the raw scan
     seconds: dict[str, float]  # {"read", "prepare"}
+    store: str = ""  # its place; "" of a raw scan
 
 
 def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None) -> ScanInput:
@@ -77,4 +78,4 @@ def open_store(place: str) -> ScanInput:
     assert metadata is not None, "open_volume has read it"
     seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
     native = Geometry.from_json(metadata["facts"]["geometry"])
-    return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
+    return ScanInput(metadata["id"], model, open_volume(place), native, seconds, place)

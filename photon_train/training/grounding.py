@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.files import is_safe
 from photon_train.decoder import PhotonDecoderLayer
-from photon_train.kept_tokens import counted_by_volume
+from photon_train.kept_tokens import MaskHome, counted_by_volume
 from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment, gather_of, question_mask, visual_mask
 from photon_train.training.batches import Batch
@@ -39,29 +39,31 @@ def grounding_of(folder: str, callback: Callback | None = None) -> LossFactory |
 
     def made(model: Any, rows: Sequence[TrainRow]) -> GroundingLoss:
         tokens_zyx = _scheduling_layer(model).config.tokens_thw
-        return GroundingLoss(model, mask_shares(rows, Path(folder), tokens_zyx, callback))
+        return GroundingLoss(model, mask_shares(rows, folder, tokens_zyx, callback))
 
     return made if folder else None
 
 
 def mask_shares(
-    rows: Sequence[TrainRow], folder: Path, tokens_zyx: tuple[int, int, int], callback: Callback | None = None
+    rows: Sequence[TrainRow], folder: str | Path, tokens_zyx: tuple[int, int, int], callback: Callback | None = None
 ) -> dict[str, Tensor]:
     """Return float32[V] by row id: the share of the masks a row names (`organ_masks`) that lies in each visual token.
 
-    `folder` holds a folder of masks for each volume id. Rows that name no mask, rows of several volumes, and rows whose
-    masks are missing or empty are left out. UsageError where that leaves no volume.
+    `folder` is a prepared one with masks, or holds a folder of masks for each volume id. Rows that name no mask, rows
+    of several volumes, and rows whose masks are missing or empty are left out. UsageError where that leaves no volume.
     """
-    asked = [row for row in rows if row.organ_masks and len(row.videos) == 1 and is_safe(row.volume_id)]
-    named = [row for row in asked if (folder / row.volume_id).is_dir()]
+    home = MaskHome(folder)
+    named = [row for row in rows if row.organ_masks and len(row.videos) == 1 and is_safe(row.volume_id)]
+    has = {id: home.has(id) for id in {row.volume_id for row in named}}
+    named = [row for row in named if has[row.volume_id]]
     if not named:
-        expected = "expected a folder of masks for some of the volumes, and rows that name them in organ_masks"
+        expected = "expected masks of some of the volumes, and rows that name them in organ_masks"
         raise UsageError(f"grounding: {expected}, found none in {folder}; set grounding='' to train without")
     volumes = {row.volume_id: row.videos[0] for row in named}
     names = {name for row in named for name in row.organ_masks}
     done = itertools.count(1)
     each = (lambda: callback(next(done), len(volumes))) if callback else (lambda: None)
-    counted, unread = counted_by_volume(folder, volumes, tokens_zyx, each, names)
+    counted, unread = counted_by_volume(home, volumes, tokens_zyx, each, names)
     for volume_id, reason in unread.items():
         logger.warning("grounding: the masks of %s cannot be read: %s", volume_id, reason)
     shares = {}
@@ -70,6 +72,9 @@ def mask_shares(
         counts_V = sum((masks[name].counts_V for name in row.organ_masks if name in masks), np.zeros(1))
         if total := counts_V.sum():
             shares[row.id] = torch.from_numpy(counts_V / total).float()
+    if not shares:
+        found = f"none; of {first_few(sorted(unread))}: {next(iter(unread.values()))}" if unread else "none"
+        raise UsageError(f"grounding: expected masks that rows name in organ_masks in {folder}, found {found}")
     return shares
 
 

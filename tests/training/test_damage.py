@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive
+from photon_data.files import Location
+from photon_data.lock import exclusive
 from photon_train import PhotonForConditionalGeneration
 from photon_train.checkpoint import checkpoints, newest_whole, remove_leftovers
 from photon_train.training.config import TrainConfig

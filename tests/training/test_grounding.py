@@ -80,7 +80,7 @@ def test_a_run_that_finds_no_masks_leaves_nothing_in_its_way(models, manifest, t
         "output": str(tmp_path / "run"),
         "grounding": str(tmp_path),
     }
-    with pytest.raises(UsageError, match="expected a folder of masks"):
+    with pytest.raises(UsageError, match="expected masks of some of the volumes"):
         start(TrainConfig(**given, precision="fp32"), resume=False, grounding=grounding_of(str(tmp_path)))
     assert not (tmp_path / "run" / "config.json").exists()
 

@@ -1,0 +1,181 @@
+"""`--masks PATTERN`: which files are the masks of a scan. A path below SOURCE, with names of the scan in braces.
+
+labelsTr/{case}.nii.gz             one label map a scan: its values have names or numbers
+{name}_seg.nii.gz                  without "/": beside the scan
+{folder}/segmentations             a folder, or
+{folder}/segmentations/*.nii.gz    globs: each file is a mask, called what "*" stands for in the file's name
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from photon_data.errors import Refused, UsageError, first_few, refusal
+from photon_data.readers.find import DATA_FILES, SUFFIXES
+from photon_data.scan import MaskFile, MaskPattern, Source
+
+# nnU-Net numbers the channels of a case: case_0000.nii.gz has the label map case.nii.gz.
+CHANNEL = re.compile(r"_\d{4}\Z")
+# What `inspect` tries where it meets label maps.
+USUAL = (
+    "labelsTr/{name}.nii.gz",
+    "labelsTr/{case}.nii.gz",
+    "{folder}/../labelsTr/{name}.nii.gz",
+    "{folder}/../labelsTr/{case}.nii.gz",
+    "{folder}/segmentations",
+    "{folder}/masks",
+    "{folder}/../masks/{name}",
+    "{name}_seg.nii.gz",
+    "{name}-seg.nii.gz",
+    "{name}_mask.nii.gz",
+    "{name}-label.nii.gz",
+    "{name}.seg.nrrd",
+    "{folder}/segmentation.nii.gz",
+    "{folder}/mask.nii.gz",
+)
+MASKS = "(mask by --masks)"  # how they are counted among the files left alone
+NOT_READ = "DICOM SEG and RTSTRUCT are not read, convert them"
+
+
+def place_of(pattern: MaskPattern, source: Source) -> str:
+    """Return the path, or the glob, of the masks of a scan."""
+    text, names = pattern.text.removeprefix("./"), _names_of(source)
+    if "/" not in text:
+        text = f"{{folder}}/{text}"
+    escape = glob.escape if pattern.is_glob else str
+    text = re.sub(r"{(\w+)}", lambda found: escape(names[found[1]]), text)
+    return os.path.normpath(Path(escape(source.root), text))
+
+
+def mask_paths(pattern: MaskPattern, source: Source) -> list[Path]:
+    """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
+    place = place_of(pattern, source)
+    if pattern.is_glob:
+        # Hidden files are passed over.
+        found = [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
+    elif Path(place).is_dir():
+        found = [path for path in Path(place).rglob("*") if not _is_hidden(path.relative_to(place))]
+    else:
+        return [Path(place)] if Path(place).is_file() and Path(place) not in source.files else []
+    own = set(source.files)
+    return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
+
+
+def masks_of(pattern: MaskPattern, source: Source) -> list[MaskFile]:
+    """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read."""
+    place, found = Path(place_of(pattern, source)), []
+    paths = mask_paths(pattern, source)
+    for path in paths:
+        suffix = suffix_of(path)
+        if not suffix:
+            raise refusal("format", path.name, "NIfTI, NRRD or MetaImage", "another format", NOT_READ)
+        data = path
+        with suppress(Refused, OSError):  # opening it says what is wrong
+            data = DATA_FILES[suffix](path) if suffix in DATA_FILES else path
+        if pattern.is_glob:
+            name = _starred(path.name, pattern.text.rpartition("/")[2], source) or path.name[: -len(suffix)]
+        elif path == place:
+            name = ""
+        else:
+            name = "__".join((*path.relative_to(place).parts[:-1], path.name[: -len(suffix)]))
+        found.append(MaskFile(name, (path,) if data == path else (path, data)))
+    if twice := [name for name, count in Counter(mask.name for mask in found).items() if count > 1]:
+        remedy = "let * stand for what tells the files apart"
+        raise refusal("mask-names", "", "masks of different names", f"{first_few(twice)} more than once", remedy)
+    _refuse_private(found, source)
+    return found
+
+
+def suffix_of(path: Path) -> str | None:
+    """Return the suffix of a file that may hold masks, None for other files."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def _names_of(source: Source) -> dict[str, str]:
+    """Return what stands for each of SCAN_NAMES; of a DICOM series, `name` is that of its folder."""
+    is_series = source.format == "dicom"
+    path = PurePosixPath(source.path.rpartition("#")[0] if is_series else source.path)
+    folder = path if is_series else path.parent
+    parent = folder.name or Path(source.root).name
+    suffix = None if is_series else suffix_of(Path(path.name))
+    name = parent if is_series else path.name[: -len(suffix)] if suffix else path.name
+    return {
+        "folder": folder.as_posix(),
+        "parent": parent,
+        "name": name,
+        "case": CHANNEL.sub("", name),
+        "id": source.id,
+    }
+
+
+def _starred(name: str, pattern: str, source: Source) -> str:
+    """Return what the wild part of a pattern stands for in a file's name, without the suffix."""
+    names = _names_of(source)
+    pattern = re.sub(r"{(\w+)}", lambda found: glob.escape(names[found[1]]), pattern)
+    letters = re.findall(r"\[[*?\[]\]|\[[^\]]+\]|.", pattern)  # "[*]" is what glob.escape makes of "*"
+    wild = [i for i, letter in enumerate(letters) if letter in "*?" or letter[1:-1] not in "*?["]
+    middle = name[wild[0] : len(name) - (len(letters) - wild[-1] - 1)]
+    suffix = suffix_of(Path(middle))
+    return middle[: -len(suffix)] if suffix else middle
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _refuse_private(masks: Iterable[MaskFile], source: Source) -> None:
+    """Raise Refused where names of masks hold a name that is hidden: a store would keep it."""
+    parts = re.split("[/#]", source.path) if source.hidden else []
+    words = [part.casefold() for part in parts if len(part) > 2 and re.search(r"[^\W\d_]", part)]
+    for mask in masks:
+        name = mask.name.casefold()
+        if any(word in name for word in words):
+            remedy = "let * stand for the mask alone, as in '{folder}/{parent}_*.nii.gz'"
+            raise refusal("mask-names", "", "names of masks without a name of the scan", "one in some", remedy)
+
+
+def scans_alone(sources: Sequence[Source], pattern: MaskPattern | None) -> tuple[list[Source], int]:
+    """Return the sources without those that are masks of another one by the pattern, and how many these are.
+
+    UsageError where two are masks of each other: which of them is the scan?
+    """
+    if pattern is None:
+        return list(sources), 0
+    by_file = {source.files[0]: source for source in sources if source.files}
+    claims = {s.id: {by_file[p].id for p in mask_paths(pattern, s) if p in by_file} for s in sources if s.files}
+    masks = {mask for scan, claimed in claims.items() for mask in claimed}
+    both = [s.path for s in sources if s.id in masks and any(s.id in claims.get(c, ()) for c in claims.get(s.id, ()))]
+    if both:
+        found = f"{len(both)} that are masks of each other, {first_few(both)}"
+        remedy = "name the masks' files more closely, or choose the scans with --include"
+        raise UsageError(f"--masks {pattern.text}: expected files that are a scan or its mask, found {found}; {remedy}")
+    return [source for source in sources if source.id not in masks], len(masks)
+
+
+def usual_pattern(sources: Sequence[Source]) -> tuple[str, int] | None:
+    """Return the one of USUAL that finds masks for most scans, and for how many; None where none does."""
+    counts = {text: sum(bool(mask_paths(MaskPattern(text), source)) for source in sources) for text in USUAL}
+    best = max(USUAL, key=lambda text: counts[text])
+    return (best, counts[best]) if counts[best] else None
+
+
+def claimed_twice(found: Mapping[str, tuple[str, Sequence[MaskFile]]]) -> Iterator[tuple[str, Path]]:
+    """Yield (id, file) of scans with a file that another scan has under another pattern of its own.
+
+    `found` are {id: (place, masks)}. "p1_*.nii.gz" is for p1_2.nii.gz and the masks of p1_2 too.
+    """
+    owners: dict[Path, set[str]] = {}
+    for place, masks in found.values():
+        for mask in masks:
+            owners.setdefault(mask.files[0], set()).add(place)
+    for id, (_, masks) in found.items():
+        for mask in masks:
+            if len(owners[mask.files[0]]) > 1:
+                yield id, mask.files[0]
+                break

@@ -1,0 +1,84 @@
+"""The masks of a prepared folder: masks.jsonl with a row per volume, and what is wrong with the stores beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from photon_data.errors import UsageError
+from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.mask_store import FOLDER, REMEDY, mask_store_name
+from photon_data.records import VolumeRecord
+from photon_data.store import SUFFIX, arrays_digest, read_metadata, store_name, verify_store
+
+ROWS = "masks.jsonl"
+
+
+def read_rows(out: Location) -> list[VolumeRecord]:
+    """Return the rows of masks.jsonl, one for each volume whose masks were asked for; UsageError if damaged."""
+    try:
+        return [VolumeRecord.from_json(row) for row in from_jsonl((out.read(ROWS) or b"").decode())]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{out.at(ROWS)} is damaged: {error}; remove it, and {REMEDY}") from None
+
+
+def write_rows(out: Location, rows: Iterable[VolumeRecord]) -> None:
+    """Write masks.jsonl, whole, and take away the masks that a row refuses; without rows there is no such file."""
+    by_id = {row.id: row for row in rows}
+    for row in by_id.values():
+        if not row.is_there:
+            out.remove(mask_store_name(row.id))
+    if by_id:
+        out.write(ROWS, jsonl_bytes(row.row() for _, row in sorted(by_id.items())))
+    else:
+        out.remove(ROWS)
+
+
+def forget(out: Location, ids: Iterable[str]) -> None:
+    """Take away the masks of volumes, with their rows."""
+    gone = set(ids)
+    for id in gone:
+        out.remove(mask_store_name(id))
+    if out.exists(ROWS):
+        write_rows(out, [row for row in read_rows(out) if row.id not in gone])
+
+
+def orphans(out: Location, records: Iterable[VolumeRecord]) -> list[str]:
+    """Return the ids of masks whose volume is not there."""
+    there = {mask_store_name(record.id) for record in records if record.is_there}
+    names = [name for name in out.names(FOLDER) if name[0] != "." and f"{FOLDER}/{name}" not in there]
+    return [name.removesuffix(SUFFIX) for name in names]
+
+
+def is_stale(out: Location, row: VolumeRecord, volume: VolumeRecord) -> bool:
+    """Tell whether masks were made for their volume as it was before."""
+    digest = volume.arrays_sha256
+    if digest is None and (metadata := read_metadata(out, store_name(volume.id))):  # rows of earlier versions
+        digest = arrays_digest(metadata)
+    return bool(row.is_there and ((row.facts or {}).get("volume") or {}).get("arrays_sha256") != digest)
+
+
+def verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str]:
+    """Yield what is wrong with the masks, a sentence each: damaged or missing, without a volume or a row, stale."""
+    rows = {row.id: row for row in read_rows(out)}
+    volumes = {record.id: record for record in records if record.is_there}
+    for id in orphans(out, records):
+        yield f"{mask_store_name(id)}: masks without a volume: prune takes them away"
+    for name in out.names(FOLDER):
+        id = name.removesuffix(SUFFIX)
+        if id in volumes and not (id in rows and rows[id].is_there):
+            yield f"{FOLDER}/{name}: no row in {ROWS}: {REMEDY}, or remove it"
+    for id, row in rows.items():
+        if id in volumes and row.is_there:
+            yield from verify_store(out, mask_store_name(id), row.store_sha256)
+            if is_stale(out, row, volumes[id]):
+                yield f"{mask_store_name(id)}: made for another content or recipe of {id}: {REMEDY}"
+
+
+def problems_of(row: VolumeRecord) -> list[str]:
+    """Return what people should know of the masks of a volume, a sentence each: refused, or nothing left of one."""
+    if not row.is_there:
+        return [f"{row.state} masks of {row.id}: {row.reason}"]
+    facts = row.facts or {}
+    refused = [f"refused mask {name} of {row.id}: {why}" for name, why in facts.get("refused", {}).items()]
+    lost = "nothing is left of it: it lies outside of the grid, or is smaller than its voxels"
+    return refused + [f"mask {name} of {row.id}: {lost}" for name in facts.get("lost", ())]
