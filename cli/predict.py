@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from photon_cli.terminal import ProgressBar, console, numbers, print_lines, window_of
 from photon_data.errors import UsageError
 from photon_data.picture import AUTO, resolve_window
-from photon_data.questions.table import VIDEO_TAG
+from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.recipe import Recipe
 from photon_train.answering import manifest
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
@@ -190,7 +190,7 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
     """Write what was kept of each volume of a group; a volume with a folder of masks has their recall beside it."""
     titles = {request.id: _question_of(request.row) for request in group.requests}
     for number, video in enumerate(group.videos):
-        scan = open_input(str(video), Recipe())
+        scan = open_input(str(video), Recipe(), id=volume_id_of(group.requests[0].row))
         masks = overlays.masks / scan.id if overlays.masks else None
         of_volume = overlays._replace(masks=masks if masks and masks.exists() else None)
         shown = _ShownScan(of_volume, scan, predictor, number, len(group.videos))

@@ -1,6 +1,6 @@
 """Volume <-> store: one OME-Zarr 0.5 image per volume, whole or absent, every byte of it recorded.
 
-<id>.ome.zarr/zarr.json        image group; written last; lists every other file with size and SHA-256
+<id>.ome.zarr/zarr.json        image group; written last; has the size and SHA-256 of other files, and its own digest
              /0/               the volume
              /model/zarr.json  image group of the model grid
              /model/0/         the model grid
@@ -24,12 +24,16 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, write_whole
+from photon_data.stored_array import StoredArray, checksums, state_of
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
 KEY = "photon"
 FORMAT = 1
 METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files")
+# Of all attributes of the root metadata but this one. Stores of earlier versions do not have it.
+OWN_DIGEST = "attributes_sha256"
+CHECKSUMS = "checksums_sha256"  # of each shard, see `checksums`; stores of earlier versions do not have it either
 ROOT = "zarr.json"
 SHARD = "0/c/0/0/0"  # the one file of voxels of an image group
 GRIDS = {"volume": "", "model": "model/"}
@@ -76,7 +80,12 @@ def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[s
     _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
     files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
     ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
-    content = _write_group(folder, {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours})
+    ours[CHECKSUMS] = {
+        name: checksums(zarr.open_array(folder / name[: -len("/c/0/0/0")]), folder / name) for name in shards
+    }
+    attributes = {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours}
+    ours[OWN_DIGEST] = own_digest(attributes)
+    content = _write_group(folder, attributes)
     return _with_size(ours, content)
 
 
@@ -167,19 +176,38 @@ def _size_and_hash(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def own_digest(attributes: dict[str, Any]) -> str:
+    """Return the SHA-256 of root attributes without their own digest, as JSON with sorted keys and no spaces."""
+    rest = {**attributes, KEY: {key: value for key, value in attributes[KEY].items() if key != OWN_DIGEST}}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     """Return what a store says of itself: METADATA, its size in "bytes" and the "sha256" of its root metadata.
 
-    None where it is not there, of another format, or so damaged that it does not say all of this.
+    None where it is not there, of another format, or so damaged that it does not say all of this, or differs from its
+    own digest. OSError where it cannot be read.
     """
-    content = out.read(f"{name}/{ROOT}" if name else ROOT) or b""
     try:
-        ours = json.loads(content)["attributes"][KEY]
-        found = _with_size({key: ours[key] for key in METADATA}, content)
-        is_ours = ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)
-        return found if is_ours else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return _metadata(out.read(f"{name}/{ROOT}" if name else ROOT) or b"")
+    except UsageError:
         return None
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """Return what `read_metadata` does, of the content of a root zarr.json; UsageError says what is wrong with it."""
+    try:
+        attributes = json.loads(content)["attributes"]
+        ours = attributes[KEY]
+        found = _with_size({key: ours[key] for key in METADATA} | {CHECKSUMS: ours.get(CHECKSUMS, {})}, content)
+        if not (ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)):
+            raise UsageError(f"expected a store of photon-data (format {FORMAT})")
+        is_changed = OWN_DIGEST in ours and ours[OWN_DIGEST] != own_digest(attributes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"expected a store of photon-data (format {FORMAT})") from None
+    if is_changed:
+        raise UsageError(f"expected whole metadata, found damaged ones ({ROOT} differs from its own digest)")
+    return found
 
 
 def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
@@ -189,41 +217,91 @@ def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
     return {**ours, **root, "bytes": size}
 
 
-def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -> Volume:
+def open_volume(
+    path: str | Path,
+    grid: Literal["volume", "model"] = "volume",
+    *,
+    id: str | None = None,
+    verify: Literal["quick", "full"] = "quick",
+) -> Volume:
     """Return the volume of a store, read lazily: slice `.array_zyx` or take `.numpy()`.
 
     `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x),
-    LPS-aligned. UsageError when it is not one of our stores, one of another version, or one that lost a part of that
-    grid: a file of it is missing or has not the size that was written.
+    LPS-aligned. With an `id`, the store must be the one of that volume.
 
-    >>> volume = photon_data.open_volume("a.ome.zarr")
+    UsageError when it is not one of our stores, one of another version, another volume's, or one that is not as it was
+    written: its metadata changed, or a file of that grid is missing or of another size; with verify="full", one whose
+    hash is another. What is read later is compared with the checksums of its chunks: UsageError for voxels that differ
+    from them, or whose file is gone or was replaced meanwhile.
+
+    >>> volume = photon_data.open_volume("a.ome.zarr", id="a")
     >>> volume.array_zyx.shape, volume.array_zyx[20].shape, volume.geometry.orientation
     ((40, 32, 32), (32, 32), 'SPL')
     >>> photon_data.open_volume("a.ome.zarr", "model").geometry.shape_zyx
     (14, 28, 28)
     """
-    location = Location(str(path))
-    metadata = read_metadata(location, "")
-    if metadata is None:
-        expected = f"a store of photon-data (format {FORMAT})"
-        raise UsageError(f"expected {expected}, found none at {path}; make it with photon-data prepare")
     if grid not in GRIDS:
         raise UsageError(f"grid: expected volume or model, found {grid!r}")
-    place = GRIDS[grid]
+    if verify not in ("quick", "full"):
+        raise UsageError(f"verify: expected quick or full, found {verify!r}")
+    location, place = Location(str(path)), GRIDS[grid]
+    root = location.read(ROOT)
     try:
-        metadata["files"][f"{place}{SHARD}"]  # a part that is not listed could not be missed
-        ome = json.loads(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
-        _check_array(json.loads(location.read(f"{place}0/{ROOT}") or b""), path)
-        for lost in _lost(location, "", metadata, f"{place}0/"):
-            raise UsageError(f"expected a whole store, found {path} with {lost}; prepare it or copy it again")
+        metadata = _metadata(root or b"")
+    except UsageError as error:
+        found = "" if "found" in str(error) else ", found another one" if root else ", found none"
+        raise UsageError(f"{error}{found} at {path}; make it with photon-data prepare, or copy it again") from None
+    if id is not None and metadata["id"] != id:
+        remedy = "bring back the one of that id, or prepare it again"
+        raise UsageError(f"expected the store of {id}, found that of {metadata['id']} at {path}; {remedy}")
+    try:
+        of_image = root if grid == "volume" else _checked(location, metadata, f"{place}{ROOT}")
+        of_array = _checked(location, metadata, f"{place}0/{ROOT}")
+        shard, state = f"{place}{SHARD}", state_of(location, f"{place}{SHARD}")
+        if verify == "full":
+            _checked(location, metadata, shard)
+        elif lost := _lost(metadata, shard, location.size(shard)):
+            raise _not_whole(location, f"{shard} {lost}")
+        ome = json.loads(of_image or b"")["attributes"]["ome"]
+        _check_array(json.loads(of_array), path)
         array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
+        bound = metadata[CHECKSUMS].get(shard)
+        if bound and location.is_local and verify == "quick" and checksums(array, location.path / shard) != bound:
+            raise _not_whole(location, f"{shard}, whose checksums have changed")
         transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
         (sz, sy, sx), translation = (transform[transform["type"]] for transform in transforms)
-        steps_lps = ((0, 0, sz), (0, sy, 0), (sx, 0, 0))
-        return Volume(array, Geometry.from_arrays(array.shape, translation[::-1], steps_lps))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        geometry = Geometry.from_arrays(array.shape, translation[::-1], ((0, 0, sz), (0, sy, 0), (sx, 0, 0)))
+        if grid == "volume" and "grid" in metadata["facts"]:
+            _compare(geometry, Geometry.from_json(metadata["facts"]["grid"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
+    return Volume(StoredArray(array, location, shard, state), geometry)
+
+
+def _checked(location: Location, metadata: dict[str, Any], file: str) -> bytes:
+    """Return the content of a file of a store; UsageError where it is not what was written."""
+    content = location.read(file)
+    if lost := _lost(metadata, file, None if content is None else len(content)):
+        raise _not_whole(location, f"{file} {lost}")
+    assert content is not None
+    if hashlib.sha256(content).hexdigest() != metadata["files"][file]["sha256"]:
+        raise _not_whole(location, f"{file}, whose bytes have changed")
+    return content
+
+
+def _not_whole(location: Location, wrong: str) -> UsageError:
+    return UsageError(f"expected a whole store, found {location.url} with {wrong}; prepare it or copy it again")
+
+
+def _compare(geometry: Geometry, recorded: Geometry) -> None:
+    """Raise ValueError where a grid is not the one that the facts record: they are written twice."""
+    if geometry.shape_zyx != recorded.shape_zyx or not np.allclose(
+        geometry.corners_lps(), recorded.corners_lps(), rtol=0, atol=1e-3
+    ):
+        raise ValueError(f"the grid is {geometry.to_json()}, in the facts {recorded.to_json()}")
 
 
 def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
@@ -241,31 +319,30 @@ def _check_array(metadata: dict[str, Any], path: str | Path) -> None:
 
 def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
     """Tell cheaply whether every file of a store has its recorded size."""
-    return not any(_lost(out, name, metadata))
+    sizes = {file: out.size(f"{name}/{file}" if name else file) for file in metadata["files"]}
+    return not any(_lost(metadata, file, size) for file, size in sizes.items())
 
 
-def _lost(out: Location, name: str, metadata: dict[str, Any], under: str = "") -> Iterator[str]:
-    """Yield the files of a store below its folder `under` that are not as large as recorded, with what is there.
+def _lost(metadata: dict[str, Any], file: str, size: int | None) -> str:
+    """Return what is wrong with a part of that size (None where there is none); "" for one of the recorded size.
 
     zarr itself takes a chunk that is missing for one of fill values.
     """
-    for file, facts in metadata["files"].items():
-        if not file.startswith(under):
-            continue
-        size = out.size(f"{name}/{file}" if name else file)
-        if size != facts["bytes"]:
-            found = "missing" if size is None else f"of {size:,} bytes"
-            yield f"{file} {found} where {facts['bytes']:,} bytes were written"
+    expected = metadata["files"][file]["bytes"]  # a part that is not listed could not be missed
+    found = "missing" if size is None else f"of {size:,} bytes"
+    return "" if size == expected else f"{found} where {expected:,} bytes were written"
 
 
 def verify_store(out: Location, name: str, root_sha256: str | None = None) -> Iterator[str]:
     """Yield what is wrong with a store, one sentence each: nothing for a store whose every byte is as it was written.
 
-    `root_sha256`, from volumes.jsonl, covers the root metadata, which cover all other files.
+    `root_sha256`, from volumes.jsonl, covers the root metadata, which cover all other files. A file that cannot be read
+    does not stop the others.
     """
-    metadata = read_metadata(out, name)
-    if metadata is None:
-        yield f"{name}: no readable {ROOT}"
+    try:
+        metadata = _metadata(out.read(f"{name}/{ROOT}") or b"")
+    except (UsageError, OSError) as error:
+        yield f"{name}/{ROOT}: {_reason(error)}; the other files of this store were not checked"
         return
     if root_sha256 is not None and metadata["sha256"] != root_sha256:
         yield f"{name}/{ROOT}: differs from what volumes.jsonl records"
@@ -273,13 +350,19 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             yield f"{name}/{ROOT}: names a file outside of the store"
             continue
-        content = out.read(f"{name}/{file}")
-        if content is None:
-            yield f"{name}/{file}: missing"
-        elif len(content) != facts["bytes"]:
-            yield f"{name}/{file}: expected {facts['bytes']} bytes, found {len(content)}"
-        elif hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        try:
+            content = out.read(f"{name}/{file}")
+        except OSError as error:
+            yield f"{name}/{file}: {_reason(error)}"
+            continue
+        if lost := _lost(metadata, file, None if content is None else len(content)):
+            yield f"{name}/{file}: {lost}"
+        elif hashlib.sha256(content or b"").hexdigest() != facts["sha256"]:
             yield f"{name}/{file}: its bytes have changed"
     if out.is_local:
         for file in sorted(set(file_names(out.path / name)) - set(metadata["files"])):
             yield f"{name}/{file}: not part of the store"
+
+
+def _reason(error: Exception) -> str:
+    return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)

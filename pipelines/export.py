@@ -11,7 +11,7 @@ from photon_data.export import FORMATS
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.questions.manifest import manifest_names
 from photon_data.records import read_records
-from photon_data.store import open_volume
+from photon_data.store import open_volume, store_name
 
 # Records which store each exported file was made from.
 INDEX = "export.json"
@@ -43,7 +43,7 @@ def export_all(
         if not overwrite and path.exists() and made_from.get(record.id) == record.store_sha256:
             kept += 1
         else:
-            write(open_volume(out.at(str(record.store))), path)
+            write(open_volume(out.at(store_name(record.id)), id=record.id, verify="full"), path)
             made_from[record.id] = record.store_sha256
             target.write(INDEX, json.dumps(made_from, sort_keys=True).encode())
         progress(number, len(records))

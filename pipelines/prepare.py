@@ -111,7 +111,7 @@ def finish(
     page = render_report(
         rows,
         recipe=request.recipe,
-        open_volume=lambda record: open_volume(out.at(record.store or ""), "model"),
+        open_volume=lambda record: open_volume(out.at(record.store or ""), "model", id=record.id),
         pictures=request.pictures,
         title=out.at("").rstrip("/").rpartition("/")[2],
         source="" if hidden else request.source.name,

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -25,6 +25,12 @@ SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n])"?[ \t]*(?:\r\n|\r|\n|\Z)', re.IGNO
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 # 1,024 is 1024 for some and 1.024 for others; 0,976 and 1,25 are not in doubt.
 AMBIGUOUS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+
+
+def volume_id_of(row: Mapping[str, Any]) -> str | None:
+    """Return the id that the store of a manifest's row must have; None where it names none, or several stores."""
+    id = row.get("volume_id")
+    return str(id) if id and len(row.get("videos") or ()) == 1 else None
 
 
 class TableRow(NamedTuple):

@@ -30,22 +30,24 @@ class ScanInput(NamedTuple):
     seconds: dict[str, float]  # {"read", "prepare"}
 
 
-def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None) -> ScanInput:
+def open_input(
+    place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None, id: str | None = None
+) -> ScanInput:
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
 
-    `series` names one of the scans of a folder, as `find_one_scan` takes it.
+    `series` names one of the scans of a folder, as `find_one_scan` takes it; `id` is the one that a store must have.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused, with the words of `prepare`, for one that must not become a store.
     """
     start = time.perf_counter()
     if "://" in place or (Path(place) / ROOT).exists():
-        lazy = open_volume(place, grid="model")
+        lazy = open_volume(place, grid="model", id=id)
         model, metadata = Volume(lazy.numpy(), lazy.geometry), read_metadata(Location(place), "")
         assert metadata is not None, "open_volume has read it"
         seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
         native = Geometry.from_json(metadata["facts"]["geometry"])
-        return ScanInput(metadata["id"], model, open_volume(place), native, seconds)
+        return ScanInput(metadata["id"], model, open_volume(place, id=id), native, seconds)
     return _prepared(find_one_scan(Path(place), series), recipe, policy or Policy(), start)
 
 
