@@ -52,6 +52,10 @@ def prepare(
     paths_in_manifests: Annotated[
         str | None, Option("--paths", help="Of stores in manifests: absolute, or relative to OUT, which can then move.")
     ] = None,
+    grids: Annotated[
+        str | None,
+        Option(help="volume (and the model grid), full (also the whole field at 1.5 mm) or model (alone); else OUT's."),
+    ] = None,
     dry_run: Annotated[bool, Option(help="Say what would happen; write nothing.")] = False,
     workers: terminal.WorkerCount = None,
     scheduler: terminal.Scheduler = None,
@@ -176,6 +180,7 @@ def verify(out: Out) -> None:
 def show(
     volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan; FOLDER#KEY for a series.")],
     series: terminal.SeriesName = None,
+    grid: Annotated[str | None, Option(help="Of a store: volume, model or full (the whole field).")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="PNG; beside you, named after the volume.")] = None,
     window: terminal.Window = "full",
     at: terminal.At = None,
@@ -189,7 +194,10 @@ def show(
         from photon_data.store import ROOT, SUFFIX, open_volume
 
         if "://" in volume or (Path(volume) / ROOT).exists():
-            name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
+            name = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX)
+            content = open_volume(volume, grid)  # type: ignore[arg-type]
+        elif grid:
+            fail(f"--grid: expected a store, found {volume}; a raw scan has its own grid only")
         else:
             source = find_one_scan(Path(volume), series)
             name, content = source.id, open_scan(source).volume()
@@ -205,6 +213,7 @@ def export(
     out: Out,
     format_: Annotated[str, Option("--format", help="nifti (.nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")],
     to: Annotated[Path | None, Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
+    grid: Annotated[str, Option(help="volume, model, or full (the whole field).")] = "volume",
     overwrite: Overwrite = False,
 ) -> None:
     """Write the prepared volumes in another format, with manifests that name those files."""
@@ -217,7 +226,7 @@ def export(
             fail(f"expected --to FOLDER, since {location.url} is no local folder")
         with ProgressBar("exporting") as bar:
             folder = to or location.path / format_
-            console.print(export_all(location, format_, folder, overwrite=overwrite, progress=bar.count))
+            console.print(export_all(location, format_, folder, grid, overwrite=overwrite, progress=bar.count))
 
 
 @app.command()

@@ -36,17 +36,19 @@ from photon_data.readers.find import left_alone
 from photon_data.recipe import Policy, Recipe, named_recipe
 from photon_data.records import READY, VolumeRecord, read_lock, records_of
 from photon_data.remarks import all_remarks, duplicates
+from photon_data.store import WRITTEN
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped, Workers
 from photon_pipelines.plan import Plan, Result
-from photon_pipelines.request import Request
+from photon_pipelines.request import Request, grids_of, notes_of_grids
 from photon_pipelines.unpack import pending
 
 # Measured by benchmarks/prepare_peers.py and prepare_scaling.py; good for an order of magnitude.
 SECONDS_PER_VOLUME, SECONDS_PER_MB = 0.5, 0.006
 COMPRESSED = 0.45
-FILES_PER_STORE = 6
+FILES_PER_STORE = {"model": 4, "volume": 6, "full": 9}
+FULL_VOXELS = 15_000_000  # of a field of 380 x 380 x 350 mm at 1.5 mm
 WORKER_GB, OBLIQUE_WORKER_GB = 0.4, 1.5
 SHOWN_QUESTIONS = 10
 ANSWER_LENGTH = 40
@@ -87,7 +89,12 @@ def request_of(context: Context, source: Path, out: str) -> Request:
 def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what only `prepare` has: how it treats what OUT holds."""
     lock = read_lock(given["lock"]) if given.get("lock") else None
-    return {"retry_failed": given.get("retry_failed", False), "paths": given.get("paths_in_manifests"), "lock": lock}
+    return {
+        "retry_failed": given.get("retry_failed", False),
+        "paths": given.get("paths_in_manifests"),
+        "grids": given.get("grids"),
+        "lock": lock,
+    }
 
 
 @contextmanager
@@ -232,12 +239,13 @@ def print_estimate(request: Request, workers: Workers) -> None:
     print_lines(gathered.notes)
     todo = planning.plan(gathered.jobs, request)
     planning.collect(gathered, request.out, request.allow_leaks)
-    costs = _costs(request.recipe, todo, workers)
+    print_lines(notes_of_grids(todo.before, todo.done, request))
+    costs = _costs(request, todo, workers)
     title = f"photon-data prepare {request.source} {request.out.url} (dry run)"
     print_table(title, ["", ""], [*costs, ("files left alone", left_alone(gathered.ignored))])
 
 
-def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> list[tuple[str, str]]:
+def _costs(request: Request, todo: Plan, workers: Workers) -> list[tuple[str, str]]:
     """Return what is to do and about what it needs, as lines of a table."""
     megabytes = sum(job.source.bytes for job in todo.jobs) / 1e6
     count, scans = workers.local_count(), len(todo.jobs)
@@ -245,7 +253,9 @@ def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> list[tuple[str, str]
     unit, unit_s, digits = ("s", 1, 0) if seconds < 120 else ("min", 60, 0) if seconds < 7200 else ("h", 3600, 1)
     time_text = f"about {seconds / unit_s:.{digits}f} {unit} with {count} local workers"
     memory = f"about {WORKER_GB * count:.1f} GB for axis-aligned scans"
-    voxels = math.prod(recipe.shape_zyx) + math.prod(recipe.model_shape_zyx)
+    recipe, grids = request.recipe, WRITTEN[written := grids_of(request)]
+    sizes = {"volume": math.prod(recipe.shape_zyx), "model": math.prod(recipe.model_shape_zyx), "full": FULL_VOXELS}
+    voxels = sum(sizes[grid] for grid in grids)
     gigabytes = 2 * voxels * COMPRESSED * scans / 1e9
     return [
         ("to prepare", f"{scans} scans, {megabytes:,.0f} MB"),
@@ -253,7 +263,7 @@ def _costs(recipe: Recipe, todo: Plan, workers: Workers) -> list[tuple[str, str]
         ("known to be refused", f"{sum(job.source.problem is not None for job in todo.jobs)} scans"),
         ("time", "depends on the cluster" if workers.scheduler else time_text),
         ("memory", f"{memory}, up to {OBLIQUE_WORKER_GB * count:.1f} GB for oblique ones"),
-        ("disk", f"about {gigabytes:,.1f} GB in {FILES_PER_STORE * scans} files"),
+        ("disk", f"about {gigabytes:,.1f} GB in {FILES_PER_STORE[written] * scans} files"),
     ]
 
 
@@ -303,7 +313,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     request = Request(path, location, recipe, seed=manifest.seed, datasets=readable)
     combined = combine(parts, manifest.seed)
     todo = planning.plan(planning.jobs_of(request, combined), request)
-    print_table("for the volumes that are there", ["", ""], _costs(recipe, todo, workers))
+    print_table("for the volumes that are there", ["", ""], _costs(request, todo, workers))
     refuse_leaks(leaks(map(planning.as_row, combined.questions)))
     return len(parts) == len(datasets) and not combined.unmatched
 

@@ -83,6 +83,16 @@ class Location:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def state(self, name: str) -> object:
+        """Return what changes when a file is lost or replaced (remotely, its size); None where there is none."""
+        if not self.is_local:
+            return self.size(name)
+        try:
+            found = (self.path / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size, found.st_ino, found.st_mtime_ns
+
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file. If that fails, the file that was there before stays."""
         if self.is_local:

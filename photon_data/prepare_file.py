@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -37,6 +37,7 @@ from photon_data.records import FAILED, PREPARED, READY, REFUSED, UNCHANGED, Vol
 from photon_data.resample import (
     Values,
     body_box_lps,
+    full_grid,
     grid_to_native,
     margins_mm,
     model_grid,
@@ -45,11 +46,13 @@ from photon_data.resample import (
     target_grid,
 )
 from photon_data.scan import Scan, Source, TableGrid
-from photon_data.store import is_whole, read_metadata, store_name, write_store
+from photon_data.store import WRITTEN, grids_of, is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
 PADDING_FIRST = "padding-first"
+# Part of it where it is not this.
+USUAL = WRITTEN["volume"]
 LARGEST_12_BITS_HU = 3071
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Refusals that the next run may not meet again, and failures that it will.
@@ -75,6 +78,7 @@ class Job:
     rescale: Rescale | None = None
     stated: TableGrid | None = None
     overwrite: bool = False  # prepare it even if its store is there
+    grids: str = "volume"  # which are written: see WRITTEN of store.py
     write: bool = True  # False: do everything but write; the record is then "ready"
 
     def to_json(self) -> dict[str, Any]:
@@ -96,17 +100,20 @@ class Job:
         }
         return cls(**{**data, **parts})
 
-    def key(self, content: str, facts: Mapping[str, Any], digest: str | None = None) -> str:
+    def key(
+        self, content: str, facts: Mapping[str, Any], digest: str | None = None, grids: Sequence[str] = USUAL
+    ) -> str:
         """Return the resume key: a hash of all that decides the store's bytes.
 
         `content` is the fingerprint of the source's files. Of the `facts` of its volume, the choices of the policy that
         mattered count, and whether there is padding: it was interpolated by versions that did not count it. `digest` is
-        that of the recipe, where it is not this one's: stores of earlier versions.
+        that of the recipe, where it is not this one's: stores of earlier versions. `grids` are those of the store.
         """
         parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
         parts += [dict(facts["policy"])] if facts.get("policy") else []
         parts += [PADDING_FIRST] if has_padding(facts, self.recipe) else []
+        parts += [] if tuple(grids) == USUAL else [list(grids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def refusal_key(self) -> str:
@@ -139,8 +146,11 @@ def prepare(
     recipe: Recipe | None = None,
     policy: Policy | None = None,
     rescale: Rescale | None = None,
+    grids: str = "volume",
 ) -> Prepared:
     """Return a scan as it would be in a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is written.
+
+    With grids="full" there is also `.full`, the whole field of the scan at 1.5 mm.
 
     `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a
     store, UsageError where the path holds no scan or several.
@@ -160,34 +170,41 @@ def prepare(
     else:
         source = find_one_scan(Path(scan))
         opened = open_scan(source, nifti_affine=policy.nifti_affine, max_voxels=policy.max_voxels)
-    return prepare_volume(opened, recipe or Recipe(), policy, rescale)
+    return prepare_volume(opened, recipe or Recipe(), policy, rescale, grids)
 
 
 def prepare_volume(
-    scan: Scan, recipe: Recipe, policy: Policy | None = None, rescale: Rescale | None = None
+    scan: Scan,
+    recipe: Recipe,
+    policy: Policy | None = None,
+    rescale: Rescale | None = None,
+    grids: str = "volume",
 ) -> Prepared:
     """Return the scan as `recipe` says; Refused if it must not become a store.
 
-    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where its choices mattered.
+    `rescale` replaces the slope and intercept of the header. The facts hold a "policy" where its choices mattered. With
+    grids="full" the planes are read a second time, for the whole field: two grids at once would not be streamed.
     """
     native, values = scan.geometry, _values(scan, recipe, rescale)
     _refuse_smaller_than_a_voxel(native, recipe)
     body = body_box_lps(scan.planes(), native, values) if recipe.centre == "body" else None
     grid = target_grid(native, recipe, None if body is None else body.mean(axis=0))
-    probe = Probe(
-        native.shape_zyx,
-        values.slope,
-        values.intercept,
-        values.pad_stored,
-        floor_hu=recipe.window_hu[0],
-        padded=scan.padded,
-    )
+    whole = full_grid(native) if grids == "full" else None
+
+    def new_probe() -> Probe:
+        settings = values.slope, values.intercept, values.pad_stored
+        return Probe(native.shape_zyx, *settings, floor_hu=recipe.window_hu[0], padded=scan.padded)
+
+    probe = new_probe()
     array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias)
     choices = dict(scan.choices) | _accept(probe, policy or Policy(), rescale)
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
     facts |= {} if body is None else {"body_mm": dict(zip("xyz", body.T.tolist(), strict=True))}
-    return Prepared(Volume(array, grid), model, facts)
+    if whole is None:
+        return Prepared(Volume(array, grid), model, facts)
+    field = resample(map(new_probe().look, scan.planes()), native, whole, values, recipe.antialias)
+    return Prepared(Volume(array, grid), model, facts | {"full_grid": whole.to_json()}, Volume(field, whole))
 
 
 def _refuse_smaller_than_a_voxel(native: Geometry, recipe: Recipe) -> None:
@@ -300,17 +317,18 @@ def _prepare(job: Job) -> VolumeRecord:
     content = fingerprint(source.files)
     if done := already_there(job, content):
         return done
-    prepared = prepare_volume(opened(job), job.recipe, job.policy, job.rescale)
+    prepared = prepare_volume(opened(job), job.recipe, job.policy, job.rescale, job.grids)
     if not job.write:
         return job.record(READY, fingerprint=content, facts=prepared.facts)
     identity = {
         "id": source.id,
-        "key": job.key(content, prepared.facts),
+        "key": job.key(content, prepared.facts, grids=WRITTEN[job.grids]),
         "fingerprint": content,
         "recipe": job.recipe.to_json(),
         "digest": job.recipe.digest,
     }
-    return job.record_of_store(PREPARED, write_store(prepared, Location(job.out), store_name(source.id), identity))
+    metadata = write_store(prepared, Location(job.out), store_name(source.id), identity, job.grids)
+    return job.record_of_store(PREPARED, metadata)
 
 
 def opened(job: Job) -> Scan:
@@ -323,7 +341,7 @@ def opened(job: Job) -> Scan:
 def already_there(job: Job, content: str) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none.
 
-    Policies may differ, except in the choices that changed this store: those must be equal.
+    Policies may differ, except in the choices that changed this store: those must be equal. It may have more grids.
     """
     if job.overwrite or not job.write:
         return None
@@ -336,7 +354,8 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     needed = choices | {key: value for key, value in earlier.items() if value != EARLIER[key]}
     is_same = (
         recipe_digest(metadata) == job.recipe.digest
-        and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"])
+        and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"], grids_of(metadata))
+        and set(WRITTEN[job.grids]) <= set(grids_of(metadata))
         and not _rescaled_twice(metadata["facts"])
         and all(getattr(job.policy, key, None) == value for key, value in needed.items())
     )

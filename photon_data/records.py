@@ -34,6 +34,7 @@ class VolumeRecord:
     geometry, grid        Geometry.to_json() of the native grid and of the target grid
     cut_mm, pad_mm        {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid, and the other way
                           round, at the low and the high end of each world axis (L, P, S grow)
+    full_grid             Geometry.to_json() of the whole field; only with --grids full
     padding_voxels        how many voxels were padding, declared or far below air, and became air
     body_mm               {"x": [low, high], ...} around the body, LPS; only with the recipe's centre=body
     hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also "histogram": counts
@@ -204,7 +205,7 @@ def _difference(
     if other["content"] != volume["content"]:
         yield f"{name}: its source has another content than the lock's"
     elif other["settings"] != volume["settings"]:
-        yield f"{name}: made with other settings (recipe, rescaling, policy) from the same content"
+        yield f"{name}: made with other settings (recipe, rescaling, policy, grids) from the same content"
     elif other["arrays"] != volume["arrays"]:
         versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
         changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)

@@ -4,6 +4,7 @@
              /0/               the volume
              /model/zarr.json  image group of the model grid
              /model/0/         the model grid
+             /full/...         likewise the whole field of the scan, with --grids full; --grids model has no /0/
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import google_crc32c
 import numpy as np
@@ -24,7 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, write_whole
-from photon_data.stored_array import StoredArray, checksums, state_of
+from photon_data.stored_array import StoredArray, checksums
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
@@ -36,7 +38,9 @@ OWN_DIGEST = "attributes_sha256"
 CHECKSUMS = "checksums_sha256"  # of each shard, see `checksums`; stores of earlier versions do not have it either
 ROOT = "zarr.json"
 SHARD = "0/c/0/0/0"  # the one file of voxels of an image group
-GRIDS = {"volume": "", "model": "model/"}
+GRIDS = {"volume": "", "model": "model/", "full": "full/"}
+# What is written by each value of --grids.
+WRITTEN = {"volume": ("volume", "model"), "full": ("volume", "model", "full"), "model": ("model",)}
 SUFFIX = ".ome.zarr"
 NIFTI = (".nii", ".nii.gz")  # a row may name such a file of the stored grid in place of a store
 # Chunks are at most this large: an axial slice of 364^3 costs 4 of them, a whole read 52.
@@ -53,18 +57,21 @@ def store_name(volume_id: str) -> str:
     return f"volumes/{volume_id}{SUFFIX}"
 
 
-def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+def write_store(
+    prepared: Prepared, out: Location, name: str, identity: dict[str, Any], grids: str = "volume"
+) -> dict[str, Any]:
     """Write the store `name` below `out`, replacing one that is there; return its metadata (see `read_metadata`).
 
-    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts. Locally it is written
+    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts, `grids` says which are
+    written (see WRITTEN). Locally it is written
     beside, synced and renamed; on an object store the root metadata go last, and without them no reader takes the rest
     for a store.
     """
     if out.is_local:
         with write_whole(out.path / name) as folder:
-            return _write(prepared, folder, identity)
+            return _write(prepared, folder, identity, grids)
     with tempfile.TemporaryDirectory(prefix="photon-") as scratch:
-        written = _write(prepared, Path(scratch), identity)
+        written = _write(prepared, Path(scratch), identity, grids)
         out.remove(f"{name}/{ROOT}")
         out.remove(name)
         for file in [*written["files"], ROOT]:
@@ -72,18 +79,19 @@ def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str
         return written
 
 
-def _write(prepared: Prepared, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def _write(prepared: Prepared, folder: Path, identity: dict[str, Any], grids: str) -> dict[str, Any]:
+    images: dict[str, Volume] = {grid: getattr(prepared, grid) for grid in WRITTEN[grids]}
     shards = {
-        SHARD: _write_array(prepared.volume, folder / "0"),
-        f"model/{SHARD}": _write_array(prepared.model, folder / "model" / "0"),
+        f"{GRIDS[grid]}{SHARD}": _write_array(image, folder / GRIDS[grid] / "0") for grid, image in images.items()
     }
-    _write_group(folder / "model", {"ome": _ome("model", prepared.model.geometry)})
+    for grid, image in images.items():
+        if grid != "volume":
+            _write_group(folder / grid, {"ome": _ome(grid, image.geometry)})
     files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
     ours = {"format": FORMAT, **identity, "facts": prepared.facts, "files": files}
-    ours[CHECKSUMS] = {
-        name: checksums(zarr.open_array(folder / name[: -len("/c/0/0/0")]), folder / name) for name in shards
-    }
-    attributes = {"ome": _ome(identity["id"], prepared.volume.geometry), KEY: ours}
+    ours[CHECKSUMS] = {name: checksums(zarr.open_array((folder / name).parents[3]), folder / name) for name in shards}
+    shown = next(iter(images))  # the image that viewers open
+    attributes = {"ome": _ome(identity["id"], images[shown].geometry, f"{GRIDS[shown]}0"), KEY: ours}
     ours[OWN_DIGEST] = own_digest(attributes)
     content = _write_group(folder, attributes)
     return _with_size(ours, content)
@@ -149,21 +157,21 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> bytes:
     return content
 
 
-def _ome(name: str, geometry: Geometry) -> dict[str, Any]:
-    """Return OME-Zarr 0.5 metadata of one image with one level; orientation as in RFC-4."""
+def _ome(name: str, geometry: Geometry, path: str = "0") -> dict[str, Any]:
+    """Return OME-Zarr 0.5 metadata of one image with one level, at `path`; orientation as in RFC-4."""
     axes: list[dict[str, Any]] = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
     for axis in axes:
         axis["orientation"] = {"type": "anatomical", "value": ORIENTATION[axis["name"]]}
-    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry)}]}
+    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry, path)}]}
 
 
-def ome_datasets(geometry: Geometry) -> list[dict[str, Any]]:
-    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, "0"."""
+def ome_datasets(geometry: Geometry, path: str = "0") -> list[dict[str, Any]]:
+    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, at `path`."""
     transforms = [
         {"type": "scale", "scale": list(geometry.spacing_zyx_mm)},
         {"type": "translation", "translation": list(geometry.origin_lps[::-1])},
     ]
-    return [{"path": "0", "coordinateTransformations": transforms}]
+    return [{"path": path, "coordinateTransformations": transforms}]
 
 
 def file_names(folder: Path) -> list[str]:
@@ -210,6 +218,11 @@ def _metadata(content: bytes) -> dict[str, Any]:
     return found
 
 
+def grids_of(metadata: dict[str, Any]) -> list[str]:
+    """Return the grids that a store has, of those in GRIDS."""
+    return [grid for grid, place in GRIDS.items() if f"{place}0/{ROOT}" in metadata["files"]]
+
+
 def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
     """Return our metadata with the store's size and the hash of `content`, the root metadata."""
     root = _size_and_hash(content)
@@ -219,20 +232,21 @@ def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
 
 def open_volume(
     path: str | Path,
-    grid: Literal["volume", "model"] = "volume",
+    grid: Literal["volume", "model", "full"] | None = "volume",
     *,
     id: str | None = None,
     verify: Literal["quick", "full"] = "quick",
 ) -> Volume:
     """Return the volume of a store, read lazily: slice `.array_zyx` or take `.numpy()`.
 
-    `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x),
+    `path` is a store's folder or fsspec URL; `grid` picks the volume, the model grid, or the whole field of the
+    scan; None the volume, or the model grid of a store without it, which covers the same box. int16 HU, (z, y, x),
     LPS-aligned. With an `id`, the store must be the one of that volume.
 
-    UsageError when it is not one of our stores, one of another version, another volume's, or one that is not as it was
-    written: its metadata changed, or a file of that grid is missing or of another size; with verify="full", one whose
-    hash is another. What is read later is compared with the checksums of its chunks: UsageError for voxels that differ
-    from them, or whose file is gone or was replaced meanwhile.
+    UsageError when it is not one of our stores, one of another version, another volume's, one without that grid, or one
+    that is not as it was written: its metadata changed, or a file of that grid is missing or of another size; with
+    verify="full", one whose hash is another. What is read later is compared with the checksums of its chunks:
+    UsageError for voxels that differ from them, or whose file is gone or was replaced meanwhile.
 
     >>> volume = photon_data.open_volume("a.ome.zarr", id="a")
     >>> volume.array_zyx.shape, volume.array_zyx[20].shape, volume.geometry.orientation
@@ -240,11 +254,11 @@ def open_volume(
     >>> photon_data.open_volume("a.ome.zarr", "model").geometry.shape_zyx
     (14, 28, 28)
     """
-    if grid not in GRIDS:
-        raise UsageError(f"grid: expected volume or model, found {grid!r}")
+    if grid is not None and grid not in GRIDS:
+        raise UsageError(f"grid: expected volume, model or full, found {grid!r}")
     if verify not in ("quick", "full"):
         raise UsageError(f"verify: expected quick or full, found {verify!r}")
-    location, place = Location(str(path)), GRIDS[grid]
+    location = Location(str(path))
     root = location.read(ROOT)
     try:
         metadata = _metadata(root or b"")
@@ -254,10 +268,17 @@ def open_volume(
     if id is not None and metadata["id"] != id:
         remedy = "bring back the one of that id, or prepare it again"
         raise UsageError(f"expected the store of {id}, found that of {metadata['id']} at {path}; {remedy}")
+    grids = grids_of(metadata)
+    grid = grid or cast(Literal["volume", "model"], next(iter(grids), "volume"))
+    if grids and grid not in grids:
+        remedy = f"prepare with --grids {grid}"
+        raise UsageError(f"expected the grid {grid}, found {' and '.join(grids)} in {path}; {remedy}")
+    place = GRIDS[grid]
     try:
         of_image = root if grid == "volume" else _checked(location, metadata, f"{place}{ROOT}")
         of_array = _checked(location, metadata, f"{place}0/{ROOT}")
-        shard, state = f"{place}{SHARD}", state_of(location, f"{place}{SHARD}")
+        shard, look = f"{place}{SHARD}", partial(location.state, f"{place}{SHARD}")
+        state = look()
         if verify == "full":
             _checked(location, metadata, shard)
         elif lost := _lost(metadata, shard, location.size(shard)):
@@ -278,7 +299,7 @@ def open_volume(
             raise
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
-    return Volume(StoredArray(array, location, shard, state), geometry)
+    return Volume(StoredArray(array, location.at(shard), look, state), geometry)
 
 
 def _checked(location: Location, metadata: dict[str, Any], file: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,6 @@ from typing import Any
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
-
-
-def state_of(out: Location, name: str) -> Any:
-    """Return what changes when a file is lost or replaced; None where there is none."""
-    if not out.is_local:
-        return out.size(name)
-    try:
-        found = (out.path / name).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_size, found.st_ino, found.st_mtime_ns
 
 
 def checksums(array: Any, shard: Path) -> str:
@@ -52,9 +41,9 @@ class StoredArray:
     """
 
     array: Any  # of zarr
-    out: Location
-    file: str
-    state: Any  # of the file when the store was opened
+    place: str  # of the file that holds it
+    look: Callable[[], object]  # returns the state of the file: see Location.state
+    state: object  # when the store was opened
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,14 +57,14 @@ class StoredArray:
 
     def __getitem__(self, index: Any) -> Any:
         """Return the voxels of a numpy index."""
-        place, remedy = self.out.at(self.file), "copy the store or prepare it again"
+        remedy = "copy the store or prepare it again"
         try:
             voxels = self.array[index]
         except (ValueError, RuntimeError) as error:  # checksums, codecs
-            raise UsageError(f"expected whole voxels, found {place} damaged ({error}); {remedy}") from error
-        if (state := state_of(self.out, self.file)) != self.state:
+            raise UsageError(f"expected whole voxels, found {self.place} damaged ({error}); {remedy}") from error
+        if (state := self.look()) != self.state:
             found = "lost" if state is None else "replaced"
-            raise UsageError(f"expected {place} as it was when opened, found it {found} since then; open it again")
+            raise UsageError(f"expected {self.place} as it was when opened, found it {found} since then; open it again")
         return voxels
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

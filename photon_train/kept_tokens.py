@@ -149,7 +149,7 @@ def counted_by_volume(
     for id, place in places.items():
         try:
             if "://" in place or (Path(place) / ROOT).exists():
-                grid = open_volume(place, id=id).geometry
+                grid = open_volume(place, None, id=id).geometry
             else:  # a raw scan: its header says what it would be prepared to
                 grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
             found.masks[id] = counted_masks(folder / id, model_grid(grid, tokens_zyx), names)

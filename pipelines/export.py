@@ -21,13 +21,15 @@ def export_all(
     out: Location,
     format_: str,
     folder: Path,
+    grid: str = "volume",
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> str:
     """Write every volume of `out` into `folder`/volumes, and its manifests with those paths; what is up to date stays.
 
-    Returns a sentence with the counts. UsageError for an unknown format and where nothing was prepared.
+    Returns a sentence with the counts. UsageError for an unknown format, where nothing was prepared, and for a store
+    without that grid or that is not as it was written.
     """
     if format_ not in FORMATS:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, found {format_!r}")
@@ -39,12 +41,14 @@ def export_all(
     kept = 0
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     for number, record in enumerate(records, 1):
-        path = folder / "volumes" / f"{record.id}{suffix}"
-        if not overwrite and path.exists() and made_from.get(record.id) == record.store_sha256:
+        path, source = folder / "volumes" / f"{record.id}{suffix}", record.store_sha256
+        source = source if grid == "volume" else f"{source} {grid}"
+        if not overwrite and path.exists() and made_from.get(record.id) == source:
             kept += 1
         else:
-            write(open_volume(out.at(store_name(record.id)), id=record.id, verify="full"), path)
-            made_from[record.id] = record.store_sha256
+            store = out.at(store_name(record.id))
+            write(open_volume(store, grid, id=record.id, verify="full"), path)  # type: ignore[arg-type]
+            made_from[record.id] = source
             target.write(INDEX, json.dumps(made_from, sort_keys=True).encode())
         progress(number, len(records))
     names = manifest_names(out)

@@ -31,7 +31,7 @@ from photon_data.records import DATASET, FAILED, PRUNED, REFUSED, STATES, UNCHAN
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
 from photon_pipelines.owners import refuse_namesakes, withdrawn
-from photon_pipelines.request import Request
+from photon_pipelines.request import Request, grids_of
 
 PATHS = ("absolute", "relative")
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -154,11 +154,13 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
     paths_of(request)  # a misuse is told before the search
+    grids = grids_of(request)
     if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*)?", request.id_prefix):
         raise UsageError(f"--id-prefix: expected letters, digits, . _ and -, found {request.id_prefix!r}")
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
+    gathered = gathered._replace(jobs=[replace(job, grids=grids) for job in gathered.jobs])
     for name, asked in gathered.questions.items():
         refuse_unsound(name, asked)
     if not request.allow_leaks:

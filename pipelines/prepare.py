@@ -49,7 +49,7 @@ from photon_data.store import open_volume, store_name
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, paths_of, plan
-from photon_pipelines.request import Request
+from photon_pipelines.request import Request, grids_of, notes_of_grids
 from photon_pipelines.unpack import pending, unpack_all
 
 REPORT, COUNTS = "report.html", "questions.json"
@@ -77,6 +77,8 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         if gathered.key:
             _keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
+        for note in notes_of_grids(todo.before, todo.done, request):
+            callback.on_note(note)
         _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=gathered.key is not None)
         there = question_digests(out)
         for name, asked in questions.items():
@@ -201,6 +203,7 @@ def _write_dataset(
         "recipe": request.recipe.to_json(),
         "digest": request.recipe.digest,
         "paths": paths_of(request),
+        "grids": grids_of(request),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,

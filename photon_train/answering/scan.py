@@ -25,7 +25,7 @@ class ScanInput(NamedTuple):
 
     id: str
     model: Volume  # int16 HU on the model grid, in memory: the bytes of a store's "model" array
-    volume: Volume  # int16 HU on the prepared grid; of a store, read lazily
+    volume: Volume  # int16 HU on the prepared grid, of a store without it on the model grid; of a store, read lazily
     native: Geometry  # the grid of the raw scan
     seconds: dict[str, float]  # {"read", "prepare"}
 
@@ -47,7 +47,7 @@ def open_input(
         assert metadata is not None, "open_volume has read it"
         seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
         native = Geometry.from_json(metadata["facts"]["geometry"])
-        return ScanInput(metadata["id"], model, open_volume(place, id=id), native, seconds)
+        return ScanInput(metadata["id"], model, open_volume(place, None, id=id), native, seconds)
     return _prepared(find_one_scan(Path(place), series), recipe, policy or Policy(), start)
 
 

@@ -1,10 +1,13 @@
 """A row gets the volume that it names, or an error by name."""
 
 import pytest
-from askable import predictor, row, store
+from askable import blocks, predictor, row, store
 
 from photon_data.errors import UsageError
+from photon_data.files import Location
 from photon_data.recipe import Recipe
+from photon_data.store import store_name, write_store
+from photon_data.volume import Prepared
 from photon_train.answering.manifest import predict_rows
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.scan import open_input
@@ -48,6 +51,18 @@ def test_training_names_the_store_of_another_volume_or_leaves_its_rows_out(tmp_p
         rows_with_stores(rows, "stop")
     assert [one.id for one in rows_with_stores(rows, "skip")] == ["b", "d"]
     assert [volume_id_of(one._asdict()) for one in rows] == ["v0", "v2", "v9", None]
+
+
+def test_a_store_of_the_model_grid_alone_is_asked_about_and_shown_on_it(model_dir, tmp_path):
+    model = blocks(3)
+    facts = {"geometry": model.geometry.to_json(), "grid": model.geometry.to_json()}
+    identity = {"id": "v0", "key": "k", "fingerprint": "f", "recipe": Recipe().to_json(), "digest": Recipe().digest}
+    write_store(Prepared(model, model, facts), Location(str(tmp_path)), store_name("v0"), identity, "model")
+    path = str(tmp_path / store_name("v0"))
+    assert predict_rows(predictor(model_dir), [row("a", "Where?", path)], tmp_path / "p.jsonl").answered == 1
+    scan = open_input(path, Recipe(), id="v0")
+    assert scan.volume.geometry == scan.model.geometry
+    assert (scan.volume.numpy() == model.array_zyx).all()
 
 
 def test_what_is_shown_and_counted_is_of_the_volume_that_is_named(tmp_path, swapped):
