@@ -56,6 +56,7 @@ def prepare(
         str | None,
         Option(help="volume (and the model grid), full (also the whole field at 1.5 mm) or model (alone); else OUT's."),
     ] = None,
+    check: Annotated[str, Option(help="A scan is unchanged by its size and time, or by its content.")] = "time",
     dry_run: Annotated[bool, Option(help="Say what would happen; write nothing.")] = False,
     workers: terminal.WorkerCount = None,
     scheduler: terminal.Scheduler = None,
@@ -160,18 +161,24 @@ def prune(
 
 @app.command()
 def verify(out: Out) -> None:
-    """Check every byte of every store against what was recorded."""
+    """Check every byte that prepare left against what was recorded, and say what was not checked."""
     with errors_as_exit_codes():
         from photon_data.files import Location
-        from photon_data.records import read_records
         from photon_pipelines.verify import verify_output
 
-        location, problems = Location(out), 0
+        location, problems, stores = Location(out), 0, 0
         with ProgressBar("verifying") as bar:
-            for problem in verify_output(location, bar.count):
+            unchecked: list[str] = []
+
+            def count(done: int, total: int) -> None:
+                nonlocal stores
+                stores = done
+                bar.count(done, total)
+
+            for problem in verify_output(location, count, unchecked.append):
                 problems += 1
                 console.print(problem, soft_wrap=True, style="red")
-        stores = sum(record.is_there for record in read_records(location))
+        terminal.print_lines(f"not checked: {what}" for what in unchecked)
         console.print(f"{stores} stores checked, {problems} problems")
     raise Exit(PARTIAL if problems else OK)
 

@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,12 @@ def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()  # b"".join would hold all lines twice
     buffer.writelines((encode(row) + "\n").encode("utf-8", "backslashreplace") for row in rows)
     return buffer.getvalue()
+
+
+def digest_of(content: Mapping[str, Any], without: str) -> str:
+    """Return the SHA-256 of a JSON object without one key, as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in content.items() if key != without}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:

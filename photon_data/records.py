@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.files import Location, digest_of, from_jsonl, jsonl_bytes
 from photon_data.private import read_names, save_names
 from photon_data.recipe import ALGORITHM, Recipe
 
@@ -22,6 +22,8 @@ STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
 PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
+# Of a row of volumes.jsonl, and of dataset.json: the `digest_of` what else it says. Earlier versions did not write it.
+ROW_DIGEST, DATASET_DIGEST = "row_sha256", "sha256"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def write_records(out: Location, records: Iterable[VolumeRecord]) -> None:
         known = read_names(out)
         names = {record.id: (record.root, record.source) if record.root else known.get(record.id) for record in hidden}
         save_names(out, ((id, *place) for id, place in names.items() if place))
-    out.write(VOLUMES, jsonl_bytes(record.row() for record in records))
+    rows = (record.row() for record in records)
+    out.write(VOLUMES, jsonl_bytes({**row, ROW_DIGEST: digest_of(row, ROW_DIGEST)} for row in rows))
 
 
 def lock_of(

@@ -25,7 +25,7 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, write_whole
+from photon_data.files import Location, digest_of, write_whole
 from photon_data.stored_array import StoredArray, checksums
 from photon_data.volume import Geometry, Prepared, Volume
 
@@ -186,8 +186,8 @@ def _size_and_hash(content: bytes) -> dict[str, Any]:
 
 def own_digest(attributes: dict[str, Any]) -> str:
     """Return the SHA-256 of root attributes without their own digest, as JSON with sorted keys and no spaces."""
-    rest = {**attributes, KEY: {key: value for key, value in attributes[KEY].items() if key != OWN_DIGEST}}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    ours = {key: value for key, value in attributes[KEY].items() if key != OWN_DIGEST}
+    return digest_of({**attributes, KEY: ours}, OWN_DIGEST)
 
 
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:

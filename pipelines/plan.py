@@ -153,6 +153,8 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
+    if request.check not in ("time", "content"):
+        raise UsageError(f"--check: expected time or content, found {request.check!r}")
     paths_of(request)  # a misuse is told before the search
     grids = grids_of(request)
     if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*)?", request.id_prefix):
@@ -365,7 +367,8 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs))
+        known = {} if request.check == "content" else before  # the worker hashes, and makes no store that is there
+        found = list(threads.map(lambda job: _unchanged(job, known.get(job.source.id), request.retry_failed), jobs))
         digests = list(threads.map(lambda record: _digest_of_store(out, record), there))
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]

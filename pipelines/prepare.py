@@ -5,6 +5,7 @@ Whatever it leaves is complete; run it again and it goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import secrets
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, exclusive, refresh
+from photon_data.files import Location, digest_of, exclusive, refresh
 from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,
@@ -34,6 +35,7 @@ from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
+    DATASET_DIGEST,
     LOCK,
     PRUNED,
     REFUSED,
@@ -109,7 +111,7 @@ def finish(
     rows_before = row_ids(out)
     manifests, leak = _write_manifests(request, questions, unmatched, rows)
     hidden = any(record.hidden for record in rows)
-    versions = _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)["versions"]
+    versions = _versions()
     page = render_report(
         rows,
         recipe=request.recipe,
@@ -124,6 +126,7 @@ def finish(
     _write_json(out, COUNTS, [asdict(found) for found in counts])
     lock = lock_of(rows, content_digests(questions), request.recipe, versions, _salt(request))
     _write_json(out, LOCK, lock)
+    _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)
     found = list(differences(request.lock, lock, rows)) if request.lock else []
     left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
     return Result(records, kept, manifests, counts, found, left, leak, damaged=())
@@ -195,8 +198,9 @@ def _write_dataset(
     manifests: dict[str, str] | None,
     *,
     hidden: bool,
-) -> dict[str, Any]:
-    """Write dataset.json and return it; `manifests` are {name: SHA-256}, None while the run is not finished."""
+) -> None:
+    """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished."""
+    files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
     dataset = {
         "format": 1,
         "source": None if hidden or not request.source.name else str(request.source),
@@ -204,12 +208,16 @@ def _write_dataset(
         "digest": request.recipe.digest,
         "paths": paths_of(request),
         "grids": grids_of(request),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": _versions(),
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
+        "files": files if manifests is not None else None,
     }
-    _write_json(request.out, DATASET, dataset)
-    return dataset
+    _write_json(request.out, DATASET, {**dataset, DATASET_DIGEST: digest_of(dataset, DATASET_DIGEST)})
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def _write_json(out: Location, name: str, content: Any) -> None:

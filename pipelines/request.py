@@ -36,6 +36,7 @@ class Request:
     allow_leaks: bool = False
     limit: int | None = None  # only so many scans
     overwrite: bool = False
+    check: str = "time"  # by what a scan counts as unchanged: its size and "time", or its "content", hashed again
     retry_failed: bool = False  # read again what was refused, timed out or crashed before
     lock: Mapping[str, Any] | None = None  # a dataset.lock whose bytes are to be made again
     pictures: int = 48  # volumes shown as pictures in the report
