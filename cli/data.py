@@ -59,6 +59,11 @@ def prepare(
     paths_in_manifests: Annotated[
         str | None, Option("--paths", help="Of stores in manifests: absolute, or relative to OUT, which can then move.")
     ] = None,
+    grids: Annotated[
+        str | None,
+        Option(help="volume (and the model grid), full (also the whole field at 1.5 mm) or model (alone); else OUT's."),
+    ] = None,
+    check: Annotated[str, Option(help="A scan is unchanged by its size and time, or by its content.")] = "time",
     dry_run: Annotated[bool, Option(help="Say what would happen; write nothing.")] = False,
     workers: terminal.WorkerCount = None,
     scheduler: terminal.Scheduler = None,
@@ -76,7 +81,9 @@ def prepare(
         request = body.request_of(context, *terminal.source_and_out(paths, manifest, "SOURCE OUT"))
         where = Workers(workers, scheduler, timeout, memory)
         if dry_run:
-            body.print_estimate(request, where)
+            from photon_cli.inspect import print_estimate
+
+            print_estimate(request, where)
             return
         with body.stopped_as_exit_code(), body.PreparingBar("looking for scans") as bar:
             result = pipeline.prepare(request, where, bar)
@@ -117,7 +124,8 @@ def inspect(
 ) -> None:
     """Report what is wrong or odd with raw scans; writes no stores."""
     with errors_as_exit_codes():
-        from photon_cli import prepare as body
+        from photon_cli import inspect as body
+        from photon_cli.prepare import request_of, stopped_as_exit_code
         from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
 
@@ -127,8 +135,8 @@ def inspect(
             terminal.refuse_beside_manifest(context, "limit", "json_file", "propose", "accept", "repair", "overrides")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
-            request = body.request_of(context, source, out="memory://inspected")
-            with body.stopped_as_exit_code(), console.status("reading scans"):
+            request = request_of(context, source, out="memory://inspected")
+            with stopped_as_exit_code(), console.status("reading scans"):
                 records, ignored, notes = pipeline.inspect(request, where)
             is_fine = body.print_findings(source, records, ignored, json_file)
             body.print_proposals(records, propose)
@@ -172,19 +180,24 @@ def prune(
 
 @app.command()
 def verify(out: Out) -> None:
-    """Check every byte of every store against what was recorded."""
+    """Check every byte that prepare left against what was recorded, and say what was not checked."""
     with errors_as_exit_codes():
         from photon_data.files import Location
-        from photon_data.records import read_records
-        from photon_pipelines.masks import read_rows
         from photon_pipelines.verify import verify_output
 
-        location, problems = Location(out), 0
+        location, problems, stores = Location(out), 0, 0
         with ProgressBar("verifying") as bar:
-            for problem in verify_output(location, bar.count):
+            unchecked: list[str] = []
+
+            def count(done: int, total: int) -> None:
+                nonlocal stores
+                stores = done
+                bar.count(done, total)
+
+            for problem in verify_output(location, count, unchecked.append):
                 problems += 1
                 console.print(problem, soft_wrap=True, style="red")
-        stores = sum(row.is_there for row in [*read_records(location), *read_rows(location)])
+        terminal.print_lines(f"not checked: {what}" for what in unchecked)
         console.print(f"{stores} stores checked, {problems} problems")
     raise Exit(PARTIAL if problems else OK)
 
@@ -193,6 +206,7 @@ def verify(out: Out) -> None:
 def show(
     volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan; FOLDER#KEY for a series.")],
     series: terminal.SeriesName = None,
+    grid: Annotated[str | None, Option(help="Of a store: volume, model or full (the whole field).")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="PNG; beside you, named after the volume.")] = None,
     window: terminal.Window = "full",
     at: terminal.At = None,
@@ -208,7 +222,10 @@ def show(
         from photon_data.store import ROOT, SUFFIX, open_volume
 
         if "://" in volume or (Path(volume) / ROOT).exists():
-            name, content = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX), open_volume(volume)
+            name = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX)
+            content = open_volume(volume, grid)  # type: ignore[arg-type]
+        elif grid:
+            fail(f"--grid: expected a store, found {volume}; a raw scan has its own grid only")
         else:
             source = find_one_scan(Path(volume), series)
             with names_left_out(source):
@@ -226,6 +243,7 @@ def export(
     out: Out,
     format_: Annotated[str, Option("--format", help="nifti (.nii.gz) or ome-zarr-0.4 (zarr v2, for Fiji).")],
     to: Annotated[Path | None, Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
+    grid: Annotated[str, Option(help="volume, model, or full (the whole field).")] = "volume",
     overwrite: Overwrite = False,
 ) -> None:
     """Write the prepared volumes in another format, with manifests that name those files."""
@@ -238,7 +256,7 @@ def export(
             fail(f"expected --to FOLDER, since {location.url} is no local folder")
         with ProgressBar("exporting") as bar:
             folder = to or location.path / format_
-            console.print(export_all(location, format_, folder, overwrite=overwrite, progress=bar.count))
+            console.print(export_all(location, format_, folder, grid, overwrite=overwrite, progress=bar.count))
 
 
 @app.command()

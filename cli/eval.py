@@ -16,7 +16,7 @@ from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
 from photon_data.lock import exclusive
-from photon_data.questions.table import read_values
+from photon_data.questions.table import read_values, volume_id_of
 from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
@@ -197,12 +197,12 @@ def _pictures(
     that cannot be shown is named, and does not stop the others.
     """
     first, tokens_zyx, pictures = evaluation.answers[0], evaluation.settings.grid_zyx, dict[str, Path]()
-    volumes = {row["id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
+    volumes = {row["id"]: (str(row["videos"][0]), volume_id_of(row)) for row in rows if len(row["videos"]) == 1}
     cases = [case for case in cases_to_picture(first, most) if case.id in volumes]
     fitting = [case for case in cases if case.prediction.visual_tokens == prod(tokens_zyx)]
-    for volume, group in grouped(fitting, lambda case: volumes[case.id]).items():
+    for (volume, id), group in grouped(fitting, lambda case: volumes[case.id]).items():
         try:
-            scan = open_input(volume, Recipe())
+            scan = open_input(volume, Recipe(), id=id)
             canvas = Canvas(scan.volume, scan.native, tokens_zyx)
             for case in group:
                 keep_V = unpack_mask(case.prediction.kept, case.prediction.visual_tokens)

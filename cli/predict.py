@@ -24,7 +24,7 @@ from photon_cli.terminal import ProgressBar, console, numbers, print_lines, wind
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, write_whole
 from photon_data.picture import AUTO, resolve_window
-from photon_data.questions.table import VIDEO_TAG
+from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.recipe import Recipe
 from photon_train.answering import manifest
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
@@ -202,7 +202,7 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
     """Write what was kept of each volume of a group; a volume with masks has their recall beside it."""
     titles = {request.id: _question_of(request.row) for request in group.requests}
     for number, video in enumerate(group.videos):
-        scan = open_input(str(video), Recipe())
+        scan = open_input(str(video), Recipe(), id=volume_id_of(group.requests[0].row))
         home = MaskHome(overlays.masks) if overlays.masks else None
         masks = home and home.has(scan.id) and (home.out.url if home.is_prepared else home.out.at(scan.id))
         of_volume = overlays._replace(masks=masks or None)

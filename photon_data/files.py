@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,16 @@ class Location:
             return len(self.fs.cat_file(self.at(name))) if found["size"] is None else int(found["size"])
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def state(self, name: str) -> object:
+        """Return what changes when a file is lost or replaced (remotely, its size); None where there is none."""
+        if not self.is_local:
+            return self.size(name)
+        try:
+            found = (self.path / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size, found.st_ino, found.st_mtime_ns
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file. If that fails, the file that was there before stays."""
@@ -287,6 +297,12 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
             except ValueError:
                 file.truncate(start)
         file.write(_jsonl_line(row))
+
+
+def digest_of(content: Mapping[str, Any], without: str) -> str:
+    """Return the SHA-256 of a JSON object without one key, as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in content.items() if key != without}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:

@@ -9,18 +9,17 @@ Two masks of one layer share no voxel, so each has a value of its own there; mas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import zarr
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.files import Location
-from photon_data.store import GRIDS, ROOT, SUFFIX, arrays_digest, check_array, is_whole, read_metadata, write_images
+from photon_data.store import GRIDS, SUFFIX, arrays_digest, read_metadata, write_images
+from photon_data.stored_array import open_array
 from photon_data.volume import Geometry, Volume
 
 FOLDER = "masks"
@@ -116,7 +115,7 @@ def write_masks(layers: Layers, out: Location, identity: dict[str, Any], facts: 
     if not layers.arrays:  # every mask is empty
         layers._layer_for((), 0)
     stacks = map(np.stack, zip(*layers.arrays, strict=True))
-    images = list(zip(stacks, layers.geometries, strict=True))
+    images = dict(zip(("volume", "model"), zip(stacks, layers.geometries, strict=True), strict=True))
     ours = {**identity, "facts": {**facts, "labels": [asdict(label) for label in layers.labels]}}
     return write_images(images, out, mask_store_name(identity["id"]), ours, fill=0)
 
@@ -175,16 +174,14 @@ def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal[
     if metadata["facts"]["volume"] != belongs_to(of_volume["id"], arrays_digest(of_volume), grid_json):
         found = f"those of {metadata['facts']['volume'].get('id')} as it was when they were made"
         raise UsageError(f"expected masks of {of_volume['id']} as it is in {volume}, found {found}; {REMEDY}")
-    if not is_whole(home, name, metadata):
-        raise UsageError(f"expected whole masks, found {home.at(name)} without a part of them; {REMEDY}")
-    place = f"{name}/{GRIDS[grid]}0"
     try:
-        check_array(json.loads(home.read(f"{place}/{ROOT}") or b""), home.at(name), ndim=4, dtype="uint8")
-        layers = zarr.open_array(home.at(place), mode="r", zarr_format=3)
+        layers = open_array(Location(home.at(name)), metadata, GRIDS[grid], dtype="uint8")
         labels = tuple(Label(**label) for label in metadata["facts"]["labels"])
         geometry = Geometry.from_json(metadata["facts"]["grids"][grid])
         if layers.shape[1:] != geometry.shape_zyx or any(label.layer >= layers.shape[0] for label in labels):
             raise ValueError("layers of another shape")
+    except UsageError as error:
+        raise UsageError(f"{error}; {REMEDY}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"expected whole metadata, found damaged ones in {home.at(name)} ({error!r}); {REMEDY}"

@@ -36,6 +36,7 @@ from photon_data.records import PREPARED, READY, UNCHANGED, VolumeRecord, record
 from photon_data.resample import (
     Values,
     body_box_lps,
+    full_grid,
     grid_to_native,
     margins_mm,
     model_grid,
@@ -45,11 +46,13 @@ from photon_data.resample import (
     voxels_between,
 )
 from photon_data.scan import Change, Scan, Source, TableGrid
-from photon_data.store import arrays_digest, is_whole, read_metadata, store_name, write_store
+from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, read_metadata, store_name, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
 PADDING_FIRST = "padding-first"
+# Part of it where it is not this.
+USUAL = WRITTEN["volume"]
 LARGEST_12_BITS_HU = 3071
 
 _version = cache(version)  # looked up for every refusal
@@ -67,6 +70,7 @@ class Job:
     rescale: Rescale | None = None
     stated: TableGrid | None = None
     overwrite: bool = False  # prepare it even if its store is there
+    grids: str = "volume"  # which are written: see WRITTEN of store.py
     write: bool = True  # False: do everything but write; the record is then "ready"
     override: Override | None = None  # what a person says of this scan
     holder: str = ""  # the token of the run that holds OUT: nothing is written when another one holds it
@@ -102,18 +106,21 @@ class Job:
         rescale = Rescale(said[0], said[1], "table") if said else self.rescale
         return replace(self, source=source, policy=policy, rescale=rescale, override=override)
 
-    def key(self, content: str, facts: Mapping[str, Any], digest: str | None = None) -> str:
+    def key(
+        self, content: str, facts: Mapping[str, Any], digest: str | None = None, grids: Sequence[str] = USUAL
+    ) -> str:
         """Return the resume key: a hash of all that decides the store's bytes.
 
         `content` is the fingerprint of the source's files. Of the `facts` of its volume, the choices of the policy that
         mattered count, and whether there is padding: it was interpolated by versions that did not count it. `digest` is
-        that of the recipe, where it is not this one's: stores of earlier versions.
+        that of the recipe, where it is not this one's: stores of earlier versions. `grids` are those of the store.
         """
         parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
         parts += [said] if self.override and (said := self.override.key()) else []
         parts += [dict(facts["policy"])] if facts.get("policy") else []
         parts += [PADDING_FIRST] if has_padding(facts, self.recipe) else []
+        parts += [] if tuple(grids) == USUAL else [list(grids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def refusal_key(self) -> str:
@@ -140,8 +147,11 @@ def prepare(
     recipe: Recipe | None = None,
     policy: Policy | None = None,
     rescale: Rescale | None = None,
+    grids: str = "volume",
 ) -> Prepared:
     """Return a scan as it would be in a store: `.volume`, `.model` (int16 HU) and `.facts`. Nothing is written.
+
+    With grids="full" there is also `.full`, the whole field of the scan at 1.5 mm.
 
     `scan` is a file or a folder of one DICOM series, or a Volume of Hounsfield units. Refused if it must not become a
     store, UsageError where the path holds no scan or several.
@@ -161,7 +171,7 @@ def prepare(
     else:
         source = find_one_scan(Path(scan))
         opened = open_scan(source, policy)
-    return prepare_volume(opened, recipe or Recipe(), policy, rescale)
+    return prepare_volume(opened, recipe or Recipe(), policy, rescale, grids=grids)
 
 
 def prepare_volume(
@@ -170,11 +180,13 @@ def prepare_volume(
     policy: Policy | None = None,
     rescale: Rescale | None = None,
     centre_lps: Sequence[float] | None = None,
+    grids: str = "volume",
 ) -> Prepared:
     """Return the scan as `recipe` says; Refused if it must not become a store.
 
     `rescale` replaces the slope and intercept of the header, and `centre_lps` the recipe's centre of the grid. The
-    facts hold a "policy" where its choices mattered, and "changes" where something was repaired or overridden.
+    facts hold a "policy" where its choices mattered, and "changes" where something was repaired or overridden. With
+    grids="full" the planes are read a second time, for the whole field: two grids at once would not be streamed.
     """
     native, values, body = scan.geometry, _values(scan, recipe, rescale), None
     depths = scan.slices.depths if scan.slices else None
@@ -182,14 +194,13 @@ def prepare_volume(
     if recipe.centre == "body" and centre_lps is None:
         body = body_box_lps(scan.planes(), native, values, depths)
     grid = target_grid(native, recipe, centre_lps if body is None else body.mean(axis=0))
-    probe = Probe(
-        native.shape_zyx,
-        values.slope,
-        values.intercept,
-        values.pad_stored,
-        floor_hu=recipe.window_hu[0],
-        padded=scan.padded,
-    )
+    whole = full_grid(native) if grids == "full" else None
+
+    def new_probe() -> Probe:
+        settings = values.slope, values.intercept, values.pad_stored
+        return Probe(native.shape_zyx, *settings, floor_hu=recipe.window_hu[0], padded=scan.padded)
+
+    probe = new_probe()
     array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias, depths)
     choices, changes = _accept(probe, policy or Policy(), rescale, recipe)
     choices, changes = dict(scan.choices) | choices, [*scan.changes, *changes]
@@ -200,7 +211,10 @@ def prepare_volume(
     if scan.slices:
         in_gaps = voxels_between(native, grid, scan.slices.gaps_in_depth)
         facts["slices"] = {**scan.slices.to_json(), "voxels_in_gaps": in_gaps}
-    return Prepared(Volume(array, grid), model, facts)
+    if whole is None:
+        return Prepared(Volume(array, grid), model, facts)
+    field = resample(map(new_probe().look, scan.planes()), native, whole, values, recipe.antialias, depths)
+    return Prepared(Volume(array, grid), model, facts | {"full_grid": whole.to_json()}, Volume(field, whole))
 
 
 def _refuse_smaller_than_a_voxel(native: Geometry, recipe: Recipe) -> None:
@@ -311,7 +325,8 @@ def _prepare(job: Job) -> VolumeRecord:
     if done := already_there(job, content):
         return done
     scan, said = opened(job), job.override
-    prepared = prepare_volume(scan, job.recipe, job.policy, job.rescale, said.centre_lps if said else None)
+    centre = said.centre_lps if said else None
+    prepared = prepare_volume(scan, job.recipe, job.policy, job.rescale, centre, job.grids)
     if said:
         prepared.facts.update(said.facts(scan, prepared.facts))
     if not job.write:
@@ -320,12 +335,13 @@ def _prepare(job: Job) -> VolumeRecord:
     refuse_taken(out, job.holder)
     identity = {
         "id": source.id,
-        "key": job.key(content, prepared.facts),
+        "key": job.key(content, prepared.facts, grids=WRITTEN[job.grids]),
         "fingerprint": content,
         "recipe": job.recipe.to_json(),
         "digest": job.recipe.digest,
     }
-    return job.record_of_store(PREPARED, write_store(prepared, out, store_name(source.id), identity))
+    metadata = write_store(prepared, out, store_name(source.id), identity, job.grids)
+    return job.record_of_store(PREPARED, metadata)
 
 
 def opened(job: Job) -> Scan:
@@ -339,7 +355,7 @@ def opened(job: Job) -> Scan:
 def already_there(job: Job, content: str) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none.
 
-    Policies may differ, except in the choices that changed this store: those must be equal.
+    Policies may differ, except in the choices that changed this store: those must be equal. It may have more grids.
     """
     if job.overwrite or not job.write:
         return None
@@ -352,7 +368,8 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     needed = choices | {key: value for key, value in earlier.items() if value != EARLIER[key]}
     is_same = (
         recipe_digest(metadata) == job.recipe.digest
-        and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"])
+        and metadata["key"] == job.key(content, metadata["facts"], metadata["digest"], grids_of(metadata))
+        and set(WRITTEN[job.grids]) <= set(grids_of(metadata))
         and not _rescaled_twice(metadata["facts"])
         and job.policy.allows(needed)
     )

@@ -14,7 +14,7 @@ from sys import intern
 from typing import Any, Protocol, TypeVar
 
 from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
-from photon_data.files import NO_SPACE, Location, append_row, jsonl_rows
+from photon_data.files import NO_SPACE, Location, append_row, digest_of, jsonl_rows
 from photon_data.json_text import fields_of, from_json
 from photon_data.private import append_name, read_names, save_names, without_names
 from photon_data.recipe import ALGORITHM, Recipe
@@ -34,6 +34,8 @@ READY = "ready"
 OUT_FULL, UNABLE = "no space", "unable"
 # Refusals that the next run may not meet again, and failures that it will.
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
+# Of a row of volumes.jsonl, and of dataset.json: the `digest_of` what else it says. Earlier versions did not write it.
+ROW_DIGEST, DATASET_DIGEST = "row_sha256", "sha256"
 
 
 class Facts(Mapping[str, Any]):
@@ -77,6 +79,7 @@ class VolumeRecord:
     geometry, grid        Geometry.to_json() of the native grid and of the target grid
     cut_mm, pad_mm        {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid, and the other way
                           round, at the low and the high end of each world axis (L, P, S grow)
+    full_grid             Geometry.to_json() of the whole field; only with --grids full
     padding_voxels        how many voxels were padding, declared or far below air, and became air
     body_mm               {"x": [low, high], ...} around the body, LPS; only with the recipe's centre=body
     hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also "histogram": counts
@@ -122,8 +125,9 @@ class VolumeRecord:
         return self.id if self.hidden else self.source
 
     def row(self) -> dict[str, Any]:
-        """Return the row of volumes.jsonl, without what is hidden."""
-        return self.to_json() | ({"source": "", "root": None} if self.hidden else {})
+        """Return the row of volumes.jsonl, without what is hidden, with its own digest."""
+        row = self.to_json() | ({"source": "", "root": None} if self.hidden else {})
+        return {**row, ROW_DIGEST: digest_of(row, ROW_DIGEST)}
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back, with what is hidden."""
@@ -348,7 +352,7 @@ def _difference(
     if other["content"] != volume["content"]:
         yield f"{name}: its source has another content than the lock's"
     elif other["settings"] != volume["settings"]:
-        yield f"{name}: made with other settings (recipe, rescaling, policy) from the same content"
+        yield f"{name}: made with other settings (recipe, rescaling, policy, grids) from the same content"
     elif other["arrays"] != volume["arrays"]:
         versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
         changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)

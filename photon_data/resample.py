@@ -20,6 +20,8 @@ from photon_data.volume import Geometry
 ALIGNED_MM = 1e-5
 # How finely the body is looked for, and what is denser than lung, noise included.
 BODY_STEP_MM, BODY_HU = 4.0, -300
+# The spacing of a whole field, and how large one may be: 0.8 GB, 700 x 700 x 2700 mm.
+FULL_MM, FULL_VOXELS = 1.5, 400_000_000
 # SimpleITK's float32 output is made in blocks of this many planes.
 BLOCK_PLANES = 64
 
@@ -31,6 +33,20 @@ def target_grid(native: Geometry, recipe: Recipe, centre_lps: Any = None) -> Geo
     """Return the recipe's grid, direction identity in LPS (ITK's "RAI"), around `centre_lps` or the scan's centre."""
     centre = native.centre_lps if centre_lps is None else centre_lps
     return Geometry.axis_aligned(recipe.shape_zyx, recipe.spacing_mm, centre)
+
+
+def full_grid(native: Geometry) -> Geometry:
+    """Return the grid of FULL_MM, direction identity in LPS, around all of a scan; Refused for one that is too large.
+
+    An oblique scan lies within it: the grid holds the box around its corners.
+    """
+    low, high = native.corners_lps().min(axis=0), native.corners_lps().max(axis=0)
+    shape_zyx = np.maximum(np.ceil(np.round((high - low) / FULL_MM, 6)), 1)[::-1].astype(int)
+    if shape_zyx.prod() > FULL_VOXELS:
+        found = " x ".join(map(str, shape_zyx))
+        expected = f"a field of at most {FULL_VOXELS:,} voxels of {FULL_MM} mm"
+        raise refusal("too-large", "", expected, found, "check the spacing, or prepare it without --grids full")
+    return Geometry.axis_aligned(shape_zyx, (FULL_MM,) * 3, (low + high) / 2)
 
 
 def body_box_lps(

@@ -1,9 +1,10 @@
 """Volume <-> store: one OME-Zarr 0.5 image per volume, whole or absent, every byte of it recorded.
 
-<id>.ome.zarr/zarr.json        image group; written last; lists every other file with size and SHA-256
+<id>.ome.zarr/zarr.json        image group; written last; has the size and SHA-256 of other files, and its own digest
              /0/               the volume
              /model/zarr.json  image group of the model grid
              /model/0/         the model grid
+             /full/...         likewise the whole field of the scan, with --grids full; --grids model has no /0/
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import google_crc32c
 import numpy as np
@@ -23,25 +24,27 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, refuse_unsafe, write_whole
+from photon_data.files import Location, digest_of, refuse_unsafe, write_whole
 from photon_data.json_text import from_json
+from photon_data.stored_array import CHECKSUMS, ROOT, checked_file, checksums, open_array, what_is_lost
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
 KEY = "photon"
 FORMAT = 1
 METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files")
-ROOT = "zarr.json"
+# Of all attributes of the root metadata but this one. Stores of earlier versions do not have it.
+OWN_DIGEST = "attributes_sha256"
 SHARD = "0/c/0/0/0"  # the one file of voxels of an image group
-GRIDS = {"volume": "", "model": "model/"}
+GRIDS = {"volume": "", "model": "model/", "full": "full/"}
+# What is written by each value of --grids.
+WRITTEN = {"volume": ("volume", "model"), "full": ("volume", "model", "full"), "model": ("model",)}
 SUFFIX = ".ome.zarr"
 NIFTI = (".nii", ".nii.gz")  # a row may name such a file of the stored grid in place of a store
 # Chunks are at most this large: an axial slice of 364^3 costs 4 of them, a whole read 52.
 CHUNK_ZYX = (28, 182, 182)
-LARGEST_VOXELS = 4_000_000_000
 # What a part of a store reads as that is not there: the lowest int16, and no tissue. (It was 0, water, once.)
 FILL_HU = -32768
-CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
 ORIENTATION = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
 
 
@@ -52,23 +55,26 @@ def store_name(volume_id: str) -> str:
     return f"volumes/{refuse_unsafe(volume_id + SUFFIX, 'an id')}"
 
 
-def write_store(prepared: Prepared, out: Location, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+def write_store(
+    prepared: Prepared, out: Location, name: str, identity: dict[str, Any], grids: str = "volume"
+) -> dict[str, Any]:
     """Write the store `name` of a volume below `out`, replacing one that is there; return its metadata.
 
-    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts; see `write_images`.
+    `identity` (id, key, fingerprint, recipe, digest) goes into its metadata with the facts, `grids` says which are
+    written (see WRITTEN); see `write_images`.
     """
-    images = [(image.numpy(), image.geometry) for image in (prepared.volume, prepared.model)]
+    volumes: dict[str, Volume] = {grid: getattr(prepared, grid) for grid in WRITTEN[grids]}
+    images = {grid: (volume.numpy(), volume.geometry) for grid, volume in volumes.items()}
     return write_images(images, out, name, {**identity, "facts": prepared.facts}, FILL_HU)
 
 
 def write_images(
-    images: Sequence[tuple[np.ndarray, Geometry]], out: Location, name: str, ours: dict[str, Any], fill: int
+    images: Mapping[str, tuple[np.ndarray, Geometry]], out: Location, name: str, ours: dict[str, Any], fill: int
 ) -> dict[str, Any]:
     """Write the store `name` below `out`, replacing one that is there; return its metadata (see `read_metadata`).
 
-    `images` are two arrays, on the grid of the volume and on the model grid; a first axis may count channels. Locally
-    it is written beside, synced and renamed; on an object store the root metadata go last, and without them no reader
-    takes the rest for a store.
+    `images` are arrays by the name of their grid; a first axis may count channels. Locally it is written beside, synced
+    and renamed; on an object store the root metadata go last, and without them no reader takes the rest for a store.
     """
     if out.is_local:
         with write_whole(out.place(name)) as folder:
@@ -83,26 +89,32 @@ def write_images(
 
 
 def _write(
-    images: Sequence[tuple[np.ndarray, Geometry]], folder: Path, ours: dict[str, Any], fill: int
+    images: Mapping[str, tuple[np.ndarray, Geometry]], folder: Path, ours: dict[str, Any], fill: int
 ) -> dict[str, Any]:
-    (array, geometry), (model, model_geometry) = images
-    shards = dict([_write_array(array, folder, "0", fill), _write_array(model, folder, "model/0", fill)])
-    _write_group(folder / "model", {"ome": _ome("model", model_geometry, model.ndim)})
+    shards, bound = dict[str, dict[str, Any]](), dict[str, str]()
+    for grid, (array, geometry) in images.items():
+        shard, facts, sums = _write_array(array, folder, f"{GRIDS[grid]}0", fill)
+        shards[shard], bound[shard] = facts, sums
+        if grid != "volume":
+            _write_group(folder / grid, {"ome": _ome(grid, geometry, array.ndim)})
     files = {name: shards.get(name) or _size_and_hash((folder / name).read_bytes()) for name in file_names(folder)}
-    ours = {"format": FORMAT, **ours, "files": files}
-    content = _write_group(folder, {"ome": _ome(ours["id"], geometry, array.ndim), KEY: ours})
+    ours = {"format": FORMAT, **ours, "files": files, CHECKSUMS: bound}
+    shown, (array, geometry) = next(iter(images.items()))  # the image that viewers open
+    attributes = {"ome": _ome(ours["id"], geometry, array.ndim, f"{GRIDS[shown]}0"), KEY: ours}
+    ours[OWN_DIGEST] = own_digest(attributes)
+    content = _write_group(folder, attributes)
     return _with_size(ours, content)
 
 
-def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple[str, dict[str, Any]]:
-    """Write one array as a single checksummed shard, chunks of padding too; return its name, {"bytes", "sha256"}.
+def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple[str, dict[str, Any], str]:
+    """Write one array as a single checksummed shard, chunks of padding too; return its name, size and hash, checksums.
 
     lz4 costs half the CPU time of zstd for a fifth more bytes (benchmarks/store_codecs.py).
     """
     # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140. Channels are apart.
     most_zyx = zip(array.shape[-3:], CHUNK_ZYX, strict=True)
     chunk = (1,) * (array.ndim - 3) + tuple(math.ceil(n / math.ceil(n / most)) for n, most in most_zyx)
-    zarr.create_array(
+    created = zarr.create_array(
         folder / name,
         shape=array.shape,
         dtype=array.dtype,
@@ -118,7 +130,8 @@ def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple
     )
     shard = "/".join([name, "c", *("0" * array.ndim)])
     (folder / shard).parent.mkdir(parents=True)
-    return shard, _write_shard(array, chunk, folder / shard)
+    facts = _write_shard(array, chunk, folder / shard)
+    return shard, facts, checksums(created, folder / shard)
 
 
 def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[str, Any]:
@@ -157,22 +170,26 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> bytes:
     return content
 
 
-def _ome(name: str, geometry: Geometry, ndim: int) -> dict[str, Any]:
-    """Return OME-Zarr 0.5 metadata of one image with one level; orientation as in RFC-4. A fourth axis is channels."""
+def _ome(name: str, geometry: Geometry, ndim: int, path: str = "0") -> dict[str, Any]:
+    """Return OME-Zarr 0.5 metadata of one image with one level, at `path`; orientation as in RFC-4.
+
+    A fourth axis counts channels.
+    """
     axes: list[dict[str, Any]] = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
     for axis in axes:
         axis["orientation"] = {"type": "anatomical", "value": ORIENTATION[axis["name"]]}
     axes = [{"name": "c", "type": "channel"}] * (ndim - 3) + axes
-    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": ome_datasets(geometry, ndim)}]}
+    datasets = ome_datasets(geometry, ndim, path)
+    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
 
 
-def ome_datasets(geometry: Geometry, ndim: int = 3) -> list[dict[str, Any]]:
-    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, "0"; axes before z, y, x count channels."""
+def ome_datasets(geometry: Geometry, ndim: int = 3, path: str = "0") -> list[dict[str, Any]]:
+    """Return where OME-Zarr 0.4 and 0.5 place the voxels of the one level, at `path`; a fourth axis counts channels."""
     transforms = [
         {"type": "scale", "scale": [*[1.0] * (ndim - 3), *geometry.spacing_zyx_mm]},
         {"type": "translation", "translation": [*[0.0] * (ndim - 3), *geometry.origin_lps[::-1]]},
     ]
-    return [{"path": "0", "coordinateTransformations": transforms}]
+    return [{"path": path, "coordinateTransformations": transforms}]
 
 
 def file_names(folder: Path) -> list[str]:
@@ -185,24 +202,48 @@ def _size_and_hash(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def own_digest(attributes: dict[str, Any]) -> str:
+    """Return the SHA-256 of root attributes without their own digest, as JSON with sorted keys and no spaces."""
+    ours = {key: value for key, value in attributes[KEY].items() if key != OWN_DIGEST}
+    return digest_of({**attributes, KEY: ours}, OWN_DIGEST)
+
+
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     """Return what a store says of itself: METADATA, its size in "bytes" and the "sha256" of its root metadata.
 
-    None where it is not there, of another format, or so damaged that it does not say all of this.
+    None where it is not there, of another format, or so damaged that it does not say all of this, or differs from its
+    own digest. OSError where it cannot be read.
     """
-    content = out.read(f"{name}/{ROOT}" if name else ROOT) or b""
     try:
-        ours = from_json(content)["attributes"][KEY]
-        found = _with_size({key: ours[key] for key in METADATA}, content)
-        is_ours = ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)
-        return found if is_ours else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return _metadata(out.read(f"{name}/{ROOT}" if name else ROOT) or b"")
+    except UsageError:
         return None
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """Return what `read_metadata` does, of the content of a root zarr.json; UsageError says what is wrong with it."""
+    try:
+        attributes = from_json(content)["attributes"]
+        ours = attributes[KEY]
+        found = _with_size({key: ours[key] for key in METADATA} | {CHECKSUMS: ours.get(CHECKSUMS, {})}, content)
+        if not (ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)):
+            raise UsageError(f"expected a store of photon-data (format {FORMAT})")
+        is_changed = OWN_DIGEST in ours and ours[OWN_DIGEST] != own_digest(attributes)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"expected a store of photon-data (format {FORMAT})") from None
+    if is_changed:
+        raise UsageError(f"expected whole metadata, found damaged ones ({ROOT} differs from its own digest)")
+    return found
 
 
 def arrays_digest(metadata: dict[str, Any]) -> str:
     """Return a hash of all files of a store but its root metadata: of its voxels and where they lie, not of its id."""
     return hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
+
+
+def grids_of(metadata: dict[str, Any]) -> list[str]:
+    """Return the grids that a store has, of those in GRIDS."""
+    return [grid for grid, place in GRIDS.items() if f"{place}0/{ROOT}" in metadata["files"]]
 
 
 def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
@@ -212,86 +253,91 @@ def _with_size(ours: dict[str, Any], content: bytes) -> dict[str, Any]:
     return {**ours, **root, "bytes": size}
 
 
-def open_volume(path: str | Path, grid: Literal["volume", "model"] = "volume") -> Volume:
+def open_volume(
+    path: str | Path,
+    grid: Literal["volume", "model", "full"] | None = "volume",
+    *,
+    id: str | None = None,
+    verify: Literal["quick", "full"] = "quick",
+) -> Volume:
     """Return the volume of a store, read lazily: slice `.array_zyx` or take `.numpy()`.
 
-    `path` is a store's folder or fsspec URL; `grid` picks the full volume or the model grid. int16 HU, (z, y, x),
-    LPS-aligned. UsageError when it is not one of our stores, one of another version, or one that lost a part of that
-    grid: a file of it is missing or has not the size that was written.
+    `path` is a store's folder or fsspec URL; `grid` picks the volume, the model grid, or the whole field of the
+    scan; None the volume, or the model grid of a store without it, which covers the same box. int16 HU, (z, y, x),
+    LPS-aligned. With an `id`, the store must be the one of that volume.
 
-    >>> volume = photon_data.open_volume("a.ome.zarr")
+    UsageError when it is not one of our stores, one of another version, another volume's, one without that grid, or one
+    that is not as it was written: its metadata changed, or a file of that grid is missing or of another size; with
+    verify="full", one whose hash is another. What is read later is compared with the checksums of its chunks:
+    UsageError for voxels that differ from them, or whose file is gone or was replaced meanwhile.
+
+    >>> volume = photon_data.open_volume("a.ome.zarr", id="a")
     >>> volume.array_zyx.shape, volume.array_zyx[20].shape, volume.geometry.orientation
     ((40, 32, 32), (32, 32), 'SPL')
     >>> photon_data.open_volume("a.ome.zarr", "model").geometry.shape_zyx
     (14, 28, 28)
     """
+    if grid is not None and grid not in GRIDS:
+        raise UsageError(f"grid: expected volume, model or full, found {grid!r}")
+    if verify not in ("quick", "full"):
+        raise UsageError(f"verify: expected quick or full, found {verify!r}")
     location = Location(str(path))
-    metadata = read_metadata(location, "")
-    if metadata is None:
-        expected = f"a store of photon-data (format {FORMAT})"
-        raise UsageError(f"expected {expected}, found none at {path}; make it with photon-data prepare")
-    if grid not in GRIDS:
-        raise UsageError(f"grid: expected volume or model, found {grid!r}")
+    root = location.read(ROOT)
+    try:
+        metadata = _metadata(root or b"")
+    except UsageError as error:
+        found = "" if "found" in str(error) else ", found another one" if root else ", found none"
+        raise UsageError(f"{error}{found} at {path}; make it with photon-data prepare, or copy it again") from None
+    if id is not None and metadata["id"] != id:
+        remedy = "bring back the one of that id, or prepare it again"
+        raise UsageError(f"expected the store of {id}, found that of {metadata['id']} at {path}; {remedy}")
+    grids = grids_of(metadata)
+    grid = grid or cast(Literal["volume", "model"], next(iter(grids), "volume"))
+    if grids and grid not in grids:
+        remedy = f"prepare with --grids {grid}"
+        raise UsageError(f"expected the grid {grid}, found {' and '.join(grids)} in {path}; {remedy}")
     place = GRIDS[grid]
     try:
-        metadata["files"][f"{place}{SHARD}"]  # a part that is not listed could not be missed
-        ome = from_json(location.read(f"{place}{ROOT}") or b"")["attributes"]["ome"]
-        check_array(from_json(location.read(f"{place}0/{ROOT}") or b""), path)
-        for lost in _lost(location, "", metadata, f"{place}0/"):
-            raise UsageError(f"expected a whole store, found {path} with {lost}; prepare it or copy it again")
-        array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
+        of_image = root if grid == "volume" else checked_file(location, metadata, f"{place}{ROOT}")
+        ome = from_json(of_image or b"")["attributes"]["ome"]
+        array = open_array(location, metadata, place, verify)
         transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
         (sz, sy, sx), translation = (transform[transform["type"]] for transform in transforms)
-        steps_lps = ((0, 0, sz), (0, sy, 0), (sx, 0, 0))
-        return Volume(array, Geometry.from_arrays(array.shape, translation[::-1], steps_lps))
+        geometry = Geometry.from_arrays(array.shape, translation[::-1], ((0, 0, sz), (0, sy, 0), (sx, 0, 0)))
+        if grid == "volume" and "grid" in metadata["facts"]:
+            _compare(geometry, Geometry.from_json(metadata["facts"]["grid"]))
     except UsageError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
+    return Volume(array, geometry)
 
 
-def check_array(metadata: dict[str, Any], path: str | Path, ndim: int = 3, dtype: str = "int16") -> None:
-    """Raise UsageError, before anything is decoded, unless this is a sane array in our codecs: a volume, or masks."""
-    shape = metadata.get("shape", [])
-    found = metadata.get("data_type")
-    if found != dtype or len(shape) != ndim or math.prod(shape[-3:]) > LARGEST_VOXELS:
-        dimensions = {3: "three", 4: "four"}[ndim]
-        raise UsageError(f"expected a {dimensions}-dimensional {dtype} array, found {found} {shape} in {path}")
-    outer = metadata.get("codecs", [])
-    inner = [c for codec in outer for c in codec.get("configuration", {}).get("codecs", [])]
-    unknown = {codec.get("name") for codec in [*outer, *inner]} - CODECS
-    if unknown:
-        raise UsageError(f"expected the codecs {sorted(CODECS)}, found {sorted(map(str, unknown))} in {path}")
+def _compare(geometry: Geometry, recorded: Geometry) -> None:
+    """Raise ValueError where a grid is not the one that the facts record: they are written twice."""
+    if geometry.shape_zyx != recorded.shape_zyx or not np.allclose(
+        geometry.corners_lps(), recorded.corners_lps(), rtol=0, atol=1e-3
+    ):
+        raise ValueError(f"the grid is {geometry.to_json()}, in the facts {recorded.to_json()}")
 
 
 def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
     """Tell cheaply whether every file of a store has its recorded size."""
-    return not any(_lost(out, name, metadata))
-
-
-def _lost(out: Location, name: str, metadata: dict[str, Any], under: str = "") -> Iterator[str]:
-    """Yield the files of a store below its folder `under` that are not as large as recorded, with what is there.
-
-    zarr itself takes a chunk that is missing for one of fill values.
-    """
-    for file, facts in metadata["files"].items():
-        if not file.startswith(under):
-            continue
-        size = out.size(f"{name}/{file}" if name else file)
-        if size != facts["bytes"]:
-            found = "missing" if size is None else f"of {size:,} bytes"
-            yield f"{file} {found} where {facts['bytes']:,} bytes were written"
+    sizes = {file: out.size(f"{name}/{file}" if name else file) for file in metadata["files"]}
+    return not any(what_is_lost(metadata, file, size) for file, size in sizes.items())
 
 
 def verify_store(out: Location, name: str, root_sha256: str | None = None) -> Iterator[str]:
     """Yield what is wrong with a store, one sentence each: nothing for a store whose every byte is as it was written.
 
-    `root_sha256`, from volumes.jsonl, covers the root metadata, which cover all other files.
+    `root_sha256`, from volumes.jsonl, covers the root metadata, which cover all other files. A file that cannot be read
+    does not stop the others.
     """
-    metadata = read_metadata(out, name)
-    if metadata is None:
-        yield f"{name}: no readable {ROOT}"
+    try:
+        metadata = _metadata(out.read(f"{name}/{ROOT}") or b"")
+    except (UsageError, OSError) as error:
+        yield f"{name}/{ROOT}: {_reason(error)}; the other files of this store were not checked"
         return
     if root_sha256 is not None and metadata["sha256"] != root_sha256:
         yield f"{name}/{ROOT}: differs from what volumes.jsonl records"
@@ -299,13 +345,19 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             yield f"{name}/{ROOT}: names a file outside of the store"
             continue
-        content = out.read(f"{name}/{file}")
-        if content is None:
-            yield f"{name}/{file}: missing"
-        elif len(content) != facts["bytes"]:
-            yield f"{name}/{file}: expected {facts['bytes']} bytes, found {len(content)}"
-        elif hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        try:
+            content = out.read(f"{name}/{file}")
+        except OSError as error:
+            yield f"{name}/{file}: {_reason(error)}"
+            continue
+        if lost := what_is_lost(metadata, file, None if content is None else len(content)):
+            yield f"{name}/{file}: {lost}"
+        elif hashlib.sha256(content or b"").hexdigest() != facts["sha256"]:
             yield f"{name}/{file}: its bytes have changed"
     if out.is_local:
         for file in sorted(set(file_names(out.path / name)) - set(metadata["files"])):
             yield f"{name}/{file}: not part of the store"
+
+
+def _reason(error: Exception) -> str:
+    return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)

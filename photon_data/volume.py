@@ -185,11 +185,15 @@ class Volume:
 
 
 class Prepared(NamedTuple):
-    """A scan on the target grid: int16 HU, at full size and on the model grid, and its facts (see VolumeRecord)."""
+    """A scan on the target grid: int16 HU, at full size and on the model grid, and its facts (see VolumeRecord).
+
+    `full` is its whole field, where that was asked for.
+    """
 
     volume: Volume
     model: Volume
     facts: dict[str, Any]
+    full: Volume | None = None
 
 
 class BodyAxes(NamedTuple):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature
 
-from photon_data.questions.table import VIDEO_TAG
+from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.store import NIFTI, open_volume
 from photon_train.checkpoint import write_digests
 from photon_train.configuration_photon import PhotonConfig, hub_options
@@ -46,6 +46,7 @@ class Sample(NamedTuple):
     volumes: list[Any]  # in the order of their tags
     messages: list[dict[str, Any]]  # content: text with VIDEO_TAG where a volume stands
     name: str
+    volume_id: str | None = None  # that the store of its one volume must have
 
 
 class PhotonProcessor:
@@ -117,7 +118,7 @@ class PhotonProcessor:
         }
         if for_training:
             inputs["labels"] = padded(list(map(self._labels, ids, samples)), padding_value=IGNORED)
-        encoded = [self.patches(volume) for sample in samples for volume in sample.volumes]
+        encoded = [self.patches(volume, sample.volume_id) for sample in samples for volume in sample.volumes]
         if encoded:
             seconds = float(self.config.vision_config.temporal_patch_size)  # at one slice per second
             inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in encoded])
@@ -144,10 +145,13 @@ class PhotonProcessor:
         """Return the text of each row of ids, special tokens left out."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def patches(self, volume: Any) -> tuple[Tensor, Tensor]:
-        """Return the patches float32[P, X] of a volume (path, Volume or array) and its grid int64[3]."""
+    def patches(self, volume: Any, volume_id: str | None = None) -> tuple[Tensor, Tensor]:
+        """Return the patches float32[P, X] of a volume (path, Volume or array) and its grid int64[3].
+
+        UsageError for a path to a store that is not that of `volume_id`, where one is given.
+        """
         vision = self.config.vision_config
-        scaled_zyx = self.scaled(_read(volume))
+        scaled_zyx = self.scaled(_read(volume, volume_id))
         return patchify(scaled_zyx.flip(-1), vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
 
     def scaled(self, hu_zyx: np.ndarray | Tensor) -> Tensor:
@@ -244,7 +248,7 @@ def _sample_of_row(row: Mapping[str, Any], name: str) -> Sample:
     name = str(row.get("id", name))
     if row.get("images"):
         raise ValueError(f"{name}: expected a CT volume, found images {row['images']}; Photon reads 3D volumes")
-    return _sample(row.get("videos") or [], row["messages"], name)
+    return _sample(row.get("videos") or [], row["messages"], name)._replace(volume_id=volume_id_of(row))
 
 
 def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
@@ -287,14 +291,14 @@ def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> No
         )
 
 
-def _read(volume: Any) -> np.ndarray | Tensor:
+def _read(volume: Any, volume_id: str | None = None) -> np.ndarray | Tensor:
     """Return the voxels [z, y, x] in HU of a path, a Volume or an array."""
     if isinstance(volume, np.ndarray | Tensor):
         return volume
     if isinstance(volume, str | Path):
         if str(volume).endswith(NIFTI):
             return _read_nifti(volume)
-        volume = open_volume(volume, grid="model")
+        volume = open_volume(volume, grid="model", id=volume_id)
     return np.asarray(volume.array_zyx[...])
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
-from photon_data.questions.table import VIDEO_TAG, read_values
+from photon_data.questions.table import VIDEO_TAG, read_values, volume_id_of
 from photon_data.store import NIFTI, is_whole, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
 
@@ -38,11 +38,15 @@ def prefix_of(row: Row) -> tuple[Any, ...]:
 
     What stands behind the last <video> is the row's own. Equal keys mean equal tokens up to the end of the last volume.
     Volumes are equal when their paths are, those in memory when they are one object. All rows without a volume have
-    one key: no text is encoded ahead for them. Raises KeyError or TypeError for a row without messages.
+    one key: no text is encoded ahead for them. A row's `volume_id` counts too, since its store is compared with it.
+    Raises KeyError or TypeError for a row without messages.
     """
+    volumes: tuple[Hashable, ...]
     volumes = tuple(video if isinstance(video, str | Path) else id(video) for video in row.get("videos") or ())
     if not volumes:
         return ()
+    if id_ := volume_id_of(row):
+        volumes = ((*volumes, id_),)
     text = [(message["role"], message["content"]) for message in row["messages"]]
     while text and VIDEO_TAG not in text[-1][1]:
         text.pop()
@@ -108,25 +112,34 @@ def _train_row(row: Row, place: str) -> TrainRow:
 
 
 def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow]:
-    """Return the rows whose stores are there and whole. With on_bad_row "stop", UsageError that names the others."""
+    """Return the rows whose stores are there, whole, and their own. On_bad_row "stop": UsageError names the others."""
     needed = defaultdict(list)
     for row in rows:
         for video in row.videos:
-            needed[video].append(row.id)
-    missing = {video: ids for video, ids in needed.items() if not _is_whole(video)}
-    for video, ids in missing.items():
-        logger.warning("%s is not a whole store: %d rows are left out, %s", video, len(ids), first_few(ids, 10))
-    if missing and on_bad_row == "stop":
-        video, ids = next(iter(missing.items()))
+            needed[video, volume_id_of(row._asdict())].append(row.id)
+    found = {video: _id_of_whole(video) for video, _ in needed}
+    wrong = {
+        (video, id): "not a whole store" if found[video] is None else f"the store of {found[video]}, not of {id}"
+        for video, id in needed
+        if found[video] is None or (found[video] and id and found[video] != id)
+    }
+    for place, why in wrong.items():
+        ids = needed[place]
+        logger.warning("%s is %s: %d rows are left out, %s", place[0], why, len(ids), first_few(ids, 10))
+    if wrong and on_bad_row == "stop":
+        place, why = next(iter(wrong.items()))
         raise UsageError(
-            f"expected whole stores for all rows, found {len(missing)} missing or not whole: {video} first, of row "
-            f"{ids[0]}; prepare them again, or leave their rows out with on_bad_row=skip"
+            f"expected whole stores for all rows, found {len(wrong)} missing, not whole or of another volume: "
+            f"{place[0]} first, of row {needed[place][0]}, is {why}; prepare them again, or leave their rows out with "
+            "on_bad_row=skip"
         )
-    return [row for row in rows if not any(video in missing for video in row.videos)]
+    bad = {id for place in wrong for id in needed[place]}
+    return [row for row in rows if row.id not in bad]
 
 
-def _is_whole(video: str) -> bool:
+def _id_of_whole(video: str) -> str | None:
+    """Return the id that a whole store has, "" for a file of another format, None where there is neither."""
     if video.endswith(NIFTI):
-        return Path(video).is_file()
+        return "" if Path(video).is_file() else None
     metadata = read_metadata(Location(video), "")
-    return metadata is not None and is_whole(Location(video), "", metadata)
+    return metadata["id"] if metadata is not None and is_whole(Location(video), "", metadata) else None

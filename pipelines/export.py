@@ -26,13 +26,15 @@ def export_all(
     out: Location,
     format_: str,
     folder: Path,
+    grid: str = "volume",
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> str:
     """Write every volume of `out` into `folder`/volumes, and its manifests with those paths; what is up to date stays.
 
-    Returns a sentence with the counts. UsageError for an unknown format and where nothing was prepared.
+    Returns a sentence with the counts. UsageError for an unknown format, where nothing was prepared, and for a store
+    without that grid or that is not as it was written.
     """
     if format_ not in FORMATS:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, found {format_!r}")
@@ -44,17 +46,20 @@ def export_all(
     with exclusive(target):
         (folder / "volumes").mkdir(parents=True, exist_ok=True)
         index, kept = {} if overwrite else _read_index(target), dict[str, str | None]()
-        for record in records:
-            if index.get(record.id) == record.store_sha256 and paths[record.id].exists():
-                kept[record.id] = record.store_sha256
+        of_grid = "" if grid == "volume" else f" {grid}"
+        wanted = {record.id: f"{record.store_sha256}{of_grid}" for record in records}
+        for id, source in wanted.items():
+            if index.get(id) == source and paths[id].exists():
+                kept[id] = source
         made_from = dict(kept)
         _write_index(target, made_from)  # what is to be written anew is in it no more
         due_s = time.monotonic() + INDEX_S
         try:
             for number, record in enumerate(records, 1):
                 if record.id not in kept:
-                    write(open_volume(out.at(store_name(record.id))), paths[record.id])
-                    made_from[record.id] = record.store_sha256
+                    store = out.at(store_name(record.id))
+                    write(open_volume(store, grid, id=record.id, verify="full"), paths[record.id])  # type: ignore[arg-type]
+                    made_from[record.id] = wanted[record.id]
                 progress(number, len(records))
                 if time.monotonic() >= due_s:
                     _write_index(target, made_from)

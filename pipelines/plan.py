@@ -28,7 +28,7 @@ from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, Volu
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata, store_name
 from photon_pipelines.owners import ids_of_earlier_runs, refuse_namesakes, withdrawn
-from photon_pipelines.request import Request, paths_of, recipe_of
+from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
 HIDDEN = ("dicom", "folder")
@@ -115,7 +115,10 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
         if request.out.is_local and root.resolve() == request.out.path.resolve():
             raise UsageError(f"expected an output folder of its own, found the source {root} itself")
+    if request.check not in ("time", "content"):
+        raise UsageError(f"--check: expected time or content, found {request.check!r}")
     paths_of(request)  # a misuse is told before the search
+    grids = grids_of(request)
     check_id_prefix(request.id_prefix)
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
@@ -123,7 +126,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     sources = [job.source for job in gathered.jobs]
     overrides = read_overrides(request.overrides, sources) if request.overrides else {}
     jobs = [job.adjusted(overrides.get(job.source.id), request.accept) for job in gathered.jobs[: request.limit]]
-    gathered = gathered._replace(jobs=jobs)
+    gathered = gathered._replace(jobs=[replace(job, grids=grids) for job in jobs])
     for name, asked in gathered.questions.items():
         refuse_unsound(name, asked)
     if not request.allow_leaks:
@@ -305,7 +308,8 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
     with ThreadPoolExecutor(16) as threads:
-        found = _mapped(threads, lambda job: _unchanged(job, before.get(job.source.id), request.retry_failed), jobs)
+        known = {} if request.check == "content" else before  # the worker hashes, and makes no store that is there
+        found = _mapped(threads, lambda job: _unchanged(job, known.get(job.source.id), request.retry_failed), jobs)
         digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]

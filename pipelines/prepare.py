@@ -5,6 +5,7 @@ Whatever it leaves is complete; run it again and it goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import secrets
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location
+from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import Hold, exclusive
 from photon_data.mask_store import FOLDER as MASK_STORES
@@ -40,6 +41,7 @@ from photon_data.readers.mask_pattern import usual_pattern
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
+    DATASET_DIGEST,
     LOCK,
     PRUNED,
     REFUSED,
@@ -58,7 +60,7 @@ from photon_pipelines.cluster import Workers, execute
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
 from photon_pipelines.masks import forget, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
-from photon_pipelines.request import Request, paths_of
+from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all
 
 REPORT, COUNTS = "report.html", "questions.json"
@@ -90,6 +92,8 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         if gathered.key:
             _keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
+        for note in notes_of_grids(todo.before, todo.done, request):
+            callback.on_note(note)
         _write_dataset(request, todo.done, todo.kept, manifests=None, hidden=hidden)
         there = question_digests(out)
         for name, asked in questions.items():
@@ -122,12 +126,12 @@ def finish(
     rows_before = row_ids(out)
     manifests, leak = _write_manifests(request, questions, unmatched, rows)
     hidden = any(record.hidden for record in rows)
-    versions = _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)["versions"]
+    versions = _versions()
     there = {record.id for record in rows if record.is_there}
     page = render_report(
         rows,
         recipe=request.recipe,
-        open_volume=lambda record: open_volume(out.at(store_name(record.id)), "model"),
+        open_volume=lambda record: open_volume(out.at(store_name(record.id)), "model", id=record.id),
         pictures=request.pictures,
         title=out.at("").rstrip("/").rpartition("/")[2],
         source="" if hidden else request.source.name,
@@ -139,6 +143,7 @@ def finish(
     _write_json(out, COUNTS, [asdict(found) for found in counts])
     lock = lock_of(rows, content_digests(questions), request.recipe, versions, _salt(request))
     _write_json(out, LOCK, lock)
+    _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)
     found = list(differences(request.lock, lock, rows)) if request.lock else []
     left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
     return Result(records, kept, manifests, counts, found, left, leak, damaged=())
@@ -214,20 +219,26 @@ def _write_dataset(
     manifests: dict[str, str] | None,
     *,
     hidden: bool,
-) -> dict[str, Any]:
-    """Write dataset.json and return it; `manifests` are {name: SHA-256}, None while the run is not finished."""
+) -> None:
+    """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished."""
+    files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
     dataset = {
         "format": 1,
         "source": None if hidden or not request.source.name else str(request.source),
         "recipe": request.recipe.to_json(),
         "digest": request.recipe.digest,
         "paths": paths_of(request),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "grids": grids_of(request),
+        "versions": _versions(),
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
+        "files": files if manifests is not None else None,
     }
-    _write_json(request.out, DATASET, dataset)
-    return dataset
+    _write_json(request.out, DATASET, {**dataset, DATASET_DIGEST: digest_of(dataset, DATASET_DIGEST)})
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def _write_json(out: Location, name: str, content: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from photon_data.hounsfield import HEADER
 from photon_data.json_text import from_json
 from photon_data.questions.splits import FRACTIONS
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import DATASET
+from photon_data.records import DATASET, VolumeRecord
 from photon_data.scan import MaskPattern
+from photon_data.store import WRITTEN, read_metadata, store_name
+from photon_data.store import grids_of as grids_in
 
 PATHS = ("absolute", "relative")
 
@@ -41,10 +43,12 @@ class Request:
     allow_leaks: bool = False
     limit: int | None = None  # only so many scans
     overwrite: bool = False
+    check: str = "time"  # by what a scan counts as unchanged: its size and "time", or its "content", hashed again
     retry_failed: bool = False  # read again what was refused, timed out or crashed before
     lock: Mapping[str, Any] | None = None  # a dataset.lock whose bytes are to be made again
     pictures: int = 48  # volumes shown as pictures in the report
     paths: str | None = None  # of stores in manifests, "absolute" or "relative" to OUT; None: as OUT has them
+    grids: str | None = None  # of stores, a key of WRITTEN; None: as OUT has them
 
     masks: MaskPattern | None = None  # which files are the masks of a scan; None: masks are left as they are
     hu_source: str = HEADER  # "header", "stored", or the path of a table: see `rescaling`
@@ -108,3 +112,34 @@ def recipe_of(entry: DataSet) -> tuple[Recipe, Policy]:
         return named_recipe(entry.recipe.name, entry.recipe.settings)
     except UsageError as error:
         raise entry.error(str(error)) from None
+
+
+def grids_of(request: Request) -> str:
+    """Return which grids stores get, a key of WRITTEN: as requested, else as OUT has them."""
+    if request.grids is None:
+        try:
+            found = from_json(request.out.read(DATASET) or b"{}").get("grids")
+        except (ValueError, AttributeError):
+            found = None
+        return found if found in WRITTEN else "volume"
+    if request.grids not in WRITTEN:
+        raise UsageError(f"--grids: expected {', '.join(WRITTEN)}, found {request.grids!r}")
+    return request.grids
+
+
+def notes_of_grids(before: Iterable[VolumeRecord], done: Iterable[VolumeRecord], request: Request) -> Iterator[str]:
+    """Yield what a changed --grids means for stores that are there, of scans to do and of those done before."""
+
+    def other(records: Iterable[VolumeRecord], *, missing: bool) -> list[str]:
+        wanted, found = set(WRITTEN[grids]), []
+        for record in records:
+            known = read_metadata(request.out, store_name(record.id)) if record.is_there else None
+            there = set(grids_in(known)) if known else wanted
+            found += [record.id] if (wanted - there if missing else there - wanted) else []
+        return found
+
+    grids = grids_of(request)
+    if lacking := other(before, missing=True):
+        yield f"{len(lacking)} stores lack a grid of --grids {grids} and are made again, {lacking[0]} first"
+    if request.grids is not None and (larger := other(done, missing=False)):
+        yield f"{len(larger)} stores have more grids than --grids {grids} writes, and keep them without --overwrite"

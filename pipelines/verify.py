@@ -2,50 +2,177 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
-from photon_data.files import Location
+from photon_data.errors import UsageError
+from photon_data.files import Location, digest_of, jsonl_rows
 from photon_data.json_text import from_json
-from photon_data.questions.kept import digests_of_all
-from photon_data.questions.manifest import FOLDER, validate
-from photon_data.records import DATASET, records_of
-from photon_data.store import store_name, verify_store
+from photon_data.lock import LOCK as RUN_LOCK
+from photon_data.mask_store import FOLDER as MASK_STORES
+from photon_data.questions.kept import FOLDER as QUESTIONS
+from photon_data.questions.manifest import FOLDER as MANIFESTS
+from photon_data.questions.manifest import validate
+from photon_data.records import (
+    DATASET,
+    DATASET_DIGEST,
+    LOCK,
+    ROW_DIGEST,
+    VOLUMES,
+    VolumeRecord,
+    read_records,
+    records_of,
+)
+from photon_data.store import SUFFIX, read_metadata, store_name, verify_store
+from photon_pipelines.masks import ROWS as MASK_ROWS
 from photon_pipelines.masks import verify_masks
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
+EARLIER = "of an earlier version, which wrote no checksum of it: run prepare again"
 
 
-def verify_output(out: Location, progress: Callable[[int, int], object] = lambda done, total: None) -> Iterator[str]:
-    """Yield what is wrong, a sentence each: files missing, changed or surplus, stores without a row, unsound manifests.
+def verify_output(
+    out: Location,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    unchecked: Callable[[str], object] = lambda what: None,
+) -> Iterator[str]:
+    """Yield what is wrong, a sentence each: files missing, changed, unreadable or surplus, stores without a row.
 
-    UsageError where nothing was prepared. `progress` gets the number of stores that are checked, and of all.
+    One that cannot be read does not stop the others. UsageError where nothing was prepared. `progress` gets the number
+    of stores that are checked, and of all; `unchecked` what in `out` was not.
     """
-    records = [record for record in records_of(out) if record.is_there]
-    for number, record in enumerate(records, 1):
-        yield from verify_store(out, store_name(record.id), record.store_sha256)
-        progress(number, len(records))
-    known = {store_name(record.id) for record in records}
-    for name in out.names("volumes"):
-        if f"volumes/{name}" not in known:
-            yield f"volumes/{name}: {NO_ROW}"
-    yield from verify_masks(out, records)
-    yield from _verify_manifests(out)
+    if not out.exists(VOLUMES):
+        records_of(out)  # says so
+    dataset = yield from _verify_dataset(out, unchecked)
+    records = yield from _verify_rows(out, dataset, unchecked)
+    there = [record for record in records or () if record.is_there]
+    found = yield from _names(out, "volumes")
+    known: dict[str, VolumeRecord | None] = {store_name(record.id): record for record in there}
+    strangers = [f"volumes/{name}" for name in found if f"volumes/{name}" not in known]
+    if records is None:  # nothing says which stores belong here: each is checked by what it says itself
+        known, strangers = dict.fromkeys(name for name in strangers if name.endswith(SUFFIX)), []
+    for number, (name, record) in enumerate(known.items(), 1):
+        yield from verify_store(out, name, record.store_sha256 if record else None)
+        yield from _verify_record(out, name, record) if record else ()
+        progress(number, len(known))
+    yield from (f"{name}: {NO_ROW}" for name in strangers)
+    if records is not None:
+        yield from _verify_masks(out, records)
+    yield from _verify_manifests(out, dataset)
+    parts = {"volumes", VOLUMES, DATASET, MANIFESTS, QUESTIONS, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
+    parts |= set((dataset or {}).get("files") or ())
+    for name in (yield from _names(out, "")):
+        if name not in parts:
+            unchecked(f"{name} (not a part of what prepare writes)")
 
 
-def _verify_manifests(out: Location) -> Iterator[str]:
+def _verify_dataset(out: Location, unchecked: Callable[[str], object]) -> Generator[str, None, Any]:
+    """Return dataset.json, None where it is not sound; check the files that it records."""
     try:
-        recorded = from_json(out.read(DATASET) or b"")["manifests"]
-    except (ValueError, KeyError, TypeError):
+        dataset = from_json(out.read(DATASET) or b"")
+        _ = dataset["manifests"], dataset.get("files")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         yield f"{DATASET}: not readable; run prepare again"
+        return None
+    if DATASET_DIGEST not in dataset:
+        unchecked(f"{DATASET} ({EARLIER})")
+    elif dataset[DATASET_DIGEST] != digest_of(dataset, DATASET_DIGEST):
+        yield f"{DATASET}: differs from its own digest; run prepare again"
+    for name, digest in sorted((dataset.get("files") or {}).items()):
+        yield from _compare(out, name, digest)
+    return dataset
+
+
+def _compare(out: Location, name: str, digest: str | None) -> Iterator[str]:
+    """Yield what is wrong with a file that dataset.json records, or should."""
+    try:
+        content = out.read(name)
+    except OSError as error:
+        yield f"{name}: cannot be read ({error.strerror or error})"
         return
+    if content is None:
+        yield f"{name}: missing"
+    elif hashlib.sha256(content).hexdigest() != digest:
+        yield f"{name}: differs from what {DATASET} records"
+
+
+def _verify_rows(
+    out: Location, dataset: Any, unchecked: Callable[[str], object]
+) -> Generator[str, None, list[VolumeRecord] | None]:
+    """Return the records, None where volumes.jsonl cannot be read."""
+    try:
+        rows, records = list(jsonl_rows(out.lines(VOLUMES), may_be_cut=True)), read_records(out)
+    except (ValueError, RecursionError, OSError) as error:
+        yield str(error) if isinstance(error, UsageError) else f"{VOLUMES}: cannot be read ({error})"
+        unchecked("which volumes there should be")
+        return None
+    if (out.read(VOLUMES) or b"\n")[-1:] != b"\n":
+        yield f"{VOLUMES}: its last row is cut off; run prepare again"
+    yield from _verify_digests(VOLUMES, rows)
+    if earlier := sum(ROW_DIGEST not in row for row in rows):
+        unchecked(f"{earlier} rows of {VOLUMES} ({EARLIER})")
+    counts = (dataset or {}).get("counts")
+    if dataset and dataset["manifests"] is not None and isinstance(counts, dict) and sum(counts.values()) != len(rows):
+        yield f"{VOLUMES}: {len(rows)} rows, where {DATASET} counts {sum(counts.values())}; run prepare again"
+    return records
+
+
+def _verify_digests(name: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
+        if ROW_DIGEST in row and row[ROW_DIGEST] != digest_of(row, ROW_DIGEST):
+            yield f"{name}, row {number} ({row.get('id')}): differs from its own digest; run prepare again"
+
+
+def _verify_record(out: Location, name: str, record: VolumeRecord) -> Iterator[str]:
+    """Yield where the row of a volume says another thing than its store."""
+    if record.store != name:
+        yield f"{record.id}: its row names {record.store} as its store, not {name}"
+    try:
+        metadata = read_metadata(out, name)
+    except OSError:
+        return
+    if metadata is None:  # told already
+        return
+    for field in ("id", "fingerprint", "key", "facts"):
+        if json.dumps(getattr(record, field), sort_keys=True) != json.dumps(metadata[field], sort_keys=True):
+            yield f"{record.id}: its row in {VOLUMES} has another {field} than {name}; run prepare again"
+
+
+def _names(out: Location, folder: str) -> Generator[str, None, list[str]]:
+    """Return the names in a folder; one that cannot be looked into is a problem, and has none."""
+    try:
+        return out.names(folder)
+    except OSError as error:
+        yield f"{folder or out.url}: cannot be read ({error.strerror or error})"
+        return []
+
+
+def _verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str]:
+    try:
+        yield from _verify_digests(MASK_ROWS, list(jsonl_rows(out.lines(MASK_ROWS))))
+        yield from verify_masks(out, records)
+    except (ValueError, OSError) as error:
+        yield str(error) if isinstance(error, UsageError) else f"{MASK_ROWS}: cannot be read ({error})"
+
+
+def _verify_manifests(out: Location, dataset: Any) -> Iterator[str]:
+    if dataset is None:
+        return
+    recorded = dataset["manifests"]
     if recorded is None:
         yield "the last run was cut short, manifests may be old: run prepare again"
         return
-    found = digests_of_all(out)
-    for name in sorted({*found, *recorded}):
-        if name not in found:
-            yield f"{name}: missing"
-        elif found[name] != recorded.get(name):
-            yield f"{name}: differs from what {DATASET} records"
-        elif out.is_local and name.startswith(FOLDER):
-            yield from (f"{name}, {problem}" for problem in validate(out.path / name, root=out.path))
+    found = set(recorded)
+    for folder in (MANIFESTS, QUESTIONS):
+        names = yield from _names(out, folder)
+        found |= {f"{folder}/{name}" for name in names if name.endswith(".jsonl") and not name.startswith(".")}
+    for name in sorted(found):
+        problems = list(_compare(out, name, recorded.get(name)))
+        yield from problems
+        if not problems and out.is_local and name.startswith(MANIFESTS):
+            try:
+                yield from (f"{name}, {problem}" for problem in validate(out.path / name, root=out.path))
+            except (ValueError, RecursionError, OSError) as error:
+                yield f"{name}: cannot be checked ({error})"

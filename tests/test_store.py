@@ -13,7 +13,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Recipe
-from photon_data.store import _write_array, is_whole, read_metadata, verify_store, write_store
+from photon_data.store import OWN_DIGEST, _write_array, is_whole, own_digest, read_metadata, verify_store, write_store
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
 IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}
@@ -29,6 +29,25 @@ def prepared():
 def out(tmp_path, prepared):
     write_store(prepared, Location(str(tmp_path)), NAME, IDENTITY)
     return Location(str(tmp_path))
+
+
+def rewritten(store: Path, change=lambda ours: None, *, earlier=False):
+    """Write the root metadata again, sound after the change; `earlier`: as by a version without the own digest."""
+    root = store / "zarr.json"
+    content = json.loads(root.read_text())
+    attributes = content["attributes"]
+    del attributes["photon"][OWN_DIGEST]
+    change(attributes["photon"])
+    if not earlier:
+        attributes["photon"][OWN_DIGEST] = own_digest(attributes)
+    root.write_text(json.dumps(content))
+
+
+def recorded(store: Path, file: str):
+    """Return a change that makes the store's record say what a file of it is now."""
+    content = (store / file).read_bytes()
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return lambda ours: ours["files"].update({file: facts})
 
 
 def files(folder: Path):
@@ -131,17 +150,14 @@ def test_missing_and_surplus_files_are_found(out):
     (out.path / NAME / "0/c/0/0/0").unlink()
     (out.path / NAME / "notes.txt").write_text("x")
     problems = list(verify_store(out, NAME))
-    assert [problem.rpartition(": ")[2] for problem in problems] == ["missing", "not part of the store"]
+    assert [problem.split(": ")[1].split(" where")[0] for problem in problems] == ["missing", "not part of the store"]
     metadata = read_metadata(out, NAME)
     assert metadata is not None
     assert not is_whole(out, NAME, metadata)
 
 
 def test_a_store_that_lists_files_outside_of_itself_is_found_out(out):
-    root = out.path / NAME / "zarr.json"
-    metadata = json.loads(root.read_text())
-    metadata["attributes"]["photon"]["files"]["../../secret"] = {"bytes": 1, "sha256": ""}
-    root.write_text(json.dumps(metadata))
+    rewritten(out.path / NAME, lambda ours: ours["files"].update({"../../secret": {"bytes": 1, "sha256": ""}}))
     assert any("outside of the store" in problem for problem in verify_store(out, NAME))
 
 
@@ -150,7 +166,9 @@ def test_a_store_whose_metadata_lost_a_key_is_no_store_and_stops_nothing(out, br
     root = out.path / NAME / "zarr.json"
     root.write_text(root.read_text().replace(broken, '"btyes"', 1))
     assert read_metadata(out, NAME) is None
-    assert list(verify_store(out, NAME)) == [f"{NAME}: no readable zarr.json"]
+    assert list(verify_store(out, NAME)) == [
+        f"{NAME}/zarr.json: expected a store of photon-data (format 1); the other files of this store were not checked"
+    ]
     with pytest.raises(UsageError, match="a store of photon-data"):
         open_volume(out.path / NAME)
 
@@ -216,6 +234,7 @@ def test_an_object_store_gets_the_root_metadata_last_and_opens_only_then(prepare
 def test_an_array_we_would_not_write_is_refused_before_it_is_decoded(out, change, said):
     path = out.path / NAME / "0/zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    rewritten(out.path / NAME, recorded(out.path / NAME, "0/zarr.json"))
     with pytest.raises(UsageError, match=said):
         open_volume(out.path / NAME)
 
@@ -231,7 +250,9 @@ def test_nothing_of_a_header_but_numbers_is_in_the_store(out):
     metadata = read_metadata(out, NAME)
     assert metadata is not None
     ours = json.loads((out.path / NAME / "zarr.json").read_text())["attributes"]["photon"]
-    assert set(ours) == {"format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files"}
+    said = {"format", "id", "key", "fingerprint", "recipe", "digest", "facts", "files"}
+    said |= {"attributes_sha256", "checksums_sha256"}
+    assert set(ours) == said
     texts = {value for value in metadata["facts"].values() if isinstance(value, str)}
     assert texts == {"memory", "int16", "header"}
 
@@ -280,8 +301,9 @@ def test_a_part_that_an_object_store_lost_is_named_when_it_is_read_and_makes_the
 
 
 def test_a_store_whose_list_lost_the_voxels_is_damaged(out):
-    root = out.path / NAME / "zarr.json"
-    root.write_text(root.read_text().replace('"model/0/c/0/0/0"', '"model/0/c/0/0/1"'))
+    rewritten(
+        out.path / NAME, lambda ours: ours["files"].update({"model/0/c/0/0/1": ours["files"].pop("model/0/c/0/0/0")})
+    )
     (out.path / NAME / "model/0/c/0/0/0").rename(out.path / NAME / "model/0/c/0/0/1")
     with pytest.raises(UsageError, match="expected whole metadata"):
         open_volume(out.path / NAME, "model")
@@ -292,10 +314,6 @@ def test_what_is_not_there_reads_as_no_tissue_and_stores_of_the_time_when_it_was
     metadata = json.loads(array.read_text())
     assert metadata["fill_value"] == -32768
     array.write_text(json.dumps({**metadata, "fill_value": 0}))
-    root = out.path / NAME / "zarr.json"
-    ours = json.loads(root.read_text())
-    facts = {"bytes": array.stat().st_size, "sha256": hashlib.sha256(array.read_bytes()).hexdigest()}
-    ours["attributes"]["photon"]["files"]["0/zarr.json"] = facts
-    root.write_text(json.dumps(ours))
+    rewritten(out.path / NAME, recorded(out.path / NAME, "0/zarr.json"), earlier=True)
     assert list(verify_store(out, NAME)) == []
     assert np.array_equal(open_volume(out.path / NAME).numpy(), prepared.volume.array_zyx)

@@ -26,22 +26,24 @@ class ScanInput(NamedTuple):
 
     id: str
     model: Volume  # int16 HU on the model grid, in memory: the bytes of a store's "model" array
-    volume: Volume  # int16 HU on the prepared grid; of a store, read lazily
+    volume: Volume  # int16 HU on the prepared grid, of a store without it on the model grid; of a store, read lazily
     native: Geometry  # the grid of the raw scan
     seconds: dict[str, float]  # {"read", "prepare"}
     store: str = ""  # its place; "" of a raw scan
 
 
-def open_input(place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None) -> ScanInput:
+def open_input(
+    place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None, id: str | None = None
+) -> ScanInput:
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
 
-    `series` names one of the scans of a folder, as `find_one_scan` takes it.
+    `series` names one of the scans of a folder, as `find_one_scan` takes it; `id` is the one that a store must have.
 
     A raw scan is prepared in memory by `recipe`, as `photon-data prepare` would; a store is as it was prepared.
     UsageError where there is not one scan; Refused, with the words of `prepare`, for one that must not become a store.
     """
     if is_store(place):
-        return open_store(place)
+        return open_store(place, id)
     start, source = time.perf_counter(), find_one_scan(Path(place), series)
     with names_left_out(source):
         return _prepared(source, recipe, policy or Policy(), start)
@@ -70,12 +72,12 @@ def is_store(place: str) -> bool:
     return "://" in place or (Path(place) / ROOT).exists()
 
 
-def open_store(place: str) -> ScanInput:
-    """Return the scan of a store, as it was prepared. Raises what `open_volume` raises."""
+def open_store(place: str, id: str | None = None) -> ScanInput:
+    """Return the scan of a store, as it was prepared, of that id if one is given. Raises what `open_volume` raises."""
     start = time.perf_counter()
-    lazy = open_volume(place, grid="model")
+    lazy = open_volume(place, grid="model", id=id)
     model, metadata = Volume(lazy.numpy(), lazy.geometry), read_metadata(Location(place), "")
     assert metadata is not None, "open_volume has read it"
     seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
     native = Geometry.from_json(metadata["facts"]["geometry"])
-    return ScanInput(metadata["id"], model, open_volume(place), native, seconds, place)
+    return ScanInput(metadata["id"], model, open_volume(place, None, id=id), native, seconds, place)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from photon_data.questions.table import volume_id_of
 from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import with_suffixes
@@ -166,7 +167,8 @@ class MicroBatches(Dataset[Batch]):
         rng = random.Random(f"{self.config.seed} {self.epoch} {number}")
         videos = [video for row in rows for video in row.videos]
         shared = bool(videos) and (self.same_calls or (len(rows) > 1 and self.config.share_prefix))
-        volumes = {path: self._volume(path, rng) for path in dict.fromkeys(videos)}
+        ids = {video: volume_id_of(row._asdict()) for row in rows for video in row.videos}
+        volumes = {path: self._volume(path, id, rng) for path, id in ids.items()}
         inputs = self._inputs([row._asdict() | {"videos": [volumes[v] for v in row.videos]} for row in rows], shared)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         photon = self.processor.config
@@ -179,11 +181,11 @@ class MicroBatches(Dataset[Batch]):
         flips = torch.rand(len(rows), generator=generator) < (photon.flip_probability if draws else 0.0)
         return inputs, flips, len(rows[0].videos if shared else videos)
 
-    def _volume(self, path: str, rng: random.Random) -> Any:
+    def _volume(self, path: str, id: str | None, rng: random.Random) -> Any:
         """Return what the processor reads: the path, or an augmented volume, int16 HU [z, y, x] on the model grid."""
         if not self.training or self.config.augment == "none" or path.endswith(NIFTI):
             return path
-        volume = open_volume(path, grid="model")
+        volume = open_volume(path, grid="model", id=id)
         return augmented(volume.numpy(), volume.geometry.spacing_zyx_mm, self.config.augment, rng)
 
     def _inputs(self, rows: Sequence[Row], shared: bool) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_a_question_that_changed_under_its_id_is_answered_anew_and_others_are_no
     path, new = tmp_path / "p.jsonl", tmp_path / "new.jsonl"
     predict_rows(model, rows, path)
     rows[0]["messages"][0]["content"] += " And on the left?"
-    rows[4]["videos"] = rows[0]["videos"]
+    rows[4] |= {"videos": rows[0]["videos"], "volume_id": rows[0]["volume_id"]}
     rows[5]["messages"].append({"role": "assistant", "content": "an answer, which is not asked"})
     for shards in (1, 2):  # parts leave out what the output answers, but not what it answers no more
         outcomes = [predict_rows(model, rows, path, Shard(number, shards)) for number in range(shards)]
@@ -105,7 +105,7 @@ def test_a_bad_row_and_a_bad_volume_cost_themselves_and_are_tried_again(model, r
     assert "a store of photon-data" in found["lost"].error
     assert found["lost"].response == ""
     store(tmp_path, "v7", 7)
-    bad[0]["videos"] = [str(tmp_path / "volumes" / "v7.ome.zarr")]
+    bad[0] |= {"videos": [str(tmp_path / "volumes" / "v7.ome.zarr")], "volume_id": "v7"}
     again = predict_rows(model, [*rows, bad[0]], tmp_path / "p.jsonl")
     assert (again.answered, again.before, again.failed) == (1, 8, {})
     assert content(tmp_path / "p.jsonl")["lost"].error == ""
