@@ -19,7 +19,7 @@ from photon_data.json_text import fields_of, from_json
 from photon_data.private import append_name, read_names, save_names, without_names
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.scan import Source
-from photon_data.store import SUFFIX
+from photon_data.store import store_name
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
 # Every input ends in exactly one of these.
@@ -143,9 +143,9 @@ class VolumeRecord:
         record = cls(**fields_of(cls, row))
         if record.state not in (*STATES, READY):
             raise ValueError(f"expected a state of {', '.join(STATES)}, found {record.state!r:.80}")
-        names = [f"{folder}/{record.id}{SUFFIX}" for folder in ("volumes", "masks")]
-        if record.store not in (None, *names):
-            raise ValueError(f"expected {' or '.join(names)} as the store, found {record.store!r:.80}")
+        own = store_name(record.id)  # an id that can name no file is an error
+        if record.store not in (None, own, own.replace("volumes/", "masks/", 1)):
+            raise ValueError(f"expected {own} as the store of {record.id}, found {record.store!r:.80}")
         return record
 
 
@@ -215,12 +215,12 @@ def _failed(work: Work, error: Exception) -> VolumeRecord:
 def read_records(out: Location) -> list[VolumeRecord]:
     """Return what volumes.jsonl says, none if there is no such file; UsageError if it cannot be read.
 
-    While a run goes on, rows are appended: the last one of an id counts.
+    While a run goes on, rows are appended: the last one of an id counts, and half a row at the end is none.
     """
     records: dict[str, VolumeRecord] = {}
     place = ""
     try:
-        for number, row in enumerate(jsonl_rows(out.lines(VOLUMES), may_be_cut=True), 1):
+        for number, row in enumerate(jsonl_rows(out.lines(VOLUMES), may_be_cut=is_unfinished(out)), 1):
             place = f"row {number}: "
             record = VolumeRecord.from_json(row)
             records[record.id], place = record, ""
@@ -231,6 +231,14 @@ def read_records(out: Location) -> list[VolumeRecord]:
         return list(records.values())
     names = read_names(out)
     return [_named(record, *names[record.id]) if record.id in names else record for record in records.values()]
+
+
+def is_unfinished(out: Location) -> bool:
+    """Tell whether a run goes on in a folder, or was cut short: dataset.json says so until the end of a run."""
+    try:
+        return (content := out.read(DATASET)) is None or from_json(content)["manifests"] is None
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def records_of(out: Location) -> list[VolumeRecord]:

@@ -191,9 +191,10 @@ class MaskHome:
     ) -> ReadMasks:
         """Return the masks of the volume at `place`, all or those of `names`; UsageError or Refused where not read."""
         if self.is_prepared:
+            open_volume(place, None, id=volume_id)
             return self.stored(place, tokens_zyx, names)
         if "://" in place or (Path(place) / ROOT).exists():
-            grid = open_volume(place).geometry
+            grid = open_volume(place, None, id=volume_id).geometry
         else:  # a raw scan: its header says what it would be prepared to
             grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
         return ReadMasks(counted_masks(self.out.path / volume_id, model_grid(grid, tokens_zyx), names), {})

@@ -22,6 +22,7 @@ from photon_data.records import (
     ROW_DIGEST,
     VOLUMES,
     VolumeRecord,
+    is_unfinished,
     read_records,
     records_of,
 )
@@ -103,16 +104,17 @@ def _verify_rows(
 ) -> Generator[str, None, list[VolumeRecord] | None]:
     """Return the records, None where volumes.jsonl cannot be read."""
     try:
-        rows, records = list(jsonl_rows(out.lines(VOLUMES), may_be_cut=True)), read_records(out)
+        rows, records = list(jsonl_rows(out.lines(VOLUMES), may_be_cut=is_unfinished(out))), read_records(out)
     except (ValueError, RecursionError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{VOLUMES}: cannot be read ({error})"
         unchecked("which volumes there should be")
         return None
-    if (out.read(VOLUMES) or b"\n")[-1:] != b"\n":
-        yield f"{VOLUMES}: its last row is cut off; run prepare again"
     yield from _verify_digests(VOLUMES, rows)
-    if earlier := sum(ROW_DIGEST not in row for row in rows):
-        unchecked(f"{earlier} rows of {VOLUMES} ({EARLIER})")
+    without = [number for number, row in enumerate(rows, 1) if ROW_DIGEST not in row]
+    if without and (len(without) < len(rows) or DATASET_DIGEST in (dataset or {})):
+        yield f"{VOLUMES}, row {without[0]}: expected its own digest, found none; run prepare again"
+    elif without:
+        unchecked(f"{len(without)} rows of {VOLUMES} ({EARLIER})")
     counts = (dataset or {}).get("counts")
     if dataset and dataset["manifests"] is not None and isinstance(counts, dict) and sum(counts.values()) != len(rows):
         yield f"{VOLUMES}: {len(rows)} rows, where {DATASET} counts {sum(counts.values())}; run prepare again"
@@ -135,8 +137,9 @@ def _verify_record(out: Location, name: str, record: VolumeRecord) -> Iterator[s
         return
     if metadata is None:  # told already
         return
+    row = record.to_json()
     for field in ("id", "fingerprint", "key", "facts"):
-        if json.dumps(getattr(record, field), sort_keys=True) != json.dumps(metadata[field], sort_keys=True):
+        if json.dumps(row[field], sort_keys=True) != json.dumps(metadata[field], sort_keys=True):
             yield f"{record.id}: its row in {VOLUMES} has another {field} than {name}; run prepare again"
 
 

@@ -72,7 +72,7 @@ def test_a_table_with_splits_for_some_rows_is_refused():
 
 @pytest.mark.parametrize("name", ["../train", "a b", ".hidden", "train/1"])
 def test_a_split_that_cannot_name_a_file_is_refused(name):
-    with pytest.raises(UsageError, match="expected split names of letters"):
+    with pytest.raises(UsageError, match="expected split names of at most 100 letters"):
         assign_splits([replace(QUESTIONS[0], split=name)])
 
 

@@ -93,7 +93,7 @@ def test_the_array_is_sharded_checksummed_and_names_its_axes(out):
 def test_a_shard_of_ours_is_read_by_zarr_and_its_facts_are_of_its_bytes(tmp_path, shape):
     dtype = np.int16 if len(shape) == 3 else np.uint8
     voxels = np.random.default_rng(3).integers(-1000, 1000, shape).astype(dtype)
-    name, facts = _write_array(voxels, tmp_path, "0", 0)
+    name, facts, _ = _write_array(voxels, tmp_path, "0", 0)
     stored = zarr.open_array(tmp_path / "0", mode="r")
     assert np.array_equal(stored[...], voxels)
     assert np.array_equal(stored[2:4, 3:, ::2], voxels[2:4, 3:, ::2])

@@ -143,7 +143,13 @@ def test_what_was_not_checked_is_said(out):
         del row["row_sha256"]
     (out / "volumes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, text = run("verify", out)
+    assert (code, "volumes.jsonl, row 1: expected its own digest, found none" in text) == (1, True)
+    dataset = json.loads((out / "dataset.json").read_text())
+    del dataset["sha256"]
+    (out / "dataset.json").write_text(json.dumps(dataset))
+    code, text = run("verify", out)
     assert code == 0
+    assert "not checked: dataset.json (of an earlier version" in text
     assert "not checked: 4 rows of volumes.jsonl (of an earlier version" in text
     assert "not checked: nifti (not a part of what prepare writes)" in text
     assert "3 stores checked, 0 problems" in text

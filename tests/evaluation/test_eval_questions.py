@@ -180,18 +180,20 @@ def test_the_best_scored_choice_is_written_as_the_label_is():
     assert (own["score_v2"], own["accuracy_strict"], own["accuracy_letter_v2"]) == (100, 100, 100)
 
 
-def test_predictions_of_other_tools_keep_what_fits(tmp_path):
+@pytest.mark.parametrize(
+    "odd", [{"seconds": 1.5}, {"kept": 390}, {"choice_scores": [-0.1]}, {"visual_tokens": "many"}, {"threshold": True}]
+)
+def test_a_key_of_ours_with_another_meaning_is_refused_with_its_line(tmp_path, odd):
     path = tmp_path / "p.jsonl"
-    odd = {
-        "seconds": 1.5,
-        "kept": 390,
-        "choice_scores": [-0.1],
-        "visual_tokens": "many",
-        "error": None,
-        "threshold": True,
-    }
     path.write_text(json.dumps({"id": "a", "response": "Yes", **odd}), encoding="utf-8-sig")
+    with pytest.raises(UsageError, match=rf"p\.jsonl:1: expected .*`{next(iter(odd))}`.*leave that key out"):
+        read_predictions(path)
+
+
+def test_predictions_of_other_tools_are_read_without_their_own_keys(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"id": "a", "response": "Yes", "error": None, "model": 7}), encoding="utf-8-sig")
     assert read_predictions(path) == [Prediction("a", "Yes")]
     path.write_text("{}", encoding="utf-16")
-    with pytest.raises(UsageError, match=r"p\.jsonl: expected UTF-8, found byte 0xff; save it as UTF-8"):
+    with pytest.raises(UsageError, match=r"p\.jsonl: expected UTF-8, found byte 0xff"):
         read_predictions(path)

@@ -16,6 +16,7 @@ from photon_data import Volume
 from photon_data.errors import Refused, UsageError
 from photon_data.readers import open_scan, read
 from photon_data.readers.find import find_scans
+from photon_data.recipe import Policy
 
 MOST_VOXELS = 200_000
 SHAPE = (4, 6, 8)
@@ -125,7 +126,7 @@ def test_a_damaged_slice_of_dicom_leaves_sane_scans_and_refusals(series, tmp_pat
     with no_hang():
         for source in find_scans(folder).sources:
             try:
-                volume = open_scan(source, max_voxels=MOST_VOXELS).volume()
+                volume = open_scan(source, Policy(max_voxels=MOST_VOXELS)).volume()
             except Refused as error:
                 assert "SECRET" not in str(error) and "Doe" not in str(error)
             else:
