@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from photon_data.prepare_file import Job, NoSpace, prepare_file
@@ -146,8 +146,13 @@ def children() -> Iterator[None]:
 # The child's end
 
 
-def main(address_space_bytes: int) -> None:
-    """Answer jobs until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
+def prepare_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a job, both as JSON."""
+    return vars(prepare_file(Job.from_json(job)))
+
+
+def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, Any]] = prepare_job) -> None:
+    """Answer jobs by `work` until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
     if address_space_bytes > 0 and sys.platform == "linux":  # macOS has the limit, and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
     _die_with_parent()
@@ -156,7 +161,7 @@ def main(address_space_bytes: int) -> None:
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = vars(prepare_file(Job.from_json(json.loads(line))))
+            reply = work(json.loads(line))
         except NoSpace as error:
             reply = {NO_SPACE: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")

@@ -17,7 +17,7 @@ UNFINISHED = "\ufffd"  # what a letter decodes to whose bytes are not all there 
 
 @dataclass
 class Draft:
-    """An answer to a question, the one of that number. `on_piece` gets its text piece by piece, each once, if the question streams."""
+    """An answer to a question. If it streams, `on_piece` gets the text piece by piece, each once."""
 
     number: int
     question: Question

@@ -42,8 +42,9 @@ class Ticket:
 
     def cancel(self) -> None:
         """Give its place free: nobody waits for the answer any more."""
-        self.is_cancelled = True
-        self.engine.leave(self)
+        if not self.is_done:
+            self.is_cancelled = True
+            self.engine.leave(self)
 
     def tell(self, event: Piece | Answer | Failure) -> None:
         """Pass on what happens, unless nobody listens. After an Answer or a Failure nothing comes."""
@@ -126,8 +127,8 @@ class Engine:
         """Whether questions are taken."""
         return self._thread.is_alive() and not self._is_closing
 
-    def close(self, timeout_s: float | None = None) -> None:
-        """Answer what waits, then end; after `timeout_s` what is left fails."""
+    def close(self, timeout_s: float | None = None) -> int:
+        """Answer what waits, then end; after `timeout_s` what is left fails. Return how many questions that are."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -138,6 +139,7 @@ class Engine:
         for ticket in left:
             ticket.tell(Failure("the server closed before it came to this question; ask again later", False))
             ticket.is_cancelled = True
+        return len(left)
 
     def _count(self) -> int:
         with self._changed:

@@ -108,6 +108,9 @@ class Engine(Protocol):
     def figures(self) -> Mapping[str, float]:
         """Return counts and sizes by name."""
 
+    def close(self, timeout_s: float | None = None) -> int:
+        """Answer what waits, then end; after `timeout_s` what is left fails. Return how many questions that are."""
+
     @property
     def is_open(self) -> bool:
         """Whether questions are taken."""

@@ -1,0 +1,615 @@
+"""What strangers and accidents do to the server: keys, hosts, sizes, archives, names, clients that go away, crowds."""
+
+import io
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import httpx
+import openai
+import psutil
+import pytest
+from askable import QUESTIONS, predictor, row
+from dicom_files import write_series
+from live import COARSE, USUAL, body, code_of, live, wait_until
+from raw import write_scan
+from scans import ct_like
+from test_engine import predicted
+
+from photon_cli.serve import key_of
+from photon_data.errors import UsageError
+from photon_data.files import Location
+from photon_data.records import PREPARED, VolumeRecord, write_records
+
+KEY = "0123456789abcdef-key"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A prepared folder of four volumes that differ: v0 ... v3."""
+    from askable import store
+
+    out = tmp_path_factory.mktemp("prepared")
+    places = [store(out, f"v{seed}", seed) for seed in range(4)]
+    names = [Path(place).name.partition(".")[0] for place in places]
+    write_records(
+        Location(str(out)), [VolumeRecord(n, n, PREPARED, 0, 0, store=f"volumes/{n}.ome.zarr") for n in names]
+    )
+    return SimpleNamespace(out=out, places=places)
+
+
+@pytest.fixture(scope="module")
+def served(model_dir, prepared):
+    with live(model_dir, data=str(prepared.out), max_volumes=2, max_upload_gb=0.002, upload_timeout_s=20) as server:
+        yield server
+
+
+def request(served, head, *chunks, stop_after=None):
+    """The status line and the text that come back to a raw request."""
+    host, port = served.base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as line:
+        line.sendall(head.encode() + b"\r\n\r\n")
+        try:
+            for chunk in chunks:
+                line.sendall(chunk)
+        except OSError:  # the server has closed
+            pass
+        found = b""
+        while data := line.recv(65536):
+            found += data
+            if b"\r\n\r\n" in found and found.endswith(b"}"):
+                break
+    return found.split(b"\r\n")[0].decode(), found.decode()
+
+
+def head(path="/v1/volumes", method="POST", **more):
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {value}" for name, value in more.items())]
+    return "\r\n".join(lines)
+
+
+# Who may come in
+
+
+def test_a_key_is_needed_for_all_but_health(model_dir, tmp_path):
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    with live(model_dir, key_file=tmp_path / "key") as served:
+        ways = [
+            None,
+            "Bearer wrong",
+            f"Bearer {KEY}x",
+            f"Bearer {KEY[:-1]}",
+            f"Token {KEY}",
+            "Basic !",
+            f"Bearer  {KEY} y",
+        ]
+        for path in ("/", "/v1/models", "/v1/volumes", "/metrics", "/nowhere"):
+            for way in ways:
+                found = served.http.get(path, headers={"Authorization": way} if way else {})
+                assert (found.status_code, code_of(found)) == (401, "invalid_api_key"), (path, way)
+                assert "Basic" in found.headers["www-authenticate"] and KEY not in found.text
+        assert served.http.get("/health").status_code == served.http.get("/ready").status_code == 200
+        assert served.http.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert served.http.get("/v1/models", auth=("anybody", KEY)).status_code == 200
+        assert (
+            served.http.get("/v1/models", headers={"Authorization": f"Bearer {KEY}", "Host": "ct.org"}).status_code
+            == 200
+        )
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{served.base}/v1", api_key="wrong", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=f"{served.base}/v1", api_key=KEY).models.list().data
+
+
+def test_other_machines_are_let_in_with_a_key_only(tmp_path):
+    from dataclasses import replace
+
+    for host in ("0.0.0.0", "::", "192.168.0.7", "ct.example.org", "127.0.0.1.example.org"):
+        with pytest.raises(UsageError, match="--api-key-file"):
+            key_of(replace(USUAL, host=host))
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        assert key_of(replace(USUAL, host=host)) is None
+    for text in ("", "short", "with space in the key", "kéykéykéykéykéykéy"):
+        (tmp_path / "key").write_text(text)
+        with pytest.raises(UsageError, match="--api-key-file"):
+            key_of(replace(USUAL, key_file=tmp_path / "key"))
+    with pytest.raises(UsageError, match="--api-key-file"):
+        key_of(replace(USUAL, key_file=tmp_path / "none"))
+
+
+def test_web_pages_of_others_cannot_use_a_server_without_a_key(served):
+    port = served.base.rpartition(":")[2]
+    for headers in (
+        {"Host": f"evil.example:{port}"},  # a name that leads to this machine
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": ""},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": f"http://127.0.0.1:{int(port) + 1}"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ):
+        found = served.http.post("/v1/volumes", headers=headers)
+        assert found.status_code == 403, headers
+        assert "access-control-allow-origin" not in found.headers
+    own = {"Origin": served.base, "Sec-Fetch-Site": "same-origin"}
+    assert served.http.get("/v1/models", headers=own).status_code == 200
+    assert served.http.options("/v1/models", headers={"Origin": served.base}).status_code == 405
+
+
+def test_every_response_has_headers_that_close_it(served):
+    for path in ("/v1/models", "/nowhere", "/v1/volumes/none", "/metrics", "/health"):
+        headers = served.http.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert headers["content-security-policy"].startswith("default-src 'none'")
+        assert headers["cache-control"] == "no-store" and "server" not in headers
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": ""}]}, 400, "expected a question"),
+        ({"messages": [{"role": "assistant", "content": "Yes."}]}, 400, "user's message last"),
+        ({"messages": [{"role": "tool", "content": "?"}]}, 400, "role"),
+        ({"messages": [{"role": "user", "content": "<video>?"}]}, 400, "found <video>"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "expected plain text"),
+        ({"messages": [{"role": "user", "content": "?" * 20_001}]}, 400, "at most 20,000 letters"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "type"),
+        ({"model": "other"}, 404, "as model"),
+        ({"n": 0}, 400, "n:"),
+        ({"n": 17}, 400, "n:"),
+        ({"max_tokens": 5000}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": float("1e400")}, 400, "expected|temperature|body|JSON"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
+        ({"top_logprobs": 21}, 400, "top_logprobs"),
+        ({"tools": []}, 400, "tools"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"<script>alert(1)</script>": 1}, 400, "script"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_and_not_left_aside(served, change, status, said):
+    found = served.http.post("/v1/chat/completions", content=json.dumps({**body("v0"), **change}))
+    assert found.status_code == status and re.search(said, found.json()["error"]["message"]), found.text
+    assert found.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "' + b"a" * 300_000 + b'"}', b"[" * 10_000]
+)
+def test_bodies_that_are_no_requests_are_refused(served, content):
+    found = served.http.post("/v1/chat/completions", content=content)
+    assert found.status_code in (400, 413) and code_of(found)
+
+
+NO_IDS = [
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "http://example.org/a.nii.gz",
+    "data:text/plain;base64,AAAA",
+    "s3://bucket/a.ome.zarr",
+    "",
+    ".",
+    "vol_" + "0" * 24,
+    "v0.ome.zarr",
+    "v0/../v1",
+    "a\0b",
+    "é" * 500,
+]
+
+
+def test_no_path_and_no_url_is_a_volume(served, prepared):
+    for id in [*NO_IDS, str(prepared.places[0])]:
+        for ask in (served.ask(id), served.http.post("/v1/chat/completions", json=video(id))):
+            assert (ask.status_code, code_of(ask)) == (404, "unknown_volume"), id
+        quoted = f"/v1/volumes/{quote(id, safe='')}/grid"
+        line, text = request(served, head(quoted, "GET", host="localhost", connection="close"))
+        assert line.split()[1] in ("404", "307", "400"), (id, line)
+        assert "root:" not in text and str(prepared.out) not in text
+    for raw in (
+        "/v1/volumes/..%2f..%2fetc%2fpasswd/grid",
+        "/v1/volumes/%2e%2e/grid",
+        "/../../etc/passwd",
+        "//etc/passwd",
+    ):
+        assert request(served, head(raw, "GET", host="localhost", connection="close"))[0].split()[1] == "404"
+    assert served.http.get("/v1/volumes/v0/kept/..%2f..%2fx").status_code == 404
+    mixed = body("v0")
+    mixed["messages"][0]["content"].insert(0, {"type": "volume", "volume": "v0"})
+    mixed["messages"][0]["content"] += [{"type": "volume", "volume": "v1"}] * 3
+    found = served.http.post("/v1/chat/completions", json=mixed)
+    assert (found.status_code, code_of(found)) == (400, "too-many-volumes")
+
+
+def video(id):
+    parts = [{"type": "video_url", "video_url": {"url": id}}, {"type": "text", "text": "?"}]
+    return {"model": "model0", "messages": [{"role": "user", "content": parts}]}
+
+
+# What is sent
+
+
+def test_an_upload_of_5_gb_is_refused_before_it_is_sent(served):
+    start = time.monotonic()
+    line, text = request(
+        served, head(host="localhost", content_type="multipart/form-data; boundary=x", content_length=5 * 10**9)
+    )
+    assert line.split()[1] == "413" and "too-large" in text and time.monotonic() - start < 5
+    assert "connection: close" in text
+    for length in ("-1", "a", "1" * 30):
+        line, _ = request(served, head(host="localhost", content_length=length, connection="close"))
+        assert line.split()[1] == "400"
+
+
+def test_a_chunked_body_is_counted_and_refused_after_its_limit(served):
+    start = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.nii"\r\n\r\n'
+    piece = b"10000\r\n" + b"\0" * 0x10000 + b"\r\n"
+    sent = []
+
+    def chunks():
+        yield f"{len(start):x}\r\n".encode() + start + b"\r\n"
+        for _ in range(80_000):  # 5 GB
+            sent.append(1)
+            yield piece
+
+    line, text = request(
+        served,
+        head(host="localhost", content_type="multipart/form-data; boundary=x", transfer_encoding="chunked"),
+        *chunks_until_closed(chunks()),
+    )
+    assert line.split()[1] == "413" and "too-large" in text
+    assert served.figures["waiting"] == 0
+
+
+def chunks_until_closed(chunks):
+    """Some more than the limit of 2 MB: enough, and little enough for the line's buffers to hold it."""
+    return [chunk for chunk, _ in zip(chunks, range(40), strict=False)]
+
+
+def bomb(megabytes=100):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.nii", b"\0" * (megabytes << 20))
+    return ("bomb.zip", buffer.getvalue())
+
+
+def lying(content):
+    """The archive, which says of its files that they are of 10 bytes."""
+    found = bytearray(content)
+    at = found.rindex(b"PK\x01\x02")
+    found[at + 24 : at + 28] = struct.pack("<L", 10)
+    return bytes(found)
+
+
+def many(count=25_000):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number in range(count):
+            archive.writestr(str(number), "")
+    return buffer.getvalue()
+
+
+def encrypted():
+    name, content = bomb(1)
+    found = bytearray(content)
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        found[found.index(mark) + place] |= 1
+    return name, bytes(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (bomb, "too-large"),
+        (lambda: ("b.zip", lying(bomb()[1])), "damaged-zip"),
+        (encrypted, "encrypted"),
+        (lambda: ("a.zip", b"PK\x03\x04" + os.urandom(5000)), "damaged-zip"),
+        (lambda: ("a.zip", bomb()[1][:-50]), "damaged-zip"),
+        (lambda: ("a.nii.gz", bomb(1)[1]), "not-a-scan"),
+    ],
+    ids=["bomb", "lying", "encrypted", "garbage", "cut", "named-nifti"],
+)
+def test_archives_of_strangers_are_refused_and_leave_nothing(served, make, code):
+    before = disk(served)
+    found = served.upload(make())
+    assert found.status_code in (413, 422), found.text
+    if code != "not-a-scan":
+        assert code_of(found) == code
+    assert disk(served) == before
+    assert served.http.get("/health").status_code == 200
+
+
+def test_too_many_files_in_an_archive_are_refused(served):
+    found = served.upload(("many.zip", many()))
+    assert (found.status_code, code_of(found)) in ((413, "too-many-files"), (413, "too-large"))
+
+
+def disk(served):
+    """The files in the private folder of the server."""
+    return sorted(str(path.relative_to(served.private)) for path in served.private.rglob("*"))
+
+
+def test_names_that_lead_elsewhere_lead_nowhere(served, tmp_path):
+    scan = write_scan(tmp_path / "a.nii").read_bytes()
+    for name in (
+        "../../../tmp/escaped.nii",
+        "/tmp/escaped.nii",
+        "C:\\escaped.nii",
+        "..",
+        ".nii",
+        "a\0.nii",
+        "CON.nii",
+        "x" * 500 + ".nii",
+    ):
+        found = served.upload((name, scan))
+        if name != "..":
+            assert found.status_code == 201, (name, found.text)
+            assert served.http.delete(f"/v1/volumes/{found.json()['id']}").status_code == 200
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr(zipfile.ZipInfo(name), scan)
+            link = zipfile.ZipInfo("link.nii")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, "/etc/passwd")
+        found = served.upload(("a.zip", buffer.getvalue()))
+        if found.status_code == 201:
+            served.http.delete(f"/v1/volumes/{found.json()['id']}")
+    assert not Path("/tmp/escaped.nii").exists()
+    assert [name for name in disk(served) if "escaped" in name] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"", "multipart/form-data; boundary=x", 400),
+        (b"nonsense", "multipart/form-data; boundary=x", 400),
+        (b"--x\r\n", "multipart/form-data", 415),
+        (b"abc", "application/octet-stream", 415),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.nii"\r\n\r\nabc',
+            "multipart/form-data; boundary=x",
+            400,
+        ),
+        (b"--x\r\n" + b"A: b\r\n" * 5000 + b"\r\n--x--", "multipart/form-data; boundary=x", 400),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="series"\r\n\r\n' + b"k" * 5000 + b"\r\n--x--",
+            "multipart/form-data; boundary=x",
+            413,
+        ),
+    ],
+    ids=["empty", "nonsense", "no boundary", "no form", "cut off", "headers", "long field"],
+)
+def test_bodies_that_are_no_uploads_are_refused_and_leave_nothing(served, content, kind, status):
+    before = disk(served)
+    found = served.http.post("/v1/volumes", content=content, headers={"content-type": kind})
+    assert found.status_code == status and code_of(found), found.text
+    assert disk(served) == before
+
+
+def test_no_more_uploads_are_taken_than_allowed(served, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    ids = [served.uploaded(scan), served.uploaded(scan)]
+    assert len(set(ids)) == 2  # each client has its own, of one content: and one encoding
+    misses = served.figures["prefix_misses"]
+    assert len({served.answer(id)["choices"][0]["message"]["content"] for id in ids}) == 1
+    assert served.figures["prefix_misses"] == misses + 1
+    found = served.upload(scan)
+    assert (found.status_code, code_of(found)) == (507, "full")
+    for id in ids:
+        served.http.delete(f"/v1/volumes/{id}")
+    served.http.delete(f"/v1/volumes/{served.uploaded(scan)}")
+
+
+def test_an_upload_that_stops_coming_is_given_up(model_dir):
+    with live(model_dir, upload_timeout_s=1) as served:
+        start = head(host="localhost", content_type="multipart/form-data; boundary=x", content_length=1000)
+        line, text = request(served, start, b"--x\r\n")
+        assert line.split()[1] == "408" and "upload-timeout" in text
+        wait_until(lambda: not list((served.private / "incoming").iterdir()))
+
+
+def test_a_scan_that_takes_too_much_memory_or_time_costs_itself(model_dir, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    with live(model_dir, memory_gb=0.05) as served:  # no interpreter starts in it
+        found = served.upload(scan)
+        assert found.status_code == 422 and code_of(found) in ("crashed", "killed")
+        assert served.http.get("/ready").status_code == 200
+        child = served.server.volumes.intake
+        object.__setattr__(child, "ask", lambda job, timeout_s: {"state": "failed", "code": "timeout"})
+        assert code_of(served.upload(scan)) == "timeout"
+        assert not list((served.private / "incoming").iterdir())
+
+
+def test_no_patients_data_are_in_logs_ids_or_errors(served, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    series = tmp_path / "DOE^SECRET" / "s"
+    write_series(series, ct_like((16, 24, 28)), rescale=(1, 0))
+    files = sorted(series.iterdir())
+    good = served.upload(*[(f"Doe Secret/{path.name}", path.read_bytes()) for path in files])
+    texts = [good.text, served.http.get("/v1/volumes").text]
+    id = good.json()["id"]
+    texts += [served.http.get(f"/v1/volumes/{id}").text, served.ask(id, "How is Mr Secret?", stream=True).text]
+    holes = [("Secret.dcm", path.read_bytes()) for path in files[:3] + files[8:]]
+    texts += [served.upload(*holes).text, served.upload(("Secret Doe.nii.gz", b"\x1f\x8bSecret")).text]
+    texts += [
+        served.upload(("Secret.nii", files[0].read_bytes())).text,
+        served.upload(("a.dcm", files[0].read_bytes()[:300])).text,
+    ]
+    texts += [served.http.get("/v1/volumes/Secret").text, served.http.get("/metrics").text]
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("http", "asyncio"))]
+    assert len(ours) >= 10
+    for text in [*texts, *ours, (served.private / "volumes" / f"{id}.ome.zarr" / "zarr.json").read_text()]:
+        assert not re.search("secret|doe", text, re.IGNORECASE), text
+    assert not any(id in text for text in ours)
+    served.http.delete(f"/v1/volumes/{id}")
+
+
+# Clients that go away, and crowds
+
+
+def test_clients_that_go_away_free_their_place(served):
+    long = body("v0", max_tokens=4096)
+    left = served.figures["left"]
+    for stream in (False, True):
+        content = json.dumps({**long, "stream": stream, "seed": 1, "temperature": 2.0}).encode()
+        host, port = served.base.removeprefix("http://").split(":")
+        line = socket.create_connection((host, int(port)))
+        line.sendall(
+            head("/v1/chat/completions", host="localhost", content_length=len(content)).encode() + b"\r\n\r\n" + content
+        )
+        if stream:
+            assert b"data:" in line.recv(65536) + line.recv(65536)
+        else:
+            wait_until(lambda: served.figures["asked"] > served.figures["answered"] + served.figures["left"])
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as if killed
+        line.close()
+        left += 1
+        wait_until(lambda: served.figures["left"] == left)  # noqa: B023
+    assert served.answer("v1")["choices"]
+
+
+def test_a_question_that_takes_too_long_is_given_up(model_dir, prepared):
+    with live(model_dir, data=str(prepared.out), timeout_s=1) as served:
+        found = served.ask("v0", max_tokens=4096, temperature=2.0, seed=3)
+        assert (found.status_code, code_of(found)) == (504, "timeout")
+        found = served.ask("v0", max_tokens=4096, temperature=2.0, seed=3, stream=True)
+        assert found.status_code == 200 and '"code": "timeout"' in found.text.split("\n\n")[-2]
+        assert served.answer("v1")["choices"]
+
+
+def test_a_full_queue_says_when_to_come_again(model_dir, prepared):
+    with live(model_dir, data=str(prepared.out), max_waiting=1) as served, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: served.ask(f"v{n % 4}", max_tokens=100), range(8)))
+        statuses = {response.status_code for response in found}
+        assert statuses == {200, 429}
+        busy = next(response for response in found if response.status_code == 429)
+        assert code_of(busy) == "busy" and int(busy.headers["retry-after"]) >= 1
+
+
+def test_200_clients_at_once_get_the_right_answers_and_none_is_lost(served, model_dir, prepared):
+    questions = [f"{QUESTIONS[n % 4]} {n % 7}" for n in range(28)]
+    rows = [row(f"{v} {n}", questions[n], prepared.places[v]) for v in range(4) for n in range(28)]
+    expected = {id: p.response for id, p in predicted(model_dir, rows, predictor(model_dir).settings).items()}
+    asked = [(n % 4, n * 5 % 28) for n in range(200)]
+    start, found = threading.Barrier(200), [None] * 200
+    before = served.figures
+
+    def client(number):
+        v, n = asked[number]
+        with httpx.Client(base_url=served.base, timeout=120) as http:
+            start.wait(60)
+            found[number] = http.post("/v1/chat/completions", json=body(f"v{v}", questions[n], max_tokens=6))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [response.status_code for response in found] == [200] * 200
+    texts = [response.json()["choices"][0]["message"]["content"] for response in found]
+    assert texts == [expected[f"{v} {n}"] for v, n in asked]
+    assert len({response.json()["id"] for response in found}) == 200
+    after = served.figures
+    assert after["answered"] - before["answered"] == 200 and after["waiting"] == 0
+    assert after["prefix_misses"] - before["prefix_misses"] <= 4
+    assert after["batches"] - before["batches"] < 100  # those that wait together are answered together
+
+
+@pytest.fixture
+def process(model_dir, prepared, tmp_path):
+    """`photon serve` in a process of its own, and where it is."""
+    words = ["serve", "--model", str(model_dir), "--port", "0", "--data", str(prepared.out), "--device", "cpu"]
+    words += [word for each in COARSE for word in ("--set", each)]
+    command = [sys.executable, "-c", "from photon_cli.photon import main; main()", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    opened = re.match(r"Open (http://\S+)", running.stdout.readline())
+    assert opened
+    yield running, opened[1]
+    running.kill()
+    running.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_stopped_answers_what_was_asked_and_leaves_nothing(process, tmp_path, sign):
+    running, base = process
+    with httpx.Client(base_url=base, timeout=60) as http, ThreadPoolExecutor(12) as pool:
+        uploaded = http.post(
+            "/v1/volumes", files={"file": ("a.nii.gz", write_scan(tmp_path / "a.nii.gz").read_bytes())}
+        )
+        id = uploaded.json()["id"]
+        (private,) = tmp_path.glob("photon-serve-*")
+        assert private.stat().st_mode & 0o777 == 0o700
+        answers = [
+            pool.submit(httpx.post, f"{base}/v1/chat/completions", json=body(id, f"{n}?", max_tokens=300), timeout=60)
+            for n in range(12)
+        ]
+        time.sleep(0.5)
+        running.send_signal(sign)
+        assert [answer.result().status_code for answer in answers] == [200] * 12
+    assert running.wait(30) == 0
+    assert "closed; no questions were left" in running.stdout.read()
+    assert not list(tmp_path.glob("photon-serve-*"))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_while_it_is_used_at_random(process, tmp_path):
+    running, base = process
+    scan = write_scan(tmp_path / "a.nii.gz").read_bytes()
+    draw, memory = random.Random(0), []
+    me = psutil.Process(running.pid)
+
+    def use(number):
+        with httpx.Client(base_url=base, timeout=60) as http:
+            kind = draw.randrange(6)
+            if kind == 0:
+                made = http.post("/v1/volumes", files={"file": ("a.nii.gz", scan)})
+                if made.status_code == 201:
+                    http.post("/v1/chat/completions", json=body(made.json()["id"]))
+                    http.delete(f"/v1/volumes/{made.json()['id']}")
+            elif kind == 1:
+                with http.stream("POST", "/v1/chat/completions", json=body("v0", max_tokens=400, stream=True)) as found:
+                    next(found.iter_bytes())
+            elif kind == 2:
+                http.post("/v1/volumes", files={"file": ("a.nii.gz", scan[: draw.randrange(len(scan))])})
+            else:
+                question = f"{QUESTIONS[draw.randrange(4)]} {number}"
+                answer = http.post(
+                    "/v1/chat/completions", json=body(f"v{draw.randrange(4)}", question, n=2, temperature=1.0)
+                ).json()
+                if kind == 3:
+                    http.get(answer["photon"]["kept"][0], params={"format": draw.choice(["json", "nifti", "png"])})
+
+    end = time.monotonic() + 90
+    with ThreadPoolExecutor(6) as pool:
+        while time.monotonic() < end:
+            list(pool.map(use, range(60)))
+            memory.append(me.memory_info().rss)
+    assert len(memory) >= 6
+    half = len(memory) // 2
+    assert max(memory[half:]) < max(memory[:half]) + (40 << 20), [size >> 20 for size in memory]
+    with httpx.Client(base_url=base) as http:
+        values = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if line[0] != "#")
+    assert float(values["photon_waiting"]) == float(values["photon_uploads_running"]) == 0
+    assert not list(next(tmp_path.glob("photon-serve-*")).glob("incoming/*"))
