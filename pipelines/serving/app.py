@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from photon_data.errors import Refused, unforeseen
 from photon_data.export import nifti_header
 from photon_data.prepare_file import NO_SPACE
-from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import open_volume
+from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
 from photon_pipelines.serving.chat import ChatRequest, Completion, question_of, read_chat
+from photon_pipelines.serving.figures import Figures
 from photon_pipelines.serving.gate import ApiError, Gate
+from photon_pipelines.serving.page import Page
 from photon_pipelines.serving.upload import receive
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
-from photon_train.serving.question import Answer, Asked, Busy, Closing, Engine, Failure, Piece, Question
+from photon_train.serving.question import Answer, Engine, Failure, Piece
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 256 * 1024
@@ -41,8 +41,6 @@ STATUSES = {"full": 507, "too-large": 413, "too-many-files": 413, "upload-timeou
 STATUSES |= {"no-file": 400, "damaged-upload": 400, "not-yours": 403}
 KINDS = {"json": "", "nifti": "kept.nii.gz", "saliency": "saliency.nii.gz", "png": "planes.png"}
 TYPES = {".gz": "application/gzip", ".png": "image/png"}
-# Figures of the engine that go up and down; the others are counters.
-GAUGES = ("waiting", "prefixes", "prefix_bytes")
 
 # Write the file that the path is named like (see KINDS): volume, keep_V, saliency_V, title.
 Draw = Callable[[Path, Stored, np.ndarray, np.ndarray, str], None]
@@ -71,17 +69,17 @@ class Server:
         self.engine, self.volumes, self.draw, self.serving = engine, volumes, draw, serving
         self.kept: OrderedDict[str, _Kept] = OrderedDict()
         self.uploading = 0
-        self.files = asyncio.Semaphore(FILES_AT_ONCE)
-        self.registry = CollectorRegistry()
-        self.registry.register(_Figures(self))
-        labels = ("method", "route", "status")
-        self.seconds = Histogram("photon_request_seconds", "Time to answer a request", labels, registry=self.registry)
-        self.uploads = Counter("photon_uploads", "Uploads by outcome", ("outcome",), registry=self.registry)
+        self.files, self.preparing = asyncio.Semaphore(FILES_AT_ONCE), asyncio.Lock()
+        self.figures = Figures(self._figures)
 
     def application(self) -> Gate:
         """Return the ASGI application."""
+        page = Page(self)
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         routes: Iterable[tuple[str, str, Any]] = (
+            ("GET", "/", page.show),
+            ("POST", "/upload", page.upload),
+            ("POST", "/ask", page.ask),
             ("GET", "/health", self.health),
             ("GET", "/ready", self.ready),
             ("GET", "/metrics", self.metrics),
@@ -101,13 +99,7 @@ class Server:
             app.add_exception_handler(kind, _error)
         limits = self.volumes.intake.limits
         # Of an upload, what stands between its files is not much.
-        return Gate(app, self.serving.key, MAX_BODY, limits.bytes + limits.files * 1024, self.on_response)
-
-    def on_response(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count and log a request; ids do not go into the log."""
-        route = _route_of(path)
-        self.seconds.labels(method, route, status).observe(seconds)
-        logger.info("%s %s %d %.3f s", method, route, status, seconds)
+        return Gate(app, self.serving.key, MAX_BODY, limits.bytes + limits.files * 1024, self.figures.on_response)
 
     # What is there
 
@@ -120,9 +112,13 @@ class Server:
         is_open = self.engine.is_open
         return JSONResponse({"status": "ready" if is_open else "closing"}, 200 if is_open else 503)
 
+    def _figures(self) -> dict[str, float]:
+        own = {"volumes": len(self.volumes), "uploads_running": self.uploading}
+        return {**self.engine.figures(), **own}
+
     async def metrics(self) -> Response:
         """Return the counts in the format of Prometheus."""
-        return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.figures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> Response:
         """Return the one model."""
@@ -152,10 +148,17 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         """Return the volume that a scan has become: files as the parts of a form, one of them a zip perhaps."""
+        volume = await self.take_in(request)
+        if await request.is_disconnected():  # nobody knows its id
+            await asyncio.to_thread(self.volumes.delete, volume.id)
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(await asyncio.to_thread(_described, volume), 201)
+
+    async def take_in(self, request: Request) -> Stored:
+        """Return the volume that the body of a request has become. ApiError, Refused."""
         if self.uploading >= UPLOADS_AT_ONCE:
-            raise ApiError(
-                429, "expected few uploads at once, found too many; send it again later", "busy", retry_after="5"
-            )
+            message = "expected few uploads at once, found too many; send it again later"
+            raise ApiError(429, message, "busy", retry_after="5")
         self.uploading += 1
         outcome = "broken"
         try:
@@ -163,18 +166,18 @@ class Server:
                 content_type = request.headers.get("content-type", "")
                 fields = await receive(request.stream(), content_type, folder, self.volumes.intake.limits)
                 if unknown := fields.keys() - {"series", "purpose"}:
-                    raise ApiError(
-                        400, f"expected files and the field series, found {len(unknown)} other", "invalid_request"
-                    )
-                volume = await asyncio.to_thread(self.volumes.take_in, folder, fields.get("series", ""))
+                    message = f"expected files and the field series, found {len(unknown)} other"
+                    raise ApiError(400, message, "invalid_request")
+                async with self.preparing:
+                    volume = await asyncio.to_thread(self.volumes.take_in, folder, fields.get("series", ""))
             outcome = "prepared"
+            return volume
         except Refused as refused:
             outcome = refused.code
             raise
         finally:
             self.uploading -= 1
-            self.uploads.labels(outcome).inc()
-        return JSONResponse(await asyncio.to_thread(_described, volume), 201)
+            self.figures.uploads.labels(outcome).inc()
 
     async def one_volume(self, id: str) -> Response:
         """Return where a volume lies in the world, and what was cut off."""
@@ -231,38 +234,25 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """Return the answer to a conversation, or a stream of events with it."""
         chat = read_chat(await request.body(), self.serving.model)
-        asking = await self.ask(chat)
-        try:
-            first = await asking.first(request)
-        except BaseException:
-            asking.ticket.cancel()
-            raise
+        asking, first = await self.ask(chat, request)
         if first is None:
-            asking.ticket.cancel()
             return Response(status_code=CLIENT_GONE)
-        if isinstance(first, Failure):
-            raise _failed(first)
-        if not chat.stream:
-            assert isinstance(first, Answer), "only questions that stream have pieces"
-            self.remember(asking, first)
+        if isinstance(first, Answer) and not chat.stream:
             return JSONResponse(asking.completion.whole(first))
-        return _Stream(self._events(asking, first), asking.ticket)
+        return EventStream(self._events(asking, first), asking.ticket)
 
-    async def ask(self, chat: ChatRequest) -> Asking:
-        """Submit a conversation and return it; ApiError where that cannot be."""
+    async def ask(self, chat: ChatRequest, request: Request) -> tuple[Asking, Piece | Answer | None]:
+        """Return a conversation that was submitted and its first event, None where the client has gone; ApiError."""
         question, volumes = await asyncio.to_thread(question_of, chat, self.volumes.find)
         wants_usage = bool(chat.stream_options and chat.stream_options.include_usage)
         completion = Completion(self.serving.model, question, volumes, wants_usage)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Piece | Answer | Failure]()
-        try:
-            ticket = self.engine.submit(question, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-        except Busy as busy:
-            raise ApiError(429, str(busy), "busy", retry_after=str(busy.retry_after_s)) from None
-        except Closing as closing:
-            raise ApiError(503, str(closing), "closing", retry_after="5") from None
-        except ValueError as error:
-            raise ApiError(400, str(error).removeprefix("q1: "), "invalid_request") from None
-        return Asking(ticket, completion, question, events, loop.time() + self.serving.timeout_s)
+        asking = submit(self.engine, completion, self.serving.timeout_s)
+        first = await asking.first(request)
+        if isinstance(first, Failure):
+            raise failed(first)
+        if isinstance(first, Answer):
+            self.remember(asking, first)
+        return asking, first
 
     def remember(self, asking: Asking, answer: Answer) -> None:
         """Keep what was kept for an answer, for a while."""
@@ -272,7 +262,7 @@ class Server:
             while len(self.kept) > MAX_KEPT:
                 self.kept.popitem(last=False)
 
-    async def _events(self, asking: Asking, event: Piece | Answer | Failure) -> AsyncIterator[bytes]:
+    async def _events(self, asking: Asking, event: Event) -> AsyncIterator[bytes]:
         completion = asking.completion
         for each in completion.begin():
             yield each
@@ -284,91 +274,11 @@ class Server:
                 yield b"data: " + error.body() + b"\n\n"
                 return
         if isinstance(event, Failure):
-            yield b"data: " + _failed(event).body() + b"\n\n"
+            yield b"data: " + failed(event).body() + b"\n\n"
             return
         self.remember(asking, event)
         for each in completion.end(event):
             yield each
-
-
-@dataclass(frozen=True)
-class Asking:
-    """A question that was submitted, and its events."""
-
-    ticket: Asked
-    completion: Completion
-    question: Question
-    events: asyncio.Queue[Piece | Answer | Failure]
-    deadline_s: float
-
-    @property
-    def title(self) -> str:
-        """The question in words."""
-        text: str = self.question.row["messages"][-1]["content"]
-        return text.replace(VIDEO_TAG, "").strip()
-
-    async def next(self) -> Piece | Answer | Failure:
-        """Return the next event; ApiError after the deadline."""
-        try:
-            async with asyncio.timeout_at(self.deadline_s):
-                return await self.events.get()
-        except TimeoutError:
-            self.ticket.cancel()
-            raise ApiError(504, "expected an answer in time, found none yet; ask again later", "timeout") from None
-
-    async def first(self, request: Request) -> Piece | Answer | Failure | None:
-        """Return the first event, None where the client goes away before; ApiError after the deadline."""
-
-        async def gone() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        waiting = asyncio.ensure_future(self.next()), asyncio.ensure_future(gone())
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            return waiting[0].result() if waiting[0].done() else None
-        finally:
-            for task in waiting:
-                task.cancel()
-
-
-class _Stream(StreamingResponse):
-    """Server-sent events; the question is given up where the client goes away."""
-
-    def __init__(self, events: AsyncIterator[bytes], ticket: Asked) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self.ticket = ticket
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.ticket.cancel()
-
-
-class _Figures(Collector):
-    """The figures of a server, read when they are asked for."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def collect(self) -> Iterable[Metric]:
-        """Yield each figure."""
-        for name, value in self.server.engine.figures().items():
-            kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
-            yield kind(f"photon_{name}", name.replace("_", " "), value=value)
-        yield GaugeMetricFamily("photon_volumes", "volumes that may be asked about", value=len(self.server.volumes))
-        yield GaugeMetricFamily("photon_uploads_running", "uploads that are coming in", value=self.server.uploading)
-
-
-def _route_of(path: str) -> str:
-    """Return a path with {id} in place of ids, "other" for one that is no route: labels and logs hold no names."""
-    parts = path.strip("/").split("/")
-    if parts[:2] == ["v1", "volumes"] and len(parts) <= 5:
-        known = ["v1", "volumes", "{id}", "{grid or kept}", "{id}"][: len(parts)]
-        return "/" + "/".join([*known[:3], *(p if p in ("grid", "kept") else "{id}" for p in parts[3:])])
-    is_fixed = path in ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/chat/completions")
-    return path if is_fixed else "other"
 
 
 def _one_of(request: Request, kinds: tuple[str, ...]) -> str:
@@ -383,10 +293,6 @@ def _described(volume: Stored) -> dict[str, Any]:
     more: dict[str, Any] = {name: facts[name] for name in ("format", "cut_mm", "pad_mm") if name in facts}
     grids = {"native": facts["geometry"], "prepared": facts["grid"], "grid": model.to_json()}
     return {"id": volume.id, "object": "volume", "uploaded": volume.uploaded, **more, **grids}
-
-
-def _failed(failure: Failure) -> ApiError:
-    return ApiError(400 if failure.is_of_question else 500, failure.reason, "failed")
 
 
 async def _error(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -219,7 +220,10 @@ class Completion:
         """Return what only Photon has to say of an answer."""
         p = answer.prediction
         return {
-            "kept": [f"/v1/volumes/{id}/kept/{self.id}" for id in dict.fromkeys(one.id for one in self.volumes)],
+            "kept": [
+                f"/v1/volumes/{quote(id, safe='')}/kept/{self.id}"
+                for id in dict.fromkeys(one.id for one in self.volumes)
+            ],
             "visual_tokens": p.visual_tokens,
             "kept_tokens": p.kept_tokens,
             "scheduler": p.scheduler,

@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 # A client that is refused while it sends is listened to for a while: else it may never see why.
 LINGER_S, LINGER_BYTES = 2, 64 << 20
 OPEN_PATHS = ("/health", "/ready")  # for those who watch over the server; they tell nothing
-UPLOADS = "/v1/volumes"
+UPLOADS = ("/v1/volumes", "/upload")
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer, the forms of our own page would have no Origin
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -85,7 +85,7 @@ class Gate:
             return  # no websockets
         started_s, status = time.perf_counter(), 0
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        limit = self.max_upload if scope["path"] == UPLOADS else self.max_body
+        limit = self.max_upload if scope["path"] in UPLOADS else self.max_body
         body = _CountedBody(receive, limit)
 
         async def sending(message: Any) -> None:

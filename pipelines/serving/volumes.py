@@ -65,7 +65,7 @@ class Volumes:
 
     def __init__(self, private: Path, intake: Intake, max_volumes: int, prepared: Location | None = None) -> None:
         self.private, self.intake, self.max_volumes = private, intake, max_volumes
-        self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         kept = sorted((private / "volumes").glob(f"{PREFIX}*{SUFFIX}"))
         self._uploads = {path.name.removesuffix(SUFFIX): str(path) for path in kept}
         self._reserved = 0
@@ -111,7 +111,10 @@ class Volumes:
                 self._reserved -= 1
 
     def take_in(self, folder: Path, series: str = "") -> Stored:
-        """Return the volume that the files in the folder are, its store made; Refused, with the words of prepare."""
+        """Return the volume that the files in the folder are, its store made; Refused, with the words of prepare.
+
+        One at a time: there is one process for them.
+        """
         id = f"{PREFIX}{secrets.token_hex(12)}"
         job = {
             "folder": str(folder),
@@ -122,8 +125,7 @@ class Volumes:
             "policy": asdict(self.intake.policy),
             "limits": list(self.intake.limits),
         }
-        with self._one_at_a_time:
-            record = self.intake.ask(job, self.intake.limits.seconds)
+        record = self.intake.ask(job, self.intake.limits.seconds)
         if record["state"] != PREPARED:
             code = str(record.get("code"))
             raise Refused(code, DEATHS.get(code) or str(record.get("reason")))
