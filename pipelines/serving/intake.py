@@ -5,17 +5,15 @@ All that reads a stranger's bytes is here, limited in memory and time; the serve
 
 from __future__ import annotations
 
-import shutil
 import stat
 import sys
 import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import Refused, UsageError, first_few, refusal
-from photon_data.prepare_file import Job, prepare_file
+from photon_data.prepare_file import NO_SPACE, Job, NoSpace, prepare_file
 from photon_data.readers.find import SUFFIXES, find_scans, left_alone
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import REFUSED
@@ -44,12 +42,29 @@ def take_in(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack_all(folder: Path, limits: Limits) -> None:
-    """Put the files of the zip archives among the uploaded files in their place; Refused."""
-    for path in [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_zip(path)]:
-        target = path.with_name(f"{path.name}.unpacked")
+    """Put the files of the zip archives among the uploaded files in their place; Refused, NoSpace.
+
+    The limits are for all archives together. An archive in an archive is left as it is.
+    """
+    archives = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_zip(path)]
+    for number, path in enumerate(archives, start=1):
+        target = folder / f"-zip-{number}"  # no uploaded file can have such a name
         target.mkdir()
-        unpack(path, target, limits)
+        try:
+            limits = unpack(path, target, limits)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise NoSpace(error.errno, "no space left to unpack an upload") from None
+            raise _damaged() from None  # what bzip2 says of damage
+        except Refused:
+            raise
+        except Exception:  # the edge of a work item: whatever a stranger's archive does to its parser
+            raise _damaged() from None
         path.unlink()
+
+
+def _damaged() -> Refused:
+    return refusal("damaged-zip", "", "a whole zip archive", "a damaged one", "pack it again")
 
 
 def _is_zip(path: Path) -> bool:
@@ -59,35 +74,27 @@ def _is_zip(path: Path) -> bool:
         return file.read(len(ZIP)) == ZIP
 
 
-def unpack(archive: Path, folder: Path, limits: Limits) -> None:
-    """Write the regular files of a zip archive into `folder`, by the last parts of their names; Refused.
+def unpack(archive: Path, folder: Path, limits: Limits) -> Limits:
+    """Write the regular files of a zip archive into `folder`, by the last parts of their names; return what is left.
 
     Bytes are counted as they are written: what the archive says of its sizes does not count. Links are left aside.
+    Refused for too many; what zipfile raises for damage.
     """
     left = limits.bytes
-    try:
-        with zipfile.ZipFile(archive) as members:
-            infos = [
-                one for one in members.infolist() if not one.is_dir() and not stat.S_ISLNK(one.external_attr >> 16)
-            ]
-            if len(infos) > limits.files:
-                raise too_many(limits)
-            for number, info in enumerate(infos, start=1):
-                if info.flag_bits & 1:
-                    raise refusal("encrypted", "", "an archive without a password", "one with", "pack it again without")
-                with members.open(info) as packed, place_for(folder, info.filename, number).open("xb") as file:
-                    while data := packed.read(CHUNK):
-                        left -= len(data)
-                        if left < 0:
-                            raise too_large(limits)
-                        file.write(data)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, MemoryError) as error:
-        if isinstance(error, Refused):
-            raise
-        raise refusal("damaged-zip", "", "a whole zip archive", "a damaged one", "pack it again") from None
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)  # a full disk: this makes room again
-        raise
+    with zipfile.ZipFile(archive) as members:
+        infos = [one for one in members.infolist() if not one.is_dir() and not stat.S_ISLNK(one.external_attr >> 16)]
+        if len(infos) > limits.files:
+            raise too_many(limits)
+        for number, info in enumerate(infos, start=1):
+            if info.flag_bits & 1:
+                raise refusal("encrypted", "", "an archive without a password", "one with", "pack it again without")
+            with members.open(info) as packed, place_for(folder, info.filename, number).open("xb") as file:
+                while data := packed.read(CHUNK):
+                    left -= len(data)
+                    if left < 0:
+                        raise too_large(limits)
+                    file.write(data)
+    return limits._replace(bytes=left, files=limits.files - len(infos))
 
 
 def one_scan(folder: Path, series: str) -> Source:

@@ -15,6 +15,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from photon_data.errors import Refused, refusal
 
 MAX_FIELD_BYTES = 200
+MAX_NAME_BYTES = 200
 # What a name may be to be kept: headers name their data files. Others are numbered.
 PLAIN_NAME = re.compile(r"\w[\w .()+,=@-]{0,199}")
 SUFFIX = re.compile(r"(\.(nii|hdr|img|nrrd|raw|mha|mhd|nhdr|zraw|dcm|ima|dicom|zip))?(\.gz)?$", re.IGNORECASE)
@@ -31,17 +32,17 @@ class Limits(NamedTuple):
 def place_for(folder: Path, name: str, number: int) -> Path:
     """Return a new path for file `number`, in `folder` or one level below; its name is the last part of `name`.
 
-    "a/IM1" -> folder/IM1; a second "b/IM1" -> folder/2/IM1; "../.x.dcm" -> folder/file-3.dcm. The folders that a name
-    leads through do not count.
+    "a/IM1" -> folder/IM1; a second "b/IM1" -> folder/-2/IM1; "../.x.dcm" -> folder/file-3.dcm. The folders that a name
+    leads through do not count. No file can be named like the folder that is made for a second one.
     """
     last = re.split(r"[/\\]", name)[-1].strip()
-    if not PLAIN_NAME.fullmatch(last) or ".." in last:
+    if not PLAIN_NAME.fullmatch(last) or ".." in last or len(last.encode("utf-8", "replace")) > MAX_NAME_BYTES:
         found = SUFFIX.search(last)
         last = f"file-{number}{found[0].lower() if found else ''}"
     if not (folder / last).exists():
         return folder / last
-    (folder / str(number)).mkdir(exist_ok=True)
-    return folder / str(number) / last
+    (folder / f"-{number}").mkdir()
+    return folder / f"-{number}" / last
 
 
 async def receive(chunks: AsyncIterator[bytes], content_type: str, folder: Path, limits: Limits) -> dict[str, str]:

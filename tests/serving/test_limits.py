@@ -62,8 +62,8 @@ def request(served, head, *chunks, stop_after=None):
     """The status line and the text that come back to a raw request."""
     host, port = served.base.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as line:
-        line.sendall(head.encode() + b"\r\n\r\n")
         try:
+            line.sendall(head.encode() + b"\r\n\r\n")
             for chunk in chunks:
                 line.sendall(chunk)
         except OSError:  # the server has closed
@@ -155,6 +155,15 @@ def test_every_response_has_headers_that_close_it(served):
         assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
         assert headers["content-security-policy"].startswith("default-src 'none'")
         assert headers["cache-control"] == "no-store" and "server" not in headers
+
+
+def test_headers_are_bounded(served):
+    try:
+        line, _ = request(served, head("/v1/models", "GET", host="localhost", x="y" * 3_000_000))
+        assert line.split()[1] in ("400", "431")
+    except ConnectionResetError:  # the line was closed while they were still coming
+        pass
+    assert served.http.get("/health").status_code == 200
 
 
 # What is asked
@@ -486,6 +495,21 @@ def test_clients_that_go_away_free_their_place(served):
         left += 1
         wait_until(lambda: served.figures["left"] == left)  # noqa: B023
     assert served.answer("v1")["choices"]
+
+
+def test_an_upload_whose_client_has_gone_keeps_no_place(served, tmp_path):
+    content = write_scan(tmp_path / "a.nii.gz").read_bytes()
+    start = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.nii.gz"\r\n\r\n'
+    whole = start + content + b"\r\n--x--\r\n"
+    sent = head(host="localhost", content_type="multipart/form-data; boundary=x", content_length=len(whole))
+    host, port = served.base.removeprefix("http://").split(":")
+    before = served.server.volumes.ids()
+    for part in (whole, whole[: len(whole) // 2]):
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(sent.encode() + b"\r\n\r\n" + part)
+            wait_until(lambda: served.server.uploading)
+        wait_until(lambda: not served.server.uploading)
+        wait_until(lambda: served.server.volumes.ids() == before and not list((served.private / "incoming").iterdir()))
 
 
 def test_a_question_that_takes_too_long_is_given_up(model_dir, prepared):
