@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -139,7 +140,7 @@ class Server:
         """Return ids, uploads first: at most `limit`, those behind `after`."""
         ids, after = self.volumes.ids(), request.query_params.get("after")
         limit = request.query_params.get("limit", "1000")
-        if not (limit.isdecimal() and 1 <= int(limit[:6]) <= 10_000):
+        if not (re.fullmatch("[0-9]{1,5}", limit) and 1 <= int(limit) <= 10_000):
             raise ApiError(400, "limit: expected a number of 1 to 10000, found something else", "invalid_request")
         start = ids.index(after) + 1 if after in ids else 0
         found = ids[start : start + int(limit)]
@@ -148,14 +149,10 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         """Return the volume that a scan has become: files as the parts of a form, one of them a zip perhaps."""
-        volume = await self.take_in(request)
-        if await request.is_disconnected():  # nobody knows its id
-            await asyncio.to_thread(self.volumes.delete, volume.id)
-            return Response(status_code=CLIENT_GONE)
-        return JSONResponse(await asyncio.to_thread(_described, volume), 201)
+        return JSONResponse(await asyncio.to_thread(_described, await self.take_in(request)), 201)
 
     async def take_in(self, request: Request) -> Stored:
-        """Return the volume that the body of a request has become. ApiError, Refused."""
+        """Return the volume that the body of a request has become. ApiError, Refused, ClientDisconnect."""
         if self.uploading >= UPLOADS_AT_ONCE:
             message = "expected few uploads at once, found too many; send it again later"
             raise ApiError(429, message, "busy", retry_after="5")
@@ -170,6 +167,9 @@ class Server:
                     raise ApiError(400, message, "invalid_request")
                 async with self.preparing:
                     volume = await asyncio.to_thread(self.volumes.take_in, folder, fields.get("series", ""))
+            if await request.is_disconnected():  # nobody knows its id
+                await asyncio.to_thread(self.volumes.delete, volume.id)
+                raise ClientDisconnect
             outcome = "prepared"
             return volume
         except Refused as refused:

@@ -20,6 +20,11 @@ from photon_train.serving.question import Answer, Piece, Question, TokenScore
 MAX_TEXT = 20_000  # letters of a conversation
 MAX_TOKENS = 4096
 MAX_VOLUMES = 4
+WORDS = {
+    "Input should be": "expected",
+    "Extra inputs are not permitted": "expected no such field, found one",
+    "Field required": "expected this field, found none",
+}
 USUAL_TOKENS = 512  # as photon predict
 
 
@@ -110,7 +115,10 @@ def read_chat(body: bytes, model: str) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:100]
-        raise ApiError(400, f"{place or 'body'}: {first['msg']}; see docs/serve.md", "invalid_request") from None
+        expected = first["msg"]
+        for pydantic, ours in WORDS.items():
+            expected = expected.replace(pydantic, ours)
+        raise ApiError(400, f"{place or 'body'}: {expected}; see docs/serve.md", "invalid_request") from None
     if chat.model != model:
         raise ApiError(404, f"expected {model!r} as model, found another name; /v1/models lists it", "model_not_found")
     if chat.messages[-1].role != "user":

@@ -80,11 +80,11 @@ class Volumes:
         with self._lock:
             place, uploaded = self._uploads.get(id), id in self._uploads
         place = place or self._prepared.get(id)
-        metadata = place and read_metadata(Location(place), "")
-        if not (place and metadata):
+        metadata = read_metadata(Location(place), "") if place else None
+        voxels = metadata and metadata["files"].get(f"{GRIDS['model']}{SHARD}", {}).get("sha256")
+        if not (place and metadata and voxels):
             raise UnknownVolume("expected the id of a volume that is there, found none; /v1/volumes lists them")
-        model = metadata["files"].get(f"{GRIDS['model']}{SHARD}", {})
-        return Stored(id, place, f"{model.get('sha256')} {metadata['digest']}", metadata["facts"], uploaded)
+        return Stored(id, place, f"{voxels} {metadata['digest']}", metadata["facts"], uploaded)
 
     def ids(self) -> list[str]:
         """Return the ids of all volumes, uploads first, newest last among them."""
@@ -125,7 +125,11 @@ class Volumes:
             "policy": asdict(self.intake.policy),
             "limits": list(self.intake.limits),
         }
-        record = self.intake.ask(job, self.intake.limits.seconds)
+        try:
+            record = self.intake.ask(job, self.intake.limits.seconds)
+        finally:  # what a process that died was writing; a finished store has another name
+            for left in (self.private / "volumes").glob(f".{id}*"):
+                shutil.rmtree(left, ignore_errors=True)
         if record["state"] != PREPARED:
             code = str(record.get("code"))
             raise Refused(code, DEATHS.get(code) or str(record.get("reason")))
