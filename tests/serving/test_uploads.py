@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
+from askable import store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import live
@@ -18,7 +20,12 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import Refused, UsageError
+from photon_data.files import Location
+from photon_data.prepare_file import Job, prepare_file
+from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
+from photon_data.records import PREPARED, VolumeRecord, write_records
+from photon_data.store import store_name
 from photon_pipelines.serving.intake import take_in, unpack_all
 from photon_pipelines.serving.upload import Limits, place_for, receive
 from photon_pipelines.serving.volumes import private_folder
@@ -181,3 +188,30 @@ def test_without_the_extra_a_sentence_says_what_to_install():
     script = "import sys; sys.modules['uvicorn'] = None; from photon_cli.photon import main; main()"
     found = subprocess.run([sys.executable, "-c", script, "serve", "--model", "m"], capture_output=True, text=True)
     assert found.returncode == 2 and "pip install 'photon-ct[train,serve]'" in " ".join(found.stderr.split())
+
+
+def test_a_store_that_is_made_again_under_its_name_is_encoded_anew_and_one_for_another_model_is_refused(
+    model_dir, tmp_path
+):
+    def remade(seed):
+        store(tmp_path, "ready", seed)
+        write_records(
+            Location(str(tmp_path)),
+            [VolumeRecord(n, n, PREPARED, 0, 0, store=store_name(n)) for n in ("ready", "small")],
+        )
+
+    remade(1)
+    scan = write_scan(tmp_path / "a.nii.gz")
+    recipe = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+    prepare_file(Job(replace(find_one_scan(scan), id="small"), str(tmp_path), recipe))
+    with live(model_dir, data=str(tmp_path)) as served:
+        first = served.answer("ready")
+        assert served.answer("ready")["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        remade(2)
+        second = served.answer("ready")
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        saliencies = [served.http.get(one["photon"]["kept"][0]).json()["saliency"] for one in (first, second)]
+        assert saliencies[0] != saliencies[1]
+        found = served.ask("small")
+        assert found.status_code == 400 and "(14, 28, 28)" in found.json()["error"]["message"]
+        assert str(tmp_path) not in found.text
