@@ -1,6 +1,7 @@
 """A server that is put together as `photon serve` does it, and runs in a thread of the test."""
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -84,3 +85,26 @@ def events_of(text):
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def request(served, head, *chunks, stop_after=None):
+    """The status line and the text that come back to a raw request."""
+    host, port = served.base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as line:
+        try:
+            line.sendall(head.encode() + b"\r\n\r\n")
+            for chunk in chunks:
+                line.sendall(chunk)
+        except OSError:  # the server has closed
+            pass
+        found = b""
+        while data := line.recv(65536):
+            found += data
+            if b"\r\n\r\n" in found and found.endswith(b"}"):
+                break
+    return found.split(b"\r\n")[0].decode(), found.decode()
+
+
+def head(path="/v1/volumes", method="POST", **more):
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {value}" for name, value in more.items())]
+    return "\r\n".join(lines)
