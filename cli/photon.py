@@ -358,6 +358,42 @@ def compare(
         body.compare_evaluations(evaluations, output, bootstrap, seed, verbose=verbose)
 
 
+@app.command()
+def serve(
+    model: Annotated[str, Option(help="A model: a directory or a hub id.")],
+    host: Annotated[
+        str, Option(help="Address to listen at; beyond this machine only with --api-key-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
+    data: Annotated[str | None, Option(help="Output of photon-data prepare; its volumes may be asked about.")] = None,
+    max_volumes: Annotated[int, Option(min=1, help="Uploaded volumes at a time.")] = 32,
+    cache_gb: Annotated[float, Option(min=0, help="GB for encodings of volumes, on the model's device.")] = 8,
+    api_key_file: Annotated[Path | None, Option(help="File with the key that clients must send.")] = None,
+    keep: Annotated[Path | None, Option(help="Folder for uploads, which stay; else they go with the server.")] = None,
+    max_upload_gb: Annotated[float, Option(min=0.001, help="Largest upload, and what a zip may unpack to.")] = 4,
+    max_waiting: Annotated[int, Option(min=1, help="Questions that wait; more are turned away.")] = 256,
+    timeout: Annotated[float, Option(min=1, help="Seconds until a question is given up, and to drain.")] = 300,
+    upload_timeout: Annotated[float, Option(min=1, help="Seconds to send a scan, and to prepare it.")] = 600,
+    memory: Annotated[float, Option(min=0, help="GB of address space to prepare a scan in, 0 for no limit.")] = 4,
+    questions_per_batch: terminal.QuestionsPerBatch = 16,
+    scheduler: Annotated[str | None, Option(help="its, none, random, uniform, foreground; else the model's.")] = None,
+    keep_ratio: Annotated[float | None, Option(help="Share of tokens kept by random, uniform, foreground.")] = None,
+    device: terminal.Device = "auto",
+    dtype: terminal.Dtype = "auto",
+    revision: terminal.Revision = None,
+    recipe: terminal.RecipeName = "chest_ct",
+    settings: terminal.Settings = [],  # noqa: B006
+) -> None:
+    """Answer questions over HTTP, in the form of OpenAI's API: upload a scan once, ask many times."""
+    limits = (max_volumes, cache_gb, max_upload_gb, max_waiting, timeout, upload_timeout, memory)
+    load = {"scheduler": scheduler, "keep_ratio": keep_ratio, "device": device, "dtype": dtype, "revision": revision}
+    with errors_as_exit_codes():
+        from photon_cli import serve as body
+
+        options = body.Options(host, port, data, api_key_file, keep, *limits, recipe, settings)
+        body.serve(model, load, questions_per_batch, options)
+
+
 def main() -> None:
     """Run the command line."""
     run_app(app)

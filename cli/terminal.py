@@ -35,6 +35,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "tokenizers", "matplotlib"), "train"),
     **dict.fromkeys(("sacrebleu", "rouge_score", "nltk"), "eval"),
     "peft": "lora",
+    **dict.fromkeys(("fastapi", "uvicorn", "multipart", "python_multipart", "prometheus_client", "starlette"), "serve"),
 }
 
 LINE_S = 10  # without a terminal, a progress line is printed at most this often

@@ -7,7 +7,7 @@ from the patient's left to the right, since the model reads volumes with their l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,14 +55,20 @@ def token_centres(cells: Geometry) -> np.ndarray:
 
 def token_map(native: Geometry, cells: Geometry) -> np.ndarray:
     """Return int16 [z, y, x]: the token that holds each voxel centre of a scan, OUTSIDE beyond the grid."""
+    tokens = np.empty(native.shape_zyx, np.int16)
+    for z, plane in enumerate(token_planes(native, cells)):
+        tokens[z] = plane
+    return tokens
+
+
+def token_planes(native: Geometry, cells: Geometry) -> Iterator[np.ndarray]:
+    """Yield the planes [y, x] of `token_map`, for scans that are too large to hold it."""
     origin = cells.index(native.origin_lps)
     step_z, step_y, step_x = (cells.index(native.world(unit)) - origin for unit in np.eye(3))
     _, ny, nx = native.shape_zyx
     in_plane = np.arange(ny)[:, None, None] * step_y + np.arange(nx)[None, :, None] * step_x
-    tokens = np.empty(native.shape_zyx, np.int16)
     for z in range(native.shape_zyx[0]):
-        tokens[z] = _tokens_at_index(in_plane + (origin + z * step_z), cells)
-    return tokens
+        yield _tokens_at_index(in_plane + (origin + z * step_z), cells)
 
 
 def kept_voxels(keep_V: np.ndarray, grid: Geometry, cells: Geometry) -> np.ndarray:

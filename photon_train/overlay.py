@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from photon_data.files import write_whole
 from photon_data.picture import Window, three_planes
 from photon_data.resample import model_grid
 from photon_data.volume import Geometry, Volume
-from photon_train.kept_tokens import kept_voxels, token_centres, token_map
+from photon_train.kept_tokens import kept_voxels, token_centres, token_map, token_planes
 
 LONGEST_NAME = 80
 PICTURE, KEPT, SALIENCY = "planes.png", "kept.nii.gz", "saliency.nii.gz"
@@ -64,9 +64,24 @@ def write_overlay(
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / PICTURE) as temporary:
         picture(canvas, keep_V, saliency_V, title, view).save(temporary, "PNG")
-    for name, dtype, values_V in ((KEPT, "<u1", keep_V), (SALIENCY, "<f4", saliency_V)):
-        by_token = np.append(values_V, [0]).astype(dtype)  # kept_tokens.OUTSIDE is the last of these
-        write_nifti(folder / name, nifti_header(canvas.native, dtype), (by_token[plane] for plane in canvas.tokens))
+    for name, values_V in ((KEPT, keep_V), (SALIENCY, saliency_V)):
+        write_values(folder / name, canvas.native, canvas.tokens, values_V)
+
+
+def write_values(path: Path, native: Geometry, tokens: Iterable[np.ndarray], values_V: np.ndarray) -> None:
+    """Write the value of each voxel's token as NIfTI: bools as uint8, others as float32. `tokens` are planes."""
+    dtype = "<u1" if values_V.dtype == bool else "<f4"
+    by_token = np.append(values_V, [0]).astype(dtype)  # kept_tokens.OUTSIDE is the last of these
+    write_nifti(path, nifti_header(native, dtype), (by_token[plane] for plane in tokens))
+
+
+def write_one(path: Path, canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str) -> None:
+    """Write the one of those files that `path` is named like, without the whole map of a large scan in memory."""
+    if path.name == PICTURE:
+        picture(canvas, keep_V, saliency_V, title).save(path)
+    else:
+        values_V = keep_V if path.name == KEPT else saliency_V
+        write_values(path, canvas.native, token_planes(canvas.native, canvas.cells), values_V)
 
 
 def picture(canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, title: str, view: View = DEFAULT_VIEW) -> Image:

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from photon_data.masks import MaskJob, prepare_masks
 from photon_data.prepare_file import Job, prepare_file
-from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, VolumeRecord, record_of
+from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, record_of
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -36,13 +36,14 @@ ENVIRONMENT = {
 # that is no longer the parent.
 FIRST = """
 import ctypes, os, signal, sys
-parent, address_space_bytes = map(int, sys.argv[1:])
+parent, address_space_bytes, module = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() != parent:
     os._exit(1)
 try:
-    from photon_pipelines.child import main
+    from importlib import import_module
+    main = import_module(module).main
 except ImportError:
     os._exit(78)
 main(address_space_bytes)
@@ -97,6 +98,13 @@ class Child:
             self.process.kill()
 
 
+def child_of(module: str, address_space_bytes: int) -> Child:
+    """Return a child that answers by the `main` of a module, and ends with this process whatever happens."""
+    return Child(
+        "-P", "-c", FIRST, str(os.getpid()), str(address_space_bytes), module
+    )  # -P: not from the working folder
+
+
 def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
     """Return the next line of stdout, or a part of it where the process ended."""
     assert process.stdout is not None
@@ -139,8 +147,7 @@ def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int
     """
     if _ended.is_set():
         return {UNABLE: "the run has ended"}
-    command = ("-P", "-c", FIRST, str(os.getpid()), str(address_space_bytes))  # -P: no imports from the working folder
-    child = _children.setdefault((threading.get_ident(), address_space_bytes), Child(*command))
+    child = _children.setdefault((threading.get_ident(), address_space_bytes), child_of(__name__, address_space_bytes))
     try:
         reply = child.ask({**job, "holder": holder}, timeout_s)
     except ChildError as error:
@@ -169,8 +176,14 @@ def children() -> Iterator[None]:
 # The child's end
 
 
-def main(address_space_bytes: int) -> None:
-    """Answer jobs until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
+def prepare_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a job, both as JSON."""
+    work = _work_of(job)
+    return (prepare_masks(work) if isinstance(work, MaskJob) else prepare_file(work)).to_json()
+
+
+def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, Any]] = prepare_job) -> None:
+    """Answer jobs by `work` until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
     if address_space_bytes > 0 and sys.platform == "linux":  # macOS has the limit, and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
     threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -179,15 +192,11 @@ def main(address_space_bytes: int) -> None:
     single_threaded()
     for line in sys.stdin:
         try:
-            reply = _done(_work_of(json.loads(line))).to_json()
+            reply = work(json.loads(line))
         except NoSpace as error:
             reply = {OUT_FULL: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
-
-
-def _done(work: Job | MaskJob) -> VolumeRecord:
-    return prepare_masks(work) if isinstance(work, MaskJob) else prepare_file(work)
 
 
 def _end_with_stdin() -> None:

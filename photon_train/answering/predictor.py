@@ -119,16 +119,24 @@ class Predictor:
         return Encoded(prefix, {"read": read[0] / count, "encode": encode[0] / count})
 
     @torch.no_grad()
-    def answer(self, encoded: Encoded, requests: Sequence[Request], streamer: Any = None) -> list[Reply]:
-        """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request."""
+    def answer(
+        self, encoded: Encoded, requests: Sequence[Request], streamer: Any = None, **following: Any
+    ) -> list[Reply]:
+        """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request.
+
+        `following`: logits processors and stopping criteria that follow `generate`, a row for each request in order.
+        """
         replies: dict[str, Reply] = {}
         for scored in (True, False):
             part = [r for r in requests if bool(self.settings.choices and choices_of(r.row)) == scored]
             if part:
-                replies |= {reply.prediction.id: reply for reply in self._replies(encoded, part, scored, streamer)}
+                found = self._replies(encoded, part, scored, streamer, following)
+                replies |= {reply.prediction.id: reply for reply in found}
         return [replies[request.id] for request in requests]
 
-    def _replies(self, encoded: Encoded, requests: Sequence[Request], scored: bool, streamer: Any) -> Iterator[Reply]:
+    def _replies(
+        self, encoded: Encoded, requests: Sequence[Request], scored: bool, streamer: Any, following: Mapping[str, Any]
+    ) -> Iterator[Reply]:
         with _timed(self.model) as seconds:
             inputs = self._inputs(encoded, requests)
             scores: list[dict[str, float]] = [{} for _ in requests]
@@ -141,7 +149,7 @@ class Predictor:
                 scores = [dict(zip(own, each, strict=True)) for own, each in zip(choices, values, strict=True)]
                 texts = [max(each, key=each.__getitem__) for each in scores]
             else:
-                texts, scheduled = self._generate(inputs, requests, streamer)
+                texts, scheduled = self._generate(inputs, requests, streamer, following)
         seconds_each = {**encoded.seconds_each, "answer": seconds[0] / len(requests)}
         visual_BL = visual_mask(inputs["input_ids"], self.model.config)
         text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
@@ -176,7 +184,7 @@ class Predictor:
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _generate(
-        self, inputs: dict[str, Any], requests: Sequence[Request], streamer: Any
+        self, inputs: dict[str, Any], requests: Sequence[Request], streamer: Any, following: Mapping[str, Any]
     ) -> tuple[list[str], Scheduled | None]:
         settings = self.settings
         # Nothing is left to the generation config of the model.
@@ -192,6 +200,7 @@ class Predictor:
             ids_BL = self.model.generate(
                 **inputs,
                 **options,
+                **following,
                 max_new_tokens=settings.max_new_tokens,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 streamer=streamer,
@@ -220,7 +229,7 @@ def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[Re
     problems: dict[str, str] = {}
     for row in rows:
         try:
-            request = _request_of(row, processor)
+            request = request_of(row, processor)
             prefix = prefix_of(request.row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a row that is no row can raise
             reason = f"expected a row of messages and videos, found one that gives {type(error).__name__}: {error}"
@@ -234,7 +243,8 @@ def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[Re
     return sorted(groups, key=lambda group: (group.name, group.requests[0].id)), problems
 
 
-def _request_of(row: Row, processor: PhotonProcessor) -> Request:
+def request_of(row: Row, processor: PhotonProcessor) -> Request:
+    """Return the row as a request, without its answer. ValueError for one that cannot be asked."""
     question = without_answer(row)
     ids_L = processor.ids(question)
     return Request(question, ids_L[prefix_length(ids_L, processor.config) :].clone(), question_digest(row))
@@ -303,7 +313,7 @@ def answer_questions(
     messages = ([{"role": "user", "content": VIDEO_TAG + question}] for question in questions)
     rows = [{"id": f"q{number}", **about, "messages": each} for number, each in enumerate(messages, start=1)]
     try:
-        group = RequestGroup((volume,), [_request_of(row, predictor.processor) for row in rows])
+        group = RequestGroup((volume,), [request_of(row, predictor.processor) for row in rows])
         encoded = predictor.encode(group)
     except ValueError as error:
         raise UsageError(str(error)) from None
