@@ -73,7 +73,8 @@ def _verify_dataset(out: Location, unchecked: Callable[[str], object]) -> Genera
     """Return dataset.json, None where it is not sound; check the files that it records."""
     try:
         dataset = from_json(out.read(DATASET) or b"")
-        _ = dataset["manifests"], dataset.get("files")
+        if not all(found is None or isinstance(found, dict) for found in (dataset["manifests"], dataset.get("files"))):
+            raise TypeError("expected {name: hash}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         yield f"{DATASET}: not readable; run prepare again"
         return None

@@ -16,14 +16,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--long", action="store_true", help="run them all, those that take many minutes too")
     parser.addoption("--parity-dir", type=Path, default=PARITY, help="golden numbers to test the model against")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    is_long = config.getoption("--long")
+    names = set() if is_long else {"long"} if config.getoption("--slow") else {"long", "slow"}
+    left_out = [item for item in items if names & set(item.keywords)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")

@@ -96,14 +96,14 @@ def test_a_flipped_bit_of_metadata_is_noticed_or_harmless(two):
     assert wrong == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_flipped_bit_of_metadata_is_noticed_or_harmless(two):
     tried, wrong = silently_wrong(two[0], every=1)
     assert tried > 60_000
     assert wrong == []
 
 
-@pytest.mark.parametrize("every", [67, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [67, pytest.param(5, marks=pytest.mark.long)])
 def test_a_store_without_its_own_digest_is_read_and_its_grids_never_move_silently(two, every):
     store = two[0]
     without_own_digest(store)

@@ -1,4 +1,4 @@
-"""Damage to small files, drawn by Hypothesis: bytes, lines and words of texts, values of JSON. `--slow` draws more."""
+"""Damage to small files, drawn by Hypothesis: bytes, lines and words of texts, values of JSON. `--long` draws more."""
 
 import contextlib
 import copy
@@ -9,7 +9,7 @@ import sys
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-SLOW = "--slow" in sys.argv
+LONG = "--long" in sys.argv
 SECONDS = 30  # no example takes a second where nothing hangs
 
 NUMBERS = [b"\0" * 8, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0\0\0\x80" * 2, b"\0\0\xc0\x7f" * 2, b"\0\0\x80\x7f" * 2]
@@ -23,11 +23,11 @@ VALUES += ["\0", "\ud800", "a\x1b[31mb", "9" * 5000, [], {}, [[]], [1, "a"], {"a
 
 
 def budget(examples: int) -> settings:
-    """So many examples of a test, always the same; twenty times as many, and others each time, with `--slow`."""
+    """So many examples of a test, always the same; twenty times as many, and others each time, with `--long`."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    count = examples * (20 if SLOW else 1)
+    count = examples * (20 if LONG else 1)
     return settings(
-        max_examples=count, derandomize=not SLOW, database=None, deadline=None, suppress_health_check=checks
+        max_examples=count, derandomize=not LONG, database=None, deadline=None, suppress_health_check=checks
     )
 
 

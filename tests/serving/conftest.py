@@ -13,7 +13,7 @@ from photon_data.records import PREPARED, VolumeRecord, write_records
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively_model(tmp_path_factory.mktemp("model"))
+    return lively_model(tmp_path_factory.mktemp("served-model", numbered=False))
 
 
 @pytest.fixture(scope="session")

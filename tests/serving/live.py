@@ -47,7 +47,7 @@ class Live:
 
 def body(id, question="Is there a nodule?", **more):
     parts = [{"type": "volume", "volume": id}, {"type": "text", "text": question}]
-    return {"model": "model0", "max_tokens": 5, "messages": [{"role": "user", "content": parts}], **more}
+    return {"model": "served-model", "max_tokens": 5, "messages": [{"role": "user", "content": parts}], **more}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from photon_data.recipe import named_recipe
 from photon_data.records import write_records
 from photon_data.store import open_volume
 
-MODEL = "model0"
+MODEL = "served-model"
 
 
 @pytest.fixture(scope="module")

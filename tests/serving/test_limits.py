@@ -195,7 +195,7 @@ def test_no_path_and_no_url_is_a_volume(served, prepared):
 
 def video(id):
     parts = [{"type": "video_url", "video_url": {"url": id}}, {"type": "text", "text": "?"}]
-    return {"model": "model0", "messages": [{"role": "user", "content": parts}]}
+    return {"model": "served-model", "messages": [{"role": "user", "content": parts}]}
 
 
 # What is sent
