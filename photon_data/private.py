@@ -22,6 +22,7 @@ from photon_data.scan import Source
 
 KEY, NAMES = "key", "names.jsonl"
 DIGITS = 16
+WORD = re.compile(r"[^\W\d_]{3,}")
 KEYED = re.compile(rf"v[0-9a-f]{{{DIGITS}}}\Z")  # the end of an id that was made with a key
 
 
@@ -99,13 +100,18 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def hide_names(
-    sources: Sequence[Source], formats: Collection[str], out: Location, id_prefix: str, known_ids: Mapping[str, str]
+    sources: Sequence[Source],
+    formats: Collection[str],
+    out: Location,
+    id_prefix: str,
+    known_ids: Mapping[str, str],
+    key: str | None = None,
 ) -> tuple[list[Source], str]:
     """Return the sources and a key; those of `formats` have ids and patients made with it.
 
-    `known_ids` are those that scans have in OUT already, by their paths. The key is OUT's, or a new one.
+    `known_ids` are those that scans have in OUT already, by their paths. The key is `key`, else OUT's, or a new one.
     """
-    key, made = read_key(out) or secrets.token_hex(32), []
+    key, made = key or read_key(out) or secrets.token_hex(32), []
     for source in sources:
         if source.format in formats:
             id = known_ids.get(source.path, f"{id_prefix}v{keyed(key, source.path)}")
@@ -123,6 +129,17 @@ def names_left_out(source: Source) -> Iterator[None]:
     except Refused as refused:
         message = without_names(refused.message, source.files) if source.hidden else refused.message
         raise Refused(refused.code, message) from None
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a path or a sentence that may be a name: of three letters or more, without their case."""
+    return {word.casefold() for word in WORD.findall(text)}
+
+
+def without_words(text: str, path: str) -> str:
+    """Return what a person wrote with "(name)" in place of words that a hidden path has too."""
+    hidden = words_of(path)
+    return WORD.sub(lambda word: "(name)" if word[0].casefold() in hidden else word[0], text)
 
 
 def without_names(text: str, files: Iterable[Path]) -> str:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from photon_data.datasets.base import UNPACK
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
@@ -19,10 +18,7 @@ from photon_pipelines.request import Request
 def ids_of_earlier_runs(request: Request) -> dict[str, str]:
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
     source, records = request.source.absolute(), read_records(request.out)
-    key = read_key(request.out)
-    if any(record.hidden and not (record.root and (key or not KEYED.search(record.id))) for record in records):
-        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
-        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
+    refuse_lost_names(request.out, records)
     root, found = str(source if source.is_dir() else source.parent), {}
     unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
     for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
@@ -31,13 +27,20 @@ def ids_of_earlier_runs(request: Request) -> dict[str, str]:
     return found
 
 
+def refuse_lost_names(out: Location, records: Iterable[VolumeRecord]) -> None:
+    """UsageError where rows hide names that are in no private file: nobody could tell whose ids they are."""
+    key = read_key(out)
+    if any(record.hidden and not (record.root and (key or not KEYED.search(record.id))) for record in records):
+        expected = f"{private_folder(out)} with the key and the names of {out.url}"
+        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
+
+
 def refuse_namesakes(sources: Sequence[Source], records: Sequence[VolumeRecord], request: Request) -> None:
     """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
 
     The roots of declared data sets are looked through together: which of two scans of one id is meant is known then.
     """
-    together = {str(root.absolute()) for entry in request.datasets for root in entry.roots}
-    together |= {str(entry.options[UNPACK].absolute()) for entry in request.datasets if UNPACK in entry.options}
+    together = {str(folder) for entry in request.datasets for folder in entry.folders}
     owners = {record.id.casefold(): record for record in records}
     ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
     known = {Path(record.store).name for record in records if record.store}

@@ -120,6 +120,57 @@ def test_no_output_but_the_private_file_has_a_patients_name(raw, tmp_path, monke
     assert NAME.lower() not in "".join(text for _, text in gone).lower()
 
 
+def test_masks_and_overrides_tell_no_name(raw, tmp_path):
+    for patient in ("Erika", "Max"):
+        for name in ("liver", f"{NAME}_lesion"):
+            write_scan(raw / f"first/{NAME}_{patient}_m" / f"{name}.nii.gz", array=np.ones((4, 4, 4), np.uint8))
+    unreadable = raw / f"first/{NAME}_Max_m/broken.nii.gz"
+    unreadable.write_bytes(b"<html>")
+    table, wrong = tmp_path / "o.csv", tmp_path / "w.csv"
+    table.write_text(f"volume,skip\nsecond/{NAME}_Erika,{NAME} withdrew\n")
+    wrong.write_text(f"volume,skip\nsecond/{NAME}_Nobody,gone\nsecond/{NAME}_Erika,a\nsecond/{NAME}_Erika,b\n")
+    masks = ["--masks", "{folder}_m"]
+    out = tmp_path / "out"
+    said = [
+        cli("prepare", raw, out, *SMALL, "--overrides", wrong),
+        cli("prepare", raw, out, *SMALL, "--overrides", table, "--repair", "slices", *masks),
+        cli("status", out),
+        cli("verify", out),
+    ]
+    assert [code for code, _ in said] == [2, 1, 0, 0]
+    assert "a person left it out: (name) withdrew" in said[1][1]
+    assert NAME.lower() not in "".join(text for _, text in said).lower()
+    assert whoever_is_named(out) == []
+
+
+def test_dicom_of_a_declared_data_set_tells_no_name_and_keeps_the_series_of_a_patient_together(raw, tmp_path):
+    shutil.rmtree(raw / "first" / f"{NAME}_Max")
+    asked = [f"{site}/{NAME}_Erika" for site in ("first", "second")]
+    rows = "".join(f"{volume},Nodule {n}?,no\n" for volume in (*asked, f"{NAME}_Nobody") for n in range(3))
+    (tmp_path / "q.csv").write_text(f"volume,question,answer\n{rows}")
+    manifest, out = tmp_path / "data.yaml", tmp_path / "out"
+
+    def prepare(out, options="{}"):
+        recipe = "recipe: {name: chest_ct, shape_zyx: [40, 32, 32], model_shape_zyx: [14, 28, 28]}"
+        entry = f"one: {{adapter: table, root: raw, annotations: {{questions: q.csv}}, options: {options}}}"
+        manifest.write_text(f"{recipe}\ndatasets:\n  {entry}\n")
+        return cli("prepare", "--manifest", manifest, out, "--workers", "1")
+
+    said = [prepare(out), cli("verify", out), prepare(out)]
+    assert [code for code, _ in said] == [1, 0, 1]  # three questions name nobody
+    assert "2 scans found, 2 of them done before" in said[2][1]
+    assert NAME.lower() not in "".join(text for _, text in said).lower()
+    assert whoever_is_named(out) == []
+    found = [row for path in (out / "manifests").iterdir() for row in from_jsonl(path.read_text())]
+    assert len(found) == 6
+    assert len({row["patient"] for row in found}) == len({row["split"] for row in found}) == 1
+
+    prepare(tmp_path / "shown", "{id_from: path}")  # as earlier versions did without being asked
+    assert all(NAME in row["id"] for row in rows_of(tmp_path / "shown", "volumes.jsonl"))
+    _, text = prepare(tmp_path / "shown")
+    assert "2 scans keep ids that were made from names" in text and "2 of them done before" in text
+
+
 def _keys_of(text):
     return re.findall("#[0-9a-f]{8}", text)
 

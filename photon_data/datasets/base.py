@@ -19,6 +19,8 @@ OnFile = Callable[[int], None]
 
 # The option of data sets whose scans may come in archives: the folder to unpack them into.
 UNPACK = "unpack"
+# The option that says what ids are made from. Without it, DICOM has keyed ones.
+ID_FROM = "id_from"
 
 
 class Wording(NamedTuple):
@@ -66,6 +68,12 @@ class DataSet:
     mix: Mapping[str, Share] = field(default_factory=dict)  # {our split: Share}
     # Of this adapter alone: texts, {text: text} or, for UNPACK, a Path
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> set[Path]:
+        """Return the folders that its scans are found in: its roots, and where archives are unpacked."""
+        unpacked = [self.options[UNPACK]] if UNPACK in self.options else []
+        return {folder.absolute() for folder in (*self.roots, *unpacked)}
 
     def error(self, message: str) -> UsageError:
         """Return the error with this message, which names the data set and its line."""
