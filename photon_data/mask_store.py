@@ -18,7 +18,8 @@ import numpy as np
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.files import Location
-from photon_data.store import GRIDS, SUFFIX, arrays_digest, read_metadata, write_images
+from photon_data.records import SUFFIX
+from photon_data.store import GRIDS, arrays_digest, read_metadata, write_images
 from photon_data.stored_array import open_array
 from photon_data.volume import Geometry, Volume
 

@@ -14,8 +14,8 @@ from photon_data.files import Location, from_jsonl
 from photon_data.json_text import from_json
 from photon_data.lock import exclusive
 from photon_data.questions.manifest import manifest_names
-from photon_data.records import read_records
-from photon_data.store import open_volume, store_name
+from photon_data.records import read_records, store_name
+from photon_data.store import open_volume
 
 # Records which store each exported file was made from. It is written about this often, and when an export ends: after a
 # kill, the volumes of this span are exported again.

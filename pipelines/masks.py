@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.mask_store import FOLDER, REMEDY, mask_store_name
-from photon_data.records import VolumeRecord
-from photon_data.store import SUFFIX, arrays_digest, read_metadata, store_name, verify_store
+from photon_data.records import SUFFIX, VolumeRecord, store_name
+from photon_data.store import arrays_digest, read_metadata, verify_store
 
 ROWS = "masks.jsonl"
 

@@ -10,17 +10,18 @@ from photon_data.datasets.base import UNPACK
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import PRUNED, VolumeRecord, read_records
+from photon_data.records import PRUNED, VolumeRecord, read_records, store_name
 from photon_data.scan import Source
-from photon_data.store import read_metadata, store_name
+from photon_data.store import read_metadata
 from photon_pipelines.request import Request
 
 
 def ids_of_earlier_runs(request: Request) -> dict[str, str]:
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
     source, records = request.source.absolute(), read_records(request.out)
-    key = read_key(request.out)
-    if any(record.hidden and not (record.root and (key or not KEYED.search(record.id))) for record in records):
+    hidden = [record for record in records if record.hidden]
+    key = read_key(request.out) if hidden else None
+    if any(not (record.root and (key or not KEYED.search(record.id))) for record in hidden):
         expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
         raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
     root, found = str(source if source.is_dir() else source.parent), {}

@@ -20,13 +20,15 @@ from photon_data.records import (
     DATASET_DIGEST,
     LOCK,
     ROW_DIGEST,
+    SUFFIX,
     VOLUMES,
     VolumeRecord,
     is_unfinished,
     read_records,
     records_of,
+    store_name,
 )
-from photon_data.store import SUFFIX, read_metadata, store_name, verify_store
+from photon_data.store import read_metadata, verify_store
 from photon_pipelines.masks import ROWS as MASK_ROWS
 from photon_pipelines.masks import verify_masks
 

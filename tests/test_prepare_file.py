@@ -16,7 +16,8 @@ from photon_data.files import Location
 from photon_data.prepare_file import Job, fingerprint, opened, prepare, prepare_file, prepare_volume
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Policy, Recipe
-from photon_data.store import OWN_DIGEST, store_name, write_store
+from photon_data.records import store_name
+from photon_data.store import OWN_DIGEST, write_store
 from photon_data.volume import Geometry, Volume
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))

@@ -6,7 +6,8 @@ from askable import blocks, predictor, row, store
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.recipe import Recipe
-from photon_data.store import store_name, write_store
+from photon_data.records import store_name
+from photon_data.store import write_store
 from photon_data.volume import Prepared
 from photon_train.answering.manifest import predict_rows
 from photon_train.answering.prediction import read_predictions
