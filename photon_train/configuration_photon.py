@@ -15,6 +15,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground")
+IGNORED = -100  # the label of what is not to be learned
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
 ABOVE_0 = (

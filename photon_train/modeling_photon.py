@@ -33,10 +33,9 @@ from photon_train.checkpoint import (
     saving,
     write_digests,
 )
-from photon_train.configuration_photon import Phase, PhotonConfig, config_for, layout_of, phase_at
+from photon_train.configuration_photon import IGNORED, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
-from photon_train.processing_photon import IGNORED, prefix_length
-from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, visual_mask
+from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")

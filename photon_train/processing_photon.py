@@ -27,15 +27,14 @@ from transformers import AutoTokenizer, BatchFeature
 from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.store import NIFTI, open_volume
 from photon_train.checkpoint import write_digests
-from photon_train.configuration_photon import PhotonConfig, hub_options
-from photon_train.scheduling import ROLE_LINE, question_mask, visual_mask
+from photon_train.configuration_photon import IGNORED, PhotonConfig, hub_options
+from photon_train.scheduling import ROLE_LINE, prefix_length, question_mask, visual_mask
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 SPECIALS = (*MARKERS, "<|image_pad|>", "<image>")
 TEMPLATE_S = 10  # a template takes less than a millisecond
-IGNORED = -100  # the label of what is not to be learned
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -331,9 +330,3 @@ def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[T
     blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
     rows = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
     return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
-
-
-def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
-    """Return how many tokens there are to the end of the last volume, which rows may share; 0 for text alone."""
-    ends = (ids_L == config.vision_end_token_id).nonzero()
-    return int(ends[-1]) + 1 if len(ends) else 0

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from photon_train.configuration_photon import Phase, PhotonConfig
 
 logger = logging.getLogger(__name__)
-
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
 
 
@@ -78,6 +77,12 @@ class Scheduled(NamedTuple):
 def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
     """Return bool[B, L], True at the tokens that stand for a part of a volume."""
     return input_ids_BL == config.video_token_id
+
+
+def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
+    """Return how many tokens there are to the end of the last volume, which rows may share; 0 for text alone."""
+    ends = (ids_L == config.vision_end_token_id).nonzero()
+    return int(ends[-1]) + 1 if len(ends) else 0
 
 
 def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
@@ -200,10 +205,8 @@ def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: Photo
     """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
     share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
     if patches_PX is None:
-        raise ValueError(
-            "scheduler 'foreground': expected pixel_values_videos, found volumes that "
-            "are encoded already; pass their patches too"
-        )
+        found = "volumes that are encoded already; pass their patches too"
+        raise ValueError(f"scheduler 'foreground': expected pixel_values_videos, found {found}")
     patches_per_token = config.vision_config.spatial_merge_size**2
     share_P = (patches_PX > config.foreground_level).float().mean(1)
     return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))

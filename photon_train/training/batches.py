@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from photon_data.questions.table import volume_id_of
 from photon_data.store import NIFTI, open_volume
-from photon_train.configuration_photon import PhotonConfig
+from photon_train.configuration_photon import IGNORED, PhotonConfig
 from photon_train.decoder import with_suffixes
-from photon_train.processing_photon import IGNORED, PhotonProcessor, prefix_length
+from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, TrainRow
+from photon_train.scheduling import prefix_length
 from photon_train.training.config import TrainConfig
 
 VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
