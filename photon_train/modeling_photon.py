@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from photon_train.checkpoint import (
 )
 from photon_train.configuration_photon import IGNORED, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
+from photon_train.losses import answer_losses, answer_shares, band_losses, next_labels
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
 
@@ -142,7 +143,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         step, total_steps: optimizer step and length of the run; training without them drops tokens and flips nothing.
         prefix: what every row begins with, as `encode_prefix` returned it; or its length P: then all volumes are in
         the first P tokens, are given once, and are encoded once.
-        loss_scale: what a trainer will multiply the loss by; the surrogate gradient is not linear in it.
+        loss_scale: what a trainer will multiply the loss by; the surrogate gradient is not linear in it. A row's share
+        of the answer tokens counts too: a row moves the threshold as it would alone, times its share.
         answers_only: with labels, return logits at answer positions only, as in training.
         """
         if pixel_values is not None or image_grid_thw is not None:
@@ -169,7 +171,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         rows = None
         if schedules or labels is not None:
             phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
-            rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase, loss_scale)
+            rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase)
+            if labels is not None:
+                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(labels, attention_mask))
         if rows is not None and schedules and self.config.scheduler == "foreground":
             if foreground is None and prefix is not None:
                 foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
@@ -213,7 +217,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         perturbed_B: Tensor | None,
         flip_B: Tensor | None,
         phase: Phase,
-        loss_scale: float,
     ) -> SchedulingInputs:
         """Return what is known of each row before the decoder runs; `foreground_BL` is left 0."""
         if isinstance(attention_mask, dict):  # generate makes these for caches of fixed length
@@ -232,7 +235,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             phase=phase,
             perturbed_B=perturbed_B,
             flip_B=flip_B.to(no_B.device) & ~perturbed_B,
-            loss_scale=loss_scale,
+            loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
         )
 
     def _losses(
@@ -249,7 +252,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if scheduled is not None:
             labels, attention_mask = scheduled.kept(labels), scheduled.kept.mask_BM
             flipped_B = scheduled.flipped_B
-        targets_BM = next_labels(labels, torch.ones_like(labels) if attention_mask is None else attention_mask)
+        targets_BM = next_labels(labels, attention_mask)
         rows_N, columns_N = (targets_BM != IGNORED).nonzero(as_tuple=True)
         labels_N, epsilon = targets_BM[rows_N, columns_N], self.config.flip_epsilon
         # The head is most of the memory of a step: in training, only where there is something to predict.
@@ -344,47 +347,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
-
-
-def next_labels(labels_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """Return what each position should predict, int64[B, L]: the next token's label; IGNORED at padding."""
-    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
-    is_followed_BL = F.pad(mask_BL[:, 1:], (0, 1)).bool()
-    return next_BL.masked_fill(~(mask_BL.bool() & is_followed_BL), IGNORED)
-
-
-class AnswerLosses(NamedTuple):
-    """Means over all answer tokens of the batch, by what their row is trained for; the sum is the batch's loss."""
-
-    ce: Tensor
-    robustness: Tensor
-    flip: Tensor
-
-
-def answer_losses(
-    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, perturbed_B: Tensor, flipped_B: Tensor, flip_epsilon: float
-) -> AnswerLosses:
-    """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
-
-    Perturbed rows are trained to be unsure (robustness: minus the entropy of p), flipped ones not to answer (flip:
-    -log(1 - p(y) + flip_epsilon)), the others to answer (ce: -log p(y)).
-    """
-    perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
-    count = max(len(labels_N), 1)
-    logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
-    logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)
-    answered_N = ~(perturbed_N | flipped_N)
-    ce = -(logp_N * answered_N).sum() / count
-    robustness = (logp_NV.exp() * logp_NV).sum(-1).mul(perturbed_N).sum() / count
-    not_y_N = torch.log(1 - logp_N.exp() + flip_epsilon)
-    flip = -torch.where(flipped_N & ~perturbed_N, not_y_N, 0.0).sum() / count
-    return AnswerLosses(ce, robustness, flip)
-
-
-def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Tensor:
-    """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
-    r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
-    return F.relu(r_B - high) + F.relu(low - r_B)
 
 
 def peak_memory_mib(device: torch.device) -> float:
