@@ -218,7 +218,7 @@ def predict(
 
         overlays = body.overlays_of(overlay, window, at, masks)
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
-        load = body.loading(model, answers, dtype, revision, device=device, scheduler=scheduler, keep_ratio=keep_ratio)
+        load = body.loader(model, answers, dtype, revision, device=device, scheduler=scheduler, keep_ratio=keep_ratio)
         if output:
             is_complete = body.predict_rows(load, device, data, output, shard, overlays)
         else:
@@ -298,11 +298,11 @@ def evaluate(
 
         answering: body.Answering
         if model:
-            from photon_cli.predict import answer_benchmark, loading
+            from photon_cli.predict import answer_benchmark, loader
             from photon_train.answering.predictor import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices, questions_per_batch=questions_per_batch)
-            load = loading(model, answers, dtype, revision, device=device)
+            load = loader(model, answers, dtype, revision, device=device)
             answering = answer_benchmark(load, schedulers, keep, output / "predictions")
         else:
             answering = body.answered_before(predictions, config)

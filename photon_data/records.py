@@ -14,7 +14,7 @@ from sys import intern
 from typing import Any, Protocol, TypeVar
 
 from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
-from photon_data.files import NO_SPACE, Location, append_row, digest_of, jsonl_rows, refuse_unsafe
+from photon_data.files import NO_SPACE, Location, append_row, digest_of, refuse_unsafe
 from photon_data.json_text import fields_of, from_json
 from photon_data.private import append_name, read_names, save_names, without_names
 from photon_data.recipe import ALGORITHM, Recipe
@@ -227,7 +227,7 @@ def read_records(out: Location) -> list[VolumeRecord]:
     records: dict[str, VolumeRecord] = {}
     place = ""
     try:
-        for number, row in enumerate(jsonl_rows(out.lines(VOLUMES), may_be_cut=is_unfinished(out)), 1):
+        for number, row in enumerate(out.rows(VOLUMES, may_be_cut=is_unfinished(out)), 1):
             place = f"row {number}: "
             record = VolumeRecord.from_json(row)
             records[record.id], place = record, ""

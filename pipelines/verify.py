@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, digest_of, jsonl_rows
+from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import LOCK as RUN_LOCK
 from photon_data.mask_store import FOLDER as MASK_STORES
@@ -106,7 +106,7 @@ def _verify_rows(
 ) -> Generator[str, None, list[VolumeRecord] | None]:
     """Return the records, None where volumes.jsonl cannot be read."""
     try:
-        rows, records = list(jsonl_rows(out.lines(VOLUMES), may_be_cut=is_unfinished(out))), read_records(out)
+        rows, records = list(out.rows(VOLUMES, may_be_cut=is_unfinished(out))), read_records(out)
     except (ValueError, RecursionError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{VOLUMES}: cannot be read ({error})"
         unchecked("which volumes there should be")
@@ -156,8 +156,8 @@ def _names(out: Location, folder: str) -> Generator[str, None, list[str]]:
 
 def _verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str]:
     try:
-        yield from _verify_digests(MASK_ROWS, list(jsonl_rows(out.lines(MASK_ROWS))))
         yield from verify_masks(out, records)
+        yield from _verify_digests(MASK_ROWS, list(out.rows(MASK_ROWS)))
     except (ValueError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{MASK_ROWS}: cannot be read ({error})"
 

@@ -9,9 +9,9 @@ from live import live
 from raw import write_scan
 
 from photon_data.files import Location
-from photon_data.records import PREPARED, VolumeRecord, write_records
+from photon_data.records import PREPARED, VolumeRecord, store_name, write_records
 
-EVIL = "<script>alert('x')</script>"
+EVIL = "<script>alert('x')<script>"
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def served(model_dir, places, tmp_path_factory):
     """A server with a prepared volume whose id is markup."""
     out = tmp_path_factory.mktemp("prepared")
     (out / "volumes").mkdir()
-    (out / "volumes" / "v0.ome.zarr").symlink_to(places[0])
-    write_records(Location(str(out)), [VolumeRecord(EVIL, "v", PREPARED, 0, 0, store="volumes/v0.ome.zarr")])
+    (out / store_name(EVIL)).symlink_to(places[0])
+    write_records(Location(str(out)), [VolumeRecord(EVIL, "v", PREPARED, 0, 0, store=store_name(EVIL))])
     with live(model_dir, data=str(out)) as server:
         yield server
 
