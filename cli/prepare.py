@@ -94,7 +94,7 @@ def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "retry_failed": given.get("retry_failed", False),
         "paths": given.get("paths_in_manifests"),
-        "grids": given.get("grids"),
+        "grids": given.get("grids") or (lock or {}).get("grids"),
         "check": given.get("check", "time"),
         "lock": lock,
     }

@@ -19,7 +19,7 @@ import numpy as np
 from photon_data.errors import UsageError, name_hint
 from photon_data.files import Location
 from photon_data.records import SUFFIX
-from photon_data.store import GRIDS, arrays_digest, read_metadata, write_images
+from photon_data.store import GRIDS, model_digest, read_metadata, write_images
 from photon_data.stored_array import open_array
 from photon_data.volume import Geometry, Volume
 
@@ -121,9 +121,9 @@ def write_masks(layers: Layers, out: Location, identity: dict[str, Any], facts: 
     return write_images(images, out, mask_store_name(identity["id"]), ours, fill=0)
 
 
-def belongs_to(volume_id: str, arrays_sha256: str | None, grid: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what masks record of their volume: its id, a hash of its voxels, and its grid."""
-    return {"id": volume_id, "arrays_sha256": arrays_sha256, "grid": dict(grid)}
+def belongs_to(volume_id: str, model_sha256: str | None, grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what masks record of their volume: its id, a hash of its voxels on the model grid, and its grid."""
+    return {"id": volume_id, "model_sha256": model_sha256, "grid": dict(grid)}
 
 
 class Masks(NamedTuple):
@@ -172,7 +172,7 @@ def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal[
     if metadata is None or metadata["facts"].get("volume") is None:
         raise UsageError(f"expected masks of {of_volume['id']}, found none at {home.at(name)}; {REMEDY}")
     grid_json = of_volume["facts"].get("grid") or {}
-    if metadata["facts"]["volume"] != belongs_to(of_volume["id"], arrays_digest(of_volume), grid_json):
+    if metadata["facts"]["volume"] != belongs_to(of_volume["id"], model_digest(of_volume), grid_json):
         found = f"those of {metadata['facts']['volume'].get('id')} as it was when they were made"
         raise UsageError(f"expected masks of {of_volume['id']} as it is in {volume}, found {found}; {REMEDY}")
     try:

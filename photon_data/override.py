@@ -59,13 +59,14 @@ class Override:
             scale = [1.0 if mm is None else mm / old for mm, old in zip(self.spacing_mm, now, strict=True)]
             steps = np.asarray(geometry.steps_lps) * np.array(scale)[:, None]
             geometry = Geometry.from_arrays(geometry.shape_zyx, geometry.origin_lps, steps)
-        planes = scan.planes
+        planes, whole = scan.planes, geometry
         if self.crop:
             geometry, planes = self._cropped(geometry, planes)
         if geometry == scan.geometry:
             return scan
         change = Change(OVERRIDE, in_words(scan.geometry), in_words(geometry))
-        return replace(scan, geometry=geometry, planes=planes, changes=(*scan.changes, change))
+        uncropped = whole if self.crop else None
+        return replace(scan, geometry=geometry, planes=planes, uncropped=uncropped, changes=(*scan.changes, change))
 
     def facts(self, scan: Scan, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is recorded of this override beside the `facts` of its volume; nothing where it did not matter.

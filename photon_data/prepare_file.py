@@ -28,6 +28,7 @@ from photon_data.hounsfield import (
 )
 from photon_data.lock import refuse_taken
 from photon_data.override import SKIPPED, Override
+from photon_data.private import without_words
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK, GIVEN
@@ -46,7 +47,7 @@ from photon_data.resample import (
     voxels_between,
 )
 from photon_data.scan import Change, Scan, Source, TableGrid
-from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, read_metadata, write_store
+from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, model_digest, read_metadata, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
@@ -101,7 +102,8 @@ class Job:
             return replace(self, policy=replace(self.policy, **accepted))
         source, policy = self.source, replace(self.policy, **{**accepted, **override.policy})
         if override.skip:
-            source = replace(source, problem=f"a person left it out: {override.skip}", code=SKIPPED)
+            reason = without_words(override.skip, source.path) if source.hidden else override.skip
+            source = replace(source, problem=f"a person left it out: {reason}", code=SKIPPED)
         said = override.rescale
         rescale = Rescale(said[0], said[1], "table") if said else self.rescale
         return replace(self, source=source, policy=policy, rescale=rescale, override=override)
@@ -137,7 +139,7 @@ class Job:
     def record_of_store(self, state: str, metadata: dict[str, Any]) -> VolumeRecord:
         """Return the record of this job's source, whose store has the given metadata (see `read_metadata`)."""
         more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
-        more["arrays_sha256"] = arrays_digest(metadata)
+        more |= {"arrays_sha256": arrays_digest(metadata), "model_sha256": model_digest(metadata)}
         more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
         return self.record(state, store=store_name(self.source.id), **more)
 
@@ -206,6 +208,7 @@ def prepare_volume(
     choices, changes = dict(scan.choices) | choices, [*scan.changes, *changes]
     model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
+    facts |= {"uncropped": scan.uncropped.to_json()} if scan.uncropped else {}
     facts |= {} if body is None else {"body_mm": dict(zip("xyz", body.T.tolist(), strict=True))}
     facts |= {"changes": [change._asdict() for change in changes]} if changes else {}
     if scan.slices:

@@ -92,7 +92,7 @@ class MaskJob:
 
     def _hash(self, *more: Any) -> str:
         names, volume = [mask.name for mask in self.masks], self.volume
-        parts = [names, sorted(self.labels.items()), volume.id, volume.arrays_sha256, (volume.facts or {}).get("grid")]
+        parts = [names, sorted(self.labels.items()), volume.id, volume.model_sha256, (volume.facts or {}).get("grid")]
         parts += [self.recipe.digest, self.policy.nifti_affine, ALGORITHM, *more]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -138,13 +138,17 @@ def _prepare(job: MaskJob) -> VolumeRecord:
     content = fingerprint(job.source.files)
     if done := masks_there(job, content):
         return done
-    native, grid = (Geometry.from_json((job.volume.facts or {})[name]) for name in ("geometry", "grid"))
+    of_volume = dict(job.volume.facts or {})
+    grid, slices = Geometry.from_json(of_volume["grid"]), of_volume.get("slices")
+    native = Geometry.from_json(of_volume.get("uncropped") or of_volume["geometry"])
     model = model_grid(grid, job.recipe.model_shape_zyx)
     layers, refused, codes = Layers(grid, model), dict[str, str](), list[str]()
     for mask in job.masks:
         try:
             read = read_mask(mask, job.policy)
             _refuse_elsewhere(read, native, mask.files[0].name)
+            if slices:
+                _refuse_even(read.geometry, native, slices, mask.files[0].name)
         except Refused as error:
             message = error.message.removeprefix(f"{mask.files[0].name}: ")
             refused[mask.name] = without_names(message, mask.files) if job.source.hidden else message
@@ -161,7 +165,7 @@ def _prepare(job: MaskJob) -> VolumeRecord:
     identity: dict[str, Any] = {"id": job.source.id, "key": job.key(content), "fingerprint": content}
     identity |= {"recipe": job.recipe.to_json(), "digest": job.recipe.digest}
     facts = {
-        "volume": belongs_to(job.volume.id, job.volume.arrays_sha256, (job.volume.facts or {})["grid"]),
+        "volume": belongs_to(job.volume.id, job.volume.model_sha256, of_volume["grid"]),
         "grids": {"volume": grid.to_json(), "model": model.to_json()},
         "sources": [{"name": mask.name, "content": fingerprint(mask.files)} for mask in job.masks],
         "refused": refused,
@@ -235,6 +239,25 @@ def _refuse_elsewhere(read: LabelMap, native: Geometry, name: str) -> None:
     if marked and marked - inside > MOST_OUTSIDE * marked:
         found = f"{marked - inside:,} of {marked:,} marked voxels outside of it"
         raise refusal("mask-elsewhere", name, "a mask within the field of the scan", found, remedy)
+
+
+def _refuse_even(mine: Geometry, native: Geometry, slices: Mapping[str, Any], name: str) -> None:
+    """Raise Refused for a mask with a plane for each slice of a repaired series, but at even distances.
+
+    `slices` are those of the facts, see `TrueSlices`. Its planes would lie beside the slices that they were drawn on.
+    """
+    depths = (np.array(slices["positions_mm"]) - slices["positions_mm"][0]) / slices["step_mm"]
+    if sorted(mine.shape_zyx) != sorted((len(depths), *native.shape_zyx[1:])):
+        return
+    middle = (np.array(native.shape_zyx[1:]) - 1) / 2
+    true = mine.index(native.world(np.insert(np.tile(middle, (len(depths), 1)), 0, depths, axis=1)))
+    axis = int(np.ptp(true, axis=0).argmax())
+    even = np.arange(len(depths)) if true[-1, axis] > true[0, axis] else np.arange(len(depths))[::-1]
+    apart = float(np.abs(true[:, axis] - even).max() * mine.spacing_zyx_mm[axis])
+    if apart > min(native.spacing_zyx_mm):
+        found = f"one for each of {len(depths)} slices at even distances, up to {apart:.3g} mm beside them"
+        remedy = "put them on a grid with the missing slices"
+        raise refusal("mask-elsewhere", name, "planes where the slices of the repaired series lie", found, remedy)
 
 
 def inside_counts(read: LabelMap, grid: Geometry) -> np.ndarray:

@@ -22,6 +22,7 @@ from photon_data.scan import Source
 
 KEY, NAMES = "key", "names.jsonl"
 DIGITS = 16
+WORD = re.compile(r"[^\W\d_]{3,}")
 KEYED = re.compile(rf"v[0-9a-f]{{{DIGITS}}}\Z")  # the end of an id that was made with a key
 
 
@@ -123,6 +124,17 @@ def names_left_out(source: Source) -> Iterator[None]:
     except Refused as refused:
         message = without_names(refused.message, source.files) if source.hidden else refused.message
         raise Refused(refused.code, message) from None
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a path or a sentence that may be a name: of three letters or more, without their case."""
+    return {word.casefold() for word in WORD.findall(text)}
+
+
+def without_words(text: str, path: str) -> str:
+    """Return what a person wrote with "(name)" in place of words that a hidden path has too."""
+    hidden = words_of(path)
+    return WORD.sub(lambda word: "(name)" if word[0].casefold() in hidden else word[0], text)
 
 
 def without_names(text: str, files: Iterable[Path]) -> str:

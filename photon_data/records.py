@@ -84,6 +84,7 @@ class VolumeRecord:
     slices                of a repaired series: their positions along the normal and the usual distance in mm, gaps
                           [from, to, slices missing], step of the grid, voxels of the target grid in gaps
     geometry, grid        Geometry.to_json() of the native grid and of the target grid
+    uncropped             Geometry.to_json() of the whole file, where an override cropped it
     cut_mm, pad_mm        {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid, and the other way
                           round, at the low and the high end of each world axis (L, P, S grow)
     full_grid             Geometry.to_json() of the whole field; only with --grids full
@@ -107,6 +108,7 @@ class VolumeRecord:
     store_bytes: int | None = None
     store_sha256: str | None = None  # of the store's root metadata, which record every other file of it
     arrays_sha256: str | None = None  # of those records alone: it does not depend on the id
+    model_sha256: str | None = None  # of the model grid alone: it does not depend on --grids
     facts: Mapping[str, Any] | None = None
     seconds: float | None = None  # wall time of the work; None where it was done by an earlier run
     root: str | None = None  # the source folder; None in rows of versions that did not record it
@@ -280,6 +282,7 @@ def lock_of(
     records: Iterable[VolumeRecord],
     questions: Mapping[str, str],
     recipe: Recipe,
+    grids: str,
     versions: Mapping[str, str],
     salt: str,
 ) -> dict[str, Any]:
@@ -302,6 +305,7 @@ def lock_of(
         "salt": salt,
         "algorithm": ALGORITHM,
         "recipe": recipe.to_json(),
+        "grids": grids,
         "versions": dict(versions),
         "volumes": sorted(volumes, key=lambda volume: str(volume["id"])),
         "questions": {_keyed(salt, name): _keyed(salt, digest) for name, digest in sorted(questions.items())},
@@ -327,7 +331,7 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise UsageError(f"--lock: expected algorithm {ALGORITHM}, found {algorithm} in {path}; {remedy}")
     try:
         Recipe.from_json(lock["recipe"])
-        texts = [lock["salt"], *dict(lock["questions"]).values(), *versions.values()]
+        texts = [lock["salt"], lock.get("grids", ""), *dict(lock["questions"]).values(), *versions.values()]
         texts += [volume[name] for volume in lock["volumes"] for name in ("id", "content", "settings", "arrays")]
         if not all(isinstance(text, str) for text in texts):
             raise expected
@@ -367,7 +371,7 @@ def _difference(
     if other["content"] != volume["content"]:
         yield f"{name}: its source has another content than the lock's"
     elif other["settings"] != volume["settings"]:
-        yield f"{name}: made with other settings (recipe, rescaling, policy, grids) from the same content"
+        yield f"{name}: made with other settings (recipe, rescaling, policy, overrides, grids) from the same content"
     elif other["arrays"] != volume["arrays"]:
         versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
         changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)

@@ -89,6 +89,7 @@ class Scan:
     rescaled: bool = False  # planes are HU already, since slices differ in slope or intercept
     # Of a series that is repaired: planes are its slices, which do not lie at 0, 1, 2, ... of axis 0.
     slices: TrueSlices | None = None
+    uncropped: Geometry | None = None  # the grid of the whole file, where a person's crop left a part of it
 
     def volume(self) -> Volume:
         """Return the whole scan in HU on its native grid: float32, or stored integers that are HU already; Refused.

@@ -233,6 +233,12 @@ def arrays_digest(metadata: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
 
 
+def model_digest(metadata: dict[str, Any]) -> str:
+    """Return a hash of the model grid, which every store has: it does not depend on which other grids there are."""
+    files = {name: facts for name, facts in metadata["files"].items() if name.startswith(GRIDS["model"])}
+    return arrays_digest({"files": files})
+
+
 def grids_of(metadata: dict[str, Any]) -> list[str]:
     """Return the grids that a store has, of those in GRIDS."""
     return [grid for grid, place in GRIDS.items() if f"{place}0/{ROOT}" in metadata["files"]]

@@ -14,7 +14,7 @@ from photon_data.mask_store import FOLDER
 from photon_data.prepare_file import Job
 from photon_data.prepare_masks import MaskJob, masks_there, prepare_masks
 from photon_data.readers.find import change_mark
-from photon_data.readers.mask_pattern import claimed_twice, masks_of, place_of
+from photon_data.readers.mask_pattern import claimed_twice, common_words, masks_of, place_of
 from photon_data.recipe import Policy
 from photon_data.records import FAILED, REFUSED, VolumeRecord
 from photon_data.scan import MaskFile, MaskPattern, Source
@@ -34,18 +34,19 @@ class FoundMasks(NamedTuple):
 
 
 def pattern_of(request: Request, source: Source) -> MaskPattern | None:
-    """Return the pattern for a scan: that of the request, or of the first data set below whose root the scan lies."""
+    """Return the pattern for a scan: that of the request, or of the first data set in whose folders it was found."""
     if not request.datasets:
         return request.masks
-    of_root = (entry.masks for entry in request.datasets if Path(source.root) in map(Path.absolute, entry.roots))
+    of_root = (entry.masks for entry in request.datasets if Path(source.root) in entry.folders)
     return next((pattern for pattern in of_root if pattern), None)
 
 
 def find_masks(request: Request, jobs: Iterable[Job]) -> dict[str, FoundMasks]:
     """Return {id: masks} of all scans that a pattern is for; UsageError for a pattern that finds nothing for any."""
     asked = [(job, pattern) for job in jobs if (pattern := pattern_of(request, job.source))]
+    common = common_words(job.source for job, _ in asked if job.source.hidden)
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda pair: _found(*pair), asked))
+        found = list(threads.map(lambda pair: _found(pair[0], pair[1], common), asked))
     fitting = {one.pattern.text for one in found if one.source.code != NO_MASK}
     for job, pattern in asked:
         if pattern.text not in fitting:
@@ -61,11 +62,11 @@ def find_masks(request: Request, jobs: Iterable[Job]) -> dict[str, FoundMasks]:
     return by_id
 
 
-def _found(job: Job, pattern: MaskPattern) -> FoundMasks:
+def _found(job: Job, pattern: MaskPattern, common: set[str]) -> FoundMasks:
     source = job.source
     place, why, masks, facts = place_of(pattern, source), None, list[MaskFile](), []
     try:
-        masks = masks_of(pattern, source)
+        masks = masks_of(pattern, source, common)
         for file in (file for mask in masks for file in mask.files):
             status = file.stat()
             facts.append((os.path.relpath(file, source.root), status.st_size, status.st_mtime_ns))
@@ -96,8 +97,9 @@ def plan_masks(found: Mapping[str, FoundMasks], request: Request, volumes: Itera
         if volume.is_there and (one := found.get(volume.id)):
             files, how = (one.source, one.masks, one.pattern.labels), (request.recipe, one.policy)
             jobs.append(MaskJob(*files, volume, request.out.at(""), *how, request.overwrite))
+    known = {} if request.check == "content" else before  # the worker hashes, and makes no masks that are there
     with ThreadPoolExecutor(16) as threads:
-        rows = list(threads.map(lambda job: _done(job, before.get(job.source.id), request.retry_failed), jobs))
+        rows = list(threads.map(lambda job: _done(job, known.get(job.source.id), request.retry_failed), jobs))
     todo = [job for job, row in zip(jobs, rows, strict=True) if row is None]
     return MaskPlan(todo, [row for row in rows if row])
 

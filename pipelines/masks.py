@@ -8,7 +8,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.mask_store import FOLDER, REMEDY, mask_store_name
 from photon_data.records import SUFFIX, VolumeRecord, store_name
-from photon_data.store import arrays_digest, read_metadata, verify_store
+from photon_data.store import model_digest, read_metadata, verify_store
 
 ROWS = "masks.jsonl"
 
@@ -51,10 +51,10 @@ def orphans(out: Location, records: Iterable[VolumeRecord]) -> list[str]:
 
 def is_stale(out: Location, row: VolumeRecord, volume: VolumeRecord) -> bool:
     """Tell whether masks were made for their volume as it was before."""
-    digest = volume.arrays_sha256
+    digest = volume.model_sha256
     if digest is None and (metadata := read_metadata(out, store_name(volume.id))):  # rows of earlier versions
-        digest = arrays_digest(metadata)
-    return bool(row.is_there and ((row.facts or {}).get("volume") or {}).get("arrays_sha256") != digest)
+        digest = model_digest(metadata)
+    return bool(row.is_there and ((row.facts or {}).get("volume") or {}).get("model_sha256") != digest)
 
 
 def verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str]:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from photon_data.datasets.base import UNPACK
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
@@ -37,8 +36,7 @@ def refuse_namesakes(sources: Sequence[Source], records: Sequence[VolumeRecord],
 
     The roots of declared data sets are looked through together: which of two scans of one id is meant is known then.
     """
-    together = {str(root.absolute()) for entry in request.datasets for root in entry.roots}
-    together |= {str(entry.options[UNPACK].absolute()) for entry in request.datasets if UNPACK in entry.options}
+    together = {str(folder) for entry in request.datasets for folder in entry.folders}
     owners = {record.id.casefold(): record for record in records}
     ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
     known = {Path(record.store).name for record in records if record.store}

@@ -142,7 +142,7 @@ def finish(
     out.write(REPORT, page)
     counts = count(row for split in manifests.rows.values() for row in split)
     _write_json(out, COUNTS, [asdict(found) for found in counts])
-    lock = lock_of(rows, content_digests(questions), request.recipe, versions, _salt(request))
+    lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, _salt(request))
     _write_json(out, LOCK, lock)
     _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)
     found = list(differences(request.lock, lock, rows)) if request.lock else []

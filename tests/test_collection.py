@@ -217,7 +217,7 @@ def test_a_lock_makes_the_same_bytes_from_the_same_files_elsewhere_and_names_wha
     ]
     settings = run(site_a, tmp_path / "stored", questions=questions, hu_source="stored", lock=lock)
     assert settings.differences == [
-        f"{id}: made with other settings (recipe, rescaling, policy, grids) from the same content"
+        f"{id}: made with other settings (recipe, rescaling, policy, overrides, grids) from the same content"
         for id in ("deep__two", "one")
     ]
 

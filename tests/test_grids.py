@@ -154,6 +154,8 @@ def test_a_changed_grids_adds_what_is_missing_and_says_so_and_the_next_run_goes_
     prepare("--overwrite")
     assert not (out / "volumes/s0.ome.zarr/0").exists()
     assert run("verify", out)[0] == 0
+    code, text = run("prepare", source, tmp_path / "again", "--lock", out / "dataset.lock")  # with the lock's grids
+    assert (code, "every volume and question is as in the lock" in text) == (0, True), text
     code, text = run("prepare", source, out, *SETTINGS, "--grids", "all")
     assert (code, "--grids: expected volume, full, model, found 'all'" in text) == (2, True)
 

@@ -55,7 +55,8 @@ def test_a_record_takes_under_two_kilobytes_and_says_what_it_was_made_from():
     rng = random.Random(0)
     grid = {"shape_zyx": [512, 512, 350], "steps_lps": [[rng.random() for _ in range(3)] for _ in range(3)]}
     facts = dict.fromkeys(("geometry", "grid"), grid) | {"hu_before": {"histogram": rng.choices(range(9999), k=64)}}
-    digests = {name: f"{rng.getrandbits(256):064x}" for name in ("key", "fingerprint", "store_sha256", "arrays_sha256")}
+    hashes = ("key", "fingerprint", "store_sha256", "arrays_sha256", "model_sha256")
+    digests = {name: f"{rng.getrandbits(256):064x}" for name in hashes}
     more = {"facts": facts, "root": "/data/raw", "store": "volumes/a__b.ome.zarr", **digests}
     row = json.dumps(VolumeRecord("a__b", "a/b.nii.gz", "prepared", 1, 2**60, **more).row())
     tracemalloc.start()

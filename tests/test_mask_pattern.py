@@ -1,5 +1,6 @@
 """Which files a pattern finds for a scan, what the masks are called, and what it cannot mean."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from raw import write_scan
 from photon_data.errors import Refused, UsageError
 from photon_data.files import Location
 from photon_data.readers.find import find_scans
-from photon_data.readers.mask_pattern import masks_of, scans_alone, usual_pattern
+from photon_data.readers.mask_pattern import common_words, masks_of, scans_alone, usual_pattern
 from photon_data.recipe import Recipe
 from photon_data.scan import MaskPattern, Source
 from photon_pipelines.mask_plan import find_masks
@@ -48,6 +49,7 @@ def found(root, pattern, path, **more):
         ("{name}_*.nii.gz", "q/x[1]*.nii.gz", {"m": "q/x[1]*_m.nii.gz"}),
         ("{folder}/*.nii.gz", "d/series#1a2b", {"spleen": "d/series/spleen.nii.gz"}),
         ("{folder}/../{name}.nii.gz", "d/series#1a2b", {"": "d/series.nii.gz"}),
+        ("{folder}_masks", "p/deep/ct.nii.gz", {"lung": "p/deep_masks/lung.mha"}),
         ("{name}_seg.nii.gz", "top.nii", {"": "top_seg.nii.gz"}),
         ("nothing/{name}.nii.gz", "top.nii", {}),
         ("{name}.nii", "top.nii", {}),  # the scan itself
@@ -59,6 +61,7 @@ def test_a_pattern_finds_the_masks_of_the_usual_layouts(tmp_path, pattern, scan,
     touch(tmp_path, "p/seg/.hidden.nii.gz", "p/seg/notes.txt", "p/ct.nii.gz", "q/a.nii.gz", "q/a_left_m.nii.gz")
     touch(tmp_path, "q/a_right_m.nii.gz", "q/x[1]*.nii.gz", "q/x[1]*_m.nii.gz", "q/x1y_m.nii.gz", "top.nii")
     touch(tmp_path, "top_seg.nii.gz", "d/series/1.dcm", "d/series/spleen.nii.gz", "d/series.nii.gz")
+    touch(tmp_path, "p/deep_masks/lung.mha")
     assert found(tmp_path, pattern, scan, format="dicom" if "#" in scan else "nifti") == expected
 
 
@@ -90,6 +93,21 @@ def test_names_of_masks_do_not_tell_a_hidden_name(tmp_path):
         found(tmp_path, "{folder}/*.nii.gz", "Doe#1a", format="dicom", hidden=True)
     (tmp_path / "Doe/doe_liver.nii.gz").rename(tmp_path / "Doe/Doe_liver.nii.gz")
     assert list(found(tmp_path, "{folder}/{parent}_*.nii.gz", "Doe#1a", format="dicom", hidden=True)) == ["liver"]
+
+
+def test_a_word_of_a_hidden_name_is_told_as_little_but_for_words_that_most_patients_share(tmp_path):
+    paths = [f"pancreas_00{i}/{name}/ct" for i, name in enumerate(["DOE_JANE", "ROE_TIM", "POE_ANN"])]
+    touch(tmp_path, *(f"{path}/{name}.nii.gz" for path in paths for name in ("pancreas", "left_jane")))
+    sources = [
+        replace(scan_at(tmp_path, f"{path}#1a", "dicom", id=path[:12], hidden=True), patient=path) for path in paths
+    ]
+    words = common_words(sources)
+    assert words == {"pancreas"}
+    (tmp_path / paths[1] / "left_jane.nii.gz").rename(tmp_path / paths[1] / "left.nii.gz")
+    with pytest.raises(Refused, match="without a name of the scan"):
+        masks_of(MaskPattern("{folder}/*.nii.gz"), sources[0], words)
+    assert [mask.name for mask in masks_of(MaskPattern("{folder}/*.nii.gz"), sources[1], words)] == ["left", "pancreas"]
+    assert common_words(sources[:2]) == common_words([replace(source, patient="") for source in sources]) == set()
 
 
 def test_masks_that_look_like_scans_are_not_prepared_as_scans(tmp_path):

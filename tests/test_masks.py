@@ -11,9 +11,11 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import write_series
 from raw import write_scan
 from scans import AXIS_ORDERS, ct_like, frame, rotated, to_sitk
 
+from photon_data import read
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
 from photon_data.mask_store import Label, Layers, open_masks
@@ -286,6 +288,60 @@ def test_a_volume_that_is_made_again_makes_its_masks_stale_until_the_next_run(tm
     run(tmp_path, None, recipe=other)
     with pytest.raises(UsageError, match="as it was when they were made"):
         open_masks(store(tmp_path))
+
+
+def test_masks_stay_those_of_their_volume_whatever_other_grids_it_gets(tmp_path):
+    write_scan(tmp_path / "raw/a.nii.gz")
+    write_scan(tmp_path / "raw/a_seg.nii.gz", array=blobs(SHAPE, [1, 2]))
+    run(tmp_path, grids="model")
+    masks = bytes_below(tmp_path / "out/masks")
+    for grids in ("full", "model"):
+        result = run(tmp_path, None, grids=grids, overwrite=True)
+        assert result.states["prepared"] == 1
+        assert open_masks(store(tmp_path), grid="model").mask("2").array_zyx.any()
+        assert problems(tmp_path) == []
+    assert [row.state for row in run(tmp_path).masks] == ["unchanged"]
+    assert bytes_below(tmp_path / "out/masks") == masks
+
+
+def test_with_check_content_a_mask_counts_as_unchanged_only_where_its_bytes_are(tmp_path):
+    write_scan(tmp_path / "raw/a.nii.gz")
+    file = write_scan(tmp_path / "raw/a_seg.nii", array=blobs(SHAPE, [1, 2]))
+    run(tmp_path, "{name}_seg.nii")
+    status = file.stat()
+    write_scan(file, array=blobs(SHAPE, [1, 2], seed=1))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    states = [run(tmp_path, "{name}_seg.nii", check=check).masks[0].state for check in ("time", "content", "content")]
+    assert states == ["unchanged", "prepared", "unchanged"]
+
+
+def test_a_crop_leaves_masks_beyond_it_empty_and_still_refuses_those_of_another_scan(tmp_path):
+    low, high = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    low[2:4, 4:8, 4:8], high[12:14, 4:8, 4:8] = 1, 1
+    write_scan(tmp_path / "raw/p/ct.nii.gz")
+    for name, array in (("low", low), ("high", high)):
+        write_scan(tmp_path / f"raw/p/m/{name}.nii.gz", array=array)
+    write_scan(tmp_path / "raw/p/m/other.nii.gz", seed=40, array=low)  # 40 mm higher
+    (tmp_path / "crop.csv").write_text('volume,crop\np/ct,"0:8, :, :"\n')
+    (row,) = run(tmp_path, "{folder}/m", overrides=tmp_path / "crop.csv").masks
+    assert [*row.facts["refused"]] == ["other"]
+    found = {label.name: label for label in open_masks(store(tmp_path, "p__ct")).labels}
+    assert found["low"].voxels and found["high"].source_voxels == 32
+
+
+def test_a_mask_of_a_repaired_series_lies_on_its_true_slices_or_is_refused(tmp_path):
+    there = [z for z in range(16) if z != 6]
+    stored = (ct_like(SHAPE) + 1024).astype(np.uint16)
+    write_series(tmp_path / "raw/s", stored, spacing_mm=(1.1, 0.9), slices=there, bits=12)
+    write_series(tmp_path / "whole", stored, spacing_mm=(1.1, 0.9), bits=12)
+    of_dicom = read(tmp_path / "whole").geometry
+    marked = blobs(SHAPE, [1])
+    for name, array in (("whole", marked), ("beside", marked[there])):
+        sitk.WriteImage(to_sitk(array, replace(of_dicom, shape_zyx=array.shape)), tmp_path / f"raw/{name}.nii.gz")
+    more = {"accept": {"repair_slices": 3}, "id_from": "path"}
+    (row,) = run(tmp_path, "{folder}/../*.nii.gz", **more).masks
+    assert "planes where the slices of the repaired series lie" in row.facts["refused"]["beside"]
+    assert open_masks(store(tmp_path, row.id)).names == ["whole"]
 
 
 def test_masks_that_are_swapped_emptied_or_without_a_volume_are_noticed(tmp_path):

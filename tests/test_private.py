@@ -120,6 +120,29 @@ def test_no_output_but_the_private_file_has_a_patients_name(raw, tmp_path, monke
     assert NAME.lower() not in "".join(text for _, text in gone).lower()
 
 
+def test_masks_and_overrides_tell_no_name(raw, tmp_path):
+    for patient in ("Erika", "Max"):
+        for name in ("liver", f"{NAME}_lesion"):
+            write_scan(raw / f"first/{NAME}_{patient}_m" / f"{name}.nii.gz", array=np.ones((4, 4, 4), np.uint8))
+    unreadable = raw / f"first/{NAME}_Max_m/broken.nii.gz"
+    unreadable.write_bytes(b"<html>")
+    table, wrong = tmp_path / "o.csv", tmp_path / "w.csv"
+    table.write_text(f"volume,skip\nsecond/{NAME}_Erika,{NAME} withdrew\n")
+    wrong.write_text(f"volume,skip\nsecond/{NAME}_Nobody,gone\nsecond/{NAME}_Erika,a\nsecond/{NAME}_Erika,b\n")
+    masks = ["--masks", "{folder}_m"]
+    out = tmp_path / "out"
+    said = [
+        cli("prepare", raw, out, *SMALL, "--overrides", wrong),
+        cli("prepare", raw, out, *SMALL, "--overrides", table, "--repair", "slices", *masks),
+        cli("status", out),
+        cli("verify", out),
+    ]
+    assert [code for code, _ in said] == [2, 1, 0, 0]
+    assert "a person left it out: (name) withdrew" in said[1][1]
+    assert NAME.lower() not in "".join(text for _, text in said).lower()
+    assert whoever_is_named(out) == []
+
+
 def _keys_of(text):
     return re.findall("#[0-9a-f]{8}", text)
 

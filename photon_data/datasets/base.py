@@ -67,6 +67,12 @@ class DataSet:
     # Of this adapter alone: texts, {text: text} or, for UNPACK, a Path
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def folders(self) -> set[Path]:
+        """Return the folders that its scans are found in: its roots, and where archives are unpacked."""
+        unpacked = [self.options[UNPACK]] if UNPACK in self.options else []
+        return {folder.absolute() for folder in (*self.roots, *unpacked)}
+
     def error(self, message: str) -> UsageError:
         """Return the error with this message, which names the data set and its line."""
         return UsageError(f"{self.place}, data set {self.name}: {message}")

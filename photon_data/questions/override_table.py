@@ -44,14 +44,18 @@ def read_overrides(path: Path, sources: Sequence[Source]) -> dict[str, Override]
         raise UsageError(f"{path}: expected columns {NAME} and some of {', '.join(COLUMNS)}, found {found}")
     find, by_id = by_name((source.id, source.path) for source in sources), {source.id: source for source in sources}
     problems, made = list(table.problems), dict[str, Override]()
+    is_hidden = any(source.hidden for source in sources)
     for place, values in table.rows:
         try:
             name = str(as_name(values.get(NAME)) or "").strip()
             match = find(name) if name else None
             if match is None or match.id is None:
-                raise ValueError(f"expected the name of one scan, found {name!r}: {match.reason if match else 'empty'}")
+                reason = match.reason if match else "empty"
+                shown, reason = ("(name)", reason.partition(" (")[0]) if is_hidden else (repr(name), reason)
+                raise ValueError(f"expected the name of one scan, found {shown}: {reason}")
             if match.id in made:
-                raise ValueError(f"expected one row per scan, found a second one for {name!r}")
+                shown = match.id if is_hidden else repr(name)
+                raise ValueError(f"expected one row per scan, found a second one for {shown}")
             made[match.id] = _override({key: _cell(values.get(key)) for key in COLUMNS}, by_id[match.id])
         except ValueError as error:
             problems.append(Problem(place, "row that cannot be followed", str(error)))

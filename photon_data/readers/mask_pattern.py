@@ -12,11 +12,12 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from photon_data.errors import Refused, UsageError, first_few, refusal
+from photon_data.private import words_of
 from photon_data.readers.find import DATA_FILES, SUFFIXES
 from photon_data.scan import MaskFile, MaskPattern, Source
 
@@ -46,7 +47,7 @@ NOT_READ = "DICOM SEG and RTSTRUCT are not read, convert them"
 def place_of(pattern: MaskPattern, source: Source) -> str:
     """Return the path, or the glob, of the masks of a scan."""
     text, names = pattern.text.removeprefix("./"), _names_of(source)
-    if "/" not in text:
+    if "/" not in text and "{folder}" not in text:
         text = f"{{folder}}/{text}"
     escape = glob.escape if pattern.is_glob else str
     text = re.sub(r"{(\w+)}", lambda found: escape(names[found[1]]), text)
@@ -67,8 +68,11 @@ def mask_paths(pattern: MaskPattern, source: Source) -> list[Path]:
     return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
 
 
-def masks_of(pattern: MaskPattern, source: Source) -> list[MaskFile]:
-    """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read."""
+def masks_of(pattern: MaskPattern, source: Source, common: Collection[str] = ()) -> list[MaskFile]:
+    """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read.
+
+    Refused too where the name of a mask has a word of a hidden path, but for those in `common` (see `common_words`).
+    """
     place, found = Path(place_of(pattern, source)), []
     paths = mask_paths(pattern, source)
     for path in paths:
@@ -88,7 +92,7 @@ def masks_of(pattern: MaskPattern, source: Source) -> list[MaskFile]:
     if twice := [name for name, count in Counter(mask.name for mask in found).items() if count > 1]:
         remedy = "let * stand for what tells the files apart"
         raise refusal("mask-names", "", "masks of different names", f"{first_few(twice)} more than once", remedy)
-    _refuse_private(found, source)
+    _refuse_private(found, source, common)
     return found
 
 
@@ -129,13 +133,22 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _refuse_private(masks: Iterable[MaskFile], source: Source) -> None:
-    """Raise Refused where names of masks hold a name that is hidden: a store would keep it."""
-    parts = re.split("[/#]", source.path) if source.hidden else []
-    words = [part.casefold() for part in parts if len(part) > 2 and re.search(r"[^\W\d_]", part)]
+def common_words(sources: Iterable[Source]) -> set[str]:
+    """Return the words that paths of most patients have, of three at least: no name of one of them ("pancreas")."""
+    patients: dict[str, set[str]] = {}
+    for source in sources:
+        patients.setdefault(source.patient, set()).update(words_of(source.path))
+    counts = Counter(word for words in patients.values() for word in words)
+    return {word for word, count in counts.items() if count > max(2, len(patients) / 2)}
+
+
+def _refuse_private(masks: Iterable[MaskFile], source: Source, common: Collection[str]) -> None:
+    """Raise Refused where names of masks hold a name that is hidden, or a word of one: a store would keep it."""
+    parts = [part.casefold() for part in re.split("[/#]", source.path)] if source.hidden else []
+    whole = [part for part in parts if len(part) > 2 and re.search(r"[^\W\d_]", part) and part not in common]
+    words = words_of(source.path) - set(common) if source.hidden else set()
     for mask in masks:
-        name = mask.name.casefold()
-        if any(word in name for word in words):
+        if any(part in mask.name.casefold() for part in whole) or words & words_of(mask.name):
             remedy = "let * stand for the mask alone, as in '{folder}/{parent}_*.nii.gz'"
             raise refusal("mask-names", "", "names of masks without a name of the scan", "one in some", remedy)
 
