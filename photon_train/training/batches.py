@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 import resource
 from collections import defaultdict
@@ -34,7 +33,7 @@ from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import with_suffixes
 from photon_train.processing_photon import IGNORED, PhotonProcessor, prefix_length
 from photon_train.rows import Row, TrainRow
-from photon_train.training.config import TrainConfig
+from photon_train.training.config import TrainConfig, worker_count
 
 VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
 WINDOW = 32  # steps within which micro-batches of similar cost are brought together
@@ -331,10 +330,7 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
 
     OSError when the workers cannot go on: one was killed, or there are too few open files for them.
     """
-    workers = dataset.config.workers
-    if workers < 0:  # up to 8 of the CPUs that the compute leaves over
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(min((os.cpu_count() or 1) // processes - 1, 8), 1)
+    workers = worker_count(dataset.config)
     ahead = dataset.config.prefetch if workers else None
     pinned = device.type == "cuda"
     try:

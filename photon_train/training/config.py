@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -133,6 +134,12 @@ LEAST = {
     **dict.fromkeys(("questions_per_step", "questions_per_volume", "epochs", "max_length"), 1),
     **dict.fromkeys(("keep_checkpoints", "prefetch"), 1),
 }
+
+
+def worker_count(config: TrainConfig) -> int:
+    """Return how many processes read for each process that trains: up to 8 of the CPUs that the compute leaves over."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return config.workers if config.workers >= 0 else max(min(len(os.sched_getaffinity(0)) // processes - 1, 8), 1)
 
 
 def read_config(path: Path) -> dict[str, Any]:

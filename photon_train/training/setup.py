@@ -43,6 +43,7 @@ from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.training.batches import Batch, group_rows, steps_per_epoch
 from photon_train.training.config import TrainConfig, with_values
+from photon_train.training.row_check import rows_with_texts
 
 CONFIG = "config.json"
 # What may change when a run goes on: settings that no step depends on.
@@ -125,6 +126,8 @@ def start(
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
+    rows = rows_with_texts(rows, processor, config, accelerator)
+    eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
     state["rows"] = hashlib.sha256(text.encode()).hexdigest()
