@@ -112,7 +112,7 @@ def _train_config(stage: str, file: Path | None, settings: Sequence[str], given:
     for setting in settings:  # unlike in other options, a comma belongs to the value
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not name:
-            raise UsageError(f"--set: expected key=value, found {setting!r}; for example groups_per_step=4")
+            raise UsageError(f"--set: expected key=value, found {setting!r}; for example questions_per_step=16")
         changes[name] = value
     config = with_values(config, {**changes, **given})
     return config if torch.cuda.is_available() else replace(config, precision="fp32")
@@ -138,6 +138,8 @@ def _train(config: TrainConfig, resume: bool) -> None:
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())
         console.print(f"{len(run.rows)} rows, step {first_step} of {run.total_steps}, {run.accelerator.device}")
+        if run.curriculum:
+            console.print(run.curriculum)
     bar.update(total=run.total_steps, completed=first_step)
     with bar:
         summary = run_steps(run)

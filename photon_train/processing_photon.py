@@ -54,6 +54,7 @@ class PhotonProcessor:
     def __init__(self, tokenizer: Any, config: PhotonConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.specials = tuple(dict.fromkeys([*SPECIALS, *tokenizer.all_special_tokens]))  # no text may hold them
         c = config
         ids = (c.im_start_token_id, c.im_end_token_id, c.vision_start_token_id, c.vision_end_token_id, c.video_token_id)
         for name, expected in zip(MARKERS, ids, strict=True):
@@ -175,7 +176,13 @@ class PhotonProcessor:
         return math.prod(self.config.tokens_thw)
 
     def _ids(self, sample: Sample, for_training: bool, max_length: int | None = None) -> Tensor:
-        """Return int64[L] of one sample, a <|video_pad|> for every visual token."""
+        """Return int64[L] of one sample, a <|video_pad|> for every visual token. ValueError for special tokens."""
+        for message in sample.messages:
+            if special := [token for token in self.specials if token in message["content"]]:
+                raise ValueError(
+                    f"{sample.name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens "
+                    "to the template"
+                )
         text = self._text(
             [{**m, "content": m["content"].replace(VIDEO_TAG, VOLUME_TEXT)} for m in sample.messages], for_training
         )
@@ -270,15 +277,10 @@ def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
 
 
 def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> None:
-    """Raise ValueError where <video> tags and volumes do not match, or text is empty or holds special tokens."""
+    """Raise ValueError where <video> tags and volumes do not match, or text is empty."""
     if not messages:
         raise ValueError(f"{name}: expected at least one message, found none; add a question")
     for role, content in ((message["role"], message["content"]) for message in messages):
-        if special := [token for token in SPECIALS if token in content]:
-            raise ValueError(
-                f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the "
-                "template"
-            )
         if VIDEO_TAG in content and role != "user":
             raise ValueError(f"{name}: expected <video> in user turns only, found one in a {role} turn; remove it")
         if role == "user" and not content.replace(VIDEO_TAG, "").strip():

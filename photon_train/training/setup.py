@@ -37,11 +37,13 @@ from photon_train.checkpoint import (
     read_state,
     remove_leftovers,
 )
+from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
-from photon_train.training.batches import Batch, steps_per_epoch
+from photon_train.training.batches import Batch, group_rows, steps_per_epoch
 from photon_train.training.config import TrainConfig, with_values
+from photon_train.training.row_check import rows_with_texts
 
 CONFIG = "config.json"
 # What may change when a run goes on: settings that no step depends on.
@@ -85,6 +87,14 @@ class Run:
         return self.processor.config.scheduler == "its"
 
     @property
+    def curriculum(self) -> str:
+        """The steps in which the phases of stage 2 start, in words; "" for a run without phases."""
+        if not self.schedules:
+            return ""
+        soft, hard, flip = phase_starts(self.processor.config, self.total_steps).values()
+        return f"curriculum: soft from step {soft}, hard from {hard}, flip from {flip}, of {self.total_steps}"
+
+    @property
     def folder(self) -> Path:
         """Where the run's files go."""
         return Path(self.config.output)
@@ -116,6 +126,8 @@ def start(
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
+    rows = rows_with_texts(rows, processor, config, accelerator)
+    eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
     state["rows"] = hashlib.sha256(text.encode()).hexdigest()
@@ -127,8 +139,11 @@ def start(
     added = grounding(model, rows) if grounding else None
 
     choose_trained(model, config)
-    steps = steps_per_epoch(rows, config.questions_per_volume, config.groups_per_step) * config.epochs
-    total_steps = min(steps, config.max_steps) if config.max_steps else steps
+    steps = steps_per_epoch(rows, config)
+    check_shares(config, rows, steps, accelerator.num_processes)
+    total_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
+    if config.stage == "s2":
+        set_curriculum(processor.config, config, len(rows) / steps, total_steps)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=1.0, betas=(0.9, config.adam_beta2))
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -181,6 +196,34 @@ def check_processes(config: TrainConfig, processes: int) -> None:
     if config.groups_per_step % processes:
         found = f"found {config.groups_per_step}; change either of them"
         raise UsageError(f"groups_per_step: expected a multiple of the {processes} processes, {found}")
+
+
+def check_shares(config: TrainConfig, rows: Sequence[TrainRow], steps: int, processes: int) -> None:
+    """UsageError when the groups of most steps are too few for this many processes."""
+    groups = len(group_rows(rows, config.group_size))
+    if groups < steps * processes and not config.groups_per_step:
+        fitting = config.questions_per_step // processes
+        remedy = f"set questions_per_volume={fitting}" if fitting else f"set questions_per_step={processes} or more"
+        found = f"found {groups} in {steps} steps of {config.questions_per_step} questions; {remedy}"
+        raise UsageError(f"expected in every step a group for each of the {processes} processes, {found}")
+
+
+def set_curriculum(photon: PhotonConfig, config: TrainConfig, questions_per_step: float, total_steps: int) -> None:
+    """Set the steps in which phases start, from numbers of questions. UsageError where tokens would never be dropped.
+
+    A start that `config.photon` gives stays as it is.
+    """
+    for phase in ("soft", "hard", "flip"):
+        after = getattr(config, f"{phase}_after")
+        if after and f"{phase}_start" not in config.photon:
+            setattr(photon, f"{phase}_start", round(after / questions_per_step))
+    soft, hard, flip = phase_starts(photon, total_steps).values()
+    found = f"found soft from step {soft}, hard from {hard}, flip from {flip}, of {total_steps}"
+    if not soft <= hard <= flip:
+        raise UsageError(f"expected phases in the order soft, hard, flip, {found}; change photon.*_start or *_after")
+    if photon.scheduler == "its" and hard >= total_steps:
+        remedy = "set shares of the run: photon.soft_start=0.1, photon.hard_start=0.2, photon.flip_start=0.3"
+        raise UsageError(f"expected a run that drops tokens before it ends, {found}; {remedy}, or train for longer")
 
 
 def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple[Any, PhotonProcessor]:

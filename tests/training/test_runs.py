@@ -22,7 +22,8 @@ from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
-from photon_train.training.loop import TrainingStopped, read_log, run_steps
+from photon_train.training.log import read_log
+from photon_train.training.loop import TrainingStopped, run_steps
 from photon_train.training.setup import MODULES, check_processes, make_accelerator, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
@@ -321,7 +322,7 @@ def test_frozen_modules_do_not_move_and_stage_2_starts_by_keeping_nearly_everyth
         lr_vision=0.0,
         lr_merger=0.0,
         freeze=("*.layers.3.*",),
-        photon={"soft_start": 5},
+        photon={"soft_start": 1, "hard_start": 2},
         epochs=1,
     )
     rows = trained(begun)
@@ -358,6 +359,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(config, tmp_pat
     assert result.exit_code == 0, result.output
     assert "19 rows on 6 volumes, all stores are there" in result.output
     assert "6 steps in 2 epochs, each of 4 volumes with up to 3 questions" in result.output
+    assert "curriculum: soft from step 1, hard from 2, flip from 3, of 6" in result.output
     assert "threshold        113 of 113 parameters, learning rate 0.001" in result.output
     assert any("merger" in line and "frozen" in line for line in result.output.splitlines())
     assert not (tmp_path / "run").exists()
