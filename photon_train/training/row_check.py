@@ -11,7 +11,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from photon_data.errors import UsageError
-from photon_train.processing_photon import IGNORED, PhotonProcessor
+from photon_train.configuration_photon import IGNORED
+from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow
 from photon_train.training.config import TrainConfig, worker_count
 
