@@ -124,8 +124,7 @@ def _train(config: TrainConfig, resume: bool) -> None:
     from photon_train.training.loop import run_steps
     from photon_train.training.setup import start
 
-    bar = _TrainingBar("training")
-    masks = ProgressBar("masks of volumes")
+    bar, masks = _TrainingBar("training"), ProgressBar("masks of volumes")
 
     def on_masks(done: int, total: int) -> None:
         masks.count(done, total)

@@ -205,8 +205,7 @@ def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: Photo
     """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
     share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
     if patches_PX is None:
-        found = "volumes that are encoded already; pass their patches too"
-        raise ValueError(f"scheduler 'foreground': expected pixel_values_videos, found {found}")
+        raise ValueError("foreground: expected pixel_values_videos, found encoded volumes; pass their patches too")
     patches_per_token = config.vision_config.spatial_merge_size**2
     share_P = (patches_PX > config.foreground_level).float().mean(1)
     return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))

@@ -186,7 +186,7 @@ def test_a_server_that_cannot_start_says_why(model_dir, tmp_path):
 def test_without_the_extra_a_sentence_says_what_to_install():
     script = "import sys; sys.modules['uvicorn'] = None; from photon_cli.photon import main; main()"
     found = subprocess.run([sys.executable, "-c", script, "serve", "--model", "m"], capture_output=True, text=True)
-    assert found.returncode == 2 and "pip install 'photon-ct[train,serve]'" in " ".join(found.stderr.split())
+    assert found.returncode == 2 and "pip install 'photon-ct[serve]'" in " ".join(found.stderr.split())
 
 
 def test_a_store_that_is_made_again_under_its_name_is_encoded_anew_and_one_for_another_model_is_refused(
