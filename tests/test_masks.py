@@ -20,10 +20,11 @@ from photon_data.mask_store import Label, Layers, open_masks
 from photon_data.masks import LabelMap, MaskJob, nearest, prepare_masks
 from photon_data.questions.label_table import read_label_names
 from photon_data.recipe import Recipe
+from photon_data.records import VolumeRecord
 from photon_data.scan import MaskPattern
 from photon_data.store import open_volume
 from photon_data.volume import Geometry
-from photon_pipelines.child import _done, _work_of
+from photon_pipelines.child import prepare_job
 from photon_pipelines.cluster import Workers
 from photon_pipelines.mask_plan import find_masks, plan_masks
 from photon_pipelines.plan import gather
@@ -39,7 +40,9 @@ SHAPE = (16, 24, 28)
 def in_this_process(request, monkeypatch):
     """Do the work of a run here: a cluster and its processes take seconds to start."""
     if "in_processes" not in request.fixturenames:
-        here = lambda jobs, *_: (_done(_work_of(json.loads(json.dumps(job.to_json())))) for job in jobs)  # noqa: E731
+        here = lambda jobs, *_: (  # noqa: E731
+            VolumeRecord.from_json(prepare_job(json.loads(json.dumps(job.to_json())))) for job in jobs
+        )
         monkeypatch.setattr("photon_pipelines.prepare.execute", here)
 
 
