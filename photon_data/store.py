@@ -220,7 +220,9 @@ def _metadata(content: bytes) -> dict[str, Any]:
         found = _with_size({key: ours[key] for key in METADATA} | {CHECKSUMS: ours.get(CHECKSUMS, {})}, content)
         if not (ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)):
             raise UsageError(f"expected a store of photon-data (format {FORMAT})")
-        is_changed = OWN_DIGEST in ours and ours[OWN_DIGEST] != own_digest(attributes)
+        # Stores of earlier versions have neither of them.
+        has_digest = OWN_DIGEST in ours or CHECKSUMS in ours
+        is_changed = has_digest and ours.get(OWN_DIGEST) != own_digest(attributes)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"expected a store of photon-data (format {FORMAT})") from None
     if is_changed:
@@ -306,7 +308,7 @@ def open_volume(
             _compare(geometry, Geometry.from_json(metadata["facts"]["grid"]))
     except UsageError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
     return Volume(array, geometry)
