@@ -36,7 +36,7 @@ LOSSES = ("loss", "ce", "band", "robustness", "flip", "grounding")
 COUNTS = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept", "skipped_groups")
 # Sums over rows: kept_square gives the spread of the keep ratio between them; right are those answered exactly.
 OF_ROWS = ("scheduled_rows", "kept_share", "kept_square", "threshold", "decided_rows", "right")
-SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS)
+SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS, "interrupted")  # interrupted: processes that were asked to end
 
 
 def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:

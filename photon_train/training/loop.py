@@ -23,6 +23,7 @@ from photon_train.modeling_photon import PhotonOutput, peak_memory_mib
 from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
 from photon_train.training.config import TrainConfig
+from photon_train.training.interruption import Interruption, TrainingInterrupted
 from photon_train.training.log import Log, Sums, means, sums_of, write_summary
 from photon_train.training.setup import (
     LANGUAGE_MODEL,
@@ -44,33 +45,40 @@ class TrainingStopped(RuntimeError):
 
 
 def run_steps(run: Run) -> dict[str, Any]:
-    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written."""
+    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written.
+
+    TrainingInterrupted after SIGINT, SIGTERM or SIGUSR1 to any of the processes: all of them save after their step.
+    """
     log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
     session = started = time.perf_counter()
-    for batches in _steps_left(run):
-        waited = time.perf_counter() - started
-        row = _step(run, batches)
-        seconds = time.perf_counter() - started
-        row |= {
-            "seconds": seconds,
-            "questions_per_second": row["questions"] / seconds,
-            "volumes_per_second": row["volumes"] / seconds,
-            "data_wait_share": waited / seconds,
-            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
-        }
-        last = run.state["step"] == run.total_steps
-        if run.eval_rows and (last or _is_due(run, run.config.eval_every)):
-            row |= validate(run)
-        if log is not None:
-            log.write(row)
-            run.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
-            run.callback(row)
-        if last or _is_due(run, run.config.save_every):
-            keep = run.config.keep_checkpoints
-            save_checkpoint(run.folder, run.state, run.accelerator, run.model, run.optimizer, run.processor, keep)
-        if last:
-            break
-        started = time.perf_counter()
+    with Interruption() as interruption:
+        for batches in _steps_left(run):
+            waited = time.perf_counter() - started
+            row, interrupted = _step(run, batches, interruption)
+            seconds = time.perf_counter() - started
+            row |= {
+                "seconds": seconds,
+                "questions_per_second": row["questions"] / seconds,
+                "volumes_per_second": row["volumes"] / seconds,
+                "data_wait_share": waited / seconds,
+                "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+            }
+            last = run.state["step"] == run.total_steps
+            if run.eval_rows and (last or (_is_due(run, run.config.eval_every) and not interrupted)):
+                row |= validate(run)
+            if log is not None:
+                log.write(row)
+                run.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
+                run.callback(row)
+            if last or interrupted or _is_due(run, run.config.save_every):
+                keep = run.config.keep_checkpoints
+                save_checkpoint(run.folder, run.state, run.accelerator, run.model, run.optimizer, run.processor, keep)
+            if last:
+                break
+            if interrupted:
+                run.accelerator.end_training()
+                raise TrainingInterrupted(f"checkpoint-{run.state['step']} of {run.folder} holds what is done")
+            started = time.perf_counter()
     return _finish(run, time.perf_counter() - session)
 
 
@@ -107,8 +115,8 @@ def _read(
         yield batch
 
 
-def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
-    """Make one optimizer step; return its row of the log."""
+def _step(run: Run, batches: list[Batch], interruption: Interruption) -> tuple[dict[str, Any], bool]:
+    """Make one optimizer step; return its row of the log, and whether a process was asked to end."""
     step, sums = run.state["step"], Sums()
     phase = phase_at(run.processor.config, step, run.total_steps) if run.schedules else Phase.DENSE
     learning_rates = set_learning_rates(run.optimizer, run.config, step, run.total_steps)
@@ -117,14 +125,16 @@ def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
         with nullcontext() if is_last else run.accelerator.no_sync(run.model):
             sums.add(_micro_batch(run, batch.to(run.accelerator.device), phase, len(batches)))
     norms = gradient_norms(run.model)
-    row = means(sums.over(run.accelerator), len(batches) * run.accelerator.num_processes)
+    sums.add({"interrupted": float(interruption.asked)})
+    total = sums.over(run.accelerator)
+    row = means(total, len(batches) * run.accelerator.num_processes)
     if _is_finite(run, row["loss"], norms, batches):
         if run.config.max_grad_norm:
             run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.state |= {"step": step + 1, "step_in_epoch": run.state["step_in_epoch"] + 1}
-    return {
+    logged: dict[str, Any] = {
         "step": step + 1,
         "epoch": run.state["epoch"],
         "phase": phase.value,
@@ -132,6 +142,7 @@ def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
         **{f"grad_norm/{module}": norm for module, norm in norms.items()},
         **{f"lr/{module}": learning_rate for module, learning_rate in learning_rates.items()},
     }
+    return logged, total["interrupted"] > 0
 
 
 def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, Any]:

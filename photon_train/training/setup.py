@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -103,17 +103,21 @@ class Run:
 def start(
     config: TrainConfig,
     *,
-    resume: bool,
+    resume: bool | Literal["auto"],
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: LossFactory | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
+    `resume` goes on with the run in `config.output`, from its last checkpoint; "auto" begins one where there is none.
     `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds a run; go on with it with --resume, or choose another output")
+    if resume is True and not (folder / CONFIG).exists():
+        remedy = "check --output; to begin a run leave --resume out, or say --resume auto to do either"
+        raise UsageError(f"expected a run to go on with, found none in {folder}; {remedy}")
     if bool(config.grounding) != (grounding is not None):
         remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
         raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")

@@ -141,6 +141,64 @@ def test_a_run_killed_with_9_has_the_same_losses_to_the_last_digit(config, tmp_p
     assert resumed == whole
 
 
+def interrupted(train, log, sign, *, to_all, threads):
+    """Run the command, and send a signal once the log has two lines. Return the exit code and what was printed."""
+    at_once = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(
+        train, env=with_threads(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **at_once
+    )
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, sign) if to_all else process.send_signal(sign)
+    said = process.communicate(timeout=120)[0]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("sign", "to_all"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_told_to_end_saves_after_its_step_and_goes_on_to_the_same_losses(config, tmp_path, sign, to_all):
+    config = replace(config, epochs=12, save_every=0, workers=1)
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    folder = tmp_path / "told"
+    train = command(replace(config, output=str(folder)), tmp_path / "run.json")
+    code, said = interrupted(train, folder / "log.jsonl", sign, to_all=to_all, threads=torch.get_num_threads())
+    assert code == 130, said
+    (last,) = checkpoints(folder)
+    assert f"Interrupted: {last.name} of {folder} holds what is done" in said.replace("\n", " ")
+    assert len(read_log(folder)) == int(last.name.removeprefix("checkpoint-")) < len(whole)
+    assert trained(replace(config, output=str(folder)), resume=True) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_told_to_end_both_save_and_go_on_to_the_same_losses(config, tmp_path):
+    config = replace(config, epochs=12, save_every=0, output=str(tmp_path / "told"))
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    train = command(config, tmp_path / "run.json", *TORCHRUN)
+    code, said = interrupted(train, tmp_path / "told/log.jsonl", signal.SIGTERM, to_all=False, threads=1)
+    assert code != 0, said
+    (last,) = checkpoints(tmp_path / "told")
+    assert int(last.name.removeprefix("checkpoint-")) < len(whole)
+    _same_log(trained(config, resume=True), whole, 1e-5)
+
+
+def test_going_on_where_there_is_no_run_is_refused_unless_asked(config, tmp_path):
+    mistyped = ["train", "s2", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "rnu")]
+    command(replace(config, max_steps=3), tmp_path / "run.json")
+    refused = CliRunner().invoke(app, [*mistyped, "--resume"])
+    assert refused.exit_code == 2
+    assert "expected a run to go on with, found none" in refused.output
+    assert CliRunner().invoke(app, [*mistyped, "--resume", "never"]).exit_code == 2
+    assert CliRunner().invoke(app, [*mistyped, "--resume", "auto"]).exit_code == 0
+    assert CliRunner().invoke(app, [*mistyped, "--resume"]).exit_code == 0
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(config, tmp_path):
     config = replace(
