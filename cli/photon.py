@@ -138,16 +138,18 @@ def _train_config(stage: str, file: Path | None, settings: Sequence[str], given:
     from photon_train.training.config import named_run, read_config, with_values
 
     config = named_run(stage)
-    if file:
-        config = with_values(config, read_config(file))
+    in_file = read_config(file) if file else {}
+    config = with_values(config, in_file)
     changes = {}
     for setting in settings:  # unlike in other options, a comma belongs to the value
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not name:
             raise UsageError(f"--set: expected key=value, found {setting!r}; for example questions_per_step=16")
         changes[name] = value
-    config = with_values(config, {**changes, **given})
-    return config if torch.cuda.is_available() else replace(config, precision="fp32")
+    if not torch.cuda.is_available() and config.precision != "fp32" and "precision" not in {*changes, *in_file}:
+        console.print(f"no GPU: precision=fp32, not the {config.precision} of {stage}; --set precision=... is obeyed")
+        changes["precision"] = "fp32"
+    return with_values(config, {**changes, **given})
 
 
 def _train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
@@ -191,7 +193,7 @@ class _TrainingBar(ProgressBar):
             parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {theta:.3f}")
         parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
         if row.get("eval_loss") is not None:
-            parts.append(f"eval loss {row['eval_loss']:.3f}, exact {row['eval_exact']:.1%}")
+            parts.append(f"eval loss {row['eval_loss']:.3f}, forced exact {row['eval_forced_exact']:.1%}")
         text = ", ".join(parts)
         self.update(completed=row["step"], detail=text)
         is_due = row["step"] % max(self.total_steps // PLAIN_LINES, 1) == 0 or "eval_loss" in row

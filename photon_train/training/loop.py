@@ -128,7 +128,8 @@ def _step(run: Run, batches: list[Batch], interruption: Interruption) -> tuple[d
     sums.add({"interrupted": float(interruption.asked)})
     total = sums.over(run.accelerator)
     row = means(total, len(batches) * run.accelerator.num_processes)
-    if _is_finite(run, row["loss"], norms, batches):
+    skips = not _is_finite(run, row["loss"], norms, batches)
+    if not skips:
         if run.config.max_grad_norm:
             run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
         run.optimizer.step()
@@ -139,6 +140,7 @@ def _step(run: Run, batches: list[Batch], interruption: Interruption) -> tuple[d
         "epoch": run.state["epoch"],
         "phase": phase.value,
         **row,
+        "skipped_steps": int(skips),
         **{f"grad_norm/{module}": norm for module, norm in norms.items()},
         **{f"lr/{module}": learning_rate for module, learning_rate in learning_rates.items()},
     }
@@ -166,8 +168,8 @@ def _is_finite(run: Run, loss: float, norms: dict[str, float], batches: list[Bat
     infinite = not all(map(math.isfinite, (loss, *norms.values())))
     if not run.accelerator.reduce(torch.tensor(float(infinite), device=run.accelerator.device), "sum"):
         return True
-    ids = ", ".join(id for batch in batches for id in batch.ids)
-    message = f"step {run.state['step'] + 1}: expected a finite loss, found {loss} for the rows {ids}"
+    ids, norm = ", ".join(id for batch in batches for id in batch.ids), math.hypot(*norms.values())
+    message = f"step {run.state['step'] + 1}: expected a finite loss and gradient, found {loss} and {norm} of {ids}"
     if run.config.on_nan == "stop":
         raise TrainingStopped(f"{message}; lower the learning rate, or leave such steps out with on_nan=skip")
     logger.warning("%s; the step is skipped", message)
@@ -178,7 +180,7 @@ def validate(run: Run) -> dict[str, float]:
     """Return how the model does on `eval_rows`: mean loss over groups, share of rows answered exactly, keep ratio.
 
     A row is answered exactly when every token of its answer, end marker included, is the likeliest after the true ones
-    before it.
+    before it. That is not what it would generate: here answers also see all visual tokens in the layers up to its.
     """
     world_size = run.accelerator.num_processes
     steps = plan_epoch(run.eval_rows, replace(run.config, groups_per_step=world_size, seed=0), 0, world_size)
@@ -199,7 +201,7 @@ def validate(run: Run) -> dict[str, float]:
     tokens = total["visual_tokens"]
     return {
         "eval_loss": total["loss"] / max(total["groups"], 1),
-        "eval_exact": total["right"] / max(total["questions"], 1),
+        "eval_forced_exact": total["right"] / max(total["questions"], 1),
         **({"eval_keep_ratio": total["visual_tokens_kept"] / tokens} if tokens else {}),
         "eval_questions": total["questions"],
         "eval_skipped_groups": total["skipped_groups"],
@@ -221,7 +223,12 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
         return {}
     if run.config.lora_rank:
         save_merged(load_model(run.config, checkpoints(run.folder)[-1], verify=False)[0], run.processor, run.folder)
-    return write_summary(run.folder, run.state["step"], seconds)
+    summary = write_summary(run.folder, run.state["step"], seconds)
+    if summary["steps_skipped"] == summary["steps"]:
+        raise TrainingStopped(
+            f"all {summary['steps']} steps were skipped: nothing was learned; lower the learning rate"
+        )
+    return summary
 
 
 def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
