@@ -73,7 +73,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
     made = {
         "prepare": f"photon-data prepare {phantoms}/scans {folder}/out --questions {phantoms}/questions.jsonl"
         f" --masks {phantoms}/masks/{{name}}/*.nii.gz --split train=1 --workers 2 {SMALL}",
-        "train": f"photon train tiny-s2 --model {folder}/tiny --data {rows} --output {folder}/run --resume {TRAIN}",
+        "train": f"photon train tiny-s2 --model {folder}/tiny --data {rows} --output {folder}/run --resume auto"
+        f" {TRAIN}",
         "predict": f"photon predict --model {last} --data {rows} --output {predictions} --max-new-tokens 4",
         "eval": f"photon eval vqa --predictions {predictions} --data {rows} --output {folder}/scores",
     }

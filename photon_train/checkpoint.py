@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -160,6 +161,13 @@ def check_loaded(info: dict[str, Any], layout: Layout, stage: int) -> None:
             f"expected a complete {layout.value} checkpoint, found {len(problems)} keys that do not fit:\n  {listed}\n"
             "Check that config.json belongs to these weights and that no shard is cut off."
         )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for a model that has a weight that is NaN or infinite: it would answer, and learn, nonsense."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ValueError(f"expected finite weights, found NaN or infinity in {name}; take an earlier checkpoint")
 
 
 def write_digests(folder: Path, files: Iterable[str | Path]) -> None:

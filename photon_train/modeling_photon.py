@@ -27,6 +27,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrai
 
 from photon_train.checkpoint import (
     INDEX,
+    check_finite,
     check_loaded,
     checkpoint_keys,
     register_published_names,
@@ -89,7 +90,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
         `stage=2` adds a fresh threshold predictor to a checkpoint without one. A Qwen2.5-VL checkpoint gets a fresh 3D
         patch embedding. Settings of PhotonConfig may be given by name. Raises ValueError for pickles, for any other
-        missing, unexpected or misshapen key, and where a file is not as its digests.json says (`verify`).
+        missing, unexpected or misshapen key, for a weight that is not finite, and where a file is not as its
+        digests.json says (`verify`).
         """
         path_or_id = str(path_or_id)
         layout = layout_of(checkpoint_keys(path_or_id, verify, **kwargs))
@@ -100,6 +102,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         loaded: Any = super().from_pretrained(path_or_id, config=config, **kwargs)
         model, info = loaded
         check_loaded(info, layout, config.stage)
+        check_finite(model)
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
@@ -311,9 +314,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return what the stock generate does, for rows padded on either side. Raises ValueError without a cache."""
-        settings = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_cache", settings.use_cache) is False:  # None: the default, True
+        if kwargs.get("use_cache") is False:
             raise ValueError("expected use_cache=True, found False; leave it out: only the cache has what was kept")
+        kwargs["use_cache"] = True  # whatever a file says that training wrote
         if inputs is not None:
             kwargs["input_ids"] = inputs
         ids_BL: Any = kwargs.get("input_ids")

@@ -35,6 +35,7 @@ from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, TrainRow
 from photon_train.scheduling import prefix_length
 from photon_train.training.config import TrainConfig, worker_count
+from photon_train.training.interruption import read_on
 
 VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
 WINDOW = 32  # steps within which micro-batches of similar cost are brought together
@@ -335,7 +336,8 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
     ahead = dataset.config.prefetch if workers else None
     pinned = device.type == "cuda"
     try:
-        yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)
+        options: dict[str, Any] = {"prefetch_factor": ahead, "pin_memory": pinned, "worker_init_fn": read_on}
+        yield from DataLoader(dataset, None, num_workers=workers, **options)
     except (RuntimeError, OSError) as error:  # of torch: a row that cannot be read is a batch with an error
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         first = str(error).partition(". ")[0]

@@ -26,7 +26,7 @@ PANELS = {
     "parts of the loss": ("band", "robustness", "flip", "grounding"),
     "kept share of visual tokens": ("keep_ratio", "eval_keep_ratio"),
     "threshold": ("threshold",),
-    "evaluation": ("eval_loss", "eval_exact"),
+    "evaluation": ("eval_loss", "eval_forced_exact"),
     "gradient norms": tuple(f"grad_norm/{m}" for m in ("patch_embedding", "vision", "language_model", "threshold")),
     "questions per second": ("questions_per_second",),
     "share of time waiting for data": ("data_wait_share",),
@@ -36,7 +36,7 @@ LOSSES = ("loss", "ce", "band", "robustness", "flip", "grounding")
 COUNTS = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept", "skipped_groups")
 # Sums over rows: kept_square gives the spread of the keep ratio between them; right are those answered exactly.
 OF_ROWS = ("scheduled_rows", "kept_share", "kept_square", "threshold", "decided_rows", "right")
-SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS)
+SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS, "interrupted")  # interrupted: processes that were asked to end
 
 
 def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:
@@ -132,6 +132,7 @@ def write_summary(run: Path, steps: int, seconds: float) -> dict[str, Any]:
         "last": rows[-1],
         "questions_trained": sum(row["questions"] for row in rows),
         "groups_skipped": sum(row["skipped_groups"] for row in rows),
+        "steps_skipped": sum(row.get("skipped_steps", 0) for row in rows),
     }
     Location(str(run)).write(SUMMARY, json.dumps(summary, indent=1).encode())
     draw_curves(rows, run / CURVES)

@@ -23,6 +23,7 @@ from photon_train.modeling_photon import PhotonOutput, peak_memory_mib
 from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
 from photon_train.training.config import TrainConfig
+from photon_train.training.interruption import Interruption, TrainingInterrupted
 from photon_train.training.log import Log, Sums, means, sums_of, write_summary
 from photon_train.training.setup import (
     LANGUAGE_MODEL,
@@ -44,33 +45,40 @@ class TrainingStopped(RuntimeError):
 
 
 def run_steps(run: Run) -> dict[str, Any]:
-    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written."""
+    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written.
+
+    TrainingInterrupted after SIGINT, SIGTERM or SIGUSR1 to any of the processes: all of them save after their step.
+    """
     log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
     session = started = time.perf_counter()
-    for batches in _steps_left(run):
-        waited = time.perf_counter() - started
-        row = _step(run, batches)
-        seconds = time.perf_counter() - started
-        row |= {
-            "seconds": seconds,
-            "questions_per_second": row["questions"] / seconds,
-            "volumes_per_second": row["volumes"] / seconds,
-            "data_wait_share": waited / seconds,
-            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
-        }
-        last = run.state["step"] == run.total_steps
-        if run.eval_rows and (last or _is_due(run, run.config.eval_every)):
-            row |= validate(run)
-        if log is not None:
-            log.write(row)
-            run.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
-            run.callback(row)
-        if last or _is_due(run, run.config.save_every):
-            keep = run.config.keep_checkpoints
-            save_checkpoint(run.folder, run.state, run.accelerator, run.model, run.optimizer, run.processor, keep)
-        if last:
-            break
-        started = time.perf_counter()
+    with Interruption() as interruption:
+        for batches in _steps_left(run):
+            waited = time.perf_counter() - started
+            row, interrupted = _step(run, batches, interruption)
+            seconds = time.perf_counter() - started
+            row |= {
+                "seconds": seconds,
+                "questions_per_second": row["questions"] / seconds,
+                "volumes_per_second": row["volumes"] / seconds,
+                "data_wait_share": waited / seconds,
+                "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+            }
+            last = run.state["step"] == run.total_steps
+            if run.eval_rows and (last or (_is_due(run, run.config.eval_every) and not interrupted)):
+                row |= validate(run)
+            if log is not None:
+                log.write(row)
+                run.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
+                run.callback(row)
+            if last or interrupted or _is_due(run, run.config.save_every):
+                keep = run.config.keep_checkpoints
+                save_checkpoint(run.folder, run.state, run.accelerator, run.model, run.optimizer, run.processor, keep)
+            if last:
+                break
+            if interrupted:
+                run.accelerator.end_training()
+                raise TrainingInterrupted(f"checkpoint-{run.state['step']} of {run.folder} holds what is done")
+            started = time.perf_counter()
     return _finish(run, time.perf_counter() - session)
 
 
@@ -107,8 +115,8 @@ def _read(
         yield batch
 
 
-def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
-    """Make one optimizer step; return its row of the log."""
+def _step(run: Run, batches: list[Batch], interruption: Interruption) -> tuple[dict[str, Any], bool]:
+    """Make one optimizer step; return its row of the log, and whether a process was asked to end."""
     step, sums = run.state["step"], Sums()
     phase = phase_at(run.processor.config, step, run.total_steps) if run.schedules else Phase.DENSE
     learning_rates = set_learning_rates(run.optimizer, run.config, step, run.total_steps)
@@ -117,21 +125,26 @@ def _step(run: Run, batches: list[Batch]) -> dict[str, Any]:
         with nullcontext() if is_last else run.accelerator.no_sync(run.model):
             sums.add(_micro_batch(run, batch.to(run.accelerator.device), phase, len(batches)))
     norms = gradient_norms(run.model)
-    row = means(sums.over(run.accelerator), len(batches) * run.accelerator.num_processes)
-    if _is_finite(run, row["loss"], norms, batches):
+    sums.add({"interrupted": float(interruption.asked)})
+    total = sums.over(run.accelerator)
+    row = means(total, len(batches) * run.accelerator.num_processes)
+    skips = not _is_finite(run, row["loss"], norms, batches)
+    if not skips:
         if run.config.max_grad_norm:
             run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.state |= {"step": step + 1, "step_in_epoch": run.state["step_in_epoch"] + 1}
-    return {
+    logged: dict[str, Any] = {
         "step": step + 1,
         "epoch": run.state["epoch"],
         "phase": phase.value,
         **row,
+        "skipped_steps": int(skips),
         **{f"grad_norm/{module}": norm for module, norm in norms.items()},
         **{f"lr/{module}": learning_rate for module, learning_rate in learning_rates.items()},
     }
+    return logged, total["interrupted"] > 0
 
 
 def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict[str, Any]:
@@ -155,8 +168,8 @@ def _is_finite(run: Run, loss: float, norms: dict[str, float], batches: list[Bat
     infinite = not all(map(math.isfinite, (loss, *norms.values())))
     if not run.accelerator.reduce(torch.tensor(float(infinite), device=run.accelerator.device), "sum"):
         return True
-    ids = ", ".join(id for batch in batches for id in batch.ids)
-    message = f"step {run.state['step'] + 1}: expected a finite loss, found {loss} for the rows {ids}"
+    ids, norm = ", ".join(id for batch in batches for id in batch.ids), math.hypot(*norms.values())
+    message = f"step {run.state['step'] + 1}: expected a finite loss and gradient, found {loss} and {norm} of {ids}"
     if run.config.on_nan == "stop":
         raise TrainingStopped(f"{message}; lower the learning rate, or leave such steps out with on_nan=skip")
     logger.warning("%s; the step is skipped", message)
@@ -167,7 +180,7 @@ def validate(run: Run) -> dict[str, float]:
     """Return how the model does on `eval_rows`: mean loss over groups, share of rows answered exactly, keep ratio.
 
     A row is answered exactly when every token of its answer, end marker included, is the likeliest after the true ones
-    before it.
+    before it. That is not what it would generate: here answers also see all visual tokens in the layers up to its.
     """
     world_size = run.accelerator.num_processes
     steps = plan_epoch(run.eval_rows, replace(run.config, groups_per_step=world_size, seed=0), 0, world_size)
@@ -188,7 +201,7 @@ def validate(run: Run) -> dict[str, float]:
     tokens = total["visual_tokens"]
     return {
         "eval_loss": total["loss"] / max(total["groups"], 1),
-        "eval_exact": total["right"] / max(total["questions"], 1),
+        "eval_forced_exact": total["right"] / max(total["questions"], 1),
         **({"eval_keep_ratio": total["visual_tokens_kept"] / tokens} if tokens else {}),
         "eval_questions": total["questions"],
         "eval_skipped_groups": total["skipped_groups"],
@@ -210,7 +223,12 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
         return {}
     if run.config.lora_rank:
         save_merged(load_model(run.config, checkpoints(run.folder)[-1], verify=False)[0], run.processor, run.folder)
-    return write_summary(run.folder, run.state["step"], seconds)
+    summary = write_summary(run.folder, run.state["step"], seconds)
+    if summary["steps_skipped"] == summary["steps"]:
+        raise TrainingStopped(
+            f"all {summary['steps']} steps were skipped: nothing was learned; lower the learning rate"
+        )
+    return summary
 
 
 def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -103,17 +104,21 @@ class Run:
 def start(
     config: TrainConfig,
     *,
-    resume: bool,
+    resume: bool | Literal["auto"],
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: LossFactory | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
+    `resume` goes on with the run in `config.output`, from its last checkpoint; "auto" begins one where there is none.
     `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds a run; go on with it with --resume, or choose another output")
+    if resume is True and not (folder / CONFIG).exists():
+        remedy = "check --output; to begin a run leave --resume out, or say --resume auto to do either"
+        raise UsageError(f"expected a run to go on with, found none in {folder}; {remedy}")
     if bool(config.grounding) != (grounding is not None):
         remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
         raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
@@ -151,18 +156,24 @@ def start(
         load_optimizer_state(last, model, accelerator.unwrap_model(model), optimizer.optimizer)
     if accelerator.is_main_process:
         Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
-        accelerator.init_trackers("photon", init_kwargs={})
+        redone = {"tensorboard": {"purge_step": state["step"] + 1}} if last else {}  # steps that a killed run made
+        accelerator.init_trackers("photon", init_kwargs=redone)
     return Run(config, accelerator, model, optimizer, processor, rows, eval_rows, total_steps, state, callback, added)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up.
 
-    UsageError for processes that cannot share the groups of a step evenly, for FSDP 1 and for DeepSpeed.
+    UsageError for processes that cannot share the groups of a step evenly, for trackers that are not installed, for
+    FSDP 1 and for DeepSpeed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         remedy = "launch with torchrun, or with `distributed_type: FSDP` and `fsdp_version: 2` to share the weights"
         raise UsageError(f"expected DDP or FSDP2, found DeepSpeed; {remedy}")
+    installed = [str(name.value) for name in get_available_trackers()]
+    if missing := [name for name in config.track if name not in installed]:
+        found = f"found {missing[0]}; install it, or leave it out"
+        raise UsageError(f"track: expected trackers that are installed ({', '.join(installed)}), {found}")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives separate runs of one process each
         mixed_precision="bf16" if config.precision == "bf16" else "no",
@@ -249,17 +260,22 @@ def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple
             **options,
         )
         processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
-    model.config.use_cache = False
     _set_gradient_checkpointing(model.model.language_model, config.gradient_checkpointing)
     _set_gradient_checkpointing(model.model.visual, config.vision_gradient_checkpointing)
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model  # an extra
 
-        layers = r".*language_model\.layers\..*_proj"
+        layers = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # not the scheduler's pos_proj
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers)
         model = get_peft_model(model, lora)
     if adapter:
-        model.load_state_dict(load_file(adapter), strict=False)
+        choose_trained(model, config)
+        weights = load_file(adapter)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if odd := sorted(wanted ^ weights.keys()):
+            found = f"found {len(odd)} missing or unexpected, such as {odd[0]}"
+            raise UsageError(f"{adapter}: expected the {len(wanted)} weights that are trained, {found}")
+        model.load_state_dict(weights, strict=False)  # what is not trained is not in it
     return model, processor
 
 
