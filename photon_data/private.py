@@ -100,13 +100,18 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def hide_names(
-    sources: Sequence[Source], formats: Collection[str], out: Location, id_prefix: str, known_ids: Mapping[str, str]
+    sources: Sequence[Source],
+    formats: Collection[str],
+    out: Location,
+    id_prefix: str,
+    known_ids: Mapping[str, str],
+    key: str | None = None,
 ) -> tuple[list[Source], str]:
     """Return the sources and a key; those of `formats` have ids and patients made with it.
 
-    `known_ids` are those that scans have in OUT already, by their paths. The key is OUT's, or a new one.
+    `known_ids` are those that scans have in OUT already, by their paths. The key is `key`, else OUT's, or a new one.
     """
-    key, made = read_key(out) or secrets.token_hex(32), []
+    key, made = key or read_key(out) or secrets.token_hex(32), []
     for source in sources:
         if source.format in formats:
             id = known_ids.get(source.path, f"{id_prefix}v{keyed(key, source.path)}")

@@ -18,17 +18,22 @@ from photon_pipelines.request import Request
 def ids_of_earlier_runs(request: Request) -> dict[str, str]:
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
     source, records = request.source.absolute(), read_records(request.out)
-    hidden = [record for record in records if record.hidden]
-    key = read_key(request.out) if hidden else None
-    if any(not (record.root and (key or not KEYED.search(record.id))) for record in hidden):
-        expected = f"{private_folder(request.out)} with the key and the names of {request.out.url}"
-        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
+    refuse_lost_names(request.out, records)
     root, found = str(source if source.is_dir() else source.parent), {}
     unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
     for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
         if record.root == root or (record.root in unclear and record.id.startswith(request.id_prefix)):
             found[record.source] = record.id
     return found
+
+
+def refuse_lost_names(out: Location, records: Iterable[VolumeRecord]) -> None:
+    """UsageError where rows hide names that are in no private file: nobody could tell whose ids they are."""
+    hidden = [record for record in records if record.hidden]
+    key = read_key(out) if hidden else None
+    if any(not (record.root and (key or not KEYED.search(record.id))) for record in hidden):
+        expected = f"{private_folder(out)} with the key and the names of {out.url}"
+        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
 
 
 def refuse_namesakes(sources: Sequence[Source], records: Sequence[VolumeRecord], request: Request) -> None:

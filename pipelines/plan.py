@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from photon_data.datasets.base import ID_FROM, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
@@ -27,7 +28,7 @@ from photon_data.readers.mask_pattern import MASKS, scans_alone
 from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records, store_name
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
-from photon_pipelines.owners import ids_of_earlier_runs, refuse_namesakes, withdrawn
+from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
 from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -241,16 +242,33 @@ def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
     """Return the volumes that the questions of declared data sets need, and those questions."""
-    parts = [
-        read_dataset(entry, instruction=recipe_of(entry)[0].instruction, seed=request.seed, on_file=callback.on_file)
-        for entry in request.datasets
-    ]
+    records, key = read_records(request.out), None
+    refuse_lost_names(request.out, records)
+    ids = {(record.root, record.source): record.id for record in records}
+
+    def hide(entry: DataSet, sources: Sequence[Source]) -> Sequence[Source]:
+        nonlocal key
+        if ID_FROM in entry.options or not any(source.format == "dicom" for source in sources):
+            return sources
+        known = {s.path: ids[s.root, s.path] for s in sources if (s.root, s.path) in ids}
+        hidden, key = hide_names(sources, HIDDEN, request.out, entry.options.get("id_prefix", ""), known, key)
+        return hidden
+
+    parts = []
+    for entry in request.datasets:
+        how: dict[str, Any] = {
+            "instruction": recipe_of(entry)[0].instruction,
+            "seed": request.seed,
+            "on_file": callback.on_file,
+        }
+        parts.append(read_dataset(entry, **how, hide=hide))
     combined = combine(parts, request.seed, request.prompt)
     jobs = jobs_of(request, combined)
     if not jobs:
         raise UsageError(f"{request.source}: expected volumes with questions, found none")
     questions = {entry.name: [q for q in combined.questions if q.dataset == entry.name] for entry in request.datasets}
-    return Gathered(jobs, questions, combined.unmatched, notes=combined.notes)
+    notes = [*combined.notes, *_notes_of_old_ids([job.source for job in jobs])]
+    return Gathered(jobs, questions, combined.unmatched, notes=notes, key=key)
 
 
 def jobs_of(request: Request, combined: Collection) -> list[Job]:
@@ -260,7 +278,7 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     for volume in combined.volumes:
         recipe, policy = recipes[volume.dataset.name]
         policy = replace(policy, max_voxels=largest)
-        source = replace(volume.source, patient="")
+        source = volume.source if volume.source.hidden else replace(volume.source, patient="")
         jobs.append(Job(source, out, recipe, policy, volume.rescale, volume.table_grid, request.overwrite))
     return jobs
 

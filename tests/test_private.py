@@ -143,6 +143,34 @@ def test_masks_and_overrides_tell_no_name(raw, tmp_path):
     assert whoever_is_named(out) == []
 
 
+def test_dicom_of_a_declared_data_set_tells_no_name_and_keeps_the_series_of_a_patient_together(raw, tmp_path):
+    shutil.rmtree(raw / "first" / f"{NAME}_Max")
+    asked = [f"{site}/{NAME}_Erika" for site in ("first", "second")]
+    rows = "".join(f"{volume},Nodule {n}?,no\n" for volume in (*asked, f"{NAME}_Nobody") for n in range(3))
+    (tmp_path / "q.csv").write_text(f"volume,question,answer\n{rows}")
+    manifest, out = tmp_path / "data.yaml", tmp_path / "out"
+
+    def prepare(out, options="{}"):
+        recipe = "recipe: {name: chest_ct, shape_zyx: [40, 32, 32], model_shape_zyx: [14, 28, 28]}"
+        entry = f"one: {{adapter: table, root: raw, annotations: {{questions: q.csv}}, options: {options}}}"
+        manifest.write_text(f"{recipe}\ndatasets:\n  {entry}\n")
+        return cli("prepare", "--manifest", manifest, out, "--workers", "1")
+
+    said = [prepare(out), cli("verify", out), prepare(out)]
+    assert [code for code, _ in said] == [1, 0, 1]  # three questions name nobody
+    assert "2 scans found, 2 of them done before" in said[2][1]
+    assert NAME.lower() not in "".join(text for _, text in said).lower()
+    assert whoever_is_named(out) == []
+    found = [row for path in (out / "manifests").iterdir() for row in from_jsonl(path.read_text())]
+    assert len(found) == 6
+    assert len({row["patient"] for row in found}) == len({row["split"] for row in found}) == 1
+
+    prepare(tmp_path / "shown", "{id_from: path}")  # as earlier versions did without being asked
+    assert all(NAME in row["id"] for row in rows_of(tmp_path / "shown", "volumes.jsonl"))
+    _, text = prepare(tmp_path / "shown")
+    assert "2 scans keep ids that were made from names" in text and "2 of them done before" in text
+
+
 def _keys_of(text):
     return re.findall("#[0-9a-f]{8}", text)
 

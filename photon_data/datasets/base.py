@@ -19,6 +19,8 @@ OnFile = Callable[[int], None]
 
 # The option of data sets whose scans may come in archives: the folder to unpack them into.
 UNPACK = "unpack"
+# The option that says what ids are made from. Without it, DICOM has keyed ones.
+ID_FROM = "id_from"
 
 
 class Wording(NamedTuple):

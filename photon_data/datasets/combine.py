@@ -15,6 +15,7 @@ from photon_data.questions.manifest import Unmatched, by_name
 from photon_data.questions.question import Question, with_prompt_style
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_split_names
 from photon_data.questions.table import TAG
+from photon_data.scan import Source
 
 
 class Adapter(NamedTuple):
@@ -56,18 +57,33 @@ class Collection(NamedTuple):
     notes: list[str]  # sentences for the user
 
 
-def read_dataset(entry: DataSet, *, instruction: str, seed: int, on_file: OnFile = lambda count: None) -> Collection:
-    """Return one data set as declared, or UsageError. An empty question gets the entry's instruction, or this one."""
+def read_dataset(
+    entry: DataSet,
+    *,
+    instruction: str,
+    seed: int,
+    on_file: OnFile = lambda count: None,
+    hide: Callable[[DataSet, Sequence[Source]], Sequence[Source]] = lambda entry, sources: sources,
+) -> Collection:
+    """Return one data set as declared, or UsageError. An empty question gets the entry's instruction, or this one.
+
+    `hide` gives the sources whose names may be patients' other ids, and keyed hashes of their patients.
+    """
     adapter = adapter_of(entry)
     found, questions = adapter.read(entry, on_file)
     notes = list(found.notes)
     if not found.volumes:
         roots, hint = ", ".join(map(str, entry.roots)) or "no root", "; ".join(notes) or "is `root` right?"
         raise entry.error(f"expected volumes, found none in {roots}; {hint}")
+    sources = hide(entry, [volume.source for volume in found.volumes])
+    found = found._replace(volumes=[v._replace(source=s) for v, s in zip(found.volumes, sources, strict=True)])
     instruction = entry.wording.instruction or instruction
     if questions is None:
         ids = [volume.source.id for volume in found.volumes]
         questions = [Question(id_, id_, instruction, split=None if entry.fractions else ALL) for id_ in ids]
+    if keyed := {source.id: source.patient for source in sources if source.hidden and source.patient}:
+        find = by_name((source.id, source.path) for source in sources)
+        questions = [q if q.patient else replace(q, patient=keyed.get(str(find(q.volume).id))) for q in questions]
     elif not questions:
         raise entry.error("expected questions, found none in its annotations; name some, or use `adapter: folder`")
     questions = [q if q.question else replace(q, question=instruction) for q in questions]
@@ -153,10 +169,11 @@ def _refuse_conflicts(both: Sequence[tuple[SourceVolume, SourceVolume]]) -> None
     metadata = [(a, b) for a, b in both if (a.rescale, a.table_grid) != (b.rescale, b.table_grid)]
     if differing := files or metadata:
         a, b = differing[0]
+        places = "" if a.source.hidden or b.source.hidden else f": {a.source.files[0]} and {b.source.files[0]}"
         expected = "one file per volume id" if files else "the same metadata for the same file"
         raise UsageError(
             f"{b.dataset.place}: expected {expected}, but data sets {a.dataset.name} and {b.dataset.name} differ "
-            f"in {len(differing)}, first {a.source.id}: {a.source.files[0]} and {b.source.files[0]}; give both the "
+            f"in {len(differing)}, first {a.source.id}{places}; give both the "
             "same `root` and metadata, or, if these are different volumes, one of them an `id_prefix`"
         )
 
@@ -223,7 +240,8 @@ def _match(
     entry: DataSet, found: FoundVolumes, questions: Sequence[Question], cohort: str, notes: list[str]
 ) -> tuple[list[Question], list[Unmatched]]:
     """Return the questions whose volume is there, with its id, and the others; those left out become notes."""
-    ids = {volume.source.id for volume in found.volumes}
+    ids, is_hidden = {volume.source.id for volume in found.volumes}, any(v.source.hidden for v in found.volumes)
+    keyed = {volume.source.patient for volume in found.volumes if volume.source.hidden}  # the same in every data set
     find = by_name((volume.source.id, volume.source.path) for volume in found.volumes)
     matched, unmatched, left_out = [], [], Counter[str]()
     for q in questions:
@@ -232,16 +250,19 @@ def _match(
             continue
         # Patients of two cohorts are different people.
         id_, patient = f"{entry.name}/{q.id}", f"{cohort}:{q.patient}" if q.patient else None
+        patient = q.patient if q.patient in keyed else patient
         match = find(q.volume)
         if match.id:
             matched.append(Question(id_, match.id, q.question, q.answer, q.split, patient, q.task, q.extra, entry.name))
         else:
-            unmatched.append(Unmatched(id_, q.volume, match.reason))
+            volume, reason = ("(name)", match.reason.partition(" (")[0]) if is_hidden else (q.volume, match.reason)
+            unmatched.append(Unmatched(id_, volume, reason))
     if not matched:
         requested = unmatched[0].volume if unmatched else next(iter(found.left_out))
+        first = min(ids) if is_hidden else found.volumes[0].source.path
         raise entry.error(
             f"expected volumes of its questions, found none for any of {len(questions)}; the first question is about "
-            f"{requested!r}, and the first of {len(ids)} volumes is {found.volumes[0].source.path!r}; do root and "
+            f"{requested!r}, and the first of {len(ids)} volumes is {first!r}; do root and "
             "annotations belong together?"
         )
     notes += [f"{count} questions are left out: {why}" for why, count in sorted(left_out.items())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fnmatch import fnmatch
 
-from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, SourceVolume
+from photon_data.datasets.base import ID_FROM, DataSet, FoundVolumes, OnFile, SourceVolume
 from photon_data.questions.question import Question
 from photon_data.questions.question_table import read_questions
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
@@ -32,7 +32,7 @@ def read_phantoms(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Q
 
 def _scans(entry: DataSet, on_file: OnFile) -> FoundVolumes:
     """Return the scans below the roots whose path matches the option `pattern`; `id_prefix` begins their ids."""
-    pattern, id_from = entry.options.get("pattern", "*"), entry.options.get("id_from", "path")
+    pattern, id_from = entry.options.get("pattern", "*"), entry.options.get(ID_FROM, "path")
     prefix = entry.options.get("id_prefix", "")
     check_id_prefix(prefix, f"{entry.place}, data set {entry.name}: id_prefix")
     volumes, notes = [], []
