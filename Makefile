@@ -29,9 +29,9 @@ demo-model: $(VENV)/installed
 		--questions $(DEMO)/easy/phantoms/questions.jsonl --set model_shape_zyx=70,140,140
 	test -e $(DEMO)/tiny || $(BIN)/photon init --tiny $(DEMO)/tiny --model-shape 70,140,140
 	$(BIN)/photon train tiny-s1 --model $(DEMO)/tiny --data $(MANIFESTS)/train.jsonl --eval $(MANIFESTS)/val.jsonl \
-		--set grounding=$(DEMO)/easy/phantoms/masks --output $(DEMO)/s1 --resume
+		--set grounding=$(DEMO)/easy/phantoms/masks --output $(DEMO)/s1 --resume auto
 	$(BIN)/photon train tiny-s2 --model "$$(ls -d $(DEMO)/s1/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/train.jsonl \
-		--eval $(MANIFESTS)/val.jsonl --output $(DEMO)/s2 --resume
+		--eval $(MANIFESTS)/val.jsonl --output $(DEMO)/s2 --resume auto
 	$(BIN)/photon eval vqa --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/test.jsonl \
 		--train $(MANIFESTS)/train.jsonl --masks $(DEMO)/easy/phantoms/masks --max-new-tokens 8 \
 		--schedulers its,none,random,uniform,foreground --output $(DEMO)/scores

@@ -38,7 +38,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from same_results import sha256, without_times
 
-from photon_data import open_volume
+from photon_data import open_masks, open_volume
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_pipelines.verify import verify_output
@@ -72,8 +72,9 @@ def commands(folder: Path) -> dict[str, list[str]]:
     phantoms = str(folder / "phantoms")
     made = {
         "prepare": f"photon-data prepare {phantoms}/scans {folder}/out --questions {phantoms}/questions.jsonl"
-        f" --split train=1 --workers 2 {SMALL}",
-        "train": f"photon train tiny-s2 --model {folder}/tiny --data {rows} --output {folder}/run --resume {TRAIN}",
+        f" --masks {phantoms}/masks/{{name}}/*.nii.gz --split train=1 --workers 2 {SMALL}",
+        "train": f"photon train tiny-s2 --model {folder}/tiny --data {rows} --output {folder}/run --resume auto"
+        f" {TRAIN}",
         "predict": f"photon predict --model {last} --data {rows} --output {predictions} --max-new-tokens 4",
         "eval": f"photon eval vqa --predictions {predictions} --data {rows} --output {folder}/scores",
     }
@@ -164,7 +165,7 @@ def damage(folder: Path, rng: random.Random, trials: int) -> Iterator[tuple[str,
             DAMAGES[how](path, rng)
             if path.is_relative_to(out):
                 yield f"OUT, {how}: verify", outcome(lambda: verify(out))
-                if "volumes" in path.parts:
+                if {"volumes", "masks"} & {*path.relative_to(out).parts}:
                     yield f"OUT, {how}: read", outcome(lambda: read(out), before["read"])
             else:
                 yield f"checkpoint, {how}: load", outcome(lambda: load(checkpoint), before["load"])
@@ -175,10 +176,9 @@ def swap(folder: Path, rng: random.Random, trials: int) -> Iterator[tuple[str, s
     """Yield (what was exchanged, outcome): a file, or all of them, of the stores of two volumes."""
     out = folder / "out"
     before = read(out)
-    stores = sorted((out / "volumes").iterdir())
-    parts = [path.relative_to(stores[0]) for path in sorted(stores[0].rglob("*")) if path.is_file()]
     for _ in range(trials):
-        one, other = rng.sample(stores, 2)
+        one, other = rng.sample(sorted((out / rng.choice(["volumes", "masks"])).iterdir()), 2)
+        parts = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
         part = rng.choice([Path(), *parts])
         if part != Path() and (one / part).read_bytes() == (other / part).read_bytes():
             continue  # an exchange that changes nothing
@@ -187,7 +187,7 @@ def swap(folder: Path, rng: random.Random, trials: int) -> Iterator[tuple[str, s
             (one / part).rename(aside)
             (other / part).rename(one / part)
             aside.rename(other / part)
-            what = "store" if part == Path() else "file"
+            what = f"{one.parent.name} {'store' if part == Path() else 'file'}"
             yield f"OUT, swapped {what}: verify", outcome(lambda: verify(out))
             yield f"OUT, swapped {what}: read", outcome(lambda: read(out), before)
 
@@ -205,15 +205,15 @@ def verify(out: Path) -> bool:
 
 
 def read(out: Path) -> dict[str, str]:
-    """Return the hashes of the volumes that training and predict would read."""
+    """Return the hashes of the volumes, and of their masks, that training, predict and eval would read."""
     from photon_train.rows import read_train_rows, rows_with_stores
 
     found = {}
     for row in rows_with_stores(read_train_rows([out / "manifests/train.jsonl"]), "stop"):
         for grid in ("volume", "model"):
-            volume = open_volume(row.videos[0], grid)
-            voxels = hashlib.sha256(volume.numpy()).hexdigest()
-            found[f"{row.volume_id}/{grid}"] = f"{volume.geometry!r} {voxels}"
+            volume, masks = open_volume(row.videos[0], grid, id=row.volume_id), open_masks(row.videos[0], out, grid)
+            hashes = [hashlib.sha256(array).hexdigest() for array in (volume.numpy(), masks.layers_lzyx[...])]
+            found[f"{row.volume_id}/{grid}"] = f"{volume.geometry!r} {masks.geometry!r} {masks.labels} {hashes}"
     return found
 
 
@@ -327,11 +327,11 @@ def result(folder: Path, name: str) -> object:
     """Return what a command has to end with, however often it was stopped: everything but times."""
     place = folder / OUTPUTS[name]
     if name == "prepare":
-        files = [path for part in ("volumes", "questions", "manifests") for path in (place / part).rglob("*")]
+        files = [path for part in ("volumes", "masks", "questions", "manifests") for path in (place / part).rglob("*")]
     elif name == "train":
         files = list((place / "checkpoint-4").iterdir())
     else:
-        return {path.name: without_times(read_rows(path)) for path in sorted(place.glob("*.json*"))}
+        return {path.name: without_times(read_rows(path)) for path in (*place.glob("*.json"), *place.glob("*.jsonl"))}
     return {str(path): sha256(path) for path in sorted(files) if is_kept(path) and path.name != "zarr.json"}
 
 

@@ -23,8 +23,7 @@ from photon_data.datasets.rad3d import COLUMNS as QUESTION_COLUMNS
 from photon_data.files import Location
 from photon_data.questions.manifest import build, write
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.records import PREPARED, VolumeRecord
-from photon_data.store import store_name
+from photon_data.records import PREPARED, VolumeRecord, store_name
 from photon_pipelines.plan import gather
 from photon_pipelines.request import Request, one_recipe
 

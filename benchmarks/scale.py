@@ -30,10 +30,10 @@ from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, prepare_volume
 from photon_data.recipe import Recipe
-from photon_data.records import PREPARED
+from photon_data.records import PREPARED, store_name
 from photon_data.report import render_report
 from photon_data.scan import Scan
-from photon_data.store import read_metadata, store_name, write_store
+from photon_data.store import read_metadata, write_store
 from photon_data.volume import Geometry
 from photon_pipelines import export, prepare
 from photon_pipelines.cluster import Workers

@@ -30,8 +30,8 @@ from tables import print_place, print_table
 
 from photon_data.files import Location
 from photon_data.recipe import Recipe
-from photon_data.records import PREPARED, VolumeRecord, write_records
-from photon_data.store import store_name, write_store
+from photon_data.records import PREPARED, VolumeRecord, store_name, write_records
+from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.tiny import tiny
 

@@ -22,10 +22,12 @@ import torch
 from model_speed import build
 
 from photon_data.files import Location
-from photon_data.store import store_name, write_store
+from photon_data.records import store_name
+from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.training.config import TrainConfig
-from photon_train.training.loop import read_log, run_steps
+from photon_train.training.log import read_log
+from photon_train.training.loop import run_steps
 from photon_train.training.setup import start
 
 SHAPES = ((364, 364, 364), (140, 280, 280))

@@ -7,9 +7,8 @@ from pathlib import Path
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
-from photon_data.records import PREPARED
+from photon_data.records import PREPARED, store_name
 from photon_data.scan import Source
-from photon_data.store import store_name
 from photon_pipelines.child import single_threaded
 
 single_threaded()

@@ -219,7 +219,8 @@ def show(
         from photon_data.private import names_left_out
         from photon_data.readers import open_scan
         from photon_data.readers.find import find_one_scan
-        from photon_data.store import ROOT, SUFFIX, open_volume
+        from photon_data.records import SUFFIX
+        from photon_data.store import ROOT, open_volume
 
         if "://" in volume or (Path(volume) / ROOT).exists():
             name = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX)

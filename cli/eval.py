@@ -44,7 +44,7 @@ from photon_train.evaluation.report import (
 )
 from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
-from photon_train.kept_tokens import CountedMask, MaskHome, counted_by_volume, volumes_with_masks
+from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 from photon_train.rows import read_rows
 
@@ -99,7 +99,7 @@ def score(
     training_rows = [row for path in train for row in read_values(path)]
     chosen = [*chosen_rows(rows, settings)]
     check(benchmark, chosen, settings)
-    home = MaskHome(masks) if masks else None
+    home = MaskFolder(masks) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
         if answers_now:
@@ -179,7 +179,7 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [path.with_suffix("").as_posix() for path in paths]
 
 
-def _counted(home: MaskHome, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
+def _counted(home: MaskFolder, volumes: Mapping[str, str], settings: Settings) -> dict[str, list[CountedMask]]:
     """Return the masks of the volumes, counted on the tokens; print which could not be read."""
     with ProgressBar("masks of volumes", total=len(volumes)) as bar:
         found = counted_by_volume(home, volumes, settings.grid_zyx, lambda: bar.update(advance=1))

@@ -61,7 +61,8 @@ def print_estimate(request: Request, workers: Workers) -> None:
     planning.collect(gathered, request.out, request.allow_leaks)
     print_lines(notes_of_grids(todo.before, todo.done, request))
     costs = _costs(request, todo, workers)
-    if found := find_masks(request, gathered.jobs):
+    if request.with_masks:
+        found = find_masks(request, gathered.jobs)
         megabytes = sum(one.source.bytes for one in found.values()) / 1e6
         there = sum(not one.source.problem for one in found.values())
         costs.append(("masks", f"of {there} of {len(found)} scans, {megabytes:,.0f} MB"))

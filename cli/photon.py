@@ -7,13 +7,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Context, Exit, Option, Typer, echo
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from photon_cli import terminal
-from photon_cli.terminal import OK, PARTIAL, STOPPED, ProgressBar, console, errors_as_exit_codes, fail, run_app
+from photon_cli.terminal import (
+    INTERRUPTED,
+    OK,
+    PARTIAL,
+    STOPPED,
+    ProgressBar,
+    console,
+    errors_as_exit_codes,
+    fail,
+    run_app,
+)
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.lock import exclusive
@@ -66,7 +76,17 @@ def init(
     echo(f"stage {model.config.stage}, {model.num_parameters():,} parameters: {target}")
 
 
-@app.command()
+class _Resumes(TyperCommand):
+    """`--resume` alone is `--resume run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give --resume its value."""
+        following = [*args[1:], ""]
+        args = [f"{a}=run" if a == "--resume" and b != "auto" else a for a, b in zip(args, following, strict=True)]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_Resumes)
 def train(
     stage: Annotated[str, Argument(help="s1 (patch embedding), s1c (all), s2 (with pruning); tiny-s1, tiny-s2.")],
     data: Annotated[list[str] | None, Option(help="Manifest to train on. Repeatable.")] = None,
@@ -75,16 +95,22 @@ def train(
     evaluate_on: Annotated[list[str] | None, Option("--eval", help="Manifest to evaluate on. Repeatable.")] = None,
     config: Annotated[Path | None, Option(help="YAML or JSON file of settings.")] = None,
     settings: Annotated[list[str], Option("--set", help="key=value. Repeatable.")] = [],  # noqa: B006 - typer copies it
-    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    resume: Annotated[
+        str | None, Option(metavar="[auto]", help="Go on from the last checkpoint in --output; auto: or begin.")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check every row, make one step, describe the run.")] = False,
 ) -> None:
     """Train a stage on prepared volumes; stop it at any moment, go on with --resume."""
+    if resume not in (None, "run", "auto"):
+        fail(f"--resume: expected nothing or auto behind it, found {resume}")
     given = {"data": data, "model": model, "output": str(output) if output else None, "eval": evaluate_on}
     with errors_as_exit_codes():
         from transformers.utils.logging import disable_progress_bar
 
+        from photon_train.checkpoint import checkpoints
         from photon_train.training import loop
         from photon_train.training.grounding import grounding_of
+        from photon_train.training.interruption import TrainingInterrupted
 
         disable_progress_bar()  # transformers' own bar
         run = _train_config(stage, config, settings, {name: value for name, value in given.items() if value})
@@ -92,11 +118,17 @@ def train(
         try:
             if not dry_run:
                 with exclusive(Location(run.output)) if is_first else nullcontext():
-                    _train(run, resume)
+                    _train(run, "auto" if resume == "auto" else resume is not None)
             elif description := loop.dry_run(run, grounding_of(run.grounding) if run.grounding else None):
                 console.print(description, soft_wrap=True)
         except loop.TrainingStopped as error:
             fail(f"Stopped: {error}", STOPPED)
+        except TrainingInterrupted as error:
+            fail(f"Interrupted: {error}. Go on with --resume.", INTERRUPTED)
+        except KeyboardInterrupt:
+            kept = checkpoints(Path(run.output))
+            found = f"{kept[-1].name} is the last checkpoint" if kept else "no checkpoint was written yet"
+            fail(f"Interrupted: {found} in {run.output}. Go on with --resume auto.", INTERRUPTED)
 
 
 def _train_config(stage: str, file: Path | None, settings: Sequence[str], given: dict[str, Any]) -> TrainConfig:
@@ -106,26 +138,27 @@ def _train_config(stage: str, file: Path | None, settings: Sequence[str], given:
     from photon_train.training.config import named_run, read_config, with_values
 
     config = named_run(stage)
-    if file:
-        config = with_values(config, read_config(file))
+    in_file = read_config(file) if file else {}
+    config = with_values(config, in_file)
     changes = {}
     for setting in settings:  # unlike in other options, a comma belongs to the value
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not name:
-            raise UsageError(f"--set: expected key=value, found {setting!r}; for example groups_per_step=4")
+            raise UsageError(f"--set: expected key=value, found {setting!r}; for example questions_per_step=16")
         changes[name] = value
-    config = with_values(config, {**changes, **given})
-    return config if torch.cuda.is_available() else replace(config, precision="fp32")
+    if not torch.cuda.is_available() and config.precision != "fp32" and "precision" not in {*changes, *in_file}:
+        console.print(f"no GPU: precision=fp32, not the {config.precision} of {stage}; --set precision=... is obeyed")
+        changes["precision"] = "fp32"
+    return with_values(config, {**changes, **given})
 
 
-def _train(config: TrainConfig, resume: bool) -> None:
+def _train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
     """Train, with progress."""
     from photon_train.training.grounding import grounding_of
     from photon_train.training.loop import run_steps
     from photon_train.training.setup import start
 
-    bar = _TrainingBar("training")
-    masks = ProgressBar("masks of volumes")
+    bar, masks = _TrainingBar("training"), ProgressBar("masks of volumes")
 
     def on_masks(done: int, total: int) -> None:
         masks.count(done, total)
@@ -138,6 +171,8 @@ def _train(config: TrainConfig, resume: bool) -> None:
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())
         console.print(f"{len(run.rows)} rows, step {first_step} of {run.total_steps}, {run.accelerator.device}")
+        if run.curriculum:
+            console.print(run.curriculum)
     bar.update(total=run.total_steps, completed=first_step)
     with bar:
         summary = run_steps(run)
@@ -157,7 +192,7 @@ class _TrainingBar(ProgressBar):
             parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {theta:.3f}")
         parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
         if row.get("eval_loss") is not None:
-            parts.append(f"eval loss {row['eval_loss']:.3f}, exact {row['eval_exact']:.1%}")
+            parts.append(f"eval loss {row['eval_loss']:.3f}, forced exact {row['eval_forced_exact']:.1%}")
         text = ", ".join(parts)
         self.update(completed=row["step"], detail=text)
         is_due = row["step"] % max(self.total_steps // PLAIN_LINES, 1) == 0 or "eval_loss" in row
@@ -218,7 +253,7 @@ def predict(
 
         overlays = body.overlays_of(overlay, window, at, masks)
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
-        load = body.loading(model, answers, dtype, revision, device=device, scheduler=scheduler, keep_ratio=keep_ratio)
+        load = body.loader(model, answers, dtype, revision, device=device, scheduler=scheduler, keep_ratio=keep_ratio)
         if output:
             is_complete = body.predict_rows(load, device, data, output, shard, overlays)
         else:
@@ -298,11 +333,11 @@ def evaluate(
 
         answering: body.Answering
         if model:
-            from photon_cli.predict import answer_benchmark, loading
+            from photon_cli.predict import answer_benchmark, loader
             from photon_train.answering.predictor import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices, questions_per_batch=questions_per_batch)
-            load = loading(model, answers, dtype, revision, device=device)
+            load = loader(model, answers, dtype, revision, device=device)
             answering = answer_benchmark(load, schedulers, keep, output / "predictions")
         else:
             answering = body.answered_before(predictions, config)

@@ -39,7 +39,7 @@ from photon_train.answering.predictor import (
 )
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.kept_tokens import CountedMask, MaskHome, counted_masks
+from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
 from photon_train.overlay import DEFAULT_VIEW, Canvas, View, folders_of, write_overlay
 from photon_train.rows import Row, read_rows
 from photon_train.scheduling import SCHEDULERS
@@ -52,7 +52,7 @@ BUDGETED = ("random", "uniform", "foreground")  # these schedulers keep the shar
 Load = Callable[..., Predictor]
 
 
-def loading(model: str, answers: AnswerSettings, dtype: str, revision: str | None, **options: Any) -> Load:
+def loader(model: str, answers: AnswerSettings, dtype: str, revision: str | None, **options: Any) -> Load:
     """Return the function that loads the model of the command's options; its keywords replace some of them."""
     disable_progress_bar()
     return partial(load_predictor, model, answers, dtype=dtype, revision=revision, **options)
@@ -83,7 +83,7 @@ class _ShownScan:
         self.masks = self._masks(scan, overlays.masks) if overlays.masks else []
 
     def _masks(self, scan: ScanInput, place: str) -> list[CountedMask]:
-        home = MaskHome(place)
+        home = MaskFolder(place)
         if not home.is_prepared:
             return counted_masks(home.out.path, self.canvas.cells)
         masks, refused = home.stored(scan.store, self.canvas.cells.shape_zyx)
@@ -203,7 +203,7 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
     titles = {request.id: _question_of(request.row) for request in group.requests}
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe(), id=volume_id_of(group.requests[0].row))
-        home = MaskHome(overlays.masks) if overlays.masks else None
+        home = MaskFolder(overlays.masks) if overlays.masks else None
         masks = home and home.has(scan.id) and (home.out.url if home.is_prepared else home.out.at(scan.id))
         of_volume = overlays._replace(masks=masks or None)
         shown = _ShownScan(of_volume, scan, predictor, number, len(group.videos))

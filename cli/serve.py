@@ -22,7 +22,7 @@ from photon_data.recipe import named_recipe
 from photon_data.records import FAILED, OUT_FULL, NoSpace
 from photon_data.store import open_volume
 from photon_pipelines.child import Child, ChildError, child_of
-from photon_pipelines.serving.app import Server, Serving
+from photon_pipelines.serving.app import Server, ServerSettings
 from photon_pipelines.serving.gate import is_loopback
 from photon_pipelines.serving.upload import Limits
 from photon_pipelines.serving.volumes import Intake, Stored, Volumes, private_folder
@@ -91,11 +91,11 @@ def assembled(
         stack.callback(child.kill)
         limits = Limits(int(options.max_upload_gb * GB), MAX_FILES, options.upload_timeout_s)
         prepared = Location(options.data) if options.data else None
-        volumes = Volumes(private, Intake(asking(child), recipe, policy, limits), options.max_volumes, prepared)
+        volumes = Volumes(private, Intake(preparing_in(child), recipe, policy, limits), options.max_volumes, prepared)
         engine = Engine(predictor, int(options.cache_gb * GB), options.max_waiting)
         stack.callback(engine.close, 0)
         name = Path(model).resolve().name if Path(model).exists() else model
-        server = Server(engine, volumes, drawing(predictor), Serving(name, key, options.timeout_s))
+        server = Server(engine, volumes, drawing(predictor), ServerSettings(name, key, options.timeout_s))
         config = uvicorn.Config(
             server.application(),
             log_config=None,
@@ -137,7 +137,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"--port: expected one that is free at {host}, found {port}: {error.strerror}") from None
 
 
-def asking(child: Child) -> Callable[[dict[str, Any], float], dict[str, Any]]:
+def preparing_in(child: Child) -> Callable[[dict[str, Any], float], dict[str, Any]]:
     """Return the function that has the child make a store of an upload. Raises NoSpace."""
 
     def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -123,14 +123,14 @@ class Location:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
-    def lines(self, name: str) -> Iterator[bytes]:
-        """Yield the lines of a file, one by one; none if there is no such file."""
+    def rows(self, name: str, *, may_be_cut: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a file of JSON lines as `jsonl_rows` does; none if there is no such file."""
         try:
             file = (self.path / name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return
         with file:
-            yield from file
+            yield from jsonl_rows(file, may_be_cut=may_be_cut)
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""
@@ -292,7 +292,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
             content = file.read()
             start = content.rfind(b"\n") + 1
             try:
-                json.loads(content[start:])
+                from_json(content[start:])
                 file.write(b"\n")
             except ValueError:
                 file.truncate(start)

@@ -16,6 +16,7 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, Location
+from photon_data.json_text import from_json
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +136,8 @@ def _claimed(hold: Hold) -> Iterator[None]:
 def _holder(out: Location) -> dict[str, Any]:
     """Return the holder that a lock names; {} where its text is not whole, as while it is being written."""
     try:
-        holder = json.loads(out.read(LOCK) or b"")
-    except (ValueError, RecursionError):
+        holder = from_json(out.read(LOCK) or b"")
+    except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -18,7 +18,9 @@ import numpy as np
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.files import Location
-from photon_data.store import GRIDS, SUFFIX, model_digest, read_metadata, write_images
+from photon_data.json_text import fields_of
+from photon_data.records import SUFFIX
+from photon_data.store import GRIDS, model_digest, read_metadata, write_images
 from photon_data.stored_array import open_array
 from photon_data.volume import Geometry, Volume
 
@@ -172,18 +174,19 @@ def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal[
         raise UsageError(f"expected masks of {of_volume['id']}, found none at {home.at(name)}; {REMEDY}")
     grid_json = of_volume["facts"].get("grid") or {}
     if metadata["facts"]["volume"] != belongs_to(of_volume["id"], model_digest(of_volume), grid_json):
-        found = f"those of {metadata['facts']['volume'].get('id')} as it was when they were made"
+        found = "those of another volume, or of this one as it was when they were made"
         raise UsageError(f"expected masks of {of_volume['id']} as it is in {volume}, found {found}; {REMEDY}")
     try:
         layers = open_array(Location(home.at(name)), metadata, GRIDS[grid], dtype="uint8")
-        labels = tuple(Label(**label) for label in metadata["facts"]["labels"])
+        labels = tuple(Label(**fields_of(Label, label)) for label in metadata["facts"]["labels"])
+        refused = dict[str, str](metadata["facts"].get("refused", {}))
         geometry = Geometry.from_json(metadata["facts"]["grids"][grid])
-        if layers.shape[1:] != geometry.shape_zyx or any(label.layer >= layers.shape[0] for label in labels):
+        if layers.shape[1:] != geometry.shape_zyx or any(not 0 <= label.layer < layers.shape[0] for label in labels):
             raise ValueError("layers of another shape")
     except UsageError as error:
         raise UsageError(f"{error}; {REMEDY}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UsageError(
             f"expected whole metadata, found damaged ones in {home.at(name)} ({error!r}); {REMEDY}"
         ) from None
-    return Masks(labels, layers, geometry, metadata["facts"].get("refused", {}))
+    return Masks(labels, layers, geometry, refused)

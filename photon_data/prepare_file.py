@@ -33,7 +33,7 @@ from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.readers.nifti import BLANK, GIVEN
 from photon_data.recipe import ALGORITHM, EARLIER, Policy, Recipe
-from photon_data.records import PREPARED, READY, UNCHANGED, VolumeRecord, record_of, recorded
+from photon_data.records import PREPARED, READY, UNCHANGED, VolumeRecord, record_of, recorded, store_name
 from photon_data.resample import (
     Values,
     body_box_lps,
@@ -47,16 +47,7 @@ from photon_data.resample import (
     voxels_between,
 )
 from photon_data.scan import Change, Scan, Source, TableGrid
-from photon_data.store import (
-    WRITTEN,
-    arrays_digest,
-    grids_of,
-    is_whole,
-    model_digest,
-    read_metadata,
-    store_name,
-    write_store,
-)
+from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, model_digest, read_metadata, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Part of the resume key of a volume with padding: it is set aside before anything is interpolated.

@@ -14,14 +14,14 @@ from sys import intern
 from typing import Any, Protocol, TypeVar
 
 from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
-from photon_data.files import NO_SPACE, Location, append_row, digest_of, jsonl_rows
+from photon_data.files import NO_SPACE, Location, append_row, digest_of, refuse_unsafe
 from photon_data.json_text import fields_of, from_json
 from photon_data.private import append_name, read_names, save_names, without_names
 from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.scan import Source
-from photon_data.store import store_name
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
+SUFFIX = ".ome.zarr"  # of stores
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -36,6 +36,13 @@ OUT_FULL, UNABLE = "no space", "unable"
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 # Of a row of volumes.jsonl, and of dataset.json: the `digest_of` what else it says. Earlier versions did not write it.
 ROW_DIGEST, DATASET_DIGEST = "row_sha256", "sha256"
+
+
+def store_name(volume_id: str) -> str:
+    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file."""
+    if not volume_id or volume_id.startswith("."):
+        raise UsageError(f"expected an id that begins with a letter or a digit, found {volume_id[:80]!r}; rename it")
+    return f"volumes/{refuse_unsafe(volume_id + SUFFIX, 'an id')}"
 
 
 class Facts(Mapping[str, Any]):
@@ -222,7 +229,7 @@ def read_records(out: Location) -> list[VolumeRecord]:
     records: dict[str, VolumeRecord] = {}
     place = ""
     try:
-        for number, row in enumerate(jsonl_rows(out.lines(VOLUMES), may_be_cut=is_unfinished(out)), 1):
+        for number, row in enumerate(out.rows(VOLUMES, may_be_cut=is_unfinished(out)), 1):
             place = f"row {number}: "
             record = VolumeRecord.from_json(row)
             records[record.id], place = record, ""

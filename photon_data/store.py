@@ -24,7 +24,7 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, digest_of, refuse_unsafe, write_whole
+from photon_data.files import Location, digest_of, write_whole
 from photon_data.json_text import from_json
 from photon_data.stored_array import CHECKSUMS, ROOT, checked_file, checksums, open_array, what_is_lost
 from photon_data.volume import Geometry, Prepared, Volume
@@ -39,20 +39,12 @@ SHARD = "0/c/0/0/0"  # the one file of voxels of an image group
 GRIDS = {"volume": "", "model": "model/", "full": "full/"}
 # What is written by each value of --grids.
 WRITTEN = {"volume": ("volume", "model"), "full": ("volume", "model", "full"), "model": ("model",)}
-SUFFIX = ".ome.zarr"
 NIFTI = (".nii", ".nii.gz")  # a row may name such a file of the stored grid in place of a store
 # Chunks are at most this large: an axial slice of 364^3 costs 4 of them, a whole read 52.
 CHUNK_ZYX = (28, 182, 182)
 # What a part of a store reads as that is not there: the lowest int16, and no tissue. (It was 0, water, once.)
 FILL_HU = -32768
 ORIENTATION = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
-
-
-def store_name(volume_id: str) -> str:
-    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file."""
-    if not volume_id or volume_id.startswith("."):
-        raise UsageError(f"expected an id that begins with a letter or a digit, found {volume_id[:80]!r}; rename it")
-    return f"volumes/{refuse_unsafe(volume_id + SUFFIX, 'an id')}"
 
 
 def write_store(
@@ -228,7 +220,9 @@ def _metadata(content: bytes) -> dict[str, Any]:
         found = _with_size({key: ours[key] for key in METADATA} | {CHECKSUMS: ours.get(CHECKSUMS, {})}, content)
         if not (ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)):
             raise UsageError(f"expected a store of photon-data (format {FORMAT})")
-        is_changed = OWN_DIGEST in ours and ours[OWN_DIGEST] != own_digest(attributes)
+        # Stores of earlier versions have neither of them.
+        has_digest = OWN_DIGEST in ours or CHECKSUMS in ours
+        is_changed = has_digest and ours.get(OWN_DIGEST) != own_digest(attributes)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"expected a store of photon-data (format {FORMAT})") from None
     if is_changed:
@@ -314,7 +308,7 @@ def open_volume(
             _compare(geometry, Geometry.from_json(metadata["facts"]["grid"]))
     except UsageError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         found = f"damaged ones in {path} ({error!r})"
         raise UsageError(f"expected whole metadata, found {found}; prepare it again") from None
     return Volume(array, geometry)

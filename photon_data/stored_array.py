@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 from collections.abc import Callable
@@ -71,7 +72,14 @@ class StoredArray:
         remedy = "copy the store or prepare it again"
         try:
             voxels = self.array[index]
-        except (ValueError, RuntimeError) as error:  # checksums, codecs
+        except (
+            ValueError,
+            RuntimeError,
+            ArithmeticError,
+            OSError,
+        ) as error:  # checksums, codecs, places beyond the file
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             raise UsageError(f"expected whole voxels, found {self.place} damaged ({error}); {remedy}") from error
         if (state := self.look()) != self.state:
             found = "lost" if state is None else "replaced"
@@ -95,7 +103,7 @@ def open_array(
     UsageError where a file of it is not as the store's `metadata` record it.
     """
     ndim = 3 if dtype == "int16" else 4
-    check_array(from_json(checked_file(location, metadata, f"{place}0/{ROOT}")), location.url, ndim, dtype)
+    content = checked_file(location, metadata, f"{place}0/{ROOT}")
     shard = "/".join([f"{place}0", "c", *("0" * ndim)])
     look = partial(location.state, shard)
     state = look()
@@ -103,7 +111,13 @@ def open_array(
         checked_file(location, metadata, shard)
     elif lost := what_is_lost(metadata, shard, location.size(shard)):
         raise not_whole(location, f"{shard} {lost}")
-    array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
+    try:
+        check_array(from_json(content), location.url, ndim, dtype)
+        array = zarr.open_array(location.at(f"{place}0"), mode="r", zarr_format=3)
+    except (UsageError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what the metadata of a stranger's array make zarr raise has no end
+        raise not_whole(location, f"{place}0/{ROOT}, which describes no array ({str(error)[:200]})") from None
     bound = metadata[CHECKSUMS].get(shard)
     if bound and location.is_local and verify == "quick" and checksums(array, location.path / shard) != bound:
         raise not_whole(location, f"{shard}, whose checksums have changed")

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from transformers.utils.hub import cached_file
 
 from photon_data.errors import UsageError, is_out_of_memory, unforeseen
 from photon_data.files import Location, fingerprint, write_whole
+from photon_data.json_text import from_json
 from photon_train.configuration_photon import Layout, hub_options
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def _looking_in(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _indexed_files(index: Path) -> set[str]:
     """Return the files that an index of shards names. Raises ValueError unless they are safetensors beside it."""
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(from_json(index.read_bytes())["weight_map"].values())
         odd = [name for name in names if not re.fullmatch(r"[^/\\]+\.safetensors", name)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{index}: expected JSON with a weight_map, found {error!r}; copy it again") from None
@@ -161,6 +163,13 @@ def check_loaded(info: dict[str, Any], layout: Layout, stage: int) -> None:
         )
 
 
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for a model that has a weight that is NaN or infinite: it would answer, and learn, nonsense."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ValueError(f"expected finite weights, found NaN or infinity in {name}; take an earlier checkpoint")
+
+
 def write_digests(folder: Path, files: Iterable[str | Path]) -> None:
     """Write digests.json of a folder whose `files` are finished; what it says of others that are there stays."""
     listed = {}
@@ -183,7 +192,7 @@ def _entries(files: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _digests(file: Path) -> dict[str, dict[str, Any]]:
     """Return {name: {"size", "sha256"}} of a digests.json. Raises ValueError for anything else."""
     try:
-        listed = json.loads(file.read_bytes())["files"]
+        listed = from_json(file.read_bytes())["files"]
         whole = all({*entry} == {"size", "sha256"} and Path(name).name == name for name, entry in listed.items())
     except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
@@ -326,7 +335,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the position of the run that a checkpoint was made at. Raises ValueError for anything else."""
     expected = {"step": int, "epoch": int, "step_in_epoch": int, "rows": str, "settings": dict}
     try:
-        state = json.loads((checkpoint / STATE).read_bytes())
+        state = from_json((checkpoint / STATE).read_bytes())
         if all(type(state[name]) is kind for name, kind in expected.items()):
             return dict(state)
     except (ValueError, KeyError, TypeError):

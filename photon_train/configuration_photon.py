@@ -15,6 +15,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground")
+IGNORED = -100  # the label of what is not to be learned
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
 ABOVE_0 = (
@@ -211,20 +212,29 @@ class Phase(Enum):
     FLIP = "flip"  # as HARD, and some rows keep the complement
 
 
+def phase_starts(config: PhotonConfig, total_steps: int | None = None) -> dict[Phase, int]:
+    """Return the optimizer step, from 0, in which each phase after DENSE starts.
+
+    Raises ValueError where fractions lack `total_steps`.
+    """
+    starts = {Phase.SOFT: config.soft_start, Phase.HARD: config.hard_start, Phase.FLIP: config.flip_start}
+    found = {}
+    for phase, start in starts.items():
+        if isinstance(start, float):
+            if total_steps is None:
+                raise ValueError(f"expected total_steps, found None: a phase starts at the fraction {start}; pass it")
+            start = math.ceil(start * total_steps)
+        found[phase] = start
+    return found
+
+
 def phase_at(config: PhotonConfig, step: int, total_steps: int | None = None) -> Phase:
     """Return the phase of optimizer step `step`, from 0, which a trainer restores on resume.
 
     Raises ValueError where fractions lack `total_steps`.
     """
-    starts = {Phase.FLIP: config.flip_start, Phase.HARD: config.hard_start, Phase.SOFT: config.soft_start}
-    for phase, start in starts.items():
-        if isinstance(start, float):
-            if total_steps is None:
-                raise ValueError(f"expected total_steps, found None: a phase starts at the fraction {start}; pass it")
-            start *= total_steps
-        if step >= start:
-            return phase
-    return Phase.DENSE
+    begun = [phase for phase, start in phase_starts(config, total_steps).items() if step >= start]
+    return begun[-1] if begun else Phase.DENSE
 
 
 class Layout(Enum):

@@ -257,7 +257,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         if self.photon_config.scheduler == "its":
             warn_of_undecided(selection, visual_BL & mask_BL & ~scheduling.perturbed_B[:, None])
         for_prune_BL = p_BL if drops else p_BL.detach()
-        h_BMD = prune(h_BLD, for_prune_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale)
+        h_BMD = prune(h_BLD, for_prune_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale_B)
         return h_BMD, Scheduled(selection._replace(probability_BL=p_BL), flipped_B, keep_BL, kept)
 
 

@@ -165,21 +165,21 @@ def _counts_of_layer(masks: Masks, layer: int, cells: Geometry) -> np.ndarray:
     return counts.reshape(values, count_V)
 
 
-class VolumeMasks(NamedTuple):
+class MasksByVolume(NamedTuple):
     """Masks by volume id, and why those of a volume, or some of them, could not be read."""
 
     masks: dict[str, list[CountedMask]]
     unread: dict[str, str]
 
 
-class ReadMasks(NamedTuple):
+class CountedMasks(NamedTuple):
     """The masks of one volume, and why some of them could not be read."""
 
     counted: list[CountedMask]
     refused: Mapping[str, str]
 
 
-class MaskHome:
+class MaskFolder:
     """Where masks of volumes are: a prepared folder, or a folder with a folder of mask files per volume id."""
 
     def __init__(self, place: str | Path) -> None:
@@ -194,7 +194,7 @@ class MaskHome:
 
     def counted(
         self, volume_id: str, place: str, tokens_zyx: tuple[int, int, int], names: Container[str] | None = None
-    ) -> ReadMasks:
+    ) -> CountedMasks:
         """Return the masks of the volume at `place`, all or those of `names`; UsageError or Refused where not read."""
         if self.is_prepared:
             open_volume(place, None, id=volume_id)
@@ -203,9 +203,9 @@ class MaskHome:
             grid = open_volume(place, None, id=volume_id).geometry
         else:  # a raw scan: its header says what it would be prepared to
             grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
-        return ReadMasks(counted_masks(self.out.path / volume_id, model_grid(grid, tokens_zyx), names), {})
+        return CountedMasks(counted_masks(self.out.path / volume_id, model_grid(grid, tokens_zyx), names), {})
 
-    def stored(self, place: str, tokens_zyx: tuple[int, int, int], names: Container[str] | None = None) -> ReadMasks:
+    def stored(self, place: str, tokens_zyx: tuple[int, int, int], names: Container[str] | None = None) -> CountedMasks:
         """Return the masks that a prepared folder has of the store at `place`.
 
         UsageError for a raw scan, and for masks that were made for another content or recipe of the volume.
@@ -215,10 +215,10 @@ class MaskHome:
             raise UsageError(f"--masks {self.out.url}: expected a store, found a raw scan; {remedy}")
         masks = open_masks(place, self.out.at(""))
         refused = {name: why for name, why in masks.refused.items() if names is None or name in names}
-        return ReadMasks(counted_stored_masks(masks, model_grid(masks.geometry, tokens_zyx), names), refused)
+        return CountedMasks(counted_stored_masks(masks, model_grid(masks.geometry, tokens_zyx), names), refused)
 
 
-def volumes_with_masks(home: MaskHome, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def volumes_with_masks(home: MaskFolder, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return {id: path} of the volumes, of rows of one, that have masks; UsageError where there is none."""
     places = {row["volume_id"]: str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
     found = {id: place for id, place in sorted(places.items()) if is_safe(id) and home.has(id)}
@@ -230,14 +230,14 @@ def volumes_with_masks(home: MaskHome, rows: Sequence[Mapping[str, Any]]) -> dic
 
 
 def counted_by_volume(
-    home: MaskHome,
+    home: MaskFolder,
     places: Mapping[str, str],
     tokens_zyx: tuple[int, int, int],
     on_volume: Callable[[], object] = lambda: None,
     names: Container[str] | None = None,
-) -> VolumeMasks:
+) -> MasksByVolume:
     """Return the masks of each volume of `places`, all or those of `names`; `on_volume` is called after each volume."""
-    found = VolumeMasks({}, {})
+    found = MasksByVolume({}, {})
     for id, place in places.items():
         try:
             found.masks[id], refused = home.counted(id, place, tokens_zyx, names)

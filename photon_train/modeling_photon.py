@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,17 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrai
 
 from photon_train.checkpoint import (
     INDEX,
+    check_finite,
     check_loaded,
     checkpoint_keys,
     register_published_names,
     saving,
     write_digests,
 )
-from photon_train.configuration_photon import Phase, PhotonConfig, config_for, layout_of, phase_at
+from photon_train.configuration_photon import IGNORED, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
-from photon_train.processing_photon import IGNORED, prefix_length
-from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, visual_mask
+from photon_train.losses import answer_losses, answer_shares, band_losses, next_labels
+from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")
@@ -89,7 +90,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
         `stage=2` adds a fresh threshold predictor to a checkpoint without one. A Qwen2.5-VL checkpoint gets a fresh 3D
         patch embedding. Settings of PhotonConfig may be given by name. Raises ValueError for pickles, for any other
-        missing, unexpected or misshapen key, and where a file is not as its digests.json says (`verify`).
+        missing, unexpected or misshapen key, for a weight that is not finite, and where a file is not as its
+        digests.json says (`verify`).
         """
         path_or_id = str(path_or_id)
         layout = layout_of(checkpoint_keys(path_or_id, verify, **kwargs))
@@ -100,6 +102,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         loaded: Any = super().from_pretrained(path_or_id, config=config, **kwargs)
         model, info = loaded
         check_loaded(info, layout, config.stage)
+        check_finite(model)
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
@@ -143,7 +146,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         step, total_steps: optimizer step and length of the run; training without them drops tokens and flips nothing.
         prefix: what every row begins with, as `encode_prefix` returned it; or its length P: then all volumes are in
         the first P tokens, are given once, and are encoded once.
-        loss_scale: what a trainer will multiply the loss by; the surrogate gradient is not linear in it.
+        loss_scale: what a trainer will multiply the loss by; the surrogate gradient is not linear in it. A row's share
+        of the answer tokens counts too: a row moves the threshold as it would alone, times its share.
         answers_only: with labels, return logits at answer positions only, as in training.
         """
         if pixel_values is not None or image_grid_thw is not None:
@@ -170,7 +174,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         rows = None
         if schedules or labels is not None:
             phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
-            rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase, loss_scale)
+            rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase)
+            if labels is not None:
+                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(labels, attention_mask))
         if rows is not None and schedules and self.config.scheduler == "foreground":
             if foreground is None and prefix is not None:
                 foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
@@ -214,7 +220,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         perturbed_B: Tensor | None,
         flip_B: Tensor | None,
         phase: Phase,
-        loss_scale: float,
     ) -> SchedulingInputs:
         """Return what is known of each row before the decoder runs; `foreground_BL` is left 0."""
         if isinstance(attention_mask, dict):  # generate makes these for caches of fixed length
@@ -233,7 +238,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             phase=phase,
             perturbed_B=perturbed_B,
             flip_B=flip_B.to(no_B.device) & ~perturbed_B,
-            loss_scale=loss_scale,
+            loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
         )
 
     def _losses(
@@ -250,7 +255,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if scheduled is not None:
             labels, attention_mask = scheduled.kept(labels), scheduled.kept.mask_BM
             flipped_B = scheduled.flipped_B
-        targets_BM = next_labels(labels, torch.ones_like(labels) if attention_mask is None else attention_mask)
+        targets_BM = next_labels(labels, attention_mask)
         rows_N, columns_N = (targets_BM != IGNORED).nonzero(as_tuple=True)
         labels_N, epsilon = targets_BM[rows_N, columns_N], self.config.flip_epsilon
         # The head is most of the memory of a step: in training, only where there is something to predict.
@@ -309,9 +314,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return what the stock generate does, for rows padded on either side. Raises ValueError without a cache."""
-        settings = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_cache", settings.use_cache) is False:  # None: the default, True
+        if kwargs.get("use_cache") is False:
             raise ValueError("expected use_cache=True, found False; leave it out: only the cache has what was kept")
+        kwargs["use_cache"] = True  # whatever a file says that training wrote
         if inputs is not None:
             kwargs["input_ids"] = inputs
         ids_BL: Any = kwargs.get("input_ids")
@@ -345,47 +350,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
-
-
-def next_labels(labels_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """Return what each position should predict, int64[B, L]: the next token's label; IGNORED at padding."""
-    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
-    is_followed_BL = F.pad(mask_BL[:, 1:], (0, 1)).bool()
-    return next_BL.masked_fill(~(mask_BL.bool() & is_followed_BL), IGNORED)
-
-
-class AnswerLosses(NamedTuple):
-    """Means over all answer tokens of the batch, by what their row is trained for; the sum is the batch's loss."""
-
-    ce: Tensor
-    robustness: Tensor
-    flip: Tensor
-
-
-def answer_losses(
-    logits_NV: Tensor, labels_N: Tensor, rows_N: Tensor, perturbed_B: Tensor, flipped_B: Tensor, flip_epsilon: float
-) -> AnswerLosses:
-    """Return the three losses, 0-d float32, 0 (with a gradient of 0) for what no token is trained for.
-
-    Perturbed rows are trained to be unsure (robustness: minus the entropy of p), flipped ones not to answer (flip:
-    -log(1 - p(y) + flip_epsilon)), the others to answer (ce: -log p(y)).
-    """
-    perturbed_N, flipped_N = perturbed_B[rows_N], flipped_B[rows_N]
-    count = max(len(labels_N), 1)
-    logp_NV = F.log_softmax(logits_NV.float(), dim=-1)
-    logp_N = logp_NV.gather(1, labels_N[:, None]).squeeze(1)
-    answered_N = ~(perturbed_N | flipped_N)
-    ce = -(logp_N * answered_N).sum() / count
-    robustness = (logp_NV.exp() * logp_NV).sum(-1).mul(perturbed_N).sum() / count
-    not_y_N = torch.log(1 - logp_N.exp() + flip_epsilon)
-    flip = -torch.where(flipped_N & ~perturbed_N, not_y_N, 0.0).sum() / count
-    return AnswerLosses(ce, robustness, flip)
-
-
-def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Tensor:
-    """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
-    r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
-    return F.relu(r_B - high) + F.relu(low - r_B)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -27,15 +27,14 @@ from transformers import AutoTokenizer, BatchFeature
 from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.store import NIFTI, open_volume
 from photon_train.checkpoint import write_digests
-from photon_train.configuration_photon import PhotonConfig, hub_options
-from photon_train.scheduling import ROLE_LINE, question_mask, visual_mask
+from photon_train.configuration_photon import IGNORED, PhotonConfig, hub_options
+from photon_train.scheduling import ROLE_LINE, prefix_length, question_mask, visual_mask
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 SPECIALS = (*MARKERS, "<|image_pad|>", "<image>")
 TEMPLATE_S = 10  # a template takes less than a millisecond
-IGNORED = -100  # the label of what is not to be learned
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -55,6 +54,7 @@ class PhotonProcessor:
     def __init__(self, tokenizer: Any, config: PhotonConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.specials = tuple(dict.fromkeys([*SPECIALS, *tokenizer.all_special_tokens]))  # no text may hold them
         c = config
         ids = (c.im_start_token_id, c.im_end_token_id, c.vision_start_token_id, c.vision_end_token_id, c.video_token_id)
         for name, expected in zip(MARKERS, ids, strict=True):
@@ -176,7 +176,13 @@ class PhotonProcessor:
         return math.prod(self.config.tokens_thw)
 
     def _ids(self, sample: Sample, for_training: bool, max_length: int | None = None) -> Tensor:
-        """Return int64[L] of one sample, a <|video_pad|> for every visual token."""
+        """Return int64[L] of one sample, a <|video_pad|> for every visual token. ValueError for special tokens."""
+        for message in sample.messages:
+            if special := [token for token in self.specials if token in message["content"]]:
+                raise ValueError(
+                    f"{sample.name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens "
+                    "to the template"
+                )
         text = self._text(
             [{**m, "content": m["content"].replace(VIDEO_TAG, VOLUME_TEXT)} for m in sample.messages], for_training
         )
@@ -271,15 +277,10 @@ def _sample(volumes: Sequence[Any], messages: Messages, name: str) -> Sample:
 
 
 def _check(messages: Sequence[Mapping[str, Any]], volumes: int, name: str) -> None:
-    """Raise ValueError where <video> tags and volumes do not match, or text is empty or holds special tokens."""
+    """Raise ValueError where <video> tags and volumes do not match, or text is empty."""
     if not messages:
         raise ValueError(f"{name}: expected at least one message, found none; add a question")
     for role, content in ((message["role"], message["content"]) for message in messages):
-        if special := [token for token in SPECIALS if token in content]:
-            raise ValueError(
-                f"{name}: expected plain text and <video>, found {', '.join(special)}; leave special tokens to the "
-                "template"
-            )
         if VIDEO_TAG in content and role != "user":
             raise ValueError(f"{name}: expected <video> in user turns only, found one in a {role} turn; remove it")
         if role == "user" and not content.replace(VIDEO_TAG, "").strip():
@@ -331,9 +332,3 @@ def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[T
     blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
     rows = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
     return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
-
-
-def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
-    """Return how many tokens there are to the end of the last volume, which rows may share; 0 for text alone."""
-    ends = (ids_L == config.vision_end_token_id).nonzero()
-    return int(ends[-1]) + 1 if len(ends) else 0

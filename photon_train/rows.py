@@ -101,6 +101,8 @@ def _train_row(row: Row, place: str) -> TrainRow:
         texts = [*videos, *(message[name] for message in messages for name in ("role", "content"))]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("videos, role or content is no text")
+        if row.get("images"):
+            raise TypeError("images, which Photon does not read")
     except (ValueError, KeyError, TypeError) as error:
         found = f"{str(row)[:80]!r} ({error!r}); see docs/manifests.md"
         raise UsageError(f"{place}: expected a row with messages and videos, found {found}") from None

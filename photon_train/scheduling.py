@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from photon_train.configuration_photon import Phase, PhotonConfig
 
 logger = logging.getLogger(__name__)
-
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
 
 
@@ -35,7 +34,7 @@ class SchedulingInputs(NamedTuple):
     phase: Phase
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
-    loss_scale: float = 1.0  # what the trainer multiplies the loss by
+    loss_scale_B: Tensor  # float32, what a row's own loss is multiplied by before gradients: trainer's factor and share
 
     @property
     def detached_B(self) -> Tensor:
@@ -78,6 +77,12 @@ class Scheduled(NamedTuple):
 def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
     """Return bool[B, L], True at the tokens that stand for a part of a volume."""
     return input_ids_BL == config.video_token_id
+
+
+def prefix_length(ids_L: Tensor, config: PhotonConfig) -> int:
+    """Return how many tokens there are to the end of the last volume, which rows may share; 0 for text alone."""
+    ends = (ids_L == config.vision_end_token_id).nonzero()
+    return int(ends[-1]) + 1 if len(ends) else 0
 
 
 def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
@@ -200,10 +205,7 @@ def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: Photo
     """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
     share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
     if patches_PX is None:
-        raise ValueError(
-            "scheduler 'foreground': expected pixel_values_videos, found volumes that "
-            "are encoded already; pass their patches too"
-        )
+        raise ValueError("foreground: expected pixel_values_videos, found encoded volumes; pass their patches too")
     patches_per_token = config.vision_config.spatial_merge_size**2
     share_P = (patches_PX > config.foreground_level).float().mean(1)
     return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))
@@ -341,35 +343,35 @@ def gather_of(mask_BL: Tensor) -> Gather:
 
 
 def prune(
-    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, config: PhotonConfig, loss_scale: float = 1.0
+    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, config: PhotonConfig, loss_scale_B: Tensor
 ) -> Tensor:
     """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
 
     Backwards, h gets the upstream gradient at kept positions and 0 at dropped ones; p gets `surrogate_gradient`.
     """
-    return _Prune.apply(h_BLD, p_BL, visual_BL, *kept, config, loss_scale)
+    return _Prune.apply(h_BLD, p_BL, visual_BL, *kept, loss_scale_B, config)
 
 
 class _Prune(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, *how: Any) -> Tensor:
-        index_BM, mask_BM, *ctx.constants = how
-        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, mask_BM)
+        index_BM, mask_BM, loss_scale_B, ctx.config = how
+        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, mask_BM, loss_scale_B)
         return Gather(index_BM, mask_BM)(h_BLD) * mask_BM[..., None]
 
     @staticmethod
     def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:
-        h_BLD, p_BL, visual_BL, index_BM, mask_BM = ctx.saved_tensors
+        h_BLD, p_BL, visual_BL, index_BM, mask_BM, loss_scale_B = ctx.saved_tensors
         index_BMD = index_BM[..., None].expand_as(g_BMD)
         grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * mask_BM[..., None])
         grad_p_BL = None
         if ctx.needs_input_grad[1]:
-            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, *ctx.constants)
+            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, ctx.config, loss_scale_B)
         return grad_h_BLD, grad_p_BL, None, None, None, None, None
 
 
 def surrogate_gradient(
-    x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, config: PhotonConfig, loss_scale: float
+    x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, config: PhotonConfig, loss_scale_B: Tensor
 ) -> Tensor:
     """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
 
@@ -377,12 +379,13 @@ def surrogate_gradient(
     Direction d = 0.5 - r, r = 0.5 + 0.5 tanh(z). Magnitude s = sum |x g| over its mean, clipped.
     Gradient = beta d s max(p (1 - p), floor).
 
-    Mean and sigma are those of the row. Where sigma is at its floor, the gradient depends on the size of the loss: so
-    `loss_scale`, which the loss was multiplied by, is taken out of g and put back at the end.
+    Mean and sigma are those of the row. Above sigma's floor the gradient does not depend on the size of the loss, and
+    at the floor it does: so `loss_scale_B`, by which the row's own loss was multiplied, is taken out of g and put back
+    at the end. Then K copies of a row together move p as far as the row alone. 0: the row has no loss.
     """
-    if loss_scale == 0:
-        return torch.zeros_like(p_BL)
-    xg_BLD = x_BLD.float() * (g_BLD.float() / loss_scale)
+    scale_B1 = loss_scale_B[:, None]
+    g_BLD = g_BLD.float() / torch.where(scale_B1 == 0, 1.0, scale_B1)[..., None]
+    xg_BLD = x_BLD.float() * g_BLD
     eta_BL = xg_BLD.sum(-1) * (-1.0 if config.sgp_strict else 1.0)
     mean_B1, sigma_B1 = mean_std(eta_BL, visual_BL)
     z_BL = (eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)
@@ -394,4 +397,4 @@ def surrogate_gradient(
     scale_BL = size_BL / mean_std(size_BL, visual_BL)[0].clamp_min(config.sgp_scale_floor)
     scale_BL = scale_BL.clamp(config.sgp_scale_min, config.sgp_scale_max)
     slope_BL = (p_BL * (1 - p_BL)).clamp_min(config.sgp_saturation_floor)
-    return (loss_scale * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)
+    return (scale_B1 * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from photon_data.masks import MaskJob, prepare_masks
 from photon_data.prepare_file import Job, prepare_file
+from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, record_of
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, is_safe
 from photon_data.readers.find import find_scans
-from photon_data.records import PRUNED, VolumeRecord, records_of
+from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_name
 from photon_data.scan import Source
-from photon_data.store import SUFFIX, store_name
 from photon_pipelines.masks import orphans as masks_alone
 
 

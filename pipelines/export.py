@@ -10,12 +10,12 @@ from typing import Any
 
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
-from photon_data.files import Location, from_jsonl
+from photon_data.files import Location
 from photon_data.json_text import from_json
 from photon_data.lock import exclusive
 from photon_data.questions.manifest import manifest_names
-from photon_data.records import read_records
-from photon_data.store import open_volume, store_name
+from photon_data.records import read_records, store_name
+from photon_data.store import open_volume
 
 # Records which store each exported file was made from. It is written about this often, and when an export ends: after a
 # kill, the volumes of this span are exported again.
@@ -83,8 +83,7 @@ def _read_index(target: Location) -> dict[str, str | None]:
 def _moved(out: Location, name: str, target: Location, suffix: str) -> list[dict[str, Any]]:
     """Return the rows of a manifest with the paths of the exported files; UsageError for rows that name no volume."""
     try:
-        rows = from_jsonl((out.read(name) or b"").decode())
-        return [{**row, "videos": [target.at(f"volumes/{row['volume_id']}{suffix}")]} for row in rows]
+        return [{**row, "videos": [target.at(f"volumes/{row['volume_id']}{suffix}")]} for row in out.rows(name)]
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{out.at(name)} is damaged: {error}; run photon-data prepare again") from None
 

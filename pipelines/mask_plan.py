@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from photon_data.errors import Refused, UsageError, unreadable
 from photon_data.mask_store import FOLDER
-from photon_data.masks import MaskJob, masks_there, prepare_masks
 from photon_data.prepare_file import Job
+from photon_data.prepare_masks import MaskJob, masks_there, prepare_masks
 from photon_data.readers.find import change_mark
 from photon_data.readers.mask_pattern import claimed_twice, common_words, masks_of, place_of
 from photon_data.recipe import Policy

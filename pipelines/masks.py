@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.files import Location
 from photon_data.mask_store import FOLDER, REMEDY, mask_store_name
-from photon_data.records import VolumeRecord
-from photon_data.store import SUFFIX, model_digest, read_metadata, store_name, verify_store
+from photon_data.records import SUFFIX, VolumeRecord, store_name
+from photon_data.store import model_digest, read_metadata, verify_store
 
 ROWS = "masks.jsonl"
 
@@ -16,7 +16,7 @@ ROWS = "masks.jsonl"
 def read_rows(out: Location) -> list[VolumeRecord]:
     """Return the rows of masks.jsonl, one for each volume whose masks were asked for; UsageError if damaged."""
     try:
-        return [VolumeRecord.from_json(row) for row in from_jsonl((out.read(ROWS) or b"").decode())]
+        return [VolumeRecord.from_json(row) for row in out.rows(ROWS)]
     except (ValueError, TypeError) as error:
         raise UsageError(f"{out.at(ROWS)} is damaged: {error}; remove it, and {REMEDY}") from None
 
@@ -28,7 +28,7 @@ def write_rows(out: Location, rows: Iterable[VolumeRecord]) -> None:
         if not row.is_there:
             out.remove(mask_store_name(row.id))
     if by_id:
-        out.write(ROWS, jsonl_bytes(row.row() for _, row in sorted(by_id.items())))
+        out.write_rows(ROWS, (row.row() for _, row in sorted(by_id.items())))
     else:
         out.remove(ROWS)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import PRUNED, VolumeRecord, read_records
+from photon_data.records import PRUNED, VolumeRecord, read_records, store_name
 from photon_data.scan import Source
-from photon_data.store import read_metadata, store_name
+from photon_data.store import read_metadata
 from photon_pipelines.request import Request
 
 
@@ -29,8 +29,9 @@ def ids_of_earlier_runs(request: Request) -> dict[str, str]:
 
 def refuse_lost_names(out: Location, records: Iterable[VolumeRecord]) -> None:
     """UsageError where rows hide names that are in no private file: nobody could tell whose ids they are."""
-    key = read_key(out)
-    if any(record.hidden and not (record.root and (key or not KEYED.search(record.id))) for record in records):
+    hidden = [record for record in records if record.hidden]
+    key = read_key(out) if hidden else None
+    if any(not (record.root and (key or not KEYED.search(record.id))) for record in hidden):
         expected = f"{private_folder(out)} with the key and the names of {out.url}"
         raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
 

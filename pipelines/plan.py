@@ -25,9 +25,9 @@ from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
-from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
+from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records, store_name
 from photon_data.scan import Source
-from photon_data.store import is_whole, read_metadata, store_name
+from photon_data.store import is_whole, read_metadata
 from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
 from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
@@ -165,8 +165,9 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         exclude=request.exclude,
         follow_links=request.follow_links,
     )
-    sources, masks = scans_alone(sources, request.masks)
-    ignored = ignored | ({MASKS: masks} if masks else {})
+    if request.masks:
+        sources, masks = scans_alone(sources, request.masks)
+        ignored = ignored | ({MASKS: masks} if masks else {})
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")

@@ -51,10 +51,11 @@ from photon_data.records import (
     differences,
     lock_of,
     read_records,
+    store_name,
     write_records,
 )
 from photon_data.report import render_report
-from photon_data.store import open_volume, store_name
+from photon_data.store import open_volume
 from photon_pipelines.child import children, run_isolated
 from photon_pipelines.cluster import Workers, execute
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
@@ -82,7 +83,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         damaged = unpack_all(pending(request.datasets, request.limit), out, callback.on_archive, callback.on_note)
     gathered = gather(request, callback)
     hidden = any(job.source.hidden for job in gathered.jobs)
-    found = find_masks(request, gathered.jobs)
+    found = find_masks(request, gathered.jobs) if request.with_masks else {}
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out) as hold:

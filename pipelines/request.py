@@ -15,9 +15,9 @@ from photon_data.hounsfield import HEADER
 from photon_data.json_text import from_json
 from photon_data.questions.splits import FRACTIONS
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import DATASET, VolumeRecord
+from photon_data.records import DATASET, VolumeRecord, store_name
 from photon_data.scan import MaskPattern
-from photon_data.store import WRITTEN, read_metadata, store_name
+from photon_data.store import WRITTEN, read_metadata
 from photon_data.store import grids_of as grids_in
 
 PATHS = ("absolute", "relative")
@@ -62,6 +62,11 @@ class Request:
     include: Sequence[str] = ()  # globs of what is looked at, and of what is not; see `find_scans`
     exclude: Sequence[str] = ()
     follow_links: bool = True
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether masks are asked for, of the folder's scans or of those of a data set."""
+        return self.masks is not None or any(entry.masks for entry in self.datasets)
 
 
 def paths_of(request: Request) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, digest_of, jsonl_rows
+from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import LOCK as RUN_LOCK
 from photon_data.mask_store import FOLDER as MASK_STORES
@@ -20,13 +20,15 @@ from photon_data.records import (
     DATASET_DIGEST,
     LOCK,
     ROW_DIGEST,
+    SUFFIX,
     VOLUMES,
     VolumeRecord,
     is_unfinished,
     read_records,
     records_of,
+    store_name,
 )
-from photon_data.store import SUFFIX, read_metadata, store_name, verify_store
+from photon_data.store import read_metadata, verify_store
 from photon_pipelines.masks import ROWS as MASK_ROWS
 from photon_pipelines.masks import verify_masks
 
@@ -105,7 +107,7 @@ def _verify_rows(
 ) -> Generator[str, None, list[VolumeRecord] | None]:
     """Return the records, None where volumes.jsonl cannot be read."""
     try:
-        rows, records = list(jsonl_rows(out.lines(VOLUMES), may_be_cut=is_unfinished(out))), read_records(out)
+        rows, records = list(out.rows(VOLUMES, may_be_cut=is_unfinished(out))), read_records(out)
     except (ValueError, RecursionError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{VOLUMES}: cannot be read ({error})"
         unchecked("which volumes there should be")
@@ -155,8 +157,8 @@ def _names(out: Location, folder: str) -> Generator[str, None, list[str]]:
 
 def _verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str]:
     try:
-        yield from _verify_digests(MASK_ROWS, list(jsonl_rows(out.lines(MASK_ROWS))))
         yield from verify_masks(out, records)
+        yield from _verify_digests(MASK_ROWS, list(out.rows(MASK_ROWS)))
     except (ValueError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{MASK_ROWS}: cannot be read ({error})"
 

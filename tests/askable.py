@@ -7,7 +7,8 @@ import numpy as np
 
 from photon_data.files import Location
 from photon_data.recipe import Recipe
-from photon_data.store import store_name, write_store
+from photon_data.records import store_name
+from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.answering.predictor import AnswerSettings, Predictor, load_predictor
 from photon_train.tiny import tiny

@@ -7,8 +7,8 @@ import pytest
 from raw import write_scan
 
 import photon_data
-from photon_data.masks import MaskJob, prepare_masks
 from photon_data.prepare_file import Job, prepare_file
+from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.readers.find import find_one_scan
 from photon_data.scan import MaskFile, Source
 

@@ -35,7 +35,7 @@ from photon_data.questions.table import read_table
 from photon_data.readers.dicom_header import read_planes
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
-from photon_data.store import store_name
+from photon_data.records import store_name
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 GOOD = ["a", "volumes/a.ome.zarr", "a..b", "é" * 127, "Müller 3", "-a", ".a", "con"]

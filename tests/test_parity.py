@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.modeling_photon import PhotonForConditionalGeneration, answer_losses, band_losses
+from photon_train.losses import answer_losses, band_losses
+from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import patchify
 from photon_train.scheduling import gather_of, prune, question_mask
 
@@ -222,7 +223,7 @@ def test_sgp_unit(golden: Golden, strict: bool, variant: str) -> None:
     kept = gather_of(e["presence_mask"])
     x, p = e["x"].requires_grad_(), e["p_full"].requires_grad_()
     visual_BL = e["presence_mask"] if variant == "_vmNone" else e["vision_mask"]
-    out = prune(x, p, visual_BL, kept, config)
+    out = prune(x, p, visual_BL, kept, config, torch.ones(len(x)))
     shift = [kept.index_BM.shape[1] - int(n) for n in kept.mask_BM.sum(1)]
     upstream = torch.stack([g.roll(s, 0) for g, s in zip(e["upstream_grad"], shift, strict=True)])
     out.backward(upstream * (1e-6 if variant == "_tiny" else 1.0))

@@ -13,7 +13,16 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Recipe
-from photon_data.store import OWN_DIGEST, _write_array, is_whole, own_digest, read_metadata, verify_store, write_store
+from photon_data.store import (
+    CHECKSUMS,
+    OWN_DIGEST,
+    _write_array,
+    is_whole,
+    own_digest,
+    read_metadata,
+    verify_store,
+    write_store,
+)
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
 IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}
@@ -38,7 +47,9 @@ def rewritten(store: Path, change=lambda ours: None, *, earlier=False):
     attributes = content["attributes"]
     del attributes["photon"][OWN_DIGEST]
     change(attributes["photon"])
-    if not earlier:
+    if earlier:
+        del attributes["photon"][CHECKSUMS]
+    else:
         attributes["photon"][OWN_DIGEST] = own_digest(attributes)
     root.write_text(json.dumps(content))
 

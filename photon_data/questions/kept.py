@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, from_jsonl, is_safe, jsonl_bytes, refuse_unsafe
+from photon_data.files import Location, is_safe, refuse_unsafe
 from photon_data.json_text import fields_of
 from photon_data.questions.manifest import EXTRA_COLUMNS, NO_CHOICES, digests, manifest_names
 from photon_data.questions.question import Question
@@ -29,7 +29,7 @@ def file_of(name: str) -> str:
 def keep_questions(out: Location, name: str, questions: Iterable[Question]) -> None:
     """Write the questions of a data set, whole."""
     rows = ({column: getattr(question, column) for column in Question.__slots__} for question in questions)
-    out.write(file_of(name), jsonl_bytes(rows))
+    out.write_rows(file_of(name), rows)
 
 
 def kept_questions(out: Location) -> dict[str, list[Question]]:
@@ -40,8 +40,7 @@ def kept_questions(out: Location) -> dict[str, list[Question]]:
     found = {}
     for name in _names(out):
         try:
-            rows = from_jsonl((out.read(file_of(name)) or b"").decode())
-            found[name] = [Question(**fields_of(Question, row)) for row in rows]
+            found[name] = [Question(**fields_of(Question, row)) for row in out.rows(file_of(name))]
         except ValueError as error:
             remedy = "bring it back, or remove it and prepare its data set again"
             raise UsageError(f"{out.at(file_of(name))} is damaged: {error}; {remedy}") from None
@@ -82,7 +81,7 @@ def _rows(out: Location) -> list[dict[str, Any]]:
     found = []
     for name in manifest_names(out):
         try:
-            rows = from_jsonl((out.read(name) or b"").decode())
+            rows = list(out.rows(name))
         except ValueError:  # it is written anew
             continue
         found += [row for row in rows if isinstance(row, dict)]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from photon_data.errors import UsageError
+from photon_data.json_text import from_json
 from photon_data.questions.table import read_text, read_values
+from photon_data.yaml_text import read_yaml, value_of
 
-TEXTS = (".json", ".yaml", ".yml")
+JSON, YAML = (".json",), (".yaml", ".yml")
 LARGEST_VALUE = 65535
 
 
@@ -40,12 +40,16 @@ def read_label_names(path: Path) -> dict[int, str]:
 
 
 def _pairs(path: Path) -> Iterator[tuple[Any, Any]]:
-    if path.suffix.lower() in TEXTS:
+    suffix = path.suffix.lower()
+    if suffix in (*JSON, *YAML):
         try:
-            content = yaml.safe_load(read_text(path, TEXTS))
-        except yaml.YAMLError as error:
-            found = getattr(error, "problem", error)
-            raise UsageError(f"--mask-labels: expected json or yaml in {path}, found: {found}") from None
+            content = (
+                read_yaml(path, YAML, value_of) if suffix in YAML else from_json(read_text(path, JSON), strict=True)
+            )
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(f"--mask-labels: expected JSON in {path}, found: {error}") from None
         content = content.get("labels", content) if isinstance(content, dict) else content
         if not isinstance(content, dict):
             raise UsageError(f"--mask-labels: expected values with names in {path}, found {content!r:.80}")
@@ -60,4 +64,5 @@ def _pairs(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _is_value(found: Any) -> bool:
     text = str(found).strip()
-    return not isinstance(found, bool) and text.isdecimal() and int(text) <= LARGEST_VALUE
+    is_short = len(text) <= 20  # Python refuses to read thousands of digits
+    return not isinstance(found, bool) and is_short and text.isdecimal() and int(text) <= LARGEST_VALUE

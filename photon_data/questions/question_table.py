@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError, name_hint, nearest_name
+from photon_data.json_text import from_json
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.questions.table import TAG, Problem, Table, TableRow, as_name, read_table, refuse
 
@@ -132,8 +133,8 @@ def _split_choices(text: str) -> Any:
     """Return the list that a text writes, or what else it writes as JSON; ValueError where it is neither."""
     if not text.startswith(("[", "(", "{")) or (text[0] != "[" and "|" in text):
         return [part.strip() for part in text.split("|") if part.strip()]
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
+    with contextlib.suppress(ValueError):
+        return from_json(text)
     try:
         parts = ast.literal_eval(text)
         tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]

@@ -153,13 +153,11 @@ def _refuse_private(masks: Iterable[MaskFile], source: Source, common: Collectio
             raise refusal("mask-names", "", "names of masks without a name of the scan", "one in some", remedy)
 
 
-def scans_alone(sources: Sequence[Source], pattern: MaskPattern | None) -> tuple[list[Source], int]:
+def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[Source], int]:
     """Return the sources without those that are masks of another one by the pattern, and how many these are.
 
     UsageError where two are masks of each other: which of them is the scan?
     """
-    if pattern is None:
-        return list(sources), 0
     by_file = {source.files[0]: source for source in sources if source.files}
     claims = {s.id: {by_file[p].id for p in mask_paths(pattern, s) if p in by_file} for s in sources if s.files}
     masks = {mask for scan, claimed in claims.items() for mask in claimed}

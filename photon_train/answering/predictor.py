@@ -32,9 +32,9 @@ from photon_train.checkpoint import loading
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.decoder import Prefix
 from photon_train.modeling_photon import PhotonForConditionalGeneration, peak_memory_mib
-from photon_train.processing_photon import PhotonProcessor, prefix_length
+from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, prefix_of
-from photon_train.scheduling import Scheduled, visual_mask
+from photon_train.scheduling import Scheduled, prefix_length, visual_mask
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -99,10 +99,6 @@ def _has_letter_v2(case: Case) -> bool:
     return parse_letter_v2(case.response) == case.letter
 
 
-def _has_the_letter(case: Case) -> bool:
-    return bool(case.letter) and f"{case.letter}." in case.response
-
-
 def _best_scored(case: Case) -> str:
     return max(case.choices, key=lambda text: case.prediction.choice_scores[text])
 

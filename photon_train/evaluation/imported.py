@@ -98,10 +98,9 @@ def _of_messages(row: TableRow) -> Result:
     if not is_sound or "response" not in values:
         raise ValueError("expected `response` and a list of `messages`, found other keys; is this another --format?")
     asked = [_text(one.get("content")) for one in messages if one.get("role") == "user"]
-    videos = values.get("videos") or values.get("images") or ()
-    paths = [
-        one.get("path") if isinstance(one, dict) else one for one in ([videos] if isinstance(videos, str) else videos)
-    ]
+    videos = values.get("videos") or values.get("images") or []
+    videos = videos if isinstance(videos, list) else [videos]
+    paths = [one.get("path") if isinstance(one, dict) else one for one in videos]
     label = values["labels"] if values.get("labels") is not None else values.get("label")
     texts = map(_text, (values.get("id"), asked[-1] if asked else "", values["response"], label))
     id, question, response, answer = texts

@@ -83,7 +83,6 @@ _TOKEN = re.compile(
     r"|[.,;:!?()\[\]{}\n|&]"
 )
 BREAKS = frozenset(".,;:!?()[]{}\n|&")
-_SENTENCE_ENDS = frozenset(".;!?\n|")
 
 
 class Token(NamedTuple):

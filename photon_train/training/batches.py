@@ -2,7 +2,7 @@
 
 A micro-batch is what settings call a group: one volume with some of its questions. An epoch has every row once.
 
-[a1 a2 a3 b1 c1 c2] (letter: volume), 2 questions per volume, 2 groups per step -> [a3 a1 | b1] [c2 c1 | a2]
+[a1 a2 a3 b1 c1 c2] (letter: volume), 2 questions per volume, 3 questions per step -> [a3 a1 | b1] [c2 c1 | a2]
 
 What is random in a micro-batch (perturbation, flips, augmentation) is drawn from the seed, the epoch and the number
 of the micro-batch. The number of workers or devices changes nothing, nor does a restart.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 import resource
 from collections import defaultdict
@@ -30,11 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from photon_data.questions.table import volume_id_of
 from photon_data.store import NIFTI, open_volume
-from photon_train.configuration_photon import PhotonConfig
+from photon_train.configuration_photon import IGNORED, PhotonConfig
 from photon_train.decoder import with_suffixes
-from photon_train.processing_photon import IGNORED, PhotonProcessor, prefix_length
+from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, TrainRow
-from photon_train.training.config import TrainConfig
+from photon_train.scheduling import prefix_length
+from photon_train.training.config import TrainConfig, worker_count
+from photon_train.training.interruption import read_on
 
 VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
 WINDOW = 32  # steps within which micro-batches of similar cost are brought together
@@ -47,41 +48,61 @@ class MicroBatch(NamedTuple):
 
     rows: tuple[int, ...]  # indices into the manifest's rows
     number: int  # within its epoch; seeds what is random
-    weight: float = 1.0  # of its loss: 4/3 where a last step has 3 micro-batches for 4 slots, and 0 for its filler
+    weight: float = 1.0  # of its loss: its share of the step, times the step's micro-batches; 0 for a filler
 
 
-def plan_epoch(
-    rows: Sequence[TrainRow], questions_per_volume: int, groups_per_step: int, seed: int, epoch: int
-) -> list[list[MicroBatch]]:
-    """Return the steps of an epoch, each of exactly `groups_per_step` micro-batches. Every row is in one.
+def plan_epoch(rows: Sequence[TrainRow], config: TrainConfig, epoch: int, processes: int = 1) -> list[list[MicroBatch]]:
+    """Return the steps of an epoch, each with a multiple of `processes` micro-batches. Every row is in one.
+
+    A step has about `questions_per_step` questions, or `groups_per_step` micro-batches: the epoch is cut into steps of
+    as equal size as whole micro-batches allow. How many processes there are changes no step but for fillers.
 
     Micro-batches of similar cost share a step, so that devices do not wait for each other. Which ones do, and in what
     order they come, is drawn from the seed and the epoch. Costs are compared coarsely: sorted by exact length,
     volumes with the answer "yes" would be in one step and those with "no" in another, and a model would learn
-    neither. The last step is filled up with micro-batches of weight 0, which repeat its last one.
+    neither. A step is filled up with micro-batches of weight 0, which repeat its last one.
     """
-    rng = random.Random(f"{seed} {epoch}")
-    groups = group_rows(rows, questions_per_volume, rng)
+    rng = random.Random(f"{config.seed} {epoch}")
+    groups = group_rows(rows, config.group_size, rng)
     rng.shuffle(groups)
-    steps, size = [], WINDOW * groups_per_step
-    for at in range(0, len(groups), size):
+    count = _steps_of(groups, config)
+    ordered, window = [], WINDOW * -(-len(groups) // count)
+    for at in range(0, len(groups), window):
         offset = rng.random()  # so that no two lengths are told apart in every epoch
-        costs = {group: math.floor(math.log(cost(rows, group), SIMILAR) + offset) for group in groups[at : at + size]}
-        alike = sorted(costs, key=costs.__getitem__)
-        window = [alike[i : i + groups_per_step] for i in range(0, len(alike), groups_per_step)]
-        rng.shuffle(window)
-        steps += window
-    steps.sort(key=len, reverse=True)  # stable: the short one goes last
+        costs = {group: math.floor(math.log(cost(rows, group), SIMILAR) + offset) for group in groups[at : at + window]}
+        ordered += sorted(costs, key=costs.__getitem__)
+    steps: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
+    total, before = sum(_size(group, config) for group in groups), 0
+    for group in ordered:  # goes where its middle is
+        size = _size(group, config)
+        steps[(2 * before + size) * count // (2 * total)].append(group)
+        before += size
     plan, numbers = [], itertools.count()
-    for step in steps:
-        own = [MicroBatch(group, next(numbers), groups_per_step / len(step)) for group in step]
-        plan.append(own + [own[-1]._replace(weight=0.0)] * (groups_per_step - len(own)))
+    for at in range(0, count, WINDOW):
+        near = steps[at : at + WINDOW]
+        rng.shuffle(near)
+        for step in near:
+            slots, size = -(-len(step) // processes) * processes, sum(_size(group, config) for group in step)
+            own = [MicroBatch(group, next(numbers), slots * _size(group, config) / size) for group in step]
+            plan.append(own + [own[-1]._replace(weight=0.0)] * (slots - len(own)))
     return plan
 
 
-def steps_per_epoch(rows: Sequence[TrainRow], questions_per_volume: int, groups_per_step: int) -> int:
+def steps_per_epoch(rows: Sequence[TrainRow], config: TrainConfig) -> int:
     """Return the number of steps of any epoch."""
-    return -(-len(group_rows(rows, questions_per_volume)) // groups_per_step)
+    return _steps_of(group_rows(rows, config.group_size), config)
+
+
+def _steps_of(groups: Sequence[tuple[int, ...]], config: TrainConfig) -> int:
+    """Return how many steps the groups make: so few that each has one, though the groups are of different sizes."""
+    sizes = [_size(group, config) for group in groups]
+    wanted = -(-sum(sizes) // (config.groups_per_step or config.questions_per_step))
+    return max(1, min(wanted, sum(sizes) // max(sizes)))
+
+
+def _size(group: tuple[int, ...], config: TrainConfig) -> int:
+    """Return what a group counts in its step, and in the step's loss."""
+    return 1 if config.groups_per_step else len(group)
 
 
 def group_rows(
@@ -311,14 +332,12 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
 
     OSError when the workers cannot go on: one was killed, or there are too few open files for them.
     """
-    workers = dataset.config.workers
-    if workers < 0:  # up to 8 of the CPUs that the compute leaves over
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(min((os.cpu_count() or 1) // processes - 1, 8), 1)
+    workers = worker_count(dataset.config)
     ahead = dataset.config.prefetch if workers else None
     pinned = device.type == "cuda"
     try:
-        yield from DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, pin_memory=pinned)
+        options: dict[str, Any] = {"prefetch_factor": ahead, "pin_memory": pinned, "worker_init_fn": read_on}
+        yield from DataLoader(dataset, None, num_workers=workers, **options)
     except (RuntimeError, OSError) as error:  # of torch: a row that cannot be read is a batch with an error
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         first = str(error).partition(". ")[0]

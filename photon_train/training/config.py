@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +27,12 @@ class TrainConfig:
     eval: tuple[str, ...] = ()  # manifests to evaluate on, after `eval_every` steps and at the end
     output: str = ""  # the run's folder
 
+    # Curriculum of stage 2: questions seen before tokens are weighted, dropped, and some rows flipped. 0: what
+    # photon.soft_start, hard_start and flip_start say (steps, or shares of the run). Those win where they are given.
+    soft_after: int = 0
+    hard_after: int = 0
+    flip_after: int = 0
+
     # Learning rate of each module at its peak; 0 freezes it.
     lr_patch_embedding: float = 1e-5
     lr_vision: float = 5e-6
@@ -36,7 +43,8 @@ class TrainConfig:
     lora_rank: int = 0  # above 0: train low-rank updates of the language model's linear layers, not its weights
     lora_alpha: int = 16
 
-    groups_per_step: int = 2  # over all devices and accumulation steps together
+    questions_per_step: int = 16  # over all devices and accumulation steps together
+    groups_per_step: int = 0  # above 0: a step is so many volumes with their questions, however many these are
     questions_per_volume: int = 8  # at most this many share one encoding of their volume
     share_prefix: bool = True  # False: encode the volume for every question anew (same loss, for comparison)
     epochs: int = 3
@@ -85,6 +93,22 @@ class TrainConfig:
             raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, known)}")
 
     @property
+    def group_size(self) -> int:
+        """How many questions a group has at most: never more than a step."""
+        return (
+            self.questions_per_volume
+            if self.groups_per_step
+            else min(self.questions_per_volume, self.questions_per_step)
+        )
+
+    @property
+    def step_size(self) -> str:
+        """What a step consists of, in words."""
+        if self.groups_per_step:
+            return f"{self.groups_per_step} volumes with up to {self.questions_per_volume} questions"
+        return f"about {self.questions_per_step} questions, up to {self.group_size} of a volume"
+
+    @property
     def learning_rates(self) -> dict[str, float]:
         """Peak learning rate of each module, by its name in `setup.MODULES`."""
         return {f.name.removeprefix("lr_"): getattr(self, f.name) for f in fields(self) if f.name.startswith("lr_")}
@@ -105,10 +129,17 @@ CHOICES = {
 LEAST = {
     "workers": -1,
     **dict.fromkeys(("lora_rank", "max_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm", "seed"), 0),
+    **dict.fromkeys(("groups_per_step", "soft_after", "hard_after", "flip_after"), 0),
     **{f.name: 0 for f in fields(TrainConfig) if f.name.startswith("lr_")},
-    **dict.fromkeys(("groups_per_step", "questions_per_volume", "epochs", "max_length"), 1),
+    **dict.fromkeys(("questions_per_step", "questions_per_volume", "epochs", "max_length"), 1),
     **dict.fromkeys(("keep_checkpoints", "prefetch"), 1),
 }
+
+
+def worker_count(config: TrainConfig) -> int:
+    """Return how many processes read for each process that trains: up to 8 of the CPUs that the compute leaves over."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return config.workers if config.workers >= 0 else max(min(len(os.sched_getaffinity(0)) // processes - 1, 8), 1)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -176,7 +207,7 @@ def s1() -> TrainConfig:
         lr_merger=0.0,
         lr_language_model=0.0,
         lr_threshold=0.0,
-        groups_per_step=32,
+        questions_per_step=32,
     )
 
 
@@ -189,17 +220,17 @@ def s1c() -> TrainConfig:
         lr_vision=5e-6,
         lr_merger=5e-6,
         lr_language_model=1e-5,
-        groups_per_step=16,
+        questions_per_step=16,
     )
 
 
 def s2() -> TrainConfig:
     """Return stage 2 as published: everything, from stage 1, with token scheduling.
 
-    The authors count the curriculum in forward passes (4000, 8000, 9000) of which two make an optimizer step.
+    The authors count the curriculum in forward passes (4000, 8000, 9000), each of one question on each of 8 devices.
+    Two of them make an optimizer step: of 16 questions, as here.
     """
-    curriculum = {"soft_start": 2000, "hard_start": 4000, "flip_start": 4500}
-    return replace(s1c(), stage="s2", lr_threshold=1e-5, photon=curriculum)
+    return replace(s1c(), stage="s2", lr_threshold=1e-5, soft_after=32_000, hard_after=64_000, flip_after=72_000)
 
 
 def tiny_s1() -> TrainConfig:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from photon_data.errors import UsageError, first_few
 from photon_data.files import is_safe
 from photon_train.decoder import PhotonDecoderLayer
-from photon_train.kept_tokens import MaskHome, counted_by_volume
+from photon_train.kept_tokens import MaskFolder, counted_by_volume
 from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment, gather_of, question_mask, visual_mask
 from photon_train.training.batches import Batch
@@ -52,7 +52,7 @@ def mask_shares(
     `folder` is a prepared one with masks, or holds a folder of masks for each volume id. Rows that name no mask, rows
     of several volumes, and rows whose masks are missing or empty are left out. UsageError where that leaves no volume.
     """
-    home = MaskHome(folder)
+    home = MaskFolder(folder)
     named = [row for row in rows if row.organ_masks and len(row.videos) == 1 and is_safe(row.volume_id)]
     has = {id: home.has(id) for id in {row.volume_id for row in named}}
     named = [row for row in named if has[row.volume_id]]

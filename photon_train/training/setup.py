@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,11 +38,13 @@ from photon_train.checkpoint import (
     read_state,
     remove_leftovers,
 )
+from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
-from photon_train.training.batches import Batch, steps_per_epoch
+from photon_train.training.batches import Batch, group_rows, steps_per_epoch
 from photon_train.training.config import TrainConfig, with_values
+from photon_train.training.row_check import rows_with_texts
 
 CONFIG = "config.json"
 # What may change when a run goes on: settings that no step depends on.
@@ -85,6 +88,14 @@ class Run:
         return self.processor.config.scheduler == "its"
 
     @property
+    def curriculum(self) -> str:
+        """The steps in which the phases of stage 2 start, in words; "" for a run without phases."""
+        if not self.schedules:
+            return ""
+        soft, hard, flip = phase_starts(self.processor.config, self.total_steps).values()
+        return f"curriculum: soft from step {soft}, hard from {hard}, flip from {flip}, of {self.total_steps}"
+
+    @property
     def folder(self) -> Path:
         """Where the run's files go."""
         return Path(self.config.output)
@@ -93,17 +104,21 @@ class Run:
 def start(
     config: TrainConfig,
     *,
-    resume: bool,
+    resume: bool | Literal["auto"],
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: LossFactory | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
+    `resume` goes on with the run in `config.output`, from its last checkpoint; "auto" begins one where there is none.
     `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds a run; go on with it with --resume, or choose another output")
+    if resume is True and not (folder / CONFIG).exists():
+        remedy = "check --output; to begin a run leave --resume out, or say --resume auto to do either"
+        raise UsageError(f"expected a run to go on with, found none in {folder}; {remedy}")
     if bool(config.grounding) != (grounding is not None):
         remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
         raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
@@ -116,6 +131,8 @@ def start(
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
     model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
+    rows = rows_with_texts(rows, processor, config, accelerator)
+    eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
     text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
     state["rows"] = hashlib.sha256(text.encode()).hexdigest()
@@ -127,8 +144,11 @@ def start(
     added = grounding(model, rows) if grounding else None
 
     choose_trained(model, config)
-    steps = steps_per_epoch(rows, config.questions_per_volume, config.groups_per_step) * config.epochs
-    total_steps = min(steps, config.max_steps) if config.max_steps else steps
+    steps = steps_per_epoch(rows, config)
+    check_shares(config, rows, steps, accelerator.num_processes)
+    total_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
+    if config.stage == "s2":
+        set_curriculum(processor.config, config, len(rows) / steps, total_steps)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=1.0, betas=(0.9, config.adam_beta2))
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -136,18 +156,24 @@ def start(
         load_optimizer_state(last, model, accelerator.unwrap_model(model), optimizer.optimizer)
     if accelerator.is_main_process:
         Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
-        accelerator.init_trackers("photon", init_kwargs={})
+        redone = {"tensorboard": {"purge_step": state["step"] + 1}} if last else {}  # steps that a killed run made
+        accelerator.init_trackers("photon", init_kwargs=redone)
     return Run(config, accelerator, model, optimizer, processor, rows, eval_rows, total_steps, state, callback, added)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up.
 
-    UsageError for processes that cannot share the groups of a step evenly, for FSDP 1 and for DeepSpeed.
+    UsageError for processes that cannot share the groups of a step evenly, for trackers that are not installed, for
+    FSDP 1 and for DeepSpeed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         remedy = "launch with torchrun, or with `distributed_type: FSDP` and `fsdp_version: 2` to share the weights"
         raise UsageError(f"expected DDP or FSDP2, found DeepSpeed; {remedy}")
+    installed = [str(name.value) for name in get_available_trackers()]
+    if missing := [name for name in config.track if name not in installed]:
+        found = f"found {missing[0]}; install it, or leave it out"
+        raise UsageError(f"track: expected trackers that are installed ({', '.join(installed)}), {found}")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives separate runs of one process each
         mixed_precision="bf16" if config.precision == "bf16" else "no",
@@ -183,6 +209,34 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         raise UsageError(f"groups_per_step: expected a multiple of the {processes} processes, {found}")
 
 
+def check_shares(config: TrainConfig, rows: Sequence[TrainRow], steps: int, processes: int) -> None:
+    """UsageError when the groups of most steps are too few for this many processes."""
+    groups = len(group_rows(rows, config.group_size))
+    if groups < steps * processes and not config.groups_per_step:
+        fitting = config.questions_per_step // processes
+        remedy = f"set questions_per_volume={fitting}" if fitting else f"set questions_per_step={processes} or more"
+        found = f"found {groups} in {steps} steps of {config.questions_per_step} questions; {remedy}"
+        raise UsageError(f"expected in every step a group for each of the {processes} processes, {found}")
+
+
+def set_curriculum(photon: PhotonConfig, config: TrainConfig, questions_per_step: float, total_steps: int) -> None:
+    """Set the steps in which phases start, from numbers of questions. UsageError where tokens would never be dropped.
+
+    A start that `config.photon` gives stays as it is.
+    """
+    for phase in ("soft", "hard", "flip"):
+        after = getattr(config, f"{phase}_after")
+        if after and f"{phase}_start" not in config.photon:
+            setattr(photon, f"{phase}_start", round(after / questions_per_step))
+    soft, hard, flip = phase_starts(photon, total_steps).values()
+    found = f"found soft from step {soft}, hard from {hard}, flip from {flip}, of {total_steps}"
+    if not soft <= hard <= flip:
+        raise UsageError(f"expected phases in the order soft, hard, flip, {found}; change photon.*_start or *_after")
+    if photon.scheduler == "its" and hard >= total_steps:
+        remedy = "set shares of the run: photon.soft_start=0.1, photon.hard_start=0.2, photon.flip_start=0.3"
+        raise UsageError(f"expected a run that drops tokens before it ends, {found}; {remedy}, or train for longer")
+
+
 def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple[Any, PhotonProcessor]:
     """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one.
 
@@ -206,17 +260,22 @@ def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple
             **options,
         )
         processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
-    model.config.use_cache = False
     _set_gradient_checkpointing(model.model.language_model, config.gradient_checkpointing)
     _set_gradient_checkpointing(model.model.visual, config.vision_gradient_checkpointing)
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model  # an extra
 
-        layers = r".*language_model\.layers\..*_proj"
+        layers = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # not the scheduler's pos_proj
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers)
         model = get_peft_model(model, lora)
     if adapter:
-        model.load_state_dict(load_file(adapter), strict=False)
+        choose_trained(model, config)
+        weights = load_file(adapter)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if odd := sorted(wanted ^ weights.keys()):
+            found = f"found {len(odd)} missing or unexpected, such as {odd[0]}"
+            raise UsageError(f"{adapter}: expected the {len(wanted)} weights that are trained, {found}")
+        model.load_state_dict(weights, strict=False)  # what is not trained is not in it
     return model, processor
 
 

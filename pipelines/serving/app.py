@@ -24,7 +24,7 @@ from photon_data.export import nifti_header
 from photon_data.files import NO_SPACE
 from photon_data.store import open_volume
 from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
-from photon_pipelines.serving.chat import ChatRequest, Completion, question_of, read_chat
+from photon_pipelines.serving.chat import Completion, question_of, read_chat
 from photon_pipelines.serving.figures import Figures
 from photon_pipelines.serving.gate import ApiError, Gate
 from photon_pipelines.serving.page import Page
@@ -48,7 +48,7 @@ Draw = Callable[[Path, Stored, np.ndarray, np.ndarray, str], None]
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServerSettings:
     """What the server is told."""
 
     model: str  # its name for clients
@@ -66,8 +66,8 @@ class _Kept(NamedTuple):
 class Server:
     """The engine and the volumes behind the routes, and the answers whose kept tokens can be looked at."""
 
-    def __init__(self, engine: Engine, volumes: Volumes, draw: Draw, serving: Serving) -> None:
-        self.engine, self.volumes, self.draw, self.serving = engine, volumes, draw, serving
+    def __init__(self, engine: Engine, volumes: Volumes, draw: Draw, settings: ServerSettings) -> None:
+        self.engine, self.volumes, self.draw, self.settings = engine, volumes, draw, settings
         self.kept: OrderedDict[str, _Kept] = OrderedDict()
         self.uploading = 0
         self.files, self.preparing = asyncio.Semaphore(FILES_AT_ONCE), asyncio.Lock()
@@ -100,7 +100,7 @@ class Server:
             app.add_exception_handler(kind, _error)
         limits = self.volumes.intake.limits
         # Of an upload, what stands between its files is not much.
-        return Gate(app, self.serving.key, MAX_BODY, limits.bytes + limits.files * 1024, self.figures.on_response)
+        return Gate(app, self.settings.key, MAX_BODY, limits.bytes + limits.files * 1024, self.figures.on_response)
 
     # What is there
 
@@ -127,12 +127,12 @@ class Server:
 
     async def one_model(self, name: str) -> Response:
         """Return the model of that name."""
-        if name != self.serving.model:
+        if name != self.settings.model:
             raise ApiError(404, "expected the name of the model, found another; /v1/models lists it", "model_not_found")
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self.serving.model, "object": "model", "created": 0, "owned_by": "photon"}
+        return {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "photon"}
 
     # Volumes
 
@@ -233,37 +233,41 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """Return the answer to a conversation, or a stream of events with it."""
-        chat = read_chat(await request.body(), self.serving.model)
-        asking, first = await self.ask(chat, request)
+        completion, asking, first = await self._ask(await request.body(), request)
         if first is None:
             return Response(status_code=CLIENT_GONE)
-        if isinstance(first, Answer) and not chat.stream:
-            return JSONResponse(asking.completion.whole(first))
-        return EventStream(self._events(asking, first), asking.ticket)
+        if isinstance(first, Answer) and not completion.question.streams:
+            return JSONResponse(completion.whole(first))
+        return EventStream(self._events(completion, asking, first), asking.ticket)
 
-    async def ask(self, chat: ChatRequest, request: Request) -> tuple[Asking, Piece | Answer | None]:
-        """Return a conversation that was submitted and its first event, None where the client has gone; ApiError."""
+    async def answer(self, body: bytes, request: Request) -> dict[str, Any] | None:
+        """Return the answer to a conversation that does not stream; None where the client has gone; ApiError."""
+        completion, _, first = await self._ask(body, request)
+        return completion.whole(first) if isinstance(first, Answer) else None
+
+    async def _ask(self, body: bytes, request: Request) -> tuple[Completion, Asking, Piece | Answer | None]:
+        """Submit a conversation; return what responds to it and its first event, None where the client has gone."""
+        chat = read_chat(body, self.settings.model)
         question, volumes = await asyncio.to_thread(question_of, chat, self.volumes.find)
         wants_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-        completion = Completion(self.serving.model, question, volumes, wants_usage)
-        asking = submit(self.engine, completion, self.serving.timeout_s)
+        completion = Completion(self.settings.model, question, volumes, wants_usage)
+        asking = submit(self.engine, question, self.settings.timeout_s)
         first = await asking.first(request)
         if isinstance(first, Failure):
             raise failed(first)
         if isinstance(first, Answer):
-            self.remember(asking, first)
-        return asking, first
+            self._remember(completion, asking, first)
+        return completion, asking, first
 
-    def remember(self, asking: Asking, answer: Answer) -> None:
+    def _remember(self, completion: Completion, asking: Asking, answer: Answer) -> None:
         """Keep what was kept for an answer, for a while."""
-        volumes = tuple(volume.id for volume in asking.completion.volumes)
+        volumes = tuple(volume.id for volume in completion.volumes)
         if volumes and len(answer.keep_V):
-            self.kept[asking.completion.id] = _Kept(volumes, answer.keep_V, answer.saliency_V, asking.title)
+            self.kept[completion.id] = _Kept(volumes, answer.keep_V, answer.saliency_V, asking.title)
             while len(self.kept) > MAX_KEPT:
                 self.kept.popitem(last=False)
 
-    async def _events(self, asking: Asking, event: Event) -> AsyncIterator[bytes]:
-        completion = asking.completion
+    async def _events(self, completion: Completion, asking: Asking, event: Event) -> AsyncIterator[bytes]:
         for each in completion.begin():
             yield each
         while isinstance(event, Piece):
@@ -276,7 +280,7 @@ class Server:
         if isinstance(event, Failure):
             yield b"data: " + failed(event).body() + b"\n\n"
             return
-        self.remember(asking, event)
+        self._remember(completion, asking, event)
         for each in completion.end(event):
             yield each
 

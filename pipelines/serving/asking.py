@@ -11,25 +11,24 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from photon_data.questions.table import VIDEO_TAG
-from photon_pipelines.serving.chat import Completion
 from photon_pipelines.serving.gate import ApiError
-from photon_train.serving.question import Answer, Asked, Busy, Closing, Engine, Failure, Piece
+from photon_train.serving.question import Answer, Asked, Busy, Closing, Engine, Failure, Piece, Question
 
 Event = Piece | Answer | Failure
 
 
-def submit(engine: Engine, completion: Completion, timeout_s: float) -> Asking:
-    """Queue the question of a completion; ApiError where that cannot be."""
+def submit(engine: Engine, question: Question, timeout_s: float) -> Asking:
+    """Queue a question; ApiError where that cannot be."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
     try:
-        ticket = engine.submit(completion.question, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        ticket = engine.submit(question, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
     except Busy as busy:
         raise ApiError(429, str(busy), "busy", retry_after=str(busy.retry_after_s)) from None
     except Closing as closing:
         raise ApiError(503, str(closing), "closing", retry_after="5") from None
     except ValueError as error:
         raise ApiError(400, str(error).removeprefix("q1: "), "invalid_request") from None
-    return Asking(ticket, completion, events, loop.time() + timeout_s)
+    return Asking(ticket, question, events, loop.time() + timeout_s)
 
 
 def failed(failure: Failure) -> ApiError:
@@ -42,14 +41,14 @@ class Asking:
     """A question that was submitted, and its events."""
 
     ticket: Asked
-    completion: Completion
+    question: Question
     events: asyncio.Queue[Event]
     deadline_s: float
 
     @property
     def title(self) -> str:
         """The question in words."""
-        text: str = self.completion.question.row["messages"][-1]["content"]
+        text: str = self.question.row["messages"][-1]["content"]
         return text.replace(VIDEO_TAG, "").strip()
 
     async def next(self) -> Event:

@@ -15,11 +15,8 @@ from fastapi.responses import RedirectResponse, Response
 
 from photon_data.errors import Refused
 from photon_data.report.page import render
-from photon_pipelines.serving.asking import Asking
-from photon_pipelines.serving.chat import ChatRequest, read_chat
 from photon_pipelines.serving.gate import ApiError
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
-from photon_train.serving.question import Answer, Piece
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -36,13 +33,13 @@ class Behind(Protocol):
     """What the page needs of the server."""
 
     volumes: Volumes
-    serving: Any
+    settings: Any
 
     async def take_in(self, request: Request) -> Stored:
         """Return the volume that an upload has become."""
 
-    async def ask(self, chat: ChatRequest, request: Request) -> tuple[Asking, Piece | Answer | None]:
-        """Return a conversation and its answer."""
+    async def answer(self, body: bytes, request: Request) -> dict[str, Any] | None:
+        """Return the answer to a conversation; None where the client has gone."""
 
 
 class Page:
@@ -69,16 +66,14 @@ class Page:
         chosen, question = form.get("volume", ""), form.get("question", "")
         shown = {"chosen": chosen, "question": question}
         parts = [{"type": "volume", "volume": chosen}, {"type": "text", "text": question}]
-        body = {"model": self.server.serving.model, "messages": [{"role": "user", "content": parts}]}
+        body = {"model": self.server.settings.model, "messages": [{"role": "user", "content": parts}]}
         try:
-            chat = read_chat(json.dumps(body).encode(), self.server.serving.model)
-            asking, answer = await self.server.ask(chat, request)
+            answer = await self.server.answer(json.dumps(body).encode(), request)
         except (UnknownVolume, ApiError) as error:
             return self._page({**shown, "problem": str(error)}, getattr(error, "status", 404))
-        if not isinstance(answer, Answer):
+        if answer is None:
             return Response(status_code=499)
-        whole = asking.completion.whole(answer)
-        more = {"answer": whole["choices"][0]["message"]["content"], **whole["photon"]}
+        more = {"answer": answer["choices"][0]["message"]["content"], **answer["photon"]}
         return self._page({**shown, **more})
 
     def _page(self, values: Mapping[str, Any], status: int = 200) -> Response:
@@ -91,6 +86,6 @@ class Page:
             "kept": [],
             "kept_tokens": 0,
         }
-        about = {"model": self.server.serving.model, "volumes": ids[:SHOWN], "more": max(0, len(ids) - SHOWN)}
+        about = {"model": self.server.settings.model, "volumes": ids[:SHOWN], "more": max(0, len(ids) - SHOWN)}
         content = render(TEMPLATE, {**usual, "visual_tokens": 0, "style": STYLE, **about, **values}, {})
         return Response(content, status, {"content-security-policy": POLICY}, "text/html; charset=utf-8")

@@ -17,8 +17,8 @@ from photon_data.errors import Refused, UsageError, refusal
 from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_data.recipe import Policy, Recipe
-from photon_data.records import PREPARED, records_of
-from photon_data.store import GRIDS, SHARD, SUFFIX, read_metadata, store_name
+from photon_data.records import PREPARED, SUFFIX, records_of, store_name
+from photon_data.store import GRIDS, SHARD, read_metadata
 from photon_data.volume import Geometry
 from photon_pipelines.serving.upload import Limits
 

@@ -9,9 +9,9 @@ import SimpleITK as sitk
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.mask_store import Label, Masks, open_masks
-from photon_data.masks import MaskJob, prepare_masks
 from photon_data.phantom import make_phantoms
 from photon_data.prepare_file import Job, prepare_file
+from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.resample import model_grid
@@ -19,7 +19,7 @@ from photon_data.scan import MaskPattern
 from photon_data.volume import Geometry
 from photon_pipelines.mask_plan import find_masks, plan_masks
 from photon_pipelines.request import Request
-from photon_train.kept_tokens import MaskHome, counted_by_volume, counted_masks, counted_stored_masks
+from photon_train.kept_tokens import MaskFolder, counted_by_volume, counted_masks, counted_stored_masks
 from photon_train.rows import TrainRow
 from photon_train.training.grounding import mask_shares
 
@@ -97,7 +97,7 @@ def test_stored_masks_agree_with_their_files(prepared):
 
 def test_a_prepared_folder_stands_in_for_a_folder_of_files(prepared):
     root, out, stores = prepared
-    files, store = MaskHome(root / "masks"), MaskHome(out)
+    files, store = MaskFolder(root / "masks"), MaskFolder(out)
     assert (files.is_prepared, store.is_prepared) == (False, True)
     assert all(home.has(id) for home in (files, store) for id in stores)
     assert not store.has("stranger")
@@ -118,10 +118,10 @@ def test_masks_of_another_volume_are_not_read_for_this_one(prepared, tmp_path):
     scan = next(source for source in find_scans(out.parent / "scans").sources if source.id == id)
     record = prepare_file(Job(scan, str(tmp_path), other))
     elsewhere = {id: str(tmp_path / record.store)}
-    found = counted_by_volume(MaskHome(out), elsewhere, TOKENS_ZYX)
+    found = counted_by_volume(MaskFolder(out), elsewhere, TOKENS_ZYX)
     assert found.masks == {}
     assert "as it is in" in found.unread[id]
     with pytest.raises(UsageError, match="as it is in"):
         mask_shares([TrainRow(id, (elsewhere[id],), [], (), id, ("liver",))], out, TOKENS_ZYX)
     with pytest.raises(UsageError, match="expected a store, found a raw scan"):
-        MaskHome(out).stored("", TOKENS_ZYX)
+        MaskFolder(out).stored("", TOKENS_ZYX)

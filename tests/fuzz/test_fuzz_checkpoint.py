@@ -1,4 +1,4 @@
-"""A model's folder from elsewhere with a damaged file: it loads as it was, or is refused in a sentence."""
+"""A model's folder with a damaged file is refused; without digests.json, as of a stranger, it loads or is refused."""
 
 import json
 import shutil
@@ -33,8 +33,10 @@ def _load(folder):
 
 
 @budget(25)
-@given(st.data(), st.sampled_from(FILES))
-def test_a_model_with_a_damaged_file_loads_or_is_refused(whole, tmp_path, data, name):
+@given(st.data(), st.sampled_from(FILES), st.booleans())
+def test_a_model_with_a_damaged_file_is_refused_where_digests_tell_and_else_loads_or_is_refused(
+    whole, tmp_path, data, name, has_digests
+):
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
@@ -43,8 +45,11 @@ def test_a_model_with_a_damaged_file_loads_or_is_refused(whole, tmp_path, data, 
     content = (folder / name).read_bytes()
     is_small_json = name.endswith("json") and name != "tokenizer.json"
     drawn = damaged_json(json.loads(content)) if is_small_json else damaged_bytes(content, within=3000)
-    (folder / name).write_bytes(data.draw(drawn))
-    _load(folder)
+    (folder / name).write_bytes(damaged := data.draw(drawn))
+    if not has_digests:
+        (folder / "digests.json").unlink()
+    loaded = _load(folder)
+    assert not (has_digests and loaded and damaged != content)
 
 
 def test_a_chat_template_that_does_not_end_is_refused(whole, tmp_path, monkeypatch):

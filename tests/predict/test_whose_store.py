@@ -6,12 +6,13 @@ from askable import blocks, predictor, row, store
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.recipe import Recipe
-from photon_data.store import store_name, write_store
+from photon_data.records import store_name
+from photon_data.store import write_store
 from photon_data.volume import Prepared
 from photon_train.answering.manifest import predict_rows
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.scan import open_input
-from photon_train.kept_tokens import MaskHome, counted_by_volume
+from photon_train.kept_tokens import MaskFolder, counted_by_volume
 from photon_train.rows import TrainRow, prefix_of, rows_with_stores
 from photon_train.training.batches import volume_id_of
 
@@ -70,5 +71,5 @@ def test_what_is_shown_and_counted_is_of_the_volume_that_is_named(tmp_path, swap
         open_input(swapped[0], Recipe(), id="v0")
     assert open_input(swapped[0], Recipe()).id == "v1"
     (tmp_path / "masks" / "v0").mkdir(parents=True)
-    found = counted_by_volume(MaskHome(tmp_path / "masks"), {"v0": swapped[0]}, (5, 5, 5))
+    found = counted_by_volume(MaskFolder(tmp_path / "masks"), {"v0": swapped[0]}, (5, 5, 5))
     assert "expected the store of v0, found that of v1" in found.unread["v0"]

@@ -10,10 +10,9 @@ from live import live
 from raw import write_scan
 
 from photon_data.files import Location
-from photon_data.records import PREPARED, VolumeRecord, write_records
-from photon_data.store import store_name
+from photon_data.records import PREPARED, VolumeRecord, store_name, write_records
 
-EVIL = "<script>alert('x')"
+EVIL = "<script>alert('x')<script>"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from answers import put
 from askable import row
 
 from photon_data.files import Location
-from photon_data.store import store_name, write_store
+from photon_data.records import store_name
+from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.tiny import tiny
 

@@ -40,7 +40,7 @@ def test_settings_of_a_command_line_become_values_of_their_types():
     texts = {"freeze": "*.bias,visual.*", "lr_vision": "2e-6", "share_prefix": "False"}
     config = with_values(s2(), {**texts, "photon.soft_start": "0.25", "photon.hard_start": "30"})
     assert (config.freeze, config.lr_vision, config.share_prefix) == (("*.bias", "visual.*"), 2e-6, False)
-    assert config.photon == {"soft_start": 0.25, "hard_start": 30, "flip_start": 4500}
+    assert config.photon == {"soft_start": 0.25, "hard_start": 30}
 
 
 def test_a_saved_config_is_read_back_as_it_was():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from answers import put
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
@@ -22,7 +22,8 @@ from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
-from photon_train.training.loop import TrainingStopped, read_log, run_steps
+from photon_train.training.log import read_log
+from photon_train.training.loop import TrainingStopped, run_steps
 from photon_train.training.setup import MODULES, check_processes, make_accelerator, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
@@ -138,6 +139,64 @@ def test_a_run_killed_with_9_has_the_same_losses_to_the_last_digit(config, tmp_p
     subprocess.run([*train, "--resume"], env=threads, check=True)
     resumed = [{name: row.get(name) for name in COMPUTED} for row in read_log(tmp_path / "killed")]
     assert resumed == whole
+
+
+def interrupted(train, log, sign, *, to_all, threads):
+    """Run the command, and send a signal once the log has two lines. Return the exit code and what was printed."""
+    at_once = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(
+        train, env=with_threads(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **at_once
+    )
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, sign) if to_all else process.send_signal(sign)
+    said = process.communicate(timeout=120)[0]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("sign", "to_all"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_told_to_end_saves_after_its_step_and_goes_on_to_the_same_losses(config, tmp_path, sign, to_all):
+    config = replace(config, epochs=12, save_every=0, workers=1)
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    folder = tmp_path / "told"
+    train = command(replace(config, output=str(folder)), tmp_path / "run.json")
+    code, said = interrupted(train, folder / "log.jsonl", sign, to_all=to_all, threads=torch.get_num_threads())
+    assert code == 130, said
+    (last,) = checkpoints(folder)
+    assert f"Interrupted: {last.name} of {folder} holds what is done" in said.replace("\n", " ")
+    assert len(read_log(folder)) == int(last.name.removeprefix("checkpoint-")) < len(whole)
+    assert trained(replace(config, output=str(folder)), resume=True) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_told_to_end_both_save_and_go_on_to_the_same_losses(config, tmp_path):
+    config = replace(config, epochs=12, save_every=0, output=str(tmp_path / "told"))
+    whole = trained(replace(config, output=str(tmp_path / "whole")))
+    train = command(config, tmp_path / "run.json", *TORCHRUN)
+    code, said = interrupted(train, tmp_path / "told/log.jsonl", signal.SIGTERM, to_all=False, threads=1)
+    assert code != 0, said
+    (last,) = checkpoints(tmp_path / "told")
+    assert int(last.name.removeprefix("checkpoint-")) < len(whole)
+    _same_log(trained(config, resume=True), whole, 1e-5)
+
+
+def test_going_on_where_there_is_no_run_is_refused_unless_asked(config, tmp_path):
+    mistyped = ["train", "s2", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "rnu")]
+    command(replace(config, max_steps=3), tmp_path / "run.json")
+    refused = CliRunner().invoke(app, [*mistyped, "--resume"])
+    assert refused.exit_code == 2
+    assert "expected a run to go on with, found none" in refused.output
+    assert CliRunner().invoke(app, [*mistyped, "--resume", "never"]).exit_code == 2
+    assert CliRunner().invoke(app, [*mistyped, "--resume", "auto"]).exit_code == 0
+    assert CliRunner().invoke(app, [*mistyped, "--resume"]).exit_code == 0
 
 
 @pytest.mark.slow
@@ -262,17 +321,83 @@ def test_a_volume_that_is_missing_stops_or_is_left_out_by_name(config, rows, tmp
     assert "lost" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_or_skips_the_step(config, models, tmp_path):
-    broken = tmp_path / "broken"
+def with_head_of(models, value, folder):
+    """A model whose head is one value: 3e38 makes gradients infinite."""
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2")
     with torch.no_grad():
-        model.lm_head.weight[:] = float("nan")
-    shutil.copytree(models / "s2", broken)
-    model.save_pretrained(broken)
+        model.lm_head.weight[:] = value
+    shutil.copytree(models / "s2", folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_or_skips_the_step(config, models, tmp_path):
+    broken = with_head_of(models, 3e38, tmp_path / "broken")
     with pytest.raises(TrainingStopped, match="step 1: expected a finite loss"):
-        trained(replace(config, model=str(broken)))
-    rows = trained(replace(config, model=str(broken), on_nan="skip", output=str(tmp_path / "skipped"), epochs=1))
-    assert [row["loss"] for row in rows] == [None] * 3  # JSON has no NaN
+        trained(replace(config, model=broken))
+    skips = replace(config, model=broken, on_nan="skip", output=str(tmp_path / "skipped"), epochs=1)
+    with pytest.raises(TrainingStopped, match="all 3 steps were skipped"):
+        trained(skips)
+    found = [(row["grad_norm/language_model"], row["skipped_steps"]) for row in read_log_of(skips)]
+    assert found == [(None, 1)] * 3  # JSON has no NaN
+
+
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_where_it_is_loaded(config, models, tmp_path):
+    broken = with_head_of(models, float("nan"), tmp_path / "broken")
+    with pytest.raises(UsageError, match="found NaN or infinity in "):
+        start(replace(config, model=broken), resume=False)
+
+
+def test_what_a_run_saves_has_no_setting_of_training(config):
+    trained(replace(config, max_steps=1, photon={"soft_start": 0, "hard_start": 0}))
+    (last,) = checkpoints(Path(config.output))
+    saved = json.loads((last / "config.json").read_text())
+    assert saved.get("use_cache", True) is True
+
+
+def test_a_tracker_that_is_not_installed_or_known_is_refused(config):
+    for name in ("tensorbord", "aim"):
+        with pytest.raises(UsageError, match=f"found {name}; install it"):
+            start(replace(config, track=("tensorboard", name)), resume=False)
+
+
+def test_tensorboard_shows_each_step_once_after_going_on(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, track=("tensorboard",), max_steps=4)
+    stop(config, 3)  # behind the checkpoint of step 2: step 3 is made again
+    trained(config, resume=True)
+    shown = EventAccumulator(str(Path(config.output) / "photon")).Reload()
+    assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing changes")
+def test_precision_changes_without_a_gpu_only_where_nobody_set_it_and_is_said(tmp_path):
+    said = "no GPU: precision=fp32, not the bf16 of s2"
+    words = ["train", "s2", "--output", str(tmp_path / "run")]  # no data: refused right behind
+    file = tmp_path / "own.yaml"
+    file.write_text("precision: bf16\n")
+    assert said in CliRunner().invoke(app, words).output
+    for own in (["--set", "precision=bf16"], ["--config", str(file)]):
+        output = CliRunner().invoke(app, [*words, *own]).output
+        assert said not in output
+        assert "expected manifests with rows" in output
+
+
+@pytest.mark.parametrize("change", ["renamed", "left out"])
+def test_an_adapter_that_lacks_a_weight_is_refused(config, change):
+    lora = replace(config, lora_rank=2, max_steps=3, lr_vision=0.0)
+    run = start(lora, resume=False)
+    assert not any("pos_proj" in name and "lora" in name for name, _ in run.model.named_parameters())
+    run_steps(run)
+    last = checkpoints(Path(config.output))[-1]
+    weights = load_file(last / "adapter.safetensors")
+    name = next(iter(weights))
+    value = weights.pop(name)
+    save_file(weights | ({f"{name}.old": value} if change == "renamed" else {}), last / "adapter.safetensors")
+    (last / "digests.json").unlink()
+    with pytest.raises(UsageError, match="weights that are trained, found"):
+        start(lora, resume=True)
 
 
 FULL = [
@@ -321,7 +446,7 @@ def test_frozen_modules_do_not_move_and_stage_2_starts_by_keeping_nearly_everyth
         lr_vision=0.0,
         lr_merger=0.0,
         freeze=("*.layers.3.*",),
-        photon={"soft_start": 5},
+        photon={"soft_start": 1, "hard_start": 2},
         epochs=1,
     )
     rows = trained(begun)
@@ -358,6 +483,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(config, tmp_pat
     assert result.exit_code == 0, result.output
     assert "19 rows on 6 volumes, all stores are there" in result.output
     assert "6 steps in 2 epochs, each of 4 volumes with up to 3 questions" in result.output
+    assert "curriculum: soft from step 1, hard from 2, flip from 3, of 6" in result.output
     assert "threshold        113 of 113 parameters, learning rate 0.001" in result.output
     assert any("merger" in line and "frozen" in line for line in result.output.splitlines())
     assert not (tmp_path / "run").exists()

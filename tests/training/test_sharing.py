@@ -207,3 +207,35 @@ def test_scores_are_not_rounded_by_autocast(models, manifest, share):
     torch.testing.assert_close(scores, exact.selection.score_BL[visual], rtol=0.1, atol=0.1)
     assert torch.isfinite(out.loss)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("floor", [3e-3, 1e-9])  # the published one, and one that no row reaches
+@pytest.mark.parametrize("scale", [1.0, 0.25, 100.0])
+def test_copies_of_a_row_move_the_threshold_as_the_row_does_at_any_loss_scale(models, manifest, floor, scale):
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2", sgp_sigma_floor=floor).train()
+    rows = read_train_rows([manifest])
+    index = next(i for i, row in enumerate(rows) if row.id == "a2")
+    alone = _threshold_gradients(model, batch_of(models, rows, [index], model), 1.0)
+    for share in (False, True):
+        copies = batch_of(models, rows, [index] * 8, model, share_prefix=share)
+        for name, gradient in _threshold_gradients(model, copies, scale).items():
+            assert (gradient / scale - alone[name]).norm() <= 1e-3 * alone[name].norm(), name
+
+
+def test_rows_move_the_threshold_by_their_share_of_the_answer_tokens(models, manifest):
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
+    rows = read_train_rows([manifest])
+    indices = [i for i, row in enumerate(rows) if row.id in ("a0", "a2")]  # "yes", "left lower lobe"
+    counts = [int((batch_of(models, rows, [i], model).inputs["labels"] >= 0).sum()) for i in indices]
+    assert counts[0] != counts[1]
+    alone = [_threshold_gradients(model, batch_of(models, rows, [i], model), 1.0) for i in indices]
+    for name, gradient in _threshold_gradients(model, batch_of(models, rows, indices, model), 1.0).items():
+        expected = sum(n * one[name] for n, one in zip(counts, alone, strict=True)) / sum(counts)
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm(), name
+
+
+def _threshold_gradients(model, batch, scale):
+    """Gradients of the predictor in the hard phase, where what is not the band loss is the surrogate's."""
+    model.zero_grad()
+    (model(**batch.inputs, step=8500, loss_scale=scale).loss * scale).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if ".atp.predictor." in name}

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from photon_train.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
-from photon_train.training.loop import read_log, run_steps
+from photon_train.training.log import read_log
+from photon_train.training.loop import run_steps
 from photon_train.training.setup import start
 
 pytestmark = pytest.mark.slow
