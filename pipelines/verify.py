@@ -73,7 +73,9 @@ def _verify_dataset(out: Location, unchecked: Callable[[str], object]) -> Genera
     """Return dataset.json, None where it is not sound; check the files that it records."""
     try:
         dataset = from_json(out.read(DATASET) or b"")
-        _ = dataset["manifests"], dataset.get("files")
+        parts = [part or {} for part in (dataset["manifests"], dataset.get("files"), dataset.get("counts"))]
+        if not all(isinstance(part, dict) for part in parts) or not all(type(n) is int for n in parts[2].values()):
+            raise ValueError("other types")
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         yield f"{DATASET}: not readable; run prepare again"
         return None
