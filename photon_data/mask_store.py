@@ -172,7 +172,8 @@ def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal[
     metadata = read_metadata(home, name)
     if metadata is None or metadata["facts"].get("volume") is None:
         raise UsageError(f"expected masks of {of_volume['id']}, found none at {home.at(name)}; {REMEDY}")
-    grid_json = of_volume["facts"].get("grid") or {}
+    grid_json = of_volume["facts"].get("grid")
+    grid_json = grid_json if isinstance(grid_json, dict) else {}
     if metadata["facts"]["volume"] != belongs_to(of_volume["id"], model_digest(of_volume), grid_json):
         found = "those of another volume, or of this one as it was when they were made"
         raise UsageError(f"expected masks of {of_volume['id']} as it is in {volume}, found {found}; {REMEDY}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
@@ -16,7 +17,11 @@ ROWS = "masks.jsonl"
 def read_rows(out: Location) -> list[VolumeRecord]:
     """Return the rows of masks.jsonl, one for each volume whose masks were asked for; UsageError if damaged."""
     try:
-        return [VolumeRecord.from_json(row) for row in out.rows(ROWS)]
+        rows = [VolumeRecord.from_json(row) for row in out.rows(ROWS)]
+        for row, (name, kind) in product(rows, (("volume", dict), ("refused", dict), ("lost", list))):
+            if not isinstance((row.facts or {}).get(name, kind()), kind):
+                raise ValueError(f"expected {kind.__name__} as the fact {name} of {row.id}, found another")
+        return rows
     except (ValueError, TypeError) as error:
         raise UsageError(f"{out.at(ROWS)} is damaged: {error}; remove it, and {REMEDY}") from None
 

@@ -75,8 +75,11 @@ def _verify_dataset(out: Location, unchecked: Callable[[str], object]) -> Genera
     """Return dataset.json, None where it is not sound; check the files that it records."""
     try:
         dataset = from_json(out.read(DATASET) or b"")
-        if not all(found is None or isinstance(found, dict) for found in (dataset["manifests"], dataset.get("files"))):
-            raise TypeError("expected {name: hash}")
+        parts = dataset["manifests"], dataset.get("files"), dataset.get("counts")
+        if not all(part is None or isinstance(part, dict) for part in parts):
+            raise TypeError("expected objects")
+        if not all(type(n) is int for n in (parts[2] or {}).values()):
+            raise TypeError("expected whole numbers")
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         yield f"{DATASET}: not readable; run prepare again"
         return None

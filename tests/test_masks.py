@@ -479,3 +479,21 @@ def test_hidden_names_stay_out_of_all_that_is_written_about_masks(tmp_path):
         assert not found, (path, found)
     again = run(tmp_path, "{folder}/m/{parent}_*.nii.gz", id_from="key")
     assert [row.state for row in again.masks if row.is_there] == ["unchanged"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(40_000)) + "labels: *b1\n"),
+        ("a.yaml", "1: 2024-13-45\n"),
+        ("a.yaml", "1: !!python/name:os.system x\n"),
+        ("a.json", "[" * 100_000),
+        ("a.json", '{"1": ' + "9" * 5000 + "}"),
+        ("a.json", '{"' + "9" * 5000 + '": "liver"}'),
+        ("a.json", '{"1": "liver", "1": "spleen"}'),
+    ],
+)
+def test_a_table_of_labels_that_is_no_table_is_refused_in_a_sentence(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match="expected"):
+        read_label_names(tmp_path / name)

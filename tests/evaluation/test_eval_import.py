@@ -131,3 +131,16 @@ def test_files_of_another_kind_are_refused(tmp_path, form, columns, said):
     (tmp_path / "table.csv").write_text("qid,Pred\n1,Yes\n")
     with pytest.raises(UsageError, match=said):
         read_results(tmp_path / "table.csv", form, columns)
+
+
+@pytest.mark.parametrize("videos", [5, True, {"url": "a"}, [[1]], [{"path": [1]}]])
+def test_a_line_whose_videos_are_none_names_no_volume_or_is_refused_with_its_place(tmp_path, videos):
+    line = {"response": "yes", "messages": [{"role": "user", "content": "<video>?"}], "videos": videos}
+    put(tmp_path / "results.jsonl", [line])
+    rows = [row("q", "Yes", volume_id="v1")]
+    try:
+        found = join_results(read_results(tmp_path / "results.jsonl", "ms-swift", {}), rows)
+    except UsageError as error:
+        assert "line 1" in str(error)
+    else:
+        assert (found.predictions, len(found.left_out)) == ([], 1)
