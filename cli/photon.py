@@ -188,8 +188,8 @@ class _TrainingBar(ProgressBar):
         # The first step always has a plain line: in stage 2 it says what is kept at the start.
         parts = [f"loss {row['loss']:.3f}"]
         if row.get("keep_ratio") is not None:
-            theta = row.get("threshold") or float("nan")
-            parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%} at theta {theta:.3f}")
+            theta = f" at theta {row['threshold']:.3f}" if row.get("threshold") else ""
+            parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%}{theta}")
         parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
         if row.get("eval_loss") is not None:
             parts.append(f"eval loss {row['eval_loss']:.3f}, forced exact {row['eval_forced_exact']:.1%}")

@@ -193,7 +193,7 @@ class MicroBatches(Dataset[Batch]):
         inputs = self._inputs([row._asdict() | {"videos": [volumes[v] for v in row.videos]} for row in rows], shared)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         photon = self.processor.config
-        draws = self.training and photon.scheduler == "its"
+        draws = self.training and self.config.stage == "s2"
         if draws and videos and rng.random() < photon.robustness_probability:
             self._perturb(inputs, len(rows), generator)
         longest = int(inputs["attention_mask"].sum(1).max())

@@ -42,7 +42,7 @@ SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS, "interrupted")  # interrupted: pro
 def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:
     """Return what one micro-batch adds to `Sums`; of one with weight 0, nothing but that it was skipped.
 
-    loss: all of it, the model's and what was added. The keep ratio is what p says, whatever the phase.
+    loss: all of it, the model's and what was added. The keep ratio is what would be kept, whatever the phase.
     """
     if batch.weight == 0:
         return {"skipped_groups": float(bool(batch.error))}
@@ -58,10 +58,12 @@ def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConf
         "visual_tokens": count_B.sum(),
         "visual_tokens_kept": count_B.sum(),
     }
-    if output.scheduled is None or config.scheduler != "its":
+    if output.scheduled is None or config.scheduler == "none":
         return sums
     selection = output.scheduled.selection
-    share_B = ((selection.probability_BL > config.keep_probability) & visual_BL).sum(1) / count_B.clamp_min(1)
+    is_its = config.scheduler == "its"
+    chosen_BL = selection.probability_BL > config.keep_probability if is_its else selection.keep_BL
+    share_B = (chosen_BL & visual_BL).sum(1) / count_B.clamp_min(1)
     return sums | {
         "visual_tokens_kept": (output.scheduled.keep_BL & visual_BL).sum(),
         "scheduled_rows": (count_B > 0).sum(),

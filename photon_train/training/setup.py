@@ -84,8 +84,8 @@ class Run:
 
     @property
     def schedules(self) -> bool:
-        """Whether tokens are scheduled while training."""
-        return self.processor.config.scheduler == "its"
+        """Whether training has phases, perturbed volumes and flips: in stage 2, whichever scheduler it is for."""
+        return self.config.stage == "s2"
 
     @property
     def curriculum(self) -> str:
@@ -232,7 +232,7 @@ def set_curriculum(photon: PhotonConfig, config: TrainConfig, questions_per_step
     found = f"found soft from step {soft}, hard from {hard}, flip from {flip}, of {total_steps}"
     if not soft <= hard <= flip:
         raise UsageError(f"expected phases in the order soft, hard, flip, {found}; change photon.*_start or *_after")
-    if photon.scheduler == "its" and hard >= total_steps:
+    if photon.scheduler != "none" and hard >= total_steps:
         remedy = "set shares of the run: photon.soft_start=0.1, photon.hard_start=0.2, photon.flip_start=0.3"
         raise UsageError(f"expected a run that drops tokens before it ends, {found}; {remedy}, or train for longer")
 

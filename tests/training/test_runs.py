@@ -384,6 +384,24 @@ def test_precision_changes_without_a_gpu_only_where_nobody_set_it_and_is_said(tm
         assert "expected manifests with rows" in output
 
 
+@pytest.mark.parametrize(("scheduler", "kept"), [("random", 3), ("uniform", 3), ("foreground", 3), ("none", 8)])
+def test_other_schedulers_are_trained_under_the_same_curriculum(config, tmp_path, scheduler, kept):
+    config = replace(config, epochs=2, questions_per_volume=5)
+    trained(replace(config, output=str(tmp_path / "its")))
+    its = read_log(tmp_path / "its")
+    other = replace(config, photon={**config.photon, "scheduler": scheduler, "keep_ratio": 3 / 8})
+    trained(other)
+    rows = read_log_of(other)
+    assert [row["phase"] for row in rows] == [row["phase"] for row in its] == ["dense", "soft", "hard", *["flip"] * 3]
+    assert [row["robustness"] != 0 for row in rows] == [row["robustness"] != 0 for row in its]
+    for row in rows:
+        share = 1 if row["phase"] in ("dense", "soft") else kept / 8  # of the 8 tokens of each volume
+        assert row["visual_tokens_kept"] == share * row["visual_tokens"] > 0
+        assert row["flip"] == row["band"] == 0  # both are of the threshold
+    saved = PhotonForConditionalGeneration.from_pretrained(checkpoints(Path(other.output))[-1])
+    assert saved.config.scheduler == scheduler
+
+
 @pytest.mark.parametrize("change", ["renamed", "left out"])
 def test_an_adapter_that_lacks_a_weight_is_refused(config, change):
     lora = replace(config, lora_rank=2, max_steps=3, lr_vision=0.0)

@@ -22,7 +22,7 @@ def model(request, models):
 def batch_of(models, rows, indices, model, *, share_prefix=True, perturbed=False, same_calls=False):
     """A batch in which nothing is random, except that all volumes may be perturbed."""
     processor = PhotonProcessor.from_pretrained(models / f"s{model.config.stage}", robustness_probability=1.0)
-    config, micro_batch = TrainConfig(share_prefix=share_prefix), MicroBatch(tuple(indices), 0)
+    config, micro_batch = TrainConfig(stage="s2", share_prefix=share_prefix), MicroBatch(tuple(indices), 0)
     item = MicroBatches(rows, [micro_batch], processor, config, training=perturbed, same_calls=same_calls)[0]
     assert not item.error, item.error
     return item
@@ -169,7 +169,9 @@ def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, 
     groups = [MicroBatch((i,), i) for i in range(12)]
 
     def read(first, epoch, seed=4):
-        return MicroBatches(rows, groups[first:], processor, TrainConfig(seed=seed), training=True, epoch=epoch)
+        return MicroBatches(
+            rows, groups[first:], processor, TrainConfig(stage="s2", seed=seed), training=True, epoch=epoch
+        )
 
     items = [read(0, epoch=1)[i] for i in range(12)]
     random.seed(99)
