@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import time
 from asyncio import CancelledError
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -118,8 +119,10 @@ def _client(workers: Workers, session: contextlib.AbstractContextManager[None]) 
             yield client
         return
     with (
+        tempfile.TemporaryDirectory(prefix="photon-workers-") as scratch,
         dask.config.set(LOCAL),
         LocalCluster(
+            local_directory=scratch,  # else Dask leaves a folder behind
             n_workers=1,
             threads_per_worker=workers.local_count(),
             processes=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from photon_data.errors import UsageError, first_few
@@ -12,17 +12,16 @@ from photon_data.private import KEYED, private_folder, read_key
 from photon_data.records import PRUNED, VolumeRecord, read_records, store_name
 from photon_data.scan import Source
 from photon_data.store import read_metadata
-from photon_pipelines.request import Request
 
 
-def ids_of_earlier_runs(request: Request) -> dict[str, str]:
+def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str) -> dict[str, str]:
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
-    source, records = request.source.absolute(), read_records(request.out)
-    refuse_lost_names(request.out, records)
+    source, records = source.absolute(), read_records(out)
+    refuse_lost_names(out, records)
     root, found = str(source if source.is_dir() else source.parent), {}
     unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
     for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
-        if record.root == root or (record.root in unclear and record.id.startswith(request.id_prefix)):
+        if record.root == root or (record.root in unclear and record.id.startswith(id_prefix)):
             found[record.source] = record.id
     return found
 
@@ -36,31 +35,36 @@ def refuse_lost_names(out: Location, records: Iterable[VolumeRecord]) -> None:
         raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
 
 
-def refuse_namesakes(sources: Sequence[Source], records: Sequence[VolumeRecord], request: Request) -> None:
+def refuse_namesakes(
+    sources: Sequence[Source],
+    records: Sequence[VolumeRecord],
+    out: Location,
+    together: Collection[str] = (),
+    *,
+    overwrite: bool = False,
+) -> None:
     """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
 
-    The roots of declared data sets are looked through together: which of two scans of one id is meant is known then.
+    The folders of `together`, those of declared data sets, are looked through together: which of two scans of one id is
+    meant is known then.
     """
-    together = {str(folder) for entry in request.datasets for folder in entry.folders}
     owners = {record.id.casefold(): record for record in records}
     ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
     known = {Path(record.store).name for record in records if record.store}
-    strays = {name for name in request.out.names("volumes") if name[0] != "."} - known
+    strays = {name for name in out.names("volumes") if name[0] != "."} - known
     found = []
     for source in sources:
         owner = owners.get(source.id.casefold())
         place = os.path.join(source.root, source.path)  # noqa: PTH118
-        if owner is not None and owner.root not in together and not _is_same_scan(source, owner, request.overwrite):
+        if owner is not None and owner.root not in together and not _is_same_scan(source, owner, overwrite):
             found.append(f"{source.id} is {_place(owner.hidden, owner.source, owner.root)}, not {_place_of(source)}")
         elif ids.get(place, source.id) != source.id:
             found.append(f"{_place_of(source)} is {ids[place]}, not {source.id}")
-        elif owner is None and _is_stray_of_another(source, strays, request.out):
+        elif owner is None and _is_stray_of_another(source, strays, out):
             found.append(f"{source.id} is a store without a row in volumes.jsonl, and of another scan")
     if found:
         remedy = "give the scans of this source other ids with --id-prefix NAME, or prune what is gone"
-        raise UsageError(
-            f"expected ids that nobody has in {request.out.url}, found {len(found)}: {first_few(found)}; {remedy}"
-        )
+        raise UsageError(f"expected ids that nobody has in {out.url}, found {len(found)}: {first_few(found)}; {remedy}")
 
 
 def _place(hidden: bool, path: str, root: str | None) -> str:

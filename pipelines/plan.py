@@ -154,7 +154,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
-    known_ids = ids_of_earlier_runs(request)
+    known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix)
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -316,7 +316,8 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     gone = [(job, pruned[job.source.id]) for job in jobs if job.source.id in pruned]
     left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in gone]
     jobs = [job for job in jobs if job.source.id not in pruned]
-    refuse_namesakes([job.source for job in jobs], records, request)
+    together = {str(folder) for entry in request.datasets for folder in entry.folders}
+    refuse_namesakes([job.source for job in jobs], records, out, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
