@@ -84,7 +84,7 @@ def test_training_on_a_prefix_has_the_losses_and_gradients_of_separate_rows(
         alone = whole_row(row, prefix_length, question)
         own_labels = torch.full_like(alone["input_ids"], -100)
         own_labels[:, -2:] = alone["input_ids"][:, -2:]
-        losses.append(model(**alone, labels=own_labels, step=step).loss)
+        losses.append(model(**alone, labels=own_labels, step=step, loss_scale=1 / len(asked)).loss)
     loss = torch.stack(losses).mean()
     loss.backward()
     assert_close(out.loss, loss, rtol=0, atol=1e-5)

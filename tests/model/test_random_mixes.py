@@ -99,11 +99,11 @@ def check_gradients(model: Any, rows: list[dict[str, Tensor]], batch: dict[str, 
     found = {name: g.clone() for name, g in gradients(model).items()}
     model.zero_grad()
     counts = torch.tensor([float((row["labels"] != -100).sum()) for row in rows])
-    one = [slice(i, i + 1) for i in range(len(rows))]
-    alone = [
-        model(**row, step=step, perturbed=perturbed[i], flip=flip[i]).loss for row, i in zip(rows, one, strict=True)
-    ]
-    expected = (counts / counts.sum() * torch.stack(alone)).sum()
+    share, alone = counts / counts.sum(), []
+    for i, row in enumerate(rows):
+        own = {"perturbed": perturbed[i : i + 1], "flip": flip[i : i + 1], "loss_scale": float(share[i])}
+        alone.append(model(**row, step=step, **own).loss)
+    expected = (share * torch.stack(alone)).sum()
     expected.backward()
     assert_close(loss, expected, rtol=0, atol=1e-5)
     for name, g in gradients(model).items():
