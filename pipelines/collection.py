@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from photon_data.errors import UsageError, first_few
@@ -12,6 +13,7 @@ from photon_data.readers.find import find_scans
 from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_name
 from photon_data.scan import Source
 from photon_pipelines.masks import orphans as masks_alone
+from photon_pipelines.masks import read_rows
 
 
 class SourceStatus(NamedTuple):
@@ -28,11 +30,14 @@ class SourceStatus(NamedTuple):
 
 def status(out: Location) -> list[SourceStatus]:
     """Return the state of each source folder of a prepared one. UsageError where nothing was prepared."""
-    records = records_of(out)
-    return [_status(root, [r for r in records if r.root == root]) for root in sorted({r.root or "" for r in records})]
+    records, masks = records_of(out), read_rows(out)
+    return [
+        _status(root, [r for r in records if r.root == root], [row.source for row in masks if row.root == root])
+        for root in sorted({r.root or "" for r in records})
+    ]
 
 
-def _status(root: str, records: Sequence[VolumeRecord]) -> SourceStatus:
+def _status(root: str, records: Sequence[VolumeRecord], masks: Sequence[str]) -> SourceStatus:
     codes: dict[str, int] = {}
     for record in records:
         if not record.is_there:
@@ -45,7 +50,22 @@ def _status(root: str, records: Sequence[VolumeRecord]) -> SourceStatus:
     same = sum((record.bytes_in, record.mtime_ns) == (source.bytes, source.mtime_ns) for record, source in found)
     # Nothing is known of what lies in a folder that cannot be listed.
     gone = [r for r in records if r.source not in sources and not any(_is_below(r.source, path) for path in blocked)]
-    return SourceStatus(root, there, codes, same, len(found) - same, len(sources) - len(found), gone)
+    strangers = _without_masks(sources.keys() - {record.source for record in records}, masks)
+    return SourceStatus(root, there, codes, same, len(found) - same, len(strangers), gone)
+
+
+def _without_masks(paths: Iterable[str], masks: Iterable[str]) -> list[str]:
+    """Return the paths that are not among the files, folders and globs that masks were made from."""
+    places, globs = set(masks), dict[str, list[str]]()
+    for place in places:
+        globs.setdefault(str(PurePosixPath(place).parent), []).append(place)
+
+    def is_mask(path: str) -> bool:
+        parents = list(map(str, PurePosixPath(path).parents))
+        fitting = (one for one in globs.get(parents[0], ()) if fnmatchcase(path, one))
+        return not places.isdisjoint([path, *parents]) or any(fitting)
+
+    return [path for path in paths if not is_mask(path)]
 
 
 def _is_below(path: str, folder: str) -> bool:

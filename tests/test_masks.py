@@ -28,6 +28,7 @@ from photon_data.store import open_volume
 from photon_data.volume import Geometry
 from photon_pipelines.child import prepare_job
 from photon_pipelines.cluster import Workers
+from photon_pipelines.collection import status
 from photon_pipelines.mask_plan import find_masks, plan_masks
 from photon_pipelines.plan import gather
 from photon_pipelines.prepare import prepare, prune
@@ -497,3 +498,16 @@ def test_a_table_of_labels_that_is_no_table_is_refused_in_a_sentence(tmp_path, n
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match="expected"):
         read_label_names(tmp_path / name)
+
+
+def test_status_takes_mask_files_that_are_named_like_scans_for_no_new_scans(tmp_path):
+    write_scan(tmp_path / "raw/p/ct.nii.gz")
+    write_scan(tmp_path / "raw/p/organs/liver.nii.gz", array=blobs(SHAPE, [1]))
+    write_scan(tmp_path / "raw/p/organs/spleen.nii.gz", array=blobs(SHAPE, [1], 3))
+    assert run(tmp_path, "{folder}/organs/*.nii.gz").states["prepared"] == 1
+    (found,) = status(Location(str(tmp_path / "out")))
+    assert (found.there, found.unchanged, found.new) == (1, 1, 0)
+    write_scan(tmp_path / "raw/p/organs.nii.gz", seed=2)
+    write_scan(tmp_path / "raw/q/liver.nii.gz", seed=3)
+    (found,) = status(Location(str(tmp_path / "out")))
+    assert found.new == 2
