@@ -9,8 +9,8 @@ import pytest
 
 PARITY = Path(__file__).parent / "parity"
 
-# A shell starts background jobs with Ctrl-C ignored, nohup starts them with SIGHUP ignored: what tests start would inherit
-# that.
+# A shell starts background jobs with Ctrl-C ignored, and nohup starts them with SIGHUP ignored. What tests start would
+# inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
