@@ -125,6 +125,8 @@ class Location:
 
     def rows(self, name: str, *, may_be_cut: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the rows of a file of JSON lines as `jsonl_rows` does; none if there is no such file."""
+        if not is_safe(name):
+            return
         try:
             file = (self.path / name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

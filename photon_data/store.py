@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import google_crc32c
@@ -24,7 +24,7 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, digest_of, write_whole
+from photon_data.files import Location, digest_of, is_safe, write_whole
 from photon_data.json_text import from_json
 from photon_data.stored_array import CHECKSUMS, ROOT, checked_file, checksums, open_array, what_is_lost
 from photon_data.volume import Geometry, Prepared, Volume
@@ -207,24 +207,27 @@ def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     own digest. OSError where it cannot be read.
     """
     try:
-        return _metadata(out.read(f"{name}/{ROOT}" if name else ROOT) or b"")
+        return _metadata(out.read(f"{name}/{ROOT}" if name else ROOT))
     except UsageError:
         return None
 
 
-def _metadata(content: bytes) -> dict[str, Any]:
+def _metadata(content: bytes | None) -> dict[str, Any]:
     """Return what `read_metadata` does, of the content of a root zarr.json; UsageError says what is wrong with it."""
+    other = "none" if content is None else "another one"
+    not_ours = UsageError(f"expected a store of photon-data (format {FORMAT}), found {other}")
+    content = content or b""
     try:
         attributes = from_json(content)["attributes"]
         ours = attributes[KEY]
         found = _with_size({key: ours[key] for key in METADATA} | {CHECKSUMS: ours.get(CHECKSUMS, {})}, content)
         if not (ours["format"] == FORMAT and isinstance(ours["recipe"], dict) and isinstance(ours["facts"], dict)):
-            raise UsageError(f"expected a store of photon-data (format {FORMAT})")
+            raise not_ours
         # Stores of earlier versions have neither of them.
         has_digest = OWN_DIGEST in ours or CHECKSUMS in ours
         is_changed = has_digest and ours.get(OWN_DIGEST) != own_digest(attributes)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"expected a store of photon-data (format {FORMAT})") from None
+        raise not_ours from None
     if is_changed:
         raise UsageError(f"expected whole metadata, found damaged ones ({ROOT} differs from its own digest)")
     return found
@@ -284,10 +287,9 @@ def open_volume(
     location = Location(str(path))
     root = location.read(ROOT)
     try:
-        metadata = _metadata(root or b"")
+        metadata = _metadata(root)
     except UsageError as error:
-        found = "" if "found" in str(error) else ", found another one" if root else ", found none"
-        raise UsageError(f"{error}{found} at {path}; make it with photon-data prepare, or copy it again") from None
+        raise UsageError(f"{error} at {path}; make it with photon-data prepare, or copy it again") from None
     if id is not None and metadata["id"] != id:
         remedy = "bring back the one of that id, or prepare it again"
         raise UsageError(f"expected the store of {id}, found that of {metadata['id']} at {path}; {remedy}")
@@ -335,14 +337,14 @@ def verify_store(out: Location, name: str, root_sha256: str | None = None) -> It
     does not stop the others.
     """
     try:
-        metadata = _metadata(out.read(f"{name}/{ROOT}") or b"")
+        metadata = _metadata(out.read(f"{name}/{ROOT}"))
     except (UsageError, OSError) as error:
         yield f"{name}/{ROOT}: {_reason(error)}; the other files of this store were not checked"
         return
     if root_sha256 is not None and metadata["sha256"] != root_sha256:
         yield f"{name}/{ROOT}: differs from what volumes.jsonl records"
     for file, facts in metadata["files"].items():
-        if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
+        if not is_safe(file):
             yield f"{name}/{ROOT}: names a file outside of the store"
             continue
         try:

@@ -222,7 +222,9 @@ def _write_dataset(
     hidden: bool,
 ) -> None:
     """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished."""
-    files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
+    files = None
+    if manifests is not None:  # else they are those of the run before
+        files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
     dataset = {
         "format": 1,
         "source": None if hidden or not request.source.name else str(request.source),
@@ -233,7 +235,7 @@ def _write_dataset(
         "versions": _versions(),
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
-        "files": files if manifests is not None else None,
+        "files": files,
     }
     _write_json(request.out, DATASET, {**dataset, DATASET_DIGEST: digest_of(dataset, DATASET_DIGEST)})
 

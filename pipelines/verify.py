@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError
@@ -12,6 +12,7 @@ from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import LOCK as RUN_LOCK
 from photon_data.mask_store import FOLDER as MASK_STORES
+from photon_data.mask_store import REMEDY
 from photon_data.questions.kept import FOLDER as QUESTIONS
 from photon_data.questions.manifest import FOLDER as MANIFESTS
 from photon_data.questions.manifest import validate
@@ -63,6 +64,8 @@ def verify_output(
     yield from (f"{name}: {NO_ROW}" for name in strangers)
     if records is not None:
         yield from _verify_masks(out, records)
+    elif (yield from _names(out, MASK_STORES)):
+        unchecked(f"{MASK_STORES} (which belong to the volumes that there should be)")
     yield from _verify_manifests(out, dataset)
     parts = {"volumes", VOLUMES, DATASET, MANIFESTS, QUESTIONS, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
     parts |= set((dataset or {}).get("files") or ())
@@ -110,27 +113,32 @@ def _verify_rows(
 ) -> Generator[str, None, list[VolumeRecord] | None]:
     """Return the records, None where volumes.jsonl cannot be read."""
     try:
-        rows, records = list(out.rows(VOLUMES, may_be_cut=is_unfinished(out))), read_records(out)
+        damaged, without, count = _digests(VOLUMES, out.rows(VOLUMES, may_be_cut=is_unfinished(out)))
+        records = read_records(out)
     except (ValueError, RecursionError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{VOLUMES}: cannot be read ({error})"
         unchecked("which volumes there should be")
         return None
-    yield from _verify_digests(VOLUMES, rows)
-    without = [number for number, row in enumerate(rows, 1) if ROW_DIGEST not in row]
-    if without and (len(without) < len(rows) or DATASET_DIGEST in (dataset or {})):
+    yield from damaged
+    if without and (len(without) < count or DATASET_DIGEST in (dataset or {})):
         yield f"{VOLUMES}, row {without[0]}: expected its own digest, found none; run prepare again"
     elif without:
         unchecked(f"{len(without)} rows of {VOLUMES} ({EARLIER})")
     counts = (dataset or {}).get("counts")
-    if dataset and dataset["manifests"] is not None and isinstance(counts, dict) and sum(counts.values()) != len(rows):
-        yield f"{VOLUMES}: {len(rows)} rows, where {DATASET} counts {sum(counts.values())}; run prepare again"
+    if dataset and dataset["manifests"] is not None and isinstance(counts, dict) and sum(counts.values()) != count:
+        yield f"{VOLUMES}: {count} rows, where {DATASET} counts {sum(counts.values())}; run prepare again"
     return records
 
 
-def _verify_digests(name: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _digests(name: str, rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[int], int]:
+    """Return what is wrong with the digests of rows, the numbers of rows without one, and how many rows there are."""
+    damaged, without, number = list[str](), list[int](), 0
     for number, row in enumerate(rows, 1):
-        if ROW_DIGEST in row and row[ROW_DIGEST] != digest_of(row, ROW_DIGEST):
-            yield f"{name}, row {number} ({row.get('id')}): differs from its own digest; run prepare again"
+        if ROW_DIGEST not in row:
+            without.append(number)
+        elif row[ROW_DIGEST] != digest_of(row, ROW_DIGEST):
+            damaged.append(f"{name}, row {number} ({row.get('id')}): differs from its own digest; run prepare again")
+    return damaged, without, number
 
 
 def _verify_record(out: Location, name: str, record: VolumeRecord) -> Iterator[str]:
@@ -161,7 +169,9 @@ def _names(out: Location, folder: str) -> Generator[str, None, list[str]]:
 def _verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str]:
     try:
         yield from verify_masks(out, records)
-        yield from _verify_digests(MASK_ROWS, list(out.rows(MASK_ROWS)))
+        damaged, without, _ = _digests(MASK_ROWS, out.rows(MASK_ROWS))
+        yield from damaged
+        yield from (f"{MASK_ROWS}, row {number}: expected its own digest, found none; {REMEDY}" for number in without)
     except (ValueError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{MASK_ROWS}: cannot be read ({error})"
 
