@@ -220,9 +220,9 @@ def show(
         from photon_data.readers import open_scan
         from photon_data.readers.find import find_one_scan
         from photon_data.records import SUFFIX
-        from photon_data.store import ROOT, open_volume
+        from photon_data.store import is_store, open_volume
 
-        if "://" in volume or (Path(volume) / ROOT).exists():
+        if is_store(volume):
             name = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX)
             content = open_volume(volume, grid)  # type: ignore[arg-type]
         elif grid:

@@ -248,8 +248,9 @@ def predict(
     with errors_as_exit_codes():
         from photon_cli import predict as body
         from photon_data.recipe import named_recipe
+        from photon_data.store import is_store
         from photon_train.answering.predictor import AnswerSettings, model_shape_of
-        from photon_train.answering.scan import is_store, open_input, open_store
+        from photon_train.answering.scan import open_input, open_store
 
         overlays = body.overlays_of(overlay, window, at, masks)
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)

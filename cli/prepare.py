@@ -57,7 +57,7 @@ def request_of(context: Context, source: Path, out: str) -> Request:
         fields += ["seed"] if given_options(context, ["seed"]) else []
         run: dict[str, Any] = {name: given[name] for name in fields}
         run |= {"prompt": given["prompt_style"], "policy": Policy(max_voxels=given["max_voxels"])}
-        run |= _run_options(given) | {"accept": _accepted(given)}
+        run |= _run_options(given)
         request = request_of_manifest(source, given["only"], out, **run)
     else:
         policy_options = {"modality": "modality", "non_finite": "nan", "max_voxels": "max_voxels"}
@@ -67,7 +67,6 @@ def request_of(context: Context, source: Path, out: str) -> Request:
             recipe = Recipe.from_json(read_lock(given["lock"])["recipe"])
         fields += ["seed", "questions", "hu_source", "id_from", "id_prefix", "include", "exclude", "follow_links"]
         run = {name: given[name] for name in fields if name in given} | _run_options(given)
-        run |= {"accept": _accepted(given)}
         if "split" in given:  # inspect asks no questions
             run["masks"] = _mask_pattern(given["masks"], given["mask_labels"])
             run |= {"prompt": given["prompt_style"], "fractions": fractions(given["split"])}
@@ -89,7 +88,7 @@ def _mask_pattern(text: str | None, labels: Path | None) -> MaskPattern | None:
 
 
 def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what only `prepare` has: how it treats what OUT holds."""
+    """Return what is accepted, and what only `prepare` has: how it treats what OUT holds."""
     lock = read_lock(given["lock"]) if given.get("lock") else None
     return {
         "retry_failed": given.get("retry_failed", False),
@@ -97,6 +96,7 @@ def _run_options(given: Mapping[str, Any]) -> dict[str, Any]:
         "grids": given.get("grids") or (lock or {}).get("grids"),
         "check": given.get("check", "time"),
         "lock": lock,
+        "accept": _accepted(given),
     }
 
 

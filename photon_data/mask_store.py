@@ -74,11 +74,11 @@ class Layers:
         """Add the labels of one file, whose arrays on the two grids have the file's own values."""
         self.labels += [label for label in labels if not label.source_voxels]
         marked = [label for label in labels if label.source_voxels]
+        boxes = [box_of(array) for array in on_grids]
         for start in range(0, len(marked), MOST_VALUES):
             part = marked[start : start + MOST_VALUES]
             numbers = np.zeros(1 + max(label.source_value for label in marked), np.uint8)
             numbers[[label.source_value for label in part]] = np.arange(1, len(part) + 1)
-            boxes = [box_of(array) for array in on_grids]
             pieces = [(g, box, numbers[on_grids[g][box]]) for g, box in enumerate(boxes) if box]
             layer = self._layer_for(pieces, len(part))
             before, voxels = self.counts[layer], np.zeros(1 + len(part), np.int64)

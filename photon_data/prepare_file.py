@@ -327,7 +327,7 @@ def _prepare(job: Job) -> VolumeRecord:
     content = fingerprint(source.files)
     if done := already_there(job, content):
         return done
-    scan, said = opened(job), job.override
+    said = job.override
     centre = said.centre_lps if said else None
     prepared = prepare_volume(scan, job.recipe, job.policy, job.rescale, centre, job.grids)
     if said:

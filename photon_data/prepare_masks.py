@@ -20,11 +20,11 @@ import numpy as np
 from photon_data.errors import Refused, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.lock import refuse_taken
-from photon_data.mask_store import Label, Layers, belongs_to, box_of, mask_store_name, write_masks
+from photon_data.mask_store import Box, Label, Layers, belongs_to, box_of, mask_store_name, write_masks
 from photon_data.private import without_names
+from photon_data.questions.label_table import LARGEST_VALUE
 from photon_data.readers import open_scan
-from photon_data.readers.find import SUFFIXES
-from photon_data.readers.mask_pattern import suffix_of
+from photon_data.readers.find import SUFFIXES, suffix_of
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import PREPARED, UNCHANGED, VolumeRecord, record_of, recorded
 from photon_data.resample import aligned_axes, grid_to_native, model_grid
@@ -36,7 +36,6 @@ from photon_data.volume import Geometry
 ALGORITHM = 1
 # How far from whole numbers values may be: some programs store labels as floats.
 WHOLE = 1e-3
-LARGEST_VALUE = 65535
 # More different values than any table of labels has, as a scan that is taken for a mask has them.
 MOST_LABELS = 1024
 # Masks are of another scan where more of their marked voxels lie outside of this one.
@@ -167,7 +166,6 @@ def _prepare(job: MaskJob) -> VolumeRecord:
     facts = {
         "volume": belongs_to(job.volume.id, job.volume.model_sha256, of_volume["grid"]),
         "grids": {"volume": grid.to_json(), "model": model.to_json()},
-        "sources": [{"name": mask.name, "content": fingerprint(mask.files)} for mask in job.masks],
         "refused": refused,
     }
     return job.record_of_store(PREPARED, write_masks(layers, out, identity, facts))
@@ -188,6 +186,7 @@ class LabelMap(NamedTuple):
     array_zyx: np.ndarray  # uint8 or uint16
     geometry: Geometry
     counts: np.ndarray  # voxels of each value
+    box: Box | None  # around what is marked
 
 
 def read_mask(mask: MaskFile, policy: Policy) -> LabelMap:
@@ -215,7 +214,7 @@ def read_mask(mask: MaskFile, policy: Policy) -> LabelMap:
             counts[0] += array[z].size
     if (found := int((counts[1:] > 0).sum())) > MOST_LABELS:
         raise _no_labels(path, f"{found} different ones, as in a scan")
-    return LabelMap(array, scan.geometry, counts)
+    return LabelMap(array, scan.geometry, counts, box_of(array))
 
 
 def _no_labels(path: Path, found: str) -> Refused:
@@ -263,14 +262,21 @@ def _refuse_even(mine: Geometry, native: Geometry, slices: Mapping[str, Any], na
 def inside_counts(read: LabelMap, grid: Geometry) -> np.ndarray:
     """Return the voxels of each value whose centres lie within the box of a grid."""
     counts = np.zeros(len(read.counts), np.int64)
-    if (box := box_of(read.array_zyx)) is None:
+    if (box := read.box) is None:
         return counts
     matrix = grid_to_native(grid, read.geometry)  # from an index of the file to one of the grid
+
+    def are_inside(zyx: np.ndarray) -> np.ndarray:
+        at = np.round(zyx @ matrix[:3, :3].T + matrix[:3, 3], 9)
+        return ((at >= -0.5) & (at < np.asarray(grid.shape_zyx) - 0.5)).all(axis=1)
+
+    if are_inside(np.array(list(product(*((axis.start, axis.stop - 1) for axis in box))))).all():  # then all between is
+        counts[1:] = read.counts[1:]
+        return counts
     for z in range(box.z.start, box.z.stop):
         plane = read.array_zyx[z]
         yx = np.argwhere(plane)
-        at = np.round(yx @ matrix[:3, 1:3].T + (matrix[:3, 0] * z + matrix[:3, 3]), 9)
-        inside = ((at >= -0.5) & (at < np.asarray(grid.shape_zyx) - 0.5)).all(axis=1)
+        inside = are_inside(np.insert(yx, 0, z, axis=1))
         counts += np.bincount(plane[tuple(yx[inside].T)], minlength=len(counts))
     return counts
 
@@ -294,7 +300,7 @@ def nearest(read: LabelMap, grid: Geometry) -> np.ndarray:
     machine.
     """
     out = np.zeros(grid.shape_zyx, read.array_zyx.dtype)
-    if (box := box_of(read.array_zyx)) is None:
+    if (box := read.box) is None:
         return out
     matrix, axes = grid_to_native(read.geometry, grid), aligned_axes(read.geometry)
     low, high = np.array([[axis.start, axis.stop] for axis in box]).T

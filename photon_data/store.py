@@ -200,6 +200,11 @@ def own_digest(attributes: dict[str, Any]) -> str:
     return digest_of({**attributes, KEY: ours}, OWN_DIGEST)
 
 
+def is_store(place: str) -> bool:
+    """Return whether a path or URL is that of a store; raw scans are local."""
+    return "://" in place or (Path(place) / ROOT).exists()
+
+
 def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
     """Return what a store says of itself: METADATA, its size in "bytes" and the "sha256" of its root metadata.
 

@@ -22,7 +22,7 @@ from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import VOLUMES
 from photon_data.resample import model_grid, target_grid
-from photon_data.store import ROOT, open_volume
+from photon_data.store import is_store, open_volume
 from photon_data.volume import Geometry, Volume
 
 OUTSIDE = -1  # the token of a point that the prepared grid does not reach
@@ -199,7 +199,7 @@ class MaskFolder:
         if self.is_prepared:
             open_volume(place, None, id=volume_id)
             return self.stored(place, tokens_zyx, names)
-        if "://" in place or (Path(place) / ROOT).exists():
+        if is_store(place):
             grid = open_volume(place, None, id=volume_id).geometry
         else:  # a raw scan: its header says what it would be prepared to
             grid = target_grid(open_scan(find_one_scan(Path(place))).geometry, Recipe())
@@ -210,7 +210,7 @@ class MaskFolder:
 
         UsageError for a raw scan, and for masks that were made for another content or recipe of the volume.
         """
-        if not (place and ("://" in place or (Path(place) / ROOT).exists())):
+        if not (place and is_store(place)):
             remedy = "give the store, or a folder of mask files"
             raise UsageError(f"--masks {self.out.url}: expected a store, found a raw scan; {remedy}")
         masks = open_masks(place, self.out.at(""))

@@ -226,12 +226,13 @@ def _alarm(seconds: float, message: str) -> Iterator[None]:
         raise ValueError(message)
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    pending_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of a lost Ctrl-C that is to come again
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, pending_s)
 
 
 def _samples(volumes: Any, messages: Any, rows: Any) -> list[Sample]:

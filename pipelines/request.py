@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,12 @@ def notes_of_grids(before: Iterable[VolumeRecord], done: Iterable[VolumeRecord],
 
     def other(records: Iterable[VolumeRecord], *, missing: bool) -> list[str]:
         wanted, found = set(WRITTEN[grids]), []
-        for record in records:
-            known = read_metadata(request.out, store_name(record.id)) if record.is_there else None
-            there = set(grids_in(known)) if known else wanted
-            found += [record.id] if (wanted - there if missing else there - wanted) else []
+        there = [record for record in records if record.is_there]
+        with ThreadPoolExecutor(16) as threads:
+            known = threads.map(lambda record: read_metadata(request.out, store_name(record.id)), there)
+            for record, metadata in zip(there, known, strict=True):
+                own = set(grids_in(metadata)) if metadata else wanted
+                found += [record.id] if (wanted - own if missing else own - wanted) else []
         return found
 
     grids = grids_of(request)

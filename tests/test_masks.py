@@ -18,7 +18,7 @@ from scans import AXIS_ORDERS, ct_like, frame, rotated, to_sitk
 from photon_data import read
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
-from photon_data.mask_store import Label, Layers, open_masks
+from photon_data.mask_store import Label, Layers, box_of, open_masks
 from photon_data.prepare_masks import LabelMap, MaskJob, nearest, prepare_masks
 from photon_data.questions.label_table import read_label_names
 from photon_data.recipe import Recipe
@@ -85,7 +85,7 @@ def blobs(shape_zyx, values, seed=0):
 
 
 def as_label_map(array, geometry):
-    return LabelMap(array, geometry, np.bincount(array.ravel(), minlength=65536))
+    return LabelMap(array, geometry, np.bincount(array.ravel(), minlength=65536), box_of(array))
 
 
 def nearest_by_itk(image, grid):

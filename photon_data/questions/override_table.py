@@ -15,6 +15,7 @@ from photon_data.errors import UsageError, name_hint
 from photon_data.override import LEAST_SIDE, Override
 from photon_data.questions.manifest import by_name
 from photon_data.questions.table import Problem, as_name, number, read_table, refuse
+from photon_data.readers.stream import SPACING_MM
 from photon_data.recipe import accepted
 from photon_data.records import VolumeRecord
 from photon_data.scan import Source
@@ -24,7 +25,6 @@ NAME, COMMENTS = "volume", ("code", "found")  # --propose writes the comments, n
 COLUMNS = ("affine", "spacing_mm", "slope", "intercept", "crop", "centre_lps_mm", "accept", "skip")
 # What a proposal leaves to a person.
 OPEN = "?"
-SPACING_MM = (0.001, 100.0)
 # Refusals that another slope and intercept can undo, or an affine.
 BY_RESCALE, BY_AFFINE = ("rescale", "not-in-table", "hu-implausible"), ("no-geometry",)
 

@@ -48,6 +48,11 @@ MAX_ID = 150
 DIGITS = (0, 6, 16, 64)
 
 
+def suffix_of(path: Path) -> str | None:
+    """Return the suffix of a file that may hold a scan or masks, None for other files."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
 class Found(NamedTuple):
     """The scans of a folder, sorted by path, and how many other files it has of each suffix (or of each "(kind)")."""
 
@@ -155,8 +160,7 @@ class _Search:
             if reason := self._left_out(path):
                 self.leftover[path] = reason
                 continue
-            suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-            if suffix:
+            if suffix := suffix_of(path):
                 self._add_file(path, suffix)
             elif _may_be_dicom(path):
                 slices.setdefault(path.parent, []).append(path)

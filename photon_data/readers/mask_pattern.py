@@ -13,12 +13,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from photon_data.errors import Refused, UsageError, first_few, refusal
 from photon_data.private import words_of
-from photon_data.readers.find import DATA_FILES, SUFFIXES
+from photon_data.readers.find import DATA_FILES, suffix_of
 from photon_data.scan import MaskFile, MaskPattern, Source
 
 # nnU-Net numbers the channels of a case: case_0000.nii.gz has the label map case.nii.gz.
@@ -96,11 +97,6 @@ def masks_of(pattern: MaskPattern, source: Source, common: Collection[str] = ())
     return found
 
 
-def suffix_of(path: Path) -> str | None:
-    """Return the suffix of a file that may hold masks, None for other files."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
-
-
 def _names_of(source: Source) -> dict[str, str]:
     """Return what stands for each of SCAN_NAMES; of a DICOM series, `name` is that of its folder."""
     is_series = source.format == "dicom"
@@ -159,13 +155,16 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[S
     UsageError where two are masks of each other: which of them is the scan?
     """
     by_file = {source.files[0]: source for source in sources if source.files}
-    claims = {s.id: {by_file[p].id for p in mask_paths(pattern, s) if p in by_file} for s in sources if s.files}
+    scans = [source for source in sources if source.files]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda source: mask_paths(pattern, source), scans))
+    claims = {s.id: {by_file[p].id for p in paths if p in by_file} for s, paths in zip(scans, found, strict=True)}
     masks = {mask for scan, claimed in claims.items() for mask in claimed}
     both = [s.path for s in sources if s.id in masks and any(s.id in claims.get(c, ()) for c in claims.get(s.id, ()))]
     if both:
-        found = f"{len(both)} that are masks of each other, {first_few(both)}"
+        those = f"{len(both)} that are masks of each other, {first_few(both)}"
         remedy = "name the masks' files more closely, or choose the scans with --include"
-        raise UsageError(f"--masks {pattern.text}: expected files that are a scan or its mask, found {found}; {remedy}")
+        raise UsageError(f"--masks {pattern.text}: expected files that are a scan or its mask, found {those}; {remedy}")
     return [source for source in sources if source.id not in masks], len(masks)
 
 

@@ -17,7 +17,7 @@ from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
 from photon_data.scan import Source
-from photon_data.store import ROOT, open_volume, read_metadata
+from photon_data.store import is_store, open_volume, read_metadata
 from photon_data.volume import Geometry, Volume
 
 
@@ -65,11 +65,6 @@ def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> S
     prepared = prepare_volume(replace(scan, planes=timed_planes), recipe, policy)
     seconds = {"read": reading, "prepare": time.perf_counter() - start - reading}
     return ScanInput(source.id, prepared.model, prepared.volume, scan.geometry, seconds)
-
-
-def is_store(place: str) -> bool:
-    """Return whether a path or URL is that of a store; raw scans are local."""
-    return "://" in place or (Path(place) / ROOT).exists()
 
 
 def open_store(place: str, id: str | None = None) -> ScanInput:
