@@ -158,6 +158,22 @@ def test_text_alone_and_two_volumes_are_answered_as_by_predict(engine, model_dir
     assert len(two.keep_V) == 2 * TOKENS
 
 
+def test_two_volumes_behind_another_system_message_or_first_turn_are_encoded_anew_and_answered_as_by_predict(
+    engine, model_dir, places
+):
+    rows = [row(name, QUESTIONS[0], *places[:2], system=name) for name in ("Be brief.", "Name every lobe.")]
+    for name, first in (("left", "The left side first."), ("right", "The right side first.")):
+        turns = [{"role": "user", "content": first}, {"role": "assistant", "content": "Yes."}]
+        rows.append({**rows[0], "id": name, "messages": [*turns, rows[0]["messages"][-1]]})
+    expected = predicted(model_dir, rows)
+    assert len({one.response for one in expected.values()}) == 4
+    for count, one in enumerate(rows, start=1):
+        found = Asked(engine, Question(one, ("a", "b"), 6)).answer()
+        same = expected[one["id"]]
+        assert (found.texts[0].text, found.prediction.kept) == (same.response, same.kept)
+        assert (engine.prefixes.misses, found.cached_tokens) == (count, 0)
+
+
 @pytest.mark.parametrize("stop", [(), ("e",), ("zzz",)])
 def test_pieces_add_up_to_the_answer_whatever_its_bytes(engine, places, stop):
     for question in QUESTIONS:
