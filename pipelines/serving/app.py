@@ -301,6 +301,8 @@ def _described(volume: Stored) -> dict[str, Any]:
 
 async def _error(request: Request, error: Exception) -> Response:
     """Return the response to an error, in the form of OpenAI's."""
+    if not isinstance(error, ApiError | Refused | UnknownVolume | HTTPException | ClientDisconnect):
+        logger.error("a request failed: %s", unforeseen(error))
     if isinstance(error, Refused):
         error = ApiError(STATUSES.get(error.code, 422), error.message, error.code)
     elif isinstance(error, UnknownVolume):
@@ -312,6 +314,5 @@ async def _error(request: Request, error: Exception) -> Response:
     elif isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if not isinstance(error, ApiError):
-        logger.error("a request failed: %s", unforeseen(error))
         error = ApiError(500, f"{unforeseen(error)}; please report it", "internal")
     return Response(error.body(), error.status, error.headers, "application/json")

@@ -108,7 +108,8 @@ class Gate:
         except ApiError as error:
             await _refuse(error, receive, sending)
         except Exception as error:  # the edge of a request; its text may quote what was sent
-            logger.error("a request failed: %s", unforeseen(error))
+            if status != 500:  # else the application has logged and sent it, and Starlette raises it again
+                logger.error("a request failed: %s", unforeseen(error))
             if not status:
                 await _refuse(ApiError(500, f"{unforeseen(error)}; please report it", "internal"), receive, sending)
         finally:

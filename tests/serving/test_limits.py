@@ -1,5 +1,6 @@
 """What strangers and accidents do to the server: keys, hosts, sizes, archives, names, clients that go away, crowds."""
 
+import errno
 import io
 import json
 import logging
@@ -19,7 +20,7 @@ from raw import write_scan
 from scans import ct_like
 
 from photon_cli.serve import key_of
-from photon_data.errors import UsageError
+from photon_data.errors import Refused, UsageError
 
 KEY = "0123456789abcdef-key"
 
@@ -390,6 +391,30 @@ def test_a_scan_that_takes_too_much_memory_or_time_costs_itself(model_dir, tmp_p
         object.__setattr__(child, "ask", lambda job, timeout_s: {"state": "failed", "code": "timeout"})
         assert code_of(served.upload(scan)) == "timeout"
         assert not list((served.private / "incoming").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("Doe^John"), 500),
+        (OSError(errno.EIO, "Doe^John"), 500),
+        (OSError(errno.ENOSPC, "Doe^John"), 507),
+        (Refused("series", "Doe^John"), 422),
+    ],
+    ids=["bug", "bad disk", "full disk", "refused"],
+)
+def test_a_request_that_fails_here_is_logged_once_and_one_that_is_refused_never(
+    served, monkeypatch, caplog, error, status
+):
+    def find(id):
+        raise error
+
+    monkeypatch.setattr(served.server.volumes, "find", find)
+    caplog.set_level(logging.INFO)
+    assert served.http.get("/v1/volumes/v0").status_code == status
+    wait_until(lambda: any("GET /v1/volumes/{id}" in one.getMessage() for one in caplog.records))  # its last line
+    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(logged) == (1 if status >= 500 else 0) and not any("Doe" in text for text in logged), logged
 
 
 def test_no_patients_data_are_in_logs_ids_or_errors(served, tmp_path, caplog):
