@@ -105,11 +105,12 @@ def test_a_label_in_any_of_an_answers_ways_is_the_rows_answer():
         row("text", "no", YES_NO, volume_id="v3"),
         row("open", "-. No nodule", volume_id="v4"),
     ]
-    labels = {volume: ("B", "No", "b. no") for volume in ("v1", "v2", "v3")} | {"v4": ("-. No nodule", "No nodule")}
+    labels = dict.fromkeys(("v1", "v2", "v3"), ("B", "No", "b. no")) | {"v4": ("-. No nodule", "No nodule")}
     for volume, own in labels.items():
         for label in (*own, "Yes", "A"):
             found = join_results([result(1, "What?", "So", volume=volume, label=label)], rows)
-            assert (len(found.predictions), len(found.left_out)) == ((1, 0) if label in own else (0, 1)), (volume, label)
+            expected = (1, 0) if label in own else (0, 1)
+            assert (len(found.predictions), len(found.left_out)) == expected, (volume, label)
 
 
 def test_a_table_is_joined_by_its_mapped_columns(tmp_path):
