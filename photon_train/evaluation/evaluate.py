@@ -20,7 +20,16 @@ from photon_train.evaluation.cases import Case, Gaps, Joined, Row, case_of, grou
 from photon_train.evaluation.choice_metrics import any_question, is_free_text
 from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_costs, summarise_kept
 from photon_train.evaluation.metric import Metric, Patients, draw_patients, estimate_of, points
-from photon_train.evaluation.results import Answers, Average, Comparison, Evaluation, Score, ScoredCase, Settings
+from photon_train.evaluation.results import (
+    ALL_TASKS,
+    Answers,
+    Average,
+    Comparison,
+    Evaluation,
+    Score,
+    ScoredCase,
+    Settings,
+)
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
 if TYPE_CHECKING:
@@ -28,7 +37,6 @@ if TYPE_CHECKING:
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 BLIND = "blind baselines"
-ALL_TASKS = "all"
 
 _CLOSED = (
     *choice.ACCURACIES,
@@ -185,8 +193,8 @@ class _Scoring:
                     scores[case.id][metric.name_of_each] = points(value)
         for case in cases:
             main = next(metric for metric in self.metrics if metric.applies(case))
-            own = scores[case.id]
-            yield ScoredCase(case, main.name, own[main.name_of_each] or 0.0, choice.what_is_read(case), own)
+            own, name = scores[case.id], main.name_of_each
+            yield ScoredCase(case, main.name, name, own[name] or 0.0, choice.what_is_read(case), own)
 
     def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
         """Return second - first of what both have over as many questions."""
