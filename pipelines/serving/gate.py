@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # A client that is refused while it sends is listened to for a while: else it may never see why.
 LINGER_S, LINGER_BYTES = 2, 64 << 20
 OPEN_PATHS = ("/health", "/ready")  # for those who watch over the server; they tell nothing
+CLIENT_GONE = 499  # the status in the log; nobody gets it
 UPLOADS = ("/v1/volumes", "/upload")
 HEADERS = {
     "x-content-type-options": "nosniff",
