@@ -10,9 +10,10 @@ import torch
 from askable import QUESTIONS, SHORT, TOKENS, predictor, row
 
 from photon_train.answering.predictor import AnswerSettings, group_rows
+from photon_train.serving.draft import Draft
 from photon_train.serving.engine import Engine
 from photon_train.serving.prefixes import PrefixCache, bytes_of
-from photon_train.serving.question import Answer, Busy, Closing, Failure, Piece, Question
+from photon_train.serving.question import Answer, Busy, Closing, Failure, Piece, Question, Text
 
 WAIT_S = 60
 
@@ -201,6 +202,35 @@ def test_an_answer_ends_before_a_stop_text_and_after_max_tokens(engine, model_di
     assert [text.tokens for text in texts] == [1, 5, 40, 3]
     assert all(text.finish == "length" for text in texts)
     assert texts[2].text == whole
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, and the number of times that it decodes."""
+
+    decoded = 0
+
+    def decode(self, tokens, skip_special_tokens):
+        self.decoded += 1
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("said", "whole", "tokens"),
+    [("aé|b", "aé", 3), ("é|", "é", 2), ("|", "", 0), ("aé", "aé", 3)],
+)
+def test_a_letter_of_several_tokens_before_a_stop_text_stays_whole_and_an_answer_is_decoded_once_a_token(
+    said, whole, tokens
+):
+    tokenizer, pieces = Bytes(), []
+    question = Question(row("x", "?"), stop=("|", "no such text"), streams=True)
+    draft = Draft(0, question, tokenizer, {0}, pieces.append, lambda: False)
+    for count, token in enumerate([*said.encode(), 0], start=1):
+        draft.add(token, None)
+        if draft.finish:
+            break
+        assert tokenizer.decoded == count
+    assert draft.text() == Text(whole, "stop", tokens, ())
+    assert "".join(piece.text for piece in pieces) == whole
 
 
 def test_drawn_answers_are_those_of_predict_with_the_same_seed(engine, model_dir, places):
