@@ -22,7 +22,7 @@ from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import grouped
-from photon_train.evaluation.evaluate import ALL_TASKS, check, chosen_rows, compared, evaluate
+from photon_train.evaluation.evaluate import ALL_TASKS, check, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
 from photon_train.evaluation.paired import pairs_of, read_scored
 from photon_train.evaluation.report import (
@@ -97,8 +97,8 @@ def score(
     read_data = read_rows if answers_now or masks or overlays else read_values
     rows = [row for path in data for row in read_data(path)]
     training_rows = [row for path in train for row in read_values(path)]
-    chosen = [*chosen_rows(rows, settings)]
-    check(benchmark, chosen, settings)
+    questions = check(benchmark, rows, settings)
+    chosen = [*questions.values()]
     home = MaskFolder(masks) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
@@ -110,7 +110,14 @@ def score(
         predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
         counted = _counted(home, volumes, settings) if home else {}
         evaluation = evaluate(
-            benchmark, rows, predictions, train=training_rows, settings=settings, config=config, masks=counted
+            benchmark,
+            rows,
+            predictions,
+            train=training_rows,
+            settings=settings,
+            config=config,
+            masks=counted,
+            questions=questions,
         )
         if not answers_now:
             held.enter_context(exclusive(Location(str(output))))

@@ -156,7 +156,7 @@ def drawing(predictor: Predictor) -> Callable[[Path, Stored, np.ndarray, np.ndar
     """Return the function that draws what was kept of a volume."""
 
     def draw(path: Path, volume: Stored, keep_V: np.ndarray, saliency_V: np.ndarray, title: str) -> None:
-        canvas = Canvas(open_volume(volume.place), volume.native, predictor.processor.config.tokens_thw)
+        canvas = Canvas(open_volume(volume.place, None), volume.native, predictor.processor.config.tokens_thw)
         write_one(path, canvas, keep_V, saliency_V, title)
 
     return draw

@@ -47,13 +47,18 @@ def prefix_of(row: Row) -> tuple[Any, ...]:
         return ()
     if id_ := volume_id_of(row):
         volumes = ((*volumes, id_),)
+    return volumes, *text_before_volumes(row)
+
+
+def text_before_volumes(row: Row) -> tuple[tuple[str, str], ...]:
+    """Return (role, text) of all that stands before the last <video>: (system, "Be brief."), (user, "Look: ")."""
     text = [(message["role"], message["content"]) for message in row["messages"]]
     while text and VIDEO_TAG not in text[-1][1]:
         text.pop()
     if text:
         role, content = text[-1]
         text[-1] = role, content[: content.rindex(VIDEO_TAG)]
-    return volumes, *text
+    return tuple(text)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from photon_train.evaluation.parsing import parse_choice
 K = TypeVar("K")
 V = TypeVar("V")
 Row = Mapping[str, Any]  # of a manifest
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 # A size is lengths with units, "30x13 mm"; it is scored as text too.
 Form = Literal["yes-no", "choice", "number", "size", "text"]
@@ -93,13 +94,13 @@ class Joined(NamedTuple):
     gaps: Gaps
 
 
-def join(rows: Iterable[Row], predictions: Iterable[Prediction], *, allow_partial: bool = False) -> Joined:
+def join(questions: Mapping[str, Row], predictions: Iterable[Prediction], *, allow_partial: bool = False) -> Joined:
     """Return a case for every question with a prediction, sorted by id: the order of neither file matters.
 
-    UsageError, which lists ids, for a question that occurs twice, and for gaps. With `allow_partial` questions with
+    `questions` are those of `rows_by_id`. UsageError, which lists ids, for gaps. With `allow_partial` questions with
     gaps are left out; UsageError if then nothing is left.
     """
-    questions, predictions = rows_by_id(rows), list(predictions)
+    predictions = list(predictions)
     times = Counter(p.id for p in predictions)
     single = {p.id: p for p in predictions if times[p.id] == 1 and p.id in questions}
     failed = {id for id, p in single.items() if p.error}
@@ -122,8 +123,8 @@ def join(rows: Iterable[Row], predictions: Iterable[Prediction], *, allow_partia
     return Joined(tuple(cases), gaps)
 
 
-def rows_by_id(rows: Iterable[Row]) -> dict[str, Row]:
-    """Return the rows by id; UsageError for an id that occurs twice, or a row without an answer to compare with."""
+def rows_by_id(rows: Iterable[AnyRow]) -> dict[str, AnyRow]:
+    """Return the rows by id, in order; UsageError for an id that occurs twice, or a row without an answer."""
     found = list(rows)
     repeated = sorted(id for id, count in Counter(row["id"] for row in found).items() if count > 1)
     if repeated:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,19 +16,26 @@ from photon_data.errors import UsageError
 from photon_train.answering.prediction import Prediction
 from photon_train.evaluation import choice_metrics as choice
 from photon_train.evaluation.baselines import CONSTANT, Baseline, answered, fit_baselines
-from photon_train.evaluation.cases import Case, Gaps, Joined, Row, case_of, grouped, join, rows_by_id
+from photon_train.evaluation.cases import AnyRow, Case, Gaps, Joined, Row, case_of, grouped, join, rows_by_id
 from photon_train.evaluation.choice_metrics import any_question, is_free_text
 from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_costs, summarise_kept
 from photon_train.evaluation.metric import Metric, Patients, draw_patients, estimate_of, points
-from photon_train.evaluation.results import Answers, Average, Comparison, Evaluation, Score, ScoredCase, Settings
+from photon_train.evaluation.results import (
+    ALL_TASKS,
+    Answers,
+    Average,
+    Comparison,
+    Evaluation,
+    Score,
+    ScoredCase,
+    Settings,
+)
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
-AnyRow = TypeVar("AnyRow", bound=Row)
 BLIND = "blind baselines"
-ALL_TASKS = "all"
 
 _CLOSED = (
     *choice.ACCURACIES,
@@ -67,6 +74,7 @@ def evaluate(
     settings: Settings | None = None,
     config: PhotonConfig | None = None,
     masks: Mapping[str, Sequence[VolumeMask]] | None = None,
+    questions: Mapping[str, Row] | None = None,
 ) -> Evaluation:
     """Return the scores of each named set of predictions of the rows, and of each later set against the first.
 
@@ -74,6 +82,7 @@ def evaluate(
     rows       of a manifest; `train`: those that constant answers are chosen on (none: the evaluated ones)
     config     the model's, to count FLOPs
     masks      of volumes, by id, to see what was kept of them
+    questions  what `check` has returned for the rows, so that they are not looked at again
 
     Without any predictions, only the baselines are scored, under the name BLIND. The same rows and predictions, in
     whatever order, give the same result. UsageError for predictions that do not match the rows (see `join`), an
@@ -83,11 +92,10 @@ def evaluate(
     metrics = _metrics(benchmark, settings)
     if settings.labels and len(predictions) > 1:
         raise UsageError(f"expected one file of predictions beside labels of its responses, found {len(predictions)}")
-    chosen = chosen_rows(rows, settings)
-    questions = rows_by_id(chosen)
+    questions = rows_by_id(_chosen(rows, settings)) if questions is None else questions
     left_out = {row["id"] for row in rows} - questions.keys()
     files = [
-        (name, join(chosen, [one for one in found if one.id not in left_out], allow_partial=settings.allow_partial))
+        (name, join(questions, [one for one in found if one.id not in left_out], allow_partial=settings.allow_partial))
         for name, found in predictions.items()
     ]
     cases = [case_of(questions[id], Prediction(id)) for id in sorted(questions)]
@@ -114,7 +122,7 @@ def evaluate(
     )
 
 
-def chosen_rows(rows: Sequence[AnyRow], settings: Settings) -> Sequence[AnyRow]:
+def _chosen(rows: Sequence[AnyRow], settings: Settings) -> Sequence[AnyRow]:
     """Return the rows of the settings' tasks, at most their limit, in order. UsageError for a task that no row has."""
     names = {row["task"] or row["channel"] for row in rows}
     if unknown := sorted(set(settings.tasks) - names):
@@ -123,10 +131,13 @@ def chosen_rows(rows: Sequence[AnyRow], settings: Settings) -> Sequence[AnyRow]:
     return found[: settings.limit]
 
 
-def check(benchmark: str, rows: Sequence[Row], settings: Settings) -> None:
-    """Raise the UsageError that `evaluate` would raise for any predictions: useful before a model makes them."""
+def check(benchmark: str, rows: Sequence[AnyRow], settings: Settings) -> dict[str, AnyRow]:
+    """Return the rows that are scored by id, in order: those of the settings' tasks, at most their limit.
+
+    Raises the UsageError that `evaluate` would raise for any predictions: useful before a model makes them.
+    """
     _metrics(benchmark, settings)
-    rows_by_id(rows)
+    return rows_by_id(_chosen(rows, settings))
 
 
 def _metrics(benchmark: str, settings: Settings) -> list[Metric[Case]]:
@@ -185,8 +196,8 @@ class _Scoring:
                     scores[case.id][metric.name_of_each] = points(value)
         for case in cases:
             main = next(metric for metric in self.metrics if metric.applies(case))
-            own = scores[case.id]
-            yield ScoredCase(case, main.name, own[main.name_of_each] or 0.0, choice.what_is_read(case), own)
+            own, name = scores[case.id], main.name_of_each
+            yield ScoredCase(case, main.name, name, own[name] or 0.0, choice.what_is_read(case), own)
 
     def comparison(self, first: str, one: Joined, second: str, other: Joined) -> Comparison:
         """Return second - first of what both have over as many questions."""

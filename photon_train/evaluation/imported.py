@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.questions.manifest import SCAN_SUFFIX
-from photon_data.questions.question import LETTERS
 from photon_data.questions.table import TAG, Problem, TableRow, as_name, read_table, refuse
 from photon_train.answering.prediction import Prediction, choices_of, question_digest
-from photon_train.evaluation.cases import Row, rows_by_id
+from photon_train.evaluation.cases import Row, case_of, rows_by_id
 from photon_train.evaluation.published import collapsed
 
 FORMATS = ("photon", "ms-swift", "table")
@@ -217,8 +216,7 @@ def _plain(text: str) -> str:
 
 def _answers_of(row: Row) -> set[str]:
     """Return the ways in which a row's answer may be written, collapsed: "b", "no", "b. no"."""
-    extra, choices = row.get("extra") or {}, choices_of(row)
-    answer = str(extra.get("plain_answer") or row["answer"])
-    letter = extra.get("letter") or (LETTERS[choices.index(answer) :][:1] if answer in choices else "")
-    texts = [str(row["answer"]), answer, *([letter, f"{letter}. {answer}"] if letter else [])]
+    case = case_of(row, Prediction(row["id"]))
+    texts = [str(row["answer"]), case.label, case.answer]
+    texts += [case.letter, f"{case.letter}. {case.answer}"] if case.letter else []
     return {collapsed(text) for text in texts}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 from photon_data.errors import UsageError, first_few
 from photon_data.questions.table import Problem, read_table, refuse
 from photon_train.evaluation.cases import Case
-from photon_train.evaluation.metric import Metric, Patients, draw_patients, mean_of
+from photon_train.evaluation.metric import POINTS, Metric, Patients, draw_patients, mean_of
 from photon_train.evaluation.results import QUESTIONS, Settings
 
 
@@ -93,6 +93,6 @@ def _metric(name: str) -> Metric[Case]:
     """Return the mean of the scores of that name, of questions that have one."""
 
     def score(question: Any) -> float:
-        return float(question.scores[name]) / 100
+        return float(question.scores[name]) / POINTS
 
     return mean_of(name, lambda question: cast(Any, question).scores.get(name) is not None, score)

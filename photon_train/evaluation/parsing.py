@@ -130,7 +130,7 @@ def parse_quantity(response: str, unit: str = "") -> Quantity | None:
 @lru_cache(maxsize=1 << 14)
 def parse_size(response: str) -> Size | None:
     """Return the one size that a response means (see `size_in`), or None."""
-    return size_in(normalised(said(response)))
+    return size_in(normalised(_THIN_SPACE.sub(",", said(response))))
 
 
 class _Spellings(NamedTuple):

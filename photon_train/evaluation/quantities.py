@@ -139,8 +139,8 @@ def _with_unit(value: float, word: str, exponent: str, *, is_attached: bool) -> 
 
 
 # "30x13 mm", "2 cm x 15 mm": lengths with a multiplication sign between; a unit counts for those before it without one.
-_LENGTH = r"\d+(?:[.,]\d+)?"
-_LENGTH_UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b"
+_LENGTH = r"(?:\d+(?:[.,]\d+)*|(?<!\w)\.\d+)"
+_LENGTH_UNIT = rf"(?:{'|'.join(LENGTHS)})\b"
 _SIZE = re.compile(rf"{_LENGTH}\s*(?:{_LENGTH_UNIT})?(?:\s*[x×*]\s*{_LENGTH}\s*(?:{_LENGTH_UNIT})?)*", re.IGNORECASE)
 _SIDE = re.compile(rf"({_LENGTH})\s*({_LENGTH_UNIT})?", re.IGNORECASE)
 
@@ -158,14 +158,14 @@ class Size(NamedTuple):
 def size_in(text: str) -> Size | None:
     """Return the one size that a normalised text has: "15 x 20 mm", "2x1.5 cm" -> (20, 15).
 
-    None for lengths without a unit, and for several sizes that differ.
+    None for lengths without a unit, for what is no number ("1.2.3 mm"), and for several sizes that differ.
     """
     found: set[Size] = set()
     for match in _SIZE.finditer(text):
         mm_per_unit, sides = 0.0, []
         for length, unit in reversed(_SIDE.findall(match[0])):
-            mm_per_unit = {"m": 1.0, "c": 10.0}[unit[0].lower()] if unit else mm_per_unit
-            sides.append(float(length.replace(",", ".")) * mm_per_unit)
+            mm_per_unit = LENGTHS[unit.lower()] if unit else mm_per_unit
+            sides.append((number_of(length) or 0.0) * mm_per_unit)
         if all(sides):
             bound = text[max(match.start() - 2, 0) : match.start()].strip()[-1:]
             found.add(Size(tuple(sorted(sides, reverse=True)), bound if bound in ("<", ">", "≤", "≥") else ""))

@@ -19,7 +19,7 @@ from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.choice_metrics import ReliabilityBin
 from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.results import QUESTIONS, Answers, Comparison, Evaluation, Score, ScoredCase
+from photon_train.evaluation.results import ALL_TASKS, QUESTIONS, Answers, Comparison, Evaluation, Score, ScoredCase
 
 SCORES, REPORT = "scores.json", "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -72,7 +72,7 @@ def write_questions(evaluation: Evaluation, folder: Path) -> Path:
             **{name: getattr(one.case, name) for name in names},
             "response": one.case.prediction.response,
             "read": one.read,
-            "metric": one.metric if one.metric in one.scores else f"{one.metric}_sentence",
+            "metric": one.name_of_each,
             "scores": one.scores,
         }
         for answers in evaluation.answers
@@ -161,14 +161,12 @@ def _section(answers: Answers, pictures: Mapping[str, Path]) -> dict[str, Any]:
 
 def shown_scores(answers: Answers) -> list[Score]:
     """Return the scores without those that do not apply: of letters, where no question of the task has letters."""
+    if not answers.scored_cases:  # of baselines alone
+        return list(answers.scores)
     lettered = {one.case.task for one in answers.scored_cases if one.case.lettered}
-    if lettered or not answers.scored_cases:
-        lettered.add("all")
-    return [
-        score
-        for score in answers.scores
-        if score.metric not in OF_LETTERS or score.task in lettered or not answers.scored_cases
-    ]
+    if lettered:
+        lettered.add(ALL_TASKS)
+    return [score for score in answers.scores if score.metric not in OF_LETTERS or score.task in lettered]
 
 
 def main_scores(answers: Answers) -> list[tuple[Score, Score]]:
@@ -180,7 +178,7 @@ def main_scores(answers: Answers) -> list[tuple[Score, Score]]:
         (macro, weighted)
         for macro, weighted in both_averages(answers.scores)
         if (macro.task, macro.metric) in main
-        or (macro.task == "all" and macro.metric in overall)
+        or (macro.task == ALL_TASKS and macro.metric in overall)
         or (not main and first[macro.task] == macro.metric)
     ]
 

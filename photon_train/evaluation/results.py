@@ -11,6 +11,7 @@ from photon_train.evaluation.kept import Costs, Kept, MaskRecalls
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.text_metrics import LabelTable
 
+ALL_TASKS = "all"  # the task of scores over all of them
 QUESTIONS = "per_question.jsonl"  # a line per question, which later evaluations are compared with
 
 # "subtask": of that subtask alone. Of a task: the mean of its subtasks, with equal weights ("macro_over_subtasks") or
@@ -54,6 +55,7 @@ class ScoredCase:
 
     case: Case
     metric: str  # the first one that applies
+    name_of_each: str  # of its score among `scores`
     score: float  # by this metric
     read: str | None = None
     scores: dict[str, float | None] = field(default_factory=dict)  # by every metric that scores single questions

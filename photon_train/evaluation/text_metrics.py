@@ -79,7 +79,7 @@ def meteor_exact_stem(applies: Applies[Case]) -> Metric[Case]:
 def bertscore(applies: Applies[Case]) -> Metric[Case]:
     """Return the mean BERTScore F1 (roberta-large, layer 17, no idf, no rescaling); needs the package bert-score.
 
-    UsageError where it is not installed. A baseline costs as much as a model's answers.
+    UsageError where it is not installed. A pair of texts is scored once; a baseline costs as much as a model's answers.
     """
     try:
         from bert_score import BERTScorer
@@ -88,9 +88,14 @@ def bertscore(applies: Applies[Case]) -> Metric[Case]:
         raise UsageError(f"expected the package bert-score for BERTScore, found none; {hint}") from None
     scorer = lru_cache(maxsize=1)(lambda: BERTScorer(model_type="roberta-large", num_layers=17))
 
+    known: dict[tuple[str, str], float] = {}  # F1 by response and answer
+
     def observe(cases: Sequence[Case]) -> np.ndarray:
-        _, _, f1 = scorer().score([case.response for case in cases], [case.answer for case in cases])
-        return with_ones(map(float, f1))
+        pairs = [(case.response, case.answer) for case in cases]
+        if new := list(dict.fromkeys(pair for pair in pairs if pair not in known)):
+            _, _, f1 = scorer().score(*map(list, zip(*new, strict=True)))
+            known.update(zip(new, map(float, f1), strict=True))
+        return with_ones(known[pair] for pair in pairs)
 
     return Metric("bertscore_f1", applies, observe, ratio, is_costly=True)
 

@@ -49,35 +49,32 @@ class Draft:
                 self.scores.append(self._score(token, logits_C, self.question.logprobs))
             if len(self.tokens) >= self.question.max_tokens:
                 self.finish = "length"
-        if self.question.stop:
-            self._end_at_stop()
-        if self.question.streams:
-            self._send()
+        if self.question.stop or self.question.streams:
+            text = self._decoded(self.tokens)
+            self._end_at_stop(text)
+            self._send(text[: self.cut])
 
     def text(self) -> Text:
         """Return the answer as it is."""
-        return Text(self._visible(), self.finish, len(self.tokens), tuple(self.scores))
+        return Text(self._decoded(self.tokens)[: self.cut], self.finish, len(self.tokens), tuple(self.scores))
 
-    def _decoded(self, tokens: Sequence[int] | None = None) -> str:
-        text: str = self.tokenizer.decode(self.tokens if tokens is None else tokens, skip_special_tokens=True)
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def _end_at_stop(self) -> None:
-        """End the answer where a stop text begins; tokens that lie behind that are dropped."""
-        text = self._decoded()
+    def _end_at_stop(self, text: str) -> None:
+        """End the answer where a stop text begins in its text; tokens that lie behind that are dropped."""
         self.cut = min((at for stop in self.question.stop if (at := text.find(stop)) >= 0), default=None)
         if self.cut is not None:
             self.finish = "stop"
-            while self.tokens and len(self._decoded(self.tokens[:-1])) >= self.cut:
+            while self.tokens and self._decoded(self.tokens[:-1]).startswith(text[: self.cut]):
                 self.tokens.pop()
             del self.scores[len(self.tokens) :]
 
-    def _visible(self) -> str:
-        return self._decoded()[: self.cut]
-
-    def _send(self) -> None:
+    def _send(self, text: str) -> None:
         """Send what is new and will stay: no half letter, and no beginning of a stop text, unless this is the end."""
-        text = self._visible()
+        if not self.question.streams:
+            return
         if not self.finish:
             text = text.rstrip(UNFINISHED)
             lengths = (n for stop in self.question.stop for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))

@@ -19,7 +19,7 @@ import torch
 from photon_data.errors import unforeseen
 from photon_train.answering.predictor import Encoded, Predictor, Reply, Request, RequestGroup, request_of, settings_of
 from photon_train.decoder import Prefix
-from photon_train.rows import prefix_of
+from photon_train.rows import text_before_volumes
 from photon_train.serving.draft import Draft, following
 from photon_train.serving.prefixes import PrefixCache
 from photon_train.serving.question import Answer, Busy, Closing, Failure, OnEvent, Piece, Question
@@ -36,7 +36,7 @@ class Ticket:
         self.engine, self.question, self.request, self._on_event = engine, question, request, on_event
         self.is_cancelled = self.is_done = False
         self.drafts: list[Draft] = []
-        text = prefix_of({**request.row, "videos": range(len(question.contents))})[len(question.contents) :]
+        text = text_before_volumes(request.row) if question.contents else ()
         # All that the encoding depends on; names of volumes do not count.
         self.key = (question.contents, text, engine.weights)
 

@@ -17,7 +17,7 @@ class Question:
 
     row: Row  # its `videos` are places of stores
     contents: tuple[str, ...] = ()  # of each of them, a digest of all that decides its voxels
-    max_tokens: int = 512
+    max_tokens: int = 512  # as photon predict
     temperature: float = 0.0  # 0: the likeliest token at each step
     top_p: float = 1.0
     seed: int = 0

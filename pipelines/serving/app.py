@@ -26,7 +26,7 @@ from photon_data.store import open_volume
 from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
 from photon_pipelines.serving.chat import Completion, question_of, read_chat
 from photon_pipelines.serving.figures import Figures
-from photon_pipelines.serving.gate import ApiError, Gate
+from photon_pipelines.serving.gate import CLIENT_GONE, ApiError, Gate
 from photon_pipelines.serving.page import Page
 from photon_pipelines.serving.upload import receive
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 256 * 1024
 MAX_KEPT = 2000  # answers whose kept tokens can still be fetched
 UPLOADS_AT_ONCE, FILES_AT_ONCE = 4, 2
-CLIENT_GONE = 499
 # Statuses of refusals; 422 for those of a scan.
 STATUSES = {"full": 507, "too-large": 413, "too-many-files": 413, "upload-timeout": 408, "not-multipart": 415}
 STATUSES |= {"no-file": 400, "damaged-upload": 400, "not-yours": 403}
@@ -301,6 +300,8 @@ def _described(volume: Stored) -> dict[str, Any]:
 
 async def _error(request: Request, error: Exception) -> Response:
     """Return the response to an error, in the form of OpenAI's."""
+    if not isinstance(error, ApiError | Refused | UnknownVolume | HTTPException | ClientDisconnect):
+        logger.error("a request failed: %s", unforeseen(error))
     if isinstance(error, Refused):
         error = ApiError(STATUSES.get(error.code, 422), error.message, error.code)
     elif isinstance(error, UnknownVolume):
@@ -312,6 +313,5 @@ async def _error(request: Request, error: Exception) -> Response:
     elif isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if not isinstance(error, ApiError):
-        logger.error("a request failed: %s", unforeseen(error))
         error = ApiError(500, f"{unforeseen(error)}; please report it", "internal")
     return Response(error.body(), error.status, error.headers, "application/json")

@@ -25,7 +25,6 @@ WORDS = {
     "Extra inputs are not permitted": "expected no such field, found one",
     "Field required": "expected this field, found none",
 }
-USUAL_TOKENS = 512  # as photon predict
 
 
 class _Closed(BaseModel):
@@ -149,7 +148,7 @@ def question_of(chat: ChatRequest, find: Callable[[str], Stored]) -> tuple[Quest
     question = Question(
         row=row,
         contents=tuple(one.content for one in volumes),
-        max_tokens=chat.max_completion_tokens or chat.max_tokens or USUAL_TOKENS,
+        max_tokens=chat.max_completion_tokens or chat.max_tokens or Question.max_tokens,
         temperature=chat.temperature or 0.0,
         top_p=chat.top_p or 1.0,
         seed=secrets.randbits(31) if chat.seed is None else chat.seed,

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # A client that is refused while it sends is listened to for a while: else it may never see why.
 LINGER_S, LINGER_BYTES = 2, 64 << 20
 OPEN_PATHS = ("/health", "/ready")  # for those who watch over the server; they tell nothing
+CLIENT_GONE = 499  # the status in the log; nobody gets it
 UPLOADS = ("/v1/volumes", "/upload")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -108,7 +109,8 @@ class Gate:
         except ApiError as error:
             await _refuse(error, receive, sending)
         except Exception as error:  # the edge of a request; its text may quote what was sent
-            logger.error("a request failed: %s", unforeseen(error))
+            if status != 500:  # else the application has logged and sent it, and Starlette raises it again
+                logger.error("a request failed: %s", unforeseen(error))
             if not status:
                 await _refuse(ApiError(500, f"{unforeseen(error)}; please report it", "internal"), receive, sending)
         finally:

@@ -15,7 +15,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from photon_data.errors import Refused
 from photon_data.report.page import render
-from photon_pipelines.serving.gate import ApiError
+from photon_pipelines.serving.gate import CLIENT_GONE, ApiError
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -72,7 +72,7 @@ class Page:
         except (UnknownVolume, ApiError) as error:
             return self._page({**shown, "problem": str(error)}, getattr(error, "status", 404))
         if answer is None:
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_GONE)
         more = {"answer": answer["choices"][0]["message"]["content"], **answer["photon"]}
         return self._page({**shown, **more})
 

@@ -98,6 +98,21 @@ def test_a_question_put_with_its_choices_is_found_by_its_own_text():
     assert not join_results([result(1, "<video>Is there a nodule? Or a mass?", "B")], rows).predictions
 
 
+def test_a_label_in_any_of_an_answers_ways_is_the_rows_answer():
+    rows = [
+        row("letter", "B", YES_NO, volume_id="v1"),
+        row("both", "B. No", YES_NO, volume_id="v2", extra={"plain_answer": "No", "letter": "B"}),
+        row("text", "no", YES_NO, volume_id="v3"),
+        row("open", "-. No nodule", volume_id="v4"),
+    ]
+    labels = dict.fromkeys(("v1", "v2", "v3"), ("B", "No", "b. no")) | {"v4": ("-. No nodule", "No nodule")}
+    for volume, own in labels.items():
+        for label in (*own, "Yes", "A"):
+            found = join_results([result(1, "What?", "So", volume=volume, label=label)], rows)
+            expected = (1, 0) if label in own else (0, 1)
+            assert (len(found.predictions), len(found.left_out)) == expected, (volume, label)
+
+
 def test_a_table_is_joined_by_its_mapped_columns(tmp_path):
     put(tmp_path / "rows.jsonl", [row("1", "Yes", YES_NO), row("2", "No", YES_NO)])
     with (tmp_path / "table.csv").open("w", newline="") as file:

@@ -1,6 +1,8 @@
 """Every metric against numbers worked by hand or another library."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +97,27 @@ def test_bertscore_without_its_package_says_what_to_install():
             bertscore(any_question)
 
 
+def test_bertscore_scores_a_pair_of_texts_once_and_every_case_by_its_own_pair(monkeypatch):
+    scored = []
+
+    class Scorer:
+        def __init__(self, model_type, num_layers):
+            assert (model_type, num_layers) == ("roberta-large", 17)
+
+        def score(self, responses, answers):
+            scored.extend(zip(responses, answers, strict=True))
+            shares = [len(response) / 100 for response in responses]
+            return shares, shares, shares
+
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=Scorer))
+    metric, cases = bertscore(any_question), [case("No nodule", said) for said in ("None", "A nodule", "None")]
+    assert metric.of_each(cases).tolist() == [0.04, 0.08, 0.04]
+    cases.insert(0, case("None", "No nodule"))
+    assert metric.of_each(cases).tolist() == [0.09, 0.04, 0.08, 0.04]
+    assert metric.value(cases) == pytest.approx(0.0625)  # (9 + 4 + 8 + 4) / 4 hundredths
+    assert scored == [("None", "No nodule"), ("A nodule", "No nodule"), ("No nodule", "None")]
+
+
 @pytest.mark.parametrize(
     ("response", "answer", "thresholds", "linear"),
     [
@@ -127,6 +150,14 @@ def test_a_tolerance_band_holds_its_edge():
         ("1,3 cm x 30 millimeters", (30, 13)),
         ("3 nodules, the largest 7 mm", (7,)),
         ("Less than 5 mm.", (5,)),
+        ("1,234 mm", (1234,)),
+        ("1,234.5 mm x 1'100 mm", (1234.5, 1100)),
+        ("1.234,5 x 20 mm", (1234.5, 20)),
+        ("1.234 mm", (1.234,)),
+        ("0,125 cm", (1.25,)),
+        (".5 Centimetre", (5,)),
+        ("Seen before.7 mm now", (7,)),
+        ("1.2.3 mm", None),
         ("about 12", None),
     ],
 )

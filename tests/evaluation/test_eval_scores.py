@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from photon_data.errors import UsageError
 from photon_data.questions.question import PROMPTS, Question
 from photon_train.answering.prediction import Prediction, pack_mask, question_digest
-from photon_train.evaluation.cases import join
+from photon_train.evaluation.cases import join, rows_by_id
 from photon_train.evaluation.choice_metrics import ACCURACIES, YES_NO_METRICS
 from photon_train.evaluation.evaluate import BLIND, evaluate, table_of
 from photon_train.evaluation.kept import overlap_of, summarise_costs, summarise_kept
@@ -51,7 +51,7 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
         Prediction("z", "No"),
     ]
     with pytest.raises(UsageError) as error:
-        join(rows, answers)
+        join(rows_by_id(rows), answers)
     for said in (
         "1 without a prediction: d",
         "1 whose prediction is an error: c",
@@ -60,7 +60,7 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
         "1 not in the data: z",
     ):
         assert said in str(error.value)
-    joined = join(rows, answers, allow_partial=True)
+    joined = join(rows_by_id(rows), answers, allow_partial=True)
     assert [case.id for case in joined.cases] == ["a", "f"]
     gaps = joined.gaps
     assert (gaps.missing, gaps.failed, gaps.repeated, gaps.changed, gaps.unknown) == (
@@ -75,14 +75,14 @@ def test_every_kind_of_gap_is_an_error_that_lists_its_ids():
 
 def test_rows_that_repeat_or_have_no_answer_are_refused():
     with pytest.raises(UsageError, match="expected every question once in the data, found 1 that occur again: a"):
-        join([row("a", "No"), row("a", "No")], [Prediction("a", "No")])
+        join(rows_by_id([row("a", "No"), row("a", "No")]), [Prediction("a", "No")])
     with pytest.raises(UsageError, match="questions with an answer"):
-        join([row("a", "")], [Prediction("a", "No")])
+        join(rows_by_id([row("a", "")]), [Prediction("a", "No")])
 
 
 def test_partial_predictions_of_nothing_are_refused():
     with pytest.raises(UsageError, match="found none"):
-        join([row("a", "No")], [Prediction("b", "No")], allow_partial=True)
+        join(rows_by_id([row("a", "No")]), [Prediction("b", "No")], allow_partial=True)
 
 
 @settings(max_examples=20, deadline=None)
@@ -356,7 +356,7 @@ def test_what_was_kept_is_told_by_task_slab_and_pair():
         one("d", "x", "Q3", [3]),
     ]
     rows, said = zip(*made, strict=True)
-    result = summarise_kept(join(rows, said).cases, grid_zyx=(4, 1, 2))
+    result = summarise_kept(join(rows_by_id(rows), said).cases, grid_zyx=(4, 1, 2))
     assert result.questions_on_a_volume.jaccard == pytest.approx(2 / 6)
     assert result.volumes_of_a_question.jaccard == 1
     assert result.slabs == (0.5, 0.75, 0.25, 0.25)
@@ -369,7 +369,7 @@ def test_what_was_kept_is_told_by_task_slab_and_pair():
 def test_costs_add_up_over_stages():
     slow = Prediction("b", "Yes", seconds={"answer": 5.0}, peak_memory_mib=700)
     said = [Prediction("a", "Yes", seconds={"read": 1.0, "answer": 2.0}, peak_memory_mib=300), slow]
-    result = summarise_costs(join([row(id, "Yes") for id in "ab"], said).cases)
+    result = summarise_costs(join(rows_by_id([row(id, "Yes") for id in "ab"]), said).cases)
     assert result.seconds["total"].total == 8
     assert (result.seconds["read"].mean, result.seconds["answer"].median) == (0.5, 3.5)
     assert result.questions_per_second == 2 / 8
@@ -381,7 +381,7 @@ def test_flops_fall_with_what_is_kept():
     from photon_train import PhotonConfig
 
     said = [Prediction("a", "Yes", visual_tokens=1000, kept_tokens=400, text_tokens=50)]
-    result = summarise_costs(join([row("a", "Yes")], said).cases, PhotonConfig(stage=2))
+    result = summarise_costs(join(rows_by_id([row("a", "Yes")]), said).cases, PhotonConfig(stage=2))
     assert 0 < result.prefill_tflop < result.prefill_tflop_unpruned
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import zipfile
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -30,13 +31,14 @@ MODEL = "served-model"
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A prepared folder of one volume, "ready"."""
+    """A prepared folder of one scan, as "ready" and, with the model grid alone, as "lean"."""
     folder = tmp_path_factory.mktemp("prepared")
     write_scan(folder / "raw" / "ready.nii.gz", 5, (30, 40, 44), (9.0, 7.0, 6.5))
     (source,) = find_scans(folder / "raw").sources
     recipe, _ = named_recipe("chest_ct", [*COARSE, "model_shape_zyx=70,140,140"])
-    record = prepare_file(Job(source, str(folder / "out"), recipe))
-    write_records(Location(str(folder / "out")), [record])
+    jobs = [Job(source, str(folder / "out"), recipe)]
+    jobs.append(Job(replace(source, id="lean"), str(folder / "out"), recipe, grids="model"))
+    write_records(Location(str(folder / "out")), [prepare_file(job) for job in jobs])
     return folder / "out"
 
 
@@ -75,6 +77,10 @@ def predicted(model_dir, scan, tmp_path_factory):
 
 def messages(id, question):
     return [{"role": "user", "content": [{"type": "volume", "volume": id}, {"type": "text", "text": question}]}]
+
+
+def nifti(content):
+    return nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
 
 
 def test_openais_client_lists_chats_and_streams_what_predict_answers(client, uploaded, predicted):
@@ -169,8 +175,7 @@ def test_what_was_kept_is_on_the_scans_own_grid_as_predict_writes_it(served, upl
             found = served.http.get(place, params={"format": kind})
             expected = (predicted[1] / same["id"] / name).read_bytes()
             if kind == "saliency":  # in a batch of another size its last digits are others
-                both = (nibabel.Nifti1Image.from_bytes(gzip.decompress(one)) for one in (found.content, expected))
-                assert np.allclose(*(np.asarray(image.dataobj) for image in both), atol=1e-6)
+                assert np.allclose(*(np.asarray(nifti(one).dataobj) for one in (found.content, expected)), atol=1e-6)
             else:
                 assert found.content == expected
             assert name in found.headers["content-disposition"]
@@ -190,6 +195,18 @@ def test_volumes_of_a_prepared_folder_are_asked_about_and_not_deleted(served, ou
     shown = served.http.get("/v1/volumes/ready").json()
     assert shown["native"]["shape_zyx"] == [30, 40, 44] and shown["grid"]["shape_zyx"] == [70, 140, 140]
     assert served.http.delete("/v1/volumes/ready").status_code == 403 and store.exists()
+
+
+def test_what_was_kept_of_a_store_of_the_model_grid_alone_is_drawn_as_that_of_a_whole_one(served, out):
+    assert not (out / "volumes" / "lean.ome.zarr" / "0").exists()
+    places = [served.answer(id)["photon"]["kept"][0] for id in ("ready", "lean")]
+    for kind in ("nifti", "saliency"):
+        found = [served.http.get(place, params={"format": kind}) for place in places]
+        assert [one.status_code for one in found] == [200, 200], found[1].text
+        whole, lean = (np.asarray(nifti(one.content).dataobj) for one in found)
+        assert lean.shape == (44, 40, 30) and lean.any() and np.allclose(lean, whole, atol=1e-6)
+    picture = served.http.get(places[1], params={"format": "png"})
+    assert picture.status_code == 200 and picture.content[:4] == b"\x89PNG"
 
 
 def test_a_deleted_upload_is_gone_with_its_prefix_its_answers_and_its_files(served, scan):
@@ -274,10 +291,11 @@ def test_what_prepare_refuses_is_refused_with_its_code_and_sentence(served, tmp_
     (source,) = find_scans(path).sources
     recipe, _ = named_recipe("chest_ct", COARSE)
     record = prepare_file(Job(source, str(tmp_path / "out"), recipe))
+    before = served.http.get("/v1/volumes").json()["data"]
     found = served.upload(path)
     assert (found.status_code, code_of(found)) == (422, record.code)
     assert found.json()["error"]["message"] == record.reason
-    assert served.http.get("/v1/volumes").json()["data"] == served.http.get("/v1/volumes").json()["data"]
+    assert served.http.get("/v1/volumes").json()["data"] == before
 
 
 def test_of_several_series_one_is_named_by_the_key_that_the_refusal_lists(served, tmp_path):

@@ -10,9 +10,10 @@ import torch
 from askable import QUESTIONS, SHORT, TOKENS, predictor, row
 
 from photon_train.answering.predictor import AnswerSettings, group_rows
+from photon_train.serving.draft import Draft
 from photon_train.serving.engine import Engine
 from photon_train.serving.prefixes import PrefixCache, bytes_of
-from photon_train.serving.question import Answer, Busy, Closing, Failure, Piece, Question
+from photon_train.serving.question import Answer, Busy, Closing, Failure, Piece, Question, Text
 
 WAIT_S = 60
 
@@ -158,6 +159,22 @@ def test_text_alone_and_two_volumes_are_answered_as_by_predict(engine, model_dir
     assert len(two.keep_V) == 2 * TOKENS
 
 
+def test_two_volumes_behind_another_system_message_or_first_turn_are_encoded_anew_and_answered_as_by_predict(
+    engine, model_dir, places
+):
+    rows = [row(name, QUESTIONS[0], *places[:2], system=name) for name in ("Be brief.", "Name every lobe.")]
+    for name, first in (("left", "The left side first."), ("right", "The right side first.")):
+        turns = [{"role": "user", "content": first}, {"role": "assistant", "content": "Yes."}]
+        rows.append({**rows[0], "id": name, "messages": [*turns, rows[0]["messages"][-1]]})
+    expected = predicted(model_dir, rows)
+    assert len({one.response for one in expected.values()}) == 4
+    for count, one in enumerate(rows, start=1):
+        found = Asked(engine, Question(one, ("a", "b"), 6)).answer()
+        same = expected[one["id"]]
+        assert (found.texts[0].text, found.prediction.kept) == (same.response, same.kept)
+        assert (engine.prefixes.misses, found.cached_tokens) == (count, 0)
+
+
 @pytest.mark.parametrize("stop", [(), ("e",), ("zzz",)])
 def test_pieces_add_up_to_the_answer_whatever_its_bytes(engine, places, stop):
     for question in QUESTIONS:
@@ -185,6 +202,35 @@ def test_an_answer_ends_before_a_stop_text_and_after_max_tokens(engine, model_di
     assert [text.tokens for text in texts] == [1, 5, 40, 3]
     assert all(text.finish == "length" for text in texts)
     assert texts[2].text == whole
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, and the number of times that it decodes."""
+
+    decoded = 0
+
+    def decode(self, tokens, skip_special_tokens):
+        self.decoded += 1
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("said", "whole", "tokens"),
+    [("aé|b", "aé", 3), ("é|", "é", 2), ("|", "", 0), ("aé", "aé", 3)],
+)
+def test_a_letter_of_several_tokens_before_a_stop_text_stays_whole_and_an_answer_is_decoded_once_a_token(
+    said, whole, tokens
+):
+    tokenizer, pieces = Bytes(), []
+    question = Question(row("x", "?"), stop=("|", "no such text"), streams=True)
+    draft = Draft(0, question, tokenizer, {0}, pieces.append, lambda: False)
+    for count, token in enumerate([*said.encode(), 0], start=1):
+        draft.add(token, None)
+        if draft.finish:
+            break
+        assert tokenizer.decoded == count
+    assert draft.text() == Text(whole, "stop", tokens, ())
+    assert "".join(piece.text for piece in pieces) == whole
 
 
 def test_drawn_answers_are_those_of_predict_with_the_same_seed(engine, model_dir, places):

@@ -77,9 +77,25 @@ def test_archives_share_one_limit_and_archives_in_archives_stay_packed(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["x.bin", "x.bin", "y.zip", "y.zip"]
 
 
+def test_the_files_of_all_archives_together_are_counted(tmp_path):
+    for name, counts in {"one": (51,), "two": (30, 21), "few": (30, 20)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for count in counts:
+            (folder / f"{count}.zip").write_bytes(packed(*((str(n), b"") for n in range(count))))
+        if name == "few":
+            unpack_all(folder, SMALL)
+            assert sum(path.is_file() for path in folder.rglob("*")) == 50
+            continue
+        with pytest.raises(Refused) as refused:
+            unpack_all(folder, SMALL)
+        assert refused.value.code == "too-many-files"
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_damaged_archive_of_any_method_is_refused(tmp_path, method):
-    whole = packed(("a.nii", os.urandom(3000)), method=method)
+def test_a_damaged_archive_of_any_method_is_refused_or_gives_the_bytes_that_were_packed(tmp_path, method):
+    content, refusals = os.urandom(3000), 0
+    whole = packed(("a.nii", content), method=method)
     for at in range(30, len(whole), 97):
         damaged = bytearray(whole)
         damaged[at : at + 8] = b"\xff" * 8
@@ -89,7 +105,11 @@ def test_a_damaged_archive_of_any_method_is_refused(tmp_path, method):
         try:
             unpack_all(folder, SMALL)
         except Refused as refused:
+            refusals += 1
             assert refused.code in ("damaged-zip", "encrypted", "too-large")
+        else:
+            assert [path.read_bytes() for path in folder.rglob("*") if path.is_file()] == [content]
+    assert refusals >= 25  # of 31 or more places, those in the bytes of the file
 
 
 def test_a_record_names_no_file_of_the_upload(tmp_path):
