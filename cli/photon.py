@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 from typer import Argument, Context, Exit, Option, Typer, echo
 from typer.core import TyperCommand, TyperGroup
 
 from photon_cli import terminal
 from photon_cli.terminal import (
-    INTERRUPTED,
     OK,
     PARTIAL,
-    STOPPED,
-    ProgressBar,
-    console,
     errors_as_exit_codes,
     fail,
     run_app,
 )
-from photon_data.errors import UsageError
-from photon_data.files import Location
-from photon_data.lock import exclusive
-
-if TYPE_CHECKING:
-    from photon_train.training.config import TrainConfig
 
 app = Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
 
-PLAIN_LINES = 20  # without a terminal a training run prints about this many lines, however long it takes
 # Options of photon predict that belong to a raw scan only, to one scan only, and to rows only.
 OF_RAW = ("recipe", "settings", "series")
 OF_SCAN = (*OF_RAW, "stream", "as_json", "at")
@@ -105,99 +91,13 @@ def train(
         fail(f"--resume: expected nothing or auto behind it, found {resume}")
     given = {"data": data, "model": model, "output": str(output) if output else None, "eval": evaluate_on}
     with errors_as_exit_codes():
-        from transformers.utils.logging import disable_progress_bar
+        from photon_cli import train as body
 
-        from photon_train.checkpoint import checkpoints
-        from photon_train.training import loop
-        from photon_train.training.grounding import grounding_of
-        from photon_train.training.interruption import TrainingInterrupted
-
-        disable_progress_bar()  # transformers' own bar
-        run = _train_config(stage, config, settings, {name: value for name, value in given.items() if value})
-        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it holds the folder for all of them
-        try:
-            if not dry_run:
-                with exclusive(Location(run.output)) if is_first else nullcontext():
-                    _train(run, "auto" if resume == "auto" else resume is not None)
-            elif description := loop.dry_run(run, grounding_of(run.grounding) if run.grounding else None):
-                console.print(description, soft_wrap=True)
-        except loop.TrainingStopped as error:
-            fail(f"Stopped: {error}", STOPPED)
-        except TrainingInterrupted as error:
-            fail(f"Interrupted: {error}. Go on with --resume.", INTERRUPTED)
-        except KeyboardInterrupt:
-            kept = checkpoints(Path(run.output))
-            found = f"{kept[-1].name} is the last checkpoint" if kept else "no checkpoint was written yet"
-            fail(f"Interrupted: {found} in {run.output}. Go on with --resume auto.", INTERRUPTED)
-
-
-def _train_config(stage: str, file: Path | None, settings: Sequence[str], given: dict[str, Any]) -> TrainConfig:
-    """Return the configuration of the named run, changed by the file, then by --set, then by the `given` options."""
-    import torch
-
-    from photon_train.training.config import named_run, read_config, with_values
-
-    config = named_run(stage)
-    in_file = read_config(file) if file else {}
-    config = with_values(config, in_file)
-    changes = {}
-    for setting in settings:  # unlike in other options, a comma belongs to the value
-        name, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals or not name:
-            raise UsageError(f"--set: expected key=value, found {setting!r}; for example questions_per_step=16")
-        changes[name] = value
-    if not torch.cuda.is_available() and config.precision != "fp32" and "precision" not in {*changes, *in_file}:
-        console.print(f"no GPU: precision=fp32, not the {config.precision} of {stage}; --set precision=... is obeyed")
-        changes["precision"] = "fp32"
-    return with_values(config, {**changes, **given})
-
-
-def _train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
-    """Train, with progress."""
-    from photon_train.training.grounding import grounding_of
-    from photon_train.training.loop import run_steps
-    from photon_train.training.setup import start
-
-    bar, masks = _TrainingBar("training"), ProgressBar("masks of volumes")
-
-    def on_masks(done: int, total: int) -> None:
-        masks.count(done, total)
-        masks.line(f"masks of {done} of {total} volumes")
-
-    with masks if config.grounding else nullcontext():
-        grounding = grounding_of(config.grounding, on_masks) if config.grounding else None
-        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding)
-    first_step, bar.total_steps = run.state["step"], run.total_steps
-    if run.accelerator.is_main_process:
-        console.print_json(data=run.config.to_json())
-        console.print(f"{len(run.rows)} rows, step {first_step} of {run.total_steps}, {run.accelerator.device}")
-        if run.curriculum:
-            console.print(run.curriculum)
-    bar.update(total=run.total_steps, completed=first_step)
-    with bar:
-        summary = run_steps(run)
-    if summary:
-        files = f"checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl"
-        console.print(f"{run.folder}: {files}", soft_wrap=True)
-
-
-class _TrainingBar(ProgressBar):
-    total_steps = 0
-
-    def on_row(self, row: dict[str, Any]) -> None:
-        # The first step always has a plain line: in stage 2 it says what is kept at the start.
-        parts = [f"loss {row['loss']:.3f}"]
-        if row.get("keep_ratio") is not None:
-            theta = f" at theta {row['threshold']:.3f}" if row.get("threshold") else ""
-            parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%}{theta}")
-        parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
-        if row.get("eval_loss") is not None:
-            parts.append(f"eval loss {row['eval_loss']:.3f}, forced exact {row['eval_forced_exact']:.1%}")
-        text = ", ".join(parts)
-        self.update(completed=row["step"], detail=text)
-        is_due = row["step"] % max(self.total_steps // PLAIN_LINES, 1) == 0 or "eval_loss" in row
-        if row["step"] == 1 or (is_due and not console.is_terminal):
-            console.print(f"step {row['step']}/{self.total_steps}  {text}", soft_wrap=True)
+        run = body.train_config(stage, config, settings, {name: value for name, value in given.items() if value})
+        if dry_run:
+            body.dry_run(run)
+        else:
+            body.train(run, "auto" if resume == "auto" else resume is not None)
 
 
 @app.command()
