@@ -41,6 +41,8 @@ def read_scored(path: Path) -> dict[str, list[ScoredQuestion]]:
             name, scores = row.values["predictions"], row.values["scores"]
             if not all(isinstance(text, str) for text in (*texts, name)) or not isinstance(scores, dict):
                 raise ValueError
+            if not all(score is None or type(score) in (int, float) for score in scores.values()):
+                raise ValueError
         except (KeyError, ValueError):
             problems.append(Problem(row.place, "no scores", "expected a line of `photon eval`, found another"))
             continue

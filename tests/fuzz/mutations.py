@@ -9,6 +9,8 @@ import sys
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from photon_data.errors import UsageError
+
 LONG = "--long" in sys.argv
 SECONDS = 30  # no example takes a second where nothing hangs
 
@@ -45,6 +47,22 @@ def no_hang():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def sentence_or(read, *parts):
+    """What a reader returns, or None where it refuses: in a sentence, that no terminal obeys once it is printed."""
+    with no_hang():
+        try:
+            return read(*parts)
+        except UsageError as error:
+            assert 10 < len(str(error)) < 30_000
+            return None
+
+
+def write(path, content):
+    """Write a text, half surrogates too, or bytes; return the path."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return path
 
 
 @st.composite

@@ -7,12 +7,11 @@ import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import budget, damaged_bytes, damaged_json, damaged_text, no_hang
+from mutations import budget, damaged_bytes, damaged_json, damaged_text, sentence_or, write
 from pyarrow import parquet
 
 from photon_data.datasets.combine import read_dataset
 from photon_data.datasets.declare import read_data_manifest
-from photon_data.errors import UsageError
 from photon_data.questions.question_table import read_questions
 from photon_data.questions.rescale_table import rescaling
 from photon_data.readers.find import find_scans
@@ -65,21 +64,6 @@ photon:
 """
 
 
-def _or_sentence(read, *parts):
-    """What a reader returns, or None where it refuses: in a sentence, that no terminal obeys once it is printed."""
-    with no_hang():
-        try:
-            return read(*parts)
-        except UsageError as error:
-            assert 10 < len(str(error)) < 30_000
-            return None
-
-
-def _write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    return path
-
-
 def _check_questions(questions):
     for question in questions or ():
         texts = [question.id, question.volume, question.question, question.answer or "", question.split or ""]
@@ -92,16 +76,16 @@ def _check_questions(questions):
 @given(st.data())
 def test_a_damaged_csv_gives_whole_questions_or_a_sentence(tmp_path, data):
     damaged = data.draw(st.one_of(damaged_text(CSV), damaged_bytes(CSV.encode())))
-    _check_questions(_or_sentence(read_questions, _write(tmp_path / "a.csv", damaged)))
+    _check_questions(sentence_or(read_questions, write(tmp_path / "a.csv", damaged)))
 
 
 @budget(150)
 @given(st.data())
 def test_damaged_json_lines_give_whole_questions_or_a_sentence(tmp_path, data):
     lines = [data.draw(damaged_json(row)) if data.draw(st.booleans()) else json.dumps(row).encode() for row in ROWS]
-    _check_questions(_or_sentence(read_questions, _write(tmp_path / "a.jsonl", b"\n".join(lines))))
+    _check_questions(sentence_or(read_questions, write(tmp_path / "a.jsonl", b"\n".join(lines))))
     whole = data.draw(damaged_json(ROWS))
-    _check_questions(_or_sentence(read_questions, _write(tmp_path / "a.json", whole)))
+    _check_questions(sentence_or(read_questions, write(tmp_path / "a.json", whole)))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +101,7 @@ def parquet_bytes():
 @given(st.data())
 def test_a_damaged_parquet_gives_whole_questions_or_a_sentence(parquet_bytes, tmp_path, data):
     _check_questions(
-        _or_sentence(read_questions, _write(tmp_path / "a.parquet", data.draw(damaged_bytes(parquet_bytes))))
+        sentence_or(read_questions, write(tmp_path / "a.parquet", data.draw(damaged_bytes(parquet_bytes))))
     )
 
 
@@ -128,9 +112,9 @@ def test_a_damaged_table_of_slopes_gives_numbers_or_a_sentence(tmp_path, data):
     for name in ("s0.nii", "s1.nii"):
         (tmp_path / "scans" / name).touch()
     text = "volume,slope,intercept\ns0,1,-1024\ns1,0.5,0\n"
-    table = _write(tmp_path / "hu.csv", data.draw(damaged_text(text)))
+    table = write(tmp_path / "hu.csv", data.draw(damaged_text(text)))
     sources = find_scans(tmp_path / "scans").sources
-    if find := _or_sentence(rescaling, str(table), sources, {}):
+    if find := sentence_or(rescaling, str(table), sources, {}):
         assert all(len(find(source)) == 3 for source in sources)
 
 
@@ -139,7 +123,7 @@ def test_a_damaged_table_of_slopes_gives_numbers_or_a_sentence(tmp_path, data):
 def test_damaged_predictions_are_read_as_predictions_or_refused_with_their_line(tmp_path, data):
     lines = [json.loads(prediction.to_json()) for prediction in PREDICTIONS]
     made = [data.draw(damaged_json(row)) if data.draw(st.booleans()) else json.dumps(row).encode() for row in lines]
-    for one in _or_sentence(read_predictions, _write(tmp_path / "p.jsonl", b"\n".join(made))) or ():
+    for one in sentence_or(read_predictions, write(tmp_path / "p.jsonl", b"\n".join(made))) or ():
         assert one.to_json().encode() and one.kept_tokens <= one.visual_tokens
         assert float(one.kept_tokens) + float(one.text_tokens) + sum(one.seconds.values()) >= 0 or one.seconds
 
@@ -150,11 +134,11 @@ def test_a_damaged_data_manifest_declares_data_sets_or_is_refused_with_its_line(
     (tmp_path / "scans").mkdir(exist_ok=True)
     for number in range(3):
         (tmp_path / "scans" / f"s{number}.nii").touch()
-    _write(tmp_path / "table.csv", CSV)
+    write(tmp_path / "table.csv", CSV)
     damaged = data.draw(st.one_of(damaged_text(MANIFEST), damaged_text(MANIFEST), damaged_bytes(MANIFEST.encode())))
-    manifest = _or_sentence(read_data_manifest, _write(tmp_path / "data_manifest.yaml", damaged))
+    manifest = sentence_or(read_data_manifest, write(tmp_path / "data_manifest.yaml", damaged))
     for entry in manifest.datasets if manifest else ():
-        found = _or_sentence(lambda entry=entry: read_dataset(entry, instruction="Describe it.", seed=0))
+        found = sentence_or(lambda entry=entry: read_dataset(entry, instruction="Describe it.", seed=0))
         for volume in found.volumes if found else ():
             assert not {"/", "\\", "\0"} & set(volume.source.id) and not volume.source.id.startswith(".")
 
@@ -163,8 +147,8 @@ def test_a_damaged_data_manifest_declares_data_sets_or_is_refused_with_its_line(
 @given(st.data())
 def test_damaged_settings_of_a_run_are_settings_or_are_refused(tmp_path, data):
     damaged = data.draw(st.one_of(damaged_text(RUN), damaged_text(RUN), damaged_bytes(RUN.encode())))
-    path = _write(tmp_path / "run.yaml", damaged)
-    if config := _or_sentence(lambda: with_values(TrainConfig(), read_config(path))):
+    path = write(tmp_path / "run.yaml", damaged)
+    if config := sentence_or(lambda: with_values(TrainConfig(), read_config(path))):
         kinds = {name: type(value) for name, value in vars(TrainConfig()).items()}
         assert all(type(value) is kinds[name] for name, value in vars(config).items())
 
@@ -173,5 +157,5 @@ def test_damaged_settings_of_a_run_are_settings_or_are_refused(tmp_path, data):
 @given(st.data())
 def test_damaged_json_settings_of_a_run_are_settings_or_are_refused(tmp_path, data):
     value = {**TrainConfig().to_json(), "photon": {"soft_start": 0.5}, "data": ["a.jsonl"]}
-    path = _write(tmp_path / "run.json", data.draw(damaged_json(value)))
-    _or_sentence(lambda: with_values(TrainConfig(), read_config(path)))
+    path = write(tmp_path / "run.json", data.draw(damaged_json(value)))
+    sentence_or(lambda: with_values(TrainConfig(), read_config(path)))
