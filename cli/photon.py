@@ -67,7 +67,7 @@ class _Resumes(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give --resume its value."""
-        following = [*args[1:], ""]
+        following = [*args, ""][1:]
         args = [f"{a}=run" if a == "--resume" and b != "auto" else a for a, b in zip(args, following, strict=True)]
         return super().parse_args(ctx, args)
 
