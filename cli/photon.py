@@ -330,6 +330,18 @@ def serve(
         body.serve(model, load, questions_per_batch, options)
 
 
+@app.command()
+def demo(
+    folder: Annotated[Path, Argument(help="Folder for all that it makes.")] = Path("demo"),
+    quick: Annotated[bool, Option("--quick", help="A minute instead of several: the model learns nothing.")] = False,
+) -> None:
+    """Make synthetic CTs, prepare them, train a tiny model, score and ask it, and write a page about it all."""
+    with errors_as_exit_codes():
+        from photon_cli import demo as body
+
+        body.Demo(folder, body.QUICK if quick else body.FULL).run()
+
+
 def main() -> None:
     """Run the command line."""
     run_app(app)
