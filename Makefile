@@ -1,54 +1,44 @@
 # make demo   the main job, end to end, on data it makes itself      make test   the tests (with lint: make check)
-PYTHON ?= python3.11
+# The first Python of 3.11 to 3.13 that is found; PYTHON=... is another one.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' > /dev/null 2>&1 && echo $$python && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo demo-data demo-model test test-all lint check clean
+.PHONY: demo test test-all test-data lint check clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# Nothing is compiled ahead: that takes half a minute, and most of it is never run.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11, 3.12 or 3.13, found none; install one, or say PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+
+$(VENV)/train: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[train]'
 	touch $@
 
-demo: demo-data demo-model
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/train
 
-demo-data: $(VENV)/installed
-	$(BIN)/photon-data phantom $(DEMO)/phantoms --n 12 --seed 0
-	$(BIN)/photon-data prepare $(DEMO)/phantoms/scans $(DEMO)/prepared --questions $(DEMO)/phantoms/questions.jsonl
-	$(BIN)/photon-data verify $(DEMO)/prepared
-	$(BIN)/photon-data show "$$(ls -d $(DEMO)/prepared/volumes/*.ome.zarr | head -n 1)" --output $(DEMO)/volume.png
-	@echo "Open $(DEMO)/prepared/report.html and $(DEMO)/volume.png"
-
-# A tiny model learns to say whether whole organs are affected, on a grid of an eighth of the voxels, and where they are (from the
-# masks of the training phantoms); then it learns to drop tokens.
-MANIFESTS := $(DEMO)/easy/prepared/manifests
-demo-model: $(VENV)/installed
-	$(BIN)/photon-data phantom $(DEMO)/easy/phantoms --n 120 --easy --size 160
-	$(BIN)/photon-data prepare $(DEMO)/easy/phantoms/scans $(DEMO)/easy/prepared \
-		--questions $(DEMO)/easy/phantoms/questions.jsonl --set model_shape_zyx=70,140,140
-	test -e $(DEMO)/tiny || $(BIN)/photon init --tiny $(DEMO)/tiny --model-shape 70,140,140
-	$(BIN)/photon train tiny-s1 --model $(DEMO)/tiny --data $(MANIFESTS)/train.jsonl --eval $(MANIFESTS)/val.jsonl \
-		--set grounding=$(DEMO)/easy/phantoms/masks --output $(DEMO)/s1 --resume auto
-	$(BIN)/photon train tiny-s2 --model "$$(ls -d $(DEMO)/s1/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/train.jsonl \
-		--eval $(MANIFESTS)/val.jsonl --output $(DEMO)/s2 --resume auto
-	$(BIN)/photon eval vqa --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --data $(MANIFESTS)/test.jsonl \
-		--train $(MANIFESTS)/train.jsonl --masks $(DEMO)/easy/phantoms/masks --max-new-tokens 8 \
-		--schedulers its,none,random,uniform,foreground --output $(DEMO)/scores
-	$(BIN)/photon predict --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --overlay $(DEMO)/overlay --max-new-tokens 8 \
-		--at=-52,52,356 \
-		"$$(ls $(DEMO)/easy/phantoms/scans/*-0002.*)" \
-		"Any lung consolidation?" "Any liver calcification?"
-	@echo "Open $(DEMO)/scores/report.html, $(DEMO)/s2/curves.png and $(DEMO)/overlay"
+demo: $(VENV)/train
+	$(BIN)/photon demo $(DEMO)
 
 # Two workers of one thread each; with more they wait for each other.
-test test-all: export OMP_NUM_THREADS = 1
+test test-all test-data: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --slow
+
+# Of the data side alone, in an environment without torch and with as little else: make test-data VENV=DIR PYTHON=python3.13
+test-data: | $(BIN)/python
+	$(INSTALL) '.[dicom,parquet]' pytest pytest-xdist hypothesis psutil
+	$(BIN)/python -m pytest -n 2 $(addprefix --ignore=tests/,model training predict evaluation serving fuzz test_parity.py)
 
 lint: $(VENV)/installed
 	mkdir -p build/types
