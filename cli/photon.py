@@ -127,7 +127,10 @@ def predict(
     revision: terminal.Revision = None,
     shard: Annotated[str | None, Option(help="I/N: only part I of N, from 0; torchrun sets it itself.")] = None,
     overlay: Annotated[Path | None, Option(help="Folder for what was kept: a picture and NIfTI per question.")] = None,
-    window: terminal.Window = "full",
+    window: Annotated[
+        str,
+        Option(help="Of pictures: asked (by the question), full, lung, mediastinum, soft, bone, or low,high in HU."),
+    ] = "asked",
     at: terminal.At = None,
     masks: Annotated[
         str | None, Option(help="Masks: a prepared folder, or of files (--data: a folder per volume id): recall.")

@@ -40,7 +40,7 @@ from photon_train.answering.predictor import (
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
-from photon_train.overlay import DEFAULT_VIEW, Canvas, View, folders_of, write_overlay
+from photon_train.overlay import ASKED, Canvas, View, folders_of, write_overlay
 from photon_train.rows import Row, read_rows
 from photon_train.scheduling import SCHEDULERS
 
@@ -69,7 +69,7 @@ class Overlays(NamedTuple):
 def overlays_of(folder: Path | None, window: str, at: str | None, masks: str | None) -> Overlays:
     """Return what --overlay, --window, --at and --masks say; UsageError now, not when everything is answered."""
     window_hu = window_of(window)
-    if window_hu not in (DEFAULT_VIEW.window_hu, AUTO):
+    if window_hu not in (ASKED, AUTO):
         resolve_window(window_hu, [])
     return Overlays(folder, View(window_hu, numbers(at, 3, "--at") if at else None), masks)
 
@@ -96,7 +96,8 @@ class _ShownScan:
         recalls = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
         if self.overlays.folder:
             folder = folders_of(self.overlays.folder, reply.prediction.id, self.count)[self.number]
-            write_overlay(folder, self.canvas, keep_V, saliency_V, title, self.overlays.view)
+            answer, view = reply.prediction.response, self.overlays.view
+            write_overlay(folder, self.canvas, keep_V, saliency_V, title, view, answer=answer, masks=self.masks)
             if recalls:
                 with write_whole(folder / RECALL) as temporary:
                     temporary.write_text(json.dumps(recalls, indent=1) + "\n")

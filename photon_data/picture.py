@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,6 +32,7 @@ SCALE_BARS_MM = (50, 20, 10, 5, 2, 1)
 _SMALLEST_PANEL_PX = 96
 
 _BACKGROUND, _TEXT, _MUTED, _OUTLINE = "#0b0d10", "#e8eaed", "#9aa0a6", "#ff5d8f"
+CONTOUR = "#5ee6a8"
 _DIMMED = 0.6
 
 Draw = ImageDraw.ImageDraw
@@ -82,10 +83,9 @@ class Layout(NamedTuple):
         """Side of the square inside of the gutters, which slices are fitted into."""
         return self.panel - 2 * self.gutter
 
-    @property
-    def canvas(self) -> tuple[int, int]:
-        """Width and height of the whole picture: three panels above two lines of text."""
-        return 3 * self.panel + 2 * self.gap, self.panel + 2 * self.gutter + self.gap
+    def canvas(self, lines: int) -> tuple[int, int]:
+        """Return width and height of the whole picture: three panels above their captions and so many lines of text."""
+        return 3 * self.panel + 2 * self.gap, self.panel + (1 + lines) * self.gutter + self.gap
 
 
 class Upright:
@@ -124,12 +124,15 @@ def three_planes(
     at_lps: Sequence[float] | None = None,
     title: str | None = None,
     outlined_zyx: np.ndarray | None = None,
+    contour_zyx: Any = None,
+    note: str = "",
 ) -> Image.Image:
     """Return an RGB picture of the axial, coronal and sagittal slice through `at_lps` (None: the middle of the grid).
 
     All three share one scale, so a thin slab looks thin. Each panel is `size_px` wide and high.
     `window_hu` is (low, high), a name of WINDOWS, or "auto". Only three slices are read from `volume.array_zyx`.
-    `outlined_zyx` (bool) marks voxels of it: a line is drawn around them, and the others are dimmed.
+    `outlined_zyx` (bool) marks voxels of it: a line is drawn around them, and the others are dimmed. `contour_zyx`
+    (bool, or slices like one) gets a line of another colour (CONTOUR), and nothing is dimmed. `note` is a second line.
     UsageError for an unknown window or a point outside of the volume.
     """
     layout, upright = Layout.of(size_px), Upright(volume)
@@ -139,7 +142,7 @@ def three_planes(
     window = resolve_window(window_hu, slices)
     extents_mm = [n * s for n, s in zip(grid.shape_zyx, grid.spacing_zyx_mm, strict=True)]
     px_per_mm = layout.room / max(extents_mm)
-    canvas = Image.new("RGB", layout.canvas, _BACKGROUND)
+    canvas = Image.new("RGB", layout.canvas(2 if note else 1), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.font = _font(layout.font)
     for number, (plane, values) in enumerate(zip(PLANES, slices, strict=True)):
@@ -151,7 +154,10 @@ def three_planes(
         canvas.paste(grey.resize((width, height), Image.Resampling.BILINEAR).convert("RGB"), box)
         if outlined_zyx is not None:
             marked = Upright(Volume(outlined_zyx, volume.geometry)).slice(plane, at)
-            _draw_outline(canvas, box, marked, thickness=max(1, layout.panel // 240))
+            _draw_outline(canvas, box, marked, _OUTLINE, thickness=max(1, layout.panel // 240), dimmed=_DIMMED)
+        if contour_zyx is not None:
+            marked = Upright(Volume(contour_zyx, volume.geometry)).slice(plane, at)
+            _draw_outline(canvas, box, marked, CONTOUR, thickness=max(1, layout.panel // 320), dimmed=1)
         _draw_letters(draw, layout, box, plane, grid)
         _draw_ticks(draw, layout, box, plane, grid, at)
         _draw_caption(draw, layout, panel_left, plane, float(grid.world(at)[2 - plane.normal]))
@@ -161,6 +167,8 @@ def three_planes(
     name, unit = f"{window_hu} " if isinstance(window_hu, str) else "", "" if window_hu == AUTO else " HU"
     shown = f"{tilted}{name}window {window[0]:g} to {window[1]:g}{unit}"
     _draw_footer(draw, layout, title or "", shown)
+    if note:
+        _draw_footer(draw, layout, note, "", row=1)
     return canvas
 
 
@@ -199,17 +207,19 @@ def voxel_at(grid: Geometry, at_lps: Sequence[float] | None) -> Voxel:
     return z, y, x
 
 
-def _draw_outline(canvas: Image.Image, box: Box, marked: np.ndarray, thickness: int) -> None:
-    """Draw the inner edge of the marked voxels of a slice, and dim the other voxels."""
+def _draw_outline(
+    canvas: Image.Image, box: Box, marked: np.ndarray, colour: str, *, thickness: int, dimmed: float
+) -> None:
+    """Draw the inner edge of the marked voxels of a slice, and multiply the other voxels by `dimmed`."""
     shown = canvas.crop(box)
     eroded = inside = np.asarray(Image.fromarray(marked).resize(shown.size, Image.Resampling.NEAREST), bool)
     for _ in range(thickness):
         padded = np.pad(eroded, 1)
         eroded = eroded & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     pixels = np.array(shown)
-    pixels[~inside] = pixels[~inside] * _DIMMED
+    pixels[~inside] = pixels[~inside] * dimmed
     canvas.paste(Image.fromarray(pixels), box)
-    canvas.paste(_OUTLINE, box, Image.fromarray((inside & ~eroded).astype(np.uint8) * 255))
+    canvas.paste(colour, box, Image.fromarray((inside & ~eroded).astype(np.uint8) * 255))
 
 
 def _draw_letters(draw: Draw, layout: Layout, box: Box, plane: Plane, grid: Geometry) -> None:
@@ -258,10 +268,10 @@ def _draw_scale_bar(draw: Draw, layout: Layout, px_per_mm: float) -> None:
     draw.text((left, y - 5), f"{mm} mm", _TEXT, anchor="lb", stroke_width=1, stroke_fill=_BACKGROUND)
 
 
-def _draw_footer(draw: Draw, layout: Layout, title: str, window: str) -> None:
+def _draw_footer(draw: Draw, layout: Layout, title: str, window: str, row: int = 0) -> None:
     """Write title and window in one line; the middle of a title that is too long is left out."""
-    font, middle = _font(layout.font), layout.panel + layout.gutter + layout.gutter // 2
-    inset, width = layout.gutter / 2, layout.canvas[0]
+    font, middle = _font(layout.font), layout.panel + (1 + row) * layout.gutter + layout.gutter // 2
+    inset, width = layout.gutter / 2, layout.canvas(1)[0]
     draw.text((width - inset, middle), window, _MUTED, anchor="rm")
     room = width - 3 * inset - font.getlength(window)
     text = " ".join(title.split())

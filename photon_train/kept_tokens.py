@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import VOLUMES
 from photon_data.resample import model_grid, target_grid
+from photon_data.scan import Source
 from photon_data.store import is_store, open_volume
 from photon_data.volume import Geometry, Volume
 
@@ -100,6 +102,7 @@ class CountedMask:
     counts_V: np.ndarray  # int64, its voxels in each token
     voxels: int  # in all
     ml: float
+    voxels_of: Callable[[], Volume]  # reads it again, to be drawn
 
     def recall(self, keep_V: np.ndarray) -> MaskRecall:
         """Return what share of it lies in the tokens of bool keep_V."""
@@ -110,12 +113,13 @@ class CountedMask:
         return MaskRecall(self.voxels, inside, kept, kept / self.voxels, chance)
 
 
-def count_mask(name: str, mask: Volume, cells: Geometry) -> CountedMask:
+def count_mask(name: str, voxels_of: Callable[[], Volume], cells: Geometry) -> CountedMask:
     """Return a mask (voxels that are not 0, on a grid of its own) counted on the tokens."""
+    mask = voxels_of()
     index_zyx = np.argwhere(mask.numpy())
     tokens = tokens_at(mask.geometry.world(index_zyx), cells)
     counts_V = np.bincount(tokens[tokens != OUTSIDE], minlength=int(np.prod(cells.shape_zyx)))
-    return CountedMask(name, counts_V, len(index_zyx), len(index_zyx) * mask.geometry.voxel_ml)
+    return CountedMask(name, counts_V, len(index_zyx), len(index_zyx) * mask.geometry.voxel_ml, voxels_of)
 
 
 def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = None) -> list[CountedMask]:
@@ -126,11 +130,14 @@ def counted_masks(folder: Path, cells: Geometry, names: Container[str] | None = 
     sources = find_scans(folder, label_maps=True).sources
     if not sources:
         raise UsageError(f"expected masks (.nii.gz and the like) in {folder}, found none")
-    scans = {source.id: open_scan(source) for source in sources if names is None or source.id in names}
-    return [
-        count_mask(name, Volume(np.stack([np.nan_to_num(plane) != 0 for plane in scan.planes()]), scan.geometry), cells)
-        for name, scan in scans.items()
-    ]
+    wanted = [source for source in sources if names is None or source.id in names]
+    return [count_mask(source.id, partial(_voxels_of, source), cells) for source in wanted]
+
+
+def _voxels_of(source: Source) -> Volume:
+    """Return the voxels of a file that are not 0."""
+    scan = open_scan(source)
+    return Volume(np.stack([np.nan_to_num(plane) != 0 for plane in scan.planes()]), scan.geometry)
 
 
 def counted_stored_masks(masks: Masks, cells: Geometry, names: Container[str] | None = None) -> list[CountedMask]:
@@ -148,7 +155,7 @@ def counted_stored_masks(masks: Masks, cells: Geometry, names: Container[str] | 
         beyond_ml = sum((label.source_voxels - label.inside_voxels) * label.source_voxel_ml for label in own)
         voxels = int(counts_V.sum()) + round(beyond_ml / masks.geometry.voxel_ml)
         ml = sum(label.source_voxels * label.source_voxel_ml for label in own)
-        counted.append(CountedMask(name, counts_V, voxels, ml))
+        counted.append(CountedMask(name, counts_V, voxels, ml, partial(masks.mask, name)))
     return counted
 
 

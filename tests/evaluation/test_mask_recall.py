@@ -12,9 +12,9 @@ from photon_train.evaluation.metric import draw_patients
 from photon_train.kept_tokens import CountedMask
 
 # Four tokens. Of the liver's 10 voxels one lies beyond the grid. The spleen fills the last, the lesion is in the first.
-LIVER = CountedMask("liver", np.array([6, 3, 0, 0]), 10, 1500.0)
-SPLEEN = CountedMask("spleen", np.array([0, 0, 0, 4]), 4, 150.0)
-LESION = CountedMask("liver_lesion", np.array([2, 0, 0, 0]), 2, 0.5)
+LIVER = CountedMask("liver", np.array([6, 3, 0, 0]), 10, 1500.0, None)
+SPLEEN = CountedMask("spleen", np.array([0, 0, 0, 4]), 4, 150.0, None)
+LESION = CountedMask("liver_lesion", np.array([2, 0, 0, 0]), 2, 0.5, None)
 MASKS = {"v0": [LIVER, SPLEEN, LESION], "v1": [LIVER, SPLEEN]}
 
 

@@ -9,15 +9,18 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 from raw import write_scan
 from scans import frame, rotated
 
+from photon_data.picture import CONTOUR
 from photon_data.recipe import Policy, Recipe
 from photon_data.resample import model_grid, target_grid
 from photon_data.volume import Geometry, Volume
 from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import (
     OUTSIDE,
+    CountedMask,
     count_mask,
     kept_voxels,
     token_boxes,
@@ -25,7 +28,7 @@ from photon_train.kept_tokens import (
     token_map,
     tokens_at,
 )
-from photon_train.overlay import Canvas, folders_of, salient_point, write_overlay
+from photon_train.overlay import Canvas, asked_masks, folders_of, picture, salient_point, window_of, write_overlay
 from photon_train.processing_photon import patchify
 
 TOKENS = (10, 10, 10)
@@ -131,6 +134,63 @@ def test_the_files_name_nobody_and_say_nothing_but_the_grid(tmp_path):
         assert not list(header.extensions)
 
 
+def masks_named(*names):
+    return [CountedMask(name, np.zeros(1000, int), 0, 0.0, None) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [
+        ("Any liver calcification?", ["liver"]),
+        ("Are the lungs clear?", ["lung_left", "lung_upper_lobe_right"]),
+        ("Is there a nodule in the left lung?", ["lung_left"]),
+        ("Compare the left kidney with the right one.", ["kidney_left", "kidney_right"]),
+        ("How large is the gallbladder?", []),
+        ("Is the heart enlarged?", ["heart"]),
+    ],
+)
+def test_the_masks_that_a_question_names_are_outlined_and_no_others(question, names):
+    known = masks_named("liver", "lung_left", "lung_upper_lobe_right", "kidney_left", "kidney_right", "heart")
+    assert [mask.name for mask in asked_masks(question, known)] == names
+
+
+@pytest.mark.parametrize(
+    ("question", "window"),
+    [
+        ("Is there a pulmonary nodule?", "lung"),
+        ("Any rib fractures?", "bone"),
+        ("Is the aorta dilated?", "mediastinum"),
+        ("Coronary artery calcification?", "mediastinum"),
+        ("Renal cysts?", "soft"),
+        ("What is shown?", "full"),
+    ],
+)
+def test_the_window_is_that_of_what_is_asked(question, window):
+    assert window_of(question) == window
+
+
+def test_the_outline_of_an_asked_organ_lies_on_its_voxels_whatever_grid_its_mask_has():
+    """A box of 60 x 80 x 100 mm (z, y, x) in the middle; each panel's own lines show the same millimetres."""
+    grid = Geometry.axis_aligned((100, 100, 100), (2, 2, 2), (0, 0, 0))
+    fine = Geometry.axis_aligned((80, 100, 120), (1, 1, 1), (0, 0, 0))
+    box = np.zeros((80, 100, 120), bool)
+    box[10:70, 10:90, 10:110] = True
+    flipped = Volume(box[:, :, ::-1], fine)
+    canvas = Canvas(Volume(np.zeros((100, 100, 100), np.int16), grid), grid, (10, 10, 10))
+    liver = count_mask("liver", lambda: flipped, canvas.cells)
+    drawn = picture(canvas, np.ones(1000, bool), np.ones(1000, np.float32), "Liver?", answer="yes", masks=[liver])
+    pixels = np.asarray(drawn)
+    green = (pixels == ImageColor.getrgb(CONTOUR)).all(-1)
+    panel = 480  # px; three of them with a gap of 7 px, and each slice is 200 mm wide within gutters of 34 px
+    px_per_mm = (panel - 2 * 34) / 200
+    for number, (down_mm, right_mm) in enumerate([(80, 100), (60, 100), (60, 80)]):
+        rows, columns = np.nonzero(green[:panel, number * (panel + 7) : number * (panel + 7) + panel])
+        assert rows.max() - rows.min() + 1 == pytest.approx(down_mm * px_per_mm, abs=2 * px_per_mm + 1)
+        assert columns.max() - columns.min() + 1 == pytest.approx(right_mm * px_per_mm, abs=2 * px_per_mm + 1)
+    unasked = picture(canvas, np.ones(1000, bool), np.ones(1000, np.float32), "Spleen?", masks=[liver])
+    assert not (np.asarray(unasked) == ImageColor.getrgb(CONTOUR)).all(-1).any()
+
+
 @pytest.mark.parametrize("name", ["flipped", "oblique"])
 def test_a_bright_spot_in_the_raw_scan_lights_up_its_token_in_the_models_patches(tmp_path, published_shape, name):
     native = SCANS[name]
@@ -207,18 +267,20 @@ def test_the_recall_of_a_mask_counts_its_voxels_and_chance_is_the_share_of_token
     mask[18:20, 18:20, 18:20] = 3  # the token at (-20, -20, -20): eight voxels
     mask[20:22, 18:20, 18:20] = 1  # its neighbour, not kept
     mask[0, 0, :4] = 1  # outside of the cube
-    found = count_mask("mask", Volume(mask, fine), cells).recall(keep)
+    found = count_mask("mask", lambda: Volume(mask, fine), cells).recall(keep)
     assert found == (20, 16, 8, pytest.approx(0.4), pytest.approx(0.8 * 0.002))
-    everything = count_mask("mask", Volume(np.ones((40, 40, 40), bool), fine), cells).recall(np.ones(1000, bool))
+    everything = count_mask("mask", lambda: Volume(np.ones((40, 40, 40), bool), fine), cells).recall(
+        np.ones(1000, bool)
+    )
     assert everything.recall == pytest.approx(1 / 8) == everything.chance
-    assert np.isnan(count_mask("mask", Volume(mask * 0, fine), cells).recall(keep).recall)
+    assert np.isnan(count_mask("mask", lambda: Volume(mask * 0, fine), cells).recall(keep).recall)
 
 
 def test_chance_is_what_random_tokens_reach_on_average():
     rng = np.random.default_rng(0)
     cells = model_grid(Geometry.axis_aligned((364,) * 3, (1, 1, 1), (0, 0, 0)), TOKENS)
     mask = Volume(rng.random((30, 30, 30)) < 0.2, Geometry.axis_aligned((30, 30, 30), (14, 13, 12.5), (9, 0, 30)))
-    drawn = [count_mask("mask", mask, cells).recall(rng.permutation(1000) < 390) for _ in range(40)]
+    drawn = [count_mask("mask", lambda: mask, cells).recall(rng.permutation(1000) < 390) for _ in range(40)]
     assert np.mean([d.recall for d in drawn]) == pytest.approx(drawn[0].chance, abs=0.01)
 
 
