@@ -167,7 +167,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         include=request.include,
         exclude=request.exclude,
         follow_links=request.follow_links,
-        headers=str(private_folder(request.out) / HEADERS),
+        headers=str(private_folder(request.out) / HEADERS) if request.id_from in ("auto", "key") else "",
     )
     if request.masks:
         sources, masks = scans_alone(sources, request.masks)
