@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import struct
 import threading
 import warnings
@@ -55,15 +56,17 @@ CUT_HEADER = "the end of the header before"
 # Where an enhanced (multi-frame) object keeps what a single-frame one has at the top: PS3.3 C.7.6.16.
 FRAME_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")  # + "Sequence"
 PER_FRAME, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
-# Nothing else of a header is ever read: no name, no free text. Of the patient's id only hashes are kept.
-KEYWORDS = (
+# Nothing else of a header is ever kept: no name, no free text, and of the patient's id only hashes.
+_OF_IMAGES = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID PatientID IssuerOfPatientID SeriesInstanceUID ConcatenationUID "
     f"{PER_FRAME} {SHARED} NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing "
     "Rows Columns SamplesPerPixel "
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept "
     "ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit"
-).split()
-KEYWORDS.extend(SPLIT_TAGS)
+)
+KEYWORDS = (*_OF_IMAGES.split(), *SPLIT_TAGS)
+# What names a person: for `names_in` alone.
+PERSON = ("PatientName", "PatientID", "OtherPatientIDs", "OtherPatientNames", "PatientBirthName")
 # Names (in the standard) of images that are slices of a volume, also where their header lost its place.
 VOLUMES = ("CT Image", "MR Image", "MR Color", "PET Image", "Positron", "Nuclear Medicine", "3D", "Tomosynthesis")
 # Syntaxes whose headers are read here: PS3.5 A.1, A.2 and A.4 (compressed frames), A.5.
@@ -106,7 +109,7 @@ def read_planes(path: Path) -> Content:
     if not path.is_file():
         raise refusal("dicom-unreadable", path.name, "a regular file", "none (a broken link?)", "restore it")
     with path.open("rb", buffering=0) as file, suppress(ValueError, ArithmeticError):  # pydicom says it its way
-        if opened := plain_header(file, _wanted(), SYNTAXES):
+        if opened := plain_header(file, _tags(KEYWORDS), SYNTAXES):
             pixels = _pixel_layout(opened.header, opened.begin, opened.head, opened.size)
             return _content(path, opened.header, pixels)._replace(head=opened.read)
     with path.open("rb") as file:
@@ -116,12 +119,34 @@ def read_planes(path: Path) -> Content:
 
 
 @cache
-def _wanted() -> dict[int, tuple[str, str]]:
-    """Return {tag: (keyword, VR)} of KEYWORDS."""
+def _tags(keywords: tuple[str, ...]) -> dict[int, tuple[str, str]]:
+    """Return {tag: (keyword, VR)}."""
     from pydicom.datadict import dictionary_VR, tag_for_keyword
 
-    tags = {keyword: tag_for_keyword(keyword) or 0 for keyword in KEYWORDS}
+    tags = {keyword: tag_for_keyword(keyword) or 0 for keyword in keywords}
     return {tag: (keyword, dictionary_VR(tag)) for keyword, tag in tags.items()}
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the parts of the patient's names and ids in a header, without their case; none where it cannot be read.
+
+    They are for nothing but a comparison: what somebody calls a file must not tell them.
+    """
+    from pydicom import dcmread
+
+    header: Header | None = None
+    with suppress(Exception), path.open("rb") as file:  # whatever pydicom raises of what is damaged
+        opened = plain_header(file, _tags(PERSON), SYNTAXES)
+        file.seek(0)
+        header = (
+            opened.header
+            if opened
+            else dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=list(PERSON), force=True)
+        )
+    texts = [] if header is None else [_text(header, keyword) for keyword in PERSON]
+    with suppress(UnicodeError):
+        texts += [text.encode("latin-1").decode("utf-8") for text in texts]
+    return {part for text in texts for part in re.split(r"[\W_]+", text.casefold()) if part}
 
 
 def _content(path: Path, dataset: Header, pixels: PixelLayout) -> Content:
@@ -192,7 +217,7 @@ def _read(path: Path, file: BinaryIO) -> tuple[FileDataset, PixelLayout]:
     from pydicom.errors import InvalidDicomError
 
     try:
-        dataset = dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=KEYWORDS)
+        dataset = dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=list(KEYWORDS))
     except (InvalidDicomError, EOFError):
         dataset = _read_without_preamble(path, file)
     # The file stands where pydicom stopped: on the pixel data element or at the end.
@@ -207,7 +232,7 @@ def _read_without_preamble(path: Path, file: BinaryIO) -> FileDataset:
     if path.suffix.lower() in (".dcm", ".ima") or is_dicom(file.read(HEAD_BYTES)):
         with suppress(Exception):  # anything may happen in bytes that are not DICOM
             file.seek(0)
-            dataset = dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=KEYWORDS, force=True)
+            dataset = dcmread(DicomFile(file), stop_before_pixels=True, specific_tags=list(KEYWORDS), force=True)
             if all(dataset.get(keyword) for keyword in ("SOPClassUID", "SeriesInstanceUID")):
                 return dataset
     raise not_a("a DICOM file", path, "export the series again, or leave the file out")
