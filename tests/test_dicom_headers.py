@@ -85,10 +85,11 @@ def found(folder, cache):
 
 def test_a_second_search_and_the_reading_parse_no_header_again(tmp_path, monkeypatch):
     values = stored_values()
-    write_series(tmp_path / "in", values)
+    write_series(tmp_path / "in", values, names=[f"IM{n}" for n in range(7)])  # no suffix tells what they are
     first = found(tmp_path / "in", tmp_path / "private/headers")
     monkeypatch.setattr("photon_data.readers.dicom_header.plain_header", lambda *_: pytest.fail("it was parsed"))
     monkeypatch.setattr("photon_data.readers.dicom_header._read", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr("photon_data.readers.find.may_be_dicom", lambda *_: pytest.fail("it was opened"))
     assert found(tmp_path / "in", tmp_path / "private/headers") == first
     np.testing.assert_array_equal(np.stack(list(open_scan(first).planes())), values)
 
@@ -131,6 +132,15 @@ def test_kept_headers_are_their_owners_alone_and_have_no_text_of_a_patient(tmp_p
     assert modes == {0o700, 0o600}
     rows = dicom_cache._read(str(cache), tmp_path / "in")
     assert len(rows) == 7 and "secret" not in repr(rows).lower()
+
+
+def test_what_is_another_file_now_is_no_slice_because_it_was_one(tmp_path):
+    paths = write_series(tmp_path / "in", stored_values(), names=[f"IM{n}" for n in range(7)])
+    cache = tmp_path / "private/headers"
+    found(tmp_path / "in", cache)
+    paths[-1].write_bytes(b"notes" * 200)
+    assert len(found(tmp_path / "in", cache).files) == 6
+    assert find_scans(tmp_path / "in", headers=str(cache)).ignored == {"(no suffix)": 1}
 
 
 def test_a_slice_that_is_added_or_taken_away_is_seen_by_the_next_search(tmp_path):

@@ -70,6 +70,15 @@ def read_headers(
             _write(cache, folder, known | rows)
 
 
+def kept_files(files: Iterable[Path], cache: str) -> set[Path]:
+    """Return those of the files whose headers are kept, and that are by size and times as they were then."""
+    found = set[Path]()
+    for folder, group in groupby(files, key=attrgetter("parent")):
+        known = _read(cache, folder) if cache else {}
+        found |= {path for path in group if path.name in known and _is_same(path, known[path.name], trust=True)}
+    return found
+
+
 def _facts(path: Path) -> tuple[int, int, int]:
     """Return what changes with a file, the time of its last change by whomever among it."""
     found = path.stat()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from photon_data.errors import Refused, UsageError, first_few, refusal, unreadable
 from photon_data.files import RESERVED
-from photon_data.readers.dicom_cache import read_headers
+from photon_data.readers.dicom_cache import kept_files, read_headers
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_plane import PlaneHeader
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
@@ -100,13 +100,15 @@ def find_scans(
         raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
     tree = Tree(root.absolute(), follow_links=follow_links)
     search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)
-    with search.threads:
+    try:
         for folder in tree.folders():
             for _ in folder:
                 on_file(next(seen))
             search.add_folder(folder)
         search.add_closed_folders()
         search.add_series()
+    finally:  # also where somebody stops it
+        search.threads.shutdown(cancel_futures=True)
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
@@ -169,6 +171,7 @@ class _Search:
     def add_folder(self, files: Sequence[File]) -> None:
         """Add the scans among the files of one folder, or among those that links lead to."""
         slices: dict[Path, list[Path]] = {}
+        dicom = self._dicom_among([path for path, *_ in files if not suffix_of(path)])
         for path, identity, by_link in files:
             if by_link and identity in self.taken:
                 continue
@@ -177,7 +180,7 @@ class _Search:
                 continue
             if suffix := suffix_of(path):
                 self._add_file(path, suffix)
-            elif may_be_dicom(path):
+            elif path in dicom:
                 slices.setdefault(path.parent, []).append(path)
             else:
                 if not (by_link and identity in self.unclaimed):
@@ -191,6 +194,14 @@ class _Search:
             self.grouping.append((files_of_folder, future))
         while len(self.grouping) > 4 * THREADS:
             self._add_grouped()
+
+    def _dicom_among(self, files: Sequence[Path]) -> set[Path]:
+        """Return the files that are DICOM, as it seems: threads look into those that their names do not tell."""
+        kept = kept_files(files, self.headers)
+        others = [path for path in files if path not in kept and not self._left_out(path)]
+        return kept | {
+            path for path, is_one in zip(others, self.threads.map(may_be_dicom, others), strict=True) if is_one
+        }
 
     def add_closed_folders(self) -> None:
         """Add a source for each folder that cannot be listed."""
@@ -316,9 +327,8 @@ def group_series(files: Sequence[Path], headers: str = "") -> Grouped:
     What was parsed before is taken from the folder `headers`.
     """
     require_pydicom()
-    by_series: dict[str, list[PlaneHeader]] = {}
+    by_series, aside = dict[str, list[PlaneHeader]](), Counter[str]()
     unread: list[tuple[Path, Refused]] = []
-    aside: Counter[str] = Counter()
     for path, content, error in read_headers(sorted(files), read_planes, headers, trust=True):
         if error:
             unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
