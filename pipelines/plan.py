@@ -158,6 +158,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
     known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix)
+    # Not where names are shown, and not by `inspect`, which leaves nothing.
+    keeps_headers = request.id_from in ("auto", "key") and request.out.is_shared
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -167,7 +169,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         include=request.include,
         exclude=request.exclude,
         follow_links=request.follow_links,
-        headers=str(private_folder(request.out) / HEADERS) if request.id_from in ("auto", "key") else "",
+        headers=str(private_folder(request.out) / HEADERS) if keeps_headers else "",
     )
     if request.masks:
         sources, masks = scans_alone(sources, request.masks)

@@ -11,9 +11,13 @@ from pydicom.sequence import Sequence
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from photon_data.errors import Refused
+from photon_data.files import Location
 from photon_data.readers import dicom_cache, dicom_header, open_scan
 from photon_data.readers.dicom_header import read_planes
 from photon_data.readers.find import find_scans
+from photon_data.recipe import Recipe
+from photon_pipelines.plan import gather
+from photon_pipelines.request import Request
 
 SYNTAXES = ("explicit", "implicit", "deflated", "rle", "jpeg-lossless", "jpeg2000")
 
@@ -160,3 +164,13 @@ def test_a_part_of_the_kept_headers_never_has_more_folders_than_its_bound(tmp_pa
         write_series(tmp_path / f"in/{n}", stored_values((2, 4, 4)))
     find_scans(tmp_path / "in", headers=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache/00").iterdir())) <= 3
+
+
+def test_inspecting_a_folder_keeps_no_headers(tmp_path, monkeypatch):
+    write_series(tmp_path / "in", stored_values())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in ("memory://inspected", str(tmp_path / "out")):
+        gather(Request(tmp_path / "in", Location(out), Recipe()))
+    assert not list((tmp_path / "here").iterdir())
+    assert (tmp_path / "out.private/dicom-headers").is_dir()
