@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from numcodecs import blosc
 from scan import test_scan
 from tables import print_place, print_table
@@ -30,8 +29,7 @@ SHAPE_ZYX = (140, 280, 280)
 AUTHORS = "364^3 .nii.gz: SimpleITK ReadImage, MONAI Resize + ScaleIntensity (the authors')"
 MONAI = "364^3 .nii.gz: MONAI LoadImage, Resize, ScaleIntensity"
 INT16, FLOAT32 = "store: int16, to be scaled on the device", "store: float32 in [0, 1]"
-ZARRS_INT16, ZARRS_FLOAT32 = f"{INT16}; zarrs", f"{FLOAT32}; zarrs"
-ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+BY_ZARR = f"{INT16}; read by zarr-python"
 LOW_HU, RANGE_HU = -1000, 2000
 Way = Callable[[], torch.Tensor]
 
@@ -59,6 +57,11 @@ def int16(store: str) -> torch.Tensor:
     return torch.from_numpy(open_volume(store, "model").numpy())[None]
 
 
+def by_zarr(store: str) -> torch.Tensor:
+    """Return the same, decoded by zarr-python."""
+    return torch.from_numpy(open_volume(store, "model").array_zyx[:, :, :])[None]
+
+
 def float32(store: str) -> torch.Tensor:
     """Return [1, 140, 280, 280] in [0, 1]: converted plane by plane, so that later passes meet the cache."""
     hu = open_volume(store, "model").array_zyx[...]
@@ -69,12 +72,6 @@ def float32(store: str) -> torch.Tensor:
     return torch.from_numpy(unit)[None]
 
 
-def with_zarrs(way: Callable[[str], torch.Tensor], store: str) -> torch.Tensor:
-    """Return what `way` does, decoded by zarrs, a codec pipeline in Rust."""
-    with zarr.config.set(ZARRS):
-        return way(store)
-
-
 def _all_ways(store: str, nifti: str) -> tuple[dict[str, Way], list[str]]:
     """Return the ways whose libraries are here, and a sentence for each library that is not."""
     ways: dict[str, Way] = {}
@@ -83,13 +80,7 @@ def _all_ways(store: str, nifti: str) -> tuple[dict[str, Way], list[str]]:
         ways |= _monai_ways(nifti)
     except ModuleNotFoundError as error:
         missing.append(f"{error.name} is not installed (benchmarks/requirements.txt)")
-    ways |= {INT16: lambda: int16(store), FLOAT32: lambda: float32(store)}
-    try:
-        import zarrs  # noqa: F401  its pipeline is named in zarr's configuration
-    except ModuleNotFoundError as error:
-        missing.append(f"{error.name} is not installed (benchmarks/requirements.txt)")
-    else:
-        ways |= {ZARRS_INT16: lambda: with_zarrs(int16, store), ZARRS_FLOAT32: lambda: with_zarrs(float32, store)}
+    ways |= {INT16: lambda: int16(store), FLOAT32: lambda: float32(store), BY_ZARR: lambda: by_zarr(store)}
     return ways, missing
 
 
@@ -124,7 +115,7 @@ def _interleaved(ways: dict[str, Way], repeats: int) -> dict[str, tuple[float, f
 def print_results(results: dict[str, tuple[float, float]], missing: list[str]) -> None:
     """Print the table; the ratio is to the authors' way, by CPU time."""
     base = results.get(AUTHORS, (float("nan"), float("nan")))[1]
-    print_place("zarr", "numcodecs", "zarrs", "monai", "torch", "SimpleITK")
+    print_place("zarr", "numcodecs", "monai", "torch", "SimpleITK")
     print_table(
         ("way", "wall ms", "CPU ms", "times as fast (CPU)"),
         [(name, f"{wall:.0f}", f"{cpu:.0f}", f"{base / cpu:.1f}") for name, (wall, cpu) in results.items()],

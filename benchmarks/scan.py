@@ -11,9 +11,11 @@ The gzip file has two members, header and voxels, so that many files of differen
 from __future__ import annotations
 
 import gzip
+import shutil
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +38,64 @@ def test_scans(count: int) -> Path:
     for index in range(count):
         _scan(folder / f"scan{index:02d}.nii.gz", f"test scan {index}", oblique=False)
     return folder
+
+
+def test_series(syntax: str = "explicit", slices: int = SHAPE_ZYX[0]) -> Path:
+    """Return the folder of the scan as a DICOM series, with 140 elements in each header, as scanners write them.
+
+    `syntax` is "explicit", "rle", "jpeg-lossless" or "jpeg2000"; as many of the first slices as `slices` says.
+    """
+    folder = FOLDER / f"series-{syntax}-{slices}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for z, plane in enumerate(voxels()[:slices]):
+            _slice(z, plane, partial / f"{z:04d}.dcm", syntax)
+        partial.rename(folder)
+    return folder
+
+
+def _slice(z: int, hu: np.ndarray, path: Path, syntax: str) -> None:
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
+
+    ds, meta = Dataset(), FileMetaDataset()
+    ds.file_meta, meta.TransferSyntaxUID = meta, ExplicitVRLittleEndian
+    ds.SOPClassUID = meta.MediaStorageSOPClassUID = CTImageStorage
+    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = f"1.2.826.0.1.{z + 1}"
+    ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.PatientID, ds.Modality = "1.2.826.0.2", "1.2.826.0.3", "P1", "CT"
+    ds.ImageType, ds.InstanceNumber, ds.AcquisitionNumber, ds.KVP = ["ORIGINAL", "PRIMARY", "AXIAL"], z + 1, 1, 120
+    ds.ImagePositionPatient, ds.ImageOrientationPatient = [-179.2, -179.2, float(z)], [1, 0, 0, 0, 1, 0]
+    ds.PixelSpacing, ds.SliceThickness, ds.ConvolutionKernel = list(SPACING_XYZ_MM[:2]), SPACING_XYZ_MM[2], "B30f"
+    for number in range(90):
+        ds.private_block(0x0019, "VENDOR CT", create=True).add_new(number, "DS", f"{1.5 * number:.2f}")
+    for number in range(8):
+        ds.private_block(0x0029, "VENDOR HEADER", create=True).add_new(number, "OB", bytes(600))
+    ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *hu.shape, 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+    stored = hu + np.int16(1024)
+    ds.PixelData = stored.tobytes()
+    if syntax == "rle":
+        ds.compress(RLELossless, generate_instance_uid=False)
+    elif syntax != "explicit":
+        _compress(ds, stored, path, {"jpeg-lossless": "JPEG", "jpeg2000": "JPEG2000"}[syntax])
+    ds.save_as(path, enforce_file_format=True)
+
+
+def _compress(ds: Any, stored: np.ndarray, path: Path, compressor: str) -> None:
+    import SimpleITK as sitk
+    from pydicom import dcmread
+
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetFileName(str(path))
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    writer.Execute(sitk.GetImageFromArray(stored[None]))
+    made = dcmread(path)
+    ds.file_meta.TransferSyntaxUID, ds.PixelData = made.file_meta.TransferSyntaxUID, made.PixelData
 
 
 def voxels() -> np.ndarray:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
+from subprocess import DEVNULL
 
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers.find import find_scans
@@ -22,6 +26,19 @@ def prepare(scan: str, out: str) -> str:
     status = path.stat()
     source = Source(path.name.partition(".")[0], path.name, (path,), "nifti", status.st_size, status.st_mtime_ns)
     return _store(source, out)
+
+
+def prepare_converted(folder: str, out: str) -> None:
+    """Convert a DICOM series by dcm2niix, as people do, and prepare the .nii.gz."""
+    dcm2niix = shutil.which("dcm2niix")
+    if dcm2niix is None:
+        raise ModuleNotFoundError("dcm2niix", name="dcm2niix")
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(
+            [dcm2niix, "-z", "y", "-b", "n", "-f", "scan", "-o", scratch, folder], check=True, stdout=DEVNULL
+        )
+        (scan,) = Path(scratch).glob("*.nii.gz")
+        prepare(str(scan), out)
 
 
 def prepare_folder(folder: str, out: str) -> None:

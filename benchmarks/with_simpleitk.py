@@ -10,7 +10,18 @@ SIDE = 364
 
 def prepare(scan: str, out: str) -> None:
     """LPS, 1 mm, 364^3, clipped."""
-    image = sitk.DICOMOrient(sitk.ReadImage(scan), "LPS")
+    _three_passes(sitk.ReadImage(scan), out)
+
+
+def prepare_series(folder: str, out: str) -> None:
+    """The same of a DICOM series."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
+    _three_passes(reader.Execute(), out)
+
+
+def _three_passes(image: sitk.Image, out: str) -> None:
+    image = sitk.DICOMOrient(image, "LPS")
     size = [round(n * mm) for n, mm in zip(image.GetSize(), image.GetSpacing(), strict=True)]
     image = sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), (1, 1, 1), image.GetDirection(), -1000

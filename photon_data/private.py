@@ -1,7 +1,7 @@
 """Names that stay at home: the key that makes ids of them, and the file that says which scan has which id.
 
-Both lie in a folder beside OUT, never in it: /data/prepared has /data/prepared.private. For an object store the folder
-is in the working directory.
+They lie, with the headers of DICOM files (readers/dicom_cache.py), in a folder beside OUT, never in it: /data/prepared
+has /data/prepared.private. For an object store the folder is in the working directory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from photon_data.errors import Refused, UsageError
 from photon_data.files import Location, append_row, jsonl_bytes, jsonl_rows, write_whole
 from photon_data.scan import Source
 
-KEY, NAMES = "key", "names.jsonl"
+KEY, NAMES, HEADERS = "key", "names.jsonl", "dicom-headers"
 DIGITS = 16
 WORD = re.compile(r"[^\W\d_]{3,}")
 KEYED = re.compile(rf"v[0-9a-f]{{{DIGITS}}}\Z")  # the end of an id that was made with a key

@@ -34,6 +34,7 @@ class Source:
     root: str = ""  # the folder that `path` starts from
     patient: str = ""  # a hash that tells patients apart, where headers say; of a hidden source, a keyed one
     hidden: bool = False  # its names may be a patient's: only the private file has them
+    headers: str = ""  # the folder where the search kept the headers of a DICOM series, see readers/dicom_cache.py
 
 
 class Change(NamedTuple):

@@ -26,7 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from photon_data.errors import UsageError
 from photon_data.files import Location, digest_of, is_safe, write_whole
 from photon_data.json_text import from_json
-from photon_data.stored_array import CHECKSUMS, ROOT, checked_file, checksums, open_array, what_is_lost
+from photon_data.stored_array import CHECKSUMS, ROOT, Layout, checked_file, checksums, open_array, what_is_lost
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
@@ -106,7 +106,7 @@ def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple
     # An axis is cut into as few chunks as can be, of equal length: 280 voxels into 2 of 140. Channels are apart.
     most_zyx = zip(array.shape[-3:], CHUNK_ZYX, strict=True)
     chunk = (1,) * (array.ndim - 3) + tuple(math.ceil(n / math.ceil(n / most)) for n, most in most_zyx)
-    created = zarr.create_array(
+    zarr.create_array(
         folder / name,
         shape=array.shape,
         dtype=array.dtype,
@@ -123,7 +123,7 @@ def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple
     shard = "/".join([name, "c", *("0" * array.ndim)])
     (folder / shard).parent.mkdir(parents=True)
     facts = _write_shard(array, chunk, folder / shard)
-    return shard, facts, checksums(created, folder / shard)
+    return shard, facts, checksums(Layout(array.shape, chunk, array.dtype), folder / shard)
 
 
 def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[str, Any]:

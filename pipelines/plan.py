@@ -1,4 +1,7 @@
-"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here."""
+"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here.
+
+But for the headers of DICOM files, which are kept in the private folder: they take long to read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.override import SKIPPED
 from photon_data.prepare_file import Job, already_there, recipe_digest
-from photon_data.private import KEYED, hide_names
+from photon_data.private import HEADERS, KEYED, hide_names, private_folder
 from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
 from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
 from photon_data.questions.override_table import read_overrides
@@ -155,6 +158,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
     known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix)
+    # Not where names are shown, and not by `inspect`, which leaves nothing.
+    keeps_headers = request.id_from in ("auto", "key") and request.out.is_shared
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -164,6 +169,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         include=request.include,
         exclude=request.exclude,
         follow_links=request.follow_links,
+        headers=str(private_folder(request.out) / HEADERS) if keeps_headers else "",
     )
     if request.masks:
         sources, masks = scans_alone(sources, request.masks)

@@ -49,7 +49,7 @@ def hash_of(path: str, digits: int = 6) -> str:
 def series(monkeypatch):
     """Series by the first letter of a file's name, as if the headers said so; files named bad* are unreadable."""
 
-    def group(files):
+    def group(files, headers):
         bad = [path for path in files if path.name.startswith("bad")]
         keys = sorted({path.name[0] for path in files if path not in bad})
         series = []
@@ -205,7 +205,8 @@ def test_what_cannot_be_read_is_a_source_with_a_problem(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed_folder)
     monkeypatch.setattr(os, "access", closed_file)
-    monkeypatch.setattr("photon_data.readers.find.is_dicom", lambda _: (_ for _ in ()).throw(PermissionError(13, "no")))
+    no = PermissionError(13, "no")
+    monkeypatch.setattr("photon_data.readers.dicom_header.is_dicom", lambda _: (_ for _ in ()).throw(no))
     sources = {source.path: source for source in find_scans(tmp_path).sources}
     assert sorted(sources) == ["IM0001", "good.nii", "locked.nii", "sub"]
     assert {path for path, source in sources.items() if source.problem} == {"IM0001", "locked.nii", "sub"}
@@ -436,7 +437,7 @@ def test_two_series_in_one_folder_are_found_and_opened(tmp_path):
 
 
 def test_without_pydicom_a_folder_of_slices_is_one_source_that_says_what_to_install(tmp_path, monkeypatch):
-    def missing(files):
+    def missing(files, headers):
         raise Refused("dicom-extra-missing", "expected pydicom, found none; pip install 'photon-ct[dicom]'")
 
     monkeypatch.setattr(find, "group_series", missing)

@@ -1,10 +1,12 @@
 """Which files a pattern finds for a scan, what the masks are called, and what it cannot mean."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import stored_values, write_series
 from raw import write_scan
 
 from photon_data.errors import Refused, UsageError
@@ -93,6 +95,35 @@ def test_names_of_masks_do_not_tell_a_hidden_name(tmp_path):
         found(tmp_path, "{folder}/*.nii.gz", "Doe#1a", format="dicom", hidden=True)
     (tmp_path / "Doe/doe_liver.nii.gz").rename(tmp_path / "Doe/Doe_liver.nii.gz")
     assert list(found(tmp_path, "{folder}/{parent}_*.nii.gz", "Doe#1a", format="dicom", hidden=True)) == ["liver"]
+
+
+@pytest.mark.parametrize(
+    ("persons", "told", "others"),
+    [
+        (
+            [("Doe^Jane", "KL-77")],
+            ["Doe_liver", "JANE-lung", "kidney_kl3", "aorta77", "lung_of_jane2"],
+            ["liver", "dose"],
+        ),
+        ([("Li^Wei", "1")], ["li_1", "wei2"], ["live_1", "weight", "mask-1"]),
+        ([("Müller^Ö", "x")], ["müller-spleen", "meinmüller"], ["muller", "x-ray"]),
+        ([("Roe^Ann", "y"), ("Poe^Zoe", "z")], ["poe", "roe"], ["toe"]),
+    ],
+)
+def test_a_mask_called_after_a_patient_whom_headers_alone_name_gets_a_number(tmp_path, persons, told, others):
+    def edit(ds, z):
+        ds.SpecificCharacterSet, (ds.PatientName, ds.PatientID) = "ISO_IR 192", persons[z % len(persons)]
+
+    files = tuple(write_series(tmp_path / "a1", stored_values((2, 4, 4)), edit=edit))
+    touch(tmp_path, *(f"a1/seg/{name}.nii.gz" for name in [*told, *others]))
+    source = replace(scan_at(tmp_path, "a1#1a", "dicom", hidden=True), files=files)
+    pattern = MaskPattern("{folder}/seg/*.nii.gz")
+    names = {mask.files[0].name.removesuffix(".nii.gz"): mask.name for mask in masks_of(pattern, source)}
+    assert {name: names[name] for name in others} == {name: name for name in others}
+    numbers = {names[name] for name in told}
+    assert len(numbers) == len(told) and all(re.fullmatch(r"mask-\d", name) for name in numbers - set(others))
+    shown = masks_of(pattern, replace(source, hidden=False))
+    assert {mask.name for mask in shown} == {*told, *others}
 
 
 def test_a_word_of_a_hidden_name_is_told_as_little_but_for_words_that_most_patients_share(tmp_path):

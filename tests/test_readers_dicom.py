@@ -506,3 +506,20 @@ def test_without_pydicom_the_extra_is_named(monkeypatch, tmp_path):
     with pytest.raises(Refused, match=r"pip install 'photon-ct\[dicom\]'") as caught:
         group_series([tmp_path / "a.dcm"])
     assert caught.value.code == "dicom-extra-missing"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("syntax", ["jpeg-lossless", "jpeg2000"])
+def test_slices_that_are_decoded_together_are_told_apart_where_one_is_damaged(tmp_path, monkeypatch, syntax, in_memory):
+    if not in_memory:
+        monkeypatch.setattr("photon_data.readers.dicom_pixels.IN_MEMORY", False)
+    values = stored_values((11, 12, 10))
+    paths = write_series(tmp_path, values, syntax=syntax)
+    scan = open_files(paths)
+    np.testing.assert_array_equal(stored(scan), values)
+    content = paths[6].read_bytes()
+    at = content.index(b"\xff\xd8" if syntax == "jpeg-lossless" else b"\xff\x4f\xff\x51")
+    paths[6].write_bytes(content[: at + 40] + bytes(60) + content[at + 100 :])
+    with pytest.raises(Refused) as refused:
+        stored(scan)
+    assert refused.value.code == "dicom-undecodable" and refused.value.message.startswith(f"{paths[6].name}: ")

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from photon_data.recipe import Recipe
 from photon_data.store import (
     CHECKSUMS,
     OWN_DIGEST,
+    _size_and_hash,
     _write_array,
+    file_names,
     is_whole,
     own_digest,
     read_metadata,
     verify_store,
     write_store,
 )
+from photon_data.stored_array import open_array
 
 RECIPE = Recipe(shape_zyx=(40, 37, 52), model_shape_zyx=(20, 30, 30), spacing_mm=(1.5, 1.0, 0.8))
 IDENTITY = {"id": "case-7", "key": "k", "fingerprint": "sha256:0", "recipe": RECIPE.to_json(), "digest": "d"}
@@ -329,3 +333,25 @@ def test_what_is_not_there_reads_as_no_tissue_and_stores_of_the_time_when_it_was
     rewritten(out.path / NAME, recorded(out.path / NAME, "0/zarr.json"), earlier=True)
     assert list(verify_store(out, NAME)) == []
     assert np.array_equal(open_volume(out.path / NAME).numpy(), prepared.volume.array_zyx)
+
+
+def _model_of(store: Path) -> np.ndarray:
+    return open_volume(store, "model").numpy()
+
+
+def test_a_volume_is_read_in_workers_that_were_forked_after_it_was_read(out, prepared):
+    _model_of(out.path / NAME)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map_async(_model_of, [out.path / NAME] * 4).get(timeout=60)
+    assert all(np.array_equal(voxels, prepared.model.array_zyx) for voxels in found)
+
+
+def test_a_whole_read_gives_what_zarr_gives_where_chunks_do_not_divide_the_array(tmp_path):
+    for number, shape in enumerate([(5, 7, 9), (29, 183, 4), (57, 3, 365), (28, 182, 182), (2, 30, 7, 183)]):
+        dtype = "int16" if len(shape) == 3 else "uint8"
+        values = np.random.default_rng(number).integers(0, 200, shape, dtype)
+        _write_array(values, tmp_path, f"{number}/0", 0)
+        metadata = {"files": {f: _size_and_hash((tmp_path / f).read_bytes()) for f in file_names(tmp_path)}}
+        array = open_array(Location(str(tmp_path)), metadata | {CHECKSUMS: {}}, f"{number}/", dtype=dtype)
+        assert np.array_equal(array[...], values)
+        assert np.array_equal(zarr.open_array(tmp_path / f"{number}/0", mode="r")[...], values)

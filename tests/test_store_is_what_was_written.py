@@ -196,16 +196,24 @@ def test_voxels_that_are_lost_or_replaced_after_opening_are_an_error_and_no_fill
 
 
 def test_a_store_that_is_removed_while_it_is_read_gives_no_fill(two, monkeypatch):
-    volume = open_volume(two[0])
-    read_by_zarr = type(volume.array_zyx.array).__getitem__
+    volumes = [open_volume(store) for store in two]
+    read_by_zarr, read = type(volumes[0].array_zyx.array).__getitem__, Location.read
 
     def losing(array, index):
         shutil.rmtree(two[0])
         return read_by_zarr(array, index)
 
-    monkeypatch.setattr(type(volume.array_zyx.array), "__getitem__", losing)
+    def losing_after(location, name):
+        content = read(location, name)
+        shutil.rmtree(two[1])
+        return content
+
+    monkeypatch.setattr(type(volumes[0].array_zyx.array), "__getitem__", losing)
     with pytest.raises(UsageError, match="lost"):
-        volume.numpy()
+        volumes[0].array_zyx[3]
+    monkeypatch.setattr(Location, "read", losing_after)
+    with pytest.raises(UsageError, match="lost"):
+        volumes[1].numpy()
 
 
 def test_a_damaged_chunk_is_named_when_it_is_read_and_others_are_read(two):

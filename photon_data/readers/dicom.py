@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, first_few, refusal
+from photon_data.readers.dicom_cache import read_headers
 from photon_data.readers.dicom_header import read_planes, require_pydicom
 from photon_data.readers.dicom_pixels import require_decodable, stored_planes
 from photon_data.readers.dicom_plane import SAME_POSITION_MM, PlaneHeader, along_normal, differing
@@ -36,10 +37,12 @@ def open_series(source: Source, policy: Policy) -> Scan:
     """
     require_pydicom()
     planes: list[PlaneHeader] = []
-    for path in source.files:
-        if not (of_file := read_planes(path).planes):
+    for path, content, error in read_headers(source.files, read_planes, source.headers):
+        if error:
+            raise error
+        if not content.planes:
             raise refusal("dicom-no-geometry", path.name, "an image", "another kind of DICOM object", "leave it out")
-        planes += of_file
+        planes += content.planes
     _require_slices(planes)
     planes, geometry, slices = stack(planes, policy)
     require_decodable(planes)

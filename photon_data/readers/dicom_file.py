@@ -1,13 +1,24 @@
-"""A DICOM file of which pydicom can read so many bytes and no more, whatever its lengths say, packed or not."""
+"""The header of a DICOM file: a plain one is read here, from its first kilobytes; any other by pydicom, bounded.
+
+A file of which pydicom can read so many bytes and no more, whatever its lengths say, packed or not.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import struct
 import zlib
-from typing import BinaryIO
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, BinaryIO, NamedTuple
+
+from isal import igzip_lib
 
 # An enhanced object with the places of thousands of frames takes a few MB.
 MAX_HEADER_BYTES = 1 << 25
+# A header of one slice takes 2 to 12 kB; one with a picture in it, or with much of a vendor's own, some hundred.
+FIRST_BYTES, MORE_BYTES = 1 << 14, 1 << 20
 CHUNK = 1 << 16
 # What a read counts for at least: a hole in a file is as many empty elements as fit in.
 LEAST = 64
@@ -55,3 +66,184 @@ class DicomFile:
         self.file.seek(0, os.SEEK_END)
         deflate = zlib.compressobj(0, zlib.DEFLATED, -zlib.MAX_WBITS)
         return deflate.compress(b"".join(pieces)) + deflate.flush()
+
+
+# --- plain headers
+
+SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+ITEM, ITEM_END, SEQUENCE_END, UNDEFINED = 0xFFFEE000, b"\xfe\xff\x0d\xe0", 0xFFFEE0DD, 0xFFFFFFFF
+EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH").unpack_from, struct.Struct("<HHL").unpack_from
+META = {0x00020002: ("MediaStorageSOPClassUID", "UI"), 0x00020010: ("TransferSyntaxUID", "UI")}
+NUMBERS = {"US": "<H", "SS": "<h"}
+# Of what else is taken by its value, this is the usual one: one word.
+WORDS = ("NumberOfFrames", "PhotometricInterpretation")
+WORD = re.compile(rb"[0-9A-Za-z._]+[ \0]*")
+
+
+class Element(NamedTuple):
+    """One element of a header, its value as the file has it."""
+
+    vr: str
+    value: bytes
+
+
+class _Unusual(Exception):
+    """A header that pydicom has to read."""
+
+
+class PlainHeader:
+    """Some tags of a header in a usual syntax, by `get` and `get_item` as a data set of pydicom gives them."""
+
+    def __init__(self, elements: Mapping[str, Element], meta: Mapping[str, Element], implicit: bool) -> None:
+        self.elements, self.original_encoding = elements, (implicit, True)
+        self.file_meta = {keyword: _text_of(element) for keyword, element in meta.items()}
+
+    def get_item(self, keyword: str) -> Element | None:
+        """Return an element as the file has it, None where there is none."""
+        return self.elements.get(keyword)
+
+    def get(self, keyword: str) -> Any:
+        """Return a value: a number for US and SS, a text for others; None where there is none."""
+        element = self.elements.get(keyword)
+        if element is None or not element.value:
+            return None
+        kind = NUMBERS.get(element.vr)
+        return struct.unpack(kind, element.value)[0] if kind else _text_of(element)
+
+
+class Opened(NamedTuple):
+    """A plain header, and what follows it."""
+
+    header: PlainHeader
+    begin: int  # byte of the file (inflated, of a deflated one) where the header ends
+    head: bytes  # as many of the next bytes as the tag and the length of an element take; none of a deflated one
+    read: bytes  # the bytes of the file that decided all this: its first ones
+    size: int  # bytes of the file
+
+
+def plain_header(file: BinaryIO, wanted: Mapping[int, tuple[str, str]], syntaxes: Mapping[str, str]) -> Opened | None:
+    """Return the elements of a file that are `wanted`, {tag: (keyword, VR)}; None where pydicom has to read it.
+
+    `syntaxes` are {UID: "explicit", "implicit" or "deflated"}, all little endian.
+
+    It has to where anything is unusual: another syntax, a sequence that is wanted, tags that do not ascend, a value of
+    another type. So what is returned is what pydicom would read.
+    """
+    size, data = os.fstat(file.fileno()).st_size, b""
+    for count in (FIRST_BYTES, MORE_BYTES):
+        data += file.read(count)
+        with suppress(_Unusual, struct.error, RecursionError):
+            return _opened(data, size, wanted, syntaxes)
+    return None
+
+
+def _opened(data: bytes, size: int, wanted: Mapping[int, tuple[str, str]], syntaxes: Mapping[str, str]) -> Opened:
+    """Return the header that the first bytes of a file of `size` bytes are; see `plain_header` for _Unusual."""
+    if data[128:132] != b"DICM":
+        raise _Unusual
+    meta, at = _elements(data, 132, META, implicit=False, ends=False, group=2)
+    kind = syntaxes.get(_text_of(meta["TransferSyntaxUID"]) if "TransferSyntaxUID" in meta else "")
+    implicit, read, ends = kind == "implicit", data, len(data) == size
+    if kind is None:
+        raise _Unusual
+    if kind == "deflated":
+        data, at, ends = _inflated(data[at:]), 0, False
+    if implicit == (data[at + 4 : at + 6].isalpha() and data[at + 4 : at + 6].isupper()):
+        raise _Unusual
+    elements, begin = _elements(data, at, wanted, implicit=implicit, ends=ends)
+    head, read = (b"", read) if kind == "deflated" else (data[begin : begin + 12], data[: begin + 12])
+    return Opened(PlainHeader(elements, meta, implicit), begin, head, read, size)
+
+
+def _inflated(data: bytes) -> bytes:
+    """Return the first bytes of a deflated data set."""
+    try:
+        return igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE).decompress(data, FIRST_BYTES)
+    except igzip_lib.IsalError:  # type: ignore[misc]  # its stub calls the class an instance
+        raise _Unusual from None
+
+
+def _elements(
+    data: bytes, at: int, wanted: Mapping[int, tuple[str, str]], *, implicit: bool, ends: bool, group: int = 0
+) -> tuple[dict[str, Element], int]:
+    """Return the elements that are wanted, and where they end: at the pixels, with their `group`, or with the file.
+
+    `ends` says whether the data are all of the file.
+    """
+    found, last, size = dict[str, Element](), 0xFFFF, len(data)  # group 0 is for messages, not for files
+    while not (ends and at == size):
+        if group and data[at : at + 2] != group.to_bytes(2, "little"):
+            return found, at
+        start = at
+        tag, vr, length, at = _begin(data, at, implicit)
+        if tag <= last or tag in PIXEL_TAGS:
+            if tag in PIXEL_TAGS:
+                return found, start
+            raise _Unusual
+        last = tag
+        if length == UNDEFINED:
+            if vr not in (b"SQ", b"") or tag in wanted:
+                raise _Unusual
+            at = _after_items(data, at, implicit)
+            continue
+        if tag in wanted:
+            keyword, expected = wanted[tag]
+            found[keyword] = _element(data[at : at + length], keyword, expected, vr.decode(), found)
+        at += length
+        if at > size:
+            raise _Unusual
+    return found, at
+
+
+def _begin(data: bytes, at: int, implicit: bool) -> tuple[int, bytes, int, int]:
+    """Return the tag, the VR (none in implicit VR) and the length of an element, and where its value begins."""
+    if implicit:
+        group, number, length = IMPLICIT_ELEMENT(data, at)
+        return group << 16 | number, b"", length, at + 8
+    group, number, vr, length = EXPLICIT_ELEMENT(data, at)
+    if vr in SHORT_VRS:
+        return group << 16 | number, vr, length, at + 8
+    if vr not in LONG_VRS:
+        raise _Unusual
+    return group << 16 | number, vr, int.from_bytes(data[at + 8 : at + 12], "little"), at + 12
+
+
+def _after_items(data: bytes, at: int, implicit: bool) -> int:
+    """Return where a sequence without a length ends."""
+    while True:
+        group, number, length = IMPLICIT_ELEMENT(data, at)
+        tag, at = group << 16 | number, at + 8
+        if tag == SEQUENCE_END:
+            return at
+        if tag != ITEM:
+            raise _Unusual
+        if length != UNDEFINED:
+            at += length
+            continue
+        while data[at : at + 4] != ITEM_END:
+            _, vr, length, at = _begin(data, at, implicit)
+            if length == UNDEFINED and vr not in (b"SQ", b""):
+                raise _Unusual
+            at = _after_items(data, at, implicit) if length == UNDEFINED else at + length
+        at += 8
+
+
+def _element(value: bytes, keyword: str, expected: str, vr: str, before: Mapping[str, Element]) -> Element:
+    """Return an element whose value has the expected type, and one word where it must."""
+    if expected == "US or SS":
+        if not vr:
+            sign = before.get("PixelRepresentation")
+            vr = "" if sign is None else "SS" if sign.value == b"\1\0" else "US"
+        expected = vr if vr in NUMBERS else "a number"
+    is_word = expected == "UI" or keyword in WORDS
+    if (vr or expected) != expected or (is_word and not WORD.fullmatch(value)):
+        raise _Unusual
+    if expected == "SQ" or (expected in NUMBERS and len(value) not in (0, 2)):
+        raise _Unusual
+    return Element(expected, value)
+
+
+def _text_of(element: Element) -> str:
+    return element.value.rstrip(b" \0").decode("ascii")

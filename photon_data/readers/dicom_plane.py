@@ -89,6 +89,14 @@ class PlaneHeader(NamedTuple):
         return bool(np.abs(self.orientation - other.orientation).max() < within)
 
 
+class Content(NamedTuple):
+    """What one DICOM file is."""
+
+    kind: str  # in the standard's words
+    planes: list[PlaneHeader]  # in the file's order; none where it is no part of a volume
+    head: bytes = b""  # the file's first bytes, if all of this follows from them
+
+
 def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
     """Return the position of each plane along the slice normal of the first, mm [n]; of axial scans the patient's z."""
     return np.array([plane.position_lps for plane in planes]) @ planes[0].normal

@@ -9,24 +9,25 @@ import errno
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from photon_data.errors import HEAD_BYTES, Refused, UsageError, first_few, is_dicom, refusal, unreadable
+from photon_data.errors import Refused, UsageError, first_few, refusal, unreadable
 from photon_data.files import RESERVED
-from photon_data.readers.dicom_header import read_planes, require_pydicom
+from photon_data.readers.dicom_cache import kept_files, read_headers
+from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_plane import PlaneHeader
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
 from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
 from photon_data.readers.label_maps import is_label_map
-from photon_data.readers.tree import File, Identity, Tree
+from photon_data.readers.tree import File, Identity, Tree, matches
 from photon_data.scan import Source
 
 # Suffix -> what finds the file with the voxels, where that can be another one.
@@ -35,13 +36,13 @@ DATA_FILES |= {".mha": metaimage_data_file, ".mhd": metaimage_data_file}
 SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
 SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 TEXT_HEADERS = {"nrrd": nrrd_text, "metaimage": metaimage_text}
-DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 # How files that are no scans are counted: by what they are, else by suffix.
 LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
 NOT_INCLUDED, EXCLUDED = "(not in --include)", "(in --exclude)"
 # A longer "suffix" may be a piece of somebody's name.
 MAX_SUFFIX = 6
 
+THREADS = 8  # which read headers: most of the time is spent in waiting for files
 NO_IDS: Mapping[str, str] = MappingProxyType({})
 MAX_ID = 150
 # Digits of the path's hash that tell ids apart: none where the name is free, more while two are still the same.
@@ -76,6 +77,7 @@ def find_scans(
     exclude: Sequence[str] = (),
     follow_links: bool = True,
     label_maps: bool = False,
+    headers: str = "",
 ) -> Found:
     """Return the scans below `root` (or the one file it is), sorted, with ids by `assign_ids`, and what was left alone.
 
@@ -90,18 +92,23 @@ def find_scans(
     `include` and `exclude` are globs: one without "/" is for any folder or file name below `root`, one with "/" for a
     path relative to `root`, of a folder or a file; "*" is for "/" too.
 
+    DICOM headers are read by threads, a folder each, and kept in the folder `headers`, if one is given.
+
     UsageError where there is no `root`, or for an unknown `id_from`.
     """
     if not root.exists():
         raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
     tree = Tree(root.absolute(), follow_links=follow_links)
-    search, seen = _Search(tree, include, exclude, label_maps), count(1)
-    for folder in tree.folders():
-        for _ in folder:
-            on_file(next(seen))
-        search.add_folder(folder)
-    search.add_closed_folders()
-    search.add_series()
+    search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)
+    try:
+        for folder in tree.folders():
+            for _ in folder:
+                on_file(next(seen))
+            search.add_folder(folder)
+        search.add_closed_folders()
+        search.add_series()
+    finally:  # also where somebody stops it
+        search.threads.shutdown(cancel_futures=True)
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
@@ -140,8 +147,18 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
 class _Search:
     """What has been found so far: sources that still lack an id, what ids are made from, and what is left alone."""
 
-    def __init__(self, tree: Tree, include: Sequence[str], exclude: Sequence[str], label_maps: bool) -> None:
-        self.tree, self.include, self.exclude, self.label_maps = tree, include, exclude, label_maps
+    def __init__(
+        self, tree: Tree, include: Sequence[str], exclude: Sequence[str], label_maps: bool, headers: str
+    ) -> None:
+        self.tree, self.include, self.exclude, self.label_maps, self.headers = (
+            tree,
+            include,
+            exclude,
+            label_maps,
+            headers,
+        )
+        self.threads = ThreadPoolExecutor(THREADS, "headers")
+        self.grouping: deque[tuple[list[Path], Future[Grouped]]] = deque()
         self.root = tree.start if tree.start.is_dir() else tree.start.parent
         self.sources: list[tuple[Named, Source]] = []
         self.series: dict[str, list[Series]] = {}
@@ -154,6 +171,7 @@ class _Search:
     def add_folder(self, files: Sequence[File]) -> None:
         """Add the scans among the files of one folder, or among those that links lead to."""
         slices: dict[Path, list[Path]] = {}
+        dicom = self._dicom_among([path for path, *_ in files if not suffix_of(path)])
         for path, identity, by_link in files:
             if by_link and identity in self.taken:
                 continue
@@ -162,7 +180,7 @@ class _Search:
                 continue
             if suffix := suffix_of(path):
                 self._add_file(path, suffix)
-            elif _may_be_dicom(path):
+            elif path in dicom:
                 slices.setdefault(path.parent, []).append(path)
             else:
                 if not (by_link and identity in self.unclaimed):
@@ -171,8 +189,19 @@ class _Search:
             if identity is not None:
                 self.taken.add(identity)
                 self.leftover.pop(self.unclaimed.get(identity, path), None)
-        for folder in slices.values():
-            self._group(folder)
+        for files_of_folder in slices.values():
+            future = self.threads.submit(group_series, files_of_folder, self.headers)
+            self.grouping.append((files_of_folder, future))
+        while len(self.grouping) > 4 * THREADS:
+            self._add_grouped()
+
+    def _dicom_among(self, files: Sequence[Path]) -> set[Path]:
+        """Return the files that are DICOM, as it seems: threads look into those that their names do not tell."""
+        kept = kept_files(files, self.headers)
+        others = [path for path in files if path not in kept and not self._left_out(path)]
+        return kept | {
+            path for path, is_one in zip(others, self.threads.map(may_be_dicom, others), strict=True) if is_one
+        }
 
     def add_closed_folders(self) -> None:
         """Add a source for each folder that cannot be listed."""
@@ -183,6 +212,8 @@ class _Search:
 
     def add_series(self) -> None:
         """Add the DICOM series. One that lies in several folders is grouped again as a whole."""
+        while self.grouping:
+            self._add_grouped()
         for _, parts in sorted(self.series.items()):
             for series in parts if len(parts) == 1 else self._regrouped(parts):
                 self.ignored += series.aside
@@ -202,9 +233,9 @@ class _Search:
     def _left_out(self, path: Path) -> str:
         """Return how a file is counted that the globs leave out, "" for one that they do not."""
         parts = self._parts(path)
-        if self.include and not any(_matches(parts, glob) for glob in self.include):
+        if self.include and not any(matches(parts, glob) for glob in self.include):
             return NOT_INCLUDED
-        return EXCLUDED if any(_matches(parts, glob) for glob in self.exclude) else ""
+        return EXCLUDED if any(matches(parts, glob) for glob in self.exclude) else ""
 
     def _leave(self, path: Path, identity: Identity | None) -> None:
         suffix = path.suffix.lower() or "(no suffix)"
@@ -232,7 +263,8 @@ class _Search:
             except OSError as error:
                 why = why or unreadable(file, error)
         size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), str(self.root)
-        source = Source("", path, tuple(files), file_format, size, mark, root=root, patient=patient)
+        headers = self.headers if file_format == "dicom" else ""
+        source = Source("", path, tuple(files), file_format, size, mark, root=root, patient=patient, headers=headers)
         if why:
             source = replace(source, problem=why.message, code=why.code)
         self.sources.append((Named(path, words), source))
@@ -254,11 +286,12 @@ class _Search:
             return
         self._add((*parts[:-1], path.name[: -len(suffix)]), "/".join(parts), files, file_format, why)
 
-    def _group(self, files: list[Path]) -> None:
-        """Group the DICOM files of one folder; add those that are unreadable or damaged."""
+    def _add_grouped(self) -> None:
+        """Keep the series of the folder that was looked at first; add its files that are unreadable or damaged."""
+        files, future = self.grouping.popleft()
         parts = self._parts(files[0])[:-1]
         try:
-            grouped = group_series(files)
+            grouped = future.result()
         except Refused as refused:
             self._add((*parts, "s"), "/".join(parts) + "#", files, "dicom", refused)
             return
@@ -269,7 +302,7 @@ class _Search:
         self._add_unreadable(grouped)
 
     def _regrouped(self, parts: Sequence[Series]) -> list[Series]:
-        grouped = group_series([file for series in parts for file in series.files])
+        grouped = group_series([file for series in parts for file in series.files], self.headers)
         self._add_unreadable(grouped)
         return grouped.series
 
@@ -288,32 +321,22 @@ class Grouped(NamedTuple):
     aside: Counter[str]  # files that are no images of a volume, by "(kind)"
 
 
-def group_series(files: Sequence[Path]) -> Grouped:
-    """Return the series among files of one folder, or of one series in several; Refused("dicom-extra-missing")."""
+def group_series(files: Sequence[Path], headers: str = "") -> Grouped:
+    """Return the series among files of one folder, or of one series in several; Refused("dicom-extra-missing").
+
+    What was parsed before is taken from the folder `headers`.
+    """
     require_pydicom()
-    by_series: dict[str, list[PlaneHeader]] = {}
+    by_series, aside = dict[str, list[PlaneHeader]](), Counter[str]()
     unread: list[tuple[Path, Refused]] = []
-    aside: Counter[str] = Counter()
-    for path in sorted(files):
-        try:
-            content = read_planes(path)
-        except (Refused, OSError) as error:
+    for path, content, error in read_headers(sorted(files), read_planes, headers, trust=True):
+        if error:
             unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
-            continue
-        if content.planes:
+        elif content.planes:
             by_series.setdefault(content.planes[0].series, []).append(content.planes[0])
         else:
             aside[f"(DICOM {content.kind})" if content.kind else NO_IMAGE] += 1
     return Grouped([series_of(planes) for _, planes in sorted(by_series.items())], unread, aside)
-
-
-def _matches(parts: tuple[str, ...], glob: str) -> bool:
-    """Tell whether a glob is for a path with these parts, or for a folder above it; see `find_scans`."""
-    glob = glob.removeprefix("./").rstrip("/")
-    if "/" not in glob:
-        return any(fnmatchcase(part, glob) for part in parts)
-    paths = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(path, shorter) for path in paths for shorter in (glob, glob.removeprefix("**/")))
 
 
 def change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
@@ -322,20 +345,6 @@ def change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
         return facts[0][2]
     digest = hashlib.sha256("".join(f"{fact}\n" for fact in sorted(facts)).encode("utf-8", "surrogateescape"))
     return int.from_bytes(digest.digest()[:7], "big") if facts else 0
-
-
-def _may_be_dicom(path: Path) -> bool:
-    """Tell whether the name says so, or the first bytes."""
-    name = path.name.lower()
-    if name.endswith(DICOM_SUFFIXES):
-        return True
-    if name == "dicomdir":
-        return False
-    try:
-        with path.open("rb") as file:
-            return is_dicom(file.read(HEAD_BYTES))
-    except OSError:
-        return path.suffix == "" or path.suffix[1:].isdigit()
 
 
 class Named(NamedTuple):

@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 from photon_data.errors import Refused, UsageError, first_few, refusal
 from photon_data.private import words_of
+from photon_data.readers.dicom_header import names_in
 from photon_data.readers.find import DATA_FILES, suffix_of
 from photon_data.scan import MaskFile, MaskPattern, Source
 
@@ -73,6 +75,7 @@ def masks_of(pattern: MaskPattern, source: Source, common: Collection[str] = ())
     """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read.
 
     Refused too where the name of a mask has a word of a hidden path, but for those in `common` (see `common_words`).
+    One that has a name or an id of the patient, which the headers of the slices alone tell, is called "mask-1".
     """
     place, found = Path(place_of(pattern, source)), []
     paths = mask_paths(pattern, source)
@@ -94,7 +97,23 @@ def masks_of(pattern: MaskPattern, source: Source, common: Collection[str] = ())
         remedy = "let * stand for what tells the files apart"
         raise refusal("mask-names", "", "masks of different names", f"{first_few(twice)} more than once", remedy)
     _refuse_private(found, source, common)
-    return found
+    return _without_person(found, source)
+
+
+def _without_person(masks: list[MaskFile], source: Source) -> list[MaskFile]:
+    """Return masks, those called after the patient of a hidden DICOM series by a number instead."""
+    if not (source.hidden and source.format == "dicom" and any(mask.name for mask in masks)):
+        return masks
+    person, taken = set[str]().union(*map(names_in, source.files)), {mask.name for mask in masks}
+    numbers = (name for n in count(1) if (name := f"mask-{n}") not in taken)
+    return [mask._replace(name=next(numbers)) if _tells(mask.name, person) else mask for mask in masks]
+
+
+def _tells(name: str, person: Collection[str]) -> bool:
+    """Tell whether a name has one of a person's names or ids: as a word of its own, or a long one anywhere."""
+    name = name.casefold()
+    words = {*re.findall(r"[^\W_]+", name), *re.findall(r"[^\W\d_]+|\d+", name)}
+    return any((part in words and len(part) > 1) or (part in name and len(part) > 3) for part in person)
 
 
 def _names_of(source: Source) -> dict[str, str]:

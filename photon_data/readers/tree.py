@@ -6,6 +6,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +115,15 @@ class Tree:
 
 def _is_ours(folder: Path) -> bool:
     return any(all(os.path.exists(folder / name) for name in names) for names in OURS)  # noqa: PTH110 - never raises
+
+
+def matches(parts: tuple[str, ...], glob: str) -> bool:
+    """Tell whether a glob is for a path with these parts, or for a folder above it; see `find.find_scans`."""
+    glob = glob.removeprefix("./").rstrip("/")
+    if "/" not in glob:
+        return any(fnmatchcase(part, glob) for part in parts)
+    paths = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatchcase(path, shorter) for path in paths for shorter in (glob, glob.removeprefix("**/")))
 
 
 def is_hidden(name: str) -> bool:

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import budget, damaged_bytes, damaged_text, no_hang
 from raw import write_scan
+from test_dicom_headers import read as what_is_read
+from test_dicom_headers import write
 
 from photon_data import Volume
 from photon_data.errors import Refused, UsageError
@@ -132,3 +134,19 @@ def test_a_damaged_slice_of_dicom_leaves_sane_scans_and_refusals(series, tmp_pat
             else:
                 assert volume.numpy().shape == volume.geometry.shape_zyx
                 assert np.isfinite(volume.geometry.affine_ras).all() and np.isfinite(volume.numpy()).all()
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory) -> list[bytes]:
+    folder = tmp_path_factory.mktemp("headers")
+    syntaxes = ("explicit", "implicit", "rle")
+    return [write(folder / f"{syntax}.dcm", syntax, n).read_bytes() for syntax in syntaxes for n in (1, 2)]
+
+
+@budget(200)
+@given(st.data())
+def test_a_damaged_dicom_header_is_read_or_refused_as_by_pydicom(headers, tmp_path, data):
+    content, path = data.draw(st.sampled_from(headers)), tmp_path / "a.dcm"
+    path.write_bytes(content[:128] + data.draw(damaged_bytes(content[128:], within=1700)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert what_is_read(path) == what_is_read(path, monkeypatch)
