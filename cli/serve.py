@@ -95,7 +95,8 @@ def assembled(
         engine = Engine(predictor, int(options.cache_gb * GB), options.max_waiting)
         stack.callback(engine.close, 0)
         name = Path(model).resolve().name if Path(model).exists() else model
-        server = Server(engine, volumes, drawing(predictor), ServerSettings(name, key, options.timeout_s))
+        settings = ServerSettings(name, predictor.processor.config.tokens_thw, key, options.timeout_s)
+        server = Server(engine, volumes, drawing(predictor), settings)
         config = uvicorn.Config(
             server.application(),
             log_config=None,

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 LINGER_S, LINGER_BYTES = 2, 64 << 20
 OPEN_PATHS = ("/health", "/ready")  # for those who watch over the server; they tell nothing
 CLIENT_GONE = 499  # the status in the log; nobody gets it
-UPLOADS = ("/v1/volumes", "/upload")
+UPLOADS = "/v1/volumes"
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -86,7 +86,7 @@ class Gate:
             return  # no websockets
         started_s, status = time.perf_counter(), 0
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        limit = self.max_upload if scope["path"] in UPLOADS else self.max_body
+        limit = self.max_upload if scope["path"] == UPLOADS else self.max_body
         body = _CountedBody(receive, limit)
 
         async def sending(message: Any) -> None:

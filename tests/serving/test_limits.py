@@ -222,7 +222,6 @@ FORM = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.nii"\r\
     [
         ("/v1/volumes", "multipart/form-data; boundary=x", FORM, 40),  # 2.6 MB; the limit of an upload is 2 MB
         ("/v1/chat/completions", "application/json", b'{"model": "', 5),  # 330 kB; that of a question is 256 KiB
-        ("/ask", "application/x-www-form-urlencoded", b"question=", 5),
     ],
 )
 def test_a_chunked_body_is_counted_and_refused_after_its_limit(served, path, kind, start, pieces):
