@@ -80,6 +80,8 @@ def test_a_scan_is_sent_asked_about_and_its_answer_can_be_asked_again_elsewhere(
     assert f"{reply['usage']['kept_tokens']} of 125" in facts and "computed for this question" in facts
     tab.ask("And where?")
     assert "cache hit" in tab.see(".answer dl")
+    for summary in tab.page.locator(".answer summary").all():
+        summary.click()
     for name, command in (("Copy curl", ["bash", "-c"]), ("Copy Python", [sys.executable, "-c"])):
         tab.page.locator(".answer").nth(1).get_by_text(name).click()
         copied = tab.page.evaluate("navigator.clipboard.readText()")
@@ -87,7 +89,6 @@ def test_a_scan_is_sent_asked_about_and_its_answer_can_be_asked_again_elsewhere(
         assert run.returncode == 0, run.stderr
         assert text in (json.loads(run.stdout)["choices"][0]["message"]["content"] if "curl" in name else run.stdout)
     assert not (tmp_path / "x").exists()
-    tab.page.locator(".answer summary").first.click()
     with tab.page.expect_download() as download:
         tab.page.get_by_text("kept.nii.gz", exact=True).first.click()
     assert download.value.path().read_bytes()[:2] == b"\x1f\x8b"

@@ -86,12 +86,12 @@ export class Answers {
 
   figures({ photon, usage, seconds }) {
     const share = Math.round((100 * photon.kept_tokens) / Math.max(1, photon.visual_tokens));
-    const stages = STAGES.filter(([name]) => name in photon.seconds).map(([name, word]) => `${word} ${photon.seconds[name].toFixed(2)} s`);
+    const stages = STAGES.filter(([name]) => photon.seconds[name] >= 0.005).map(([name, word]) => `${word} ${photon.seconds[name].toFixed(2)} s`);
     const hit = (usage?.prompt_tokens_details.cached_tokens ?? 0) > 0;
     const rows = [
       ["Tokens kept", `${photon.kept_tokens} of ${photon.visual_tokens} (${share} %)`],
-      ["Encoding", hit ? "cache hit: made for an earlier question" : "computed for this question"],
-      ["Time", `${(seconds ?? 0).toFixed(2)} s: ${stages.join(", ")}`],
+      ["Encoding", hit ? "cache hit" : "computed for this question"],
+      ["Time", `${[`${(seconds ?? 0).toFixed(2)} s`, ...stages].join(", ")}`],
     ];
     return make("dl", {}, ...rows.flatMap(([term, value]) => [make("dt", { textContent: term }), make("dd", { textContent: value })]));
   }
@@ -114,9 +114,8 @@ export class Answers {
     return make("div", { className: "bar" },
       button("Regions", "show", () => this.toggle(answer, 0)),
       button("Compare", "beside", () => this.toggle(answer, 1)),
-      button("Copy curl", "", copy(curlOf(answer.body))),
-      button("Copy Python", "", copy(pythonOf(answer.body))),
-      make("details", {}, make("summary", { textContent: "Download the overlay" }), ...files));
+      make("details", {}, make("summary", { textContent: "Copy, download" }), make("div", { className: "bar" },
+        button("Copy curl", "", copy(curlOf(answer.body))), button("Copy Python", "", copy(pythonOf(answer.body))), ...files)));
   }
 
   // Show an answer's regions as the first or beside those of the first; hide them where they are shown so.

@@ -9,6 +9,7 @@ const PLANES = {
   sagittal: { axis: 2, across: 1, down: 0, isFlipped: true, letters: "APSI" },
 };
 export const COLOURS = ["#f0a35e", "#5aa9ff"]; // of the regions of two answers
+const SOFTWARE = { willReadFrequently: true }; // a plane is drawn from memory at each step; a GPU would only be in the way
 const LENGTHS_MM = [200, 100, 50, 20, 10, 5];
 
 export class Plane {
@@ -87,7 +88,7 @@ export class Plane {
     const dots = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(this.pane.clientWidth * dots);
     this.canvas.height = Math.round(this.pane.clientHeight * dots);
-    const context = this.canvas.getContext("2d");
+    const context = this.canvas.getContext("2d", SOFTWARE);
     context.scale(dots, dots);
     const frame = this.frame();
     context.imageSmoothingQuality = "high";
@@ -114,7 +115,7 @@ export class Plane {
       }
     }
     const picture = new OffscreenCanvas(nx, ny);
-    picture.getContext("2d").putImageData(image, 0, 0);
+    picture.getContext("2d", SOFTWARE).putImageData(image, 0, 0);
     return picture;
   }
 

@@ -76,7 +76,7 @@ export class Space {
     const add = async (url, name, looks) => viewer.addVolume(Object.assign(await this.niivue.NVImage.loadFromUrl({ url, name }), looks));
     if (isOther) await add(scan.bytes, "scan.nii", { colormap: "gray" });
     for (const [i, region] of regions.entries())
-      await add(niftiOf(scan, region), `answer${i}.nii`, { colormap: `answer${i}`, cal_min: 0, cal_max: 1, opacity: 0.3 });
+      await add(niftiOf(scan, region), `answer${i}.nii`, { colormap: `answer${i}`, cal_min: 0, cal_max: 1, opacity: 0.12 });
   }
 }
 
