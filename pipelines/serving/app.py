@@ -35,6 +35,7 @@ from photon_train.serving.question import Answer, Engine, Failure, Piece
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 256 * 1024
+BODY_S = 60  # to send it, of a question
 MAX_KEPT = 2000  # answers whose kept tokens can still be fetched
 UPLOADS_AT_ONCE, FILES_AT_ONCE = 4, 2
 # Statuses of refusals; 422 for those of a scan.
@@ -72,6 +73,7 @@ class Server:
         self.kept: OrderedDict[str, _Kept] = OrderedDict()
         self.uploading = 0
         self.files, self.preparing = asyncio.Semaphore(FILES_AT_ONCE), asyncio.Lock()
+        self.tokenizing = asyncio.Lock()  # a fast tokenizer is not for several threads at once
         self.figures = Figures(self._figures)
 
     def application(self) -> Gate:
@@ -243,7 +245,13 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """Return the answer to a conversation, or a stream of events with it."""
-        completion, asking, first = await self._ask(await request.body(), request)
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await request.body()
+        except TimeoutError:
+            message = f"expected a question within {BODY_S} s, found one that is still coming; send it faster"
+            raise ApiError(408, message, "body-timeout", connection="close") from None
+        completion, asking, first = await self._ask(body, request)
         if first is None:
             return Response(status_code=CLIENT_GONE)
         if isinstance(first, Answer) and not completion.question.streams:
@@ -256,7 +264,8 @@ class Server:
         question, volumes = await asyncio.to_thread(question_of, chat, self.volumes.find)
         wants_usage = bool(chat.stream_options and chat.stream_options.include_usage)
         completion = Completion(self.settings.model, question, volumes, wants_usage)
-        asking = submit(self.engine, question, self.settings.timeout_s)
+        async with self.tokenizing:
+            asking = await submit(self.engine, question, self.settings.timeout_s)
         first = await asking.first(request)
         if isinstance(first, Failure):
             raise failed(first)

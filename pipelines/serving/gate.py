@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """An ASGI application around another. Its `on_response` gets method, path, status and seconds of every request."""
+    """An ASGI application around another. Its `on_response` gets method, route, status and seconds of every request."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Gate:
         key: str | None,
         max_body: int,
         max_upload: int,
-        on_response: Callable[[str, str, int, float], object] = lambda method, path, status, seconds: None,
+        on_response: Callable[[str, str, int, float], object] = lambda method, route, status, seconds: None,
     ) -> None:
         self.app, self.key, self.max_body, self.max_upload, self.on_response = (
             app,
@@ -114,7 +114,8 @@ class Gate:
             if not status:
                 await _refuse(ApiError(500, f"{unforeseen(error)}; please report it", "internal"), receive, sending)
         finally:
-            self.on_response(scope["method"], scope["path"], status, time.perf_counter() - started_s)
+            route = getattr(scope.get("route"), "path", "other")  # none where the gate refused it, or nothing is there
+            self.on_response(scope["method"], route, status, time.perf_counter() - started_s)
 
     def _check(self, scope: Any, headers: dict[str, str], limit: int) -> None:
         """Raise ApiError for a request that must not be looked at."""

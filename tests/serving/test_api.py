@@ -330,5 +330,8 @@ def test_figures_are_prometheus_text(served, uploaded):
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["photon_answered_total"]) >= 1 and float(values["photon_prefix_hits_total"]) >= 1
     assert float(values['photon_uploads_total{outcome="prepared"}']) >= 1
-    assert any("{id}" in name for name in values) and uploaded not in text
+    assert served.http.get(f"/v1/volumes/{uploaded}").status_code == 200
+    assert served.http.get(f"/nowhere/{uploaded}").status_code == 404
+    text = served.http.get("/metrics").text
+    assert 'route="/v1/volumes/{id}"' in text and 'route="other",status="404"' in text and uploaded not in text
     assert [served.http.get(path).status_code for path in ("/health", "/ready")] == [200, 200]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import struct
 import time
 import zipfile
@@ -197,6 +198,31 @@ def test_no_path_and_no_url_is_a_volume(served, prepared):
 def video(id):
     parts = [{"type": "video_url", "video_url": {"url": id}}, {"type": "text", "text": "?"}]
     return {"model": "served-model", "messages": [{"role": "user", "content": parts}]}
+
+
+def test_a_line_on_which_no_request_or_no_question_comes_is_closed(model_dir, monkeypatch):
+    monkeypatch.setattr("photon_cli.serve.HEADERS_S", 1)
+    monkeypatch.setattr("photon_pipelines.serving.app.BODY_S", 1)
+    with live(model_dir) as served:
+        host, port = served.base.removeprefix("http://").split(":")
+
+        def closed_after(*pieces):
+            start = time.monotonic()
+            with socket.create_connection((host, int(port)), timeout=30) as line:
+                for piece in pieces:
+                    line.sendall(piece)
+                    time.sleep(0.4)
+                found = b"".join(iter(lambda: line.recv(65536), b""))
+            return time.monotonic() - start, found
+
+        whole = head("/health", "GET", host="localhost").encode() + b"\r\n\r\n"
+        for pieces in ([], [b"G", b"ET"], [whole, b"GET /he"]):  # nothing, half a request, half of a second one
+            seconds, found = closed_after(*pieces)
+            assert 0.8 < seconds < 20 and found.count(b"200 OK") == (pieces[:1] == [whole])
+        question = head("/v1/chat/completions", host="localhost", content_length=100).encode() + b"\r\n\r\n{"
+        seconds, found = closed_after(question)
+        assert seconds < 20 and b" 408 " in found and b"body-timeout" in found
+        assert served.http.get("/health").status_code == 200
 
 
 # What is sent
