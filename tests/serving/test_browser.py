@@ -12,7 +12,7 @@ import pytest
 from askable import store
 from browser import Tab, chromium
 from dicom_files import write_series
-from live import live
+from live import live, wait_until
 from raw import write_scan
 from scans import ct_like
 
@@ -240,6 +240,25 @@ def test_the_keyboard_does_what_the_mouse_does(tab):
         one.checkVisibility() && !one.textContent.trim() && !one.ariaLabel && !one.labels?.length)
         .map(one => one.outerHTML)"""
     assert tab.page.evaluate(unnamed) == []
+
+
+def test_a_file_that_is_dropped_is_sent_and_an_answer_can_be_stopped(tab, served, tmp_path, monkeypatch):
+    content = write_scan(tmp_path / "a.nii.gz", 6).read_bytes()
+    drop = """bytes => { const dropped = new DataTransfer();
+        dropped.items.add(new File([new Uint8Array(bytes)], "a.nii.gz"));
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped })) }"""
+    tab.open().see("#viewer.has-scan")
+    tab.page.evaluate(drop, list(content))
+    tab.page.wait_for_url("**/?volume=vol_*")
+    tab.see("#viewer.has-scan")
+    monkeypatch.setattr(Question, "max_tokens", 4000)
+    before = served.figures
+    tab.page.fill("#question", "Is there a nodule?")
+    tab.page.press("#question", "Enter")
+    tab.page.wait_for_timeout(500)
+    tab.page.click("#stop")
+    assert tab.see(".answer .failed") == "stopped"
+    wait_until(lambda: served.figures["left"] == before["left"] + 1 and served.figures["waiting"] == 0)
 
 
 @pytest.mark.parametrize("width", [1400, 700, 360])
