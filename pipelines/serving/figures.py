@@ -15,7 +15,6 @@ from prometheus_client.registry import Collector
 logger = logging.getLogger(__name__)
 # Figures that go up and down; the others are counters.
 GAUGES = ("waiting", "prefixes", "prefix_bytes", "volumes", "uploads_running")
-FIXED = ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/chat/completions", "/ask", "/upload")
 
 
 class Figures(Collector):
@@ -42,17 +41,8 @@ class Figures(Collector):
         """Return all of it."""
         return generate_latest(self._registry)
 
-    def on_response(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count and log a request."""
-        route, method = _route_of(path), method if method in ("GET", "POST", "DELETE") else "other"
+    def on_response(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count and log a request: its route with {id} in place of ids, since labels and logs hold no names."""
+        method = method if method in ("GET", "POST", "DELETE") else "other"
         self._seconds.labels(method, route, status).observe(seconds)
         logger.info("%s %s %d %.3f s", method, route, status, seconds)
-
-
-def _route_of(path: str) -> str:
-    """Return a path with {id} in place of ids, "other" for one that is no route: labels and logs hold no names."""
-    parts = path.strip("/").split("/")
-    if parts[:2] == ["v1", "volumes"] and len(parts) <= 5:
-        known = ["v1", "volumes", "{id}", "{grid or kept}", "{id}"][: len(parts)]
-        return "/" + "/".join([*known[:3], *(p if p in ("grid", "kept") else "{id}" for p in parts[3:])])
-    return path if path in FIXED else "other"

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 LINGER_S, LINGER_BYTES = 2, 64 << 20
 OPEN_PATHS = ("/health", "/ready")  # for those who watch over the server; they tell nothing
 CLIENT_GONE = 499  # the status in the log; nobody gets it
-UPLOADS = ("/v1/volumes", "/upload")
+UPLOADS = "/v1/volumes"
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """An ASGI application around another. Its `on_response` gets method, path, status and seconds of every request."""
+    """An ASGI application around another. Its `on_response` gets method, route, status and seconds of every request."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Gate:
         key: str | None,
         max_body: int,
         max_upload: int,
-        on_response: Callable[[str, str, int, float], object] = lambda method, path, status, seconds: None,
+        on_response: Callable[[str, str, int, float], object] = lambda method, route, status, seconds: None,
     ) -> None:
         self.app, self.key, self.max_body, self.max_upload, self.on_response = (
             app,
@@ -86,7 +86,7 @@ class Gate:
             return  # no websockets
         started_s, status = time.perf_counter(), 0
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        limit = self.max_upload if scope["path"] in UPLOADS else self.max_body
+        limit = self.max_upload if scope["path"] == UPLOADS else self.max_body
         body = _CountedBody(receive, limit)
 
         async def sending(message: Any) -> None:
@@ -114,7 +114,8 @@ class Gate:
             if not status:
                 await _refuse(ApiError(500, f"{unforeseen(error)}; please report it", "internal"), receive, sending)
         finally:
-            self.on_response(scope["method"], scope["path"], status, time.perf_counter() - started_s)
+            route = getattr(scope.get("route"), "path", "other")  # none where the gate refused it, or nothing is there
+            self.on_response(scope["method"], route, status, time.perf_counter() - started_s)
 
     def _check(self, scope: Any, headers: dict[str, str], limit: int) -> None:
         """Raise ApiError for a request that must not be looked at."""

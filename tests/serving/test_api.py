@@ -183,6 +183,18 @@ def test_what_was_kept_is_on_the_scans_own_grid_as_predict_writes_it(served, upl
     assert code_of(served.http.get(f"/v1/volumes/ready/kept/{place.rpartition('/')[2]}")) == "unknown_answer"
 
 
+def test_the_prepared_volume_and_where_its_tokens_lie_are_there(served, uploaded):
+    facts = served.http.get(f"/v1/volumes/{uploaded}").json()
+    assert facts["tokens"]["shape_zyx"] == [5, 5, 5] and facts["tokens"]["spacing_zyx_mm"] == [72.8] * 3  # 91 x 4 mm
+    corner = np.array(facts["prepared"]["origin_lps"]) - 2
+    assert np.allclose(np.array(facts["tokens"]["origin_lps"]) - 36.4, corner)
+    content = served.http.get(f"/v1/volumes/{uploaded}/grid?of=volume&format=nifti").content
+    fine = nibabel.Nifti1Image.from_bytes(content)
+    assert fine.shape == (91, 91, 91) and fine.header.get_zooms() == (4, 4, 4)
+    assert np.allclose(fine.affine[:3, 3], np.array([-1, -1, 1]) * (corner + 2))
+    assert served.http.get(f"/v1/volumes/{uploaded}/grid?of=full").status_code == 400
+
+
 def test_volumes_of_a_prepared_folder_are_asked_about_and_not_deleted(served, out):
     assert "ready" in [one["id"] for one in served.http.get("/v1/volumes").json()["data"]]
     assert served.answer("ready")["usage"]["visual_tokens"] == TOKENS
@@ -330,5 +342,8 @@ def test_figures_are_prometheus_text(served, uploaded):
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["photon_answered_total"]) >= 1 and float(values["photon_prefix_hits_total"]) >= 1
     assert float(values['photon_uploads_total{outcome="prepared"}']) >= 1
-    assert any("{id}" in name for name in values) and uploaded not in text
+    assert served.http.get(f"/v1/volumes/{uploaded}").status_code == 200
+    assert served.http.get(f"/nowhere/{uploaded}").status_code == 404
+    text = served.http.get("/metrics").text
+    assert 'route="/v1/volumes/{id}"' in text and 'route="other",status="404"' in text and uploaded not in text
     assert [served.http.get(path).status_code for path in ("/health", "/ready")] == [200, 200]
