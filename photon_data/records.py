@@ -29,9 +29,9 @@ STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
 PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
-# Keys of replies that are no record: of a child that found the output full, and of a machine that can run no child. An
-# exception instead would put the job, and names in it, into the log of a Dask worker.
-OUT_FULL, UNABLE = "no space", "unable"
+# Keys of replies that are no record: of a child that found the output full, of one that died over its job, and of a
+# machine that can run no child. An exception instead would put the job, and names in it, into the log of a Dask worker.
+OUT_FULL, DIED, UNABLE = "no space", "died", "unable"
 # Refusals that the next run may not meet again, and failures that it will.
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 # Of a row of volumes.jsonl, and of dataset.json: the `digest_of` what else it says. Earlier versions did not write it.

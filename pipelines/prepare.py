@@ -10,7 +10,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -42,22 +42,27 @@ from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
     DATASET_DIGEST,
+    DIED,
+    FAILED,
     LOCK,
     PRUNED,
     REFUSED,
     VOLUMES,
+    SomeWork,
     VolumeRecord,
+    Work,
     append_record,
     differences,
     lock_of,
     read_records,
+    record_of,
     store_name,
     write_records,
 )
 from photon_data.report import render_report
 from photon_data.store import open_volume
-from photon_pipelines.child import children, run_isolated
-from photon_pipelines.cluster import Workers, execute
+from photon_pipelines.child import run_isolated
+from photon_pipelines.cluster import Needs, Workers, execute
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
 from photon_pipelines.masks import forget, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
@@ -168,7 +173,7 @@ def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Map
     notes = []
     if LABEL_MAP in gathered.ignored and (found := usual_pattern([job.source for job in jobs])):
         notes.append(f"--masks '{found[0]}' would find the masks of {found[1]} of {len(jobs)} scans")
-    return _by_id(execute(jobs, run_isolated, workers, children())), gathered.ignored, notes
+    return _by_id(_records(jobs, workers)), gathered.ignored, notes
 
 
 def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
@@ -255,10 +260,7 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
     done, and of the rest what earlier runs left.
     """
     out = hold.out
-    for folder in ("volumes", MASK_STORES, "manifests", ""):  # what a killed run left half-written
-        for name in out.names(folder):
-            if name.startswith(".") and name.endswith(".partial"):
-                out.remove(str(Path(folder, name)))
+    _remove_partial(out)
     records = list(todo.done)
 
     def write_snapshot() -> None:
@@ -267,8 +269,7 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
 
     due_s = time.monotonic() + SNAPSHOT_S
     try:
-        task = partial(run_isolated, holder=hold.token)
-        with closing(execute(todo.jobs, task, workers, children())) as finished:
+        with closing(_records(todo.jobs, workers, hold)) as finished:
             for record in finished:
                 hold.check()
                 records.append(record)
@@ -283,7 +284,36 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
         if not hold.is_lost:
             write_snapshot()
     hold.check()
+    _remove_partial(out)
     return records
+
+
+def _remove_partial(out: Location) -> None:
+    """Remove what killed runs, and workers that were lost, left half-written. Nobody is writing."""
+    for folder in ("volumes", MASK_STORES, "manifests", ""):
+        for name in out.names(folder):
+            if name.startswith(".") and name.endswith(".partial"):
+                out.remove(str(Path(folder, name)))
+
+
+def _records(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
+    """Yield the record of every job as it ends, of the largest first; the list is used up."""
+    task = partial(run_isolated, holder=hold.token if hold else "")
+    jobs.sort(key=lambda job: job.source.bytes)
+    with closing(execute(jobs, task, workers, _needs(jobs, hold))) as finished:
+        for job, reply in finished:
+            if DIED in reply:
+                code, reason = reply[DIED]
+                yield record_of(job, FAILED, code=code, reason=reason)
+            else:
+                yield VolumeRecord.from_json(reply)
+
+
+def _needs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
+    """Return what workers must see: a file below each source folder, and OUT."""
+    files = {job.source.root: job.source.files[0] for job in jobs if job.source.files}
+    there = tuple((str(file), file.stat().st_size) for file in files.values() if file.is_file())
+    return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 
 def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback) -> list[VolumeRecord]:
@@ -293,8 +323,7 @@ def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback)
     for row in rows:
         callback.on_masks(row, total)
     try:
-        task = partial(run_isolated, holder=hold.token)
-        with closing(execute(jobs, task, workers, children())) as finished:
+        with closing(_records(jobs, workers, hold)) as finished:
             for row in finished:
                 hold.check()
                 rows.append(row)
