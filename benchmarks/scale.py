@@ -33,7 +33,7 @@ from photon_data.recipe import Recipe
 from photon_data.records import PREPARED, store_name
 from photon_data.report import render_report
 from photon_data.scan import Scan
-from photon_data.store import read_metadata, write_store
+from photon_data.store import OWN_DIGEST, own_digest, read_metadata, write_store
 from photon_data.volume import Geometry
 from photon_pipelines import export, prepare
 from photon_pipelines.cluster import Workers
@@ -148,11 +148,12 @@ class Stub:
     def __call__(self, data: dict[str, Any], *_: object, **__: object) -> dict[str, Any]:
         """Return the record of a job, both as JSON."""
         job = Job.from_json(data)
-        out, name = Location(job.out), store_name(job.source.id)
+        out, name = Location(job.out), job.place
         content = f"sha256:{hashlib.sha256(job.source.files[0].read_bytes()).hexdigest()}"
         ours = json.loads(self.template["zarr.json"])
         metadata = ours["attributes"]["photon"]
         metadata |= {"id": job.source.id, "fingerprint": content, "key": job.key(content, metadata["facts"])}
+        metadata[OWN_DIGEST] = own_digest(ours["attributes"])
         for file, text in (self.template | {"zarr.json": json.dumps(ours).encode()}).items():
             path = out.path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)

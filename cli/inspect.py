@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon_cli.terminal import (
+    ProgressBar,
     console,
     print_lines,
     print_table,
@@ -45,6 +46,23 @@ COMPRESSED = 0.45
 FILES_PER_STORE = {"model": 4, "volume": 6, "full": 9}
 FULL_VOXELS = 15_000_000  # of a field of 380 x 380 x 350 mm at 1.5 mm
 WORKER_GB, OBLIQUE_WORKER_GB = 0.4, 1.5
+
+
+class InspectingBar(ProgressBar, planning.Callback):
+    """Shows how many scans were looked for, and read."""
+
+    done = total = 0
+
+    def on_file(self, count: int) -> None:  # noqa: D102
+        self.update(description="looking for scans", detail=f"{count} files seen")
+
+    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:  # noqa: D102
+        self.total = len(todo.jobs)
+        self.update(description="reading scans", detail="")
+
+    def on_record(self, record: VolumeRecord) -> None:  # noqa: D102
+        self.done += 1
+        self.count(self.done, self.total)
 
 
 def print_estimate(request: Request, workers: Workers) -> None:

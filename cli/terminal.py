@@ -202,6 +202,7 @@ class ProgressBar:
     def count(self, done: int, total: int) -> None:
         """Show that so many of all are done."""
         self.update(completed=done, total=total)
+        self.line(f"{done:,} of {total:,}")
 
     def line(self, text: str) -> None:
         """Print a line where there is no terminal, unless another one was printed in the last LINE_S seconds."""

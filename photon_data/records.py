@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +24,9 @@ from photon_data.scan import Source
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
 SUFFIX = ".ome.zarr"  # of stores
+STORES, MASKS = "volumes", "masks"  # their folders
+# From so many volumes on, new stores are laid into 256 folders: file systems slow down with the names in one.
+MANY, SHELF = 100_000, re.compile("[0-9a-f]{2}")
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -38,11 +43,30 @@ PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 ROW_DIGEST, DATASET_DIGEST = "row_sha256", "sha256"
 
 
-def store_name(volume_id: str) -> str:
-    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file."""
+def store_name(volume_id: str, deep: bool = False, folder: str = STORES) -> str:
+    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file.
+
+    volumes/ID.ome.zarr, or deep: volumes/ab/ID.ome.zarr, where ab are the first digits of the SHA-256 of the id. Where
+    a volume lies that is there, its row says: see `VolumeRecord.place`.
+    """
     if not volume_id or volume_id.startswith("."):
         raise UsageError(f"expected an id that begins with a letter or a digit, found {volume_id[:80]!r}; rename it")
-    return f"volumes/{refuse_unsafe(volume_id + SUFFIX, 'an id')}"
+    name = refuse_unsafe(volume_id + SUFFIX, "an id")
+    return f"{folder}/{hashlib.sha256(volume_id.encode()).hexdigest()[:2]}/{name}" if deep else f"{folder}/{name}"
+
+
+def places_of(volume_id: str, folder: str = STORES) -> list[str]:
+    """Return the two places where a store of that id can lie."""
+    return [store_name(volume_id, deep, folder) for deep in (False, True)]
+
+
+def store_names(out: Location, folder: str = STORES) -> list[str]:
+    """Return the places of all that lies in a folder of stores, flat or deep, whatever it is."""
+    found = list[str]()
+    for name in out.names(folder):
+        place = f"{folder}/{name}"
+        found += [f"{place}/{one}" for one in out.names(place)] if SHELF.fullmatch(name) else [place]
+    return found
 
 
 class Facts(Mapping[str, Any]):
@@ -129,6 +153,16 @@ class VolumeRecord:
         return self.state in (PREPARED, UNCHANGED)
 
     @property
+    def place(self) -> str:
+        """Where its store lies below the output folder, or would."""
+        return self.store or store_name(self.id)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether its store lies in one of 256 folders."""
+        return self.place.count("/") > 1
+
+    @property
     def name(self) -> str:
         """What people may be shown: the source's path, or the id where that is hidden."""
         return self.id if self.hidden else self.source
@@ -153,7 +187,9 @@ class VolumeRecord:
         if record.state not in (*STATES, READY):
             raise ValueError(f"expected a state of {', '.join(STATES)}, found {record.state!r:.80}")
         own = store_name(record.id)  # an id that can name no file is an error
-        if record.store not in (None, own, own.replace("volumes/", "masks/", 1)):
+        if record.store in (None, own):
+            return record
+        if record.store not in (store_name(record.id, True), *places_of(record.id, MASKS)):
             raise ValueError(f"expected {own} as the store of {record.id}, found {record.store!r:.80}")
         return record
 

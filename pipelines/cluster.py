@@ -34,6 +34,7 @@ WORKER_BYTES = 1_500_000_000
 MIN_ADDRESS_SPACE_BYTES = 4 << 30
 MIN_MEMORY_GB = 1.0
 NO_WORKERS_S = 120
+FEW = 32  # stores, which are read in about the time in which local workers start
 LOOK_S = 1.0  # how often the workers are counted
 # A file that was just written may be seen later on another host: NFS remembers for 30 s that there was none.
 SEEN_S = 40.0
@@ -96,6 +97,17 @@ class Needs(NamedTuple):
     files: tuple[tuple[str, int], ...] = ()  # local paths that it must see, and their sizes
     out: str = ""  # the folder or URL that the run holds ...
     holder: str = ""  # ... and the token that is in its lock: a folder of the same name is not enough
+
+
+def needs_of(out: Location, name: str) -> Needs:
+    """Return that workers must see a file of a prepared folder that they are to read."""
+    size = out.size(name) if out.is_local else None
+    return Needs() if size is None else Needs(((out.at(name), size),))
+
+
+def pays(workers: Workers, jobs: int) -> bool:
+    """Tell whether so many short jobs are done sooner by these workers, which take seconds to start, than here."""
+    return workers.scheduler is not None or (workers.local_count() > 1 and jobs >= FEW)
 
 
 def execute(

@@ -9,7 +9,7 @@ from pathlib import Path
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import PRUNED, VolumeRecord, read_records, store_name
+from photon_data.records import PRUNED, VolumeRecord, places_of, read_records, store_names
 from photon_data.scan import Source
 from photon_data.store import read_metadata
 
@@ -50,8 +50,7 @@ def refuse_namesakes(
     """
     owners = {record.id.casefold(): record for record in records}
     ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
-    known = {Path(record.store).name for record in records if record.store}
-    strays = {name for name in out.names("volumes") if name[0] != "."} - known
+    strays = set(store_names(out)) - {record.store for record in records}
     found = []
     for source in sources:
         owner = owners.get(source.id.casefold())
@@ -90,13 +89,10 @@ def _is_same_scan(source: Source, owner: VolumeRecord, overwrite: bool) -> bool:
     return owner.mtime_ns == source.mtime_ns or owner.fingerprint == fingerprint(source.files)
 
 
-def _is_stray_of_another(source: Source, strays: Iterable[str], out: Location) -> bool:
+def _is_stray_of_another(source: Source, strays: Collection[str], out: Location) -> bool:
     """Tell whether there is a store of this id that no row knows, made from another content."""
-    name = store_name(source.id)
-    if Path(name).name not in strays:
-        return False
-    metadata = read_metadata(out, name)
-    return metadata is not None and metadata["fingerprint"] != fingerprint(source.files)
+    found = [read_metadata(out, place) for place in places_of(source.id) if place in strays]
+    return any(metadata and metadata["fingerprint"] != fingerprint(source.files) for metadata in found)
 
 
 def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:

@@ -25,7 +25,7 @@ from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
-from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records, store_name
+from photon_data.records import FAILED, MANY, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
 from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
@@ -319,6 +319,7 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     together = {str(folder) for entry in request.datasets for folder in entry.folders}
     refuse_namesakes([job.source for job in jobs], records, out, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
+    jobs = _placed(jobs, before)
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
     is_partial = request.limit is not None or request.include or request.exclude or request.datasets
@@ -342,6 +343,18 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     done = [*left_out, *(record for record in found if record)]
     named = {record.id for record in done}
     return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
+
+
+def _placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence[Job]:
+    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be."""
+    deep = len(before.keys() | {job.source.id for job in jobs}) >= MANY
+
+    def placed(job: Job) -> Job:
+        row = before.get(job.source.id)
+        is_deep = row.is_deep if row and row.store else deep
+        return replace(job, deep=True) if is_deep else job
+
+    return [placed(job) for job in jobs]
 
 
 def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -368,7 +381,7 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:
     """Return the digest of the recipe that a record's store was made by; None where the store is gone."""
-    name = store_name(record.id)
+    name = record.place
     metadata = read_metadata(out, name)
     if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
         return None

@@ -56,7 +56,7 @@ from photon_data.records import (
     lock_of,
     read_records,
     record_of,
-    store_name,
+    store_names,
     write_records,
 )
 from photon_data.report import render_report
@@ -64,7 +64,7 @@ from photon_data.store import open_volume
 from photon_pipelines.child import run_isolated
 from photon_pipelines.cluster import Needs, Workers, execute
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
-from photon_pipelines.masks import forget, read_rows, write_rows
+from photon_pipelines.masks import forget, id_at, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
 from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all
@@ -137,7 +137,7 @@ def finish(
     page = render_report(
         rows,
         recipe=request.recipe,
-        open_volume=lambda record: open_volume(out.at(store_name(record.id)), "model", id=record.id),
+        open_volume=lambda record: open_volume(out.at(record.place), "model", id=record.id),
         pictures=request.pictures,
         title=out.at("").rstrip("/").rpartition("/")[2],
         source="" if hidden else request.source.name,
@@ -163,17 +163,25 @@ def _salt(request: Request) -> str:
         return secrets.token_hex(16)
 
 
-def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int], list[str]]:
+def inspect(
+    request: Request, workers: Workers, callback: Callback | None = None
+) -> tuple[list[VolumeRecord], Mapping[str, int], list[str]]:
     """Return the record of every scan, by id, the number of other files by suffix, and notes. Nothing is written.
 
     The state of a scan that would be prepared is "ready", of others "refused" or "failed".
     """
-    gathered = gather(request)
+    callback = callback or Callback()
+    gathered = gather(request, callback)
     jobs = [replace(job, write=False) for job in gathered.jobs]
     notes = []
     if LABEL_MAP in gathered.ignored and (found := usual_pattern([job.source for job in jobs])):
         notes.append(f"--masks '{found[0]}' would find the masks of {found[1]} of {len(jobs)} scans")
-    return _by_id(_records(jobs, workers)), gathered.ignored, notes
+    callback.on_plan(Plan([*jobs], [], [], []), gathered.ignored)
+    records = []
+    for record in _records(jobs, workers):
+        records.append(record)
+        callback.on_record(record)
+    return _by_id(records), gathered.ignored, notes
 
 
 def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
@@ -192,8 +200,9 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
         if any(record.hidden for record in records) and not any(record.hidden for record in rows):
             save_names(out, ())  # write_records has nobody to name
         forget(out, ids)
-        for id in ids:
-            out.remove(store_name(id))
+        for place in store_names(out):
+            if id_at(place) in ids:
+                out.remove(place)
         return finish(request, [], rows, questions)
 
 
@@ -290,10 +299,11 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
 
 def _remove_partial(out: Location) -> None:
     """Remove what killed runs, and workers that were lost, left half-written. Nobody is writing."""
-    for folder in ("volumes", MASK_STORES, "manifests", ""):
-        for name in out.names(folder):
-            if name.startswith(".") and name.endswith(".partial"):
-                out.remove(str(Path(folder, name)))
+    flat = [*(f"manifests/{name}" for name in out.names("manifests")), *out.names("")]
+    for place in [*store_names(out), *store_names(out, MASK_STORES), *flat]:
+        name = place.rpartition("/")[2]
+        if name.startswith(".") and name.endswith(".partial"):
+            out.remove(place)
 
 
 def _records(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
