@@ -75,7 +75,7 @@ def print_estimate(request: Request, workers: Workers) -> None:
         request = replace(request, datasets=readable)
     gathered = planning.gather(request)
     print_lines(gathered.notes)
-    todo = planning.plan(gathered.jobs, request)
+    todo = planning.plan(gathered.jobs, request, gathered.rows)
     planning.collect(gathered, request.out, request.allow_leaks)
     print_lines(notes_of_grids(todo.before, todo.done, request))
     costs = _costs(request, todo, workers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from sys import intern
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
 from photon_data.files import NO_SPACE, Location, append_row, digest_of, refuse_unsafe
@@ -76,6 +76,11 @@ class Facts(Mapping[str, Any]):
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self._packed = zlib.compress(json.dumps(dict(facts)).encode(), 1)
+
+    @property
+    def packed(self) -> bytes:
+        """All of it, compressed."""
+        return self._packed
 
     def __getitem__(self, key: str) -> Any:
         return _unpacked(self._packed)[key]
@@ -151,6 +156,11 @@ class VolumeRecord:
     def is_there(self) -> bool:
         """Whether the volume's store exists: it was prepared, now or earlier."""
         return self.state in (PREPARED, UNCHANGED)
+
+    def mark(self) -> bytes:
+        """Return what changes when anything that the record says does."""
+        said = [getattr(self, name) for name in FIELDS if name != "facts"]
+        return repr(said).encode("utf-8", "backslashreplace") + (self.facts.packed if self.facts else b"")  # type: ignore[attr-defined]
 
     @property
     def place(self) -> str:
@@ -276,6 +286,19 @@ def read_records(out: Location) -> list[VolumeRecord]:
         return list(records.values())
     names = read_names(out)
     return [_named(record, *names[record.id]) if record.id in names else record for record in records.values()]
+
+
+class Rows(NamedTuple):
+    """The rows of a folder, and what its file was when they were read."""
+
+    records: list[VolumeRecord]
+    state: object
+
+
+def read_again(out: Location, rows: Rows | None = None) -> Rows:
+    """Return the rows of a folder: those given, if the file is the same; see `read_records`."""
+    state = out.state(VOLUMES) if out.is_local else object()
+    return rows if rows is not None and rows.state == state else Rows(read_records(out), state)
 
 
 def is_unfinished(out: Location) -> bool:

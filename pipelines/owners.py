@@ -9,14 +9,14 @@ from pathlib import Path
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import PRUNED, VolumeRecord, places_of, read_records, store_names
+from photon_data.records import PRUNED, VolumeRecord, places_of, store_names
 from photon_data.scan import Source
 from photon_data.store import read_metadata
 
 
-def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str) -> dict[str, str]:
+def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str, records: Sequence[VolumeRecord]) -> dict[str, str]:
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
-    source, records = source.absolute(), read_records(out)
+    source = source.absolute()
     refuse_lost_names(out, records)
     root, found = str(source if source.is_dir() else source.parent), {}
     unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}

@@ -25,7 +25,7 @@ from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
-from photon_data.records import FAILED, MANY, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records
+from photon_data.records import FAILED, MANY, PRUNED, REFUSED, STATES, UNCHANGED, Rows, VolumeRecord, read_again
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
 from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
@@ -63,6 +63,7 @@ class Gathered(NamedTuple):
     ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
     notes: Sequence[str] = ()  # sentences for the person who reads along
     key: str | None = None  # that ids and patients were made with
+    rows: Rows | None = None  # of OUT, when it was looked at
 
 
 class Plan(NamedTuple):
@@ -126,8 +127,10 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
     sources = [job.source for job in gathered.jobs]
     overrides = read_overrides(request.overrides, sources) if request.overrides else {}
-    jobs = [job.adjusted(overrides.get(job.source.id), request.accept) for job in gathered.jobs[: request.limit]]
-    gathered = gathered._replace(jobs=[replace(job, grids=grids) for job in jobs])
+    jobs = gathered.jobs[: request.limit]
+    if overrides or request.accept:
+        jobs = [job.adjusted(overrides.get(job.source.id), request.accept) for job in jobs]
+    gathered = gathered._replace(jobs=[job if job.grids == grids else replace(job, grids=grids) for job in jobs])
     for name, asked in gathered.questions.items():
         refuse_unsound(name, asked)
     if not request.allow_leaks:
@@ -154,7 +157,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
-    known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix)
+    rows = read_again(request.out)
+    known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix, rows.records)
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -177,7 +181,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         sources, key = hide_names(sources, hidden, request.out, request.id_prefix, known_ids)
         notes = _notes_of_old_ids(sources)
     else:
-        sources = [replace(source, patient="") for source in sources]
+        sources = [replace(source, patient="") if source.patient else source for source in sources]
     out, is_header = request.out.at(""), request.hu_source == HEADER
     rescale = None if is_header else rescaling(request.hu_source, sources, request.columns)
     jobs = [
@@ -185,13 +189,13 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         for source in sources
     ]
     if request.questions is None:
-        return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
+        return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key, rows=rows)
     joined, unmatched = _joined(asked, sources, request)
     notes += _notes_of_unmatched(asked, unmatched, sources)
     if unknown := sum(not (question.split or question.patient) for question in joined):
         notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
     questions[str(joined[0].dataset)] = assign_splits(joined, fractions=request.fractions, seed=request.seed)
-    return Gathered(jobs, questions, unmatched, ignored, notes, key)
+    return Gathered(jobs, questions, unmatched, ignored, notes, key, rows)
 
 
 def _joined(
@@ -242,9 +246,9 @@ def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
     """Return the volumes that the questions of declared data sets need, and those questions."""
-    records, key = read_records(request.out), None
-    refuse_lost_names(request.out, records)
-    ids = {(record.root, record.source): record.id for record in records}
+    rows, key = read_again(request.out), None
+    refuse_lost_names(request.out, rows.records)
+    ids = {(record.root, record.source): record.id for record in rows.records}
 
     def hide(entry: DataSet, sources: Sequence[Source]) -> Sequence[Source]:
         nonlocal key
@@ -268,7 +272,7 @@ def _gather_datasets(request: Request, callback: Callback) -> Gathered:
         raise UsageError(f"{request.source}: expected volumes with questions, found none")
     questions = {entry.name: [q for q in combined.questions if q.dataset == entry.name] for entry in request.datasets}
     notes = [*combined.notes, *_notes_of_old_ids([job.source for job in jobs])]
-    return Gathered(jobs, questions, combined.unmatched, notes=notes, key=key)
+    return Gathered(jobs, questions, combined.unmatched, notes=notes, key=key, rows=rows)
 
 
 def jobs_of(request: Request, combined: Collection) -> list[Job]:
@@ -290,7 +294,7 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     """
     own, kept, roots = gathered.questions, kept_questions(out), {job.source.root for job in gathered.jobs}
     own_again = own.keys() & kept.keys()
-    known = read_records(out) if own_again else []
+    known = read_again(out, gathered.rows).records if own_again else []
     ids = {job.source.id for job in gathered.jobs} | {record.id for record in known if record.root in roots}
     for name in own_again:
         earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
@@ -309,9 +313,12 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     return parts
 
 
-def plan(jobs: Sequence[Job], request: Request) -> Plan:
-    """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id."""
-    out, recipe, records = request.out, request.recipe, read_records(request.out)
+def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Plan:
+    """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id.
+
+    `rows` are those that were read before; if another run wrote since, they are read again.
+    """
+    out, recipe, records = request.out, request.recipe, read_again(request.out, rows).records
     pruned = withdrawn([job.source for job in jobs], records)
     gone = [(job, pruned[job.source.id]) for job in jobs if job.source.id in pruned]
     left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in gone]
@@ -358,9 +365,9 @@ def _placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence
 
 
 def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Return what `do` makes of each item. Some at a time: a waiting task takes more memory than a scan's record."""
-    parts = (items[start : start + 1000] for start in range(0, len(items), 1000))
-    return [result for part in parts for result in threads.map(do, part)]
+    """Return what `do` makes of each item. Many are a task: one takes more memory, and time, than a scan's record."""
+    parts = [items[start : start + 64] for start in range(0, len(items), 64)]
+    return [result for part in threads.map(lambda part: [do(item) for item in part], parts) for result in part]
 
 
 def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:

@@ -59,7 +59,7 @@ from photon_data.records import (
     store_names,
     write_records,
 )
-from photon_data.report import render_report
+from photon_data.report import NO_PICTURE, render_report
 from photon_data.store import open_volume
 from photon_pipelines.child import run_isolated
 from photon_pipelines.cluster import Needs, Workers, execute
@@ -92,8 +92,9 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out) as hold:
-        todo = plan(gathered.jobs, request)
+        todo = plan(gathered.jobs, request, gathered.rows)
         questions = collect(gathered, out, request.allow_leaks)
+        gathered = gathered._replace(rows=None)
         gathered.jobs.clear()  # those to do are in the plan, until they are done
         if gathered.key:
             _keep_key(gathered.key, out, callback)
@@ -133,26 +134,54 @@ def finish(
     manifests, leak = _write_manifests(request, questions, unmatched, rows)
     hidden = any(record.hidden for record in rows)
     versions = _versions()
-    there = {record.id for record in rows if record.is_there}
+    report = _write_report(request, rows, versions, hidden=hidden)
+    counts = count(row for split in manifests.rows.values() for row in split)
+    _write_json(out, COUNTS, [asdict(found) for found in counts])
+    lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, _salt(request))
+    _write_json(out, LOCK, lock)
+    _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden, report=report)
+    found = list(differences(request.lock, lock, rows)) if request.lock else []
+    left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
+    return Result(records, kept, manifests, counts, found, left, leak, damaged=())
+
+
+def _write_report(
+    request: Request, rows: list[VolumeRecord], versions: Mapping[str, str], *, hidden: bool
+) -> dict[str, str]:
+    """Write the report, unless the one that is there was made from the same; return what dataset.json says of it.
+
+    A page on which a picture is missing is always made again.
+    """
+    out, there = request.out, {record.id for record in rows if record.is_there}
+    masks = [row for row in read_rows(out) if row.id in there]
+    title, source = out.at("").rstrip("/").rpartition("/")[2], "" if hidden else request.source.name
+    made_from = hashlib.sha256(repr([request.recipe, request.pictures, title, source, versions]).encode())
+    for row in (*rows, *masks):
+        made_from.update(row.mark())
+    known, page = _report_before(out), out.read(REPORT) or b""
+    if known.get("made_from") == made_from.hexdigest() and known["sha256"] == hashlib.sha256(page).hexdigest():
+        return known
     page = render_report(
         rows,
         recipe=request.recipe,
         open_volume=lambda record: open_volume(out.at(record.place), "model", id=record.id),
         pictures=request.pictures,
-        title=out.at("").rstrip("/").rpartition("/")[2],
-        source="" if hidden else request.source.name,
+        title=title,
+        source=source,
         tools=versions,
-        masks=[row for row in read_rows(out) if row.id in there],
+        masks=masks,
     )
     out.write(REPORT, page)
-    counts = count(row for split in manifests.rows.values() for row in split)
-    _write_json(out, COUNTS, [asdict(found) for found in counts])
-    lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, _salt(request))
-    _write_json(out, LOCK, lock)
-    _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)
-    found = list(differences(request.lock, lock, rows)) if request.lock else []
-    left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
-    return Result(records, kept, manifests, counts, found, left, leak, damaged=())
+    whole = NO_PICTURE.encode() not in page
+    return {"made_from": made_from.hexdigest(), "sha256": hashlib.sha256(page).hexdigest()} if whole else {}
+
+
+def _report_before(out: Location) -> dict[str, str]:
+    """Return what dataset.json says of the report that was written last; {} where it says nothing."""
+    try:
+        return dict(from_json(out.read(DATASET) or b"")["report"])
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def _salt(request: Request) -> str:
@@ -234,8 +263,12 @@ def _write_dataset(
     manifests: dict[str, str] | None,
     *,
     hidden: bool,
+    report: Mapping[str, str] | None = None,
 ) -> None:
-    """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished."""
+    """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished.
+
+    `report` says what the report was made from; None leaves what was there.
+    """
     files = None
     if manifests is not None:  # else they are those of the run before
         files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
@@ -250,6 +283,7 @@ def _write_dataset(
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
         "files": files,
+        "report": dict(_report_before(request.out) if report is None else report),
     }
     _write_json(request.out, DATASET, {**dataset, DATASET_DIGEST: digest_of(dataset, DATASET_DIGEST)})
 

@@ -132,17 +132,20 @@ def test_a_node_that_is_lost_costs_its_scans_one_retry(tmp_path):
     lost = []
 
     def lose():  # as soon as a store is being written
-        while not list((tmp_path / "out" / "volumes").glob("*")):
+        while not ended.is_set() and not list((tmp_path / "out" / "volumes").glob("*")):
             time.sleep(0.01)
         lost.extend(nodes[0].children())
         nodes[0].kill()
 
-    killer = threading.Thread(target=lose)
+    ended, killer = threading.Event(), threading.Thread(target=lose)
     killer.start()
     try:
+        while not file.exists():
+            time.sleep(0.05)
         request = Request(tmp_path / "raw", Location(str(tmp_path / "out")), SMALL, pictures=0)
         states = prepare(request, Workers(scheduler=str(file))).states
     finally:
+        ended.set()
         killer.join()
         for process in (*nodes, scheduler):
             process.kill()

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 OpenVolume = Callable[[VolumeRecord], Volume]
 
+NO_PICTURE = "No picture could be made."  # what a page says in the place of one
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 MOST_VOLUME_LINES, MOST_REFUSED_LINES, MOST_DUPLICATE_LINES, MOST_CHANGED_LINES = 5_000, 2_000, 200, 2_000
 PANEL_PX, JPEG_QUALITY = 240, 80
@@ -83,6 +84,7 @@ def render_report(
         "lines": listed,
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
+        "without_picture": NO_PICTURE,
     }
     return render(TEMPLATE, values, {"size": _size})
 
