@@ -122,20 +122,23 @@ def inspect(
         Path | None, Option(help="Also write a csv for --overrides: how to repair what is refused.")
     ] = None,
 ) -> None:
-    """Report what is wrong or odd with raw scans; writes no stores."""
+    """Report what is wrong or odd with raw scans; writes no stores.
+
+    With OUT, what is found is kept there: nothing is read again that did not change, here and in prepare.
+    """
     with errors_as_exit_codes():
         from photon_cli import inspect as body
         from photon_cli.prepare import request_of, stopped_as_exit_code
         from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
 
-        source, out = terminal.source_and_out(paths, manifest, "SOURCE")
+        source, out = terminal.source_and_out(paths, manifest, "SOURCE [OUT]")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
             terminal.refuse_beside_manifest(context, "limit", "json_file", "propose", "accept", "repair", "overrides")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
-            request = request_of(context, source, out="memory://inspected")
+            request = request_of(context, source, out=out or "memory://inspected")
             with stopped_as_exit_code(), body.InspectingBar("looking for scans") as bar:
                 records, ignored, notes = pipeline.inspect(request, where, bar)
             is_fine = body.print_findings(source, records, ignored, json_file)

@@ -58,6 +58,7 @@ class InspectingBar(ProgressBar, planning.Callback):
 
     def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:  # noqa: D102
         self.total = len(todo.jobs)
+        print_lines([f"{len(todo.done)} scans did not change since they were inspected"] if todo.done else [])
         self.update(description="reading scans", detail="")
 
     def on_record(self, record: VolumeRecord) -> None:  # noqa: D102

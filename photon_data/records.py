@@ -23,6 +23,7 @@ from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.scan import Source
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
+INSPECTED = "inspected.jsonl"  # what `inspect` found of scans; `prepare` does not read again what it would refuse
 SUFFIX = ".ome.zarr"  # of stores
 STORES, MASKS = "volumes", "masks"  # their folders
 # From so many volumes on, new stores are laid into 256 folders: file systems slow down with the names in one.
@@ -267,21 +268,21 @@ def _failed(work: Work, error: Exception) -> VolumeRecord:
     return record_of(work, FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
 
 
-def read_records(out: Location) -> list[VolumeRecord]:
-    """Return what volumes.jsonl says, none if there is no such file; UsageError if it cannot be read.
+def read_records(out: Location, file: str = VOLUMES) -> list[VolumeRecord]:
+    """Return what volumes.jsonl, or inspected.jsonl, says, none if there is no such file; UsageError if it is damaged.
 
     While a run goes on, rows are appended: the last one of an id counts, and half a row at the end is none.
     """
     records: dict[str, VolumeRecord] = {}
     place = ""
     try:
-        for number, row in enumerate(out.rows(VOLUMES, may_be_cut=is_unfinished(out)), 1):
+        for number, row in enumerate(out.rows(file, may_be_cut=file == INSPECTED or is_unfinished(out)), 1):
             place = f"row {number}: "
             record = VolumeRecord.from_json(row)
             records[record.id], place = record, ""
     except (ValueError, TypeError) as error:
-        remedy = "bring it back from a copy, or prepare into another folder"
-        raise UsageError(f"{out.at(VOLUMES)} is damaged: {place}{error}; {remedy}") from None
+        remedy = "bring it back from a copy, or prepare into another folder" if file == VOLUMES else "remove it"
+        raise UsageError(f"{out.at(file)} is damaged: {place}{error}; {remedy}") from None
     if not any(record.hidden for record in records.values()):
         return list(records.values())
     names = read_names(out)

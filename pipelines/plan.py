@@ -25,7 +25,19 @@ from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
-from photon_data.records import FAILED, MANY, PRUNED, REFUSED, STATES, UNCHANGED, Rows, VolumeRecord, read_again
+from photon_data.records import (
+    FAILED,
+    INSPECTED,
+    MANY,
+    PRUNED,
+    REFUSED,
+    STATES,
+    UNCHANGED,
+    Rows,
+    VolumeRecord,
+    read_again,
+    read_records,
+)
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
 from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
@@ -335,9 +347,15 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
         old for old in others if not old.is_there and (old.code == PRUNED or (old.root and old.root not in roots))
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
+    inspected = {row.id: row for row in read_records(out, INSPECTED)}
     with ThreadPoolExecutor(16) as threads:
         known = {} if request.check == "content" else before  # the worker hashes, and makes no store that is there
-        found = _mapped(threads, lambda job: _unchanged(job, known.get(job.source.id), request.retry_failed), jobs)
+
+        def done(job: Job) -> VolumeRecord | None:
+            rows = known.get(job.source.id), inspected.get(job.source.id)
+            return next(filter(None, (_unchanged(job, row, request.retry_failed) for row in rows)), None)
+
+        found = _mapped(threads, done, jobs)
         digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
@@ -347,9 +365,9 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
         raise UsageError(f"expected one recipe per folder, found {found_there}, {remedy}")
     todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
-    done = [*left_out, *(record for record in found if record)]
-    named = {record.id for record in done}
-    return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
+    finished = [*left_out, *(record for record in found if record)]
+    named = {record.id for record in finished}
+    return Plan(todo, finished, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
 
 
 def _placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence[Job]:
@@ -380,7 +398,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
         return None
     if before.state in (REFUSED, FAILED):
         is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
-        return replace(before, root=job.source.root, source=job.source.path, seconds=None) if is_known else None
+        now = replace(before, root=source.root, source=source.path, hidden=source.hidden, seconds=None)
+        return now if is_known else None
     there = already_there(job, before.fingerprint) if before.fingerprint else None
     same = there and replace(before, state=UNCHANGED, seconds=None)
     return same if same == there else there  # what is as before takes no memory of its own

@@ -22,6 +22,7 @@ from photon_data.records import (
     DATASET,
     DATASET_DIGEST,
     DIED,
+    INSPECTED,
     LOCK,
     ROW_DIGEST,
     STORES,
@@ -86,7 +87,7 @@ def verify_output(
     elif (yield from _names(out, MASK_STORES)):
         unchecked(f"{MASK_STORES} (which belong to the volumes that there should be)")
     yield from _verify_manifests(out, dataset)
-    parts = {STORES, VOLUMES, DATASET, MANIFESTS, QUESTIONS, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
+    parts = {STORES, VOLUMES, DATASET, MANIFESTS, QUESTIONS, INSPECTED, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
     parts |= set((dataset or {}).get("files") or ())
     for name in (yield from _names(out, "")):
         if name not in parts:
