@@ -134,10 +134,10 @@ def finish(
     """Write all that is made from records and questions: manifests, dataset.json, report, counts."""
     out, rows = request.out, _by_id([*records, *kept])
     rows_before = row_ids(out)
-    manifests, leak = _write_manifests(request, questions, unmatched, rows)
     hidden = any(record.hidden for record in rows)
     versions = _versions()
     report = _write_report(request, rows, versions, hidden=hidden)
+    manifests, leak = _write_manifests(request, questions, unmatched, rows)
     counts = count(row for split in manifests.rows.values() for row in split)
     _write_json(out, COUNTS, [asdict(found) for found in counts])
     lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, _salt(request))
