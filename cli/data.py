@@ -129,8 +129,8 @@ def inspect(
     with errors_as_exit_codes():
         from photon_cli import inspect as body
         from photon_cli.prepare import request_of, stopped_as_exit_code
-        from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
+        from photon_pipelines.inspect import inspect as inspect_scans
 
         source, out = terminal.source_and_out(paths, manifest, "SOURCE [OUT]")
         where = Workers(workers, scheduler, timeout, memory)
@@ -140,7 +140,7 @@ def inspect(
         else:
             request = request_of(context, source, out=out or "memory://inspected")
             with stopped_as_exit_code(), body.InspectingBar("looking for scans") as bar:
-                records, ignored, notes = pipeline.inspect(request, where, bar)
+                records, ignored, notes = inspect_scans(request, where, bar)
             is_fine = body.print_findings(source, records, ignored, json_file)
             body.print_proposals(records, propose)
             terminal.print_lines(notes)

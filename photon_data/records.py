@@ -1,9 +1,8 @@
-"""volumes.jsonl: one row for every input, what became of it; dataset.lock: the proof that two folders are the same."""
+"""volumes.jsonl: one row for every input, what became of it; where its store lies."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import re
 import time
@@ -11,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -19,7 +17,6 @@ from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
 from photon_data.files import NO_SPACE, Location, append_row, digest_of, refuse_unsafe
 from photon_data.json_text import fields_of, from_json
 from photon_data.private import append_name, read_names, save_names, without_names
-from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.scan import Source
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
@@ -336,103 +333,3 @@ def append_record(out: Location, record: VolumeRecord) -> None:
     if record.hidden and record.root:
         append_name(out, record.id, record.root, record.source)
     append_row(out.place(VOLUMES), record.row())
-
-
-def lock_of(
-    records: Iterable[VolumeRecord],
-    questions: Mapping[str, str],
-    recipe: Recipe,
-    grids: str,
-    versions: Mapping[str, str],
-    salt: str,
-) -> dict[str, Any]:
-    """Return what dataset.lock holds: all that tells whether another folder has the same bytes, without a name.
-
-    Ids, contents, settings and data sets are hashed with the salt. `questions` are {name: SHA-256 of its questions}.
-    """
-    volumes = [
-        {
-            "id": _keyed(salt, record.id),
-            "content": _keyed(salt, str(record.fingerprint)),
-            "settings": _keyed(salt, str(record.key)),
-            "arrays": record.arrays_sha256 or record.store_sha256,
-        }
-        for record in records
-        if record.is_there
-    ]
-    return {
-        "format": 1,
-        "salt": salt,
-        "algorithm": ALGORITHM,
-        "recipe": recipe.to_json(),
-        "grids": grids,
-        "versions": dict(versions),
-        "volumes": sorted(volumes, key=lambda volume: str(volume["id"])),
-        "questions": {_keyed(salt, name): _keyed(salt, digest) for name, digest in sorted(questions.items())},
-    }
-
-
-def _keyed(salt: str, text: str) -> str:
-    return hmac.new(salt.encode(), text.encode(), "sha256").hexdigest()[:32]
-
-
-def read_lock(path: Path) -> dict[str, Any]:
-    """Return a dataset.lock that this version can follow; UsageError for another file or another algorithm."""
-    expected = UsageError(f"--lock: expected a dataset.lock, found something else in {path}")
-    try:
-        lock = from_json(path.read_bytes())
-        algorithm, versions = lock["algorithm"], dict(lock["versions"])
-    except OSError as error:
-        raise UsageError(f"--lock: expected a readable file, found {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise expected from None
-    if algorithm != ALGORITHM:
-        remedy = f"install photon-ct {versions.get('photon-ct')}"
-        raise UsageError(f"--lock: expected algorithm {ALGORITHM}, found {algorithm} in {path}; {remedy}")
-    try:
-        Recipe.from_json(lock["recipe"])
-        texts = [lock["salt"], lock.get("grids", ""), *dict(lock["questions"]).values(), *versions.values()]
-        texts += [volume[name] for volume in lock["volumes"] for name in ("id", "content", "settings", "arrays")]
-        if not all(isinstance(text, str) for text in texts):
-            raise expected
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise expected from None
-    return lock
-
-
-def differences(lock: Mapping[str, Any], own: Mapping[str, Any], records: Iterable[VolumeRecord]) -> Iterator[str]:
-    """Yield how a folder differs from a lock, a sentence each. `own` is the folder's lock with the same salt.
-
-    A volume is known by its id, or else by its content: ids of DICOM depend on a key of their folder.
-    """
-    left = {volume["id"]: volume for volume in lock["volumes"]}
-    names = {_keyed(own["salt"], record.id): record.id for record in records}
-    strangers = []
-    for volume in sorted(own["volumes"], key=lambda volume: names[volume["id"]]):
-        if other := left.pop(volume["id"], None):
-            yield from _difference(names[volume["id"]], volume, other, lock, own)
-        else:
-            strangers.append(volume)
-    by_content = {volume["content"]: volume["id"] for volume in left.values()}
-    for volume in strangers:
-        if other := left.pop(by_content.get(volume["content"], ""), None):
-            yield from _difference(names[volume["id"]], volume, other, lock, own)
-        else:
-            yield f"{names[volume['id']]}: not in the lock"
-    if left:
-        yield f"{len(left)} volumes of the lock are not here: their scans are missing or refused"
-    if lock["questions"] != own["questions"]:
-        yield "the questions are not those of the lock"
-
-
-def _difference(
-    name: str, volume: Mapping[str, str], other: Mapping[str, str], lock: Mapping[str, Any], own: Mapping[str, Any]
-) -> Iterator[str]:
-    if other["content"] != volume["content"]:
-        yield f"{name}: its source has another content than the lock's"
-    elif other["settings"] != volume["settings"]:
-        yield f"{name}: made with other settings (recipe, rescaling, policy, overrides, grids) from the same content"
-    elif other["arrays"] != volume["arrays"]:
-        versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
-        changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)
-        yield f"{name}: other bytes from the same content and settings ({changed or 'the same versions'})"

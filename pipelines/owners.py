@@ -1,15 +1,17 @@
-"""To which scan an id belongs: earlier runs, namesakes, scans that moved, and volumes that were withdrawn."""
+"""To which scan an id belongs, and where its store lies: earlier runs, namesakes, moved scans, withdrawn volumes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
+from photon_data.prepare_file import Job
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import PRUNED, VolumeRecord, places_of, store_names
+from photon_data.records import MANY, PRUNED, VolumeRecord, places_of, store_names
 from photon_data.scan import Source
 from photon_data.store import read_metadata
 
@@ -108,3 +110,15 @@ def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dic
         if known is not None:
             found[source.id] = known
     return found
+
+
+def placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence[Job]:
+    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be."""
+    deep = len(before.keys() | {job.source.id for job in jobs}) >= MANY
+
+    def with_place(job: Job) -> Job:
+        row = before.get(job.source.id)
+        is_deep = row.is_deep if row and row.store else deep
+        return replace(job, deep=True) if is_deep else job
+
+    return [with_place(job) for job in jobs]

@@ -28,7 +28,6 @@ from photon_data.readers.mask_pattern import MASKS, scans_alone
 from photon_data.records import (
     FAILED,
     INSPECTED,
-    MANY,
     PRUNED,
     REFUSED,
     STATES,
@@ -40,7 +39,7 @@ from photon_data.records import (
 )
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
-from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
+from photon_pipelines.owners import ids_of_earlier_runs, placed, refuse_lost_names, refuse_namesakes, withdrawn
 from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -338,7 +337,7 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
     together = {str(folder) for entry in request.datasets for folder in entry.folders}
     refuse_namesakes([job.source for job in jobs], records, out, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
-    jobs = _placed(jobs, before)
+    jobs = placed(jobs, before)
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
     is_partial = request.limit is not None or request.include or request.exclude or request.datasets
@@ -347,14 +346,14 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
         old for old in others if not old.is_there and (old.code == PRUNED or (old.root and old.root not in roots))
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
-    inspected = {row.id: row for row in read_records(out, INSPECTED)}
+    # Where content counts, the worker hashes, and makes no store that is there.
+    earlier = [] if request.check == "content" else [before, {r.id: r for r in read_records(out, INSPECTED)}]
+
+    def done(job: Job) -> VolumeRecord | None:
+        rows = (part.get(job.source.id) for part in earlier)
+        return next(filter(None, (_unchanged(job, row, request.retry_failed) for row in rows)), None)
+
     with ThreadPoolExecutor(16) as threads:
-        known = {} if request.check == "content" else before  # the worker hashes, and makes no store that is there
-
-        def done(job: Job) -> VolumeRecord | None:
-            rows = known.get(job.source.id), inspected.get(job.source.id)
-            return next(filter(None, (_unchanged(job, row, request.retry_failed) for row in rows)), None)
-
         found = _mapped(threads, done, jobs)
         digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
@@ -363,23 +362,11 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
         found_there = f"{len(foreign)} volumes of another recipe in {out.url} that are not among these inputs"
         remedy = f"{foreign[0]} first; use another folder, or prepare all of them again"
         raise UsageError(f"expected one recipe per folder, found {found_there}, {remedy}")
-    todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
+    todo = [job for job, record in zip(jobs, found, strict=True) if record is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
     finished = [*left_out, *(record for record in found if record)]
-    named = {record.id for record in finished}
-    return Plan(todo, finished, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
-
-
-def _placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence[Job]:
-    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be."""
-    deep = len(before.keys() | {job.source.id for job in jobs}) >= MANY
-
-    def placed(job: Job) -> Job:
-        row = before.get(job.source.id)
-        is_deep = row.is_deep if row and row.store else deep
-        return replace(job, deep=True) if is_deep else job
-
-    return [placed(job) for job in jobs]
+    done_ids = {record.id for record in finished}
+    return Plan(todo, finished, [*(r for r, _ in kept), *(r for r in refused if r.id not in done_ids)], left)
 
 
 def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

@@ -18,12 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from photon_data.dataset_lock import differences, lock_of
 from photon_data.errors import UsageError
-from photon_data.files import Location, append_row, digest_of
+from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import Hold, exclusive
 from photon_data.mask_store import FOLDER as MASK_STORES
-from photon_data.prepare_file import Job
 from photon_data.private import read_key, save_key, save_names
 from photon_data.questions.kept import (
     UNKNOWN,
@@ -37,26 +37,20 @@ from photon_data.questions.kept import (
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.readers.find import LABEL_MAP
-from photon_data.readers.mask_pattern import usual_pattern
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
     DATASET_DIGEST,
     DIED,
     FAILED,
-    INSPECTED,
     LOCK,
     PRUNED,
-    READY,
     REFUSED,
     VOLUMES,
     SomeWork,
     VolumeRecord,
     Work,
     append_record,
-    differences,
-    lock_of,
     read_records,
     record_of,
     store_names,
@@ -100,7 +94,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         gathered = gathered._replace(rows=None)
         gathered.jobs.clear()  # those to do are in the plan, until they are done
         if gathered.key:
-            _keep_key(gathered.key, out, callback)
+            keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
         for note in notes_of_grids(todo.before, todo.done, request):
             callback.on_note(note)
@@ -115,7 +109,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         return result._replace(damaged=damaged, masks=masks)
 
 
-def _keep_key(key: str, out: Location, callback: Callback) -> None:
+def keep_key(key: str, out: Location, callback: Callback) -> None:
     """Write the key that ids were made with; UsageError where another run has made one meanwhile."""
     if (there := read_key(out)) is None:
         note = "a key was made, from which ids and patients are"
@@ -132,7 +126,7 @@ def finish(
     unmatched: Sequence[Unmatched] = (),
 ) -> Result:
     """Write all that is made from records and questions: manifests, dataset.json, report, counts."""
-    out, rows = request.out, _by_id([*records, *kept])
+    out, rows = request.out, by_id([*records, *kept])
     rows_before = row_ids(out)
     hidden = any(record.hidden for record in rows)
     versions = _versions()
@@ -162,7 +156,7 @@ def _write_report(
     for row in (*rows, *masks):
         made_from.update(row.mark())
     known, page = _report_before(out), out.read(REPORT) or b""
-    if known.get("made_from") == made_from.hexdigest() and known["sha256"] == hashlib.sha256(page).hexdigest():
+    if known.get("made_from") == made_from.hexdigest() and known.get("sha256") == hashlib.sha256(page).hexdigest():
         return known
     page = render_report(
         rows,
@@ -193,63 +187,6 @@ def _salt(request: Request) -> str:
         return str((request.lock or from_json(request.out.read(LOCK) or b""))["salt"])
     except (ValueError, KeyError, TypeError):
         return secrets.token_hex(16)
-
-
-def inspect(
-    request: Request, workers: Workers, callback: Callback | None = None
-) -> tuple[list[VolumeRecord], Mapping[str, int], list[str]]:
-    """Return the record of every scan, by id, the number of other files by suffix, and notes. No store is written.
-
-    The state of a scan that would be prepared is "ready", of others "refused" or "failed". A folder OUT keeps what was
-    found: what did not change since is not read again, and `prepare` knows what it would refuse.
-    """
-    callback = callback or Callback()
-    gathered = gather(request, callback)
-    jobs = [replace(job, write=False) for job in gathered.jobs]
-    notes = []
-    if LABEL_MAP in gathered.ignored and (found := usual_pattern([job.source for job in jobs])):
-        notes.append(f"--masks '{found[0]}' would find the masks of {found[1]} of {len(jobs)} scans")
-    if not request.out.is_local:
-        callback.on_plan(Plan([*jobs], [], [], []), gathered.ignored)
-        return _by_id(_inspected(jobs, workers, None, callback)), gathered.ignored, notes
-    with exclusive(request.out) as hold:
-        if gathered.key:
-            _keep_key(gathered.key, request.out, callback)
-        before = {row.id: row for row in read_records(request.out, INSPECTED)}
-        done = [row for job in jobs if (row := _inspected_before(job, before.get(job.source.id), request))]
-        ids = {row.id for row in done}
-        jobs = [job for job in jobs if job.source.id not in ids]
-        callback.on_plan(Plan([*jobs], done, [], []), gathered.ignored)
-        try:
-            done += _inspected(jobs, workers, hold, callback)
-        finally:
-            rows = before | {row.id: row for row in (*read_records(request.out, INSPECTED), *done)}
-            request.out.write_rows(INSPECTED, (row.row() for row in _by_id(rows.values())))
-    return _by_id(done), gathered.ignored, notes
-
-
-def _inspected(
-    jobs: list[Job], workers: Workers, hold: Hold | None, callback: Callback
-) -> Generator[VolumeRecord, None, None]:
-    """Yield what is found of each scan, and add it to the journal of OUT."""
-    keys = {job.source.id: job.refusal_key() for job in jobs}
-    with closing(_records(jobs, workers, hold)) as finished:
-        for record in finished:
-            record = replace(record, key=keys[record.id]) if record.state == READY else record
-            if hold is not None:
-                append_row(hold.out.place(INSPECTED), record.row())
-            callback.on_record(record)
-            yield record
-
-
-def _inspected_before(job: Job, row: VolumeRecord | None, request: Request) -> VolumeRecord | None:
-    """Return what an earlier inspection found, if the scan and all that decides about it are the same since."""
-    source = job.source
-    if row is None or (row.bytes_in, row.mtime_ns) != (source.bytes, source.mtime_ns) or source.problem:
-        return None
-    if row.key != job.refusal_key() or (row.state != READY and request.retry_failed):
-        return None
-    return replace(row, root=source.root, source=source.path, hidden=source.hidden)
 
 
 def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
@@ -291,7 +228,8 @@ def _pruned(record: VolumeRecord) -> VolumeRecord:
     return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)
 
 
-def _by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
+def by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
+    """Return records in the order of their ids."""
     return sorted(records, key=lambda record: record.id)
 
 
@@ -347,11 +285,11 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
 
     def write_snapshot() -> None:
         rows = {record.id: record for record in [*todo.before, *todo.kept, *records]}
-        write_records(out, _by_id(rows.values()))
+        write_records(out, by_id(rows.values()))
 
     due_s = time.monotonic() + SNAPSHOT_S
     try:
-        with closing(_records(todo.jobs, workers, hold)) as finished:
+        with closing(prepared(todo.jobs, workers, hold)) as finished:
             for record in finished:
                 hold.check()
                 records.append(record)
@@ -379,7 +317,7 @@ def _remove_partial(out: Location) -> None:
             out.remove(place)
 
 
-def _records(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
+def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends, of the largest first; the list is used up."""
     task = partial(run_isolated, holder=hold.token if hold else "")
     jobs.sort(key=lambda job: job.source.bytes)
@@ -406,7 +344,7 @@ def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback)
     for row in rows:
         callback.on_masks(row, total)
     try:
-        with closing(_records(jobs, workers, hold)) as finished:
+        with closing(prepared(jobs, workers, hold)) as finished:
             for row in finished:
                 hold.check()
                 rows.append(row)

@@ -52,7 +52,7 @@ def test_a_folder_that_grows_past_the_limit_keeps_its_stores_and_lays_new_ones_d
     add(raw, 0, 1)
     code, text = run("prepare", raw, out, *SMALL, *MASKS)
     assert code == 0, text
-    monkeypatch.setattr("photon_pipelines.plan.MANY", 4)
+    monkeypatch.setattr("photon_pipelines.owners.MANY", 4)
     add(raw, 2, 3)
     code, text = run("prepare", raw, out, *SMALL, *MASKS)
     assert code == 0, text
