@@ -5,7 +5,7 @@ that plans, collects and reports. Each number of scans has a process of its own.
 in a phase, above what it had before the first; "kB per scan" is how much of it one more scan takes. An exponent of 1 is
 linear growth, 2 is quadratic.
 
-python benchmarks/scale.py [--n 5000,20000[,50000]] [--workers 2]
+python benchmarks/scale.py [--n 4000,16000,50000] [--workers 2]
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FOLDERS = 100  # of the source
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", default="5000,20000")
+    parser.add_argument("--n", default="4000,16000")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--one", type=int)
     options = parser.parse_args()

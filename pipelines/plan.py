@@ -193,8 +193,8 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         notes = _notes_of_old_ids(sources)
     else:
         sources = [replace(source, patient="") if source.patient else source for source in sources]
-    out, is_header = request.out.at(""), request.hu_source == HEADER
-    rescale = None if is_header else rescaling(request.hu_source, sources, request.columns)
+    out, by_table = request.out.at(""), request.hu_source != HEADER
+    rescale = rescaling(request.hu_source, sources, request.columns) if by_table else None
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
         for source in sources
@@ -394,8 +394,7 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:
     """Return the digest of the recipe that a record's store was made by; None where the store is gone."""
-    name = record.place
-    metadata = read_metadata(out, name)
-    if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
+    metadata = read_metadata(out, record.place)
+    if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, record.place, metadata):
         return None
     return recipe_digest(metadata)
