@@ -122,22 +122,25 @@ def inspect(
         Path | None, Option(help="Also write a csv for --overrides: how to repair what is refused.")
     ] = None,
 ) -> None:
-    """Report what is wrong or odd with raw scans; writes no stores."""
+    """Report what is wrong or odd with raw scans; writes no stores.
+
+    With OUT, what is found is kept there: nothing is read again that did not change, here and in prepare.
+    """
     with errors_as_exit_codes():
         from photon_cli import inspect as body
         from photon_cli.prepare import request_of, stopped_as_exit_code
-        from photon_pipelines import prepare as pipeline
         from photon_pipelines.cluster import Workers
+        from photon_pipelines.inspect import inspect as inspect_scans
 
-        source, out = terminal.source_and_out(paths, manifest, "SOURCE")
+        source, out = terminal.source_and_out(paths, manifest, "SOURCE [OUT]")
         where = Workers(workers, scheduler, timeout, memory)
         if manifest:
             terminal.refuse_beside_manifest(context, "limit", "json_file", "propose", "accept", "repair", "overrides")
             is_fine = body.inspect_manifest(manifest, only, out, where)
         else:
-            request = request_of(context, source, out="memory://inspected")
-            with stopped_as_exit_code(), console.status("reading scans"):
-                records, ignored, notes = pipeline.inspect(request, where)
+            request = request_of(context, source, out=out or "memory://inspected")
+            with stopped_as_exit_code(), body.InspectingBar("looking for scans") as bar:
+                records, ignored, notes = inspect_scans(request, where, bar)
             is_fine = body.print_findings(source, records, ignored, json_file)
             body.print_proposals(records, propose)
             terminal.print_lines(notes)
@@ -179,14 +182,23 @@ def prune(
 
 
 @app.command()
-def verify(out: Out) -> None:
+def verify(
+    out: Out,
+    workers: terminal.WorkerCount = None,
+    scheduler: terminal.Scheduler = None,
+    timeout: terminal.Timeout = 1800,
+    memory: terminal.Memory = None,
+) -> None:
     """Check every byte that prepare left against what was recorded, and say what was not checked."""
     with errors_as_exit_codes():
+        from photon_cli.prepare import stopped_as_exit_code
         from photon_data.files import Location
+        from photon_pipelines.cluster import Workers
         from photon_pipelines.verify import verify_output
 
         location, problems, stores = Location(out), 0, 0
-        with ProgressBar("verifying") as bar:
+        where = Workers(workers, scheduler, timeout, memory)
+        with stopped_as_exit_code(), ProgressBar("verifying") as bar:
             unchecked: list[str] = []
 
             def count(done: int, total: int) -> None:
@@ -194,7 +206,7 @@ def verify(out: Out) -> None:
                 stores = done
                 bar.count(done, total)
 
-            for problem in verify_output(location, count, unchecked.append):
+            for problem in verify_output(location, count, unchecked.append, where):
                 problems += 1
                 console.print(problem, soft_wrap=True, style="red")
         terminal.print_lines(f"not checked: {what}" for what in unchecked)
@@ -246,18 +258,25 @@ def export(
     to: Annotated[Path | None, Option(help="Folder to write to; OUT/FORMAT if not given.")] = None,
     grid: Annotated[str, Option(help="volume, model, or full (the whole field).")] = "volume",
     overwrite: Overwrite = False,
+    workers: terminal.WorkerCount = None,
+    scheduler: terminal.Scheduler = None,
+    timeout: terminal.Timeout = 1800,
+    memory: terminal.Memory = None,
 ) -> None:
     """Write the prepared volumes in another format, with manifests that name those files."""
     with errors_as_exit_codes():
+        from photon_cli.prepare import stopped_as_exit_code
         from photon_data.files import Location
+        from photon_pipelines.cluster import Workers
         from photon_pipelines.export import export_all
 
         location = Location(out)
         if to is None and not location.is_local:
             fail(f"expected --to FOLDER, since {location.url} is no local folder")
-        with ProgressBar("exporting") as bar:
-            folder = to or location.path / format_
-            console.print(export_all(location, format_, folder, grid, overwrite=overwrite, progress=bar.count))
+        where, folder = Workers(workers, scheduler, timeout, memory), to or location.path / format_
+        with stopped_as_exit_code(), ProgressBar("exporting") as bar:
+            told = export_all(location, format_, folder, grid, overwrite=overwrite, progress=bar.count, workers=where)
+        console.print(told)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon_cli.terminal import (
+    ProgressBar,
     console,
     print_lines,
     print_table,
@@ -47,6 +48,24 @@ FULL_VOXELS = 15_000_000  # of a field of 380 x 380 x 350 mm at 1.5 mm
 WORKER_GB, OBLIQUE_WORKER_GB = 0.4, 1.5
 
 
+class InspectingBar(ProgressBar, planning.Callback):
+    """Shows how many scans were looked for, and read."""
+
+    done = total = 0
+
+    def on_file(self, count: int) -> None:  # noqa: D102
+        self.update(description="looking for scans", detail=f"{count} files seen")
+
+    def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:  # noqa: D102
+        self.total = len(todo.jobs)
+        print_lines([f"{len(todo.done)} scans did not change since they were inspected"] if todo.done else [])
+        self.update(description="reading scans", detail="")
+
+    def on_record(self, record: VolumeRecord) -> None:  # noqa: D102
+        self.done += 1
+        self.count(self.done, self.total)
+
+
 def print_estimate(request: Request, workers: Workers) -> None:
     """Print what `prepare` would do and about what it needs; nothing is written."""
     if request.datasets:
@@ -57,7 +76,7 @@ def print_estimate(request: Request, workers: Workers) -> None:
         request = replace(request, datasets=readable)
     gathered = planning.gather(request)
     print_lines(gathered.notes)
-    todo = planning.plan(gathered.jobs, request)
+    todo = planning.plan(gathered.jobs, request, gathered.rows)
     planning.collect(gathered, request.out, request.allow_leaks)
     print_lines(notes_of_grids(todo.before, todo.done, request))
     costs = _costs(request, todo, workers)

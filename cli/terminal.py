@@ -202,6 +202,7 @@ class ProgressBar:
     def count(self, done: int, total: int) -> None:
         """Show that so many of all are done."""
         self.update(completed=done, total=total)
+        self.line(f"{done:,} of {total:,}")
 
     def line(self, text: str) -> None:
         """Print a line where there is no terminal, unless another one was printed in the last LINE_S seconds."""
@@ -343,13 +344,13 @@ def window_of(text: str) -> str | tuple[float, float]:
 
 
 def source_and_out(paths: Sequence[str] | None, manifest: Path | None, usage: str) -> tuple[Path, str]:
-    """Return SOURCE and OUT for `usage` "SOURCE OUT" or "SOURCE"; with --manifest, the manifest in place of SOURCE.
+    """Return SOURCE and OUT for `usage` "SOURCE OUT" or "SOURCE [OUT]"; with --manifest, that in place of SOURCE.
 
     OUT is "" where it is not given. UsageError for too many or too few paths, and for a source that does not exist.
     """
     given = [*([str(manifest)] if manifest else []), *(paths or [])]
-    count = len(usage.split())
-    if not (1 <= len(given) <= 2 if manifest else len(given) == count):
+    least = 1 if manifest or "[" in usage else 2
+    if not least <= len(given) <= 2:
         found = " ".join(["--manifest", *given] if manifest else given) or "neither"
         raise UsageError(f"expected {usage}, or --manifest data_manifest.yaml [OUT], found {found}")
     source, out = (*given, "")[:2]

@@ -79,9 +79,12 @@ def exclusive(out: Location) -> Iterator[Hold]:
         yield hold
 
 
-def is_held_by(out: Location, token: str) -> bool:
-    """Tell whether nobody took `out` since the run with this token did. Asked by what may outlive its run."""
-    return bool(_holder(out).get("token", token) == token)
+def is_held_by(out: Location, token: str, *, strictly: bool = False) -> bool:
+    """Tell whether nobody took `out` since the run with this token did. Asked by what may outlive its run.
+
+    `strictly`: its lock has the token. A lock that is not whole, or gone, says nothing otherwise.
+    """
+    return bool(_holder(out).get("token", None if strictly else token) == token)
 
 
 def refuse_taken(out: Location, holder: str) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 from photon_data.errors import UsageError, name_hint
 from photon_data.files import Location
 from photon_data.json_text import fields_of
-from photon_data.records import SUFFIX
+from photon_data.records import MASKS as FOLDER
+from photon_data.records import SHELF, places_of
 from photon_data.store import GRIDS, model_digest, read_metadata, write_images
 from photon_data.stored_array import open_array
 from photon_data.volume import Geometry, Volume
 
-FOLDER = "masks"
 MOST_VALUES = 255  # of a layer; 0 is no mask
 REMEDY = "run photon-data prepare --masks again"
 
@@ -104,12 +104,14 @@ class Layers:
         return len(self.arrays) - 1
 
 
-def mask_store_name(volume_id: str) -> str:
-    """Return where the masks of a volume lie below the output folder."""
-    return f"{FOLDER}/{volume_id}{SUFFIX}"
+def has_masks(out: Location, volume_id: str) -> bool:
+    """Tell whether there is a store of the masks of a volume."""
+    return any(out.exists(name) for name in places_of(volume_id, FOLDER))
 
 
-def write_masks(layers: Layers, out: Location, identity: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def write_masks(
+    layers: Layers, out: Location, name: str, identity: dict[str, Any], facts: dict[str, Any]
+) -> dict[str, Any]:
     """Write the masks of the volume `identity["id"]`, replacing those that are there; return the store's metadata.
 
     `facts` say which volume they belong to, see `belongs_to`.
@@ -119,7 +121,7 @@ def write_masks(layers: Layers, out: Location, identity: dict[str, Any], facts: 
     stacks = map(np.stack, zip(*layers.arrays, strict=True))
     images = dict(zip(("volume", "model"), zip(stacks, layers.geometries, strict=True), strict=True))
     ours = {**identity, "facts": {**facts, "labels": [asdict(label) for label in layers.labels]}}
-    return write_images(images, out, mask_store_name(identity["id"]), ours, fill=0)
+    return write_images(images, out, name, ours, fill=0)
 
 
 def belongs_to(volume_id: str, model_sha256: str | None, grid: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,8 +169,12 @@ def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal[
     of_volume = read_metadata(store, "")
     if of_volume is None:
         raise UsageError(f"expected the store of a volume, found none at {volume}")
-    home = Location(str(out) if out is not None else store.at("").rstrip("/").rsplit("/", 2)[0])
-    name = mask_store_name(of_volume["id"])
+    above, parent, _ = store.at("").rstrip("/").rsplit("/", 2)
+    if SHELF.fullmatch(parent):
+        above = above.rpartition("/")[0]
+    home = Location(str(out) if out is not None else above)
+    flat, deep = places_of(of_volume["id"], FOLDER)
+    name = deep if home.exists(deep) else flat
     metadata = read_metadata(home, name)
     if metadata is None or metadata["facts"].get("volume") is None:
         raise UsageError(f"expected masks of {of_volume['id']}, found none at {home.at(name)}; {REMEDY}")

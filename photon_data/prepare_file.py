@@ -75,6 +75,12 @@ class Job:
     write: bool = True  # False: do everything but write; the record is then "ready"
     override: Override | None = None  # what a person says of this scan
     holder: str = ""  # the token of the run that holds OUT: nothing is written when another one holds it
+    deep: bool = False  # where its store lies, see `store_name`
+
+    @property
+    def place(self) -> str:
+        """Where its store lies, or will, below the output folder."""
+        return store_name(self.source.id, self.deep)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back."""
@@ -141,7 +147,7 @@ class Job:
         more = {name: metadata[name] for name in ("fingerprint", "key", "facts")}
         more |= {"arrays_sha256": arrays_digest(metadata), "model_sha256": model_digest(metadata)}
         more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
-        return self.record(state, store=store_name(self.source.id), **more)
+        return self.record(state, store=self.place, **more)
 
 
 def prepare(
@@ -320,7 +326,7 @@ def _prepare(job: Job) -> VolumeRecord:
     try:
         scan = opened(job)  # first: of a file that its header refuses, not every byte is read
     except Refused:
-        is_there = not job.overwrite and read_metadata(Location(job.out), store_name(source.id))
+        is_there = not job.overwrite and read_metadata(Location(job.out), job.place)
         if is_there and (done := already_there(job, fingerprint(source.files))):
             return done
         raise
@@ -343,7 +349,7 @@ def _prepare(job: Job) -> VolumeRecord:
         "recipe": job.recipe.to_json(),
         "digest": job.recipe.digest,
     }
-    metadata = write_store(prepared, out, store_name(source.id), identity, job.grids)
+    metadata = write_store(prepared, out, job.place, identity, job.grids)
     return job.record_of_store(PREPARED, metadata)
 
 
@@ -362,7 +368,7 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
     """
     if job.overwrite or not job.write:
         return None
-    out, name = Location(job.out), store_name(job.source.id)
+    out, name = Location(job.out), job.place
     metadata = read_metadata(out, name)
     if metadata is None or not is_whole(out, name, metadata):
         return None

@@ -20,13 +20,13 @@ import numpy as np
 from photon_data.errors import Refused, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.lock import refuse_taken
-from photon_data.mask_store import Box, Label, Layers, belongs_to, box_of, mask_store_name, write_masks
+from photon_data.mask_store import Box, Label, Layers, belongs_to, box_of, write_masks
 from photon_data.private import without_names
 from photon_data.questions.label_table import LARGEST_VALUE
 from photon_data.readers import open_scan
 from photon_data.readers.find import SUFFIXES, suffix_of
 from photon_data.recipe import Policy, Recipe
-from photon_data.records import PREPARED, UNCHANGED, VolumeRecord, record_of, recorded
+from photon_data.records import MASKS, PREPARED, UNCHANGED, VolumeRecord, record_of, recorded, store_name
 from photon_data.resample import aligned_axes, grid_to_native, model_grid
 from photon_data.scan import MaskFile, Source
 from photon_data.store import is_whole, read_metadata
@@ -81,6 +81,11 @@ class MaskJob:
         }
         return cls(**{**data, **parts})
 
+    @property
+    def place(self) -> str:
+        """Where the masks lie below the output folder: as deep as their volume."""
+        return store_name(self.source.id, self.volume.is_deep, MASKS)
+
     def key(self, content: str) -> str:
         """Return the resume key: a hash of all that decides the store's bytes, the volume's own bytes among it."""
         return self._hash(content)
@@ -119,7 +124,7 @@ class MaskJob:
             "refused": facts["refused"],
         }
         more |= {"store_bytes": metadata["bytes"], "store_sha256": metadata["sha256"]}
-        return record_of(self, state, store=mask_store_name(self.source.id), **more)
+        return record_of(self, state, store=self.place, **more)
 
 
 def prepare_masks(job: MaskJob) -> VolumeRecord:
@@ -168,12 +173,12 @@ def _prepare(job: MaskJob) -> VolumeRecord:
         "grids": {"volume": grid.to_json(), "model": model.to_json()},
         "refused": refused,
     }
-    return job.record_of_store(PREPARED, write_masks(layers, out, identity, facts))
+    return job.record_of_store(PREPARED, write_masks(layers, out, job.place, identity, facts))
 
 
 def masks_there(job: MaskJob, content: str) -> VolumeRecord | None:
     """Return the record of masks that were made of just this content for this volume, None if there are none."""
-    out, name = Location(job.out), mask_store_name(job.source.id)
+    out, name = Location(job.out), job.place
     metadata = None if job.overwrite else read_metadata(out, name)
     if metadata is None or metadata["key"] != job.key(content) or not is_whole(out, name, metadata):
         return None

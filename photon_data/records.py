@@ -1,27 +1,30 @@
-"""volumes.jsonl: one row for every input, what became of it; dataset.lock: the proof that two folders are the same."""
+"""volumes.jsonl: one row for every input, what became of it; where its store lies."""
 
 from __future__ import annotations
 
-import hmac
+import hashlib
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from pathlib import Path
 from sys import intern
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from photon_data.errors import Refused, UsageError, is_out_of_memory, unforeseen
 from photon_data.files import NO_SPACE, Location, append_row, digest_of, refuse_unsafe
 from photon_data.json_text import fields_of, from_json
 from photon_data.private import append_name, read_names, save_names, without_names
-from photon_data.recipe import ALGORITHM, Recipe
 from photon_data.scan import Source
 
 VOLUMES, DATASET, LOCK = "volumes.jsonl", "dataset.json", "dataset.lock"
+INSPECTED = "inspected.jsonl"  # what `inspect` found of scans; `prepare` does not read again what it would refuse
 SUFFIX = ".ome.zarr"  # of stores
+STORES, MASKS = "volumes", "masks"  # their folders
+# From so many volumes on, new stores are laid into 256 folders: file systems slow down with the names in one.
+MANY, SHELF = 100_000, re.compile("[0-9a-f]{2}")
 # Every input ends in exactly one of these.
 PREPARED, UNCHANGED, REFUSED, FAILED = "prepared", "unchanged", "refused", "failed"
 STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
@@ -29,20 +32,39 @@ STATES = (PREPARED, UNCHANGED, REFUSED, FAILED)
 PRUNED = "pruned"
 # An inspection writes nothing: what would be prepared is "ready".
 READY = "ready"
-# Keys of replies that are no record: of a child that found the output full, and of a machine that can run no child. An
-# exception instead would put the job, and names in it, into the log of a Dask worker.
-OUT_FULL, UNABLE = "no space", "unable"
+# Keys of replies that are no record: of a child that found the output full, of one that died over its job, and of a
+# machine that can run no child. An exception instead would put the job, and names in it, into the log of a Dask worker.
+OUT_FULL, DIED, UNABLE = "no space", "died", "unable"
 # Refusals that the next run may not meet again, and failures that it will.
 PASSING, LASTING = ("unreadable", "dicom-extra-missing"), ("timeout", "crashed")
 # Of a row of volumes.jsonl, and of dataset.json: the `digest_of` what else it says. Earlier versions did not write it.
 ROW_DIGEST, DATASET_DIGEST = "row_sha256", "sha256"
 
 
-def store_name(volume_id: str) -> str:
-    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file."""
+def store_name(volume_id: str, deep: bool = False, folder: str = STORES) -> str:
+    """Return where the store of a volume lies below the output folder; UsageError for an id that cannot name a file.
+
+    volumes/ID.ome.zarr, or deep: volumes/ab/ID.ome.zarr, where ab are the first digits of the SHA-256 of the id. Where
+    a volume lies that is there, its row says: see `VolumeRecord.place`.
+    """
     if not volume_id or volume_id.startswith("."):
         raise UsageError(f"expected an id that begins with a letter or a digit, found {volume_id[:80]!r}; rename it")
-    return f"volumes/{refuse_unsafe(volume_id + SUFFIX, 'an id')}"
+    name = refuse_unsafe(volume_id + SUFFIX, "an id")
+    return f"{folder}/{hashlib.sha256(volume_id.encode()).hexdigest()[:2]}/{name}" if deep else f"{folder}/{name}"
+
+
+def places_of(volume_id: str, folder: str = STORES) -> list[str]:
+    """Return the two places where a store of that id can lie."""
+    return [store_name(volume_id, deep, folder) for deep in (False, True)]
+
+
+def store_names(out: Location, folder: str = STORES) -> list[str]:
+    """Return the places of all that lies in a folder of stores, flat or deep, whatever it is."""
+    found = list[str]()
+    for name in out.names(folder):
+        place = f"{folder}/{name}"
+        found += [f"{place}/{one}" for one in out.names(place)] if SHELF.fullmatch(name) else [place]
+    return found
 
 
 class Facts(Mapping[str, Any]):
@@ -52,6 +74,11 @@ class Facts(Mapping[str, Any]):
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self._packed = zlib.compress(json.dumps(dict(facts)).encode(), 1)
+
+    @property
+    def packed(self) -> bytes:
+        """All of it, compressed."""
+        return self._packed
 
     def __getitem__(self, key: str) -> Any:
         return _unpacked(self._packed)[key]
@@ -128,6 +155,21 @@ class VolumeRecord:
         """Whether the volume's store exists: it was prepared, now or earlier."""
         return self.state in (PREPARED, UNCHANGED)
 
+    def mark(self) -> bytes:
+        """Return what changes when anything that the record says does."""
+        said = [getattr(self, name) for name in FIELDS if name != "facts"]
+        return repr(said).encode("utf-8", "backslashreplace") + (self.facts.packed if self.facts else b"")  # type: ignore[attr-defined]
+
+    @property
+    def place(self) -> str:
+        """Where its store lies below the output folder, or would."""
+        return self.store or store_name(self.id)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether its store lies in one of 256 folders."""
+        return self.place.count("/") > 1
+
     @property
     def name(self) -> str:
         """What people may be shown: the source's path, or the id where that is hidden."""
@@ -153,7 +195,9 @@ class VolumeRecord:
         if record.state not in (*STATES, READY):
             raise ValueError(f"expected a state of {', '.join(STATES)}, found {record.state!r:.80}")
         own = store_name(record.id)  # an id that can name no file is an error
-        if record.store not in (None, own, own.replace("volumes/", "masks/", 1)):
+        if record.store in (None, own):
+            return record
+        if record.store not in (store_name(record.id, True), *places_of(record.id, MASKS)):
             raise ValueError(f"expected {own} as the store of {record.id}, found {record.store!r:.80}")
         return record
 
@@ -221,25 +265,38 @@ def _failed(work: Work, error: Exception) -> VolumeRecord:
     return record_of(work, FAILED, code=type(error).__name__, reason=error.strerror or "input/output error")
 
 
-def read_records(out: Location) -> list[VolumeRecord]:
-    """Return what volumes.jsonl says, none if there is no such file; UsageError if it cannot be read.
+def read_records(out: Location, file: str = VOLUMES) -> list[VolumeRecord]:
+    """Return what volumes.jsonl, or inspected.jsonl, says, none if there is no such file; UsageError if it is damaged.
 
     While a run goes on, rows are appended: the last one of an id counts, and half a row at the end is none.
     """
     records: dict[str, VolumeRecord] = {}
     place = ""
     try:
-        for number, row in enumerate(out.rows(VOLUMES, may_be_cut=is_unfinished(out)), 1):
+        for number, row in enumerate(out.rows(file, may_be_cut=file == INSPECTED or is_unfinished(out)), 1):
             place = f"row {number}: "
             record = VolumeRecord.from_json(row)
             records[record.id], place = record, ""
     except (ValueError, TypeError) as error:
-        remedy = "bring it back from a copy, or prepare into another folder"
-        raise UsageError(f"{out.at(VOLUMES)} is damaged: {place}{error}; {remedy}") from None
+        remedy = "bring it back from a copy, or prepare into another folder" if file == VOLUMES else "remove it"
+        raise UsageError(f"{out.at(file)} is damaged: {place}{error}; {remedy}") from None
     if not any(record.hidden for record in records.values()):
         return list(records.values())
     names = read_names(out)
     return [_named(record, *names[record.id]) if record.id in names else record for record in records.values()]
+
+
+class Rows(NamedTuple):
+    """The rows of a folder, and what its file was when they were read."""
+
+    records: list[VolumeRecord]
+    state: object
+
+
+def read_again(out: Location, rows: Rows | None = None) -> Rows:
+    """Return the rows of a folder: those given, if the file is the same; see `read_records`."""
+    state = out.state(VOLUMES) if out.is_local else object()
+    return rows if rows is not None and rows.state == state else Rows(read_records(out), state)
 
 
 def is_unfinished(out: Location) -> bool:
@@ -276,103 +333,3 @@ def append_record(out: Location, record: VolumeRecord) -> None:
     if record.hidden and record.root:
         append_name(out, record.id, record.root, record.source)
     append_row(out.place(VOLUMES), record.row())
-
-
-def lock_of(
-    records: Iterable[VolumeRecord],
-    questions: Mapping[str, str],
-    recipe: Recipe,
-    grids: str,
-    versions: Mapping[str, str],
-    salt: str,
-) -> dict[str, Any]:
-    """Return what dataset.lock holds: all that tells whether another folder has the same bytes, without a name.
-
-    Ids, contents, settings and data sets are hashed with the salt. `questions` are {name: SHA-256 of its questions}.
-    """
-    volumes = [
-        {
-            "id": _keyed(salt, record.id),
-            "content": _keyed(salt, str(record.fingerprint)),
-            "settings": _keyed(salt, str(record.key)),
-            "arrays": record.arrays_sha256 or record.store_sha256,
-        }
-        for record in records
-        if record.is_there
-    ]
-    return {
-        "format": 1,
-        "salt": salt,
-        "algorithm": ALGORITHM,
-        "recipe": recipe.to_json(),
-        "grids": grids,
-        "versions": dict(versions),
-        "volumes": sorted(volumes, key=lambda volume: str(volume["id"])),
-        "questions": {_keyed(salt, name): _keyed(salt, digest) for name, digest in sorted(questions.items())},
-    }
-
-
-def _keyed(salt: str, text: str) -> str:
-    return hmac.new(salt.encode(), text.encode(), "sha256").hexdigest()[:32]
-
-
-def read_lock(path: Path) -> dict[str, Any]:
-    """Return a dataset.lock that this version can follow; UsageError for another file or another algorithm."""
-    expected = UsageError(f"--lock: expected a dataset.lock, found something else in {path}")
-    try:
-        lock = from_json(path.read_bytes())
-        algorithm, versions = lock["algorithm"], dict(lock["versions"])
-    except OSError as error:
-        raise UsageError(f"--lock: expected a readable file, found {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise expected from None
-    if algorithm != ALGORITHM:
-        remedy = f"install photon-ct {versions.get('photon-ct')}"
-        raise UsageError(f"--lock: expected algorithm {ALGORITHM}, found {algorithm} in {path}; {remedy}")
-    try:
-        Recipe.from_json(lock["recipe"])
-        texts = [lock["salt"], lock.get("grids", ""), *dict(lock["questions"]).values(), *versions.values()]
-        texts += [volume[name] for volume in lock["volumes"] for name in ("id", "content", "settings", "arrays")]
-        if not all(isinstance(text, str) for text in texts):
-            raise expected
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise expected from None
-    return lock
-
-
-def differences(lock: Mapping[str, Any], own: Mapping[str, Any], records: Iterable[VolumeRecord]) -> Iterator[str]:
-    """Yield how a folder differs from a lock, a sentence each. `own` is the folder's lock with the same salt.
-
-    A volume is known by its id, or else by its content: ids of DICOM depend on a key of their folder.
-    """
-    left = {volume["id"]: volume for volume in lock["volumes"]}
-    names = {_keyed(own["salt"], record.id): record.id for record in records}
-    strangers = []
-    for volume in sorted(own["volumes"], key=lambda volume: names[volume["id"]]):
-        if other := left.pop(volume["id"], None):
-            yield from _difference(names[volume["id"]], volume, other, lock, own)
-        else:
-            strangers.append(volume)
-    by_content = {volume["content"]: volume["id"] for volume in left.values()}
-    for volume in strangers:
-        if other := left.pop(by_content.get(volume["content"], ""), None):
-            yield from _difference(names[volume["id"]], volume, other, lock, own)
-        else:
-            yield f"{names[volume['id']]}: not in the lock"
-    if left:
-        yield f"{len(left)} volumes of the lock are not here: their scans are missing or refused"
-    if lock["questions"] != own["questions"]:
-        yield "the questions are not those of the lock"
-
-
-def _difference(
-    name: str, volume: Mapping[str, str], other: Mapping[str, str], lock: Mapping[str, Any], own: Mapping[str, Any]
-) -> Iterator[str]:
-    if other["content"] != volume["content"]:
-        yield f"{name}: its source has another content than the lock's"
-    elif other["settings"] != volume["settings"]:
-        yield f"{name}: made with other settings (recipe, rescaling, policy, overrides, grids) from the same content"
-    elif other["arrays"] != volume["arrays"]:
-        versions = {key: (lock["versions"].get(key), value) for key, value in own["versions"].items()}
-        changed = ", ".join(f"{key} {a} there, {b} here" for key, (a, b) in versions.items() if a != b)
-        yield f"{name}: other bytes from the same content and settings ({changed or 'the same versions'})"

@@ -17,7 +17,7 @@ import numpy as np
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, is_safe
-from photon_data.mask_store import Masks, mask_store_name, open_masks
+from photon_data.mask_store import Masks, has_masks, open_masks
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Recipe
@@ -196,7 +196,7 @@ class MaskFolder:
     def has(self, volume_id: str) -> bool:
         """Tell whether there is a store, or a folder, of the masks of a volume."""
         if self.is_prepared:
-            return self.out.exists(mask_store_name(volume_id))
+            return has_masks(self.out, volume_id)
         return self.out.is_local and (self.out.path / volume_id).is_dir()
 
     def counted(

@@ -1,11 +1,10 @@
-"""Both ends of the isolated process in which scans are read: one job a line on stdin, one record a line on stdout.
+"""Both ends of the isolated process in which files are read: one job a line on stdin, one reply a line on stdout.
 
-A parser that crashes, hangs or takes all memory costs one file: its record says so, and a new child goes on.
+A parser that crashes, hangs or takes all memory costs one file: the reply says so, and a new child goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -16,12 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.prepare_masks import MaskJob, prepare_masks
-from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, record_of
+from photon_data.records import DIED, OUT_FULL, UNABLE, NoSpace
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -49,6 +48,8 @@ except ImportError:
 main(address_space_bytes)
 """
 NOT_INSTALLED = 78  # as above; EX_CONFIG of sysexits.h
+# A child without work for so long ends: the run that it worked for is gone, if not this process.
+IDLE_S, IDLE = 600.0, 79
 
 
 # The parent's end
@@ -71,6 +72,16 @@ class Child:
 
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Return the child's reply; ChildError when it dies or takes longer than `timeout_s`."""
+        line = self._answer(job, timeout_s)
+        if not line and self.process is not None and self.process.wait() == IDLE:  # it left before it saw the job
+            line = self._answer(job, timeout_s)
+        if not line.endswith(b"\n"):
+            assert self.process is not None
+            raise _cause_of_death(self.process.wait())
+        return json.loads(line)
+
+    def _answer(self, job: dict[str, Any], timeout_s: float) -> bytes:
+        """Return the line that the child writes about a job, or a part of it where the child ended."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, *self.command],
@@ -85,12 +96,9 @@ class Child:
         try:
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.flush()
-            line = _read_line(process, timeout_s)
+            return _read_line(process, timeout_s)
         except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            raise _cause_of_death(process.wait())
-        return json.loads(line)
+            return b""
 
     def kill(self) -> None:
         """End the child at once; safe at any time, from any thread."""
@@ -135,42 +143,40 @@ def _cause_of_death(code: int) -> ChildError:
     return ChildError("killed" if code == -signal.SIGKILL else "crashed", f"its process {reason}")
 
 
-_children: dict[tuple[int, int], Child] = {}  # by thread and limit
-_ended = threading.Event()
+_children: dict[tuple[str, int], Child] = {}  # by run and thread
+_ended: set[str] = set()  # runs
 
 
-def run_isolated(job: dict[str, Any], timeout_s: float, address_space_bytes: int, holder: str = "") -> dict[str, Any]:
-    """Return the record of a job, both as JSON: the job is run in the child process of this thread.
+def run_isolated(
+    job: dict[str, Any],
+    timeout_s: float,
+    address_space_bytes: int,
+    run: str = "",
+    holder: str = "",
+    module: str = __name__,
+) -> dict[str, Any]:
+    """Return the reply to a job, both as JSON: the `main` of a module makes it, in the child process of this thread.
 
-    This is the task that Dask workers run: plain data in, plain data out, {OUT_FULL: ...} or {UNABLE: ...} where there
-    is no record. `holder` is the token of the run that holds the output.
+    This is what Dask workers run: plain data in, plain data out, {OUT_FULL: ...}, {DIED: ...} or {UNABLE: ...} where
+    there is no reply. `holder` is the token of the run that holds the output. The children of a run end with it: see
+    `end_children`.
     """
-    if _ended.is_set():
+    if run in _ended:
         return {UNABLE: "the run has ended"}
-    child = _children.setdefault((threading.get_ident(), address_space_bytes), child_of(__name__, address_space_bytes))
+    child = _children.setdefault((run, threading.get_ident()), child_of(module, address_space_bytes))
     try:
-        reply = child.ask({**job, "holder": holder}, timeout_s)
+        return child.ask({**job, "holder": holder} if holder else job, timeout_s)
     except ChildError as error:
-        return record_of(_work_of(job), FAILED, code=error.code, reason=str(error)).to_json()
+        return {DIED: [error.code, str(error)]}
     except Exception as error:  # no process can be started, say
         return {UNABLE: f"{type(error).__name__}: {error}"}
-    return reply
 
 
-def _work_of(job: dict[str, Any]) -> Job | MaskJob:
-    return MaskJob.from_json(job) if "masks" in job else Job.from_json(job)
-
-
-@contextlib.contextmanager
-def children() -> Iterator[None]:
-    """Let jobs start children in this process while the block runs. At its end every child is killed at once."""
-    _ended.clear()
-    try:
-        yield
-    finally:
-        _ended.set()
-        while _children:
-            _children.popitem()[1].kill()
+def end_children(run: str) -> None:
+    """Kill the children that work for a run in this process, and let it start no others."""
+    _ended.add(run)
+    for key in [key for key in _children if key[0] == run]:
+        _children.pop(key).kill()
 
 
 # The child's end
@@ -178,8 +184,9 @@ def children() -> Iterator[None]:
 
 def prepare_job(job: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a job, both as JSON."""
-    work = _work_of(job)
-    return (prepare_masks(work) if isinstance(work, MaskJob) else prepare_file(work)).to_json()
+    if "masks" in job:
+        return prepare_masks(MaskJob.from_json(job)).to_json()
+    return prepare_file(Job.from_json(job)).to_json()
 
 
 def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, Any]] = prepare_job) -> None:
@@ -190,13 +197,19 @@ def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, An
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a C library prints must not look like a reply
     single_threaded()
-    for line in sys.stdin:
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLIN)
+    # The other end writes one line at a time: none waits in a buffer here.
+    while poll.poll(IDLE_S * 1000):
+        if not (line := sys.stdin.readline()):
+            return
         try:
             reply = work(json.loads(line))
         except NoSpace as error:
             reply = {OUT_FULL: [error.errno, error.strerror]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+    os._exit(IDLE)
 
 
 def _end_with_stdin() -> None:

@@ -1,32 +1,43 @@
-"""Jobs -> records on Dask: a local cluster of threads, or a running cluster. Only this file uses Dask."""
+"""Jobs -> replies on Dask: a local cluster of threads, or a running cluster. Only this file uses Dask."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import tempfile
 import time
+import uuid
 from asyncio import CancelledError
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError as FutureCancelledError
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, wait
+from distributed import Client, Future, KilledWorker, LocalCluster, get_worker
 from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
-from photon_data.records import FAILED, OUT_FULL, UNABLE, NoSpace, SomeWork, VolumeRecord, Work, record_of
+from photon_data.files import Location
+from photon_data.lock import is_held_by
+from photon_data.records import DIED, OUT_FULL, UNABLE, NoSpace
+from photon_pipelines.child import end_children
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
 MIN_ADDRESS_SPACE_BYTES = 4 << 30
 MIN_MEMORY_GB = 1.0
 NO_WORKERS_S = 120
+FEW = 32  # stores, which are read in about the time in which local workers start
+LOOK_S = 1.0  # how often the workers are counted
+# A file that was just written may be seen later on another host: NFS remembers for 30 s that there was none.
+SEEN_S = 40.0
 
 # What says that a scheduler, or the connection to it, is gone. FuturesCancelledError of distributed is the second.
 LOST = (CancelledError, FutureCancelledError, CommClosedError, TimeoutError, OSError)
@@ -39,9 +50,19 @@ LOCAL = {
 }
 LOOPBACK = "127.0.0.1:0"
 
-# (job as JSON, timeout_s, address_space_bytes) -> record as JSON, or what there is instead (see `run_isolated`). Dask
-# pickles it: a function of a module.
-Task = Callable[[dict[str, Any], float, int], dict[str, Any]]
+Reply = dict[str, Any]
+# (job as JSON, timeout_s, address_space_bytes, run) -> reply, see `run_isolated`. Dask pickles it: a function of a
+# module.
+Task = Callable[[dict[str, Any], float, int, str], Reply]
+
+
+class AnyJob(Protocol):
+    """What is executed."""
+
+    def to_json(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+SomeJob = TypeVar("SomeJob", bound=AnyJob)
 
 
 class Stopped(RuntimeError):
@@ -55,7 +76,7 @@ class Workers:
     count: int | None = None  # local workers; None: from cores and memory
     scheduler: str | None = None  # address ("tcp://host:8786") or scheduler file of a cluster to use instead
     timeout_s: float = 1800  # a file that takes longer has failed
-    # Address space of one worker's process. None: its share of the memory, at least 4 GiB; 0: no limit.
+    # Address space of the process of one thread. None: its share of the worker's memory, at least 4 GiB; 0: no limit.
     memory_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -69,36 +90,53 @@ class Workers:
         by_memory = int(0.8 * MEMORY_LIMIT / WORKER_BYTES)
         return self.count or max(1, min(dask.system.CPU_COUNT, by_memory))  # it knows affinity and control groups
 
-    def address_space_bytes(self) -> int:
-        """Return the limit of each worker's process, 0 for none."""
-        if self.memory_gb is not None:
-            return int(self.memory_gb * 1e9)
-        return max(MIN_ADDRESS_SPACE_BYTES, MEMORY_LIMIT // self.local_count())
+
+class Needs(NamedTuple):
+    """What every worker of a cluster must have: this version, SOURCE and OUT."""
+
+    files: tuple[tuple[str, int], ...] = ()  # local paths that it must see, and their sizes
+    out: str = ""  # the folder or URL that the run holds ...
+    holder: str = ""  # ... and the token that is in its lock: a folder of the same name is not enough
+
+
+def needs_of(out: Location, name: str) -> Needs:
+    """Return that workers must see a file of a prepared folder that they are to read."""
+    size = out.size(name) if out.is_local else None
+    return Needs() if size is None else Needs(((out.at(name), size),))
+
+
+def pays(workers: Workers, jobs: int) -> bool:
+    """Tell whether so many short jobs are done sooner by these workers, which take seconds to start, than here."""
+    return workers.scheduler is not None or (workers.local_count() > 1 and jobs >= FEW)
 
 
 def execute(
-    jobs: list[SomeWork], task: Task, workers: Workers, session: contextlib.AbstractContextManager[None]
-) -> Generator[VolumeRecord, None, None]:
-    """Yield the record of every job as it ends. Large jobs start first; two jobs per thread are in flight.
+    jobs: list[SomeJob], task: Task, workers: Workers, needs: Needs | None = None
+) -> Generator[tuple[SomeJob, Reply], None, None]:
+    """Yield (job, reply) of every job as it ends; {DIED: [code, reason]} is the reply of one that killed its process.
 
-    The list is used up: a job takes memory until it is done. A local cluster runs the task within `session`. It is left
-    when the loop ends; leaving it must end what still runs. Raises NoSpace when the output is full, and Stopped when no
-    worker is left, when the scheduler is gone, and when a worker cannot run the task.
+    The last of the list starts first; two jobs are in flight for each thread that the cluster has at the moment. The
+    list is used up: a job takes memory until it is done. When the loop ends, what still runs for it is ended. Raises
+    NoSpace when the output is full, and Stopped when no worker is left, when the scheduler is gone, and when a worker
+    cannot run the task or lacks what it `needs`.
     """
     if not jobs:
         return
-    jobs.sort(key=lambda job: job.source.bytes)
-    limits = workers.timeout_s, workers.address_space_bytes()
-    in_flight: dict[Future, SomeWork] = {}
+    run, done = uuid.uuid4().hex, SimpleQueue[Future]()
+    in_flight: dict[Future, SomeJob] = {}
     try:
-        with _client(workers, session) as client:
-            most = 2 * _threads(client)
+        with _client(workers, needs or Needs(), run) as client:
+            call = partial(_do, task, workers, needs if workers.scheduler else None, run)
+            threads = _Threads(client)
             while jobs or in_flight:
+                most = 2 * max(1, threads.count())
                 while jobs and len(in_flight) < most:
                     job = jobs.pop()
-                    in_flight[client.submit(task, job.to_json(), *limits, pure=False)] = job
-                for future in _finished(client, in_flight):
-                    yield _record(future, in_flight.pop(future))
+                    future = client.submit(call, job.to_json(), pure=False)
+                    in_flight[future] = job
+                    future.add_done_callback(done.put)
+                for future in _finished(done):
+                    yield in_flight.pop(future), _reply(future)
     except NoSpace:
         raise
     except LOST as error:
@@ -108,15 +146,55 @@ def execute(
         raise Stopped(f"expected a scheduler, but {found}; start one and run the same command again") from None
 
 
+def _do(task: Task, workers: Workers, needs: Needs | None, run: str, job: dict[str, Any]) -> Reply:
+    """Return the reply of a task. This is what a worker runs, also one that joined after the run began."""
+    if needs is not None and (lacking := _lacking_once(needs)):
+        return {UNABLE: lacking}
+    worker = get_worker()
+    if workers.memory_gb is not None:
+        limit = int(workers.memory_gb * 1e9)
+    else:
+        memory = worker.memory_manager.memory_limit or MEMORY_LIMIT  # both know the limits of a control group
+        limit = max(MIN_ADDRESS_SPACE_BYTES, memory // worker.state.nthreads)
+    return task(job, workers.timeout_s, limit, run)
+
+
+def lacking_here(needs: Needs) -> str:
+    """Return what this host lacks of what a run needs, as a sentence; "" where it has all."""
+    for path, size in needs.files:
+        try:
+            found = Path(path).stat().st_size
+        except OSError as error:
+            return f"{socket.gethostname()} cannot see {path} ({error.strerror}); mount it there, by the same path"
+        if found != size:
+            return f"{socket.gethostname()} sees another file as {path} ({found:,} bytes instead of {size:,})"
+    end_s = time.monotonic() + SEEN_S
+    while needs.holder and not is_held_by(Location(needs.out), needs.holder, strictly=True):
+        if time.monotonic() > end_s:
+            return f"{socket.gethostname()} does not see OUT, {needs.out}; mount it there, by the same path"
+        time.sleep(0.5)
+    return ""
+
+
+@lru_cache(32)
+def _lacking_once(needs: Needs) -> str:
+    return lacking_here(needs)
+
+
 @contextlib.contextmanager
-def _client(workers: Workers, session: contextlib.AbstractContextManager[None]) -> Iterator[Client]:
-    """Yield a client of the cluster that `workers` names. A local cluster ends with the block."""
+def _client(workers: Workers, needs: Needs, run: str) -> Iterator[Client]:
+    """Yield a client of the cluster that `workers` names. A local cluster ends with the block, children of any do."""
     if workers.scheduler is not None:
         for name in ("distributed", "distributed.client"):  # a lost connection is told in a sentence
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with _connect(workers.scheduler) as client:
-            _refuse_other_versions(client)
-            yield client
+            _refuse_unable(client, needs)
+            try:
+                yield client
+            finally:
+                if client.status == "running":
+                    with contextlib.suppress(*LOST):
+                        client.run(end_children, run, on_error="ignore")
         return
     with (
         tempfile.TemporaryDirectory(prefix="photon-workers-") as scratch,
@@ -132,8 +210,9 @@ def _client(workers: Workers, session: contextlib.AbstractContextManager[None]) 
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
-        session,
+        contextlib.ExitStack() as stack,
     ):
+        stack.callback(end_children, run)
         yield client
 
 
@@ -154,39 +233,56 @@ def _connect(scheduler: str) -> Client:
     return client
 
 
-def _refuse_other_versions(client: Client) -> None:
-    """Stopped where a worker lacks this version of photon-ct: it could not run the task, or would make other bytes."""
+def _refuse_unable(client: Client, needs: Needs) -> None:
+    """Stopped where a worker lacks SOURCE, OUT or this version of photon-ct, which alone makes the same bytes."""
 
-    def version_there() -> str:  # a function of a function: Dask sends its code, not the name of its module
+    def ask(version_here: str, needs: tuple[Any, ...]) -> str:  # Dask sends its code, not the name of its module
         import importlib
+        import importlib.metadata
 
         try:
-            importlib.import_module("photon_pipelines.child")
-            return importlib.metadata.version("photon-ct")
+            cluster = importlib.import_module("photon_pipelines.cluster")
+            found = importlib.metadata.version("photon-ct")
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            found = f"{type(error).__name__}: {error}"
+        if found != version_here:
+            return f"expected photon-ct {version_here} on every worker, found {found}"
+        lacking = cluster.lacking_here(cluster.Needs(*needs))
+        return lacking and f"expected that every worker sees SOURCE and OUT, but {lacking}"
 
-    here = version("photon-ct")
-    others = {address: found for address, found in client.run(version_there).items() if found != here}
-    if others:
-        address, found = next(iter(others.items()))
-        raise Stopped(f"expected photon-ct {here} on every worker, found {found} on {address}; install it there")
+    said = client.run(ask, version("photon-ct"), tuple(needs))
+    unable = {address: text for address, text in said.items() if text}
+    if unable:
+        address, text = next(iter(unable.items()))
+        others = f" and {len(unable) - 1} other workers" if len(unable) > 1 else ""
+        raise Stopped(f"{text} (on {address}{others}). Install or mount it there, or take such workers away")
 
 
-def _threads(client: Client) -> int:
-    return sum(client.nthreads().values())
+class _Threads:
+    """How many threads the workers have that are there now."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.threads, self.due_s, self.seen_s = client, 0, 0.0, time.monotonic()
+
+    def count(self) -> int:
+        """Return the number, asked anew every LOOK_S; Stopped if there was no worker for NO_WORKERS_S."""
+        if (now_s := time.monotonic()) >= self.due_s:
+            self.threads, self.due_s = sum(self.client.nthreads().values()), now_s + LOOK_S
+            if self.threads:
+                self.seen_s = now_s
+            elif now_s - self.seen_s > NO_WORKERS_S:
+                raise _no_workers("the scheduler")
+        return self.threads
 
 
-def _finished(client: Client, in_flight: Mapping[Future, Work]) -> list[Future]:
-    """Wait until some of the futures are done and return those; Stopped if there was no worker for NO_WORKERS_S."""
-    last_worker_s = time.monotonic()
-    while time.monotonic() - last_worker_s <= NO_WORKERS_S:
-        try:
-            return list(wait(list(in_flight), timeout=2, return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            if _threads(client):
-                last_worker_s = time.monotonic()
-    raise _no_workers("the scheduler")
+def _finished(done: SimpleQueue[Future]) -> list[Future]:
+    """Return the futures that are done, after LOOK_S at most: none if there are none then."""
+    found = []
+    with contextlib.suppress(Empty):
+        found.append(done.get(timeout=LOOK_S))
+        while True:
+            found.append(done.get_nowait())
+    return found
 
 
 def _no_workers(scheduler: str) -> Stopped:
@@ -194,21 +290,20 @@ def _no_workers(scheduler: str) -> Stopped:
     return Stopped(f"expected workers, found {found}; start some and run it again")
 
 
-def _record(future: Future, job: Work) -> VolumeRecord:
-    """Return the record of a finished future; NoSpace where it found the output full, Stopped where it cannot run."""
-    found = None
-    if future.status == "finished":
-        reply = future.result()
+def _reply(future: Future) -> Reply:
+    """Return the reply of a finished future; NoSpace where it found the output full, Stopped where it cannot run."""
+    if future.status == "error":
+        if isinstance(error := future.exception(), KilledWorker):
+            reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
+            return {DIED: ["worker-lost", reason]}
+        found = f"{type(error).__name__}: {error}"
+    else:
+        reply: Reply = future.result()
         if OUT_FULL in reply:
             raise NoSpace(*reply[OUT_FULL])
         if UNABLE not in reply:
-            return VolumeRecord.from_json(reply)
+            return reply
         found = reply[UNABLE]
-    elif future.status == "error" and not isinstance(error := future.exception(), KilledWorker):
-        found = f"{type(error).__name__}: {error}"
-    if found:
-        remedy = "the same photon-ct has to be installed there as here; then run the same command again"
-        found = " ".join(found.split())[:300]
-        raise Stopped(f"expected that every worker and the scheduler can run the task, found {found}; {remedy}")
-    reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
-    return record_of(job, FAILED, code="worker-lost", reason=reason)
+    remedy = "the same photon-ct has to be installed there as here; then run the same command again"
+    found = " ".join(found.split())[:300]
+    raise Stopped(f"expected that every worker and the scheduler can run the task, found {found}; {remedy}")

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, is_safe
 from photon_data.readers.find import find_scans
-from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_name
+from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_names
 from photon_data.scan import Source
+from photon_pipelines.masks import id_at, read_rows
 from photon_pipelines.masks import orphans as masks_alone
-from photon_pipelines.masks import read_rows
 
 
 class SourceStatus(NamedTuple):
@@ -86,10 +86,9 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     when volumes.jsonl has no row of it. UsageError for ids that the folder does not have.
     """
     records = {record.id: record for record in records_of(out)}
-    stores = {store_name(id) for id in records}
-    orphans = [
-        name for name in out.names("volumes") if name[0] != "." and f"volumes/{name}" not in stores and is_safe(name)
-    ]
+    stores = {record.place for record in records.values()}
+    lying = [(place, place.rpartition("/")[2]) for place in store_names(out)]
+    orphans = [name for place, name in lying if name[0] != "." and place not in stores and is_safe(name)]
     if ids is not None:
         asked = list(dict.fromkeys(ids))
         if unknown := [id for id in asked if id not in records]:
@@ -97,8 +96,6 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
         return dict.fromkeys(asked, "named")
     gone = (record for part in status(out) for record in part.gone or () if record.code != PRUNED)
     found = {record.id: "its scan is gone" for record in gone}
-    found |= {
-        id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(store_name(id))
-    }
+    found |= {id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(r.place)}
     found |= {name.removesuffix(SUFFIX): "no row in volumes.jsonl" for name in orphans}
-    return dict.fromkeys(masks_alone(out, records.values()), "masks without a volume") | found
+    return dict.fromkeys(map(id_at, masks_alone(out, records.values())), "masks without a volume") | found

@@ -1,25 +1,46 @@
-"""A prepared folder -> the same volumes in another format, with manifests that name those files."""
+"""A prepared folder -> the same volumes in another format, with manifests that name those files.
+
+Where there are many volumes, processes of workers write them.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.export import FORMATS
-from photon_data.files import Location
+from photon_data.files import NO_SPACE, Location
 from photon_data.json_text import from_json
 from photon_data.lock import exclusive
 from photon_data.questions.manifest import manifest_names
-from photon_data.records import read_records, store_name
+from photon_data.records import DIED, SUFFIX, NoSpace, read_records
 from photon_data.store import open_volume
+from photon_pipelines import child
+from photon_pipelines.cluster import Needs, Workers, execute, pays
 
 # Records which store each exported file was made from. It is written about this often, and when an export ends: after a
 # kill, the volumes of this span are exported again.
 INDEX, INDEX_S = "export.json", 30
+
+
+class ExportJob(NamedTuple):
+    """A volume to export."""
+
+    id: str
+    store: str
+    grid: str
+    format: str
+    path: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `export_one` takes."""
+        return self._asdict()
 
 
 def export_all(
@@ -30,21 +51,24 @@ def export_all(
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    workers: Workers | None = None,
 ) -> str:
     """Write every volume of `out` into `folder`/volumes, and its manifests with those paths; what is up to date stays.
 
     Returns a sentence with the counts. UsageError for an unknown format, where nothing was prepared, and for a store
-    without that grid or that is not as it was written.
+    without that grid or that is not as it was written. Volumes are written by `workers`, if given.
     """
     if format_ not in FORMATS:
         raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, found {format_!r}")
     records = [record for record in read_records(out) if record.is_there]
     if not records:
         raise UsageError(f"expected prepared volumes in {out.url}, found none; run photon-data prepare first")
-    target, (suffix, write) = Location(str(folder)), FORMATS[format_]
-    paths = {record.id: target.place(f"volumes/{record.id}{suffix}") for record in records}
-    with exclusive(target):
-        (folder / "volumes").mkdir(parents=True, exist_ok=True)
+    target, suffix = Location(str(folder)), FORMATS[format_].suffix
+    names = {record.id: record.place.removesuffix(SUFFIX) + suffix for record in records}
+    paths = {id: target.place(name) for id, name in names.items()}
+    with exclusive(target) as hold:
+        for parent in {path.parent for path in paths.values()}:
+            parent.mkdir(parents=True, exist_ok=True)
         index, kept = {} if overwrite else _read_index(target), dict[str, str | None]()
         of_grid = "" if grid == "volume" else f" {grid}"
         wanted = {record.id: f"{record.store_sha256}{of_grid}" for record in records}
@@ -54,22 +78,65 @@ def export_all(
         made_from = dict(kept)
         _write_index(target, made_from)  # what is to be written anew is in it no more
         due_s = time.monotonic() + INDEX_S
+        needs = Needs(out=target.at(""), holder=hold.token)
+        jobs = [
+            ExportJob(record.id, out.at(record.place), grid, format_, str(paths[record.id]))
+            for record in records
+            if record.id not in kept
+        ]
+        progress(len(kept), len(records))
         try:
-            for number, record in enumerate(records, 1):
-                if record.id not in kept:
-                    store = out.at(store_name(record.id))
-                    write(open_volume(store, grid, id=record.id, verify="full"), paths[record.id])  # type: ignore[arg-type]
-                    made_from[record.id] = wanted[record.id]
+            for number, id in enumerate(_export(jobs, workers, needs), 1 + len(kept)):
+                made_from[id] = wanted[id]
                 progress(number, len(records))
                 if time.monotonic() >= due_s:
                     _write_index(target, made_from)
                     due_s = time.monotonic() + INDEX_S
         finally:
             _write_index(target, made_from)
-        names = manifest_names(out)
-        for name in names:
-            target.write_rows(name, _moved(out, name, target, suffix))
-    return f"{len(records)} volumes, {len(kept)} of them there before; {len(names)} manifests in {folder}"
+        manifests = manifest_names(out)
+        for name in manifests:
+            target.write_rows(name, _moved(out, name, paths))
+    return f"{len(records)} volumes, {len(kept)} of them there before; {len(manifests)} manifests in {folder}"
+
+
+def _export(jobs: list[ExportJob], workers: Workers | None, needs: Needs) -> Iterator[str]:
+    """Yield the id of each volume that is written; UsageError for one that cannot be."""
+    if workers is None or not pays(workers, len(jobs)):
+        for job in jobs:
+            _write_one(**job.to_json())
+            yield job.id
+        return
+    jobs.reverse()
+    task = partial(child.run_isolated, module=__name__)
+    with closing(execute(jobs, task, workers, needs)) as finished:
+        for job, reply in finished:
+            if wrong := reply.get("wrong") or (DIED in reply and f"{job.store}: {reply[DIED][1]}"):
+                raise UsageError(str(wrong))
+            yield job.id
+
+
+def export_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Write a volume, and return what is wrong with it, if anything; both as JSON."""
+    try:
+        _write_one(**job)
+    except UsageError as error:
+        return {"wrong": str(error)}
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise NoSpace(error.errno, f"no space left for {job['path']}") from None
+        return {"wrong": f"{job['path']}: {error.strerror or error}"}
+    return {}
+
+
+def _write_one(id: str, store: str, grid: str, format: str, path: str) -> None:
+    volume = open_volume(store, grid, id=id, verify="full")  # type: ignore[arg-type]
+    FORMATS[format].write(volume, Path(path))
+
+
+def main(address_space_bytes: int) -> None:
+    """Export volumes until the parent ends."""
+    child.main(address_space_bytes, export_one)
 
 
 def _read_index(target: Location) -> dict[str, str | None]:
@@ -80,10 +147,11 @@ def _read_index(target: Location) -> dict[str, str | None]:
         return {}
 
 
-def _moved(out: Location, name: str, target: Location, suffix: str) -> list[dict[str, Any]]:
-    """Return the rows of a manifest with the paths of the exported files; UsageError for rows that name no volume."""
+def _moved(out: Location, name: str, paths: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a manifest with the paths of the exported files; UsageError for rows that name no volume."""
     try:
-        return [{**row, "videos": [target.at(f"volumes/{row['volume_id']}{suffix}")]} for row in out.rows(name)]
+        for row in out.rows(name):
+            yield {**row, "videos": [str(paths[row["volume_id"]])]}
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{out.at(name)} is damaged: {error}; run photon-data prepare again") from None
 

@@ -14,7 +14,7 @@ from photon_data.mask_store import FOLDER
 from photon_data.prepare_file import Job
 from photon_data.prepare_masks import MaskJob, masks_there, prepare_masks
 from photon_data.readers.find import change_mark
-from photon_data.readers.mask_pattern import claimed_twice, common_words, masks_of, place_of
+from photon_data.readers.mask_pattern import Folders, claimed_twice, common_words, masks_of, place_of
 from photon_data.recipe import Policy
 from photon_data.records import FAILED, REFUSED, VolumeRecord
 from photon_data.scan import MaskFile, MaskPattern, Source
@@ -45,8 +45,9 @@ def find_masks(request: Request, jobs: Iterable[Job]) -> dict[str, FoundMasks]:
     """Return {id: masks} of all scans that a pattern is for; UsageError for a pattern that finds nothing for any."""
     asked = [(job, pattern) for job in jobs if (pattern := pattern_of(request, job.source))]
     common = common_words(job.source for job, _ in asked if job.source.hidden)
+    folders = Folders()
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda pair: _found(pair[0], pair[1], common), asked))
+        found = list(threads.map(lambda pair: _found(pair[0], pair[1], common, folders), asked))
     fitting = {one.pattern.text for one in found if one.source.code != NO_MASK}
     for job, pattern in asked:
         if pattern.text not in fitting:
@@ -62,11 +63,11 @@ def find_masks(request: Request, jobs: Iterable[Job]) -> dict[str, FoundMasks]:
     return by_id
 
 
-def _found(job: Job, pattern: MaskPattern, common: set[str]) -> FoundMasks:
+def _found(job: Job, pattern: MaskPattern, common: set[str], folders: Folders) -> FoundMasks:
     source = job.source
     place, why, masks, facts = place_of(pattern, source), None, list[MaskFile](), []
     try:
-        masks = masks_of(pattern, source, common)
+        masks = masks_of(pattern, source, common, folders)
         for file in (file for mask in masks for file in mask.files):
             status = file.stat()
             facts.append((os.path.relpath(file, source.root), status.st_size, status.st_mtime_ns))

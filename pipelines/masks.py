@@ -7,8 +7,8 @@ from itertools import product
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.mask_store import FOLDER, REMEDY, mask_store_name
-from photon_data.records import SUFFIX, VolumeRecord, store_name
+from photon_data.mask_store import FOLDER, REMEDY
+from photon_data.records import SUFFIX, VolumeRecord, places_of, store_name, store_names
 from photon_data.store import model_digest, read_metadata, verify_store
 
 ROWS = "masks.jsonl"
@@ -31,7 +31,7 @@ def write_rows(out: Location, rows: Iterable[VolumeRecord]) -> None:
     by_id = {row.id: row for row in rows}
     for row in by_id.values():
         if not row.is_there:
-            out.remove(mask_store_name(row.id))
+            _remove(out, row.id)
     if by_id:
         out.write_rows(ROWS, (row.row() for _, row in sorted(by_id.items())))
     else:
@@ -42,22 +42,36 @@ def forget(out: Location, ids: Iterable[str]) -> None:
     """Take away the masks of volumes, with their rows."""
     gone = set(ids)
     for id in gone:
-        out.remove(mask_store_name(id))
+        _remove(out, id)
     if out.exists(ROWS):
         write_rows(out, [row for row in read_rows(out) if row.id not in gone])
 
 
+def _remove(out: Location, id: str) -> None:
+    for place in places_of(id, FOLDER):
+        out.remove(place)
+
+
+def id_at(place: str) -> str:
+    """Return the id of the store at a place."""
+    return place.rpartition("/")[2].removesuffix(SUFFIX)
+
+
 def orphans(out: Location, records: Iterable[VolumeRecord]) -> list[str]:
-    """Return the ids of masks whose volume is not there."""
-    there = {mask_store_name(record.id) for record in records if record.is_there}
-    names = [name for name in out.names(FOLDER) if name[0] != "." and f"{FOLDER}/{name}" not in there]
-    return [name.removesuffix(SUFFIX) for name in names]
+    """Return the places of masks whose volume is not there."""
+    there = {place_of(record) for record in records if record.is_there}
+    return [place for place in store_names(out, FOLDER) if id_at(place)[0] != "." and place not in there]
+
+
+def place_of(volume: VolumeRecord) -> str:
+    """Return where the masks of a volume lie, or would: as deep as the volume."""
+    return store_name(volume.id, volume.is_deep, FOLDER)
 
 
 def is_stale(out: Location, row: VolumeRecord, volume: VolumeRecord) -> bool:
     """Tell whether masks were made for their volume as it was before."""
     digest = volume.model_sha256
-    if digest is None and (metadata := read_metadata(out, store_name(volume.id))):  # rows of earlier versions
+    if digest is None and (metadata := read_metadata(out, volume.place)):  # rows of earlier versions
         digest = model_digest(metadata)
     return bool(row.is_there and ((row.facts or {}).get("volume") or {}).get("model_sha256") != digest)
 
@@ -66,17 +80,17 @@ def verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[str
     """Yield what is wrong with the masks, a sentence each: damaged or missing, without a volume or a row, stale."""
     rows = {row.id: row for row in read_rows(out)}
     volumes = {record.id: record for record in records if record.is_there}
-    for id in orphans(out, records):
-        yield f"{mask_store_name(id)}: masks without a volume: prune takes them away"
-    for name in out.names(FOLDER):
-        id = name.removesuffix(SUFFIX)
+    for place in orphans(out, records):
+        yield f"{place}: masks without a volume: prune takes them away"
+    for place in store_names(out, FOLDER):
+        id = id_at(place)
         if id in volumes and not (id in rows and rows[id].is_there):
-            yield f"{FOLDER}/{name}: no row in {ROWS}: {REMEDY}, or remove it"
+            yield f"{place}: no row in {ROWS}: {REMEDY}, or remove it"
     for id, row in rows.items():
         if id in volumes and row.is_there:
-            yield from verify_store(out, mask_store_name(id), row.store_sha256)
+            yield from verify_store(out, place_of(volumes[id]), row.store_sha256)
             if is_stale(out, row, volumes[id]):
-                yield f"{mask_store_name(id)}: made for another content or recipe of {id}: {REMEDY}"
+                yield f"{place_of(volumes[id])}: made for another content or recipe of {id}: {REMEDY}"
 
 
 def problems_of(row: VolumeRecord) -> list[str]:

@@ -1,22 +1,24 @@
-"""To which scan an id belongs: earlier runs, namesakes, scans that moved, and volumes that were withdrawn."""
+"""To which scan an id belongs, and where its store lies: earlier runs, namesakes, moved scans, withdrawn volumes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
+from photon_data.prepare_file import Job
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import PRUNED, VolumeRecord, read_records, store_name
+from photon_data.records import MANY, PRUNED, VolumeRecord, places_of, store_names
 from photon_data.scan import Source
 from photon_data.store import read_metadata
 
 
-def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str) -> dict[str, str]:
+def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str, records: Sequence[VolumeRecord]) -> dict[str, str]:
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
-    source, records = source.absolute(), read_records(out)
+    source = source.absolute()
     refuse_lost_names(out, records)
     root, found = str(source if source.is_dir() else source.parent), {}
     unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
@@ -50,8 +52,7 @@ def refuse_namesakes(
     """
     owners = {record.id.casefold(): record for record in records}
     ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
-    known = {Path(record.store).name for record in records if record.store}
-    strays = {name for name in out.names("volumes") if name[0] != "."} - known
+    strays = set(store_names(out)) - {record.store for record in records}
     found = []
     for source in sources:
         owner = owners.get(source.id.casefold())
@@ -90,13 +91,10 @@ def _is_same_scan(source: Source, owner: VolumeRecord, overwrite: bool) -> bool:
     return owner.mtime_ns == source.mtime_ns or owner.fingerprint == fingerprint(source.files)
 
 
-def _is_stray_of_another(source: Source, strays: Iterable[str], out: Location) -> bool:
+def _is_stray_of_another(source: Source, strays: Collection[str], out: Location) -> bool:
     """Tell whether there is a store of this id that no row knows, made from another content."""
-    name = store_name(source.id)
-    if Path(name).name not in strays:
-        return False
-    metadata = read_metadata(out, name)
-    return metadata is not None and metadata["fingerprint"] != fingerprint(source.files)
+    found = [read_metadata(out, place) for place in places_of(source.id) if place in strays]
+    return any(metadata and metadata["fingerprint"] != fingerprint(source.files) for metadata in found)
 
 
 def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
@@ -112,3 +110,15 @@ def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dic
         if known is not None:
             found[source.id] = known
     return found
+
+
+def placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence[Job]:
+    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be."""
+    deep = len(before.keys() | {job.source.id for job in jobs}) >= MANY
+
+    def with_place(job: Job) -> Job:
+        row = before.get(job.source.id)
+        is_deep = row.is_deep if row and row.store else deep
+        return replace(job, deep=True) if is_deep else job
+
+    return [with_place(job) for job in jobs]

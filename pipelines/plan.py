@@ -28,10 +28,21 @@ from photon_data.questions.rescale_table import rescaling
 from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
-from photon_data.records import FAILED, PRUNED, REFUSED, STATES, UNCHANGED, VolumeRecord, read_records, store_name
+from photon_data.records import (
+    FAILED,
+    INSPECTED,
+    PRUNED,
+    REFUSED,
+    STATES,
+    UNCHANGED,
+    Rows,
+    VolumeRecord,
+    read_again,
+    read_records,
+)
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
-from photon_pipelines.owners import ids_of_earlier_runs, refuse_lost_names, refuse_namesakes, withdrawn
+from photon_pipelines.owners import ids_of_earlier_runs, placed, refuse_lost_names, refuse_namesakes, withdrawn
 from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -66,6 +77,7 @@ class Gathered(NamedTuple):
     ignored: Mapping[str, int] = {}  # {suffix: number} of files that are no scans
     notes: Sequence[str] = ()  # sentences for the person who reads along
     key: str | None = None  # that ids and patients were made with
+    rows: Rows | None = None  # of OUT, when it was looked at
 
 
 class Plan(NamedTuple):
@@ -129,8 +141,10 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
     sources = [job.source for job in gathered.jobs]
     overrides = read_overrides(request.overrides, sources) if request.overrides else {}
-    jobs = [job.adjusted(overrides.get(job.source.id), request.accept) for job in gathered.jobs[: request.limit]]
-    gathered = gathered._replace(jobs=[replace(job, grids=grids) for job in jobs])
+    jobs = gathered.jobs[: request.limit]
+    if overrides or request.accept:
+        jobs = [job.adjusted(overrides.get(job.source.id), request.accept) for job in jobs]
+    gathered = gathered._replace(jobs=[job if job.grids == grids else replace(job, grids=grids) for job in jobs])
     for name, asked in gathered.questions.items():
         refuse_unsound(name, asked)
     if not request.allow_leaks:
@@ -157,9 +171,9 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
-    known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix)
-    # Not where names are shown, and not by `inspect`, which leaves nothing.
-    keeps_headers = request.id_from in ("auto", "key") and request.out.is_shared
+    rows = read_again(request.out)
+    known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix, rows.records)
+    keeps_headers = request.id_from in ("auto", "key") and request.out.is_shared  # not where names are shown
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -183,21 +197,21 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         sources, key = hide_names(sources, hidden, request.out, request.id_prefix, known_ids)
         notes = _notes_of_old_ids(sources)
     else:
-        sources = [replace(source, patient="") for source in sources]
-    out, is_header = request.out.at(""), request.hu_source == HEADER
-    rescale = None if is_header else rescaling(request.hu_source, sources, request.columns)
+        sources = [replace(source, patient="") if source.patient else source for source in sources]
+    out, by_table = request.out.at(""), request.hu_source != HEADER
+    rescale = rescaling(request.hu_source, sources, request.columns) if by_table else None
     jobs = [
         Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
         for source in sources
     ]
     if request.questions is None:
-        return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key)
+        return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key, rows=rows)
     joined, unmatched = _joined(asked, sources, request)
     notes += _notes_of_unmatched(asked, unmatched, sources)
     if unknown := sum(not (question.split or question.patient) for question in joined):
         notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
     questions[str(joined[0].dataset)] = assign_splits(joined, fractions=request.fractions, seed=request.seed)
-    return Gathered(jobs, questions, unmatched, ignored, notes, key)
+    return Gathered(jobs, questions, unmatched, ignored, notes, key, rows)
 
 
 def _joined(
@@ -248,9 +262,9 @@ def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
     """Return the volumes that the questions of declared data sets need, and those questions."""
-    records, key = read_records(request.out), None
-    refuse_lost_names(request.out, records)
-    ids = {(record.root, record.source): record.id for record in records}
+    rows, key = read_again(request.out), None
+    refuse_lost_names(request.out, rows.records)
+    ids = {(record.root, record.source): record.id for record in rows.records}
 
     def hide(entry: DataSet, sources: Sequence[Source]) -> Sequence[Source]:
         nonlocal key
@@ -274,7 +288,7 @@ def _gather_datasets(request: Request, callback: Callback) -> Gathered:
         raise UsageError(f"{request.source}: expected volumes with questions, found none")
     questions = {entry.name: [q for q in combined.questions if q.dataset == entry.name] for entry in request.datasets}
     notes = [*combined.notes, *_notes_of_old_ids([job.source for job in jobs])]
-    return Gathered(jobs, questions, combined.unmatched, notes=notes, key=key)
+    return Gathered(jobs, questions, combined.unmatched, notes=notes, key=key, rows=rows)
 
 
 def jobs_of(request: Request, combined: Collection) -> list[Job]:
@@ -296,7 +310,7 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     """
     own, kept, roots = gathered.questions, kept_questions(out), {job.source.root for job in gathered.jobs}
     own_again = own.keys() & kept.keys()
-    known = read_records(out) if own_again else []
+    known = read_again(out, gathered.rows).records if own_again else []
     ids = {job.source.id for job in gathered.jobs} | {record.id for record in known if record.root in roots}
     for name in own_again:
         earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
@@ -315,9 +329,12 @@ def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, l
     return parts
 
 
-def plan(jobs: Sequence[Job], request: Request) -> Plan:
-    """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id."""
-    out, recipe, records = request.out, request.recipe, read_records(request.out)
+def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Plan:
+    """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id.
+
+    `rows` are those that were read before; if another run wrote since, they are read again.
+    """
+    out, recipe, records = request.out, request.recipe, read_again(request.out, rows).records
     pruned = withdrawn([job.source for job in jobs], records)
     gone = [(job, pruned[job.source.id]) for job in jobs if job.source.id in pruned]
     left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in gone]
@@ -325,6 +342,7 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
     together = {str(folder) for entry in request.datasets for folder in entry.folders}
     refuse_namesakes([job.source for job in jobs], records, out, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
+    jobs = placed(jobs, before)
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
     is_partial = request.limit is not None or request.include or request.exclude or request.datasets
@@ -333,9 +351,15 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
         old for old in others if not old.is_there and (old.code == PRUNED or (old.root and old.root not in roots))
     ]
     there = [replace(old, state=UNCHANGED) for old in others if old.is_there]
+    # Where content counts, the worker hashes, and makes no store that is there.
+    earlier = [] if request.check == "content" else [before, {r.id: r for r in read_records(out, INSPECTED)}]
+
+    def done(job: Job) -> VolumeRecord | None:
+        rows = (part.get(job.source.id) for part in earlier)
+        return next(filter(None, (_unchanged(job, row, request.retry_failed) for row in rows)), None)
+
     with ThreadPoolExecutor(16) as threads:
-        known = {} if request.check == "content" else before  # the worker hashes, and makes no store that is there
-        found = _mapped(threads, lambda job: _unchanged(job, known.get(job.source.id), request.retry_failed), jobs)
+        found = _mapped(threads, done, jobs)
         digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
@@ -343,17 +367,17 @@ def plan(jobs: Sequence[Job], request: Request) -> Plan:
         found_there = f"{len(foreign)} volumes of another recipe in {out.url} that are not among these inputs"
         remedy = f"{foreign[0]} first; use another folder, or prepare all of them again"
         raise UsageError(f"expected one recipe per folder, found {found_there}, {remedy}")
-    todo = [job for job, done in zip(jobs, found, strict=True) if done is None]
+    todo = [job for job, record in zip(jobs, found, strict=True) if record is None]
     left = [before[job.source.id] for job in todo if job.source.id in before]
-    done = [*left_out, *(record for record in found if record)]
-    named = {record.id for record in done}
-    return Plan(todo, done, [*(r for r, _ in kept), *(r for r in refused if r.id not in named)], left)
+    finished = [*left_out, *(record for record in found if record)]
+    done_ids = {record.id for record in finished}
+    return Plan(todo, finished, [*(r for r, _ in kept), *(r for r in refused if r.id not in done_ids)], left)
 
 
 def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Return what `do` makes of each item. Some at a time: a waiting task takes more memory than a scan's record."""
-    parts = (items[start : start + 1000] for start in range(0, len(items), 1000))
-    return [result for part in parts for result in threads.map(do, part)]
+    """Return what `do` makes of each item. Many are a task: one takes more memory, and time, than a scan's record."""
+    parts = [items[start : start + 64] for start in range(0, len(items), 64)]
+    return [result for part in threads.map(lambda part: [do(item) for item in part], parts) for result in part]
 
 
 def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:
@@ -366,7 +390,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
         return None
     if before.state in (REFUSED, FAILED):
         is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
-        return replace(before, root=job.source.root, source=job.source.path, seconds=None) if is_known else None
+        now = replace(before, root=source.root, source=source.path, hidden=source.hidden, seconds=None)
+        return now if is_known else None
     there = already_there(job, before.fingerprint) if before.fingerprint else None
     same = there and replace(before, state=UNCHANGED, seconds=None)
     return same if same == there else there  # what is as before takes no memory of its own
@@ -374,8 +399,7 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
 
 def _digest_of_store(out: Location, record: VolumeRecord) -> str | None:
     """Return the digest of the recipe that a record's store was made by; None where the store is gone."""
-    name = store_name(record.id)
-    metadata = read_metadata(out, name)
-    if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, name, metadata):
+    metadata = read_metadata(out, record.place)
+    if metadata is None or metadata["sha256"] != record.store_sha256 or not is_whole(out, record.place, metadata):
         return None
     return recipe_digest(metadata)

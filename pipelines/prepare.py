@@ -10,7 +10,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from photon_data.dataset_lock import differences, lock_of
 from photon_data.errors import UsageError
 from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
@@ -36,30 +37,31 @@ from photon_data.questions.kept import (
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.readers.find import LABEL_MAP
-from photon_data.readers.mask_pattern import usual_pattern
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
     DATASET_DIGEST,
+    DIED,
+    FAILED,
     LOCK,
     PRUNED,
     REFUSED,
     VOLUMES,
+    SomeWork,
     VolumeRecord,
+    Work,
     append_record,
-    differences,
-    lock_of,
     read_records,
-    store_name,
+    record_of,
+    store_names,
     write_records,
 )
-from photon_data.report import render_report
+from photon_data.report import NO_PICTURE, render_report
 from photon_data.store import open_volume
-from photon_pipelines.child import children, run_isolated
-from photon_pipelines.cluster import Workers, execute
+from photon_pipelines.child import run_isolated
+from photon_pipelines.cluster import Needs, Workers, execute
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
-from photon_pipelines.masks import forget, read_rows, write_rows
+from photon_pipelines.masks import forget, id_at, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
 from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all
@@ -87,11 +89,12 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
     for note in gathered.notes:
         callback.on_note(note)
     with exclusive(out) as hold:
-        todo = plan(gathered.jobs, request)
+        todo = plan(gathered.jobs, request, gathered.rows)
         questions = collect(gathered, out, request.allow_leaks)
+        gathered = gathered._replace(rows=None)
         gathered.jobs.clear()  # those to do are in the plan, until they are done
         if gathered.key:
-            _keep_key(gathered.key, out, callback)
+            keep_key(gathered.key, out, callback)
         callback.on_plan(todo, gathered.ignored)
         for note in notes_of_grids(todo.before, todo.done, request):
             callback.on_note(note)
@@ -106,7 +109,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         return result._replace(damaged=damaged, masks=masks)
 
 
-def _keep_key(key: str, out: Location, callback: Callback) -> None:
+def keep_key(key: str, out: Location, callback: Callback) -> None:
     """Write the key that ids were made with; UsageError where another run has made one meanwhile."""
     if (there := read_key(out)) is None:
         note = "a key was made, from which ids and patients are"
@@ -123,31 +126,59 @@ def finish(
     unmatched: Sequence[Unmatched] = (),
 ) -> Result:
     """Write all that is made from records and questions: manifests, dataset.json, report, counts."""
-    out, rows = request.out, _by_id([*records, *kept])
+    out, rows = request.out, by_id([*records, *kept])
     rows_before = row_ids(out)
-    manifests, leak = _write_manifests(request, questions, unmatched, rows)
     hidden = any(record.hidden for record in rows)
     versions = _versions()
-    there = {record.id for record in rows if record.is_there}
-    page = render_report(
-        rows,
-        recipe=request.recipe,
-        open_volume=lambda record: open_volume(out.at(store_name(record.id)), "model", id=record.id),
-        pictures=request.pictures,
-        title=out.at("").rstrip("/").rpartition("/")[2],
-        source="" if hidden else request.source.name,
-        tools=versions,
-        masks=[row for row in read_rows(out) if row.id in there],
-    )
-    out.write(REPORT, page)
+    report = _write_report(request, rows, versions, hidden=hidden)
+    manifests, leak = _write_manifests(request, questions, unmatched, rows)
     counts = count(row for split in manifests.rows.values() for row in split)
     _write_json(out, COUNTS, [asdict(found) for found in counts])
     lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, _salt(request))
     _write_json(out, LOCK, lock)
-    _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden)
+    _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden, report=report)
     found = list(differences(request.lock, lock, rows)) if request.lock else []
     left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
     return Result(records, kept, manifests, counts, found, left, leak, damaged=())
+
+
+def _write_report(
+    request: Request, rows: list[VolumeRecord], versions: Mapping[str, str], *, hidden: bool
+) -> dict[str, str]:
+    """Write the report, unless the one that is there was made from the same; return what dataset.json says of it.
+
+    A page on which a picture is missing is always made again.
+    """
+    out, there = request.out, {record.id for record in rows if record.is_there}
+    masks = [row for row in read_rows(out) if row.id in there]
+    title, source = out.at("").rstrip("/").rpartition("/")[2], "" if hidden else request.source.name
+    made_from = hashlib.sha256(repr([request.recipe, request.pictures, title, source, versions]).encode())
+    for row in (*rows, *masks):
+        made_from.update(row.mark())
+    known, page = _report_before(out), out.read(REPORT) or b""
+    if known.get("made_from") == made_from.hexdigest() and known.get("sha256") == hashlib.sha256(page).hexdigest():
+        return known
+    page = render_report(
+        rows,
+        recipe=request.recipe,
+        open_volume=lambda record: open_volume(out.at(record.place), "model", id=record.id),
+        pictures=request.pictures,
+        title=title,
+        source=source,
+        tools=versions,
+        masks=masks,
+    )
+    out.write(REPORT, page)
+    whole = NO_PICTURE.encode() not in page
+    return {"made_from": made_from.hexdigest(), "sha256": hashlib.sha256(page).hexdigest()} if whole else {}
+
+
+def _report_before(out: Location) -> dict[str, str]:
+    """Return what dataset.json says of the report that was written last; {} where it says nothing."""
+    try:
+        return dict(from_json(out.read(DATASET) or b"")["report"])
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def _salt(request: Request) -> str:
@@ -156,19 +187,6 @@ def _salt(request: Request) -> str:
         return str((request.lock or from_json(request.out.read(LOCK) or b""))["salt"])
     except (ValueError, KeyError, TypeError):
         return secrets.token_hex(16)
-
-
-def inspect(request: Request, workers: Workers) -> tuple[list[VolumeRecord], Mapping[str, int], list[str]]:
-    """Return the record of every scan, by id, the number of other files by suffix, and notes. Nothing is written.
-
-    The state of a scan that would be prepared is "ready", of others "refused" or "failed".
-    """
-    gathered = gather(request)
-    jobs = [replace(job, write=False) for job in gathered.jobs]
-    notes = []
-    if LABEL_MAP in gathered.ignored and (found := usual_pattern([job.source for job in jobs])):
-        notes.append(f"--masks '{found[0]}' would find the masks of {found[1]} of {len(jobs)} scans")
-    return _by_id(execute(jobs, run_isolated, workers, children())), gathered.ignored, notes
 
 
 def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
@@ -187,8 +205,9 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
         if any(record.hidden for record in records) and not any(record.hidden for record in rows):
             save_names(out, ())  # write_records has nobody to name
         forget(out, ids)
-        for id in ids:
-            out.remove(store_name(id))
+        for place in store_names(out):
+            if id_at(place) in ids:
+                out.remove(place)
         return finish(request, [], rows, questions)
 
 
@@ -209,7 +228,8 @@ def _pruned(record: VolumeRecord) -> VolumeRecord:
     return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)
 
 
-def _by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
+def by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
+    """Return records in the order of their ids."""
     return sorted(records, key=lambda record: record.id)
 
 
@@ -220,8 +240,12 @@ def _write_dataset(
     manifests: dict[str, str] | None,
     *,
     hidden: bool,
+    report: Mapping[str, str] | None = None,
 ) -> None:
-    """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished."""
+    """Write dataset.json; `manifests` are {name: SHA-256}, None while the run is not finished.
+
+    `report` says what the report was made from; None leaves what was there.
+    """
     files = None
     if manifests is not None:  # else they are those of the run before
         files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
@@ -236,6 +260,7 @@ def _write_dataset(
         "counts": {**count_states(records), "kept": len(kept)},
         "manifests": manifests,
         "files": files,
+        "report": dict(_report_before(request.out) if report is None else report),
     }
     _write_json(request.out, DATASET, {**dataset, DATASET_DIGEST: digest_of(dataset, DATASET_DIGEST)})
 
@@ -255,20 +280,16 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
     done, and of the rest what earlier runs left.
     """
     out = hold.out
-    for folder in ("volumes", MASK_STORES, "manifests", ""):  # what a killed run left half-written
-        for name in out.names(folder):
-            if name.startswith(".") and name.endswith(".partial"):
-                out.remove(str(Path(folder, name)))
+    _remove_partial(out)
     records = list(todo.done)
 
     def write_snapshot() -> None:
         rows = {record.id: record for record in [*todo.before, *todo.kept, *records]}
-        write_records(out, _by_id(rows.values()))
+        write_records(out, by_id(rows.values()))
 
     due_s = time.monotonic() + SNAPSHOT_S
     try:
-        task = partial(run_isolated, holder=hold.token)
-        with closing(execute(todo.jobs, task, workers, children())) as finished:
+        with closing(prepared(todo.jobs, workers, hold)) as finished:
             for record in finished:
                 hold.check()
                 records.append(record)
@@ -283,7 +304,37 @@ def _run(todo: Plan, hold: Hold, workers: Workers, callback: Callback) -> list[V
         if not hold.is_lost:
             write_snapshot()
     hold.check()
+    _remove_partial(out)
     return records
+
+
+def _remove_partial(out: Location) -> None:
+    """Remove what killed runs, and workers that were lost, left half-written. Nobody is writing."""
+    flat = [*(f"manifests/{name}" for name in out.names("manifests")), *out.names("")]
+    for place in [*store_names(out), *store_names(out, MASK_STORES), *flat]:
+        name = place.rpartition("/")[2]
+        if name.startswith(".") and name.endswith(".partial"):
+            out.remove(place)
+
+
+def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
+    """Yield the record of every job as it ends, of the largest first; the list is used up."""
+    task = partial(run_isolated, holder=hold.token if hold else "")
+    jobs.sort(key=lambda job: job.source.bytes)
+    with closing(execute(jobs, task, workers, _needs(jobs, hold))) as finished:
+        for job, reply in finished:
+            if DIED in reply:
+                code, reason = reply[DIED]
+                yield record_of(job, FAILED, code=code, reason=reason)
+            else:
+                yield VolumeRecord.from_json(reply)
+
+
+def _needs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
+    """Return what workers must see: a file below each source folder, and OUT."""
+    files = {job.source.root: job.source.files[0] for job in jobs if job.source.files}
+    there = tuple((str(file), file.stat().st_size) for file in files.values() if file.is_file())
+    return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 
 def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback) -> list[VolumeRecord]:
@@ -293,8 +344,7 @@ def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback)
     for row in rows:
         callback.on_masks(row, total)
     try:
-        task = partial(run_isolated, holder=hold.token)
-        with closing(execute(jobs, task, workers, children())) as finished:
+        with closing(prepared(jobs, workers, hold)) as finished:
             for row in finished:
                 hold.check()
                 rows.append(row)

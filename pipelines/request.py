@@ -16,7 +16,7 @@ from photon_data.hounsfield import HEADER
 from photon_data.json_text import from_json
 from photon_data.questions.splits import FRACTIONS
 from photon_data.recipe import Policy, Recipe, named_recipe
-from photon_data.records import DATASET, VolumeRecord, store_name
+from photon_data.records import DATASET, VolumeRecord
 from photon_data.scan import MaskPattern
 from photon_data.store import WRITTEN, read_metadata
 from photon_data.store import grids_of as grids_in
@@ -140,7 +140,7 @@ def notes_of_grids(before: Iterable[VolumeRecord], done: Iterable[VolumeRecord],
         wanted, found = set(WRITTEN[grids]), []
         there = [record for record in records if record.is_there]
         with ThreadPoolExecutor(16) as threads:
-            known = threads.map(lambda record: read_metadata(request.out, store_name(record.id)), there)
+            known = threads.map(lambda record: read_metadata(request.out, record.place), there)
             for record, metadata in zip(there, known, strict=True):
                 own = set(grids_in(metadata)) if metadata else wanted
                 found += [record.id] if (wanted - own if missing else own - wanted) else []

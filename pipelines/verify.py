@@ -1,11 +1,13 @@
-"""Checks every byte that prepare left."""
+"""Checks every byte that prepare left: here, or where there are many stores, in processes of workers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
 from photon_data.files import Location, digest_of
@@ -19,17 +21,22 @@ from photon_data.questions.manifest import validate
 from photon_data.records import (
     DATASET,
     DATASET_DIGEST,
+    DIED,
+    INSPECTED,
     LOCK,
     ROW_DIGEST,
+    STORES,
     SUFFIX,
     VOLUMES,
     VolumeRecord,
     is_unfinished,
     read_records,
     records_of,
-    store_name,
+    store_names,
 )
 from photon_data.store import read_metadata, verify_store
+from photon_pipelines import child
+from photon_pipelines.cluster import Workers, execute, needs_of, pays
 from photon_pipelines.masks import ROWS as MASK_ROWS
 from photon_pipelines.masks import verify_masks
 
@@ -37,37 +44,50 @@ NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut s
 EARLIER = "of an earlier version, which wrote no checksum of it: run prepare again"
 
 
+class StoreJob(NamedTuple):
+    """A store to check."""
+
+    out: str
+    name: str
+    record: VolumeRecord | None  # None where volumes.jsonl cannot be read
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `check_store` takes."""
+        return {"out": self.out, "name": self.name, "row": self.record and self.record.to_json()}
+
+
 def verify_output(
     out: Location,
     progress: Callable[[int, int], object] = lambda done, total: None,
     unchecked: Callable[[str], object] = lambda what: None,
+    workers: Workers | None = None,
 ) -> Iterator[str]:
     """Yield what is wrong, a sentence each: files missing, changed, unreadable or surplus, stores without a row.
 
     One that cannot be read does not stop the others. UsageError where nothing was prepared. `progress` gets the number
-    of stores that are checked, and of all; `unchecked` what in `out` was not.
+    of stores that are checked, and of all; `unchecked` what in `out` was not. Stores are read by `workers`, if given.
     """
     if not out.exists(VOLUMES):
         records_of(out)  # says so
     dataset = yield from _verify_dataset(out, unchecked)
     records = yield from _verify_rows(out, dataset, unchecked)
     there = [record for record in records or () if record.is_there]
-    found = yield from _names(out, "volumes")
-    known: dict[str, VolumeRecord | None] = {store_name(record.id): record for record in there}
-    strangers = [f"volumes/{name}" for name in found if f"volumes/{name}" not in known]
+    found = yield from _names(out, STORES)
+    known: dict[str, VolumeRecord | None] = {record.place: record for record in there}
+    strangers = [place for place in found if place not in known]
     if records is None:  # nothing says which stores belong here: each is checked by what it says itself
         known, strangers = dict.fromkeys(name for name in strangers if name.endswith(SUFFIX)), []
-    for number, (name, record) in enumerate(known.items(), 1):
-        yield from verify_store(out, name, record.store_sha256 if record else None)
-        yield from _verify_record(out, name, record) if record else ()
-        progress(number, len(known))
+    total, jobs = len(known), [StoreJob(out.at(""), name, record) for name, record in known.items()]
+    for number, problems in enumerate(_check_stores(out, jobs, workers), 1):
+        yield from problems
+        progress(number, total)
     yield from (f"{name}: {NO_ROW}" for name in strangers)
     if records is not None:
         yield from _verify_masks(out, records)
     elif (yield from _names(out, MASK_STORES)):
         unchecked(f"{MASK_STORES} (which belong to the volumes that there should be)")
     yield from _verify_manifests(out, dataset)
-    parts = {"volumes", VOLUMES, DATASET, MANIFESTS, QUESTIONS, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
+    parts = {STORES, VOLUMES, DATASET, MANIFESTS, QUESTIONS, INSPECTED, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
     parts |= set((dataset or {}).get("files") or ())
     for name in (yield from _names(out, "")):
         if name not in parts:
@@ -141,26 +161,49 @@ def _digests(name: str, rows: Iterable[dict[str, Any]]) -> tuple[list[str], list
     return damaged, without, number
 
 
-def _verify_record(out: Location, name: str, record: VolumeRecord) -> Iterator[str]:
+def _check_stores(out: Location, jobs: list[StoreJob], workers: Workers | None) -> Iterator[list[str]]:
+    """Yield what is wrong with each of the stores."""
+    if workers is None or not pays(workers, len(jobs)):
+        yield from (check_store(job.to_json())["problems"] for job in jobs)
+        return
+    jobs.reverse()
+    task = partial(child.run_isolated, module=__name__)
+    with closing(execute(jobs, task, workers, needs_of(out, VOLUMES))) as finished:
+        for job, reply in finished:
+            yield reply["problems"] if DIED not in reply else [f"{job.name}: could not be checked: {reply[DIED][1]}"]
+
+
+def check_store(job: dict[str, Any]) -> dict[str, list[str]]:
+    """Return what is wrong with a store, and where its row says another thing; both as JSON."""
+    out, name, row = Location(job["out"]), job["name"], job["row"]
+    problems = list(verify_store(out, name, row["store_sha256"] if row else None))
+    return {"problems": problems + list(_verify_row(out, name, row) if row else ())}
+
+
+def main(address_space_bytes: int) -> None:
+    """Check stores until the parent ends."""
+    child.main(address_space_bytes, check_store)
+
+
+def _verify_row(out: Location, name: str, row: dict[str, Any]) -> Iterator[str]:
     """Yield where the row of a volume says another thing than its store."""
-    if record.store != name:
-        yield f"{record.id}: its row names {record.store} as its store, not {name}"
+    if row["store"] != name:
+        yield f"{row['id']}: its row names {row['store']} as its store, not {name}"
     try:
         metadata = read_metadata(out, name)
     except OSError:
         return
     if metadata is None:  # told already
         return
-    row = record.to_json()
     for field in ("id", "fingerprint", "key", "facts"):
         if json.dumps(row[field], sort_keys=True) != json.dumps(metadata[field], sort_keys=True):
-            yield f"{record.id}: its row in {VOLUMES} has another {field} than {name}; run prepare again"
+            yield f"{row['id']}: its row in {VOLUMES} has another {field} than {name}; run prepare again"
 
 
 def _names(out: Location, folder: str) -> Generator[str, None, list[str]]:
-    """Return the names in a folder; one that cannot be looked into is a problem, and has none."""
+    """Return the names in a folder, of stores their places; one that cannot be read is a problem and has none."""
     try:
-        return out.names(folder)
+        return store_names(out, folder) if folder in (STORES, MASK_STORES) else out.names(folder)
     except OSError as error:
         yield f"{folder or out.url}: cannot be read ({error.strerror or error})"
         return []

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from raw import write_scan
 
+from photon_data.dataset_lock import read_lock
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
 from photon_data.recipe import Recipe
-from photon_data.records import read_lock
 from photon_pipelines import collection
 from photon_pipelines.cluster import Workers
 from photon_pipelines.prepare import prepare, prune

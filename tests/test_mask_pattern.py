@@ -1,5 +1,7 @@
 """Which files a pattern finds for a scan, what the masks are called, and what it cannot mean."""
 
+import glob
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from raw import write_scan
 from photon_data.errors import Refused, UsageError
 from photon_data.files import Location
 from photon_data.readers.find import find_scans
-from photon_data.readers.mask_pattern import common_words, masks_of, scans_alone, usual_pattern
+from photon_data.readers.mask_pattern import Folders, common_words, masks_of, scans_alone, usual_pattern
 from photon_data.recipe import Recipe
 from photon_data.scan import MaskPattern, Source
 from photon_pipelines.mask_plan import find_masks
@@ -200,3 +202,18 @@ def test_a_data_set_of_a_manifest_has_a_pattern_of_its_own(tmp_path):
     (tmp_path / "m.yaml").write_text(text.replace("{}", "'labels/*.nii.gz'"))
     with pytest.raises(UsageError, match="line 5: --masks"):
         read_data_manifest(tmp_path / "m.yaml")
+
+
+def test_a_folder_is_listed_once_however_many_scans_it_has_and_the_same_masks_are_found(tmp_path, monkeypatch):
+    listed = []
+    names = ["a_1.nii", "a_2.nii", "a_10.nii", "b_1.nii", "ab_1.nii", ".a_3.nii", "a_x.txt", "b[1]_1.nii", "a"]
+    for name in names:
+        (tmp_path / name).touch()
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
+    folders = Folders()
+    globs = ["a_*.nii", "a_?.nii", "b_*", "*_1.nii", ".a*", "none_*", "[[]a]*", "a"] * 3
+    for pattern in globs:
+        place = str(tmp_path / pattern)
+        assert sorted(folders.matches(place)) == sorted(map(Path, glob.glob(place)))  # noqa: PTH207 - as Python finds them
+    assert len([path for path in listed if path == str(tmp_path)]) == 1

@@ -22,7 +22,6 @@ from photon_data.mask_store import Label, Layers, box_of, open_masks
 from photon_data.prepare_masks import LabelMap, MaskJob, nearest, prepare_masks
 from photon_data.questions.label_table import read_label_names
 from photon_data.recipe import Recipe
-from photon_data.records import VolumeRecord
 from photon_data.scan import MaskPattern
 from photon_data.store import open_volume
 from photon_data.volume import Geometry
@@ -46,7 +45,7 @@ def in_this_process(request, monkeypatch):
 
         def execute(jobs, *_):
             for job in jobs:
-                yield VolumeRecord.from_json(prepare_job(json.loads(json.dumps(job.to_json()))))
+                yield job, prepare_job(json.loads(json.dumps(job.to_json())))
 
         monkeypatch.setattr("photon_pipelines.prepare.execute", execute)
 

@@ -208,9 +208,10 @@ def test_a_worker_of_a_cluster_logs_no_name(raw, tmp_path):
     """Dask logs the arguments of a task that raises; ours never does."""
     (source,) = [s for s in find_scans(raw).sources if "Max" in s.path]
     job = Job(replace(source, hidden=True), str(tmp_path / "out"), Recipe())
-    with child.children():
-        reply = child.run_isolated(job.to_json(), 60, 1)  # an address space in which nothing can start
-    assert NAME not in json.dumps(reply.get("reason", reply))
+    reply = child.run_isolated(job.to_json(), 60, 1, "run")  # an address space in which nothing can start
+    child.end_children("run")
+    assert reply.keys() & {"died", "unable"}
+    assert NAME not in json.dumps(reply)
 
 
 def test_ids_from_a_key_stay_and_tell_nothing_without_it(raw, tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError
@@ -77,15 +78,10 @@ def _names(out: Location) -> list[str]:
     return sorted(name.removesuffix(SUFFIX) for name in names)
 
 
-def _rows(out: Location) -> list[dict[str, Any]]:
-    found = []
+def _rows(out: Location) -> Iterator[dict[str, Any]]:
     for name in manifest_names(out):
-        try:
-            rows = list(out.rows(name))
-        except ValueError:  # it is written anew
-            continue
-        found += [row for row in rows if isinstance(row, dict)]
-    return found
+        with contextlib.suppress(ValueError):  # it is written anew
+            yield from (row for row in out.rows(name) if isinstance(row, dict))
 
 
 def _questions_of_manifests(out: Location) -> dict[str, list[Question]]:

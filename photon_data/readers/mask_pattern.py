@@ -8,9 +8,12 @@ labelsTr/{case}.nii.gz             one label map a scan: its values have names o
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import itertools
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,12 +60,35 @@ def place_of(pattern: MaskPattern, source: Source) -> str:
     return os.path.normpath(Path(escape(source.root), text))
 
 
-def mask_paths(pattern: MaskPattern, source: Source) -> list[Path]:
+class Folders:
+    """Which names match a glob. A folder is listed once, however many scans lie in it, not once for each of them."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def matches(self, place: str) -> list[Path]:
+        """Return what matches a glob, hidden files aside."""
+        folder, pattern = os.path.split(place)
+        if glob.has_magic(folder) or "**" in pattern or "[" in pattern:
+            return [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
+        if (names := self._names.get(folder)) is None:
+            try:
+                names = sorted(os.listdir(folder))  # noqa: PTH208 - names alone
+            except OSError:
+                names = []
+            self._names[folder] = names
+        start = re.split("[*?]", pattern, maxsplit=1)[0]
+        first = bisect_left(names, start)
+        beginning = itertools.takewhile(lambda name: name.startswith(start), itertools.islice(names, first, None))
+        fits = re.compile(fnmatch.translate(pattern)).match
+        return [Path(folder, name) for name in beginning if fits(name) and (name[0] != "." or pattern[0] == ".")]
+
+
+def mask_paths(pattern: MaskPattern, source: Source, folders: Folders | None = None) -> list[Path]:
     """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
     place = place_of(pattern, source)
     if pattern.is_glob:
-        # Hidden files are passed over.
-        found = [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
+        found = (folders or Folders()).matches(place)
     elif Path(place).is_dir():
         found = [path for path in Path(place).rglob("*") if not _is_hidden(path.relative_to(place))]
     else:
@@ -71,15 +97,16 @@ def mask_paths(pattern: MaskPattern, source: Source) -> list[Path]:
     return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
 
 
-def masks_of(pattern: MaskPattern, source: Source, common: Collection[str] = ()) -> list[MaskFile]:
+def masks_of(
+    pattern: MaskPattern, source: Source, common: Collection[str] = (), folders: Folders | None = None
+) -> list[MaskFile]:
     """Return the masks of a scan; Refused for a name that is there twice, and for a format that is not read.
 
     Refused too where the name of a mask has a word of a hidden path, but for those in `common` (see `common_words`).
     One that has a name or an id of the patient, which the headers of the slices alone tell, is called "mask-1".
     """
     place, found = Path(place_of(pattern, source)), []
-    paths = mask_paths(pattern, source)
-    for path in paths:
+    for path in mask_paths(pattern, source, folders):
         suffix = suffix_of(path)
         if not suffix:
             raise refusal("format", path.name, "NIfTI, NRRD or MetaImage", "another format", NOT_READ)
@@ -175,8 +202,9 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[S
     """
     by_file = {source.files[0]: source for source in sources if source.files}
     scans = [source for source in sources if source.files]
+    folders = Folders()
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda source: mask_paths(pattern, source), scans))
+        found = list(threads.map(lambda source: mask_paths(pattern, source, folders), scans))
     claims = {s.id: {by_file[p].id for p in paths if p in by_file} for s, paths in zip(scans, found, strict=True)}
     masks = {mask for scan, claimed in claims.items() for mask in claimed}
     both = [s.path for s in sources if s.id in masks and any(s.id in claims.get(c, ()) for c in claims.get(s.id, ()))]
@@ -189,7 +217,8 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[S
 
 def usual_pattern(sources: Sequence[Source]) -> tuple[str, int] | None:
     """Return the one of USUAL that finds masks for most scans, and for how many; None where none does."""
-    counts = {text: sum(bool(mask_paths(MaskPattern(text), source)) for source in sources) for text in USUAL}
+    folders = Folders()
+    counts = {text: sum(bool(mask_paths(MaskPattern(text), s, folders)) for s in sources) for text in USUAL}
     best = max(USUAL, key=lambda text: counts[text])
     return (best, counts[best]) if counts[best] else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 OpenVolume = Callable[[VolumeRecord], Volume]
 
+NO_PICTURE = "No picture could be made."  # what a page says in the place of one
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 MOST_VOLUME_LINES, MOST_REFUSED_LINES, MOST_DUPLICATE_LINES, MOST_CHANGED_LINES = 5_000, 2_000, 200, 2_000
 PANEL_PX, JPEG_QUALITY = 240, 80
@@ -53,10 +55,10 @@ def render_report(
     shown in that volume's place. `tools` maps names to versions; `masks` are rows of masks.jsonl. Of absolute paths, in
     `source` too, only the last part is shown.
     """
-    volumes = reported_volumes(records)
-    measured = [volume for volume in volumes if volume.extent_lps_mm]
+    volumes, measures = _ranked(records)
+    measured = len(measures.extent_lps_mm)
     counts = Counter(record.state for record in records)
-    listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
+    listed = [_reported(record) for record in volumes[pictures : pictures + MOST_VOLUME_LINES]]
     changed = changed_lines(records)
     same_content = [(len(group), first_few([record.id for record in group], 10)) for group in duplicates(records)]
     values = {
@@ -68,8 +70,8 @@ def render_report(
         "bytes_of_stores": sum(record.store_bytes or 0 for record in records),
         "recipe": recipe,
         "tools": tools or {},
-        "measured": len(measured),
-        "chapters": summary_charts(measured, recipe) if measured else {},
+        "measured": measured,
+        "chapters": summary_charts(measures, recipe) if measured else {},
         "lost": lost_groups(records),
         "changed": changed[:MOST_CHANGED_LINES],
         "changed_left": len(changed[MOST_CHANGED_LINES:]),
@@ -79,10 +81,11 @@ def render_report(
         "masks_there": sum(row.is_there for row in masks),
         "mask_problems": masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
         "volumes": len(volumes),
-        "cards": [_card(volume, open_volume) for volume in volumes[:pictures]],
+        "cards": [_card(_reported(record), open_volume) for record in volumes[:pictures]],
         "lines": listed,
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
+        "without_picture": NO_PICTURE,
     }
     return render(TEMPLATE, values, {"size": _size})
 
@@ -109,63 +112,84 @@ class ReportedVolume(NamedTuple):
         return list(zip(chain.from_iterable(LETTERS), chain.from_iterable(self.cut_mm), strict=True))
 
 
-def reported_volumes(records: Sequence[VolumeRecord]) -> list[ReportedVolume]:
-    """Return the volumes that are there, those that most need eyes first."""
-    volumes = []
+class Measures(NamedTuple):
+    """What the charts show of the volumes that were measured: numbers, since there may be a million of them."""
+
+    spacing_lps_mm: np.ndarray  # [n, 3]
+    extent_lps_mm: np.ndarray  # [n, 3]
+    cut_lps_mm: np.ndarray  # [n, 3], at both ends together
+    hu: Mapping[str, Sequence[float]]  # {"p50": ..., "p99": ...}, where it was measured
+    shares: np.ndarray  # of voxels in each bin, summed over the volumes
+    profiles: int  # how many volumes these are
+
+
+def _ranked(records: Sequence[VolumeRecord]) -> tuple[list[VolumeRecord], Measures]:
+    """Return the volumes that are there, those that most need eyes first, and what the charts show of them."""
+    ranks, numbers, hu = [], array("d"), {"p50": array("d"), "p99": array("d")}
+    shares, profiles = np.zeros(0), 0
     for record in records:
-        if record.is_there:
-            facts, other = record.facts or {}, other_remarks(record)
-            spacing = extent = None
-            if facts.get("geometry"):
-                geometry = Geometry.from_json(facts["geometry"])
-                spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
-                # Of a tilted scan, that of the box around it.
-                extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
-            remarks = cut_remarks(record), other, attention(record, other)
-            volumes.append(ReportedVolume(record, *remarks, spacing, extent, ends_mm(facts, "cut_mm")))
-    return sorted(volumes, key=lambda volume: (-volume.attention, volume.record.id))
+        if not record.is_there:
+            continue
+        volume = _reported(record)
+        ranks.append((-volume.attention, record.id, record))
+        if not (volume.spacing_lps_mm and volume.extent_lps_mm):
+            continue
+        numbers.extend((*volume.spacing_lps_mm, *volume.extent_lps_mm, *map(sum, volume.cut_mm)))
+        statistics = volume.facts.get("hu_before") or {}
+        counts = np.asarray(statistics.get("histogram") or [], float)
+        if total := counts.sum():
+            shares, profiles = counts / total + (shares if profiles else 0), profiles + 1
+        for key, found in hu.items():
+            if statistics.get(key) is not None:
+                found.append(statistics[key])
+    ranks.sort(key=lambda rank: rank[:2])
+    table = np.array(numbers).reshape(-1, 3, 3)
+    measures = Measures(table[:, 0], table[:, 1], table[:, 2], hu, shares, profiles)
+    return [record for *_, record in ranks], measures
 
 
-def summary_charts(volumes: Sequence[ReportedVolume], recipe: Recipe) -> dict[str, list[Chart]]:
+def _reported(record: VolumeRecord) -> ReportedVolume:
+    facts, other = record.facts or {}, other_remarks(record)
+    spacing = extent = None
+    if facts.get("geometry"):
+        geometry = Geometry.from_json(facts["geometry"])
+        spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
+        # Of a tilted scan, that of the box around it.
+        extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
+    remarks = cut_remarks(record), other, attention(record, other)
+    return ReportedVolume(record, *remarks, spacing, extent, ends_mm(facts, "cut_mm"))
+
+
+def summary_charts(measures: Measures, recipe: Recipe) -> dict[str, list[Chart]]:
     """Return the charts of all volumes that were measured, by the heading that they stand under."""
     grid_mm = [n * s for n, s in zip(recipe.shape_zyx, recipe.spacing_mm, strict=True)][::-1]
     spacings, extents, cuts = [], [], []
     for axis, (letter, way) in enumerate(zip(AXES, WAYS, strict=True)):
         name = f"{letter}, {way}"
-        spacings.append(histogram([v.spacing_lps_mm[axis] for v in volumes if v.spacing_lps_mm], name=name, unit="mm"))
+        spacings.append(histogram(measures.spacing_lps_mm[:, axis], name=name, unit="mm"))
         mark = Mark(grid_mm[axis], f"grid {grid_mm[axis]:g} mm")
-        sizes = [v.extent_lps_mm[axis] for v in volumes if v.extent_lps_mm]
-        extents.append(histogram(sizes, name=name, unit="mm", mark=mark))
-        lost = [mm for mm in (sum(volume.cut_mm[axis]) for volume in volumes) if mm >= SMALLEST_CUT_MM]
-        losing = f"{name}: {len(lost):,} of {len(volumes):,} volumes lose something"
+        extents.append(histogram(measures.extent_lps_mm[:, axis], name=name, unit="mm", mark=mark))
+        all_mm = measures.cut_lps_mm[:, axis]
+        lost_mm = all_mm[all_mm >= SMALLEST_CUT_MM]
+        losing = f"{name}: {len(lost_mm):,} of {len(all_mm):,} volumes lose something"
         nothing = Chart(f"{name}:", "no volume loses anything")
-        cuts.append(histogram(lost, name=losing, unit="mm") if lost else nothing)
+        cuts.append(histogram(lost_mm, name=losing, unit="mm") if len(lost_mm) else nothing)
     return {
         "Native spacing": spacings,
         "Extent, and the size of the grid": extents,
         "Cut off, because it lies outside of the grid": cuts,
-        "Intensities before resampling": _hu_charts(volumes),
+        "Intensities before resampling": _hu_charts(measures),
     }
 
 
-def _hu_charts(volumes: Sequence[ReportedVolume]) -> list[Chart]:
+def _hu_charts(measures: Measures) -> list[Chart]:
     names = {"p50": "HU in the middle (median) of each volume", "p99": "HU that 1 % of each volume exceed"}
-    values: dict[str, list[float]] = {key: [] for key in names}
-    shares, counted = np.zeros(0), 0
-    for volume in volumes:
-        statistics = volume.facts.get("hu_before") or {}
-        counts = np.asarray(statistics.get("histogram") or [], float)
-        if total := counts.sum():
-            shares, counted = counts / total + (shares if counted else 0), counted + 1
-        for key, found in values.items():
-            if statistics.get(key) is not None:
-                found.append(statistics[key])
-    charts = []
-    if counted:
+    charts, shares = [], measures.shares
+    if measures.profiles:
         edges = np.linspace(*HISTOGRAM_RANGE, len(shares) + 1)
         words = f"mean share of voxels in {len(shares)} bins, every volume counting the same"
-        charts.append(hu_profile(shares / counted, edges, name="HU", words=words))
-    return charts + [histogram(values[key], name=name, unit="HU") for key, name in names.items()]
+        charts.append(hu_profile(shares / measures.profiles, edges, name="HU", words=words))
+    return charts + [histogram(measures.hu[key], name=name, unit="HU") for key, name in names.items()]
 
 
 def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ class Bins(NamedTuple):
     is_open: bool
 
 
-def binned(values: Sequence[float], *, include: Sequence[float] = ()) -> Bins:
+def binned(values: Sequence[float] | np.ndarray, *, include: Sequence[float] = ()) -> Bins:
     """Return about 24 equal bins or fewer, on round edges, that hold all `values` (not none) and reach to `include`."""
     data = np.round(np.asarray(values, float), 6)
     far = max(_FAR * float(np.percentile(data, 95)), *include, -np.inf)
@@ -143,7 +143,7 @@ def _round_step(least: float) -> float:
     return float(next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9)))
 
 
-def histogram(values: Sequence[float], *, name: str, unit: str, mark: Mark | None = None) -> Chart:
+def histogram(values: Sequence[float] | np.ndarray, *, name: str, unit: str, mark: Mark | None = None) -> Chart:
     """Return how many of `values` lie where; the words say their range and median."""
     if not len(values):
         return Chart(name, "nothing measured")

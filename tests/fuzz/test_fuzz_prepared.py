@@ -14,12 +14,13 @@ from mutations import budget, damaged_bytes, damaged_json, damaged_value, no_han
 from raw import write_scan
 
 from photon_data import Recipe, open_masks, open_volume
+from photon_data.dataset_lock import read_lock
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.prepare_file import prepare_file
 from photon_data.prepare_masks import prepare_masks
 from photon_data.questions.kept import keep_questions
-from photon_data.records import read_lock, read_records, write_records
+from photon_data.records import read_records, write_records
 from photon_data.scan import MaskPattern
 from photon_data.store import OWN_DIGEST, own_digest
 from photon_pipelines import collection
