@@ -49,6 +49,8 @@ def rows_to_answer(config: TrainConfig, ids: Collection[str]) -> list[Row]:
     rows: list[Row] = []
     if config.eval_benchmark:
         rows = [row for path in config.eval for row in read_rows(Path(path)) if str(row.get("id")) in ids]
+        if not rows:
+            raise UsageError("eval_benchmark: expected rows of eval that have an id, found none; leave it out")
         if config.eval_questions:
             count = min(config.eval_questions, len(rows))
             rows = [rows[i] for i in sorted(random.Random(config.seed).sample(range(len(rows)), count))]
@@ -116,7 +118,8 @@ def model_to_ask(model: Any, config: TrainConfig, accelerator: Accelerator) -> A
     if not accelerator.is_fsdp2:
         return whole.get_base_model() if config.lora_rank else whole
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    with torch.random.fork_rng(), accelerator.device:
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         copy = PhotonForConditionalGeneration(whole.config)
     copy.load_state_dict(weights)
     return copy

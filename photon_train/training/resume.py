@@ -66,5 +66,5 @@ def keep_begun_phases(photon: PhotonConfig, state: dict[str, Any], total_steps: 
     """
     for phase, begun in state.get("phases", {}).items():
         now = {phase.value: start for phase, start in phase_starts(photon, total_steps).items()}
-        if begun <= state["step"] and now[phase] != begun:
+        if begun < state["step"] and now[phase] != begun:  # else no step was made in it
             setattr(photon, f"{phase}_start", begun)

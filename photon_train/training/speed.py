@@ -5,6 +5,7 @@ Legend: B rows of a micro-batch, M tokens of a row after pruning.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,10 +50,12 @@ def training_flops(
     decoder = layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
     decoder += layers(photon, lower, length_B - shared, length_B).sum()
     decoder += flops.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
-    tower = batch.volumes * flops.vision(photon, photon.patches_thw)
+    tower, embedding = flops.vision(photon, photon.patches_thw), flops.tower_weights(photon)[0]
+    embedding *= 2 * math.prod(photon.patches_thw)
     with_weights = config.lr_language_model > 0 and not config.lora_rank
     through_tower = 3 if config.lr_vision else 2 if config.lr_patch_embedding else 1
-    return decoder * (3 if with_weights else 2) + tower * through_tower
+    of_volume = through_tower * tower - (embedding if config.lr_vision else 0)  # voxels have no gradient
+    return decoder * (3 if with_weights else 2) + batch.volumes * of_volume
 
 
 def rates(row: dict[str, float], seconds: float, waited: float, accelerator: Accelerator) -> dict[str, float]:
