@@ -17,10 +17,10 @@ from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_train.checkpoint import checkpoints
 from photon_train.training import loop
-from photon_train.training.config import TrainConfig, named_run, read_config, with_values
+from photon_train.training.config import OF_ANSWERS, TrainConfig, named_run, read_config, with_values
+from photon_train.training.evaluation import answering_of
 from photon_train.training.grounding import grounding_of
 from photon_train.training.interruption import TrainingInterrupted
-from photon_train.training.log import OF_ANSWERS
 from photon_train.training.setup import start
 
 SHOWN_SCORES = 3  # of the answers to rows of eval, in a line
@@ -47,7 +47,7 @@ def train_config(stage: str, file: Path | None, settings: Sequence[str], given: 
 def dry_run(config: TrainConfig) -> None:
     """Make one step of the run, and describe it."""
     with _stopped_as_exit_codes(config):
-        if description := loop.dry_run(config, grounding_of(config.grounding) if config.grounding else None):
+        if description := loop.dry_run(config, grounding_of(config.grounding), answering_of(config)):
             console.print(description, soft_wrap=True)
 
 
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, resume: bool | Literal["auto"], profile: bool) -
 
     with masks if config.grounding else nullcontext():
         grounding = grounding_of(config.grounding, on_masks) if config.grounding else None
-        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding)
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding, answering=answering_of(config))
     first_step, bar.total_steps = run.state["step"], run.total_steps
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())

@@ -102,13 +102,15 @@ class TrainConfig:
         evaluates = bool(self.eval)
         for name in ("eval_benchmark", "best_metric"):
             check(name, evaluates or not getattr(self, name), "none without eval, which says what is evaluated")
+        known = self.best_metric in ("", *FORCED) or (self.eval_benchmark and self.best_metric.startswith(OF_ANSWERS))
+        check("best_metric", bool(known), f"one of {', '.join(FORCED)}, or {OF_ANSWERS}... of an eval_benchmark")
         check("best_mode", self.best_metric != "eval_loss" or self.best_mode == "min", "min, the best eval_loss")
         check("patience", not self.patience or bool(self.best_metric), "0 without best_metric, which it waits for")
         in_place = self.augment in ("none", "intensity") or not self.grounding
         check("augment", in_place, "none or intensity with grounding, whose masks do not move with the volume")
-        known = PhotonConfig.__dataclass_fields__
-        for name in (name for name in self.photon if name not in known):
-            raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, known)}")
+        fields = PhotonConfig.__dataclass_fields__
+        for name in (name for name in self.photon if name not in fields):
+            raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, fields)}")
 
     @property
     def group_size(self) -> int:
@@ -144,6 +146,8 @@ class TrainConfig:
         }
 
 
+FORCED = ("eval_loss", "eval_forced_exact")  # what every evaluation gives
+OF_ANSWERS = "eval/"  # begins the name of every score of answers, in points
 MADE_WITH = "made_with"  # what RUN/config.json says beside the settings
 CHOICES = {
     "stage": ("s1", "s1c", "s2"),

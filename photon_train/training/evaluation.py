@@ -1,4 +1,4 @@
-"""What a run is judged by while it trains: answers scored as `photon eval` scores them, and which checkpoint is best.
+"""What a run is judged by while it trains: answers, scored as `photon eval` scores them.
 
 The model answers with the weights it has at that step, by generation: each process answers its share of the volumes,
 all get the answers of all, and the main one writes them to RUN/answers, for `photon eval --predictions`.
@@ -10,7 +10,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,25 @@ from photon_train.evaluation.evaluate import BENCHMARKS, check, evaluate
 from photon_train.evaluation.results import Settings
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import read_rows
-from photon_train.training.config import TrainConfig
+from photon_train.rows import TrainRow, read_rows
+from photon_train.training.config import FORCED, OF_ANSWERS, TrainConfig
 from photon_train.training.interruption import TrainingStopped
-from photon_train.training.log import OF_ANSWERS
+from photon_train.training.setup import Answering, AnsweringFactory
 
 logger = logging.getLogger(__name__)
 
 ANSWERS = "answers"  # folder of predictions, step-N.jsonl
-FORCED = ("eval_loss", "eval_forced_exact")  # what every evaluation gives
 SCORING = Settings(allow_partial=True, bootstrap=0)
+
+
+def answering_of(config: TrainConfig) -> AnsweringFactory | None:
+    """Return what `setup.start` makes the evaluation of answers with; None for a run without an eval_benchmark."""
+
+    def made(rows: Sequence[TrainRow], processor: PhotonProcessor, accelerator: Accelerator) -> Answering:
+        asked = rows_to_answer(config, {row.id for row in rows})
+        return lambda model, step: scores_of_answers(model, processor, asked, config, accelerator, step)
+
+    return made if config.eval_benchmark else None
 
 
 def rows_to_answer(config: TrainConfig, ids: Collection[str]) -> list[Row]:
@@ -46,27 +55,22 @@ def rows_to_answer(config: TrainConfig, ids: Collection[str]) -> list[Row]:
 
     UsageError for rows that `photon eval` would refuse, and for a `best_metric` that they do not have.
     """
-    rows: list[Row] = []
-    if config.eval_benchmark:
-        rows = [row for path in config.eval for row in read_rows(Path(path)) if str(row.get("id")) in ids]
-        if not rows:
-            raise UsageError("eval_benchmark: expected rows of eval that have an id, found none; leave it out")
-        if config.eval_questions:
-            count = min(config.eval_questions, len(rows))
-            rows = [rows[i] for i in sorted(random.Random(config.seed).sample(range(len(rows)), count))]
-        try:
-            check(config.eval_benchmark, rows, SCORING)
-            cases = [case_of(row, Prediction(row["id"])) for row in rows]
-        except KeyError as error:
-            expected = "expected the columns that photon-data prepare writes"
-            raise UsageError(f"eval_benchmark: {expected}, found rows of eval without {error}; leave it out") from None
-    names = list(FORCED)
-    for metric in BENCHMARKS.get(config.eval_benchmark, ()):
-        if any(metric.applies(case) for case in cases):
-            names.append(OF_ANSWERS + metric.name)
+    rows: list[Row] = [row for path in config.eval for row in read_rows(Path(path)) if str(row.get("id")) in ids]
+    if not rows:
+        raise UsageError("eval_benchmark: expected rows of eval that have an id, found none; leave it out")
+    if config.eval_questions:
+        count = min(config.eval_questions, len(rows))
+        rows = [rows[i] for i in sorted(random.Random(config.seed).sample(range(len(rows)), count))]
+    try:
+        check(config.eval_benchmark, rows, SCORING)
+        cases = [case_of(row, Prediction(row["id"])) for row in rows]
+    except KeyError as error:
+        expected = "expected the columns that photon-data prepare writes"
+        raise UsageError(f"eval_benchmark: {expected}, found rows of eval without {error}; leave it out") from None
+    metrics = [one.name for one in BENCHMARKS[config.eval_benchmark] if any(one.applies(case) for case in cases)]
+    names = [*FORCED, *(OF_ANSWERS + name for name in metrics)]
     if config.best_metric and config.best_metric not in names:
-        found = f"found {config.best_metric!r}; the others need an eval_benchmark that has them"
-        raise UsageError(f"best_metric: expected one of {', '.join(names)}, {found}")
+        raise UsageError(f"best_metric: expected one of {', '.join(names)}, found {config.best_metric!r}")
     return rows
 
 
@@ -123,20 +127,3 @@ def model_to_ask(model: Any, config: TrainConfig, accelerator: Accelerator) -> A
         copy = PhotonForConditionalGeneration(whole.config)
     copy.load_state_dict(weights)
     return copy
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far, a part of the run's state."""
-
-    step: int = 0  # of its checkpoint; 0 for none
-    value: float = 0.0
-    waited: int = 0  # evaluations since then
-
-    def after(self, step: int, value: float | None, mode: str) -> Best:
-        """Return the best after one more evaluation. None or NaN is never better; nor is an equal value."""
-        is_better = value is not None and value == value and (not self.step or self._is_below(value, mode))
-        return Best(step, value) if is_better and value is not None else Best(self.step, self.value, self.waited + 1)
-
-    def _is_below(self, value: float, mode: str) -> bool:
-        return value > self.value if mode == "max" else value < self.value

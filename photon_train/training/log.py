@@ -17,6 +17,7 @@ from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.scheduling import visual_mask
 from photon_train.training.batches import Batch
+from photon_train.training.config import OF_ANSWERS
 
 LOG, CURVES, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 
@@ -34,7 +35,6 @@ PANELS = {
     "share of time waiting for data": ("data_wait_share",),
 }
 
-OF_ANSWERS = "eval/"  # begins the name of every score of answers, in points
 MOST_LINES = 8  # of them in a panel: the first ones, which a benchmark is judged by
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "grounding")

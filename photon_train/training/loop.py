@@ -23,12 +23,13 @@ from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
 from photon_train.training.config import TrainConfig
-from photon_train.training.evaluation import Best, scores_of_answers
 from photon_train.training.interruption import Interruption, TrainingInterrupted, TrainingStopped
 from photon_train.training.log import Log, Sums, means, sums_of, write_summary
+from photon_train.training.resume import Best
 from photon_train.training.setup import (
     LANGUAGE_MODEL,
     MODULES,
+    AnsweringFactory,
     LossFactory,
     Run,
     gradient_norms,
@@ -101,8 +102,8 @@ def _evaluate(run: Run) -> dict[str, Any]:
     """Return what the log says of the model as it is, and note in the state whether it is the best so far."""
     step, config = run.state["step"], run.config
     found: dict[str, Any] = validate(run)
-    if run.answered_rows:
-        found |= scores_of_answers(run.model, run.processor, run.answered_rows, config, run.accelerator, step)
+    if run.answering:
+        found |= run.answering(run.model, step)
     if config.best_metric:
         best = Best(**run.state["best"]).after(step, found.get(config.best_metric), config.best_mode)
         run.state["best"] = asdict(best)
@@ -268,15 +269,18 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     return summary
 
 
-def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
+def dry_run(
+    config: TrainConfig, grounding: LossFactory | None = None, answering: AnsweringFactory | None = None
+) -> str:
     """Return a description of the run, after one step on real rows in a temporary folder; "" but in the main process.
 
     Every row is checked against its store, as at the start of a run. Raises what that raises.
     """
     with tempfile.TemporaryDirectory(prefix="photon-") as folder:
-        trial = start(replace(config, output=folder, track=()), resume=False, grounding=grounding)
+        made: dict[str, Any] = {"grounding": grounding, "answering": answering}
+        trial = start(replace(config, output=folder, track=()), resume=False, **made)
         whole, curriculum = trial.total_steps, trial.curriculum
-        trial.total_steps, trial.eval_rows, trial.answered_rows = 1, [], []
+        trial.total_steps, trial.eval_rows = 1, []
         started = time.perf_counter()
         last = run_steps(trial).get("last")
         seconds = time.perf_counter() - started

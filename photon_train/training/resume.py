@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,20 @@ def keep_begun_phases(photon: PhotonConfig, state: dict[str, Any], total_steps: 
         now = {phase.value: start for phase, start in phase_starts(photon, total_steps).items()}
         if begun < state["step"] and now[phase] != begun:  # else no step was made in it
             setattr(photon, f"{phase}_start", begun)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, a part of the run's state."""
+
+    step: int = 0  # of its checkpoint; 0 for none
+    value: float = 0.0
+    waited: int = 0  # evaluations since then
+
+    def after(self, step: int, value: float | None, mode: str) -> Best:
+        """Return the best after one more evaluation. None or NaN is never better; nor is an equal value."""
+        is_better = value is not None and value == value and (not self.step or self._is_below(value, mode))
+        return Best(step, value) if is_better and value is not None else Best(self.step, self.value, self.waited + 1)
+
+    def _is_below(self, value: float, mode: str) -> bool:
+        return value > self.value if mode == "max" else value < self.value

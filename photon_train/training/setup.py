@@ -40,12 +40,11 @@ from photon_train.checkpoint import (
 from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row, TrainRow, read_train_rows, rows_with_stores
+from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.scheduling import ThresholdPredictor
 from photon_train.training.batches import Batch, group_rows, steps_per_epoch
 from photon_train.training.config import MADE_WITH, TrainConfig, made_with
-from photon_train.training.evaluation import Best, rows_to_answer
-from photon_train.training.resume import check_length, check_same_run, keep_begun_phases, rows_digest
+from photon_train.training.resume import Best, check_length, check_same_run, keep_begun_phases, rows_digest
 from photon_train.training.row_check import rows_with_texts
 
 CONFIG = "config.json"
@@ -60,6 +59,8 @@ MODULES = {
 LANGUAGE_MODEL = "language_model"
 
 AddedLoss = Callable[[Batch], Tensor | None]  # called after each forward; None: nothing to add
+Answering = Callable[[Any, int], dict[str, float | None]]  # of the model and the step: scores of its answers
+AnsweringFactory = Callable[[Sequence[TrainRow], PhotonProcessor, Accelerator], Answering]  # of the rows of eval
 LossFactory = Callable[[Any, Sequence[TrainRow]], AddedLoss]  # of the model, and the rows it is trained on
 
 
@@ -74,11 +75,11 @@ class Run:
     processor: PhotonProcessor
     rows: Sequence[TrainRow]
     eval_rows: Sequence[TrainRow]
-    answered_rows: Sequence[Row]  # those of eval_rows that are answered by generation too
     total_steps: int
     state: dict[str, Any]
     callback: Callable[[dict[str, Any]], object]  # is given each row of the log
     grounding: AddedLoss | None = None
+    answering: Answering | None = None
 
     @property
     def schedules(self) -> bool:
@@ -105,11 +106,13 @@ def start(
     resume: bool | Literal["auto"],
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: LossFactory | None = None,
+    answering: AnsweringFactory | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
     `resume` goes on with the run in `config.output`, from its last checkpoint; "auto" begins one where there is none.
-    `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
+    `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns,
+    `answering` what `evaluation.answering_of(config)` does.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
@@ -117,9 +120,13 @@ def start(
     if resume is True and not (folder / CONFIG).exists():
         remedy = "check --output; to begin a run leave --resume out, or say --resume auto to do either"
         raise UsageError(f"expected a run to go on with, found none in {folder}; {remedy}")
-    if bool(config.grounding) != (grounding is not None):
-        remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
-        raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
+    for name, needed, given in (
+        ("grounding.grounding_of(config.grounding)", config.grounding, grounding),
+        ("evaluation.answering_of(config)", config.eval_benchmark, answering),
+    ):
+        if bool(needed) != (given is not None):
+            remedy = f"pass {name} exactly where the config has it"
+            raise UsageError(f"expected it in the config and as an argument, found one of them; {remedy}")
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
         remove_leftovers(folder)
@@ -131,7 +138,7 @@ def start(
     model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
     rows = rows_with_texts(rows, processor, config, accelerator)
     eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
-    answered_rows = rows_to_answer(config, {row.id for row in eval_rows})
+    asked = answering(eval_rows, processor, accelerator) if answering else None
     state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0, "best": asdict(Best())}
     digests = {"rows": rows_digest(rows), "eval_rows": rows_digest(eval_rows)}
     if last:
@@ -157,8 +164,8 @@ def start(
         load_optimizer_state(last, model, accelerator.unwrap_model(model), optimizer.optimizer)
     if accelerator.is_main_process:
         _announce(config, accelerator, state["step"])
-    of_rows = (rows, eval_rows, answered_rows)
-    return Run(config, accelerator, model, optimizer, processor, *of_rows, total_steps, state, callback, added)
+    steps_of = (rows, eval_rows, total_steps, state)
+    return Run(config, accelerator, model, optimizer, processor, *steps_of, callback, added, asked)
 
 
 def _announce(config: TrainConfig, accelerator: Accelerator, step: int) -> None:

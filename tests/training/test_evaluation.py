@@ -13,7 +13,7 @@ import pytest
 import torch
 from answers import put
 from askable import row
-from test_runs import COMPUTED, FSDP, TORCHRUN, stop, with_threads
+from test_runs import COMPUTED, FSDP, TORCHRUN, with_threads
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -22,11 +22,12 @@ from photon_data.errors import UsageError
 from photon_train.checkpoint import checkpoints
 from photon_train.training.batches import MicroBatches, plan_epoch
 from photon_train.training.config import TrainConfig
-from photon_train.training.evaluation import Best
+from photon_train.training.evaluation import answering_of
 from photon_train.training.interruption import TrainingInterrupted
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
-from photon_train.training.setup import start
+from photon_train.training.resume import Best
+from photon_train.training.setup import start as start_run
 from photon_train.training.speed import training_flops
 
 SCORE = "eval/accuracy_robust"
@@ -71,10 +72,25 @@ def config(models, asked, tmp_path):
     )
 
 
+def start(config, **options):
+    return start_run(config, answering=answering_of(config), **options)
+
+
 def trained(config, resume=False):
     run = start(config, resume=resume)
     run_steps(run)
     return computed(config)
+
+
+def stop(config, step):
+    """Begin the run, and end it with a Ctrl-C after a step."""
+
+    def stop_here(row):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(start(config, resume=False, callback=stop_here))
 
 
 def rows_in(path):
@@ -277,8 +293,8 @@ def test_a_run_says_its_settings_versions_and_speed(config, tmp_path):
     assert "mfu" not in row  # of a CPU no peak is known
 
 
-@pytest.mark.parametrize(("rates", "share"), [({}, 1.0), ({"lr_vision": 0.0, "lr_merger": 0.0}, 0.9)])
-def test_the_flops_of_a_step_are_those_that_torch_counts(config, rates, share):
+@pytest.mark.parametrize("rates", [{}, {"lr_vision": 0.0, "lr_merger": 0.0}])
+def test_the_flops_of_a_step_are_those_that_torch_counts(config, rates):
     """To 3 %: the scores of the scheduler are not counted."""
     settings = {"attention": "eager", "gradient_checkpointing": False, "vision_gradient_checkpointing": False}
     run = start(replace(config, questions_per_volume=1, **settings, **rates), resume=False)
@@ -289,8 +305,6 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(config, rates, share):
         output.loss.backward()
     needed = training_flops(run.processor.config, run.config, batch, output, is_dense=False)
     assert float(needed) == pytest.approx(counter.get_total_flops(), rel=0.03)
-    whole = replace(run.config, lr_vision=1.0)
-    assert float(needed / training_flops(run.processor.config, whole, batch, output, is_dense=False)) <= share
 
 
 def test_a_profile_has_the_operators_of_a_few_steps(config):
