@@ -102,6 +102,7 @@ def computed(config):
     return [{k: v for k, v in one.items() if k in COMPUTED or k.startswith("eval")} for one in rows]
 
 
+@pytest.mark.slow
 def test_the_scores_are_those_that_photon_eval_gives_the_checkpoint(config, tmp_path):
     config = replace(config, max_steps=2, save_every=1, keep_checkpoints=9)
     rows = trained(config)
@@ -121,6 +122,7 @@ def test_the_scores_are_those_that_photon_eval_gives_the_checkpoint(config, tmp_
     assert SCORE in expected
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_the_training_as_it_is_and_goes_on_after_a_stop_as_without(config, tmp_path):
     whole = trained(replace(config, output=str(tmp_path / "whole")))
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
@@ -228,6 +230,7 @@ def test_two_processes_answer_and_choose_as_one_does(config, tmp_path, shared):
 # A run that is made longer
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_goes_on_to_more_steps_and_phases_that_began_stay_where_they_began(config, tmp_path):
     shares = {"soft_start": 0.2, "hard_start": 0.4, "flip_start": 0.9}
     short = replace(config, eval=(), eval_benchmark="", best_metric="", photon=shares, schedule="constant", warmup=0.0)
