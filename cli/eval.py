@@ -59,9 +59,11 @@ def answered_before(predictions: Sequence[Path], model: str | None) -> Answering
     """Return the answering of files that exist, with the configuration of the model directory, if one is named."""
     if not model:
         return lambda rows: (predictions, None)
+    from photon_train.checkpoint import loading
     from photon_train.configuration_photon import PhotonConfig
 
-    config = PhotonConfig.from_pretrained(model)
+    with loading(model):
+        config = PhotonConfig.from_pretrained(model)
     return lambda rows: (predictions, config)
 
 

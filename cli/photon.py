@@ -85,6 +85,9 @@ def train(
         str | None, Option(metavar="[auto]", help="Go on from the last checkpoint in --output; auto: or begin.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check every row, make one step, describe the run.")] = False,
+    profile: Annotated[
+        bool, Option("--profile", help="Write a trace of three steps, on a GPU their memory too, to OUTPUT/profile.")
+    ] = False,
 ) -> None:
     """Train a stage on prepared volumes; stop it at any moment, go on with --resume."""
     if resume not in (None, "run", "auto"):
@@ -97,7 +100,7 @@ def train(
         if dry_run:
             body.dry_run(run)
         else:
-            body.train(run, "auto" if resume == "auto" else resume is not None)
+            body.train(run, "auto" if resume == "auto" else resume is not None, profile=profile)
 
 
 @app.command()

@@ -17,11 +17,13 @@ from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_train.checkpoint import checkpoints
 from photon_train.training import loop
-from photon_train.training.config import TrainConfig, named_run, read_config, with_values
+from photon_train.training.config import OF_ANSWERS, TrainConfig, named_run, read_config, with_values
+from photon_train.training.evaluation import answering_of
 from photon_train.training.grounding import grounding_of
 from photon_train.training.interruption import TrainingInterrupted
 from photon_train.training.setup import start
 
+SHOWN_SCORES = 3  # of the answers to rows of eval, in a line
 PLAIN_LINES = 20  # without a terminal a training run prints about this many lines, however long it takes
 
 
@@ -45,15 +47,15 @@ def train_config(stage: str, file: Path | None, settings: Sequence[str], given: 
 def dry_run(config: TrainConfig) -> None:
     """Make one step of the run, and describe it."""
     with _stopped_as_exit_codes(config):
-        if description := loop.dry_run(config, grounding_of(config.grounding) if config.grounding else None):
+        if description := loop.dry_run(config, grounding_of(config.grounding), answering_of(config)):
             console.print(description, soft_wrap=True)
 
 
-def train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
+def train(config: TrainConfig, resume: bool | Literal["auto"], *, profile: bool = False) -> None:
     """Train, as the only writer of the run's folder. Ends with Exit where the run is stopped."""
     is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it holds the folder for all of them
     with _stopped_as_exit_codes(config), exclusive(Location(config.output)) if is_first else nullcontext():
-        _train(config, resume)
+        _train(config, resume, profile)
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def _stopped_as_exit_codes(config: TrainConfig) -> Iterator[None]:
         fail(f"Interrupted: {found} in {config.output}. Go on with --resume auto.", INTERRUPTED)
 
 
-def _train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
+def _train(config: TrainConfig, resume: bool | Literal["auto"], profile: bool) -> None:
     """Train, with progress."""
     bar, masks = _TrainingBar("training"), ProgressBar("masks of volumes")
 
@@ -82,7 +84,7 @@ def _train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
 
     with masks if config.grounding else nullcontext():
         grounding = grounding_of(config.grounding, on_masks) if config.grounding else None
-        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding)
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding, answering=answering_of(config))
     first_step, bar.total_steps = run.state["step"], run.total_steps
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())
@@ -91,8 +93,12 @@ def _train(config: TrainConfig, resume: bool | Literal["auto"]) -> None:
             console.print(run.curriculum)
     bar.update(total=run.total_steps, completed=first_step)
     with bar:
-        summary = loop.run_steps(run)
+        summary = loop.run_steps(run, profile)
     if summary:
+        if summary["stopped_early"]:
+            console.print(f"no better {config.best_metric} in {config.patience} evaluations: ended early")
+        if best := summary.get("best"):
+            console.print(f"best: checkpoint-{best['step']} ({best['metric']} {best['value']:.4g})", soft_wrap=True)
         files = f"checkpoint-{summary['steps']}, curves.png, summary.json, log.jsonl"
         console.print(f"{run.folder}: {files}", soft_wrap=True)
 
@@ -106,9 +112,13 @@ class _TrainingBar(ProgressBar):
         if row.get("keep_ratio") is not None:
             theta = f" at theta {row['threshold']:.3f}" if row.get("threshold") else ""
             parts.append(f"{row['phase']}, keeps {row['keep_ratio']:.1%}{theta}")
-        parts.append(f"{row['questions_per_second']:.1f} questions/s, {row['data_wait_share']:.0%} waiting")
+        tokens = f"{row['tokens_per_second']:.0f} tokens/s"
+        tokens += f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
+        parts.append(f"{row['questions_per_second']:.1f} questions/s, {tokens}, {row['data_wait_share']:.0%} waiting")
         if row.get("eval_loss") is not None:
             parts.append(f"eval loss {row['eval_loss']:.3f}, forced exact {row['eval_forced_exact']:.1%}")
+            answers = [name for name in row if name.startswith(OF_ANSWERS) and row[name] is not None]
+            parts += [f"{name.removeprefix(OF_ANSWERS)} {row[name]:.1f}" for name in answers[:SHOWN_SCORES]]
         text = ", ".join(parts)
         self.update(completed=row["step"], detail=text)
         is_due = row["step"] % max(self.total_steps // PLAIN_LINES, 1) == 0 or "eval_loss" in row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,3 +20,8 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{HOMES[name]}_photon"), name)
+
+
+if "transformers" in sys.modules:  # its Auto classes know Photon once this is imported
+    import_module(f"{__name__}.modeling_photon")
+    import_module(f"{__name__}.processing_photon")

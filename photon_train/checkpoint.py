@@ -46,7 +46,7 @@ from transformers.utils.hub import cached_file
 from photon_data.errors import UsageError, is_out_of_memory, unforeseen
 from photon_data.files import Location, fingerprint, write_whole
 from photon_data.json_text import from_json
-from photon_train.configuration_photon import Layout, hub_options
+from photon_train.configuration_photon import Layout, check_place, hub_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,14 +81,14 @@ def checkpoint_keys(path_or_id: str, verify: bool = True, **kwargs: Any) -> set[
     With `verify` every file that its digests.json lists is read and compared; without, or where there is none, sizes
     and headers of the weights are.
     """
-    if Path(path_or_id).is_absolute() and not Path(path_or_id).is_dir():
-        raise ValueError(f"expected a model directory or a hub id, found neither at {path_or_id}; check the path")
+    check_place(path_or_id)
     options = _looking_in(kwargs)
     names = {WEIGHTS}
     if index := cached_file(path_or_id, INDEX, **options):
         names = _indexed_files(Path(index))
     files = {name: cached_file(path_or_id, name, **options) for name in sorted(names)}
     if missing := [name for name, file in files.items() if file is None]:
+        _refuse_folder_of_run(Path(path_or_id))
         expected = f"the weights that {INDEX} names" if index else f"{WEIGHTS} or its index"
         raise ValueError(
             f"expected {expected}, found no {missing[0]} in {path_or_id}; pickled weights (.bin, .pt) can run code and "
@@ -97,6 +97,17 @@ def checkpoint_keys(path_or_id: str, verify: bool = True, **kwargs: Any) -> set[
     if verify:
         check_digests(path_or_id, {*names, *([INDEX] if index else [])}, **kwargs)
     return {key for file in files.values() if file for key in _header_of(Path(file))}
+
+
+def _refuse_folder_of_run(place: Path) -> None:
+    """Raise ValueError that names the model where a run's folder, or the adapter of a LoRA run, was given for it."""
+    if (place / ADAPTER).is_file():
+        raise ValueError(
+            f"expected a whole model, found {ADAPTER} in {place}, an update of the model that the run began with; "
+            f"{place.parent / 'merged'} is the whole model once the run has ended"
+        )
+    if found := checkpoints(place):
+        raise ValueError(f"expected a model, found a run with checkpoints in {place}; say {found[-1]}")
 
 
 def _looking_in(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -231,11 +242,19 @@ def check_digests(path_or_id: str, needed: Collection[str] = (), *, of_run: bool
 
 
 def save_checkpoint(
-    run: Path, state: dict[str, Any], accelerator: Accelerator, model: Any, optimizer: Any, processor: Any, keep: int
+    run: Path,
+    state: dict[str, Any],
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    processor: Any,
+    *,
+    keep: int,
+    best: int = 0,
 ) -> None:
-    """Write RUN/checkpoint-STEP, then remove older ones but `keep`. Every process calls this; the main one writes.
+    """Write RUN/checkpoint-STEP, then remove older ones but the last `keep` and that of step `best`.
 
-    `model` and `optimizer` are what accelerate prepared.
+    Every process calls this; the main one writes. `model` and `optimizer` are what accelerate prepared.
     """
     unwrapped: Any = accelerator.unwrap_model(model)
     weights = _gather_weights(model, unwrapped)
@@ -253,7 +272,8 @@ def save_checkpoint(
             save_file({key: value.contiguous().clone() for key, value in flat.items()}, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state, indent=1))
             write_digests(folder, OF_RUN)
-        for old in checkpoints(run)[:-keep]:  # renamed first: half of one must not be taken for it
+        older = [path for path in checkpoints(run)[:-keep] if path.name != f"{PREFIX}{best}"]
+        for old in older:  # renamed first: half of one must not be taken for it
             shutil.rmtree(old.rename(run / f".removed-{old.name}"))
     accelerator.wait_for_everyone()
 

@@ -7,7 +7,10 @@ the paper's text says something else, the field's comment says how to reach it.
 from __future__ import annotations
 
 import math
+import os
+import re
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import Qwen2_5_VLConfig
@@ -27,6 +30,11 @@ FROM_0_TO_1 = (
     *("sgp_saturation_floor", "perturb_kept_patches", "perturb_kept_voxels"),
     *(f"perturb_{kind}" for kind in PERTURBATIONS),
 )
+
+
+MODEL_TYPE = "photon"
+NUMBERS = (*ABOVE_0, *FROM_0_TO_1, "keep_ratio", "initial_threshold", "sgp_scale_min")
+STARTS = ("soft_start", "hard_start", "flip_start")
 
 
 class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
@@ -49,8 +57,14 @@ class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
 
 
 class PhotonConfig(Qwen2_5_VLConfig):
-    """Qwen2.5-VL's configuration and Photon's. Reads the published flat layout and writes it back."""
+    """Qwen2.5-VL's configuration and Photon's. Reads the published flat layout and writes it back.
 
+    Published files say `model_type: qwen2_5_vl`, by which transformers' Auto classes build the stock model, with a
+    fresh RGB patch embedding and no error. What is written says `photon`, and `in_channels: null` beside `in_chans`:
+    neither those classes without this package, nor the stock class, make anything of it.
+    """
+
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference = [  # noqa: RUF012 - as in transformers
         *("past_key_values", "scheduled", "rope_deltas", "ce", "band", "robustness", "flip")
     ]
@@ -155,6 +169,15 @@ class PhotonConfig(Qwen2_5_VLConfig):
                 found = getattr(self, name) if hasattr(self, name) else getattr(self.text_config, name)
                 raise ValueError(f"{name}: expected {expected}, found {found!r}")
 
+        for name in (*NUMBERS, *STARTS):
+            value = getattr(self, name)
+            expect(name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
+        for name in ("stage", "its_layer", "scheduler_seed"):
+            expect(name, type(getattr(self, name)) is int, "a whole number")
+        for name, length in (("window_hu", 2), ("model_shape_zyx", 3), ("stored_shape_zyx", 3)):
+            value = getattr(self, name)
+            are_numbers = isinstance(value, list | tuple) and all(isinstance(one, int | float) for one in value)
+            expect(name, are_numbers and len(value) == length, f"{length} numbers")
         for name, choices in (("scheduler", SCHEDULER_NAMES), ("intensity", INTENSITIES)):
             expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         expect("stage", self.stage in (1, 2), "1 or 2")
@@ -172,7 +195,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
         expect("band_low", self.band_low <= self.band_high, f"at most band_high = {self.band_high}")
         expect("sgp_scale_min", 0 <= self.sgp_scale_min <= self.sgp_scale_max, "from 0 to sgp_scale_max")
         expect("window_hu", self.window_hu[0] < self.window_hu[1], "two rising HU values")
-        for name in ("soft_start", "hard_start", "flip_start"):
+        for name in STARTS:
             start = getattr(self, name)
             fits = start >= 0 if isinstance(start, int) else 0.0 <= start <= 1.0
             expect(name, fits, "an optimizer step (int) or a fraction of the run (float from 0 to 1)")
@@ -182,6 +205,29 @@ class PhotonConfig(Qwen2_5_VLConfig):
         if self.scheduler == "its" and self.stage == 1:
             why = "which has no threshold predictor; load with stage=2 to add a fresh one"
             raise ValueError(f"scheduler 'its': expected stage 2, found stage 1, {why}")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what config.json says, and the keywords left over. ValueError without one.
+
+        transformers takes its defaults for a file that is not there: those of a model of 72 billion weights.
+        """
+        check_place(pretrained_model_name_or_path)
+        found, left_over = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if "vision_config" not in found:
+            place = pretrained_model_name_or_path
+            raise ValueError(f"{place}: expected config.json of Qwen2.5-VL or Photon, found none; copy it again")
+        return {**found, "model_type": cls.model_type}, left_over
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of what config.json says."""
+        if isinstance(vision := config_dict.get("vision_config"), dict):
+            known = {name: value for name, value in vision.items() if (name, value) != ("in_channels", None)}
+            config_dict = {**config_dict, "vision_config": known}
+        return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what config.json holds: the published layout, text settings at the top level, not nested."""
@@ -199,7 +245,8 @@ class PhotonConfig(Qwen2_5_VLConfig):
             flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         if "dtype" in flat:
             flat["torch_dtype"] = flat["dtype"]  # the name the authors' transformers reads
-        flat["vision_config"] = {**flat["vision_config"], "in_chans": self.vision_config.in_channels}
+        channels = {"in_channels": None, "in_chans": self.vision_config.in_channels}
+        flat["vision_config"] = {**flat["vision_config"], **channels}
         return flat
 
 
@@ -274,6 +321,13 @@ def config_for(path: str, layout: Layout, stage: int | None, settings: dict[str,
     if stage == 2 and layout is not Layout.STAGE2:
         settings = {"scheduler": "its", **settings}
     return PhotonConfig.from_dict({**saved, **settings, "stage": stage})
+
+
+def check_place(path_or_id: str | os.PathLike[str]) -> None:
+    """Raise ValueError for what is neither a directory nor an id such as Qwen/Qwen2.5-VL-3B-Instruct."""
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) and not Path(path_or_id).is_file()
+    if not is_id and not Path(path_or_id).is_dir():
+        raise ValueError(f"expected a model directory or a hub id, found neither at {path_or_id}; check the path")
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:

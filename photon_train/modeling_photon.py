@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
@@ -34,7 +34,7 @@ from photon_train.checkpoint import (
     saving,
     write_digests,
 )
-from photon_train.configuration_photon import IGNORED, Phase, PhotonConfig, config_for, layout_of, phase_at
+from photon_train.configuration_photon import IGNORED, MODEL_TYPE, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
 from photon_train.losses import answer_losses, answer_shares, band_losses, next_labels
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
@@ -79,31 +79,34 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path_or_id: str,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         config: PhotonConfig | None = None,
         stage: int | None = None,
         verify: bool = True,
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Return the model of a local directory or hub id (with `revision`): Qwen2.5-VL, Photon stage 1 or stage 2.
 
+        Takes what transformers takes: dtype, device_map, attn_implementation, output_loading_info (returns a pair) ...
         `stage=2` adds a fresh threshold predictor to a checkpoint without one. A Qwen2.5-VL checkpoint gets a fresh 3D
         patch embedding. Settings of PhotonConfig may be given by name. Raises ValueError for pickles, for any other
         missing, unexpected or misshapen key, for a weight that is not finite, and where a file is not as its
         digests.json says (`verify`).
         """
-        path_or_id = str(path_or_id)
+        path_or_id = str(pretrained_model_name_or_path)
         layout = layout_of(checkpoint_keys(path_or_id, verify, **kwargs))
         if config is None:
-            settings = {name: kwargs.pop(name) for name in list(kwargs) if name in PhotonConfig.__dataclass_fields__}
+            fields = PhotonConfig.__dataclass_fields__.keys() - {"dtype"}  # which says how to load
+            settings = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
             config = config_for(path_or_id, layout, stage, settings, **kwargs)
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = super().from_pretrained(path_or_id, config=config, **kwargs)
         model, info = loaded
         check_loaded(info, layout, config.stage)
         check_finite(model)
-        return model
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Write what `from_pretrained` reads, and its digests. OSError on a full disk."""
@@ -316,6 +319,12 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Return what the stock generate does, for rows padded on either side. Raises ValueError without a cache."""
         if kwargs.get("use_cache") is False:
             raise ValueError("expected use_cache=True, found False; leave it out: only the cache has what was kept")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() and self.config.scheduler != "none":
+            raise ValueError(
+                f"expected no past_key_values, found {cache.get_seq_length()} tokens of an earlier answer: which those "
+                "are cannot be told once some were dropped; pass the whole conversation alone"
+            )
         kwargs["use_cache"] = True  # whatever a file says that training wrote
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -360,3 +369,5 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 register_published_names("PhotonForConditionalGeneration")
+AutoConfig.register(MODEL_TYPE, PhotonConfig)
+AutoModelForImageTextToText.register(PhotonConfig, PhotonForConditionalGeneration)

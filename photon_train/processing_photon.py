@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, BatchFeature
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature
 
 from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.store import NIFTI, open_volume
@@ -333,3 +333,6 @@ def patchify(volume_zyx: Tensor, slices: int, patch: int, merge: int) -> tuple[T
     blocks = volume_zyx.reshape(t, slices, h // merge, merge, patch, w // merge, merge, patch)
     rows = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
     return rows.reshape(t * h * w, slices * patch**2), torch.tensor([t, h, w])
+
+
+AutoProcessor.register(PhotonConfig, PhotonProcessor)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_type_hints
+
+import torch
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.json_text import from_json
@@ -66,6 +72,13 @@ class TrainConfig:
     workers: int = -1  # processes that read stores; -1: by the number of CPUs
     prefetch: int = 2  # batches that each of them keeps ready
     eval_every: int = 0  # steps; 0: at the end only
+    # Answers while it trains: how photon eval would score them. "": only the loss of the true answers.
+    eval_benchmark: str = ""  # a benchmark of photon eval; vqa has metrics for all questions
+    eval_questions: int = 200  # so many rows of `eval` are answered, drawn by the seed; 0: all
+    eval_max_new_tokens: int = 64
+    best_metric: str = ""  # a logged score of evaluations, such as eval_loss or eval/accuracy_robust
+    best_mode: str = "max"  # or min: whether the best is the highest or the lowest
+    patience: int = 0  # evaluations without a better one after which the run ends; 0: never
     save_every: int = 500  # steps; 0: at the end only
     keep_checkpoints: int = 2  # older ones are removed
     on_bad_row: str = "stop"  # or skip: a row that cannot be read
@@ -86,11 +99,18 @@ class TrainConfig:
         for name, least in LEAST.items():
             check(name, getattr(self, name) >= least, f"at least {least}")
         check("warmup", 0 <= self.warmup < 1, "a share of the run, from 0 to below 1")
+        evaluates = bool(self.eval)
+        for name in ("eval_benchmark", "best_metric"):
+            check(name, evaluates or not getattr(self, name), "none without eval, which says what is evaluated")
+        known = self.best_metric in ("", *FORCED) or (self.eval_benchmark and self.best_metric.startswith(OF_ANSWERS))
+        check("best_metric", bool(known), f"one of {', '.join(FORCED)}, or {OF_ANSWERS}... of an eval_benchmark")
+        check("best_mode", self.best_metric != "eval_loss" or self.best_mode == "min", "min, the best eval_loss")
+        check("patience", not self.patience or bool(self.best_metric), "0 without best_metric, which it waits for")
         in_place = self.augment in ("none", "intensity") or not self.grounding
         check("augment", in_place, "none or intensity with grounding, whose masks do not move with the volume")
-        known = PhotonConfig.__dataclass_fields__
-        for name in (name for name in self.photon if name not in known):
-            raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, known)}")
+        fields = PhotonConfig.__dataclass_fields__
+        for name in (name for name in self.photon if name not in fields):
+            raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, fields)}")
 
     @property
     def group_size(self) -> int:
@@ -117,11 +137,23 @@ class TrainConfig:
         """Return the plain dict that `with_values` reads back."""
         return asdict(self)
 
+    def flat(self) -> dict[str, Any]:
+        """Return the settings as trackers take them: numbers and texts by name, "photon.band_low" too."""
+        photon = {f"photon.{name}": value for name, value in self.photon.items()}
+        own = {name: value for name, value in self.to_json().items() if name != "photon"}
+        return {
+            name: ",".join(value) if isinstance(value, tuple) else value for name, value in {**own, **photon}.items()
+        }
 
+
+FORCED = ("eval_loss", "eval_forced_exact")  # what every evaluation gives
+OF_ANSWERS = "eval/"  # begins the name of every score of answers, in points
+MADE_WITH = "made_with"  # what RUN/config.json says beside the settings
 CHOICES = {
     "stage": ("s1", "s1c", "s2"),
     "precision": ("fp32", "bf16"),
     "augment": ("none", "intensity", "affine", "both"),
+    "best_mode": ("max", "min"),
     "on_bad_row": ("stop", "skip"),
     "on_nan": ("stop", "skip"),
     "schedule": ("cosine", "linear", "constant"),
@@ -132,7 +164,8 @@ LEAST = {
     **dict.fromkeys(("groups_per_step", "soft_after", "hard_after", "flip_after"), 0),
     **{f.name: 0 for f in fields(TrainConfig) if f.name.startswith("lr_")},
     **dict.fromkeys(("questions_per_step", "questions_per_volume", "epochs", "max_length"), 1),
-    **dict.fromkeys(("keep_checkpoints", "prefetch"), 1),
+    **dict.fromkeys(("eval_questions", "patience"), 0),
+    **dict.fromkeys(("keep_checkpoints", "prefetch", "eval_max_new_tokens"), 1),
 }
 
 
@@ -148,7 +181,26 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise UsageError(f"{path}: expected settings by name, found {kind}; write lines of `name: value`")
-    return found
+    return {name: value for name, value in found.items() if name != MADE_WITH}
+
+
+def made_with() -> dict[str, str]:
+    """Return the versions of what a run is made with, by name, and the commit of this code where git knows it.
+
+    "photon-commit": "1f3c...-dirty" for a checkout with changes.
+    """
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
+    for name in ("photon-ct", "torch", "transformers", "accelerate", "safetensors", "numpy", "zarr"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    folder = Path(__file__).parent
+    git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    with suppress(OSError, subprocess.SubprocessError):
+        # Fails in site-packages, which can lie in the folder of another project.
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
+        described = git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+        found["photon-commit"] = described.stdout.strip()
+    return {name: value for name, value in found.items() if value}
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

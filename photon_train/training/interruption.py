@@ -1,13 +1,20 @@
-"""A signal that asks a run to end is noted, and obeyed after the step: what was computed is saved."""
+"""How a run ends early. A signal that asks for it is noted, and obeyed after the step: what was computed is saved."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from multiprocessing.queues import Queue
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a cluster that stops a job; one that warns of it
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on under its settings: a row that cannot be read, a loss that is not finite. Names the rows."""
 
 
 class TrainingInterrupted(Exception):
@@ -43,7 +50,16 @@ def read_on(worker: int) -> None:
     """Make a process that reads ahead ignore a signal to all of its job: the step still needs it.
 
     Torch ends such a process by itself; where it does so with SIGTERM, it comes a second time.
+
+    A batch that cannot be sent, for want of open files, ends the process: Python would print why and drop the batch,
+    and the run would wait for it for ever.
     """
     for sign in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(sign, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    Queue._on_queue_feeder_error = staticmethod(_end_reader)  # type: ignore[attr-defined]
+
+
+def _end_reader(error: Exception, batch: object) -> None:
+    print(f"a process that reads ahead cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(0)  # with another code torch raises wherever the run is by then: when it says why it ends, for example

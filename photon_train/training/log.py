@@ -17,6 +17,7 @@ from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.scheduling import visual_mask
 from photon_train.training.batches import Batch
+from photon_train.training.config import OF_ANSWERS
 
 LOG, CURVES, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 
@@ -28,14 +29,18 @@ PANELS = {
     "threshold": ("threshold",),
     "evaluation": ("eval_loss", "eval_forced_exact"),
     "gradient norms": tuple(f"grad_norm/{m}" for m in ("patch_embedding", "vision", "language_model", "threshold")),
-    "questions per second": ("questions_per_second",),
+    "questions and samples per second": ("questions_per_second", "volumes_per_second"),
+    "tokens per second": ("tokens_per_second",),
+    "model FLOPs utilisation": ("mfu",),
     "share of time waiting for data": ("data_wait_share",),
 }
+
+MOST_LINES = 8  # of them in a panel: the first ones, which a benchmark is judged by
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "grounding")
 COUNTS = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept", "skipped_groups")
 # Sums over rows: kept_square gives the spread of the keep ratio between them; right are those answered exactly.
-OF_ROWS = ("scheduled_rows", "kept_share", "kept_square", "threshold", "decided_rows", "right")
+OF_ROWS = ("scheduled_rows", "kept_share", "kept_square", "threshold", "decided_rows", "right", "flops")
 SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS, "interrupted")  # interrupted: processes that were asked to end
 
 
@@ -106,15 +111,23 @@ class Log:
     """log.jsonl of a run. Lines of steps after `from_step`, left by a run that was killed, are dropped."""
 
     def __init__(self, run: Path, from_step: int) -> None:
-        self.path = run / LOG
+        self.run = run
         kept = [row for row in read_log(run) if row["step"] <= from_step]
-        Location(str(run)).write(LOG, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.last: dict[str, Any] = kept[-1] if kept else {}
+        self._write_all(kept)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line; what is not finite becomes null, for JSON has no NaN."""
+        """Append one line, or replace that of the same step; what is not finite becomes null, for JSON has no NaN."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        if self.last.get("step") == row["step"]:
+            self._write_all([*read_log(self.run)[:-1], finite])
+        else:
+            with (self.run / LOG).open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        self.last = finite
+
+    def _write_all(self, rows: Sequence[dict[str, Any]]) -> None:
+        Location(str(self.run)).write(LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -124,7 +137,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def write_summary(run: Path, steps: int, seconds: float) -> dict[str, Any]:
+def write_summary(run: Path, steps: int, seconds: float, more: dict[str, Any]) -> dict[str, Any]:
     """Write summary.json and curves.png of a run that ended, in a session of so many seconds; return the summary."""
     rows = read_log(run)
     summary = {
@@ -135,6 +148,7 @@ def write_summary(run: Path, steps: int, seconds: float) -> dict[str, Any]:
         "questions_trained": sum(row["questions"] for row in rows),
         "groups_skipped": sum(row["skipped_groups"] for row in rows),
         "steps_skipped": sum(row.get("skipped_steps", 0) for row in rows),
+        **more,
     }
     Location(str(run)).write(SUMMARY, json.dumps(summary, indent=1).encode())
     draw_curves(rows, run / CURVES)
@@ -149,7 +163,9 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     logged = {name for row in rows for name in row}
-    panels = {title: own for title, names in PANELS.items() if (own := [name for name in names if name in logged])}
+    answers = tuple(dict.fromkeys(name for row in rows for name in row if name.startswith(OF_ANSWERS)))
+    titled = {**PANELS, "answers (points)": answers[:MOST_LINES]}
+    panels = {title: own for title, names in titled.items() if (own := [name for name in names if name in logged])}
     figure, axes = pyplot.subplots(-(-len(panels) // 2), 2, figsize=(11, 1.3 * len(panels) + 1), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)

@@ -1,6 +1,6 @@
 """The training loop.
 
-for every step: for every micro-batch of this rank: loss, backward; then clip, step, log; now and then validate, save.
+for every step: for every micro-batch of this rank: loss, backward; then clip, step, log; now and then evaluate, save.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from photon_train.checkpoint import checkpoints, save_checkpoint, save_merged
+from photon_train.checkpoint import PREFIX, checkpoints, save_checkpoint, save_merged
 from photon_train.configuration_photon import Phase, phase_at
-from photon_train.modeling_photon import PhotonOutput, peak_memory_mib
+from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
 from photon_train.training.config import TrainConfig
-from photon_train.training.interruption import Interruption, TrainingInterrupted
+from photon_train.training.interruption import Interruption, TrainingInterrupted, TrainingStopped
 from photon_train.training.log import Log, Sums, means, sums_of, write_summary
+from photon_train.training.resume import Best
 from photon_train.training.setup import (
     LANGUAGE_MODEL,
     MODULES,
+    AnsweringFactory,
     LossFactory,
     Run,
     gradient_norms,
@@ -36,43 +38,38 @@ from photon_train.training.setup import (
     set_learning_rates,
     start,
 )
+from photon_train.training.speed import Profiler, rates, training_flops
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingStopped(RuntimeError):
-    """The run cannot go on under its settings: a row that cannot be read, a loss that is not finite. Names the rows."""
-
-
-def run_steps(run: Run) -> dict[str, Any]:
-    """Train from `run.state` to the end; validate and save on the way. Return the summary, which is also written.
+def run_steps(run: Run, profile: bool = False) -> dict[str, Any]:
+    """Train from `run.state` to the end; evaluate and save on the way. Return the summary, which is also written.
 
     TrainingInterrupted after SIGINT, SIGTERM or SIGUSR1 to any of the processes: all of them save after their step.
+    With `profile`, RUN/profile tells what a few of the first steps spend their time and memory on.
     """
     log = Log(run.folder, run.state["step"]) if run.accelerator.is_main_process else None
     session = started = time.perf_counter()
-    with Interruption() as interruption:
+    with Interruption() as interruption, Profiler(run.folder, run.accelerator, enabled=profile) as profiler:
+        if run.state.pop("evaluation_due", False):  # it was interrupted before
+            found = _evaluate(run)
+            _record(run, log, {**(log.last if log else {}), **found}, found)
         for batches in _steps_left(run):
             waited = time.perf_counter() - started
             row, interrupted = _step(run, batches, interruption)
-            seconds = time.perf_counter() - started
-            row |= {
-                "seconds": seconds,
-                "questions_per_second": row["questions"] / seconds,
-                "volumes_per_second": row["volumes"] / seconds,
-                "data_wait_share": waited / seconds,
-                "peak_memory_mib": peak_memory_mib(run.accelerator.device),
-            }
-            last = run.state["step"] == run.total_steps
-            if run.eval_rows and (last or (_is_due(run, run.config.eval_every) and not interrupted)):
-                row |= validate(run)
-            if log is not None:
-                log.write(row)
-                run.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
-                run.callback(row)
-            if last or interrupted or _is_due(run, run.config.save_every):
-                keep = run.config.keep_checkpoints
-                save_checkpoint(run.folder, run.state, run.accelerator, run.model, run.optimizer, run.processor, keep)
+            row |= rates(row, time.perf_counter() - started, waited, run.accelerator)
+            is_due = bool(run.eval_rows) and (_is_due(run, run.config.eval_every) or _is_last(run))
+            if is_due and interrupted and not _is_last(run):
+                run.state["evaluation_due"] = True
+            elif is_due:
+                row |= _evaluate(run)
+            _record(run, log, row, row)
+            last = _is_last(run)
+            is_best = run.state["best"]["step"] == run.state["step"]
+            if last or interrupted or is_best or _is_due(run, run.config.save_every):
+                _save(run)
+            profiler.step()
             if last:
                 break
             if interrupted:
@@ -80,6 +77,37 @@ def run_steps(run: Run) -> dict[str, Any]:
                 raise TrainingInterrupted(f"checkpoint-{run.state['step']} of {run.folder} holds what is done")
             started = time.perf_counter()
     return _finish(run, time.perf_counter() - session)
+
+
+def _record(run: Run, log: Log | None, row: dict[str, Any], new: dict[str, Any]) -> None:
+    """Write a row of the log, in the main process; trackers get what is `new` in it, so that none shows it twice."""
+    if log is not None:
+        log.write(row)
+        run.accelerator.log({k: v for k, v in new.items() if isinstance(v, int | float)}, step=row["step"])
+        run.callback(row)
+
+
+def _save(run: Run) -> None:
+    parts = (run.accelerator, run.model, run.optimizer, run.processor)
+    save_checkpoint(*(run.folder, run.state, *parts), keep=run.config.keep_checkpoints, best=run.state["best"]["step"])
+
+
+def _is_last(run: Run) -> bool:
+    """Return whether the run ends with the step that was made: all are made, or evaluations get no better."""
+    stops_early = 0 < run.config.patience <= run.state["best"]["waited"]
+    return bool(run.state["step"] >= run.total_steps or stops_early)
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    """Return what the log says of the model as it is, and note in the state whether it is the best so far."""
+    step, config = run.state["step"], run.config
+    found: dict[str, Any] = validate(run)
+    if run.answering:
+        found |= run.answering(run.model, step)
+    if config.best_metric:
+        best = Best(**run.state["best"]).after(step, found.get(config.best_metric), config.best_mode)
+        run.state["best"] = asdict(best)
+    return found
 
 
 def _is_due(run: Run, every: int) -> bool:
@@ -90,7 +118,7 @@ def _steps_left(run: Run) -> Iterator[list[Batch]]:
     """Yield this rank's batches of each step that is left, and count the epochs in `run.state`."""
     config, state = run.config, run.state
     processes = run.accelerator.num_processes
-    for epoch in range(state["epoch"], config.epochs) if state["step"] < run.total_steps else ():
+    for epoch in range(state["epoch"], config.epochs) if not _is_last(run) else ():
         plan = plan_epoch(run.rows, config, epoch, processes)
         steps = plan[state["step_in_epoch"] :]
         batches = _read(run, run.rows, steps, training=True, epoch=epoch)
@@ -127,7 +155,7 @@ def _step(run: Run, batches: list[Batch], interruption: Interruption) -> tuple[d
     norms = gradient_norms(run.model)
     sums.add({"interrupted": float(interruption.asked)})
     total = sums.over(run.accelerator)
-    row = means(total, len(batches) * run.accelerator.num_processes)
+    row = means(total, len(batches) * run.accelerator.num_processes) | {"flops": total["flops"]}
     skips = not _is_finite(run, row["loss"], norms, batches)
     if not skips:
         if run.config.max_grad_norm:
@@ -159,7 +187,11 @@ def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict
     grounding = run.grounding(batch) if run.grounding else None
     loss = output.loss if grounding is None else output.loss + grounding
     run.accelerator.backward(loss * scale)
-    sums = sums_of(loss, output, batch, run.processor.config)
+    photon = run.processor.config
+    sums = sums_of(loss, output, batch, photon)
+    if batch.weight:
+        is_dense = phase is Phase.DENSE or photon.scheduler == "none"
+        sums["flops"] = training_flops(photon, run.config, batch, output, is_dense=is_dense)
     return sums if grounding is None else sums | {"grounding": grounding.detach() * batch.weight}
 
 
@@ -221,9 +253,15 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return {}
+    best = run.state["best"]
     if run.config.lora_rank:
-        save_merged(load_model(run.config, checkpoints(run.folder)[-1], verify=False)[0], run.processor, run.folder)
-    summary = write_summary(run.folder, run.state["step"], seconds)
+        of_best = run.folder / f"{PREFIX}{best['step']}"
+        chosen = of_best if of_best.is_dir() else checkpoints(run.folder)[-1]
+        save_merged(load_model(run.config, chosen, verify=False)[0], run.processor, run.folder)
+    more: dict[str, Any] = {"stopped_early": run.state["step"] < run.total_steps}
+    if run.config.best_metric:
+        more["best"] = {"metric": run.config.best_metric, **best}
+    summary = write_summary(run.folder, run.state["step"], seconds, more)
     if summary["steps_skipped"] == summary["steps"]:
         raise TrainingStopped(
             f"all {summary['steps']} steps were skipped: nothing was learned; lower the learning rate"
@@ -231,13 +269,16 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
     return summary
 
 
-def dry_run(config: TrainConfig, grounding: LossFactory | None = None) -> str:
+def dry_run(
+    config: TrainConfig, grounding: LossFactory | None = None, answering: AnsweringFactory | None = None
+) -> str:
     """Return a description of the run, after one step on real rows in a temporary folder; "" but in the main process.
 
     Every row is checked against its store, as at the start of a run. Raises what that raises.
     """
     with tempfile.TemporaryDirectory(prefix="photon-") as folder:
-        trial = start(replace(config, output=folder, track=()), resume=False, grounding=grounding)
+        made: dict[str, Any] = {"grounding": grounding, "answering": answering}
+        trial = start(replace(config, output=folder, track=()), resume=False, **made)
         whole, curriculum = trial.total_steps, trial.curriculum
         trial.total_steps, trial.eval_rows = 1, []
         started = time.perf_counter()

@@ -5,13 +5,12 @@ The run starts from the beginning or from its last checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
@@ -42,16 +41,13 @@ from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
+from photon_train.scheduling import ThresholdPredictor
 from photon_train.training.batches import Batch, group_rows, steps_per_epoch
-from photon_train.training.config import TrainConfig, with_values
+from photon_train.training.config import MADE_WITH, TrainConfig, made_with
+from photon_train.training.resume import Best, check_length, check_same_run, keep_begun_phases, rows_digest
 from photon_train.training.row_check import rows_with_texts
 
 CONFIG = "config.json"
-# What may change when a run goes on: settings that no step depends on.
-FREE_TO_CHANGE = (
-    *("output", "workers", "prefetch", "track", "on_bad_row", "on_nan"),
-    *("eval", "eval_every", "save_every", "keep_checkpoints"),
-)
 
 # Module -> a part of its parameters' names; the first that fits counts. What fits none is the language model.
 MODULES = {
@@ -63,6 +59,8 @@ MODULES = {
 LANGUAGE_MODEL = "language_model"
 
 AddedLoss = Callable[[Batch], Tensor | None]  # called after each forward; None: nothing to add
+Answering = Callable[[Any, int], dict[str, float | None]]  # of the model and the step: scores of its answers
+AnsweringFactory = Callable[[Sequence[TrainRow], PhotonProcessor, Accelerator], Answering]  # of the rows of eval
 LossFactory = Callable[[Any, Sequence[TrainRow]], AddedLoss]  # of the model, and the rows it is trained on
 
 
@@ -81,6 +79,7 @@ class Run:
     state: dict[str, Any]
     callback: Callable[[dict[str, Any]], object]  # is given each row of the log
     grounding: AddedLoss | None = None
+    answering: Answering | None = None
 
     @property
     def schedules(self) -> bool:
@@ -107,11 +106,13 @@ def start(
     resume: bool | Literal["auto"],
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: LossFactory | None = None,
+    answering: AnsweringFactory | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
     `resume` goes on with the run in `config.output`, from its last checkpoint; "auto" begins one where there is none.
-    `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns.
+    `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns,
+    `answering` what `evaluation.answering_of(config)` does.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
@@ -119,9 +120,13 @@ def start(
     if resume is True and not (folder / CONFIG).exists():
         remedy = "check --output; to begin a run leave --resume out, or say --resume auto to do either"
         raise UsageError(f"expected a run to go on with, found none in {folder}; {remedy}")
-    if bool(config.grounding) != (grounding is not None):
-        remedy = "pass grounding.grounding_of(config.grounding) exactly where config.grounding is set"
-        raise UsageError(f"grounding: expected it in the config and as an argument, found one of them; {remedy}")
+    for name, needed, given in (
+        ("grounding.grounding_of(config.grounding)", config.grounding, grounding),
+        ("evaluation.answering_of(config)", config.eval_benchmark, answering),
+    ):
+        if bool(needed) != (given is not None):
+            remedy = f"pass {name} exactly where the config has it"
+            raise UsageError(f"expected it in the config and as an argument, found one of them; {remedy}")
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
         remove_leftovers(folder)
@@ -133,32 +138,45 @@ def start(
     model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
     rows = rows_with_texts(rows, processor, config, accelerator)
     eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
-    text = "\n".join(json.dumps([row.id, row.videos, row.messages], sort_keys=True) for row in rows)
-    state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0}
-    state["rows"] = hashlib.sha256(text.encode()).hexdigest()
+    asked = answering(eval_rows, processor, accelerator) if answering else None
+    state: dict[str, Any] = {"step": 0, "epoch": 0, "step_in_epoch": 0, "best": asdict(Best())}
+    digests = {"rows": rows_digest(rows), "eval_rows": rows_digest(eval_rows)}
     if last:
-        saved = read_state(last)
-        _check_same_run(config, saved, state["rows"])
-        state = saved
-    state["settings"] = config.to_json()
+        state |= read_state(last)
+        check_same_run(config, state, digests)
+    state |= digests | {"settings": config.to_json()}
     added = grounding(model, rows) if grounding else None
 
     choose_trained(model, config)
     steps = steps_per_epoch(rows, config)
     check_shares(config, rows, steps, accelerator.num_processes)
     total_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
+    check_length(config, state, total_steps)
     if config.stage == "s2":
-        set_curriculum(processor.config, config, len(rows) / steps, total_steps)
+        set_curriculum(processor.config, config, len(rows) / steps, total_steps, state)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=1.0, betas=(0.9, config.adam_beta2))
+    if accelerator.is_fsdp2:
+        share_apart(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    keep_float32(model)
     model.train()
     if last:
         load_optimizer_state(last, model, accelerator.unwrap_model(model), optimizer.optimizer)
     if accelerator.is_main_process:
-        Location(str(folder)).write(CONFIG, json.dumps(config.to_json(), indent=1).encode())
-        redone = {"tensorboard": {"purge_step": state["step"] + 1}} if last else {}  # steps that a killed run made
-        accelerator.init_trackers("photon", init_kwargs=redone)
-    return Run(config, accelerator, model, optimizer, processor, rows, eval_rows, total_steps, state, callback, added)
+        _announce(config, accelerator, state["step"])
+    steps_of = (rows, eval_rows, total_steps, state)
+    return Run(config, accelerator, model, optimizer, processor, *steps_of, callback, added, asked)
+
+
+def _announce(config: TrainConfig, accelerator: Accelerator, step: int) -> None:
+    """Write RUN/config.json, and tell the trackers what the run is: its settings, versions and commit."""
+    folder, made = Path(config.output), made_with()
+    content = json.dumps(config.to_json() | {MADE_WITH: made}, indent=1)
+    Location(str(folder)).write(CONFIG, content.encode())
+    options: dict[str, Any] = {"wandb": {"name": folder.name}}
+    if step:
+        options["tensorboard"] = {"purge_step": step + 1}  # steps that a killed run made
+    accelerator.init_trackers("photon", config=config.flat() | made, init_kwargs=options)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -187,6 +205,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     check_processes(config, accelerator.num_processes)
     if accelerator.distributed_type is DistributedType.FSDP:
+        if config.eval_benchmark and config.lora_rank:
+            raise UsageError("eval_benchmark: expected none with lora_rank and FSDP2, found both; launch with torchrun")
         if not accelerator.is_fsdp2:
             raise UsageError("expected FSDP2, found FSDP 1, which has no names for weights; set `fsdp_version: 2`")
         plugin = accelerator.state.fsdp_plugin
@@ -196,6 +216,24 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
     return accelerator
+
+
+def share_apart(accelerator: Accelerator, model: Any) -> None:
+    """Make FSDP2 share the threshold predictor apart from its layer, so that `keep_float32` can tell them apart."""
+    plugin, found = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
+    names = plugin.transformer_cls_names_to_wrap or model._no_split_modules
+    plugin.transformer_cls_names_to_wrap = sorted({*names, ThresholdPredictor.__name__} & found)
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Keep FSDP2 from rounding weights that compute in float32: in bfloat16 the threshold would move by steps of 3 %.
+
+    FSDP2 has no way to say so of a part of what accelerate shares; its parts read their policy at the first forward.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and isinstance(module, ThresholdPredictor):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group.mp_policy = MixedPrecisionPolicy()
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
@@ -219,16 +257,21 @@ def check_shares(config: TrainConfig, rows: Sequence[TrainRow], steps: int, proc
         raise UsageError(f"expected in every step a group for each of the {processes} processes, {found}")
 
 
-def set_curriculum(photon: PhotonConfig, config: TrainConfig, questions_per_step: float, total_steps: int) -> None:
+def set_curriculum(
+    photon: PhotonConfig, config: TrainConfig, questions_per_step: float, total_steps: int, state: dict[str, Any]
+) -> None:
     """Set the steps in which phases start, from numbers of questions. UsageError where tokens would never be dropped.
 
-    A start that `config.photon` gives stays as it is.
+    A start that `config.photon` gives stays as it is. What has begun, by the `state` of a run that goes on, has begun.
     """
     for phase in ("soft", "hard", "flip"):
         after = getattr(config, f"{phase}_after")
         if after and f"{phase}_start" not in config.photon:
             setattr(photon, f"{phase}_start", round(after / questions_per_step))
-    soft, hard, flip = phase_starts(photon, total_steps).values()
+    keep_begun_phases(photon, state, total_steps)
+    starts = phase_starts(photon, total_steps)
+    state["phases"] = {phase.value: start for phase, start in starts.items()}
+    soft, hard, flip = starts.values()
     found = f"found soft from step {soft}, hard from {hard}, flip from {flip}, of {total_steps}"
     if not soft <= hard <= flip:
         raise UsageError(f"expected phases in the order soft, hard, flip, {found}; change photon.*_start or *_after")
@@ -285,18 +328,6 @@ def _set_gradient_checkpointing(part: Any, enabled: bool) -> None:
             module.gradient_checkpointing = enabled
             # Reentry would lose the gradient of the threshold.
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def _check_same_run(config: TrainConfig, saved: dict[str, Any], rows_digest: str) -> None:
-    """UsageError when the run that goes on would not be the one that was begun."""
-    begun_with = f"that {config.output} was begun with"
-    if saved["rows"] != rows_digest:
-        raise UsageError(f"expected the rows {begun_with}, found others; start a new run on changed manifests")
-    begun, now = vars(with_values(TrainConfig(), saved["settings"])), vars(config)
-    changed = [name for name in begun if name not in FREE_TO_CHANGE and now[name] != begun[name]]
-    if changed:
-        found = ", ".join(f"{name}={now[name]!r} (was {begun[name]!r})" for name in changed)
-        raise UsageError(f"expected the settings {begun_with}, found {found}; start a new run for others")
 
 
 def module_of(name: str) -> str:

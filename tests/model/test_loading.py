@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from golden import Golden, published_name
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from photon_train import vision
+from photon_train import PhotonConfig, vision
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 
 PATCH_EMBEDDING = "visual.vision_patch_embed.proj.weight"
@@ -258,3 +264,60 @@ def test_one_call_per_window_length_is_made(golden: Golden, monkeypatch: pytest.
     full = len(photon.config.vision_config.fullatt_block_indexes)
     assert sorted(set(calls)) == [8, 16, 32, 64, 120]
     assert len(calls) == 4 * (photon.config.vision_config.depth - full) + 2 * full
+
+
+def test_what_is_saved_is_photon_to_the_auto_classes_and_an_error_to_the_stock_class(
+    golden: Golden, tmp_path: Path
+) -> None:
+    golden.model("s2").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "photon"  # unknown without this package
+    assert type(AutoConfig.from_pretrained(tmp_path)) is PhotonConfig
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    assert type(model) is PhotonForConditionalGeneration
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+    with pytest.raises(StrictDataclassFieldValidationError, match="in_channels"):
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_keywords_of_transformers_are_taken(golden: Golden, tmp_path: Path) -> None:
+    golden.model("s1").to(torch.bfloat16).save_pretrained(tmp_path)
+    where: dict = {"pretrained_model_name_or_path": tmp_path, "device_map": "cpu", "revision": "main"}
+    model, info = PhotonForConditionalGeneration.from_pretrained(**where, dtype="auto", output_loading_info=True)
+    assert (model.dtype, info["missing_keys"]) == (torch.bfloat16, set())
+    assert PhotonForConditionalGeneration.from_pretrained(tmp_path, torch_dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_conversation_is_not_continued_on_a_pruned_cache(golden: Golden) -> None:
+    model, x = golden.model("s2"), golden.batch("b1")
+    said = model.generate(**x, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert said.past_key_values.get_seq_length() < x["input_ids"].shape[1]
+    longer = torch.cat([said.sequences, said.sequences[:, -3:]], dim=1)
+    with pytest.raises(ValueError, match="pass the whole conversation alone"):
+        model.generate(input_ids=longer, past_key_values=said.past_key_values, max_new_tokens=2)
+
+
+def test_a_run_or_an_adapter_in_the_place_of_a_model_says_which_folder_is_the_model(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-20" / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"say .*/run/checkpoint-20"):
+        PhotonForConditionalGeneration.from_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"/run/merged is the whole model"):
+        PhotonForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-20")
+    with pytest.raises(ValueError, match=r"found neither at runs/no/checkpoint-9"):
+        PhotonForConditionalGeneration.from_pretrained("runs/no/checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    "field", [{"keep_ratio": "0.5"}, {"soft_start": "early"}, {"window_hu": 3}, {"its_layer": 1.5}]
+)
+def test_a_value_of_another_type_is_named(golden: Golden, tmp_path: Path, field: dict) -> None:
+    config, weights = published(golden, "s2")
+    with pytest.raises(ValueError, match=f"{next(iter(field))}: expected"):
+        PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, weights), **field)
+
+
+def test_weights_without_a_config_are_no_model(golden: Golden, tmp_path: Path) -> None:
+    path = write(tmp_path / "m", *published(golden, "s1"))
+    (path / "config.json").unlink()
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):
+        PhotonForConditionalGeneration.from_pretrained(path)

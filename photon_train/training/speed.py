@@ -1,0 +1,125 @@
+"""How fast a run is: tokens and FLOPs per second of its steps, and a profile of a few of them.
+
+Legend: B rows of a micro-batch, M tokens of a row after pruning.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from photon_data.files import write_whole
+from photon_train import flops
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.modeling_photon import PhotonOutput, peak_memory_mib
+from photon_train.training.batches import Batch
+from photon_train.training.config import TrainConfig
+
+PROFILE = "profile"  # folder of the run
+TRACE, SNAPSHOT = "trace.json.gz", "memory.pickle"  # for perfetto.dev, and for pytorch.org/memory_viz
+PROFILED = {"wait": 1, "warmup": 1, "active": 3, "repeat": 1}  # steps, of which the first ones start things up
+
+# Dense bfloat16 TFLOP/s by the name of a GPU, from the makers' data sheets; the first that fits counts.
+PEAK_TFLOPS = {
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989},
+    **{"B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165},
+}
+
+
+def training_flops(
+    photon: PhotonConfig, config: TrainConfig, batch: Batch, output: PhotonOutput, *, is_dense: bool
+) -> Tensor:
+    """Return the FLOPs that a micro-batch needs, 0-d float64: forward, and gradients of activations and weights.
+
+    What is computed again, or for every question where once would do (`is_dense`: nothing is dropped or weighted, the
+    questions share all layers of their prefix), does not count. Frozen weights have no gradients.
+    """
+    layers: Any = flops.layers  # of tensors too
+    length_B = batch.inputs["attention_mask"].sum(1).double()
+    kept_B = length_B if output.scheduled is None else output.scheduled.kept.mask_BM.sum(1).double()
+    shared: Any = batch.inputs.get("prefix") or 0
+    count = photon.text_config.num_hidden_layers
+    lower = count if is_dense else photon.its_layer + 1
+    decoder = layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
+    decoder += layers(photon, lower, length_B - shared, length_B).sum()
+    decoder += flops.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
+    tower, embedding = flops.vision(photon, photon.patches_thw), flops.tower_weights(photon)[0]
+    embedding *= 2 * math.prod(photon.patches_thw)
+    with_weights = config.lr_language_model > 0 and not config.lora_rank
+    through_tower = 3 if config.lr_vision else 2 if config.lr_patch_embedding else 1
+    of_volume = through_tower * tower - (embedding if config.lr_vision else 0)  # voxels have no gradient
+    return decoder * (3 if with_weights else 2) + batch.volumes * of_volume
+
+
+def rates(row: dict[str, float], seconds: float, waited: float, accelerator: Accelerator) -> dict[str, float]:
+    """Return what the log says of the time of a step, given its sums over all processes, and takes "flops" from them.
+
+    tflops_per_second is of one device; mfu is its share of the device's peak, left out where that is not known.
+    """
+    tflops = row.pop("flops") / seconds / accelerator.num_processes / 1e12
+    peak = _peak_tflops(accelerator)
+    return {
+        "seconds": seconds,
+        "questions_per_second": row["questions"] / seconds,
+        "volumes_per_second": row["volumes"] / seconds,
+        "tokens_per_second": row["tokens"] / seconds,
+        "tflops_per_second": tflops,
+        **({"mfu": tflops / peak} if peak else {}),
+        "data_wait_share": waited / seconds,
+        "peak_memory_mib": peak_memory_mib(accelerator.device),
+    }
+
+
+def _peak_tflops(accelerator: Accelerator) -> float | None:
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "bf16":
+        return None
+    device = torch.cuda.get_device_name(accelerator.device)
+    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in device), None)
+
+
+class Profiler:
+    """A context that writes RUN/profile in the main process: a trace of three steps, and on a GPU their memory."""
+
+    def __init__(self, run: Path, accelerator: Accelerator, *, enabled: bool) -> None:
+        self._folder, self._on_gpu = run / PROFILE, accelerator.device.type == "cuda"
+        self._profile: Any = None
+        if enabled and accelerator.is_main_process:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
+            self._profile = profile(
+                activities=activities,
+                schedule=schedule(**PROFILED),
+                on_trace_ready=self._write,
+                record_shapes=True,
+                profile_memory=True,
+            )
+
+    def __enter__(self) -> Self:
+        if self._profile:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(max_entries=200_000)
+            self._profile.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._profile:
+            self._profile.stop()
+
+    def step(self) -> None:
+        """Note that a step is over."""
+        if self._profile:
+            self._profile.step()
+
+    def _write(self, traced: Any) -> None:
+        with write_whole(self._folder) as folder:
+            folder.mkdir()
+            traced.export_chrome_trace(str(folder / TRACE))
+            if self._on_gpu:
+                torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
+                torch.cuda.memory._record_memory_history(enabled=None)
