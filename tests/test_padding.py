@@ -12,8 +12,8 @@ from scans import as_scan, ct_like, frame
 
 import photon_data
 from photon_data.errors import Refused
-from photon_data.hounsfield import Rescale
-from photon_data.prepare_file import Job, has_padding, prepare_file, prepare_volume
+from photon_data.hounsfield import Rescale, has_padding
+from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.scan import Source
 
