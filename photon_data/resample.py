@@ -263,6 +263,7 @@ def _resample_whole(planes: Iterator[np.ndarray], native: Geometry, grid: Geomet
     sizes = np.array(native.shape_zyx)
     first = np.clip(np.floor(ends.min(axis=1)) - 1, 0, np.maximum(sizes - 2, 0)).astype(int)
     last = np.clip(np.ceil(ends.max(axis=1)) + 2, first + 2, sizes).astype(int)
+    array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)  # first: what is freed sooner lies behind it
     part, whole = tuple(map(slice, first, last)), np.empty(0)
     for k, plane in enumerate(planes):
         if k == 0:
@@ -274,7 +275,6 @@ def _resample_whole(planes: Iterator[np.ndarray], native: Geometry, grid: Geomet
     for axis in np.flatnonzero(sizes == 1):  # made two voxels long, each half as thick
         whole = np.repeat(whole, 2, axis)
         matrix[axis] = 2 * matrix[axis] + [0, 0, 0, 0.5]
-    array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)
     affine(whole, matrix, values.slope, values.intercept, values.window_hu, array)
     return array
 
