@@ -50,6 +50,12 @@ static Py_buffer *get(Buffers *b, PyObject *array, int ndim, Py_ssize_t size, in
     return view;
 }
 
+/* Tell whether items are of one of these types, in native byte order and aligned: only then is it one letter. */
+static int is_one_of(const char *types, const Py_buffer *view)
+{
+    return view->format && view->format[0] && !view->format[1] && strchr(types, view->format[0]) != NULL;
+}
+
 /* How outputs along one axis sample the input: x[low] + weight * (x[high] - x[low]). */
 typedef struct {
     Py_ssize_t n;
@@ -212,8 +218,8 @@ static PyObject *plane(PyObject *self, PyObject *args)
     Py_buffer *out = in ? get(&b, target, 2, sizeof(float), PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) : NULL;
     if (!out || get_map(&b, row_map, in->shape[0], &rows) || get_map(&b, column_map, in->shape[1], &columns))
         goto failed;
-    if (out->shape[0] != rows.n || out->shape[1] != columns.n) {
-        PyErr_SetString(PyExc_ValueError, "expected an output of the maps' shape");
+    if (out->shape[0] != rows.n || out->shape[1] != columns.n || !is_one_of("bBhHiIlLqQfd", in)) {
+        PyErr_SetString(PyExc_ValueError, "expected an output of the maps' shape, and aligned numbers");
         goto failed;
     }
     if (allocate(&s, in->shape[1], &columns))
@@ -432,7 +438,7 @@ static PyObject *affine(PyObject *self, PyObject *args)
     Py_buffer *out = in ? get(&b, target, 3, sizeof(short), PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) : NULL;
     if (!out)
         goto failed;
-    int known = in->itemsize == sizeof(short) || (in->itemsize == sizeof(float) && in->format[0] == 'f');
+    int known = is_one_of("hHf", in);
     for (int a = 0; a < 3; a++)
         known = known && in->shape[a] >= 2 && in->shape[a] < (1 << 30);
     if (!known) {

@@ -71,7 +71,8 @@ class Interpolator:
     def __call__(self, plane: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Return `out` [rows, columns] float32, filled with the plane's values at the mapped positions."""
         if c := compiled():
-            plane = np.ascontiguousarray(plane, None if plane.dtype.char in TYPES else np.float32)
+            dtype = plane.dtype.newbyteorder("=") if plane.dtype.char in TYPES else np.float32
+            plane = np.require(plane, dtype, ["C", "A"])  # a copy of what is not aligned
             c.plane(plane, self.rows, self.columns, self.slope, self.intercept, out)
             return out
         np.copyto(self.plane, plane, casting="unsafe")  # once; mixed types cost every later pass a third more

@@ -96,6 +96,22 @@ def test_aligned_scans_of_every_axis_order_and_type_are_equal_to_the_bit(monkeyp
         assert all(map(np.array_equal, fast, slow)), order
 
 
+@pytest.mark.parametrize("turn", [(0, 0, 0), TURNS[0]])
+def test_planes_off_their_alignment_or_of_other_strides_or_byte_order_are_equal_too(monkeypatch, turn):
+    array, rescale = stored(np.int16)
+    native = rotated(frame(array.shape), turn)
+    expected = prepared(array, native, **rescale)
+    off = np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:].view(np.int16).reshape(array.shape)
+    assert not off.flags.aligned
+    turned = np.asfortranarray(array)
+    swapped = array.astype(">i2")
+    assert not swapped.dtype.isnative
+    for other in (off, turned, swapped):
+        fast, slow = both(monkeypatch, lambda o=other: prepared(o, native, **rescale))
+        assert all(map(np.array_equal, fast, slow))
+        assert all(map(np.array_equal, fast, expected))
+
+
 @pytest.mark.parametrize("turn", TURNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_oblique_scans_are_equal_to_the_bit(monkeypatch, dtype, turn):
