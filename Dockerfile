@@ -6,8 +6,9 @@
 #   docker run --rm -v /data:/data --user "$(id -u)" photon-ct photon-data prepare /data/raw /data/prepared
 #
 # /opt/photon/installed.json lists every package with its version, the address of its wheel and the SHA-256 of the wheel.
+# It is built where there is a compiler, for the compiled interpolation, and runs in an image without one.
 ARG PYTHON=3.11
-FROM python:${PYTHON}-slim-bookworm
+FROM python:${PYTHON}-bookworm AS built
 ARG TORCH=cpu
 ARG EXTRAS=dicom,parquet,train,lora,eval
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
@@ -16,6 +17,9 @@ COPY . .
 RUN python -m venv /opt/photon/venv
 RUN /opt/photon/venv/bin/pip install --constraint constraints.txt --report /opt/photon/installed.json \
     --extra-index-url "https://download.pytorch.org/whl/${TORCH}" ".[${EXTRAS}]"
+
+FROM python:${PYTHON}-slim-bookworm
+COPY --from=built /opt/photon /opt/photon
 RUN useradd --create-home photon
 USER photon
 WORKDIR /home/photon

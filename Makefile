@@ -15,11 +15,14 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11, 3.12 or 3.13, found none; install one, or say PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/train: pyproject.toml constraints.txt | $(BIN)/python
+# What the environments are made from; the C file is compiled where there is a compiler.
+SOURCES := pyproject.toml constraints.txt setup.py photon_data/_kernels.c
+
+$(VENV)/train: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable '.[train]'
 	touch $@
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/train
 

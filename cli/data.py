@@ -19,6 +19,25 @@ Out = Annotated[str, Argument(help="Folder or URL (s3://...) that photon-data pr
 Overwrite = Annotated[bool, Option(help="Write again what is there.")]
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        from photon_data.interpolate import description
+
+        console.print(f"photon-data {version('photon-ct')}; interpolation: {description()}", highlight=False)
+        raise Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of no command."""
+
+
 @app.command()
 def prepare(
     context: Context,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, Refused, refusal
+from photon_data.recipe import Recipe
 
 # Statistics other than min and max come from a regular sample of about this many voxels.
 SAMPLE_VOXELS = 500_000
@@ -28,6 +30,10 @@ DENSE_HU, MOST_DENSE, CLIPPED_HU, MOST_OF_AIR = 700, 0.25, (-1000, -1024), 0.9
 BEYOND_BONE_HU, MOST_BEYOND_BONE = 1500, 0.05
 # Lower than the noise of air: padding, whose value must not reach into tissue.
 FAR_BELOW_AIR_HU = -1500.0
+# From there to here one value is padding that no header declares, where it takes this share of a scan and has less
+# than a tenth as many voxels around it. Noise that a scanner clipped has as many until its deviation is 180 HU.
+BELOW_AIR_HU, LEAST_PADDING, AROUND_HU, LEAST_ALONE = -1050.0, 0.01, 20, 10
+LARGEST_12_BITS_HU = 3071
 
 
 HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
@@ -47,7 +53,8 @@ class Probe:
     """Collects statistics of a scan's stored values, plane by plane; `slope` and `intercept` turn them into HU.
 
     `fill` replaces what is no number, and `floor_hu` what lies far below air and below it: neither may be interpolated.
-    With `padded`, NaN is declared padding: it is counted apart and is in no statistics.
+    It replaces `padding_hu` too, a value in whole HU (see `undeclared_padding`). With `padded`, NaN is declared
+    padding: it is counted apart and is in no statistics.
     """
 
     def __init__(
@@ -58,9 +65,11 @@ class Probe:
         fill: float = 0.0,
         *,
         floor_hu: float = -np.inf,
+        padding_hu: float | None = None,
         padded: bool = False,
     ) -> None:
         self.slope, self.intercept, self.fill, self.floor_hu, self.padded = slope, intercept, fill, floor_hu, padded
+        self.padding_hu = padding_hu
         self.step = max(1, round(np.cbrt(np.prod(shape_zyx, dtype=float) / SAMPLE_VOXELS)))
         self.count = self.non_finite = self.padding = 0
         self.low, self.high = np.inf, -np.inf
@@ -91,14 +100,32 @@ class Probe:
     def _with_floor(self, plane: np.ndarray, low: float, high: float) -> np.ndarray:
         """Return a plane, of which low and high are the ends, with the floor in place of what lies far below air."""
         limit = (min(self.floor_hu, FAR_BELOW_AIR_HU) - self.intercept) / self.slope
-        if not (low < limit if self.slope > 0 else high > limit):
+        is_far = low < limit if self.slope > 0 else high > limit
+        if not is_far and self.padding_hu is None:
             return plane
         floor = (self.floor_hu - self.intercept) / self.slope
         if plane.dtype.kind != "f":
             floor = np.clip(np.rint(floor), np.iinfo(plane.dtype).min, np.iinfo(plane.dtype).max)
         far = plane < limit if self.slope > 0 else plane > limit
+        if self.padding_hu is not None:
+            far |= np.rint(self._hu(plane)) == self.padding_hu
         self.padding += int(np.count_nonzero(far))
         return np.where(far, plane.dtype.type(floor), plane)
+
+    def undeclared_padding(self) -> float | None:
+        """Return the value in whole HU of padding that lies not far below air, and below the floor; None without."""
+        highest = min(BELOW_AIR_HU, self.floor_hu)
+        if not self.range_hu()[0] < highest:
+            return None
+        values, counts = np.unique(np.rint(self.sample_hu()), return_counts=True)
+        candidates = np.where((values >= FAR_BELOW_AIR_HU) & (values < highest), counts, 0)
+        count, value = candidates.max(), values[candidates.argmax()]
+        around = counts[np.abs(values - value) <= AROUND_HU].sum() - count
+        is_padding = count >= max(LEAST_PADDING * counts.sum(), LEAST_ALONE * around, 1)
+        return float(value) if is_padding else None
+
+    def _hu(self, stored: np.ndarray) -> np.ndarray:
+        return stored.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
 
     def sample_stored(self) -> np.ndarray:
         """Return the sampled voxels as they are stored, flat; Refused where all of them are padding."""
@@ -109,7 +136,7 @@ class Probe:
 
     def sample_hu(self) -> np.ndarray:
         """Return the sampled voxels as HU, flat."""
-        return self.sample_stored() * np.float32(self.slope) + np.float32(self.intercept)
+        return self._hu(self.sample_stored())
 
     def range_hu(self) -> tuple[float, float]:
         """Return the lowest and the highest HU of all voxels."""
@@ -121,6 +148,24 @@ class Probe:
         sample = self.sample_hu()
         histogram = np.histogram(sample, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0]
         return {**_statistics(sample, *self.range_hu(), self.non_finite), "histogram": histogram.tolist()}
+
+
+def has_padding(facts: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Tell whether a volume has padding, declared or below air, that must not be interpolated with tissue.
+
+    Stores of earlier versions did not count it, or not all; their statistics tell where it is likely.
+    """
+    if facts.get("padding_voxels"):
+        return True
+    before = facts.get("hu_before") or {}
+    low, high = (before.get(end, 0.0) for end in ("min", "max"))
+    is_hu = "modality" not in facts.get("policy", {})
+    if is_hu and FAR_BELOW_AIR_HU <= low < min(BELOW_AIR_HU, recipe.window_hu[0]) and low == before.get("p01"):
+        return True  # it may be: earlier versions did not look
+    if "padding_voxels" in facts:
+        return False
+    is_low = low < min(recipe.window_hu[0], FAR_BELOW_AIR_HU)
+    return bool(is_low or (facts.get("format") == "dicom" and high >= LARGEST_12_BITS_HU))
 
 
 def volume_statistics(array: np.ndarray) -> dict[str, Any]:
@@ -158,19 +203,19 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     outside of the reconstruction circle is normal and is not counted against a scan that also has air and tissue.
     """
     absurd = float(np.mean(sample_hu < ABSURD_HU))
-    body = np.rint(sample_hu[sample_hu > ABSURD_HU])
-    size = max(body.size, 1)
-    air, tissue = (np.count_nonzero((body >= a) & (body <= b)) / size for a, b in (AIR_HU, TISSUE_HU))
+    body = _Counts(*np.unique(np.rint(sample_hu[sample_hu > ABSURD_HU]), return_counts=True))
+    size = max(body.number.sum(), 1)
+    air, tissue = (body.within(a - 0.5, b + 0.5).number.sum() / size for a, b in (AIR_HU, TISSUE_HU))
     is_shifted = absurd >= MOST_ABSURD or _air_rescaled_twice(body) / size > MOST_TWICE
-    beyond = np.unique(body[body > BEYOND_BONE_HU], return_counts=True)
-    is_padded = beyond[1].max(initial=0) / size > MOST_BEYOND_BONE
-    is_raw = np.count_nonzero(body > DENSE_HU) / size > MOST_DENSE and _is_padding(body)
+    beyond = body.within(BEYOND_BONE_HU, np.inf)
+    is_padded = beyond.number.max(initial=0) / size > MOST_BEYOND_BONE
+    is_raw = body.within(DENSE_HU, np.inf).number.sum() / size > MOST_DENSE and _is_padding(body)
     if not (is_shifted or is_padded or is_raw) and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
         return
     if low >= 0 or (is_raw and air >= LEAST_AIR):
         guess = "the rescaling was never applied"
     elif is_padded:
-        guess = f"{beyond[0][beyond[1].argmax()]:.0f} is padding that no header declares, set it to air before"
+        guess = f"{beyond.hu[beyond.number.argmax()]:.0f} is padding that no header declares, set it to air before"
     elif is_shifted or (air >= LEAST_AIR and low < AIR_HU[0]):
         guess = "the rescaling seems to have been applied twice"
     else:
@@ -182,29 +227,43 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     raise refusal("hu-implausible", "", expected, found, remedy, "hu-implausible=?")
 
 
-def _is_padding(body: np.ndarray) -> bool:
+class _Counts(NamedTuple):
+    """How many voxels of a sample have each value in whole HU, ascending."""
+
+    hu: np.ndarray
+    number: np.ndarray
+
+    def within(self, low: float, high: float) -> _Counts:
+        """Return those strictly between two values."""
+        kept = (self.hu > low) & (self.hu < high)
+        return _Counts(self.hu[kept], self.number[kept])
+
+
+def _is_padding(body: _Counts) -> bool:
     """Tell whether the air among whole HU is nearly all of one value, and that no end of a clipped range."""
-    values, counts = np.unique(body[(body >= AIR_HU[0]) & (body <= AIR_HU[1])], return_counts=True)
+    values, counts = body.within(AIR_HU[0] - 0.5, AIR_HU[1] + 0.5)
     return bool(counts.max(initial=0) > MOST_OF_AIR * counts.sum()) and values[counts.argmax()] not in CLIPPED_HU
 
 
-def _air_rescaled_twice(body: np.ndarray) -> float:
+def _air_rescaled_twice(body: _Counts) -> float:
     """Return how many of the whole HU lie where a second intercept puts them, and are neither padding nor noise.
 
     Noise is judged by the mode of air: of every 50 HU below it, what exceeds the same 50 HU above it is no noise.
     """
-    below = np.concatenate([body[(body > low) & (body < high)] for low, high in TWICE_HU])
+    parts = [body.within(low, high) for low, high in TWICE_HU]
+    values, counts = (np.concatenate(both) for both in zip(*parts, strict=True))
     for _ in range(PADDINGS):
-        if below.size:
-            values, counts = np.unique(below, return_counts=True)
+        if values.size:
             peak = values[counts.argmax()]
-            below = below[np.abs(below - peak) > (LOSSY if peak > TWICE_AIR_HU else LOSSY_BELOW)]
-    counts, edges = np.histogram(body, np.arange(AIR_HU[0], AIR_HU[1] + 1, 10))
-    mode = edges[counts.argmax()] + 5
-    at_mode = np.count_nonzero(np.abs(body - mode) < NEAR_HU) / (2 * NEAR_HU)
-    far_below = np.count_nonzero((mode - below > FAR_HU[0]) & (mode - below < FAR_HU[1])) / (FAR_HU[1] - FAR_HU[0])
-    if far_below > at_mode / 2:  # it is no mode, hence all this no noise
-        return float(below.size)
+            kept = np.abs(values - peak) > (LOSSY if peak > TWICE_AIR_HU else LOSSY_BELOW)
+            values, counts = values[kept], counts[kept]
+    air, edges = np.histogram(body.hu, np.arange(AIR_HU[0], AIR_HU[1] + 1, 10), weights=body.number)
+    mode = edges[air.argmax()] + 5
+    at_mode = body.number[np.abs(body.hu - mode) < NEAR_HU].sum() / (2 * NEAR_HU)
+    is_far = (mode - values > FAR_HU[0]) & (mode - values < FAR_HU[1])
+    if counts[is_far].sum() / (FAR_HU[1] - FAR_HU[0]) > at_mode / 2:  # it is no mode, hence all this no noise
+        return float(counts.sum())
     depths = np.arange(0, mode - TWICE_HU[0][0] + 50, 50)
-    excess = np.histogram(mode - below, depths)[0] - np.histogram(body - mode, depths)[0]
+    below = np.histogram(mode - values, depths, weights=counts)[0]
+    excess = below - np.histogram(body.hu - mode, depths, weights=body.number)[0]
     return float(np.maximum(excess, 0).sum())

@@ -19,9 +19,9 @@ import numpy as np
 from photon_data.errors import Refused, UsageError, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
-    FAR_BELOW_AIR_HU,
     Probe,
     Rescale,
+    has_padding,
     refuse_implausible,
     refuse_scaled_before,
     volume_statistics,
@@ -40,9 +40,8 @@ from photon_data.resample import (
     full_grid,
     grid_to_native,
     margins_mm,
-    model_grid,
+    on_model_grid,
     resample,
-    resize,
     target_grid,
     voxels_between,
 )
@@ -54,7 +53,6 @@ from photon_data.volume import Geometry, Prepared, Volume
 PADDING_FIRST = "padding-first"
 # Part of it where it is not this.
 USUAL = WRITTEN["volume"]
-LARGEST_12_BITS_HU = 3071
 
 _version = cache(version)  # looked up for every refusal
 
@@ -193,8 +191,9 @@ def prepare_volume(
     """Return the scan as `recipe` says; Refused if it must not become a store.
 
     `rescale` replaces the slope and intercept of the header, and `centre_lps` the recipe's centre of the grid. The
-    facts hold a "policy" where its choices mattered, and "changes" where something was repaired or overridden. With
-    grids="full" the planes are read a second time, for the whole field: two grids at once would not be streamed.
+    facts hold a "policy" where its choices mattered, and "changes" where something was repaired or overridden. The
+    planes are read a second time where they hold undeclared padding (what it is, all of them tell), and with
+    grids="full" for the whole field: two grids at once would not be streamed.
     """
     native, values, body = scan.geometry, _values(scan, recipe, rescale), None
     depths = scan.slices.depths if scan.slices else None
@@ -204,17 +203,22 @@ def prepare_volume(
     grid = target_grid(native, recipe, centre_lps if body is None else body.mean(axis=0))
     whole = full_grid(native) if grids == "full" else None
 
-    def new_probe() -> Probe:
+    def on(grid: Geometry, padding_hu: float | None = None) -> tuple[np.ndarray, Probe]:
         settings = values.slope, values.intercept, values.pad_stored
-        return Probe(native.shape_zyx, *settings, floor_hu=recipe.window_hu[0], padded=scan.padded)
+        floor_hu = recipe.window_hu[0]
+        probe = Probe(native.shape_zyx, *settings, floor_hu=floor_hu, padding_hu=padding_hu, padded=scan.padded)
+        return resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias, depths), probe
 
-    probe = new_probe()
-    array = resample(map(probe.look, scan.planes()), native, grid, values, recipe.antialias, depths)
+    array, probe = on(grid)
     choices, changes = _accept(probe, policy or Policy(), rescale, recipe)
+    padding_hu = None if "modality" in choices else probe.undeclared_padding()
+    if padding_hu is not None:
+        array, probe = on(grid, padding_hu)
     choices, changes = dict(scan.choices) | choices, [*scan.changes, *changes]
-    model = Volume(resize(array, recipe.model_shape_zyx), model_grid(grid, recipe.model_shape_zyx))
+    model = on_model_grid(array, grid, recipe)
     facts = _facts(scan, grid, values, rescale, probe, array) | ({"policy": choices} if choices else {})
     facts |= {"uncropped": scan.uncropped.to_json()} if scan.uncropped else {}
+    facts |= {} if padding_hu is None else {"undeclared_padding_hu": padding_hu}
     facts |= {} if body is None else {"body_mm": dict(zip("xyz", body.T.tolist(), strict=True))}
     facts |= {"changes": [change._asdict() for change in changes]} if changes else {}
     if scan.slices:
@@ -222,7 +226,7 @@ def prepare_volume(
         facts["slices"] = {**scan.slices.to_json(), "voxels_in_gaps": in_gaps}
     if whole is None:
         return Prepared(Volume(array, grid), model, facts)
-    field = resample(map(new_probe().look, scan.planes()), native, whole, values, recipe.antialias, depths)
+    field, _ = on(whole, padding_hu)
     return Prepared(Volume(array, grid), model, facts | {"full_grid": whole.to_json()}, Volume(field, whole))
 
 
@@ -305,18 +309,6 @@ def prepare_file(job: Job) -> VolumeRecord:
 def _rescaled_twice(facts: Mapping[str, Any]) -> bool:
     """Tell whether a table came on top of slopes per slice, as in earlier versions: only such DICOM is float32."""
     return facts.get("format") == "dicom" and facts.get("dtype") == "float32" and facts.get("rescale") != "header"
-
-
-def has_padding(facts: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Tell whether a volume has padding, declared or far below air, that must not be interpolated with tissue.
-
-    Stores of earlier versions did not count it; their statistics tell where it is likely.
-    """
-    if "padding_voxels" in facts:
-        return bool(facts["padding_voxels"])
-    low, high = ((facts.get("hu_before") or {}).get(end, 0.0) for end in ("min", "max"))
-    is_low = low < min(recipe.window_hu[0], FAR_BELOW_AIR_HU)
-    return bool(is_low or (facts.get("format") == "dicom" and high >= LARGEST_12_BITS_HU))
 
 
 def _prepare(job: Job) -> VolumeRecord:

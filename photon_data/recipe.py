@@ -41,7 +41,8 @@ class Recipe:
     shape_zyx: tuple[int, int, int] = (364, 364, 364)
     window_hu: tuple[float, float] = (-1000.0, 1000.0)  # values are clipped to this range
     pad_hu: float = -1000.0  # value outside of the scan
-    # Smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015). It is slower.
+    # Smooth along axes that are down-sampled before interpolating (Gaussian of Cardoso et al. 2015), for every grid. It
+    # is slower.
     antialias: bool = False
     centre: str = "scan"  # of the grid: that of the "scan"'s field of view, or of the box around the "body" in it
     # The model grid: resized trilinearly from the target grid (align_corners=False).
@@ -65,6 +66,8 @@ class Recipe:
         settings = {k: v for k, v in self.to_json().items() if k not in WITHOUT_DIGEST} | EARLIER
         if self.centre == "scan":  # as before there was a choice
             del settings["centre"]
+        if self.antialias:  # once, the model grid was not smoothed
+            settings["antialias"] = "every grid"
         return hashlib.sha256(json.dumps([ALGORITHM, settings], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:

@@ -115,7 +115,8 @@ class VolumeRecord:
     cut_mm, pad_mm        {"x": [low, high], "y": ..., "z": ...} mm of the scan outside of the grid, and the other way
                           round, at the low and the high end of each world axis (L, P, S grow)
     full_grid             Geometry.to_json() of the whole field; only with --grids full
-    padding_voxels        how many voxels were padding, declared or far below air, and became air
+    padding_voxels        how many voxels were padding, declared or below air, and became air
+    undeclared_padding_hu the value of padding below air that no header declares; no such key without
     body_mm               {"x": [low, high], ...} around the body, LPS; only with the recipe's centre=body
     hu_before, hu_after   {"min", "max", "mean", "p01", "p50", "p99", "non_finite"}; hu_before also "histogram": counts
                           in 64 equal bins over [-1100, 1100]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from photon_data.hounsfield import FAR_BELOW_AIR_HU
+from photon_data.hounsfield import BELOW_AIR_HU, FAR_BELOW_AIR_HU
 from photon_data.records import VolumeRecord
 from photon_data.volume import ENDS, WAYS, Geometry, body_axes, tilt_degrees
 
@@ -21,8 +21,6 @@ EMPTY_SHARE_OF_GRID = 0.7
 TILT_DEGREES = 5.0
 # A CT of a body holds air and bone. One without them may be scaled wrongly, or be cut out of a larger scan.
 BONE_HU, AIR_HU = 300, -900
-# One value from here to the value below which padding is recognised may be padding as well.
-BELOW_AIR_HU = -1050.0
 
 # A remark on anything but what is cut off weighs as much as this many millimetres cut off.
 _REMARK_MM = 50.0
@@ -89,7 +87,9 @@ def _on_values(facts: Mapping[str, Any], *, in_hu: bool) -> list[str]:
         return [*remarks, f"all voxels have the same value, {low:g}"]
     if after.get("min") is not None and after["min"] == after.get("max"):
         remarks.append(f"all voxels of the prepared volume have the same value, {after['min']:g}")
-    if in_hu and low is not None and FAR_BELOW_AIR_HU <= low < BELOW_AIR_HU and before.get("p01") == low:
+    if (padding := facts.get("undeclared_padding_hu")) is not None:
+        remarks.append(f"undeclared padding: {padding:g} HU was made air before it was interpolated")
+    elif in_hu and low is not None and FAR_BELOW_AIR_HU <= low < BELOW_AIR_HU and before.get("p01") == low:
         remarks.append(f"at least 1 % of the voxels are {low:g} HU: undeclared padding? It reaches into its neighbours")
     if in_hu and high is not None and high < BONE_HU:
         remarks.append(f"HU maximum {high:g} is below {BONE_HU}: no bone?")

@@ -1,20 +1,22 @@
 """The target grid of a scan, and the one pass of its native planes onto it: linear, float32, rounded to nearest.
 
 Axis-aligned scans are streamed plane by plane through separable interpolation, so memory does not grow with their
-length. Oblique, sheared or to-be-smoothed scans go through SimpleITK's general resampler, whole.
+length. Of oblique and sheared scans, what the grid reaches is held. Smoothing is streamed too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import numpy as np
 
 from photon_data.errors import refusal
+from photon_data.interpolate import Interpolator, affine, axis_map, between, gaussian, resize, smoothed
 from photon_data.recipe import Recipe
-from photon_data.volume import Geometry
+from photon_data.volume import Geometry, Volume
 
 # A scan counts as axis-aligned when no voxel of it is further than this from the aligned grid: at 1000 HU/mm, 0.01 HU.
 ALIGNED_MM = 1e-5
@@ -22,8 +24,6 @@ ALIGNED_MM = 1e-5
 BODY_STEP_MM, BODY_HU = 4.0, -300
 # The spacing of a whole field, and how large one may be: 0.8 GB, 700 x 700 x 2700 mm.
 FULL_MM, FULL_VOXELS = 1.5, 400_000_000
-# SimpleITK's float32 output is made in blocks of this many planes.
-BLOCK_PLANES = 64
 
 
 # Grids
@@ -135,11 +135,6 @@ class Values:
             stored += np.float32(self.intercept)
         return stored
 
-    def to_int16(self, hu: np.ndarray, out: np.ndarray) -> None:
-        """Write float32 HU (which is overwritten) into the int16 array `out`, rounded to nearest and clipped."""
-        np.clip(np.rint(hu, out=hu), *self.window_hu, out=hu)
-        np.copyto(out, hu, casting="unsafe")
-
 
 def voxels_between(native: Geometry, grid: Geometry, spans: np.ndarray) -> int:
     """Return how many voxels of `grid` lie in the scan and strictly within one of `spans` [n, 2] along its axis 0."""
@@ -173,9 +168,12 @@ def resample(
     """
     axes = aligned_axes(native)
     blur = _blur_voxels(native, grid) if antialias else np.zeros(3)
-    if axes is None or blur.any():
-        planes = planes if depths is None else _evened_out(planes, depths)
-        return _resample_whole(planes, native, grid, values, blur)
+    if depths is not None and (axes is None or blur.any()):
+        planes, depths = _evened_out(planes, depths), None
+    if blur.any():
+        planes = _smoothed(planes, [gaussian(sigma**2) for sigma in blur])
+    if axes is None:
+        return _resample_whole(planes, native, grid, values)
     return _resample_streamed(planes, native, grid, values, axes, depths)
 
 
@@ -189,6 +187,29 @@ def _evened_out(planes: Iterator[np.ndarray], depths: np.ndarray) -> Iterator[np
             yield plane if weight == 1 else last + np.float32(weight) * (plane - last)
             whole += 1
         last, last_depth = plane, depth
+
+
+def _smoothed(planes: Iterator[np.ndarray], weights: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the planes, float32, smoothed along each axis; as many are held as weights along axis 0 reach."""
+    reach = len(weights[0]) - 1
+    both = np.concatenate([weights[0][:0:-1], weights[0]])
+    held: list[np.ndarray] = []
+    for plane in planes:
+        flat = smoothed(smoothed(plane.astype(np.float32), weights[1], 0), weights[2], 1)
+        held = [*(held or [flat] * reach), flat][-len(both) :]
+        if len(held) == len(both):
+            yield _weighted_sum(held, both)
+    for _ in range(reach):
+        held = [*held, held[-1]][-len(both) :]
+        if len(held) == len(both):
+            yield _weighted_sum(held, both)
+
+
+def _weighted_sum(planes: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    total = planes[0] * weights[0]
+    for plane, weight in zip(planes[1:], weights[1:], strict=True):
+        total += plane * weight
+    return total
 
 
 def _resample_streamed(
@@ -213,52 +234,58 @@ def _resample_streamed(
         spans.append(slice(within[0], within[-1] + 1) if len(within) else slice(0))
         if a == 0 and depths is not None:
             n_in, position = len(depths), np.interp(position, depths, np.arange(len(depths)))
-        maps.append(_axis_map(position[spans[a]], n_in))
+        maps.append(axis_map(position[spans[a]], n_in))
     depth, rows, columns = maps
-    array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)
-    inside = array.transpose(axes)[tuple(spans)]
-    interpolate = PlaneInterpolator(rows, columns, native.shape_zyx[1:])
-    below, here, scratch = (np.empty(inside.shape[1:], np.float32) for _ in range(3))
+    array = np.empty(grid.shape_zyx, np.int16)
+    turned = array.transpose(axes)
+    for a, span in enumerate(spans):
+        for beyond in (slice(span.start), slice(span.stop, None)):
+            turned[(slice(None),) * a + (beyond,)] = np.rint(values.pad_hu)
+    inside = turned[tuple(spans)]
+    interpolate = Interpolator(rows, columns, native.shape_zyx[1:], values.slope, values.intercept)
+    below, here = (np.empty(inside.shape[1:], np.float32) for _ in range(2))
     needed = {*depth.low, *depth.high}
     for k, plane in enumerate(planes):
         if k not in needed:
             continue
         below, here = here, below
-        values.rescale(interpolate(plane, here))
+        interpolate(plane, here)
         for i in np.flatnonzero(depth.high == k):
-            np.copyto(scratch, here)
             start = here if depth.low[i] == k else below
-            values.to_int16(_lerp(start, scratch, depth.weight[i], scratch), inside[i])
+            between(start, here, depth.weight[i], values.window_hu, inside[i])
     return array
 
 
-def _resample_whole(
-    planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values, blur_voxels: np.ndarray
-) -> np.ndarray:
-    """Resample a scan of any affine geometry with SimpleITK: its grid becomes index space, the affine a transform."""
-    import SimpleITK as sitk
-
-    first = next(planes)
-    whole = np.empty(native.shape_zyx, np.float32 if first.dtype.kind == "f" else first.dtype)
-    whole[0] = first
-    for k, plane in enumerate(planes, 1):
-        whole[k] = plane
-    image = sitk.GetImageFromArray(whole)  # origin 0, spacing 1: its coordinates are voxel indices
-    del whole
-    if blur_voxels.any():
-        image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), (blur_voxels[::-1] ** 2).tolist())
-    to_index = sitk.AffineTransform(3)
-    inverse = np.linalg.inv(np.asarray(native.steps_lps)).T[::-1]
-    to_index.SetMatrix(inverse.ravel().tolist())
-    to_index.SetTranslation((-inverse @ np.asarray(native.origin_lps)).tolist())
-    spacing_xyz, identity = grid.spacing_zyx_mm[::-1], np.eye(3).ravel().tolist()
-    array = np.empty(grid.shape_zyx, np.int16)
-    for z in range(0, len(array), BLOCK_PLANES):
-        block = array[z : z + BLOCK_PLANES]
-        place = block.shape[::-1], to_index, sitk.sitkLinear, grid.world((z, 0, 0)).tolist(), spacing_xyz, identity
-        sampled = sitk.Resample(image, *place, values.pad_stored, sitk.sitkFloat32)
-        values.to_int16(values.rescale(sitk.GetArrayFromImage(sampled)), block)
+def _resample_whole(planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values) -> np.ndarray:
+    """Resample a scan of any affine geometry. Only the part that the grid reaches is held, 16-bit integers as such."""
+    matrix = grid_to_native(native, grid)[:3]
+    ends = np.stack([matrix @ [*corner, 1] for corner in product(*((0, n - 1) for n in grid.shape_zyx))], axis=1)
+    sizes = np.array(native.shape_zyx)
+    first = np.clip(np.floor(ends.min(axis=1)) - 1, 0, np.maximum(sizes - 2, 0)).astype(int)
+    last = np.clip(np.ceil(ends.max(axis=1)) + 2, first + 2, sizes).astype(int)
+    array = np.full(grid.shape_zyx, np.rint(values.pad_hu), np.int16)  # first: what is freed sooner lies behind it
+    part, whole = tuple(map(slice, first, last)), np.empty(0)
+    for k, plane in enumerate(planes):
+        if k == 0:
+            kept = plane.dtype if plane.dtype == np.uint16 else np.promote_types(plane.dtype, np.int16)
+            whole = np.empty(last - first, kept if kept.itemsize == 2 else np.float32)
+        if first[0] <= k < last[0]:
+            whole[k - first[0]] = plane[part[1:]]
+    matrix[:, 3] -= first
+    for axis in np.flatnonzero(sizes == 1):  # made two voxels long, each half as thick
+        whole = np.repeat(whole, 2, axis)
+        matrix[axis] = 2 * matrix[axis] + [0, 0, 0, 0.5]
+    affine(whole, matrix, values.slope, values.intercept, values.window_hu, array)
     return array
+
+
+def on_model_grid(array: np.ndarray, grid: Geometry, recipe: Recipe) -> Volume:
+    """Return the int16 volume on the recipe's model grid; smoothed before where the recipe smooths."""
+    model = model_grid(grid, recipe.model_shape_zyx)
+    if not recipe.antialias:
+        return Volume(resize(array, recipe.model_shape_zyx), model)
+    values = Values(1.0, 0.0, recipe.window_hu, recipe.pad_hu)
+    return Volume(resample(iter(array), grid, model, values, antialias=True), model)
 
 
 def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
@@ -269,62 +296,3 @@ def _blur_voxels(native: Geometry, grid: Geometry) -> np.ndarray:
     world = np.abs(np.asarray(native.steps_lps)).argmax(axis=1)
     factor = np.asarray(grid.spacing_zyx_mm)[2 - world] / np.asarray(native.spacing_zyx_mm)
     return np.sqrt(np.maximum(factor**2 - 1, 0)) / np.sqrt(8 * np.log(2))
-
-
-def resize(array: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
-    """Return the int16 array [z, y, x] resized trilinearly (align_corners=False, no smoothing), rounded to nearest."""
-    depth, rows, columns = (
-        _axis_map((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, n_in)
-        for n_out, n_in in zip(shape_zyx, array.shape, strict=True)
-    )
-    interpolate = PlaneInterpolator(rows, columns, array.shape[1:])
-    out, flat = np.empty(shape_zyx, np.int16), np.empty(shape_zyx[1:], np.float32)
-    low, high = (np.empty(array.shape[1:], np.float32) for _ in range(2))
-    for i, weight in enumerate(depth.weight):
-        np.copyto(low, array[depth.low[i]])
-        np.copyto(high, array[depth.high[i]])
-        interpolate(_lerp(low, high, weight, low), flat)
-        np.copyto(out[i], np.rint(flat, out=flat), casting="unsafe")
-    return out
-
-
-class AxisMap(NamedTuple):
-    """How the output voxels along one axis sample the input: x[low] + weight * (x[high] - x[low])."""
-
-    low: np.ndarray
-    high: np.ndarray
-    weight: np.ndarray
-
-
-def _axis_map(position: np.ndarray, n_in: int) -> AxisMap:
-    """Return how outputs sample `n_in` voxels at `position` (float64 index); beyond the outer ones, the edge value."""
-    position = np.clip(position, 0, n_in - 1)
-    low = np.floor(position).astype(np.intp)
-    return AxisMap(low, np.minimum(low + 1, n_in - 1), (position - low).astype(np.float32))
-
-
-class PlaneInterpolator:
-    """Linear interpolation of planes of `shape` [y, x] along both axes, in float32 buffers that it owns and reuses."""
-
-    def __init__(self, rows: AxisMap, columns: AxisMap, shape: tuple[int, ...]) -> None:
-        self.rows, self.columns = rows, columns
-        self.plane = np.empty(shape, np.float32)
-        self.low_rows, self.high_rows = (np.empty((len(rows.low), shape[1]), np.float32) for _ in range(2))
-        self.high = np.empty((len(rows.low), len(columns.low)), np.float32)
-
-    def __call__(self, plane: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Return `out` [rows, columns] float32, filled with the plane's values at the mapped positions."""
-        np.copyto(self.plane, plane, casting="unsafe")  # once; mixed types cost every later pass a third more
-        np.take(self.plane, self.rows.low, axis=0, out=self.low_rows, mode="clip")
-        np.take(self.plane, self.rows.high, axis=0, out=self.high_rows, mode="clip")
-        tall = _lerp(self.low_rows, self.high_rows, self.rows.weight[:, None], self.low_rows)
-        np.take(tall, self.columns.low, axis=1, out=out, mode="clip")
-        np.take(tall, self.columns.high, axis=1, out=self.high, mode="clip")
-        return _lerp(out, self.high, self.columns.weight, out)
-
-
-def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, out: np.ndarray) -> np.ndarray:
-    """Return low + weight * (high - low), float32, in `out` (may be `low`); `high` is used up."""
-    high -= low
-    high *= weight
-    return np.add(low, high, out=out)

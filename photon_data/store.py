@@ -140,9 +140,10 @@ def _write_shard(array: np.ndarray, chunk: tuple[int, ...], path: Path) -> dict[
     with path.open("wb") as file:
 
         def write(data: bytes) -> int:
-            data += google_crc32c.value(data).to_bytes(4, "little")
-            digest.update(data)
-            return file.write(data)
+            for part in (data, google_crc32c.value(data).to_bytes(4, "little")):
+                digest.update(part)
+                file.write(part)
+            return len(data) + 4
 
         for place in np.ndindex(*counts):
             part = array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))]

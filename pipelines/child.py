@@ -223,9 +223,8 @@ def _end_with_stdin() -> None:
 def single_threaded() -> None:
     """Use one core per job: parallelism comes from jobs, and bytes must not depend on the number of threads."""
     import numcodecs.blosc
-    import SimpleITK as sitk
     import zarr
 
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # its import costs 90 MB, and few scans need it
     numcodecs.blosc.set_nthreads(1)
     zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})

@@ -12,9 +12,11 @@ from scans import as_scan, ct_like, frame
 
 import photon_data
 from photon_data.errors import Refused
-from photon_data.hounsfield import Rescale
-from photon_data.prepare_file import Job, has_padding, prepare_file, prepare_volume
+from photon_data.hounsfield import Rescale, has_padding
+from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
+from photon_data.records import VolumeRecord
+from photon_data.remarks import other_remarks
 from photon_data.scan import Source
 
 SHAPE = (12, 40, 44)
@@ -143,6 +145,52 @@ def test_undeclared_padding_far_below_air_does_not_reach_into_tissue(dtype, turn
     assert found.facts["hu_before"]["min"] < -8000
 
 
+@pytest.mark.parametrize(
+    ("hu", "dtype"), [(-1100, np.int16), (-1200, np.uint16), (-1400, np.float32), (-1499, np.int16)]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_value_alone_below_air_is_undeclared_padding_and_does_not_reach_into_tissue(hu, dtype, turned):
+    native = frame(SHAPE, spacing_mm=(2.5, 0.8, 0.7))
+    if turned:
+        native = replace(native, steps_lps=((0, 0.5, 2.5), *native.steps_lps[1:]))
+    shift = -2000 if dtype == np.uint16 else 0
+    array = (np.where(CIRCLE, hu, body()) - shift).astype(dtype)
+    found = prepare_volume(as_scan(array, native, 1.0, shift), RECIPE, grids="full")
+    expected = prepare_volume(as_scan((cut_out() - shift).astype(dtype), native, 1.0, shift), RECIPE, grids="full")
+    for grid in ("volume", "model", "full"):
+        assert np.array_equal(getattr(found, grid).numpy(), getattr(expected, grid).numpy())
+    assert found.facts["undeclared_padding_hu"] == hu
+    assert found.facts["padding_voxels"] == CIRCLE.sum()
+    assert found.facts["hu_before"]["min"] == hu
+    record = VolumeRecord("a", "a", "prepared", 1, 1, facts=found.facts)
+    assert any(f"undeclared padding: {hu} HU was made air" in remark for remark in other_remarks(record))
+    assert "undeclared_padding_hu" not in expected.facts
+
+
+@pytest.mark.parametrize("deviation", [30, 100, 170])
+@pytest.mark.parametrize("clipped_at", [-1055, -1100, -1200])
+def test_noise_of_air_that_a_scanner_clipped_is_no_padding(deviation, clipped_at):
+    noise = np.random.default_rng(0).normal(0, deviation, SHAPE)
+    array = (body() + noise).clip(clipped_at).astype(np.int16)
+    found = prepare_volume(as_scan(array, frame(SHAPE)), RECIPE)
+    assert "undeclared_padding_hu" not in found.facts
+    assert found.facts["padding_voxels"] == 0
+
+
+def test_a_value_below_air_within_the_window_or_of_no_hu_or_of_few_voxels_stays():
+    array, native = np.where(CIRCLE, -1200, body()).astype(np.int16), frame(SHAPE)
+    few = body()
+    few[0, :6, :6] = -1200
+    wide = replace(RECIPE, window_hu=(-1300.0, 1000.0))
+    for scan, recipe, policy in (
+        (array, wide, Policy()),
+        (few, RECIPE, Policy()),
+        (array - 3000, RECIPE, Policy(modality="other")),
+    ):
+        found = prepare_volume(as_scan(scan.astype(np.int16), native), recipe, policy)
+        assert "undeclared_padding_hu" not in found.facts
+
+
 def test_noise_of_air_is_interpolated_before_it_is_clipped_as_the_paper_has_it():
     rng = np.random.default_rng(0)
     noisy = (ct_like(SHAPE) + np.rint(rng.normal(0, 100, SHAPE))).clip(-1490, None).astype(np.int16)
@@ -168,6 +216,11 @@ def test_stores_of_versions_that_interpolated_padding_are_made_anew_and_all_othe
     assert not has_padding(before(-1400, 30000), recipe)
     assert not has_padding(before(-3024, 1500, padding_voxels=0), recipe)
     assert has_padding(before(-1024, 1500, padding_voxels=7), recipe)
+    below_air = before(-1200, 1500, padding_voxels=0)
+    below_air["hu_before"]["p01"] = -1200
+    assert has_padding(below_air, recipe)  # earlier versions interpolated it
+    assert not has_padding(below_air | {"policy": {"modality": "other"}}, recipe)
+    assert not has_padding(below_air, replace(recipe, window_hu=(-1300.0, 1000.0)))
     wide = replace(recipe, window_hu=(-4000.0, 1000.0))
     assert not has_padding(before(-3024, 1500), wide)
 
@@ -178,4 +231,8 @@ def test_a_padded_scan_is_unchanged_when_it_is_prepared_again(tmp_path):
     job = Job(Source("a", "a", files, "dicom", 1, 1), str(tmp_path / "out"), RECIPE)
     first, second = prepare_file(job), prepare_file(job)
     assert (first.state, second.state) == ("prepared", "unchanged")
+    series(tmp_path / "raw", body(), 4, intercept=-1200)  # as -1196 HU that nobody declares
+    third, fourth = prepare_file(job), prepare_file(job)
+    assert (third.state, fourth.state) == ("prepared", "unchanged")
+    assert fourth.facts["undeclared_padding_hu"] == -1196
     assert first.key != job.key(str(first.fingerprint), {**(first.facts or {}), "padding_voxels": 0})

@@ -100,7 +100,7 @@ def test_stores_whose_recipe_still_held_a_policy_are_recognised_under_that_polic
     assert prepare_file(replace(job, recipe=replace(SMALL, pad_hu=-900.0))).state == "prepared"
 
 
-@pytest.mark.parametrize(("low", "state"), [(-1024, "unchanged"), (-1490, "unchanged"), (-3024, "prepared")])
+@pytest.mark.parametrize(("low", "state"), [(-1024, "unchanged"), (-1490, "prepared"), (-3024, "prepared")])
 def test_of_the_stores_that_counted_no_padding_only_those_that_have_some_are_made_anew(tmp_path, low, state):
     array = ct_like((16, 24, 28))
     array[:, 0, :] = low
