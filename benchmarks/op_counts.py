@@ -77,6 +77,7 @@ class Counts:
     found: Counter[str] = field(default_factory=Counter)
     places: Counter[str] = field(default_factory=Counter)
     names: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
 
     def sync(self) -> None:
         """Count a sync, and the innermost line of this project that it happened in (several syncs may stand there)."""
@@ -94,6 +95,7 @@ class _Dispatches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, found, name = kwargs or {}, self.counts.found, func.overloadpacket.__name__
         found["dispatches"] += 1
+        self.counts.calls[name] += 1
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not views and name not in NO_KERNEL:
             found["kernels"] += 1
@@ -285,6 +287,7 @@ def main() -> None:
         print(f"{name:38}" + "".join(f"{counts.found[column]:12,}" for column in COLUMNS), flush=True)
         if name == args.where:
             print("  kernels:", ", ".join(f"{n} {k}" for k, n in counts.names.most_common(20)), file=sys.stderr)
+            print("  dispatches:", ", ".join(f"{n} {k}" for k, n in counts.calls.most_common(20)), file=sys.stderr)
             for place, number in counts.places.most_common():
                 print(f"  sync x {number}: {place}", file=sys.stderr)
 

@@ -41,7 +41,7 @@ def rope_index(
             if kind == 0:
                 piece_3L = torch.arange(length).expand(3, -1)
             elif (step := next(left[kind], None)) is not None:
-                piece_3L = _grid_positions(*step, vision.spatial_merge_size)
+                piece_3L = _grid_positions(step[0], step[1], vision.spatial_merge_size)
             else:
                 raise ValueError(
                     f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "

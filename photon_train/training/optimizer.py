@@ -32,7 +32,7 @@ class MasterAdamW(Optimizer):
                 masters = [own.get(MASTER, weight) for own, weight in zip(states, weights, strict=True)]
                 torch._fused_adamw_(
                     masters,
-                    [weight.grad.float() for weight in weights],
+                    [weight.grad.float() for weight in weights if weight.grad is not None],
                     [own["exp_avg"] for own in states],
                     [own["exp_avg_sq"] for own in states],
                     [],
@@ -60,9 +60,13 @@ class MasterAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state over as it is; torch would round it to the dtype of the weights."""
         super().load_state_dict(state_dict)
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        for index, own in state_dict["state"].items():
-            self.state[weights[index]] = {name: value.to(weights[index].device) for name, value in own.items()}
+        names, weights = (
+            [weight for group in groups for weight in group["params"]]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        for name, weight in zip(names, weights, strict=True):
+            if own := state_dict["state"].get(name):
+                self.state[weight] = {key: value.to(weight.device) for key, value in own.items()}
 
 
 def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
