@@ -245,10 +245,9 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         first_layer: int = 0,
     ) -> dict[str, Any]:
         """Return what layers from `first_layer` on need to attend: causal mask, rotation, cache."""
-        if shared is not None and self.config._attn_implementation in ("sdpa", "eager"):
-            mask: Any = causal_mask(
-                mask_BL, h_BLD, shared.length, can_be_none=self.config._attn_implementation == "sdpa"
-            )
+        mask: Any
+        if shared is not None and (back_end := self.config._attn_implementation) in ("sdpa", "eager"):
+            mask = causal_mask(mask_BL, h_BLD, shared.length, can_be_none=back_end == "sdpa")
         else:
             before: Any = cache if shared is None else shared
             mask = create_causal_mask(self.config, h_BLD, mask_BL, before, layer_idx=first_layer)

@@ -313,12 +313,11 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if position_31P is None:
             ids_1P = ids_1P[:, : prefix_length(ids_1P[0], self.config)]
         names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-        volumes = {
-            name: torch.as_tensor(inputs[name]).to(self.device) for name in names if inputs.get(name) is not None
-        }
-        patches_PX = volumes.pop("pixel_values_videos", None)
+        volumes = {name: torch.as_tensor(inputs[name]) for name in names if inputs.get(name) is not None}
+        patches_PX = volumes.pop("pixel_values_videos", None)  # the others are for the host, and stay where they are
         if patches_PX is None or not ids_1P.numel():
             raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
+        patches_PX = patches_PX.to(self.device)
         encoded = self.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
         h_1PD = self.model.embed(ids_1P, encoded, checked=position_31P is not None)
         if position_31P is None:

@@ -62,9 +62,9 @@ class SpanAttention(Qwen2_5_VLVisionAttention):
         qk_P2Hd = rotate(qkv_P3Hd[:, :2], *rotation)
         parts: Any = (*qk_P2Hd.unbind(1), qkv_P3Hd[:, 2])
         if spans.order_P is not None:
-            parts = [x_PHd[spans.order_P] for x_PHd in parts]
+            parts = [x_PHd.index_select(0, spans.order_P) for x_PHd in parts]
         out_PD = self._attend(parts, spans, kwargs)
-        return self.proj(out_PD if spans.back_P is None else out_PD[spans.back_P])
+        return self.proj(out_PD if spans.back_P is None else out_PD.index_select(0, spans.back_P))
 
     def _attend(self, parts_PHd: Any, spans: Spans, kwargs: dict[str, Any]) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -122,13 +122,13 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             )
         sizes = (self.spatial_merge_size, self.window_size, self.patch_size)
         layout = layout_of(grids, sizes, hidden_states.device)
-        h_PD = self.patch_embed(hidden_states)[layout.order_P]
+        h_PD = self.patch_embed(hidden_states).index_select(0, layout.order_P)
         cos_Pd, sin_Pd = self.rotary_pos_emb(h_PD, layout.position_P2)  # float32, as the published weights were trained
         rotation = (cos_Pd[:, None, None], signed(sin_Pd)[:, None, None])
         for number, block in enumerate(self.blocks):
             spans = layout.slabs if number in self.fullatt_block_indexes else layout.windows
             h_PD = block(h_PD, None, spans=spans, rotation=rotation, **kwargs)
-        return BaseModelOutputWithPooling(h_PD, self.merger(h_PD)[layout.back_N])
+        return BaseModelOutputWithPooling(h_PD, self.merger(h_PD).index_select(0, layout.back_N))
 
 
 @lru_cache(maxsize=64)
