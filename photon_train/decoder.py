@@ -1,7 +1,8 @@
 """Vision tower and decoder with scheduling: Qwen2.5-VL's, and between layers its and its + 1 visual tokens are dropped.
 
 `PhotonTextModel._scheduled` reads as the paper's algorithm. With nothing to schedule the stock forward runs. A `Prefix`
-is what the questions on one volume share: every token up to the end of the last volume, computed through layer its.
+is what the questions on one volume share: every token up to the end of the last volume, computed through layer its,
+or through all layers where no question drops a token.
 
 Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), N visual tokens of
 the batch, D hidden size, P tokens of a shared prefix, H query heads, K key heads in k and v, d head_dim; axis 3 is
@@ -10,7 +11,6 @@ the batch, D hidden size, P tokens of a shared prefix, H query heads, K key head
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,23 +28,22 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
     Qwen2_5_VLPreTrainedModel,
     Qwen2_5_VLTextModel,
-    apply_rotary_pos_emb,
 )
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, SharedKeys, causal_mask, fuse_norms
 from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.dropping import Gather, everything, gather_of, prune
+from photon_train.positions import rope_index
 from photon_train.scheduling import (
     SCHEDULERS,
-    Gather,
     Scheduled,
     SchedulerContext,
     SchedulingInputs,
     Selection,
     ThresholdHead,
     ThresholdPredictor,
-    gather_of,
-    prune,
     visual_mask,
     warn_of_undecided,
 )
@@ -66,8 +65,8 @@ class Prefix(NamedTuple):
 
     input_ids_1P: Tensor
     volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
-    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of layers 0..its, each [1, K heads, P, d]
-    h_1PD: Tensor  # after layer its
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of its layers, each [1, K heads, P, d]
+    h_1PD: Tensor  # after the last of them
     q_1HPd: Tensor  # of layer its, rotated
     k_1KPd: Tensor
     foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
@@ -77,8 +76,13 @@ class Prefix(NamedTuple):
         """P."""
         return self.input_ids_1P.shape[1]
 
+    @property
+    def layers(self) -> int:
+        """How many layers it was computed through: those to its_layer, or all."""
+        return len(self.keys_values)
+
     def into(self, cache: Cache, rows: int) -> Cache:
-        """Return the cache with layers 0..its holding a copy of the prefix for each row."""
+        """Return the cache with these layers holding a copy of the prefix for each row."""
         for layer, (keys, values) in enumerate(self.keys_values):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return cache
@@ -139,10 +143,8 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         self, h_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: Prefix | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return q[B, H, L, d] and k[B, K, L, d] of this layer for its input, those of the prefix before them."""
-        attention, normed_BLD = self.self_attn, self.input_layernorm(h_BLD)
-        q_BHLd = attention.q_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        k_BKLd = attention.k_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        q_BHLd, k_BKLd = apply_rotary_pos_emb(q_BHLd, k_BKLd, *position_embeddings)
+        attention: Any = self.self_attn
+        q_BHLd, k_BKLd = attention.rotated_qk(self.input_layernorm(h_BLD), position_embeddings)
         if prefix is not None:
             q_BHLd = torch.cat([prefix.q_1HPd.expand(len(h_BLD), -1, -1, -1), q_BHLd], dim=2)
             k_BKLd = torch.cat([prefix.k_1KPd.expand(len(h_BLD), -1, -1, -1), k_BKLd], dim=2)
@@ -156,6 +158,10 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         super().__init__(config)
         self.photon_config = photon_config
         self.layers[photon_config.its_layer] = PhotonDecoderLayer(photon_config)
+        for number, layer in enumerate(self.layers):
+            layer.self_attn = PhotonAttention(config, number)
+        self.rotary_emb = PhotonRotaryEmbedding(config)
+        fuse_norms(self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,81 +190,89 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         **kwargs: Any,
     ) -> PhotonTextOutput:
         position_3BL, rows = position_ids[-3:], len(inputs_embeds)
-        mask_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
+        layers, its = list(self.layers), self.photon_config.its_layer
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
 
-        lower_cache, lower_position_3BL = cache, position_3BL
+        own_position_3BL = position_3BL
         if prefix is not None:  # inputs_embeds are of the suffixes
-            lower_cache = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
-            lower_position_3BL = position_3BL[..., prefix.length :]
-        attend = self._attend(inputs_embeds, attention_mask, lower_position_3BL, lower_cache, first_layer=0) | kwargs
-        h_BLD, selection = self._lower(inputs_embeds, {"scheduling": scheduling, "prefix": prefix}, attend)
+            own_position_3BL = position_3BL[..., prefix.length :]
+            cache = cache if cache is None else prefix.into(cache, rows)
+        shared = SharedKeys(prefix.keys_values if prefix else ()) if cache is None else None
+        attend = self._attend(inputs_embeds, attention_mask, own_position_3BL, cache, shared) | kwargs
+        h_BLD = inputs_embeds
+        for layer in layers[:its]:
+            h_BLD = layer(h_BLD, **attend)
+        h_BLD, selection = layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend)
+        through = its + 1 if prefix is None else prefix.layers
+        for layer in layers[its + 1 : through]:
+            h_BLD = layer(h_BLD, **attend)
         if prefix is not None:
             h_BLD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BLD], dim=1)
 
-        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL)
-        kept, first = scheduled.kept, self.photon_config.its_layer + 1
-        _prune_cache(cache, kept, layers=first)
-        position_3BM = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
-        attend = self._attend(h_BMD, kept.mask_BM, position_3BM, cache, first_layer=first)
-        for layer in self.layers[first:]:
-            h_BMD = layer(h_BMD, **attend, **kwargs)
+        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, attention_mask)
+        if through < len(layers):
+            kept = scheduled.kept
+            if scheduling.drops:
+                _prune_cache(cache, kept, layers=through)
+                position_3BL = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
+                attention_mask = kept.mask_BM if rows > 1 else None  # a single row has no empty slot
+            shared = SharedKeys() if cache is None and attention_mask is not None else None
+            attend = self._attend(h_BMD, attention_mask, position_3BL, cache, shared, through) | kwargs
+            for layer in layers[through:]:
+                h_BMD = layer(h_BMD, **attend)
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
-    def through_its(self, h_1PD: Tensor, position_31P: Tensor) -> tuple[Tensor, Tensor, Tensor, Cache]:
-        """Return h_1PD after layer its, that layer's rotated q and k, and the cache of layers 0..its. For a prefix."""
-        cache = DynamicCache(config=self.config)
-        attend = self._attend(h_1PD, None, position_31P, cache, first_layer=0)
-        h_1PD, q_1HPd, k_1KPd = self._lower(h_1PD, {"with_qk": True}, attend)
-        return h_1PD, q_1HPd, k_1KPd, cache
-
-    def _lower(self, h_BLD: Tensor, its_arguments: dict[str, Any], attend: dict[str, Any]) -> Any:
-        """Return what layer its returns; it alone gets `its_arguments`."""
-        layers: list[Any] = list(self.layers[: self.photon_config.its_layer + 1])
-        settings = [layer.gradient_checkpointing for layer in layers]
-        makes_or_has_prefix = "with_qk" in its_arguments or its_arguments["prefix"] is not None
-        try:
-            for layer in layers:  # checkpointing would throw away the keys that a prefix shares
-                layer.gradient_checkpointing &= not makes_or_has_prefix
-            for layer in layers[:-1]:
-                h_BLD = layer(h_BLD, **attend)
-            return layers[-1](h_BLD, **its_arguments, **attend)
-        finally:
-            for layer, setting in zip(layers, settings, strict=True):
-                layer.gradient_checkpointing = setting
+    def prefix_through(
+        self, layers: int, h_1PD: Tensor, position_31P: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+        """Return what a Prefix holds of so many layers: h_1PD, rotated q and k of layer its, all keys and values."""
+        shared = SharedKeys()
+        attend = self._attend(h_1PD, None, position_31P, None, shared)
+        for layer in self.layers[:layers]:
+            if layer is self.layers[self.photon_config.its_layer]:
+                h_1PD, q_1HPd, k_1KPd = layer(h_1PD, with_qk=True, **attend)
+            else:
+                h_1PD = layer(h_1PD, **attend)
+        return h_1PD, q_1HPd, k_1KPd, tuple(shared.own.values())
 
     def _attend(
-        self, h_BLD: Tensor, mask_BL: Tensor | None, position_3BL: Tensor, cache: Cache | None, first_layer: int
+        self,
+        h_BLD: Tensor,
+        mask_BL: Tensor | None,
+        position_3BL: Tensor,
+        cache: Cache | None,
+        shared: SharedKeys | None,
+        first_layer: int = 0,
     ) -> dict[str, Any]:
-        """Return what layers from `first_layer` on need to attend: causal mask, rotary pair, cache."""
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=h_BLD,
-            attention_mask=mask_BL,
-            past_key_values=cache,
-            layer_idx=first_layer,
-        )
+        """Return what layers from `first_layer` on need to attend: causal mask, rotation, cache."""
+        mask: Any
+        if shared is not None and (back_end := self.config._attn_implementation) in ("sdpa", "eager"):
+            mask = causal_mask(mask_BL, h_BLD, shared.length, can_be_none=back_end == "sdpa")
+        else:
+            before: Any = cache if shared is None else shared
+            mask = create_causal_mask(self.config, h_BLD, mask_BL, before, layer_idx=first_layer)
         rotary = self.rotary_emb(h_BLD, position_3BL)
-        return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache}
+        return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache, "shared": shared}
 
     def _drop(
-        self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, mask_BL: Tensor
+        self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, mask_BL: Tensor | None
     ) -> tuple[Tensor, Scheduled]:
-        """Return the hidden states h_BMD of the tokens that stay, and what was scheduled."""
-        visual_BL, drops = scheduling.visual_BL, scheduling.phase in (Phase.HARD, Phase.FLIP)
-        p_BL = selection.probability_BL
-        p_BL = torch.where(scheduling.detached_B[:, None], p_BL.detach(), p_BL)
-        if scheduling.phase is Phase.SOFT:
-            h_BLD = h_BLD * p_BL[..., None].to(h_BLD.dtype)
+        """Return the hidden states h_BMD of the tokens that stay, and what was scheduled. M is L if all do."""
+        visual_BL = scheduling.visual_BL
+        mask_BL = torch.ones_like(visual_BL) if mask_BL is None else mask_BL.bool()
+        p_BL = torch.where(scheduling.detached_B[:, None], selection.probability_BL.detach(), selection.probability_BL)
         flipped_B = scheduling.flip_B & ~selection.threshold_B.isnan()
-        kept_visual_BL = selection.keep_BL ^ (visual_BL & flipped_B[:, None]) if drops else visual_BL
-        keep_BL = mask_BL & (kept_visual_BL | ~visual_BL)
+        if self.photon_config.scheduler == "its" and not self.training:
+            warn_of_undecided(selection, visual_BL & mask_BL)
+        selection = selection._replace(probability_BL=p_BL)
+        if not scheduling.drops:
+            if scheduling.phase is Phase.SOFT:
+                h_BLD = h_BLD * p_BL[..., None].to(h_BLD.dtype)
+            return h_BLD, Scheduled(selection, flipped_B, mask_BL, everything(mask_BL))
+        keep_BL = mask_BL & (selection.keep_BL ^ (visual_BL & flipped_B[:, None]) | ~visual_BL)
         kept = gather_of(keep_BL)
-        if self.photon_config.scheduler == "its":
-            warn_of_undecided(selection, visual_BL & mask_BL & ~scheduling.perturbed_B[:, None])
-        for_prune_BL = p_BL if drops else p_BL.detach()
-        h_BMD = prune(h_BLD, for_prune_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale_B)
-        return h_BMD, Scheduled(selection._replace(probability_BL=p_BL), flipped_B, keep_BL, kept)
+        h_BMD = prune(h_BLD, p_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale_B)
+        return h_BMD, Scheduled(selection, flipped_B, keep_BL, kept)
 
 
 def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
@@ -294,42 +308,14 @@ class PhotonModel(Qwen2_5_VLModel):
     ) -> tuple[Tensor, Tensor]:
         """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
 
-        mm_token_type_ids: 0 text, 1 image, 2 volume. After a volume, text resumes at (max over t, h, w) + 1, as the
-        published weights were trained; transformers v5 resumes at start + max(h, w). t grows by tokens_per_second times
-        seconds per slab (1 by default) in a volume, by 0 in an image.
-        Raises ValueError for a run of visual tokens without a volume, or of another length than its volume's.
+        mm_token_type_ids: 0 text, 1 image, 2 volume. See `positions.rope_index`.
         """
-        vision, device = self.config.vision_config, input_ids.device
         images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
         seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
-        steps = [(grid, vision.tokens_per_second * s) for grid, s in zip(volumes, seconds, strict=True)]
-        left = {1: zip(images, itertools.repeat(0.0)), 2: iter(steps)}
         kind_BL = 2 * visual_mask(input_ids, self.config) if mm_token_type_ids is None else mm_token_type_ids
         mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        position_3BL, delta_B1 = torch.ones((3, *kind_BL.shape), dtype=torch.int64), torch.zeros(len(kind_BL), 1).long()
-        for row, (kind_L, mask_L) in enumerate(zip(kind_BL.cpu(), mask_BL.bool().cpu(), strict=True)):
-            pieces, start = [], 0
-            for kind, run in itertools.groupby(kind_L[mask_L].tolist()):
-                length = len(list(run))
-                if kind == 0:
-                    piece_3L = torch.arange(length).expand(3, -1)
-                elif (grid := next(left[kind], None)) is not None:
-                    piece_3L = _grid_positions(*grid, vision.spatial_merge_size)
-                else:
-                    raise ValueError(
-                        f"expected a volume for every run of visual tokens, found {len(volumes)} for more runs; pass "
-                        "all of them"
-                    )
-                if piece_3L.shape[1] != length:
-                    raise ValueError(
-                        f"expected {piece_3L.shape[1]} visual tokens for a volume, found {length}: was the prompt cut "
-                        "off inside it? Shorten the text, not the volume"
-                    )
-                pieces.append(piece_3L + start)
-                start = int(pieces[-1].max()) + 1
-            position_3BL[:, row, mask_L] = torch.cat(pieces, dim=1)
-            delta_B1[row] = start - kind_BL.shape[1]
-        return position_3BL.to(device), delta_B1.to(device)
+        found = rope_index(kind_BL.cpu(), mask_BL.cpu(), images, volumes, seconds, self.config)
+        return found[0].to(input_ids.device), found[1].to(input_ids.device)
 
     def forward(
         self,
@@ -345,6 +331,7 @@ class PhotonModel(Qwen2_5_VLModel):
         **kwargs: Any,
     ) -> Any:
         """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
+        checked = position_ids is not None  # whoever made positions has compared the text with the volumes
         if position_ids is None:
             position_ids, self.rope_deltas = self.get_rope_index(
                 input_ids, mm_token_type_ids, None, video_grid_thw, second_per_grid_ts, attention_mask
@@ -355,30 +342,24 @@ class PhotonModel(Qwen2_5_VLModel):
         if prefix is not None:
             input_ids, kwargs["prefix"] = input_ids[:, prefix.length :], prefix
         return self.language_model(
-            inputs_embeds=self.embed(input_ids, volumes),
+            inputs_embeds=self.embed(input_ids, volumes, checked),
             attention_mask=attention_mask,
             position_ids=position_ids,
             **kwargs,
         )
 
-    def embed(self, input_ids_BL: Tensor, volumes: Any) -> Tensor:
-        """Return h_BLD: embedded text, with the volumes' tokens in their places."""
+    def embed(self, input_ids_BL: Tensor, volumes: Any, checked: bool = False) -> Tensor:
+        """Return h_BLD: embedded text, with the volumes' tokens in their places; `checked`: they are as many."""
         h_BLD = self.get_input_embeddings()(input_ids_BL)
         if volumes is None:
             return h_BLD
         visual_ND = torch.cat(volumes.pooler_output).to(h_BLD)
-        is_visual_BL1 = visual_mask(input_ids_BL, self.config)[..., None]
-        if (found := int(is_visual_BL1.sum())) != len(visual_ND):
+        is_visual_BL = visual_mask(input_ids_BL, self.config)
+        if not checked and (found := int(is_visual_BL.sum())) != len(visual_ND):
             raise ValueError(
                 f"expected {len(visual_ND)} visual tokens in the text, as many as the volumes give, found {found}; "
                 "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
             )
-        return h_BLD.masked_scatter(is_visual_BL1, visual_ND)
-
-
-def _grid_positions(grid_thw: list[int], positions_per_slab: float, merge: int) -> Tensor:
-    """Return int64[3, n] from 0: t grows by positions_per_slab (truncated), h and w by merged patch."""
-    t, h, w = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
-    slabs = (torch.arange(t, dtype=torch.float32) * positions_per_slab).long()
-    axes = torch.meshgrid(slabs, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(axes).reshape(3, -1)
+        number_BL = (is_visual_BL.flatten().cumsum(0) - 1).clamp(0, len(visual_ND) - 1)
+        of_place_BLD = visual_ND.index_select(0, number_BL).view_as(h_BLD)
+        return torch.where(is_visual_BL[..., None], of_place_BLD, h_BLD)

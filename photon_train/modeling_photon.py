@@ -34,10 +34,17 @@ from photon_train.checkpoint import (
     saving,
     write_digests,
 )
-from photon_train.configuration_photon import IGNORED, MODEL_TYPE, Phase, PhotonConfig, config_for, layout_of, phase_at
+from photon_train.configuration_photon import MODEL_TYPE, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
-from photon_train.losses import answer_losses, answer_shares, band_losses, next_labels
-from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
+from photon_train.losses import answer_losses, answer_shares, answers_of, band_losses
+from photon_train.scheduling import (
+    Scheduled,
+    SchedulingInputs,
+    foreground_share,
+    is_passive,
+    prefix_length,
+    visual_mask,
+)
 from photon_train.scheduling import question_mask as question_mask_of
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")
@@ -69,6 +76,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     config: PhotonConfig
     config_class = PhotonConfig
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "PhotonDecoderLayer", "Qwen2_5_VLVisionBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["atp"]  # noqa: RUF012 - rounded to bfloat16, a threshold would move in leaps
 
     def __init__(self, config: PhotonConfig) -> None:
         Qwen2_5_VLPreTrainedModel.__init__(self, config)  # the stock __init__ would build the stock model
@@ -132,6 +140,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         mm_encoder_outputs: dict[str, Any] | None = None,
         question_mask: Tensor | None = None,
         foreground: Tensor | None = None,
+        question_tokens: int | None = None,
+        answers: Tensor | None = None,
         perturbed: Tensor | None = None,
         flip: Tensor | None = None,
         step: int | None = None,
@@ -144,6 +154,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Return a PhotonOutput. Raises ValueError for images, and for volumes that do not match the visual tokens.
 
         question_mask bool[B, L], foreground float[B, L] (shares): default, found from the ids and the volumes.
+        question_tokens: of the longest question; answers: what `losses.answers_of` makes of labels. Who knows them, and
+        position_ids and question_mask too, spares the host from waiting for the device.
         perturbed bool[B]: rows whose volume was perturbed; they are trained for robustness.
         flip bool[B]: rows to flip; default, drawn from torch's CPU generator with `flip_probability`.
         step, total_steps: optimizer step and length of the run; training without them drops tokens and flips nothing.
@@ -166,20 +178,28 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
+        phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
         if isinstance(prefix, int):
-            prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes})
+            position_31P = None if position_ids is None else position_ids[-3:, :1, :prefix]
+            prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes}, phase, position_31P)
         if prefix is not None:
             volumes = prefix.volumes_of(len(input_ids))
+            if prefix.layers > self.config.its_layer + 1 and not is_passive(self.config, phase):
+                found = f"found one through {prefix.layers}"
+                raise ValueError(
+                    f"expected a prefix through {self.config.its_layer + 1} layers, {found}; encode it again"
+                )
 
         patches_PX = volumes.get("pixel_values_videos")
         has_volumes = patches_PX is not None or bool(mm_encoder_outputs)
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
-            phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
             rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase)
+            rows = rows._replace(question_tokens=question_tokens)
             if labels is not None:
-                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(labels, attention_mask))
+                answers = answers_of(labels, attention_mask) if answers is None else answers
+                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(answers, len(labels)))
         if rows is not None and schedules and self.config.scheduler == "foreground":
             if foreground is None and prefix is not None:
                 foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
@@ -201,11 +221,13 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             **kwargs,
         )
         scheduled, h_BMD = getattr(outputs, "scheduled", None), outputs.last_hidden_state
-        if rows is None or labels is None:
+        if rows is None or answers is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             answered = {"logits": self.lm_head(h_BMD[:, kept])}
         else:
-            answered = self._losses(h_BMD, labels, attention_mask, scheduled, rows, answers_only or self.training)
+            answered = self._losses(
+                h_BMD, answers, scheduled, rows, perturbed is not None, answers_only or self.training
+            )
         return PhotonOutput(
             **answered,
             scheduled=None if scheduled is None else scheduled.detached(),
@@ -242,64 +264,74 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             perturbed_B=perturbed_B,
             flip_B=flip_B.to(no_B.device) & ~perturbed_B,
             loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
+            drops=not is_passive(self.config, phase) and phase is not Phase.SOFT,
         )
 
     def _losses(
         self,
         h_BMD: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None,
+        answers: Tensor,
         scheduled: Scheduled | None,
         rows: SchedulingInputs,
+        is_perturbed: bool,
         answers_only: bool,
     ) -> dict[str, Tensor]:
         """Return the fields of PhotonOutput from `loss` to `answer_rows_N`."""
+        rows_N, columns_N, labels_N = answers
         flipped_B = torch.zeros_like(rows.flip_B)
         if scheduled is not None:
-            labels, attention_mask = scheduled.kept(labels), scheduled.kept.mask_BM
+            columns_N = scheduled.kept.place_BL[rows_N, columns_N]
             flipped_B = scheduled.flipped_B
-        targets_BM = next_labels(labels, attention_mask)
-        rows_N, columns_N = (targets_BM != IGNORED).nonzero(as_tuple=True)
-        labels_N, epsilon = targets_BM[rows_N, columns_N], self.config.flip_epsilon
         # The head is most of the memory of a step: in training, only where there is something to predict.
-        logits = self.lm_head(h_BMD[rows_N, columns_N] if answers_only else h_BMD)
-        logits_NV = logits if answers_only else logits[rows_N, columns_N]
-        parts = answer_losses(logits_NV, labels_N, rows_N, rows.perturbed_B, flipped_B, epsilon)._asdict()
+        place_N = rows_N * h_BMD.shape[1] + columns_N
+        logits = self.lm_head(h_BMD.flatten(0, 1).index_select(0, place_N) if answers_only else h_BMD)
+        logits_NV = logits if answers_only else logits.flatten(0, 1).index_select(0, place_N)
+        perturbed_B = rows.perturbed_B if is_perturbed else None
+        parts = answer_losses(logits_NV, labels_N, rows_N, perturbed_B, flipped_B, self.config.flip_epsilon)._asdict()
         parts["band"] = torch.zeros_like(parts["ce"])
         if self.training and scheduled is not None and rows.phase is not Phase.DENSE:
             # of the rows whose tokens a threshold decided and that are trained to answer
             counts_B = ~(rows.detached_B | scheduled.selection.threshold_B.isnan())
             p_BL, (low, high) = scheduled.selection.probability_BL, (self.config.band_low, self.config.band_high)
-            share_B = torch.bincount(rows_N, minlength=len(labels)) / max(len(rows_N), 1)
+            share_B = answer_shares(answers, len(p_BL))
             parts["band"] = (band_losses(p_BL, rows.visual_BL, low, high) * counts_B * share_B).sum()
         loss: Any = sum(parts.values())
         if self.training and not loss.requires_grad:  # text alone, in stage 1: every device needs a gradient, here of 0
             loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **parts, "logits": logits, "answer_labels_N": labels_N, "answer_rows_N": rows_N}
 
-    def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
-        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none."""
+    def encode_prefix(
+        self, inputs: Mapping[str, Any], phase: Phase = Phase.HARD, position_31P: Tensor | None = None
+    ) -> Prefix:
+        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none.
+
+        It goes through all layers where no question changes a token of it (`is_passive`), else through layer its.
+        position_31P: of inputs that hold the prefix and nothing else, made together with them.
+        """
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
         if len(ids_1P) != 1:
             raise ValueError(f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time")
         if mask_BL is not None:
             ids_1P = ids_1P[:, mask_BL[0].bool()]
-        ids_1P = ids_1P[:, : prefix_length(ids_1P[0], self.config)]
+        if position_31P is None:
+            ids_1P = ids_1P[:, : prefix_length(ids_1P[0], self.config)]
         names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-        volumes = {
-            name: torch.as_tensor(inputs[name]).to(self.device) for name in names if inputs.get(name) is not None
-        }
-        patches_PX = volumes.pop("pixel_values_videos", None)
+        volumes = {name: torch.as_tensor(inputs[name]) for name in names if inputs.get(name) is not None}
+        patches_PX = volumes.pop("pixel_values_videos", None)  # the others are for the host, and stay where they are
         if patches_PX is None or not ids_1P.numel():
             raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
+        patches_PX = patches_PX.to(self.device)
         encoded = self.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
-        position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
-        h_1PD = self.model.embed(ids_1P, encoded)
-        h_1PD, q_1HPd, k_1KPd, cache = self.model.language_model.through_its(h_1PD, position_31P)
+        h_1PD = self.model.embed(ids_1P, encoded, checked=position_31P is not None)
+        if position_31P is None:
+            position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
+        text = self.model.language_model
+        layers = len(text.layers) if is_passive(self.config, phase) else self.config.its_layer + 1
+        h_1PD, q_1HPd, k_1KPd, keys_values = text.prefix_through(layers, h_1PD, position_31P)
         return Prefix(
             input_ids_1P=ids_1P,
             volumes=volumes,
-            keys_values=tuple((layer.keys, layer.values) for layer in cache.layers if layer.is_initialized),
+            keys_values=keys_values,
             h_1PD=h_1PD,
             q_1HPd=q_1HPd,
             k_1KPd=k_1KPd,

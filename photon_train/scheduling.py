@@ -1,4 +1,4 @@
-"""Instruction-conditioned token scheduling (ITS), the schedulers it is compared with, and dropping tokens for good.
+"""Instruction-conditioned token scheduling (ITS), and the schedulers it is compared with.
 
 A scheduler is a function SchedulerContext -> Selection. A new one: a function here, in `SCHEDULERS`, and its name in
 configuration_photon.SCHEDULER_NAMES.
@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.dropping import Gather, gather_of, mean_std
 
 logger = logging.getLogger(__name__)
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
@@ -35,6 +36,8 @@ class SchedulingInputs(NamedTuple):
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
     loss_scale_B: Tensor  # float32, what a row's own loss is multiplied by before gradients: trainer's factor and share
+    drops: bool = True  # whether tokens may be dropped: not before the hard phase, nor by `none`
+    question_tokens: int | None = None  # of the longest question, where the host knows it
 
     @property
     def detached_B(self) -> Tensor:
@@ -72,6 +75,11 @@ class Scheduled(NamedTuple):
     def detached(self) -> Scheduled:
         """Return it without gradients: a report keeps no graph alive, and no DDP bucket waits for it."""
         return self._replace(selection=Selection(*(x.detach() for x in self.selection)))
+
+
+def is_passive(config: PhotonConfig, phase: Phase) -> bool:
+    """Tell whether all tokens pass layer its as they are: then questions share a prefix through all layers."""
+    return config.scheduler == "none" or phase is Phase.DENSE
 
 
 def visual_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
@@ -162,7 +170,12 @@ def its(context: SchedulerContext) -> Selection:
     # Autocast would round products of float32 to bfloat16.
     with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
         q_BHLd, k_BKLd = context.rotated_qk()
-        score_BL = instruction_scores(q_BHLd, k_BKLd, context.inputs.question_BL, visual_BL, config.centrality_floor)
+        question_BL, longest, floor = (
+            context.inputs.question_BL,
+            context.inputs.question_tokens,
+            config.centrality_floor,
+        )
+        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, floor, longest)
         saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
         features_BF = descriptors(score_BL, saliency_BL, visual_BL)
         low_B1, high_B1 = _extremes(score_BL, visual_BL)
@@ -240,7 +253,12 @@ def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:
 
 
 def instruction_scores(
-    q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor, centrality_floor: float
+    q_BHLd: Tensor,
+    k_BKLd: Tensor,
+    question_BL: Tensor,
+    visual_BL: Tensor,
+    centrality_floor: float,
+    longest: int | None = None,
 ) -> Tensor:
     """Return u float32[B, L], 0 off the visual tokens: how well each one is aligned with the question.
 
@@ -248,7 +266,7 @@ def instruction_scores(
     others attend to it: w_t = c_t / max(sum c, floor), c_t = mean over heads of sum over t' != t of
     relu(q_t . k_t' / sqrt(d)).
     """
-    question = gather_of(question_BL)
+    question = gather_of(question_BL, longest)
     q_BHQd, k_BKQd, mask_BQ = question(q_BHLd, dim=2), question(k_BKLd, dim=2), question.mask_BM.float()
     others_QQ = 1 - torch.eye(mask_BQ.shape[1], device=mask_BQ.device)
     pairs_BQQ = mask_BQ[:, :, None] * mask_BQ[:, None, :] * others_QQ
@@ -290,14 +308,6 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
 
 
-def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
-    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
-    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
-    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
-    return mean_B1, variance_B1.sqrt()
-
-
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     low_B1 = x_BL.masked_fill(~mask_BL, torch.inf).amin(1, keepdim=True)
     high_B1 = x_BL.masked_fill(~mask_BL, -torch.inf).amax(1, keepdim=True)
@@ -312,89 +322,3 @@ def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
     below_B1 = sorted_BL.gather(1, rank_B1.floor().long())
     above_B1 = sorted_BL.gather(1, rank_B1.ceil().long())
     return torch.lerp(below_B1, above_B1, rank_B1 - rank_B1.floor())
-
-
-# Dropping: the gather of the tokens that stay, and the surrogate gradient (SGP) of the keep probability.
-
-
-class Gather(NamedTuple):
-    """The chosen positions of every row, in order, against the right edge.
-
-    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b]
-    """
-
-    index_BM: Tensor  # int64, position in the row before (any position in an empty slot)
-    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots, on the left of shorter rows
-
-    def __call__(self, x_BL: Tensor, dim: int = 1) -> Tensor:
-        """Return `x_BL[b, index_BM[b]]` along `dim`; dimension 0 of x is the row. Empty slots hold any value."""
-        shape = [1] * x_BL.ndim
-        shape[0], shape[dim] = self.index_BM.shape
-        index = self.index_BM.view(shape).expand(*(n if d != dim else -1 for d, n in enumerate(x_BL.shape)))
-        return x_BL.gather(dim, index)
-
-
-def gather_of(mask_BL: Tensor) -> Gather:
-    """Return the gather that packs the True positions of each row together. One host sync: the longest row."""
-    longest = int(mask_BL.sum(1).max())
-    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
-    index_BM = order_BL[:, mask_BL.shape[1] - longest :]
-    return Gather(index_BM, mask_BL.gather(1, index_BM))
-
-
-def prune(
-    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, config: PhotonConfig, loss_scale_B: Tensor
-) -> Tensor:
-    """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
-
-    Backwards, h gets the upstream gradient at kept positions and 0 at dropped ones; p gets `surrogate_gradient`.
-    """
-    return _Prune.apply(h_BLD, p_BL, visual_BL, *kept, loss_scale_B, config)
-
-
-class _Prune(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, *how: Any) -> Tensor:
-        index_BM, mask_BM, loss_scale_B, ctx.config = how
-        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, mask_BM, loss_scale_B)
-        return Gather(index_BM, mask_BM)(h_BLD) * mask_BM[..., None]
-
-    @staticmethod
-    def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:
-        h_BLD, p_BL, visual_BL, index_BM, mask_BM, loss_scale_B = ctx.saved_tensors
-        index_BMD = index_BM[..., None].expand_as(g_BMD)
-        grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * mask_BM[..., None])
-        grad_p_BL = None
-        if ctx.needs_input_grad[1]:
-            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, ctx.config, loss_scale_B)
-        return grad_h_BLD, grad_p_BL, None, None, None, None, None
-
-
-def surrogate_gradient(
-    x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, config: PhotonConfig, loss_scale_B: Tensor
-) -> Tensor:
-    """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
-
-    g_BLD is the upstream gradient, 0 at dropped tokens. z is eta = <x, g>, standardised and clipped.
-    Direction d = 0.5 - r, r = 0.5 + 0.5 tanh(z). Magnitude s = sum |x g| over its mean, clipped.
-    Gradient = beta d s max(p (1 - p), floor).
-
-    Mean and sigma are those of the row. Above sigma's floor the gradient does not depend on the size of the loss, and
-    at the floor it does: so `loss_scale_B`, by which the row's own loss was multiplied, is taken out of g and put back
-    at the end. Then K copies of a row together move p as far as the row alone. 0: the row has no loss.
-    """
-    scale_B1 = loss_scale_B[:, None]
-    g_BLD = g_BLD.float() / torch.where(scale_B1 == 0, 1.0, scale_B1)[..., None]
-    xg_BLD = x_BLD.float() * g_BLD
-    eta_BL = xg_BLD.sum(-1) * (-1.0 if config.sgp_strict else 1.0)
-    mean_B1, sigma_B1 = mean_std(eta_BL, visual_BL)
-    z_BL = (eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)
-    z_BL = z_BL.clamp(-config.sgp_z_clip, config.sgp_z_clip)
-    direction_BL = -0.5 * torch.tanh(z_BL)
-    if not config.sgp_strict:
-        direction_BL = direction_BL - mean_std(direction_BL, visual_BL)[0]
-    size_BL = xg_BLD.abs().sum(-1)
-    scale_BL = size_BL / mean_std(size_BL, visual_BL)[0].clamp_min(config.sgp_scale_floor)
-    scale_BL = scale_BL.clamp(config.sgp_scale_min, config.sgp_scale_max)
-    slope_BL = (p_BL * (1 - p_BL)).clamp_min(config.sgp_saturation_floor)
-    return (scale_B1 * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)

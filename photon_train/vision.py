@@ -1,80 +1,164 @@
-"""The vision tower, with windows of one length attended to in one call.
+"""The vision tower: Qwen2.5-VL's, with a patch embedding that is a matrix product, and windows ordered once.
 
-The stock layer makes 2560 small calls, one per window, for a volume of 140 x 280 x 280 in the 3B model; this one 88,
-with the same bits. Flash attention takes all windows in one call and runs the stock layer.
+Patches are brought into an order in which windows of one length follow each other, so that a block attends in a call
+for each length (three, for a volume of 140 x 280 x 280) and moves nothing; the stock tower makes 2560 calls. The blocks
+that attend within slabs bring their patches into the order of slabs and back.
 
-Legend: P patches, W windows of one length, N patches of such a window, H heads, d head_dim.
+Legend: V volumes, P patches, X voxels of a patch, N tokens (merged patches), H heads, d head_dim, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     ALL_ATTENTION_FUNCTIONS,
+    Qwen2_5_VisionPatchEmbed,
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLVisionAttention,
-    apply_rotary_pos_emb_vision,
     eager_attention_forward,
     is_flash_attention_requested,
 )
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-_WINDOWS = WeakTensorKeyDictionary()  # cu_seqlens, which all layers of a forward share -> windows
+from photon_train.attention import fuse_norms, rotate, signed
+
+Grids = tuple[tuple[int, int, int], ...]  # (t, h, w) in patches, of each volume
 
 
-class GroupedWindowAttention(Qwen2_5_VLVisionAttention):
-    """Attention within windows, one call per distinct window length."""
+class Spans(NamedTuple):
+    """Which patches attend to each other: spans of them, those of one length one after the other."""
 
-    def forward(
-        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Return float[P, D]; window i is patches cu_seqlens[i] to cu_seqlens[i + 1]."""
-        if is_flash_attention_requested(self.config):
-            return super().forward(hidden_states, cu_seqlens, position_embeddings, *args, **kwargs)
-        q_PHd, k_PHd, v_PHd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *position_embeddings)
+    runs: tuple[tuple[int, int], ...]  # number of spans, patches of each
+    ends: Tensor  # int32, where spans end, from 0; for flash attention
+    order_P: Tensor | None = None  # brings the patches into the order of the spans; None: they are
+    back_P: Tensor | None = None
+
+
+class Layout(NamedTuple):
+    """How the patches of some volumes are ordered. Computed once for each combination of grids and device."""
+
+    order_P: Tensor  # from slabs of merged 2 x 2 blocks, as they come, into windows of one length
+    position_P2: Tensor  # (h, w) of each patch, in this order
+    windows: Spans
+    slabs: Spans
+    back_N: Tensor  # brings merged patches back
+
+
+class SpanAttention(Qwen2_5_VLVisionAttention):
+    """Attention within spans, one call for each length."""
+
+    def forward(self, hidden_states: Tensor, spans: Spans, rotation: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Return float[P, D], of patches in the order of the layout."""
+        qkv_P3Hd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+        qk_P2Hd = rotate(qkv_P3Hd[:, :2], *rotation)
+        parts: Any = (*qk_P2Hd.unbind(1), qkv_P3Hd[:, 2])
+        if spans.order_P is not None:
+            parts = [x_PHd.index_select(0, spans.order_P) for x_PHd in parts]
+        out_PD = self._attend(parts, spans, kwargs)
+        return self.proj(out_PD if spans.back_P is None else out_PD.index_select(0, spans.back_P))
+
+    def _attend(self, parts_PHd: Any, spans: Spans, kwargs: dict[str, Any]) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        indices, outputs = [], []
-        for index_WN in _by_length(cu_seqlens):
-            windows_WHNd = (x_PHd[index_WN].transpose(1, 2) for x_PHd in (q_PHd, k_PHd, v_PHd))
-            out_WNHd, _ = attend(
-                self, *windows_WHNd, attention_mask=None, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
-            )
-            indices.append(index_WN.flatten())
-            outputs.append(out_WNHd.flatten(0, 1).flatten(1))
-        return self.proj(torch.cat(outputs)[torch.cat(indices).argsort()])
+        options = {"attention_mask": None, "scaling": self.scaling, "dropout": 0.0, "is_causal": False, **kwargs}
+        if is_flash_attention_requested(self.config):  # all spans in one call
+            longest = max(length for _, length in spans.runs)
+            options |= {f"cu_seq_lens_{x}": spans.ends for x in "qk"} | {f"max_length_{x}": longest for x in "qk"}
+            out_1PHd, _ = attend(self, *(x_PHd.transpose(0, 1)[None] for x_PHd in parts_PHd), **options)
+            return out_1PHd[0].flatten(1)
+        outputs = []
+        of_runs = [x_PHd.split([count * length for count, length in spans.runs]) for x_PHd in parts_PHd]
+        for (count, _), *run in zip(spans.runs, *of_runs, strict=True):
+            out, _ = attend(self, *(x_PHd.unflatten(0, (count, -1)).transpose(1, 2) for x_PHd in run), **options)
+            outputs.append(out.flatten(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+
+class PatchEmbedding(Qwen2_5_VisionPatchEmbed):
+    """A matrix product with the published weight [D, channels, d, h, w], of a convolution whose kernel is its input."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return float[P, D] for patches [P, X]."""
+        weight_DX = self.proj.weight.flatten(1)
+        return F.linear(hidden_states.to(weight_DX.dtype), weight_DX)
 
 
 class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
-    """Qwen2.5-VL's vision tower with grouped windows."""
+    """Qwen2.5-VL's vision tower in fewer calls."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.patch_embed = PatchEmbedding(
+            config.patch_size, config.temporal_patch_size, config.in_channels, config.hidden_size
+        )
         for block in self.blocks:
-            block.attn = GroupedWindowAttention(config)
+            block.attn = SpanAttention(config)
+        fuse_norms(self)
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        """Return the stock output for patches float[P, X]. Raises ValueError if they do not fit the grids [V, 3]."""
+        """Return the tokens, `pooler_output` [N, D], for patches float[P, X] and the grids int64[V, 3] of the volumes.
+
+        Raises ValueError if they do not fit. `last_hidden_state` is in the order of the layout.
+        """
         config: Any = self.config
+        grids: Grids = tuple(map(tuple, grid_thw.tolist()))
         voxels = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        expected, found = (int(grid_thw.prod(-1).sum()), voxels), tuple(hidden_states.shape)
+        expected, found = (sum(t * h * w for t, h, w in grids), voxels), tuple(hidden_states.shape)
         if found != expected:
             raise ValueError(
                 f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; "
                 "make both with the processor"
             )
-        return super().forward(hidden_states, grid_thw, **kwargs)
+        sizes = (self.spatial_merge_size, self.window_size, self.patch_size)
+        layout = layout_of(grids, sizes, hidden_states.device)
+        h_PD = self.patch_embed(hidden_states).index_select(0, layout.order_P)
+        cos_Pd, sin_Pd = self.rotary_pos_emb(h_PD, layout.position_P2)  # float32, as the published weights were trained
+        rotation = (cos_Pd[:, None, None], signed(sin_Pd)[:, None, None])
+        for number, block in enumerate(self.blocks):
+            spans = layout.slabs if number in self.fullatt_block_indexes else layout.windows
+            h_PD = block(h_PD, None, spans=spans, rotation=rotation, **kwargs)
+        return BaseModelOutputWithPooling(h_PD, self.merger(h_PD).index_select(0, layout.back_N))
 
 
-def _by_length(cu_seqlens: Tensor) -> list[Tensor]:
-    """Return the patches of the windows of each length, int64[W, N]. Only the first layer waits for the device."""
-    if cu_seqlens not in _WINDOWS:
-        ends = cu_seqlens.cpu()
-        starts, lengths = ends[:-1], ends.diff()
-        windows = [starts[lengths == n, None] + torch.arange(n) for n in lengths.unique().tolist() if n > 0]
-        _WINDOWS[cu_seqlens] = [index_WN.long().to(cu_seqlens.device) for index_WN in windows]
-    return _WINDOWS[cu_seqlens]
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be part of a backward pass
+def layout_of(grids: Grids, sizes: tuple[int, int, int], device: torch.device) -> Layout:
+    """Return the layout of volumes of these grids; `sizes` are those of a merged block, a window and a patch."""
+    merge, window, patch = sizes
+    cells, grid_V3 = merge**2, torch.tensor(grids)
+    order_N, ends = get_vision_window_index(grid_V3, merge, window, patch)
+    windows = sorted(order_N.split((ends.diff() // cells).tolist()), key=len)  # stable
+    order_N = torch.cat(windows)
+    order_P = (order_N[:, None] * cells + torch.arange(cells)).flatten()
+    position_P2 = get_vision_position_ids(grid_V3, merge)[order_P]
+    slabs = sorted((h * w, number) for number, (h, w) in enumerate((h, w) for t, h, w in grids for _ in range(t)))
+    starts = torch.tensor([0, *itertools.accumulate(h * w for t, h, w in grids for _ in range(t))])
+    by_slab_P = torch.cat([torch.arange(n) + starts[number] for n, number in slabs])  # slabs of one length together
+    order_of_slabs_P = order_P.argsort()[by_slab_P]
+    return Layout(
+        order_P.to(device),
+        position_P2.to(device),
+        _spans([cells * len(window_N) for window_N in windows], device),
+        _spans([n for n, _ in slabs], device)._replace(
+            order_P=order_of_slabs_P.to(device), back_P=order_of_slabs_P.argsort().to(device)
+        ),
+        order_N.argsort().to(device),
+    )
+
+
+def _spans(lengths: list[int], device: torch.device) -> Spans:
+    """Return spans of these lengths, equal ones together."""
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    runs = tuple((len(list(run)), length) for length, run in itertools.groupby(lengths))
+    return Spans(runs, ends.to(device))

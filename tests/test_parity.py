@@ -12,13 +12,16 @@ import torch
 from golden import Golden, gradients
 from torch import Tensor
 from torch.testing import assert_close
+from transformers.vision_utils import get_vision_window_index
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
+from photon_train.dropping import gather_of, prune
 from photon_train.losses import answer_losses, band_losses
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import patchify
-from photon_train.scheduling import gather_of, prune, question_mask
+from photon_train.scheduling import question_mask
+from photon_train.vision import layout_of
 
 LOSS = {"rtol": 0, "atol": 1e-5}
 STATES = {"rtol": 0, "atol": 2e-4}
@@ -106,6 +109,14 @@ def test_vision_tower(golden: Golden, s2: PhotonForConditionalGeneration) -> Non
     out = visual(x["pixel_values_videos"], grid_thw=x["video_grid_thw"]).pooler_output
     for hook in hooks:
         hook.remove()
+    sizes = (visual.spatial_merge_size, visual.window_size, visual.patch_size)
+    grids = tuple(map(tuple, x["video_grid_thw"].tolist()))
+    order_P, theirs_N = (
+        layout_of(grids, sizes, out.device).order_P,
+        get_vision_window_index(x["video_grid_thw"], *sizes)[0],
+    )
+    in_theirs_P = order_P.argsort().unflatten(0, (-1, sizes[0] ** 2))[theirs_N].flatten()  # blocks have our order
+    seen |= {name: found[in_theirs_P] for name, found in seen.items() if name != "patch_embed"}
     for name, found in {"out": out, **seen}.items():
         assert_close(found, e[name], **STATES, msg=lambda m, name=name: f"{name}: {m}")
 

@@ -31,15 +31,18 @@ from photon_data.questions.table import volume_id_of
 from photon_data.store import NIFTI, open_volume
 from photon_train.configuration_photon import IGNORED, PhotonConfig
 from photon_train.decoder import with_suffixes
+from photon_train.losses import answers_of
+from photon_train.positions import rope_index
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, TrainRow
-from photon_train.scheduling import prefix_length
+from photon_train.scheduling import prefix_length, question_mask, visual_mask
 from photon_train.training.config import TrainConfig, worker_count
 from photon_train.training.interruption import read_on
 
 VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
 WINDOW = 32  # steps within which micro-batches of similar cost are brought together
 SIMILAR = 1.25  # costs within this factor
+ON_HOST = ("video_grid_thw", "second_per_grid_ts")  # the model would ask the device for their values
 STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # for rows that cannot be read
 
 
@@ -143,8 +146,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on the device."""
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return replace(self, inputs=moved, flips=self.flips.to(device))
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k not in ON_HOST else v
+            for k, v in self.inputs.items()
+        }
+        return replace(self, inputs=moved, flips=self.flips.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the batch with its inputs in pinned memory; torch's DataLoader calls it in a thread of its own."""
@@ -196,6 +202,7 @@ class MicroBatches(Dataset[Batch]):
         draws = self.training and self.config.stage == "s2"
         if draws and videos and rng.random() < photon.robustness_probability:
             self._perturb(inputs, len(rows), generator)
+        inputs |= self._known(inputs)
         longest = int(inputs["attention_mask"].sum(1).max())
         if longest > self.config.max_length:
             raise ValueError(f"expected at most {self.config.max_length} tokens, found {longest}; raise max_length")
@@ -214,6 +221,22 @@ class MicroBatches(Dataset[Batch]):
             return shared_inputs(self.processor, rows)
         inputs = dict(self.processor(rows=rows, for_training=True))
         return inputs | idle_volume_before(inputs, self.processor.config) if self.same_calls else inputs
+
+    def _known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model would have to ask the device for: positions, questions, where answers stand."""
+        photon, ids_BL, mask_BL = self.processor.config, inputs["input_ids"], inputs["attention_mask"]
+        grids, seconds = (inputs.get(name) for name in ("video_grid_thw", "second_per_grid_ts"))
+        repeats = len(ids_BL) if "prefix" in inputs else 1  # volumes of a prefix are given once
+        grids, seconds = ([] if x is None else x.tolist() * repeats for x in (grids, seconds))
+        seconds = seconds or [1.0] * len(grids)
+        question_BL = inputs.get("question_mask")
+        question_BL = question_mask(ids_BL, photon) & mask_BL.bool() if question_BL is None else question_BL
+        return {
+            "position_ids": rope_index(2 * visual_mask(ids_BL, photon), mask_BL, [], grids, seconds, photon)[0],
+            "question_mask": question_BL,
+            "question_tokens": int(question_BL.sum(1).max()),
+            "answers": answers_of(inputs["labels"], mask_BL),
+        }
 
     def _perturb(self, inputs: dict[str, Any], rows: int, generator: torch.Generator) -> None:
         """Perturb every volume in one way; all rows are then trained to be unsure."""

@@ -60,7 +60,9 @@ class TrainConfig:
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    precision: str = "bf16"  # fp32, or bf16 (autocast; weights and optimizer state stay in float32)
+    # fp32; bf16: what is computed with, float32 weights stay in the optimizer (with FSDP2: in the parts of each
+    # process); autocast: weights and residual stream in float32, cast for each use.
+    precision: str = "bf16"
     attention: str = "sdpa"
     gradient_checkpointing: bool = True  # compute the language model's activations again in the backward pass
     vision_gradient_checkpointing: bool = True  # and those of the vision tower
@@ -151,7 +153,7 @@ OF_ANSWERS = "eval/"  # begins the name of every score of answers, in points
 MADE_WITH = "made_with"  # what RUN/config.json says beside the settings
 CHOICES = {
     "stage": ("s1", "s1c", "s2"),
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "bf16", "autocast"),
     "augment": ("none", "intensity", "affine", "both"),
     "best_mode": ("max", "min"),
     "on_bad_row": ("stop", "skip"),

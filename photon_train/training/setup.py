@@ -23,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
@@ -44,6 +45,7 @@ from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
 from photon_train.scheduling import ThresholdPredictor
 from photon_train.training.batches import Batch, group_rows, steps_per_epoch
 from photon_train.training.config import MADE_WITH, TrainConfig, made_with
+from photon_train.training.optimizer import MasterAdamW
 from photon_train.training.resume import Best, check_length, check_same_run, keep_begun_phases, rows_digest
 from photon_train.training.row_check import rows_with_texts
 
@@ -135,7 +137,8 @@ def start(
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
-    model, processor = load_model(config, last, verify=accelerator.is_local_main_process)
+    dtype = torch.bfloat16 if config.precision == "bf16" and not _casts(config) else torch.float32
+    model, processor = load_model(config, last, verify=accelerator.is_local_main_process, dtype=dtype)
     rows = rows_with_texts(rows, processor, config, accelerator)
     eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
     asked = answering(eval_rows, processor, accelerator) if answering else None
@@ -154,7 +157,10 @@ def start(
     check_length(config, state, total_steps)
     if config.stage == "s2":
         set_curriculum(processor.config, config, len(rows) / steps, total_steps, state)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=1.0, betas=(0.9, config.adam_beta2))
+    groups, betas = parameter_groups(model, config), (0.9, config.adam_beta2)
+    fused = accelerator.device.type == "cuda" or not accelerator.is_fsdp2
+    rounded = any(weight.dtype != torch.float32 for group in groups for weight in group["params"])
+    optimizer = MasterAdamW(groups, betas) if rounded else torch.optim.AdamW(groups, lr=1.0, betas=betas, fused=fused)
     if accelerator.is_fsdp2:
         share_apart(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -194,15 +200,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UsageError(f"track: expected trackers that are installed ({', '.join(installed)}), {found}")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives separate runs of one process each
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        mixed_precision="bf16" if _casts(config) else "no",
         log_with=list(config.track) or None,
         project_dir=config.output,
         # groups_per_step decides about accumulation, not the launcher.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Early phases leave the threshold predictor, and groups of text the vision tower, without a gradient. Buffers
         # are constants: DDP would send them before every forward, and wait for processes with less to evaluate.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        ],
     )
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     check_processes(config, accelerator.num_processes)
     if accelerator.distributed_type is DistributedType.FSDP:
         if config.eval_benchmark and config.lora_rank:
@@ -211,7 +222,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             raise UsageError("expected FSDP2, found FSDP 1, which has no names for weights; set `fsdp_version: 2`")
         plugin = accelerator.state.fsdp_plugin
         plugin.activation_checkpointing = False  # the run checkpoints activations itself, for either half of the model
-        if config.precision == "bf16":  # rounds what layers compute with, not what they return or add up
+        if config.precision != "fp32":  # rounds what layers compute with, not what they return or add up
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
@@ -234,6 +245,12 @@ def keep_float32(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and isinstance(module, ThresholdPredictor):
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 group.mp_policy = MixedPrecisionPolicy()
+
+
+def _casts(config: TrainConfig) -> bool:
+    """Tell whether weights stay in float32 and are cast for each use. FSDP2 shares them, and casts what it gathers."""
+    shares = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return config.precision == "autocast" or (config.precision == "bf16" and shares)
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
@@ -280,8 +297,10 @@ def set_curriculum(
         raise UsageError(f"expected a run that drops tokens before it ends, {found}; {remedy}, or train for longer")
 
 
-def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple[Any, PhotonProcessor]:
-    """Return the model to train, whole and in float32, and its processor; of the checkpoint `last` if there is one.
+def load_model(
+    config: TrainConfig, last: Path | None, *, verify: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Any, PhotonProcessor]:
+    """Return the model to train, whole, and its processor; of the checkpoint `last` if there is one.
 
     `verify`: compare the files of a model to start from with their digests; `last` was compared before.
     """
@@ -296,7 +315,7 @@ def load_model(config: TrainConfig, last: Path | None, *, verify: bool) -> tuple
         model: Any = PhotonForConditionalGeneration.from_pretrained(
             source,
             stage=2 if config.stage == "s2" else None,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=config.attention,
             verify=verify and source == config.model,
             **{"scheduler": scheduler, **config.photon},
@@ -385,10 +404,16 @@ def set_learning_rates(optimizer: Any, config: TrainConfig, step: int, total_ste
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
     """Return the norm of the gradients of each module that has any, of all processes."""
-    squares: dict[str, list[Tensor]] = defaultdict(list)
+    gradients: dict[str, list[Tensor]] = defaultdict(list)
+    shared = False
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            norm: Any = torch.linalg.vector_norm(parameter.grad.float())
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # where processes share the weight
-            squares[module_of(name)].append(whole.square())
-    return {module: float(torch.stack(values).sum().sqrt()) for module, values in squares.items()}
+        if (gradient := parameter.grad) is not None:
+            shared |= isinstance(gradient, DTensor)  # processes share the weight, and each has its part
+            gradients[module_of(name)].append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+    if not gradients:
+        return {}
+    of_each = (torch.stack(torch._foreach_norm(own, 2, torch.float32)) for own in gradients.values())
+    squares = torch.stack([norms.square().sum() for norms in of_each])
+    if shared:
+        torch.distributed.all_reduce(squares)
+    return dict(zip(gradients, squares.sqrt().tolist(), strict=True))

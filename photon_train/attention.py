@@ -1,0 +1,140 @@
+"""Attention of the decoder, rotation and norms in fewer kernels than the stock ones, with the same weights.
+
+Legend: B rows, L tokens, D hidden size, H query heads, K key heads, E = H + K, d head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    ALL_ATTENTION_FUNCTIONS,
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+    eager_attention_forward,
+)
+
+
+class SharedKeys:
+    """Stands in for a cache where none is kept: layers attend to the keys of a prefix too, and their own are noted.
+
+    The same call gives the same keys again, so that a layer can be recomputed in the backward pass.
+    """
+
+    def __init__(self, before: tuple[tuple[Tensor, Tensor], ...] = ()) -> None:
+        self.before = before
+        self.length = before[0][0].shape[2] if before else 0
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the prefix and, behind them, those given."""
+        self.own.setdefault(layer, (keys, values))
+        if not self.before:
+            return keys, values
+        before = (x.expand(len(keys), -1, -1, -1) for x in self.before[layer])
+        both = [torch.cat(pair, dim=2) for pair in zip(before, (keys, values), strict=True)]
+        return both[0], both[1]
+
+    def get_query_offset(self, layer: int) -> int:
+        """Return how many keys stand before the first query; for `create_causal_mask`."""
+        return self.length
+
+    def get_mask_sizes(self, queries: int, layer: int) -> tuple[int, int]:
+        """Return the number of keys, and the index of the first; for `create_causal_mask`."""
+        return self.length + queries, 0
+
+
+def causal_mask(mask_BT: Tensor | None, h_BLD: Tensor, before: int, *, can_be_none: bool) -> Tensor | None:
+    """Return what scores are masked by, float[B or 1, 1, L, T], for L queries behind `before` keys; T = before + L.
+
+    mask_BT: False at padding. None is returned where `can_be_none` and no more than the common triangle is masked: who
+    knows that there is no padding gives no mask. (transformers asks the device, for which the host has to wait.)
+    """
+    length = h_BLD.shape[1]
+    if can_be_none and mask_BT is None and not before:
+        return None
+    seen = torch.ones(length, before + length, dtype=torch.bool, device=h_BLD.device).tril(before)[None, None]
+    seen = seen if mask_BT is None else seen & mask_BT[:, None, None].bool()
+    return torch.zeros_like(seen, dtype=h_BLD.dtype).masked_fill_(~seen, torch.finfo(h_BLD.dtype).min)
+
+
+class PhotonAttention(Qwen2_5_VLAttention):
+    """The stock attention in fewer calls; `shared` stands in for a cache."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        shared: SharedKeys | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return h_BLD and, of some back ends, the weights."""
+        q_BHLd, k_BKLd = self.rotated_qk(hidden_states, position_embeddings)
+        v_BKLd = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        cache: Any = past_key_values if shared is None else shared
+        if cache is not None:
+            k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        options: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        out_BLHd, weights = attend(self, q_BHLd, k_BKLd, v_BKLd, attention_mask, **options, **kwargs)
+        return self.o_proj(out_BLHd.flatten(2)), weights
+
+    def rotated_qk(self, normed_BLD: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
+        """Return q[B, H, L, d] and k[B, K, L, d]."""
+        qk_BLE = torch.cat([self.q_proj(normed_BLD), self.k_proj(normed_BLD)], dim=-1)
+        qk_BELd = rotate(qk_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), *rotation)
+        q_BHLd, k_BKLd = qk_BELd.split([self.num_heads, self.num_key_value_heads], dim=1)
+        return q_BHLd, k_BKLd
+
+
+class PhotonRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
+    """What `rotate` takes for queries and keys [B, H, L, d] at positions [3, B, L]."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin, [B, 1, L, d] in the dtype of x."""
+        cos_BLd, sin_BLd = super().forward(x, position_ids)
+        return cos_BLd[:, None], signed(sin_BLd)[:, None]
+
+
+def signed(sin: Tensor) -> Tensor:
+    """Return the sines [..., d] with the first half negated."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Return x[..., d] rotated: (a, b) -> (a cos - b sin, b cos + a sin) for each pair of entries i and i + d / 2.
+
+    cos and sin broadcast to x and are the same in both halves. They may be of a wider dtype, which is then computed
+    in; the result has x's.
+    """
+    rotated: Tensor = _Rotate.apply(x, cos, signed_sin)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Three kernels each way, and a cast where dtypes differ; backwards it rotates by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed_sin = ctx.saved_tensors
+        return torch.addcmul(g * cos, g.roll(g.shape[-1] // 2, -1), signed_sin, value=-1).to(g.dtype), None, None
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Replace the stock RMS norms within `module` by torch's, which are one kernel. Names of weights stay."""
+    for parent in list(module.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, Qwen2_5_VLRMSNorm):
+                setattr(parent, name, nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon))

@@ -1,0 +1,81 @@
+"""AdamW for weights that are computed with in bfloat16: it keeps them in float32, and rounds after each step.
+
+A step of 1e-5 of a weight is below the rounding of bfloat16 (4e-3): without the copies nothing would be learned.
+Weights in float32 are their own copy. One fused kernel updates many weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+MASTER = "master"  # of a weight's state: the float32 copy
+AT_A_TIME = 2**28  # weights whose gradients are in float32 at a time: 1 GiB
+
+
+class MasterAdamW(Optimizer):
+    """AdamW whose state and weights are float32, whatever the weights of the model are."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float = 1e-8) -> None:
+        super().__init__(groups, {"lr": 1.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        for group in self.param_groups:
+            for weights in _parts([weight for weight in group["params"] if weight.grad is not None]):
+                states = [self._state_of(weight) for weight in weights]
+                masters = [own.get(MASTER, weight) for own, weight in zip(states, weights, strict=True)]
+                torch._fused_adamw_(
+                    masters,
+                    [weight.grad.float() for weight in weights if weight.grad is not None],
+                    [own["exp_avg"] for own in states],
+                    [own["exp_avg_sq"] for own in states],
+                    [],
+                    [own["step"].add_(1) for own in states],
+                    lr=float(group["lr"]),
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                )
+                if weights[0].dtype != torch.float32:
+                    torch._foreach_copy_(weights, masters)
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = self.state[weight]
+        if "step" not in own:
+            own["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            own["exp_avg"], own["exp_avg_sq"] = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+        if weight.dtype != torch.float32 and MASTER not in own:
+            own[MASTER] = weight.float()
+        return own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state over as it is; torch would round it to the dtype of the weights."""
+        super().load_state_dict(state_dict)
+        names, weights = (
+            [weight for group in groups for weight in group["params"]]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        for name, weight in zip(names, weights, strict=True):
+            if own := state_dict["state"].get(name):
+                self.state[weight] = {key: value.to(weight.device) for key, value in own.items()}
+
+
+def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield weights of one dtype that have AT_A_TIME entries together, or one weight."""
+    for dtype in sorted({weight.dtype for weight in weights}, key=str):
+        part: list[Tensor] = []
+        for weight in (weight for weight in weights if weight.dtype == dtype):
+            if part and sum(other.numel() for other in part) + weight.numel() > AT_A_TIME:
+                yield part
+                part = []
+            part.append(weight)
+        yield part
