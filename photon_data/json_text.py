@@ -91,6 +91,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return any(_is_a(value, one) for one in get_args(kind))
     if get_origin(kind) in (dict, Mapping):
         return isinstance(value, dict) and all(_is_a(item, get_args(kind)[1]) for item in value.values())
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
     if kind in (int, float):
         number = int | float if kind is float else int
         is_number = isinstance(value, number) and not isinstance(value, bool) and value == value
@@ -104,4 +106,6 @@ def _words(kind: Any) -> str:
     if get_origin(kind) in (dict, Mapping):
         item = get_args(kind)[1]
         return "an object" if item is Any else f"an object whose values are {_words(item).removeprefix('a ')}s"
+    if get_origin(kind) is list:
+        return f"a list of {_words(get_args(kind)[0]).removeprefix('a ')}s"
     return _WORDS.get(kind, str(kind))

@@ -275,11 +275,16 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return {"loss": loss, **parts, "logits": logits, "answer_labels_N": labels_N, "answer_rows_N": rows_N}
 
     def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
-        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none."""
+        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none.
+
+        Rows without padding that are prefixes of one length give prefixes in one: a row of every tensor for each.
+        """
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
-        if len(ids_1P) != 1:
-            raise ValueError(f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time")
         if mask_BL is not None:
+            if len(ids_1P) != 1:
+                raise ValueError(
+                    f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time"
+                )
             ids_1P = ids_1P[:, mask_BL[0].bool()]
         ids_1P = ids_1P[:, : prefix_length(ids_1P[0], self.config)]
         names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
