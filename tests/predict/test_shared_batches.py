@@ -62,7 +62,9 @@ def test_a_row_does_not_depend_on_its_batch_mates(model_dir, rows, tmp_path, sch
 
 def test_volumes_of_a_batch_are_encoded_in_one_pass_each_once(model, rows, tmp_path):
     passes = []
-    model.model.model.visual.register_forward_hook(lambda module, args, output: passes.append(len(args[1])))
+    model.model.model.visual.register_forward_hook(
+        lambda module, args, kwargs, output: passes.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
     assert predict_rows(model, rows, tmp_path / "p.jsonl").failed == {}
     # 0, 1 and 2 together, the one behind a longer text, and the pair
     assert sorted(passes) == [1, 2, 3]
