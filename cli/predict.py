@@ -45,7 +45,7 @@ SHOWN_FAILURES = 10
 ITS, MATCH_ITS = "its", "match-its"
 BUDGETED = ("random", "uniform", "foreground")  # these schedulers keep the share that they are given
 
-Load = Callable[..., Predictor]
+Load = partial[Predictor]  # called with keywords that replace some of its own
 
 
 def batch_of(text: str) -> int | None:
@@ -98,7 +98,8 @@ class _ShownScan:
     def write(self, reply: Reply, title: str) -> dict[str, Any]:
         """Write the overlay of one question, if there is a folder, and return the recall of each mask by name."""
         keep_V, saliency_V = (np.split(each, self.count)[self.number] for each in (reply.keep_V, reply.saliency_V))
-        recalls = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        found = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        recalls = {name: {k: v if v == v else None for k, v in one.items()} for name, one in found.items()}  # no NaN
         if self.overlays.folder:
             folder = folders_of(self.overlays.folder, reply.prediction.id, self.count)[self.number]
             write_overlay(folder, self.canvas, keep_V, saliency_V, title, self.overlays.view)
@@ -193,8 +194,8 @@ def _print_answer(answer: dict[str, Any], *, with_response: bool) -> None:
     kept = f"{answer['kept_tokens']} of {answer['visual_tokens']} tokens kept"
     console.print(f"{answer['id']}: {kept} ({answer['scheduler']})", style="dim")
     for name, found in answer["recall"].items():
-        of_voxels = f"{found['recall']:.1%} of {found['voxels']} voxels kept"
-        console.print(f"  {name}: {of_voxels}, chance {found['chance']:.1%}")
+        of_voxels = f"{found['recall']:.1%} of {found['voxels']} voxels kept" if found["voxels"] else "an empty mask"
+        console.print(f"  {name}: {of_voxels}" + (f", chance {found['chance']:.1%}" if found["voxels"] else ""))
 
 
 # Rows of manifests
@@ -336,7 +337,7 @@ def answer_benchmark(
         raise UsageError(f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; {remedy}")
 
     part, local_rank = _shard_of(None)
-    on_device = {} if local_rank is None else {"device": _device_of("auto", local_rank)}
+    device = _device_of(load.keywords.get("device", "auto"), local_rank)
 
     def answer(rows: Sequence[Row]) -> tuple[list[Path], PhotonConfig]:
         share, files, configs = given_share, [], []
@@ -344,7 +345,7 @@ def answer_benchmark(
         for name in in_order or [None]:  # None: the model's own
             keep_ratio = share if name in BUDGETED else None
             # No name holds a model here: it is freed before the next is loaded.
-            path, config = _answer_rows(load(scheduler=name, keep_ratio=keep_ratio, **on_device), rows, folder, part)
+            path, config = _answer_rows(load(scheduler=name, keep_ratio=keep_ratio, device=device), rows, folder, part)
             files.append(path)
             configs.append(config)
             if name == ITS and share is None and is_budgeted:

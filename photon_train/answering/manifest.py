@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -19,7 +20,7 @@ import torch
 
 from photon_data.errors import UsageError, is_out_of_memory, unforeseen
 from photon_train.answering.batches import Asked, ReadAhead, batches_of, group_rows, reader_count, reading_ahead
-from photon_train.answering.prediction import Prediction, read_predictions
+from photon_train.answering.prediction import Prediction, question_digest, read_predictions
 from photon_train.answering.prediction_file import Expected, answered_ids, merge_parts, prediction_file
 from photon_train.answering.predictor import Encoded, Predictor, ReadVolumes, Reply, recipe_of, settings_of
 from photon_train.answering.request import Request, RequestGroup
@@ -110,8 +111,15 @@ def predict_rows(
 
 def wait_for_parts(output: Path, rows: Sequence[Row]) -> None:
     """Return when the output has a line for each row: the part that ends last writes it."""
-    ids = {str(row["id"]) for row in rows}
-    while not (output.exists() and ids <= {p.id for p in read_predictions(output)}):
+    digests: dict[str, str | None] = dict.fromkeys(str(row["id"]) for row in rows)
+    for row in rows:
+        with suppress(ValueError, KeyError, TypeError):  # of a row that cannot be asked, any line will do
+            digests[str(row["id"])] = question_digest(row)
+
+    def answered() -> set[str]:
+        return {p.id for p in read_predictions(output) if p.can_answer(digests.get(p.id))} if output.exists() else set()
+
+    while not digests.keys() <= answered():
         time.sleep(WAIT_S)
 
 

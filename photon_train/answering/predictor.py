@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class Encoded(NamedTuple):
     prefix: Prefix | None  # None for text alone
     seconds_each: dict[str, float]  # by stage, each request's share
     recipe: str = ""
+    row: int = 0  # of the prefix, which has a row for each group that it was computed for
 
 
 class Reply(NamedTuple):
@@ -100,13 +102,13 @@ class Predictor:
             ids = [self.processor.ids(group.requests[0].row)[: group.requests[0].start] for group in groups]
             volumes = {name: torch.cat([one.inputs[name] for one in read]) for name in read[0].inputs}
             moved = {name: value.to(self.model.device, non_blocking=True) for name, value in volumes.items()}
-            prefixes = _rows_of(self.model.encode_prefix({"input_ids": torch.stack(ids), **moved}))
+            prefix = self.model.encode_prefix({"input_ids": torch.stack(ids), **moved})
         self.encodings += len(groups)
         encoded = []
-        for prefix, group, one in zip(prefixes, groups, read, strict=True):
+        for row, (group, one) in enumerate(zip(groups, read, strict=True)):
             count = len(group.requests)
             stages = {"read": one.seconds / count, "encode": seconds[0] / len(groups) / count}
-            encoded.append(Encoded(prefix, stages, one.recipe))
+            encoded.append(Encoded(prefix, stages, one.recipe, row))
         return encoded
 
     def encode(self, group: RequestGroup) -> Encoded:
@@ -153,13 +155,16 @@ class Predictor:
                 found, scheduled = self._generated(inputs, requests, streamer, following)
         visual_BL = visual_mask(inputs["input_ids"], self.model.config)
         text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
+        kept = None
+        if scheduled is not None:
+            tensors = (visual_BL, scheduled.keep_BL, scheduled.selection.saliency_BL, scheduled.selection.threshold_B)
+            kept = [tensor.detach().float().cpu().numpy() for tensor in tensors]
         for number, (request, own, texts) in enumerate(zip(requests, encoded, found, strict=True)):
             b = number * copies
             keep_V, saliency_V, threshold = np.zeros(0, bool), np.zeros(0, np.float32), math.nan
-            if scheduled is not None:
-                both = (scheduled.keep_BL[b], scheduled.selection.saliency_BL[b])
-                keep_V, saliency_V = (x_L[visual_BL[b]].detach().cpu().numpy() for x_L in both)
-                threshold = scheduled.selection.threshold_B[b].item()
+            if kept is not None:
+                visual_L, keep_L, saliency_L, threshold = (values[b] for values in kept)
+                keep_V, saliency_V = keep_L[visual_L > 0] > 0, saliency_L[visual_L > 0]
             seconds_each = {**own.seconds_each, "answer": seconds[0] / len(requests)}
             prediction = Prediction(
                 id=request.id,
@@ -170,7 +175,7 @@ class Predictor:
                 visual_tokens=len(keep_V),
                 kept_tokens=int(keep_V.sum()),
                 text_tokens=text_tokens_B[b],
-                threshold=None if math.isnan(threshold) else threshold,
+                threshold=None if math.isnan(threshold) else float(threshold),
                 kept=pack_mask(keep_V),
                 choice_scores=texts.choice_scores,
                 choice_scores_per_token=texts.choice_scores_per_token,
@@ -186,10 +191,10 @@ class Predictor:
 
     def _inputs(self, encoded: Sequence[Encoded], requests: Sequence[Request]) -> dict[str, Any]:
         """Return the model inputs of whole rows, left-padded where the questions begin."""
-        prefixes = [one.prefix for one in encoded if one.prefix is not None]
-        if prefixes:
+        places = [(one.prefix, one.row) for one in encoded if one.prefix is not None]
+        if places:
             suffixes = [request.suffix_L for request in requests]
-            return _joined(prefixes).followed_by(suffixes, self.processor.tokenizer.pad_token_id)
+            return _rows_of(places).followed_by(suffixes, self.processor.tokenizer.pad_token_id)
         inputs = self.processor(rows=[request.row for request in requests])
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
@@ -234,24 +239,34 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-def _joined(prefixes: Sequence[Prefix]) -> Prefix:
-    """Return one prefix with a row for each, of prefixes of one row and one shape; one that they all are stays."""
-    if all(prefix is prefixes[0] for prefix in prefixes):
-        return prefixes[0]
-    joined: Prefix = tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *prefixes)
+def _rows_of(places: Sequence[tuple[Prefix, int]]) -> Prefix:
+    """Return one prefix with a row for each place, a prefix and a row of it; of one place for all, that row alone."""
+    prefixes = {id(prefix): prefix for prefix, _ in places}
+    if len(set(places_of := [(id(prefix), row) for prefix, row in places])) == 1:
+        places_of = places_of[:1]
+    parts = []
+    for key, run in groupby(places_of, lambda place: place[0]):
+        rows, prefix = [row for _, row in run], prefixes[key]
+        parts.append(prefix if rows == [*range(len(prefix.input_ids_1P))] else _selected(prefix, rows))
+    if len(parts) == 1:
+        return parts[0]
+    joined: Prefix = tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], *parts)
     return joined
 
 
-def _rows_of(prefix: Prefix) -> list[Prefix]:
-    """Return the rows of a prefix as prefixes of one row."""
+def _selected(prefix: Prefix, rows: Sequence[int]) -> Prefix:
+    """Return the prefix with these rows of it."""
     count = len(prefix.input_ids_1P)
-    if count == 1:
-        return [prefix]
 
-    def row(value: Any, number: int) -> Any:
-        return value.tensor_split(count)[number] if isinstance(value, Tensor) else value
+    def select(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        per_row = len(value) // count  # a row may have several volumes
+        index = torch.tensor([row * per_row + i for row in rows for i in range(per_row)], device=value.device)
+        return value.index_select(0, index)
 
-    return [tree_map(lambda value: row(value, number), prefix) for number in range(count)]  # noqa: B023 - called here
+    selected: Prefix = tree_map(select, prefix)
+    return selected
 
 
 def recipe_of(videos: Sequence[Any]) -> str:

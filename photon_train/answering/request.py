@@ -64,8 +64,9 @@ def plain_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     videos, messages = [videos] if isinstance(videos, str) else videos, row.get("messages")
     if isinstance(messages, list):
         messages, videos = _without_parts(messages, list(videos or ()))
-    named = {"id": place} if row.get("id") in (None, "") else {}
-    return {**row, **named, "messages": messages, "videos": videos or []}
+    id = row.get("id")
+    named = place if id in (None, "") else str(id) if type(id) is int else id
+    return {**row, "id": named, "messages": messages, "videos": videos or []}
 
 
 def _without_parts(messages: Sequence[Any], videos: list[Any]) -> tuple[list[Any], list[Any]]:

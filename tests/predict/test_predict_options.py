@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 from answers import put
@@ -74,6 +75,18 @@ def test_an_overlay_that_fails_costs_no_answer(model_dir, tmp_path):
     code, said = cli("predict", "--model", model_dir, place, QUESTIONS[0], *FAST, "--overlay", tmp_path / "file" / "o")
     assert code == 1
     assert "of 125 tokens kept" in said and "no overlay: " in said
+
+
+def test_the_recall_of_an_empty_mask_is_null(model_dir, tmp_path):
+    place = store(tmp_path, "v", 0)
+    (tmp_path / "masks").mkdir()
+    empty = nibabel.Nifti1Image(np.zeros((8, 8, 8), np.uint8), np.diag([40.0, 40, 40, 1]))
+    nibabel.save(empty, tmp_path / "masks" / "empty.nii.gz")
+    words = ("predict", "--model", model_dir, place, QUESTIONS[0], *FAST, "--masks", tmp_path / "masks")
+    code, said = cli(*words, "--overlay", tmp_path / "o")
+    assert code == 0 and "empty: an empty mask" in said
+    (written,) = (tmp_path / "o").rglob("recall.json")
+    assert json.loads(written.read_text(), parse_constant=pytest.fail)["empty"]["recall"] is None
 
 
 def test_a_manifest_of_ms_swift_alone_is_answered_and_a_bad_row_costs_itself(model_dir, tmp_path):
