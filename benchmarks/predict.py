@@ -3,6 +3,7 @@
     python benchmarks/predict.py                                   the tiny model on a CPU
     python benchmarks/predict.py --size 3b --device cuda           random weights of the published size
     python benchmarks/predict.py --model-shape 70,140,140          a smaller grid: less to compute, as much to start
+    python benchmarks/predict.py --layers 36 --repeats 0           operations alone, of as many layers as 3b
 
 The bound of small batches on a GPU is the number of operations that are started, so they are counted per question,
 which a CPU can do as well. `wait` is the share of the time in which the model had no volume to go on with. Batch sizes
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--layers", type=int, default=4, help="of the tiny model's decoder; 36 has as many as 3b")
     args = parser.parse_args()
     shape = tuple(int(n) for n in args.model_shape.split(","))
     print_place("torch", "transformers")
@@ -70,7 +72,8 @@ def main() -> None:
         folder = Path(place)
         rows = read_rows(write_data(folder, args.volumes, 1, model_shape=shape))
         if args.size == "tiny":
-            tiny(folder / "model", stage=2, model_shape_zyx=shape)
+            layers = {"num_hidden_layers": args.layers, "its_layer": args.layers // 4 - (args.layers > 4)}
+            tiny(folder / "model", stage=2, model_shape_zyx=shape, **layers)
         else:
             args.attention, args.dtype = "sdpa", "bfloat16"
             model, processor = build(args)
@@ -89,11 +92,12 @@ def main() -> None:
             with Counted() as counted:
                 run(replace(predictor), rows, folder, size)
             counts[size] = counted.count / len(rows)
-        first = statistics.median(len(rows) / seconds for seconds, _, _ in found[sizes[0]][1:])
+        timed = {size: found[size][1:] or found[size] for size in sizes}
+        first = statistics.median(len(rows) / seconds for seconds, _, _ in timed[sizes[0]])
         lines = []
         for size in sizes:
-            rate = statistics.median(len(rows) / seconds for seconds, _, _ in found[size][1:])
-            waited = statistics.median(share for _, share, _ in found[size][1:])
+            rate = statistics.median(len(rows) / seconds for seconds, _, _ in timed[size])
+            waited = statistics.median(share for _, share, _ in timed[size])
             fewer = counts[sizes[0]] / counts[size]
             cells = [f"{rate:.2f}", f"{rate / first:.1f}", f"{counts[size]:,.0f}", f"{fewer:.1f}", f"{waited:.1%}"]
             lines.append([str(size), *cells])
