@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from askable import QUESTIONS, SHORT, predictor, row, store
+from askable import QUESTIONS, SHORT, blocks, predictor, row, store
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
@@ -69,6 +70,28 @@ def test_volumes_of_a_batch_are_encoded_in_one_pass_each_once(model, rows, tmp_p
     # 0, 1 and 2 together, the one behind a longer text, and the pair
     assert sorted(passes) == [1, 2, 3]
     assert model.encodings == 5
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that torch starts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_sixteen_volumes_in_a_batch_start_less_than_an_eighth_of_the_operations_of_one_at_a_time(model, tmp_path):
+    volumes = [blocks(seed) for seed in range(16)]
+    rows = [row(f"{i}", QUESTIONS[0], volume) for i, volume in enumerate(volumes)]
+    model.model.generation_config.eos_token_id = []  # all answers are equally long
+    counts = {}
+    for model.batch in (1, 16):
+        with Counted() as counted:
+            assert predict_rows(model, rows, tmp_path / f"{model.batch}.jsonl").failed == {}
+        counts[model.batch] = counted.count
+    assert counts[16] < counts[1] / 8
 
 
 def test_what_is_drawn_depends_on_the_row_and_the_seed_alone_however_many_samples(model_dir, rows, tmp_path):
