@@ -33,14 +33,14 @@ from photon_train.training.setup import start
 SHAPES = ((364, 364, 364), (140, 280, 280))
 
 
-def write_data(folder: Path, volumes: int, questions: int) -> Path:
+def write_data(folder: Path, volumes: int, questions: int, model_shape: tuple[int, ...] = SHAPES[1]) -> Path:
     """Write stores and a manifest in which every volume has so many questions; return the manifest."""
     rows = []
     for number in range(volumes):
         draw = np.random.default_rng(number)
         grids = [
             Volume(draw.integers(-1000, 1000, shape, np.int16), Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0)))
-            for shape in SHAPES
+            for shape in (SHAPES[0], model_shape)
         ]
         name = store_name(f"v{number}")
         identity = {"id": f"v{number}", "key": "k", "fingerprint": "f", "recipe": {}, "digest": "d"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -104,7 +105,7 @@ def score(
     home = MaskFolder(masks) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
-        if answers_now:
+        if answers_now and os.environ.get("RANK", "0") == "0":  # torchrun's others answer their part, and end then
             held.enter_context(exclusive(Location(str(output))))
         files, config = answering(chosen)
         if config:

@@ -24,10 +24,10 @@ app = Typer(
 
 # Options of photon predict that belong to a raw scan only, to one scan only, and to rows only.
 OF_RAW = ("recipe", "settings", "series")
-OF_SCAN = (*OF_RAW, "stream", "as_json", "at")
+OF_SCAN = (*OF_RAW, "prior", "stream", "as_json", "at")
 OF_ROWS = ("output", "choices", "shard")
 # Options of photon eval that belong to a model only, and to files of predictions only.
-OF_MODEL = ("choices", "max_new_tokens", "questions_per_batch", "device", "dtype", "revision", "schedulers", "keep")
+OF_MODEL = (*("choices", "max_new_tokens", "batch", "adapter", "device", "dtype", "revision", "schedulers", "keep"),)
 OF_FILES = ("predictions", "config")
 OVERLAYS_WITH_MODEL = 6
 
@@ -116,13 +116,16 @@ def predict(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
     stream: Annotated[bool, Option(help="Print tokens as they come.")] = False,
     series: terminal.SeriesName = None,
+    prior: Annotated[list[str], Option(help="An earlier scan of the patient, shown before SCAN. Repeatable.")] = [],  # noqa: B006
     choices: terminal.Choices = False,
     max_new_tokens: terminal.MaxNewTokens = 512,
+    samples: Annotated[int, Option(min=1, help="So many drawn answers to each question; with --sample.")] = 1,
     sample: Annotated[bool, Option(help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float, Option(min=0.01, help="With --sample.")] = 1.0,
     top_p: Annotated[float, Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, Option(help="With --sample.")] = 0,
-    questions_per_batch: terminal.QuestionsPerBatch = 16,
+    batch: terminal.Batch = "auto",
+    adapter: terminal.Adapter = None,
     scheduler: terminal.SchedulerName = None,
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
@@ -149,32 +152,34 @@ def predict(
         fail('expected SCAN "question" ..., or --data ROWS --output PREDICTIONS')
     if misplaced := terminal.given_options(context, OF_SCAN if data else OF_ROWS):
         fail(f"{misplaced}: expected {'SCAN' if data else '--data'} beside it; the two ways do not mix")
+    if samples > 1 and (not sample or choices):
+        fail("--samples: expected --sample beside it, and no --choices: without drawing all answers are the same")
     if data and masks and not overlay:
         fail("--masks: expected --overlay beside it; the recalls of the rows' masks are written there")
     with errors_as_exit_codes():
         from photon_cli import predict as body
         from photon_data.recipe import named_recipe
         from photon_data.store import is_store
-        from photon_train.answering.predictor import AnswerSettings, model_shape_of
-        from photon_train.answering.scan import open_input, open_store
+        from photon_train.answering.generation import AnswerSettings
+        from photon_train.answering.loading import model_shape_of
+        from photon_train.answering.scan import open_scans
 
         overlays = body.overlays_of(overlay, window, at, masks)
-        answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, questions_per_batch)
-        load = body.loader(model, answers, dtype, revision, device=device, scheduler=scheduler, keep_ratio=keep_ratio)
+        answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, samples)
+        chosen = {"device": device, "scheduler": scheduler, "keep_ratio": keep_ratio, "adapter": adapter}
+        load = body.loader(model, answers, dtype, revision, batch=body.batch_of(batch), **chosen)
         if output:
             is_complete = body.predict_rows(load, device, data, output, shard, overlays)
         else:
             # Read before the model is loaded: most of what can be wrong is wrong with the scan.
-            if not is_store(scan_path):
+            places, made_by, policy = [*prior, scan_path], None, None
+            if not all(map(is_store, places)):
                 made_by, policy = named_recipe(recipe, settings)
                 made_by = replace(made_by, model_shape_zyx=model_shape_of(model, revision))
-                scan = open_input(scan_path, made_by, policy, series)
-            elif needless := terminal.given_options(context, OF_RAW):
+            if is_store(scan_path) and (needless := terminal.given_options(context, OF_RAW)):
                 fail(f"{needless}: expected a raw scan beside it, found the store {scan_path}; leave it out")
-            else:
-                scan = open_store(scan_path)
-            body.predict_scan(load, model, scan, questions, overlays, as_json=as_json, stream=stream)
-            is_complete = True
+            scans = open_scans(places, made_by, policy, series)
+            is_complete = body.predict_scan(load, model, scans, questions, overlays, as_json=as_json, stream=stream)
     raise Exit(OK if is_complete else PARTIAL)
 
 
@@ -204,7 +209,8 @@ def evaluate(
     model: Annotated[str | None, Option(help="Model that answers now: a directory or a hub id.")] = None,
     choices: terminal.Choices = False,
     max_new_tokens: terminal.MaxNewTokens = 512,
-    questions_per_batch: terminal.QuestionsPerBatch = 16,
+    batch: terminal.Batch = "auto",
+    adapter: terminal.Adapter = None,
     device: terminal.Device = "auto",
     dtype: terminal.Dtype = "auto",
     revision: terminal.Revision = None,
@@ -240,11 +246,11 @@ def evaluate(
 
         answering: body.Answering
         if model:
-            from photon_cli.predict import answer_benchmark, loader
-            from photon_train.answering.predictor import AnswerSettings
+            from photon_cli.predict import answer_benchmark, batch_of, loader
+            from photon_train.answering.generation import AnswerSettings
 
-            answers = AnswerSettings(max_new_tokens, choices=choices, questions_per_batch=questions_per_batch)
-            load = loader(model, answers, dtype, revision, device=device)
+            answers = AnswerSettings(max_new_tokens, choices=choices)
+            load = loader(model, answers, dtype, revision, batch=batch_of(batch), device=device, adapter=adapter)
             answering = answer_benchmark(load, schedulers, keep, output / "predictions")
         else:
             answering = body.answered_before(predictions, config)

@@ -27,16 +27,12 @@ from photon_data.picture import AUTO, resolve_window
 from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.recipe import Recipe
 from photon_train.answering import manifest
+from photon_train.answering.generation import AnswerSettings
+from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
 from photon_train.answering.prediction import read_predictions
-from photon_train.answering.predictor import (
-    AnswerSettings,
-    Predictor,
-    Reply,
-    RequestGroup,
-    answer_questions,
-    load_predictor,
-)
+from photon_train.answering.predictor import Predictor, Reply, answer_questions
+from photon_train.answering.request import RequestGroup, plain_row
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
@@ -49,7 +45,16 @@ SHOWN_FAILURES = 10
 ITS, MATCH_ITS = "its", "match-its"
 BUDGETED = ("random", "uniform", "foreground")  # these schedulers keep the share that they are given
 
-Load = Callable[..., Predictor]
+Load = partial[Predictor]  # called with keywords that replace some of its own
+
+
+def batch_of(text: str) -> int | None:
+    """Return what --batch says: a number of questions, or None for as many as memory holds."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch: expected a number above 0 or auto, found {text!r}")
+    return int(text)
 
 
 def loader(model: str, answers: AnswerSettings, dtype: str, revision: str | None, **options: Any) -> Load:
@@ -93,7 +98,8 @@ class _ShownScan:
     def write(self, reply: Reply, title: str) -> dict[str, Any]:
         """Write the overlay of one question, if there is a folder, and return the recall of each mask by name."""
         keep_V, saliency_V = (np.split(each, self.count)[self.number] for each in (reply.keep_V, reply.saliency_V))
-        recalls = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        found = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        recalls = {name: {k: v if v == v else None for k, v in one.items()} for name, one in found.items()}  # no NaN
         if self.overlays.folder:
             folder = folders_of(self.overlays.folder, reply.prediction.id, self.count)[self.number]
             answer, view = reply.prediction.response, self.overlays.view
@@ -108,24 +114,61 @@ class _ShownScan:
 
 
 def predict_scan(
-    load: Load, model: str, scan: ScanInput, questions: list[str], overlays: Overlays, *, as_json: bool, stream: bool
-) -> None:
-    """Answer questions about a scan, and print the answers, what was kept and what it took."""
-    predictor = load()
-    shown = _ShownScan(overlays, scan, predictor, number=0, count=1)
+    load: Load,
+    model: str,
+    scans: Sequence[ScanInput],
+    questions: list[str],
+    overlays: Overlays,
+    *,
+    as_json: bool,
+    stream: bool,
+) -> bool:
+    """Answer questions about a scan, and those before it, and print the answers, what was kept and what it took.
+
+    Return whether all is there; an overlay that fails costs no answer, and is named behind the answers.
+    """
+    predictor, last = load(), scans[-1]
     streamer = _streamer(predictor, questions) if stream and not as_json else None
-    replies, seconds = answer_questions(predictor, questions, scan.model, scan.id, scan.seconds, streamer)
-    answers = []
-    for question, reply in zip(questions, replies, strict=True):
-        answers.append({"question": question, **asdict(reply.prediction), "recall": shown.write(reply, question)})
+    spent = {stage: sum(scan.seconds[stage] for scan in scans) for stage in last.seconds}
+    volumes = [scan.model for scan in scans]
+    replies, seconds = answer_questions(predictor, questions, volumes, last.id, spent, streamer)
+    answers: list[dict[str, Any]] = [
+        {"question": question, **asdict(reply.prediction), "recall": {}}
+        for question, reply in zip(questions, replies, strict=True)
+    ]
+    failures = [f"{answer['id']}: {answer['error']}" for answer in answers if answer["error"]]
+    if not failures:
+        try:
+            _show(overlays, scans, predictor, answers, replies)
+        except (ValueError, OSError) as error:
+            failures.append(f"no overlay: {error}")
     if as_json:
-        print(json.dumps({"model": model, "volume_id": scan.id, "seconds": seconds, "predictions": answers}, indent=1))
-        return
-    for answer in answers:
-        _print_answer(answer, with_response=not stream)
-    if overlays.folder:
-        console.print(f"overlays: {overlays.folder}", soft_wrap=True)
-    console.print(f"{scan.id}: " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
+        content = {"model": model, "volume_id": last.id, "seconds": seconds, "predictions": answers}
+        print(json.dumps(content, indent=1))
+    else:
+        for answer in answers:
+            _print_answer(answer, with_response=not stream)
+        if overlays.folder and not failures:
+            console.print(f"overlays: {overlays.folder}", soft_wrap=True)
+        names = " and ".join(scan.id for scan in scans)
+        console.print(f"{names}: " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
+    print_lines(failures)
+    return not failures
+
+
+def _show(
+    overlays: Overlays,
+    scans: Sequence[ScanInput],
+    predictor: Predictor,
+    answers: Sequence[dict[str, Any]],
+    replies: Sequence[Reply],
+) -> None:
+    """Write the overlays of the answers, and add the recall of masks, which are those of the last scan, to each."""
+    for number, scan in enumerate(scans):
+        of_scan = overlays if number == len(scans) - 1 else overlays._replace(masks=None)
+        shown = _ShownScan(of_scan, scan, predictor, number, len(scans))
+        for answer, reply in zip(answers, replies, strict=True):
+            answer["recall"] = shown.write(reply, answer["question"])
 
 
 def _streamer(predictor: Predictor, questions: Sequence[str]) -> TextStreamer:
@@ -147,12 +190,13 @@ def _streamer(predictor: Predictor, questions: Sequence[str]) -> TextStreamer:
 def _print_answer(answer: dict[str, Any], *, with_response: bool) -> None:
     if with_response:
         console.print(answer["question"], style="bold", soft_wrap=True)
-        console.print(answer["response"], soft_wrap=True)
+        for text in answer["samples"] or [answer["response"]]:
+            console.print(text, soft_wrap=True)
     kept = f"{answer['kept_tokens']} of {answer['visual_tokens']} tokens kept"
     console.print(f"{answer['id']}: {kept} ({answer['scheduler']})", style="dim")
     for name, found in answer["recall"].items():
-        of_voxels = f"{found['recall']:.1%} of {found['voxels']} voxels kept"
-        console.print(f"  {name}: {of_voxels}, chance {found['chance']:.1%}")
+        of_voxels = f"{found['recall']:.1%} of {found['voxels']} voxels kept" if found["voxels"] else "an empty mask"
+        console.print(f"  {name}: {of_voxels}" + (f", chance {found['chance']:.1%}" if found["voxels"] else ""))
 
 
 # Rows of manifests
@@ -162,11 +206,9 @@ def predict_rows(
     load: Load, device: str, data: Sequence[Path], output: Path, shard: str | None, overlays: Overlays
 ) -> bool:
     """Answer the rows into a file, with progress; return whether all of this part have an answer."""
-    rows = [row for path in data for row in read_rows(path)]
+    rows = read_all(data)
     part, local_rank = _shard_of(shard)
-    if local_rank is not None and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
-    predictor = load(device=device)
+    predictor = load(device=_device_of(device, local_rank))
     unshown: dict[str, str] = {}
 
     def on_replies(group: RequestGroup, replies: Sequence[Reply]) -> None:
@@ -184,6 +226,17 @@ def predict_rows(
     place = str(output) if outcome.merged else f"{part.path(output)}; the last part to end writes {output}"
     _print_outcome(outcome, bar, place, unshown)
     return not (outcome.failed or unshown)
+
+
+def read_all(data: Sequence[Path]) -> list[Row]:
+    """Return the rows of manifests, of other makers' too: a row without an id is called after its line."""
+    return [plain_row(row, f"{path.stem}-{number}") for path in data for number, row in enumerate(read_rows(path), 1)]
+
+
+def _device_of(device: str, local_rank: int | None) -> str:
+    """Return the device of this process: under torchrun, a GPU of its own."""
+    is_free = local_rank is not None and device in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{local_rank}" if is_free else device
 
 
 def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
@@ -244,6 +297,11 @@ def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: str, unshown: di
     rate = f", {outcome.answered / (time.monotonic() - bar.start_s):.2f} questions/s" if outcome.answered else ""
     counts = f"{outcome.answered} answered, {outcome.before} before, {len(outcome.failed)} failed"
     console.print(f"{counts}{rate} {bar.kept_share()}")
+    if outcome.answered:
+        waited = outcome.waited_s / max(time.monotonic() - bar.start_s, 1e-9)
+        console.print(f"{outcome.batch} questions at a time; waited for volumes {waited:.1%} of the time")
+    if outcome.recipes > 1:
+        console.print(f"note: the stores were prepared by {outcome.recipes} recipes: sizes in mm may not be comparable")
     if outcome.changed:
         console.print(f"{outcome.changed} of them again: their questions or the names of their volumes changed")
     for title, reasons, rest in (
@@ -279,17 +337,22 @@ def answer_benchmark(
         remedy = "add it, or say --keep 0.4"
         raise UsageError(f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; {remedy}")
 
+    part, local_rank = _shard_of(None)
+    device = _device_of(load.keywords.get("device", "auto"), local_rank)
+
     def answer(rows: Sequence[Row]) -> tuple[list[Path], PhotonConfig]:
         share, files, configs = given_share, [], []
         in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
         for name in in_order or [None]:  # None: the model's own
             keep_ratio = share if name in BUDGETED else None
             # No name holds a model here: it is freed before the next is loaded.
-            path, config = _answer_rows(load(scheduler=name, keep_ratio=keep_ratio), rows, folder)
+            path, config = _answer_rows(load(scheduler=name, keep_ratio=keep_ratio, device=device), rows, folder, part)
             files.append(path)
             configs.append(config)
             if name == ITS and share is None and is_budgeted:
                 share = _kept_share(path, {row["id"] for row in rows})
+        if part.number:  # the first process scores
+            raise SystemExit(0)
         return files, configs[0]
 
     return answer
@@ -305,15 +368,16 @@ def _share_of(text: str) -> float:
     return share
 
 
-def _answer_rows(predictor: Predictor, rows: Sequence[Row], folder: Path) -> tuple[Path, PhotonConfig]:
-    """Answer the rows into the file of the model's scheduler."""
+def _answer_rows(predictor: Predictor, rows: Sequence[Row], folder: Path, part: Shard) -> tuple[Path, PhotonConfig]:
+    """Answer this part of the rows into the file of the model's scheduler, and wait for the other parts."""
     config = predictor.model.config
     path = folder / f"{config.scheduler}.jsonl"
     budget = f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else ""
     console.print(f"scheduler {config.scheduler}{budget}")
     with _AnsweringBar("answering") as bar:
-        outcome = manifest.predict_rows(predictor, rows, path, on_start=bar.on_start, on_batch=bar.on_replies)
+        outcome = manifest.predict_rows(predictor, rows, path, part, on_start=bar.on_start, on_batch=bar.on_replies)
     _print_outcome(outcome, bar, str(path), {})
+    manifest.wait_for_parts(path, rows)
     return path, config
 
 

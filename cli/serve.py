@@ -29,7 +29,8 @@ from photon_pipelines.serving.app import Server, ServerSettings
 from photon_pipelines.serving.gate import is_loopback
 from photon_pipelines.serving.upload import Limits
 from photon_pipelines.serving.volumes import Intake, Stored, Volumes, private_folder
-from photon_train.answering.predictor import AnswerSettings, Predictor, load_predictor
+from photon_train.answering.loading import load_predictor
+from photon_train.answering.predictor import Predictor
 from photon_train.overlay import Canvas, write_one
 from photon_train.serving.engine import Engine
 
@@ -88,7 +89,7 @@ def assembled(
     with ExitStack() as stack:
         listening = stack.enter_context(listen(options.host, options.port))
         private = stack.enter_context(private_folder(options.keep))
-        predictor = load_predictor(model, AnswerSettings(questions_per_batch=questions_per_batch), **load)
+        predictor = load_predictor(model, batch=questions_per_batch, **load)
         depth, height, width = predictor.model.config.model_shape_zyx
         recipe = replace(recipe, model_shape_zyx=(depth, height, width))
         child = child_of(INTAKE, int(options.memory_gb * GB))

@@ -255,12 +255,19 @@ Memory = Annotated[float | None, Option(min=0, help="GB of address space per wor
 MaxVoxels = Annotated[int, Option(min=1, help="Refuse scans of more voxels than this.")]
 
 # photon predict and eval; photon-data show has the first three
-SeriesName = Annotated[str | None, Option("--series", help="Of a folder with several scans: one by its listed name.")]
+SeriesName = Annotated[
+    str | None,
+    Option("--series", help="Of a folder with several scans: one by its name, number from 1, or UID."),
+]
 Window = Annotated[str, Option(help="Of pictures: full, lung, mediastinum, soft, bone, or low,high in HU.")]
 At = Annotated[str | None, Option(help="World point x,y,z in LPS mm; else the most salient kept token, or the centre.")]
 Choices = Annotated[bool, Option(help="Score the choices of rows that have some, instead of generating.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 QuestionsPerBatch = Annotated[int, Option(min=1, help="Questions on one volume answered together.")]
+Batch = Annotated[
+    str, Option("--batch", "--questions-per-batch", help="Questions answered together: a number, or auto (by memory).")
+]
+Adapter = Annotated[str | None, Option(help="A checkpoint of a LoRA run; --model is what it was trained on.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")]

@@ -97,6 +97,9 @@ def _check_of(kind: Any) -> Check:
         if item is Any:
             return lambda value: isinstance(value, dict)
         return lambda value: isinstance(value, dict) and all(map(is_item, value.values()))
+    if get_origin(kind) is list:
+        is_part = _check_of(get_args(kind)[0])
+        return lambda value: isinstance(value, list) and all(map(is_part, value))
     if kind in (int, float):
         return lambda value: (
             (type(value) is int and abs(value) <= MAX_WHOLE)
@@ -117,4 +120,6 @@ def _words(kind: Any) -> str:
     if get_origin(kind) in (dict, Mapping):
         item = get_args(kind)[1]
         return "an object" if item is Any else f"an object whose values are {_words(item).removeprefix('a ')}s"
+    if get_origin(kind) is list:
+        return f"a list of {_words(get_args(kind)[0]).removeprefix('a ')}s"
     return _WORDS.get(kind, str(kind))

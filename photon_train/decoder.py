@@ -88,8 +88,9 @@ class Prefix(NamedTuple):
         return cache
 
     def volumes_of(self, rows: int) -> dict[str, Tensor]:
-        """Return `volumes` of so many rows."""
-        return {name: torch.cat([value] * rows) for name, value in self.volumes.items()}
+        """Return `volumes` of so many rows; those of a prefix of as many rows are there already."""
+        copies = rows // len(self.input_ids_1P)
+        return {name: torch.cat([value] * copies) for name, value in self.volumes.items()}
 
     def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
         """Return model inputs of B rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""

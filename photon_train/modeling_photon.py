@@ -305,13 +305,16 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     ) -> Prefix:
         """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none.
 
+        Rows without padding that are prefixes of one length give prefixes in one: a row of every tensor for each.
         It goes through all layers where no question changes a token of it (`is_passive`), else through layer its.
         position_31P: of inputs that hold the prefix and nothing else, made together with them.
         """
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
-        if len(ids_1P) != 1:
-            raise ValueError(f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time")
         if mask_BL is not None:
+            if len(ids_1P) != 1:
+                raise ValueError(
+                    f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time"
+                )
             ids_1P = ids_1P[:, mask_BL[0].bool()]
         if position_31P is None:
             ids_1P = ids_1P[:, : prefix_length(ids_1P[0], self.config)]

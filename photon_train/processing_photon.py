@@ -54,7 +54,10 @@ class PhotonProcessor:
     def __init__(self, tokenizer: Any, config: PhotonConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.specials = tuple(dict.fromkeys([*SPECIALS, *tokenizer.all_special_tokens]))  # no text may hold them
+        # Not all that are control are flagged special (<tool_call>), and not all that are added are control.
+        added = tokenizer.added_tokens_decoder.values()
+        control = (str(token) for token in added if token.special or str(token).startswith("<"))
+        self.specials = tuple(dict.fromkeys([*SPECIALS, *tokenizer.all_special_tokens, *control]))
         c = config
         ids = (c.im_start_token_id, c.im_end_token_id, c.vision_start_token_id, c.vision_end_token_id, c.video_token_id)
         for name, expected in zip(MARKERS, ids, strict=True):
@@ -118,13 +121,20 @@ class PhotonProcessor:
         }
         if for_training:
             inputs["labels"] = padded(list(map(self._labels, ids, samples)), padding_value=IGNORED)
-        encoded = [self.patches(volume, sample.volume_id) for sample in samples for volume in sample.volumes]
-        if encoded:
-            seconds = float(self.config.vision_config.temporal_patch_size)  # at one slice per second
-            inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in encoded])
-            inputs["video_grid_thw"] = torch.stack([grid for _, grid in encoded])
-            inputs["second_per_grid_ts"] = torch.full((len(encoded),), seconds)
+        inputs |= self.volumes([(volume, sample.volume_id) for sample in samples for volume in sample.volumes])
         return BatchFeature(inputs)
+
+    def volumes(self, volumes: Sequence[tuple[Any, str | None]]) -> dict[str, Tensor]:
+        """Return what `__call__` gives of volumes, each with the id that its store must have, if any; {} for none."""
+        if not volumes:
+            return {}
+        encoded = [self.patches(volume, volume_id) for volume, volume_id in volumes]
+        seconds = float(self.config.vision_config.temporal_patch_size)  # at one slice per second
+        return {
+            "pixel_values_videos": torch.cat([patches for patches, _ in encoded]),
+            "video_grid_thw": torch.stack([grid for _, grid in encoded]),
+            "second_per_grid_ts": torch.full((len(encoded),), seconds),
+        }
 
     def questions(self, texts: Sequence[str]) -> list[Tensor]:
         """Return for each text the ids that follow a prefix: the question, its end, and where the assistant begins."""

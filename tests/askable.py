@@ -10,7 +10,9 @@ from photon_data.recipe import Recipe
 from photon_data.records import store_name
 from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
-from photon_train.answering.predictor import AnswerSettings, Predictor, load_predictor
+from photon_train.answering.generation import AnswerSettings
+from photon_train.answering.loading import load_predictor
+from photon_train.answering.predictor import Predictor
 from photon_train.tiny import tiny
 
 SHORT = AnswerSettings(max_new_tokens=6)

@@ -1,22 +1,34 @@
-"""Rows of a manifest -> predictions in a file: volume by volume, resumable; a failure does not stop the others."""
+"""Rows of a manifest -> predictions in a file: batch by batch, resumable; a failure does not stop the others."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from photon_data.errors import UsageError, unforeseen
-from photon_train.answering.prediction import Prediction, answered_ids, merge_parts, prediction_file
-from photon_train.answering.predictor import Encoded, Predictor, Reply, Request, RequestGroup, group_rows, settings_of
+from photon_data.errors import UsageError, is_out_of_memory, unforeseen
+from photon_train.answering.batches import Asked, ReadAhead, batches_of, group_rows, reader_count, reading_ahead
+from photon_train.answering.prediction import Prediction, question_digest, read_predictions
+from photon_train.answering.prediction_file import Expected, answered_ids, merge_parts, prediction_file
+from photon_train.answering.predictor import Encoded, Predictor, ReadVolumes, Reply, recipe_of, settings_of
+from photon_train.answering.request import Request, RequestGroup
 from photon_train.rows import Row
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+WAIT_S = 1.0  # between two looks for the parts of others
 
 
 class Shard(NamedTuple):
@@ -47,6 +59,9 @@ class Outcome(NamedTuple):
     failed: dict[str, str]  # {id: reason}
     merged: bool  # whether the output holds all rows: always with one part, else once the last part has ended
     changed: int = 0  # rows that had an answer to another question, or about another volume
+    recipes: int = 0  # by so many recipes the stores were prepared
+    waited_s: float = 0.0  # for volumes to be read
+    batch: int = 0  # questions that were answered together at the end
 
 
 def predict_rows(
@@ -58,34 +73,54 @@ def predict_rows(
     on_start: Callable[[int, int], object] = lambda total, before: None,
     on_batch: Callable[[RequestGroup, Sequence[Reply]], object] = lambda group, replies: None,
 ) -> Outcome:
-    """Answer the rows that `output` does not answer yet, a volume at a time, and return what became of them.
+    """Answer the rows that `output` does not answer yet, and return what became of them.
 
     The same rows in any order, in one run or several, give the same predictions. An answer to another question than
-    the row of its id asks now does not count. What fails is written with its `error`; the next call tries it again.
-    `on_start` is called with the numbers of rows in all and answered before; `on_batch` after each batch is on disk.
-    UsageError for rows without an id of their own, and as `prediction_file`.
+    the row of its id asks now does not count, nor does one about a store that was prepared by another recipe. What
+    fails is written with its `error`; the next call tries it again. `on_start` is called with the numbers of rows in
+    all and answered before; `on_batch` for each group of a batch, once the batch is on disk. UsageError for rows
+    without an id of their own, and as `prediction_file`.
     """
     _check_ids(rows)
-    groups, problems = group_rows(rows, predictor.processor)
+    groups, problems = group_rows(rows, predictor.processor, choices=predictor.settings.choices)
+    recipes = _recipes_of(groups)
     digests = {request.id: request.digest for group in groups for request in group.requests}
+    expected = Expected(settings_of(predictor), digests, recipes)
     groups = [group for group in groups if shard.holds(group)]
     failed = dict(problems) if shard.number == 0 else {}
     ids = {request.id for group in groups for request in group.requests} | failed.keys()
-    settings, path = settings_of(predictor), shard.path(output)
-    with prediction_file(path, settings, digests) as file:
+    path = shard.path(output)
+    with prediction_file(path, expected) as file:
         if path != output:
-            file.done |= answered_ids(output, settings, digests)
+            file.done |= answered_ids(output, expected)
         before = len(ids & file.done)
         on_start(len(ids), before)
         file.append(Prediction(id=id, error=reason) for id, reason in sorted(failed.items()))
-        for group in groups:
-            for replies in _new_replies(predictor, group, file.done):
-                file.append(reply.prediction for reply in replies)
-                failed |= {reply.prediction.id: reply.prediction.error for reply in replies if reply.prediction.error}
-                on_batch(group, replies)
+        with reading_ahead(lambda place: predictor.read(groups[place]), reader_count()) as ahead:
+            for batch, replies in _Run(predictor, groups, ahead).batches(file.done):
+                new = [pair for pair in zip(batch, replies, strict=True) if pair[0].request.id not in file.done]
+                file.append(reply.prediction for _, reply in new)
+                failed |= {reply.prediction.id: reply.prediction.error for _, reply in new if reply.prediction.error}
+                for place, part in groupby(new, lambda pair: pair[0].group):
+                    on_batch(groups[place], [reply for _, reply in part])
     parts = [Shard(number, shard.parts).path(output) for number in range(shard.parts)]
-    merged = shard.parts == 1 or merge_parts(parts, output, settings, {str(row["id"]) for row in rows}, digests)
-    return Outcome(len(ids) - before - len(failed), before, failed, merged, len(file.changed))
+    merged = shard.parts == 1 or merge_parts(parts, output, {str(row["id"]) for row in rows}, expected)
+    answered, kinds = len(ids) - before - len(failed), len(set(recipes.values()))
+    return Outcome(answered, before, failed, merged, len(file.changed), kinds, ahead.waited_s, predictor.batch)
+
+
+def wait_for_parts(output: Path, rows: Sequence[Row]) -> None:
+    """Return when the output has a line for each row: the part that ends last writes it."""
+    digests: dict[str, str | None] = dict.fromkeys(str(row["id"]) for row in rows)
+    for row in rows:
+        with suppress(ValueError, KeyError, TypeError):  # of a row that cannot be asked, any line will do
+            digests[str(row["id"])] = question_digest(row)
+
+    def answered() -> set[str]:
+        return {p.id for p in read_predictions(output) if p.can_answer(digests.get(p.id))} if output.exists() else set()
+
+    while not digests.keys() <= answered():
+        time.sleep(WAIT_S)
 
 
 def _check_ids(rows: Sequence[Row]) -> None:
@@ -95,40 +130,109 @@ def _check_ids(rows: Sequence[Row]) -> None:
         raise UsageError(f"expected ids that occur once, found {len(twice)} that occur more often, {twice[0]!r} first")
 
 
-def _new_replies(predictor: Predictor, group: RequestGroup, done: set[str]) -> Iterator[list[Reply]]:
-    """Yield, batch by batch, the replies to those requests of a group that are not `done`.
-
-    A whole batch is computed even for one missing row: where an earlier run was cut off has no influence on an answer.
-    """
-    size = predictor.settings.questions_per_batch
-    batches = [batch for batch in group.batches(size) if not {request.id for request in batch} <= done]
-    encoded = _result_or_reason(lambda: predictor.encode(group)) if batches else ""
-    for batch in batches:
-        missing = {request.id for request in batch} - done
-        replies = _failures(batch, encoded) if isinstance(encoded, str) else _replies(predictor, encoded, batch)
-        yield [reply for reply in replies if reply.prediction.id in missing]
+def _recipes_of(groups: Sequence[RequestGroup]) -> dict[str, str]:
+    """Return {id: digests of the recipes of its volumes} of the requests whose stores can be read."""
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda group: _result_or_failure(lambda: recipe_of(group.videos)), groups)
+        pairs = [*zip(groups, found, strict=True)]
+    return {r.id: recipe for group, recipe in pairs if recipe and isinstance(recipe, str) for r in group.requests}
 
 
-def _replies(predictor: Predictor, encoded: Encoded, requests: list[Request]) -> list[Reply]:
-    """Return a reply to each request; where they fail together each is tried alone."""
-    replies = _result_or_reason(lambda: predictor.answer(encoded, requests))
-    if not isinstance(replies, str):
-        return replies
-    if len(requests) == 1:
-        return _failures(requests, replies)
-    return [reply for request in requests for reply in _replies(predictor, encoded, [request])]
+class _Failure(NamedTuple):
+    """Why something failed."""
+
+    reason: str
+    is_memory: bool = False  # it may do with less
 
 
-def _result_or_reason(work: Callable[[], T]) -> T | str:
+@dataclass
+class _Run:
+    """Answers the requests of groups. What it holds of a group goes once its last request is answered."""
+
+    predictor: Predictor
+    groups: Sequence[RequestGroup]
+    ahead: ReadAhead[ReadVolumes]
+    volumes: dict[int, ReadVolumes] = field(default_factory=dict)  # of groups that are not encoded yet, by their place
+    encoded: dict[int, Encoded | _Failure] = field(default_factory=dict)
+
+    def batches(self, done: set[str]) -> Iterator[tuple[list[Asked], list[Reply]]]:
+        """Yield batches and their replies. While one is answered, the volumes of the next are read.
+
+        A batch is left out if all its requests are `done`. A whole batch is computed even for one that is missing:
+        where an earlier run was cut off has no influence on an answer.
+        """
+        left = (b for b in batches_of(self.groups, self._size) if not {asked.request.id for asked in b} <= done)
+        batch, following = next(left, None), next(left, None)
+        while batch:
+            self.ahead.ask([asked.group for asked in (*batch, *(following or ())) if asked.group not in self.encoded])
+            yield batch, self._replies(batch)
+            last = batch[-1].group
+            self.encoded = {place: one for place, one in self.encoded.items() if place == last}
+            batch, following = following, next(left, None)
+
+    def _size(self) -> int:
+        return max(1, self.predictor.batch // self.predictor.settings.samples)
+
+    def _replies(self, batch: Sequence[Asked]) -> list[Reply]:
+        """Return a reply to each request. A volume that cannot be read costs its own requests only."""
+        for place in dict.fromkeys(asked.group for asked in batch):
+            if place in self.encoded:
+                continue
+            if not self.groups[place].videos:
+                self.encoded[place] = Encoded(None, {"read": 0.0, "encode": 0.0})
+                continue
+            found = _result_or_failure(partial(self.ahead.get, place))
+            if isinstance(found, _Failure):
+                self.encoded[place] = found
+            else:
+                self.volumes[place] = found
+        readable = [asked for asked in batch if not isinstance(self.encoded.get(asked.group), _Failure)]
+        replies = {reply.prediction.id: reply for reply in self._tried(readable)} if readable else {}
+        for asked in batch:
+            if isinstance(failure := self.encoded.get(asked.group), _Failure):
+                replies[asked.request.id] = _failed(asked.request, failure)
+        return [replies[asked.request.id] for asked in batch]
+
+    def _tried(self, batch: Sequence[Asked]) -> list[Reply]:
+        """Return a reply to each request; where they fail together, or there are too many, each half is tried."""
+        failure = None
+        if len(batch) <= self._size() or len(batch) == 1:
+            found = _result_or_failure(partial(self._together, batch))
+            if not isinstance(found, _Failure):
+                return found
+            if len(batch) == 1:
+                return [_failed(batch[0].request, found)]
+            failure = found
+        half = (len(batch) + 1) // 2
+        if failure and failure.is_memory:
+            self.predictor.batch = half * self.predictor.settings.samples
+            logger.warning("memory did not suffice for %d questions at a time: %d from now on", len(batch), half)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return self._tried(batch[:half]) + self._tried(batch[half:])
+
+    def _together(self, batch: Sequence[Asked]) -> list[Reply]:
+        new = [place for place in dict.fromkeys(asked.group for asked in batch) if place not in self.encoded]
+        if new:
+            read = [self.volumes[place] for place in new]
+            self.encoded |= dict(
+                zip(new, self.predictor.encode_together([self.groups[p] for p in new], read), strict=True)
+            )
+            for place in new:
+                del self.volumes[place]
+        encoded = [one for asked in batch if isinstance(one := self.encoded[asked.group], Encoded)]
+        return self.predictor.answer(encoded, [asked.request for asked in batch])
+
+
+def _result_or_failure(work: Callable[[], T]) -> T | _Failure:
     """Return what the work returns, or why it failed: the edge of a work item, whose reason goes into the file."""
     try:
         return work()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        return str(error)
     except Exception as error:
-        return unforeseen(error)
+        known = isinstance(error, ValueError | OSError | torch.OutOfMemoryError)
+        return _Failure(str(error) if known else unforeseen(error), is_out_of_memory(error))
 
 
-def _failures(requests: Sequence[Request], reason: str) -> list[Reply]:
-    rows = [Prediction(id=r.id, error=reason, volume_id=str(r.row.get("volume_id", ""))) for r in requests]
-    return [Reply(row, np.zeros(0, bool), np.zeros(0, np.float32)) for row in rows]
+def _failed(request: Request, failure: _Failure) -> Reply:
+    row = Prediction(request.id, error=failure.reason, volume_id=str(request.row.get("volume_id", "")))
+    return Reply(row, np.zeros(0, bool), np.zeros(0, np.float32))

@@ -1,25 +1,18 @@
-"""What a row asks, one answer to it (a prediction), and the file that takes predictions to `photon eval`.
-
-The file has one JSON object a line and no header. While it grows it holds whole lines only, of one run at a time. The
-settings that it was made with stand beside it, in `<name>.settings.json`.
-"""
+"""What a row asks, and one answer to it: a prediction, which is a line of the file that `photon eval` reads."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_data.files import Location, jsonl_bytes
+from photon_data.files import jsonl_bytes
 from photon_data.json_text import fields_of, from_json
 from photon_data.questions.table import read_text
 
@@ -86,12 +79,20 @@ class Prediction:
     threshold: float | None = None  # None for a scheduler without one
     kept: str = ""  # which visual tokens were kept, see `pack_mask`; "" when nothing was scheduled
     choice_scores: dict[str, float] = field(default_factory=dict)  # log-probability of each choice as the answer
+    choice_scores_per_token: dict[str, float] = field(default_factory=dict)  # that, divided by its number of tokens
+    token_logprobs: list[float] = field(default_factory=list)  # of each token of the response, its end marker included
+    samples: list[str] = field(default_factory=list)  # drawn answers, where there are several; `response` is the first
+    recipe: str = ""  # digests of the recipes that the stores were prepared by, "+" between them
     seconds: dict[str, float] = field(default_factory=dict)  # by stage; shared stages are divided among their questions
     peak_memory_mib: float = 0.0  # the most that the process had used by then; 0 when it is not known
 
-    def can_answer(self, digest: str | None) -> bool:
-        """Return False if this answers another question than that of the digest; None stands for any."""
-        return not self.asked or digest is None or digest == self.asked
+    def can_answer(self, digest: str | None, recipe: str = "") -> bool:
+        """Return False if this answers another question than that of the digest, or of volumes of another recipe.
+
+        None stands for any question, "" for any recipe.
+        """
+        is_of_recipe = not (self.recipe and recipe) or self.recipe == recipe
+        return is_of_recipe and (not self.asked or digest is None or digest == self.asked)
 
     def check(self) -> None:
         """Raise ValueError for numbers that no model counts, and for kept tokens that are not those of the volume."""
@@ -141,99 +142,3 @@ def pack_mask(keep_V: np.ndarray) -> str:
 def unpack_mask(kept: str, tokens: int) -> np.ndarray:
     """Return the bool mask [tokens] that `pack_mask` made."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(kept), np.uint8), count=tokens).astype(bool)
-
-
-@dataclass
-class PredictionFile:
-    """An open file of predictions."""
-
-    lines: TextIO
-    done: set[str]  # ids that have an answer in it
-    changed: set[str]  # ids whose answer was removed, since their question changed
-
-    def append(self, predictions: Iterable[Prediction]) -> None:
-        """Add predictions. They are on disk when this returns."""
-        for prediction in predictions:
-            self.lines.write(prediction.to_json())
-            self.done.add(prediction.id)
-        self.lines.flush()
-        os.fsync(self.lines.fileno())
-
-
-@contextmanager
-def prediction_file(path: Path, settings: Mapping[str, Any], digests: Mapping[str, str]) -> Iterator[PredictionFile]:
-    """Open a file of predictions, new or not, and remove what has to be answered again.
-
-    That is a line that a kill cut off, lines with an error, and answers to other questions than those of `digests`
-    ({id: `question_digest`}). UsageError for a file of other settings, of a running process, or of something else.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a") as lock:  # a file that is never replaced
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found = "found that another run is writing it; wait or choose another"
-            raise UsageError(f"{path}: expected a file of its own, {found}") from None
-        _match_settings(path, settings)
-        done, changed = _repair(path, digests)
-        with path.open("a", encoding="utf-8") as lines:
-            yield PredictionFile(lines, done, changed)
-
-
-def _repair(path: Path, digests: Mapping[str, str]) -> tuple[set[str], set[str]]:
-    """Leave the valid answers alone in the file; return their ids, and the ids of answers to changed questions."""
-    if not path.exists():
-        return set(), set()
-    folder, content = Location(str(path.parent)), path.read_bytes()
-    if not content.endswith(b"\n"):
-        folder.write(path.name, content[: content.rfind(b"\n") + 1])
-    found = read_predictions(path)
-    changed = {p.id for p in found if not p.can_answer(digests.get(p.id))}
-    valid = {p.id: p for p in found if not p.error and p.id not in changed}
-    if len(valid) < len(found):
-        folder.write(path.name, jsonl_bytes(asdict(prediction) for prediction in valid.values()))
-    return set(valid), changed
-
-
-def answered_ids(path: Path, settings: Mapping[str, Any], digests: Mapping[str, str]) -> set[str]:
-    """Return the ids that a finished file answers; none where there is no file. UsageError as `prediction_file`."""
-    if not path.exists():
-        return set()
-    _match_settings(path, settings)
-    return {p.id for p in read_predictions(path) if not p.error and p.can_answer(digests.get(p.id))}
-
-
-def merge_parts(
-    parts: Iterable[Path], output: Path, settings: Mapping[str, Any], ids: set[str], digests: Mapping[str, str]
-) -> bool:
-    """Write the predictions of all parts (and `output`) into `output`, if these have all `ids`; return whether."""
-    try:
-        lines = [p for part in (output, *parts) if part.exists() for p in read_predictions(part)]
-    except UsageError:  # the writer of a part is in the middle of a line; it merges later itself
-        return False
-    found = {p.id: p for p in lines if p.can_answer(digests.get(p.id))}
-    if not ids <= found.keys():
-        return False
-    _match_settings(output, settings)
-    Location(str(output.parent)).write(output.name, jsonl_bytes(asdict(found[id]) for id in sorted(found)))
-    return True
-
-
-def _match_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings beside a new file; UsageError for an older file with other settings."""
-    place = path.with_name(f"{path.name}.settings.json")
-    expected = json.loads(json.dumps(settings))
-    if not place.exists():
-        if path.exists() and path.stat().st_size:
-            missing = f"{place.name} beside it, which says how it was made"
-            raise UsageError(f"{path}: expected {missing}, found none; choose a new file")
-        Location(str(path.parent)).write(place.name, (json.dumps(expected, indent=1) + "\n").encode())
-        return
-    try:
-        found = dict(from_json(place.read_bytes()))
-    except (ValueError, TypeError):
-        raise UsageError(f"{place}: expected the settings of {path.name}, found damage; bring it back") from None
-    both = [(name, found.get(name), expected.get(name)) for name in sorted(expected.keys() | found.keys())]
-    differences = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in both if old != new)
-    if differences:
-        raise UsageError(f"{path}: expected the same settings as before, found {differences}; choose another --output")

@@ -1,9 +1,8 @@
-"""Predictor: a loaded model that encodes a volume once, then generates answers about it or scores given ones.
+"""Predictor: a loaded model that encodes volumes once, then generates answers about them or scores given ones.
 
-A request is a row to answer. Requests that share a prefix form a group, and are answered in batches.
+A batch may hold questions on several volumes: a prefix has a row for each of them, which questions are put behind.
 
-Legend: V visual tokens of a row, B rows, L tokens of a padded row, M tokens of a row after pruning; of scored
-answers: R answers of all rows together, N tokens of the longest answer, C tokens of the vocabulary.
+Legend: V visual tokens of a row, B rows, L tokens of a padded row, P tokens of a prefix.
 """
 
 from __future__ import annotations
@@ -12,73 +11,40 @@ import hashlib
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 
 from photon_data.errors import UsageError
-from photon_data.questions.table import VIDEO_TAG
+from photon_data.files import Location
+from photon_data.questions.table import VIDEO_TAG, volume_id_of
+from photon_data.store import NIFTI, read_metadata
 from photon_data.volume import Volume
-from photon_train.answering.prediction import Prediction, choices_of, pack_mask, question_digest, without_answer
-from photon_train.checkpoint import loading
-from photon_train.configuration_photon import PhotonConfig
+from photon_train.answering.generation import AnswerSettings, generate, score_choices
+from photon_train.answering.prediction import Prediction, choices_of, pack_mask
+from photon_train.answering.request import Request, RequestGroup, answer_ids, request_of, texts_of_choices
 from photon_train.decoder import Prefix
 from photon_train.modeling_photon import PhotonForConditionalGeneration, peak_memory_mib
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row, prefix_of
-from photon_train.scheduling import Scheduled, prefix_length, visual_mask
+from photon_train.scheduling import Scheduled, visual_mask
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How questions are answered."""
-
-    max_new_tokens: int = 512
-    sample: bool = False  # draw from the distribution (temperature, top_p) instead of taking the likeliest token
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    choices: bool = False  # score the row's `choices` where it has some, instead of generating
-    questions_per_batch: int = 16  # on one volume, answered together
+NOT_FINITE = "expected finite logits, found NaN or infinity; use another checkpoint, or --dtype float32"
 
 
-class Request(NamedTuple):
-    """A row to answer, without its given answer."""
+class ReadVolumes(NamedTuple):
+    """The volumes of a group as the model reads them, on the CPU."""
 
-    row: Row
-    suffix_L: Tensor  # int64, the ids behind the shared prefix
-    digest: str  # the `question_digest` of the row
-
-    @property
-    def id(self) -> str:
-        """The row's id."""
-        return str(self.row["id"])
-
-
-class RequestGroup(NamedTuple):
-    """Requests on one prefix."""
-
-    videos: tuple[Any, ...]  # paths or Volumes; none for text alone
-    requests: list[Request]
-
-    @property
-    def name(self) -> str:
-        """The paths of the volumes; "" for text alone, and for volumes in memory."""
-        return "\n".join(str(video) for video in self.videos if isinstance(video, str | Path))
-
-    def batches(self, size: int) -> Iterator[list[Request]]:
-        """Yield the requests, at most `size` at a time."""
-        return (self.requests[start : start + size] for start in range(0, len(self.requests), size))
+    inputs: dict[str, Tensor]  # {} for text alone
+    recipe: str = ""  # digests of the recipes that their stores were made by, "+" between them; "" where there are none
+    seconds: float = 0.0
 
 
 class Encoded(NamedTuple):
@@ -86,6 +52,8 @@ class Encoded(NamedTuple):
 
     prefix: Prefix | None  # None for text alone
     seconds_each: dict[str, float]  # by stage, each request's share
+    recipe: str = ""
+    row: int = 0  # of the prefix, which has a row for each group that it was computed for
 
 
 class Reply(NamedTuple):
@@ -96,120 +64,168 @@ class Reply(NamedTuple):
     saliency_V: np.ndarray  # float32
 
 
+class _Texts(NamedTuple):
+    """What was generated for a row, or chosen."""
+
+    texts: list[str]  # one, or so many samples
+    token_logprobs: list[float]  # of the first
+    choice_scores: dict[str, float]
+    choice_scores_per_token: dict[str, float]
+
+
 @dataclass
 class Predictor:
-    """A model that answers. `encodings` counts the prefixes that were computed."""
+    """A model that answers. `encodings` counts the volumes, or sets of them, that were encoded."""
 
     model: PhotonForConditionalGeneration
     processor: PhotonProcessor
     settings: AnswerSettings = field(default_factory=AnswerSettings)
+    batch: int = 16  # questions that are answered together
     encodings: int = 0
 
+    def read(self, group: RequestGroup) -> ReadVolumes:
+        """Return the volumes of a group, read and scaled, in pinned memory for a GPU. Any thread may call this.
+
+        Raises what reading volumes raises.
+        """
+        start = time.perf_counter()
+        id = volume_id_of(group.requests[0].row)
+        inputs = self.processor.volumes([(video, id) for video in group.videos])
+        if self.model.device.type == "cuda":
+            inputs = {name: value.pin_memory() for name, value in inputs.items()}
+        return ReadVolumes(inputs, recipe_of(group.videos), time.perf_counter() - start)
+
     @torch.no_grad()
+    def encode_together(self, groups: Sequence[RequestGroup], read: Sequence[ReadVolumes]) -> list[Encoded]:
+        """Return what each group shares, all computed in one pass. The groups have volumes, and are of one shape."""
+        with _timed(self.model) as seconds:
+            ids = [self.processor.ids(group.requests[0].row)[: group.requests[0].start] for group in groups]
+            volumes = {name: torch.cat([one.inputs[name] for one in read]) for name in read[0].inputs}
+            moved = {name: value.to(self.model.device, non_blocking=True) for name, value in volumes.items()}
+            prefix = self.model.encode_prefix({"input_ids": torch.stack(ids), **moved})
+        self.encodings += len(groups)
+        encoded = []
+        for row, (group, one) in enumerate(zip(groups, read, strict=True)):
+            count = len(group.requests)
+            stages = {"read": one.seconds / count, "encode": seconds[0] / len(groups) / count}
+            encoded.append(Encoded(prefix, stages, one.recipe, row))
+        return encoded
+
     def encode(self, group: RequestGroup) -> Encoded:
-        """Return what the group shares, computed once. Raises what reading its volumes raises."""
+        """Return what a group shares, which may be text alone. Raises what reading its volumes raises."""
         if not group.videos:
             return Encoded(None, {"read": 0.0, "encode": 0.0})
-        with _timed(self.model) as read:
-            inputs = self.processor(rows=[group.requests[0].row])
-        with _timed(self.model) as encode:
-            prefix = self.model.encode_prefix(inputs)
-        self.encodings += 1
-        count = len(group.requests)
-        return Encoded(prefix, {"read": read[0] / count, "encode": encode[0] / count})
+        return self.encode_together([group], [self.read(group)])[0]
 
     @torch.no_grad()
     def answer(
-        self, encoded: Encoded, requests: Sequence[Request], streamer: Any = None, **following: Any
+        self, encoded: Encoded | Sequence[Encoded], requests: Sequence[Request], streamer: Any = None, **following: Any
     ) -> list[Reply]:
-        """Return a reply to each request of the group. A `streamer` (of transformers) needs a single request.
+        """Return a reply to each request, behind what all share, or what the group of each shares, of one shape.
 
-        `following`: logits processors and stopping criteria that follow `generate`, a row for each request in order.
+        A `streamer` (of transformers) needs a single request. `following`: logits processors and stopping criteria that
+        follow `generate`, a row for each request in order.
         """
-        replies: dict[str, Reply] = {}
+        encoded = [encoded] * len(requests) if isinstance(encoded, Encoded) else encoded
+        replies: dict[int, Reply] = {}
         for scored in (True, False):
-            part = [r for r in requests if bool(self.settings.choices and choices_of(r.row)) == scored]
+            part = [i for i, r in enumerate(requests) if bool(self.settings.choices and choices_of(r.row)) == scored]
             if part:
-                found = self._replies(encoded, part, scored, streamer, following)
-                replies |= {reply.prediction.id: reply for reply in found}
-        return [replies[request.id] for request in requests]
+                shared, own = [encoded[i] for i in part], [requests[i] for i in part]
+                found = self._replies(shared, own, scored, streamer, following)
+                replies |= dict(zip(part, found, strict=True))
+        return [replies[i] for i in range(len(requests))]
 
     def _replies(
-        self, encoded: Encoded, requests: Sequence[Request], scored: bool, streamer: Any, following: Mapping[str, Any]
+        self,
+        encoded: Sequence[Encoded],
+        requests: Sequence[Request],
+        scored: bool,
+        streamer: Any,
+        following: Mapping[str, Any],
     ) -> Iterator[Reply]:
         with _timed(self.model) as seconds:
-            inputs = self._inputs(encoded, requests)
-            scores: list[dict[str, float]] = [{} for _ in requests]
+            copies = 1 if scored else self.settings.samples
+            inputs = self._inputs(
+                [one for one in encoded for _ in range(copies)], [one for one in requests for _ in range(copies)]
+            )
             if scored:
-                choices = [[str(choice) for choice in choices_of(request.row)] for request in requests]
-                ids = [
-                    [answer_ids(r, c, self.processor) for c in own] for r, own in zip(requests, choices, strict=True)
-                ]
-                values, scheduled = score_choices(self.model, inputs, ids)
-                scores = [dict(zip(own, each, strict=True)) for own, each in zip(choices, values, strict=True)]
-                texts = [max(each, key=each.__getitem__) for each in scores]
+                found, scheduled = self._chosen(inputs, requests)
             else:
-                texts, scheduled = self._generate(inputs, requests, streamer, following)
-        seconds_each = {**encoded.seconds_each, "answer": seconds[0] / len(requests)}
+                found, scheduled = self._generated(inputs, requests, streamer, following)
         visual_BL = visual_mask(inputs["input_ids"], self.model.config)
         text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
-        for b, request in enumerate(requests):
+        kept = None
+        if scheduled is not None:
+            tensors = (visual_BL, scheduled.keep_BL, scheduled.selection.saliency_BL, scheduled.selection.threshold_B)
+            kept = [tensor.detach().float().cpu().numpy() for tensor in tensors]
+        for number, (request, own, texts) in enumerate(zip(requests, encoded, found, strict=True)):
+            b = number * copies
             keep_V, saliency_V, threshold = np.zeros(0, bool), np.zeros(0, np.float32), math.nan
-            if scheduled is not None:
-                both = (scheduled.keep_BL[b], scheduled.selection.saliency_BL[b])
-                keep_V, saliency_V = (x_L[visual_BL[b]].detach().cpu().numpy() for x_L in both)
-                threshold = scheduled.selection.threshold_B[b].item()
+            if kept is not None:
+                visual_L, keep_L, saliency_L, threshold = (values[b] for values in kept)
+                keep_V, saliency_V = keep_L[visual_L > 0] > 0, saliency_L[visual_L > 0]
+            seconds_each = {**own.seconds_each, "answer": seconds[0] / len(requests)}
             prediction = Prediction(
                 id=request.id,
-                response=texts[b],
+                response=texts.texts[0],
                 asked=request.digest,
                 volume_id=str(request.row.get("volume_id", "")),
                 scheduler=str(self.model.config.scheduler),
                 visual_tokens=len(keep_V),
                 kept_tokens=int(keep_V.sum()),
                 text_tokens=text_tokens_B[b],
-                threshold=None if math.isnan(threshold) else threshold,
+                threshold=None if math.isnan(threshold) else float(threshold),
                 kept=pack_mask(keep_V),
-                choice_scores=scores[b],
+                choice_scores=texts.choice_scores,
+                choice_scores_per_token=texts.choice_scores_per_token,
+                token_logprobs=[round(value, 5) for value in texts.token_logprobs],
+                samples=texts.texts if copies > 1 else [],
+                recipe=own.recipe,
                 seconds={stage: round(value, 6) for stage, value in seconds_each.items()},
                 peak_memory_mib=round(peak_memory_mib(self.model.device), 1),
             )
+            if not all(map(math.isfinite, texts.token_logprobs)):
+                prediction = Prediction(request.id, error=NOT_FINITE, volume_id=prediction.volume_id)
             yield Reply(prediction, keep_V, saliency_V)
 
-    def _inputs(self, encoded: Encoded, requests: Sequence[Request]) -> dict[str, Any]:
+    def _inputs(self, encoded: Sequence[Encoded], requests: Sequence[Request]) -> dict[str, Any]:
         """Return the model inputs of whole rows, left-padded where the questions begin."""
-        if encoded.prefix is not None:
-            return encoded.prefix.followed_by([r.suffix_L for r in requests], self.processor.tokenizer.pad_token_id)
+        places = [(one.prefix, one.row) for one in encoded if one.prefix is not None]
+        if places:
+            suffixes = [request.suffix_L for request in requests]
+            return _rows_of(places).followed_by(suffixes, self.processor.tokenizer.pad_token_id)
         inputs = self.processor(rows=[request.row for request in requests])
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def _generate(
-        self, inputs: dict[str, Any], requests: Sequence[Request], streamer: Any, following: Mapping[str, Any]
-    ) -> tuple[list[str], Scheduled | None]:
-        settings = self.settings
-        # Nothing is left to the generation config of the model.
-        options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if settings.sample:
-            # The seed is made of the run's and the ids: the order of batches has no influence on what is drawn.
-            text = "\n".join([str(settings.seed), *(request.id for request in requests)])
-            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
-            options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-        passes: list[Scheduled | None] = []  # `generate` does not return what was scheduled
-        hook = self.model.register_forward_hook(lambda module, args, output: passes.append(output.scheduled))
-        try:
-            ids_BL = self.model.generate(
-                **inputs,
-                **options,
-                **following,
-                max_new_tokens=settings.max_new_tokens,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-                streamer=streamer,
-                repetition_penalty=1.0,  # that of Qwen's own generation config depends on the padding
-            )
-        finally:
-            hook.remove()
-        texts = self.processor.decode(ids_BL[:, inputs["input_ids"].shape[1] :])
-        return texts, next((scheduled for scheduled in passes if scheduled is not None), None)
+    def _chosen(self, inputs: Mapping[str, Any], requests: Sequence[Request]) -> tuple[list[_Texts], Scheduled | None]:
+        """Return for each request its likeliest choice, in the form that the prompt asks for."""
+        said = [texts_of_choices(request.row) for request in requests]
+        ids = [
+            [answer_ids(request, text, self.processor) for text in own.values()]
+            for request, own in zip(requests, said, strict=True)
+        ]
+        scores, scheduled = score_choices(self.model, inputs, ids)
+        found = []
+        for own, values in zip(said, scores, strict=True):
+            sums = {choice: math.fsum(value) for choice, value in zip(own, values, strict=True)}
+            means = {choice: sums[choice] / len(value) for choice, value in zip(own, values, strict=True)}
+            # Where one score is not a number, no choice is the best.
+            best = min(range(len(own)), key=lambda i: (math.isfinite(list(sums.values())[i]), -list(sums.values())[i]))
+            found.append(_Texts([list(own.values())[best]], values[best], sums, means))
+        return found, scheduled
+
+    def _generated(
+        self, inputs: Mapping[str, Any], requests: Sequence[Request], streamer: Any, following: Mapping[str, Any]
+    ) -> tuple[list[_Texts], Scheduled | None]:
+        """Return for each request what was generated, so many times as there are to be samples."""
+        copies = self.settings.samples
+        names = [f"{request.id}\n{copy}" if copy else request.id for request in requests for copy in range(copies)]
+        tokenizer = self.processor.tokenizer
+        made = generate(self.model, inputs, names, self.settings, tokenizer.pad_token_id, streamer, **following)
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made.tokens]
+        firsts = range(0, len(texts), copies)
+        return [_Texts(texts[b : b + copies], made.logprobs[b], {}, {}) for b in firsts], made.scheduled
 
 
 @contextmanager
@@ -223,155 +239,80 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-def group_rows(rows: Sequence[Row], processor: PhotonProcessor) -> tuple[list[RequestGroup], dict[str, str]]:
-    """Return the groups of rows that share a prefix, in an order that theirs does not change, and {id: why in none}."""
-    requests: dict[tuple[Any, ...], list[Request]] = defaultdict(list)
-    problems: dict[str, str] = {}
-    for row in rows:
-        try:
-            request = request_of(row, processor)
-            prefix = prefix_of(request.row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a row that is no row can raise
-            reason = f"expected a row of messages and videos, found one that gives {type(error).__name__}: {error}"
-            problems[str(row["id"])] = str(error) if type(error) is ValueError else reason
-        else:
-            requests[prefix].append(request)
-    groups = [
-        RequestGroup(tuple(found[0].row.get("videos") or ()), sorted(found, key=lambda request: request.id))
-        for found in requests.values()
-    ]
-    return sorted(groups, key=lambda group: (group.name, group.requests[0].id)), problems
+def _rows_of(places: Sequence[tuple[Prefix, int]]) -> Prefix:
+    """Return one prefix with a row for each place, a prefix and a row of it; of one place for all, that row alone."""
+    prefixes = {id(prefix): prefix for prefix, _ in places}
+    if len(set(places_of := [(id(prefix), row) for prefix, row in places])) == 1:
+        places_of = places_of[:1]
+    parts = []
+    for key, run in groupby(places_of, lambda place: place[0]):
+        rows, prefix = [row for _, row in run], prefixes[key]
+        parts.append(prefix if rows == [*range(len(prefix.input_ids_1P))] else _selected(prefix, rows))
+    if len(parts) == 1:
+        return parts[0]
+    joined: Prefix = tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], *parts)
+    return joined
 
 
-def request_of(row: Row, processor: PhotonProcessor) -> Request:
-    """Return the row as a request, without its answer. ValueError for one that cannot be asked."""
-    question = without_answer(row)
-    ids_L = processor.ids(question)
-    return Request(question, ids_L[prefix_length(ids_L, processor.config) :].clone(), question_digest(row))
+def _selected(prefix: Prefix, rows: Sequence[int]) -> Prefix:
+    """Return the prefix with these rows of it."""
+    count = len(prefix.input_ids_1P)
+
+    def select(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        per_row = len(value) // count  # a row may have several volumes
+        index = torch.tensor([row * per_row + i for row in rows for i in range(per_row)], device=value.device)
+        return value.index_select(0, index)
+
+    selected: Prefix = tree_map(select, prefix)
+    return selected
 
 
-def answer_ids(request: Request, text: str, processor: PhotonProcessor) -> Tensor:
-    """Return int64[N]: the ids that the assistant answers `text` with, the end marker included, as training sees them.
-
-    ValueError where the text changes how the prompt itself becomes ids.
-    """
-    answered = {**request.row, "messages": [*request.row["messages"], {"role": "assistant", "content": text}]}
-    ids_L, prompt_L = processor.ids(answered, for_training=True), processor.ids(request.row)
-    if not ids_L[: len(prompt_L)].equal(prompt_L):
-        expected = "an answer that leaves the prompt's tokens as they are"
-        raise ValueError(f"{request.id}: expected {expected}, found {text!r}; remove space at its start")
-    end = int((ids_L == processor.config.im_end_token_id).nonzero()[-1]) + 1
-    return ids_L[len(prompt_L) : end]
-
-
-@torch.no_grad()
-def score_choices(
-    model: PhotonForConditionalGeneration, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
-) -> tuple[list[list[float]], Scheduled | None]:
-    """Return log p(answer | prompt) of each answer of each prompt, the sum over its tokens, and what was scheduled.
-
-    `inputs` are those of B prompts, which run once; `choices` are the answers to each: int64[n] ids, n > 0, the end
-    marker included. The probabilities are those of generation: answers see the kept tokens only.
-    """
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    row_R = torch.tensor([row for row, answers in enumerate(choices) for _ in answers], device=model.device)
-    ids = [ids_N.to(model.device) for answers in choices for ids_N in answers]
-    token_RN, mask_RN = (pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(ids_N) for ids_N in ids]))
-    log_RNC = out.logits[row_R, -1].float().log_softmax(-1)[:, None]
-    if token_RN.shape[1] > 1:
-        # The other tokens follow on the pruned cache of the prompts, one copy for each answer.
-        present_BM = inputs["attention_mask"] if out.scheduled is None else out.scheduled.kept.mask_BM
-        out.past_key_values.batch_select_indices(row_R)
-        next_B = inputs["input_ids"].shape[1] + out.rope_deltas.to(row_R.device)
-        position_RN = next_B[row_R] + torch.arange(token_RN.shape[1] - 1, device=row_R.device)
-        later = model(
-            input_ids=token_RN[:, :-1],
-            attention_mask=torch.cat([present_BM[row_R].long(), mask_RN[:, :-1]], dim=1),
-            position_ids=position_RN.expand(3, -1, -1),
-            past_key_values=out.past_key_values,
-        )
-        log_RNC = torch.cat([log_RNC, later.logits.float().log_softmax(-1)], dim=1)
-    score_R = (log_RNC.gather(2, token_RN[..., None])[..., 0] * mask_RN).sum(1).cpu()
-    return [part.tolist() for part in score_R.split([len(answers) for answers in choices])], out.scheduled
+def recipe_of(videos: Sequence[Any]) -> str:
+    """Return the digests of the recipes that stores were made by, "+" between them; "" for other volumes."""
+    places = [str(video) for video in videos if isinstance(video, str | Path) and not str(video).endswith(NIFTI)]
+    found = (read_metadata(Location(place), "") for place in places)
+    return "+".join(dict.fromkeys(str(metadata["digest"]) for metadata in found if metadata))
 
 
 def answer_questions(
     predictor: Predictor,
     questions: Sequence[str],
-    volume: Volume,
+    volumes: Sequence[Volume],
     volume_id: str,
     seconds: Mapping[str, float],
     streamer: Any = None,
 ) -> tuple[list[Reply], dict[str, float]]:
-    """Return replies to questions about one volume, with ids q1, q2, ..., and the seconds of each stage in all.
+    """Return replies to questions about scans, with ids q1, q2, ..., and the seconds of each stage in all.
 
-    `volume` is int16 HU on the grid that the model reads, and `seconds` is what it took to "read" and "prepare" it.
+    `volumes` are int16 HU on the grid that the model reads, and `seconds` is what it took to "read" and "prepare" them.
     With a `streamer` of transformers, which is given their tokens, the questions are answered one by one. UsageError
     for a question that is empty or holds special tokens, and for a volume on another grid.
     """
-    about: dict[str, Any] = {"volume_id": volume_id, "videos": [volume]}
-    messages = ([{"role": "user", "content": VIDEO_TAG + question}] for question in questions)
+    about: dict[str, Any] = {"volume_id": volume_id, "videos": list(volumes)}
+    messages = ([{"role": "user", "content": VIDEO_TAG * len(volumes) + question}] for question in questions)
     rows = [{"id": f"q{number}", **about, "messages": each} for number, each in enumerate(messages, start=1)]
     try:
-        group = RequestGroup((volume,), [request_of(row, predictor.processor) for row in rows])
+        group = RequestGroup(tuple(volumes), [request_of(row, predictor.processor) for row in rows])
         encoded = predictor.encode(group)
     except ValueError as error:
         raise UsageError(str(error)) from None
     seconds_each = {stage: value / len(questions) for stage, value in seconds.items()}
     seconds_each["prepare"] += encoded.seconds_each["read"]
     encoded = encoded._replace(seconds_each={**seconds_each, "encode": encoded.seconds_each["encode"]})
-    size = predictor.settings.questions_per_batch if streamer is None else 1
-    replies = [reply for batch in group.batches(size) for reply in predictor.answer(encoded, batch, streamer)]
-    stages = replies[0].prediction.seconds
-    return replies, {stage: sum(reply.prediction.seconds[stage] for reply in replies) for stage in stages}
-
-
-def load_predictor(
-    model: str,
-    settings: AnswerSettings = AnswerSettings(),
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    **photon: Any,
-) -> Predictor:
-    """Return the model of a directory or hub id, ready to answer; `photon`: settings of PhotonConfig, None for its own.
-
-    device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32), float32, ...
-    UsageError for what cannot be loaded.
-    """
-    place = _device(device)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
-    options: dict[str, Any] = {key: value for key, value in photon.items() if value is not None}
-    options["revision"] = revision
-    with loading(model):
-        loaded = PhotonForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, name), **options)
-        tokenizer = PhotonProcessor.from_pretrained(model, **options).tokenizer
-    return Predictor(loaded.eval().to(place), PhotonProcessor(tokenizer, loaded.config), settings)
-
-
-def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, int]:
-    """Return the shape (z, y, x) of the grid that a model reads, from its configuration alone."""
-    with loading(model):
-        depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
-    return depth, height, width
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
-    gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UsageError(f"device: expected one of this machine, found {name!r} where torch sees {gpus} GPUs; try cpu")
-    return device
+    size = predictor.batch if streamer is None else 1
+    parts = (group.requests[start : start + size] for start in range(0, len(group.requests), size))
+    replies = [reply for part in parts for reply in predictor.answer(encoded, part, streamer)]
+    stages = [*encoded.seconds_each, "answer"]
+    return replies, {stage: sum(reply.prediction.seconds.get(stage, 0.0) for reply in replies) for stage in stages}
 
 
 def settings_of(predictor: Predictor) -> dict[str, Any]:
-    """Return what predictions depend on besides their rows: settings, dtype, digests of configuration and weights."""
+    """Return what predictions depend on besides their rows and volumes: settings, dtype, and digests of the rest.
+
+    Those are of the configuration, the weights, and what makes ids of rows: tokenizer and chat template.
+    """
     config = predictor.model.config
     # The same model may have another name or come from another version of the library.
     decisive = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
@@ -385,6 +326,19 @@ def settings_of(predictor: Predictor) -> dict[str, Any]:
         "scheduler": str(config.scheduler),
         "keep_ratio": config.keep_ratio,
         "dtype": str(predictor.model.dtype),
-        "config": hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "config": _digest(decisive),
         "weights": weights.hexdigest()[:16],
+        "template": _digest(_template_of(predictor.processor.tokenizer)),
+        "end": _digest(predictor.model.generation_config.eos_token_id),
     }
+
+
+def _template_of(tokenizer: Any) -> list[Any]:
+    """Return what decides how messages become ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How a tokenizer was last called is part of its state.
+    return [tokenizer.chat_template, {k: v for k, v in state.items() if k not in ("padding", "truncation")}]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

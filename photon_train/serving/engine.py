@@ -17,7 +17,8 @@ from math import ceil
 import torch
 
 from photon_data.errors import unforeseen
-from photon_train.answering.predictor import Encoded, Predictor, Reply, Request, RequestGroup, request_of, settings_of
+from photon_train.answering.predictor import Encoded, Predictor, Reply, settings_of
+from photon_train.answering.request import Request, RequestGroup, request_of
 from photon_train.decoder import Prefix
 from photon_train.rows import text_before_volumes
 from photon_train.serving.draft import Draft, following
@@ -196,7 +197,7 @@ class Engine:
         first = tickets[0]
         with self._changed:
             queue = self._waiting.get(first.question.contents, [])
-            most = 0 if first.question.samples else self.predictor.settings.questions_per_batch - 1
+            most = 0 if first.question.samples else self.predictor.batch - 1
             same = [other for other in queue if other.key == first.key and not other.question.samples][:most]
             tickets += same
             rest = [other for other in queue if other not in same]
@@ -241,6 +242,7 @@ class Engine:
             top_p=question.top_p,
             seed=question.seed,
             choices=False,
+            samples=1,
         )
         drafts = [draft for ticket in tickets for draft in ticket.drafts]
         replies = iter(replace(self.predictor, settings=settings).answer(encoded, requests, **following(drafts)))

@@ -10,7 +10,8 @@ from mutations import budget, damaged_bytes, damaged_json, no_hang
 
 from photon_data.errors import UsageError
 from photon_train import processing_photon
-from photon_train.answering.predictor import AnswerSettings, load_predictor
+from photon_train.answering.generation import AnswerSettings
+from photon_train.answering.loading import load_predictor
 from photon_train.tiny import tiny
 
 FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]

@@ -6,15 +6,11 @@ import pytest
 import torch
 from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
+from photon_train.answering.batches import group_rows
+from photon_train.answering.generation import AnswerSettings, score_choices
 from photon_train.answering.prediction import unpack_mask
-from photon_train.answering.predictor import (
-    AnswerSettings,
-    Request,
-    answer_ids,
-    answer_questions,
-    group_rows,
-    score_choices,
-)
+from photon_train.answering.predictor import answer_questions
+from photon_train.answering.request import Request, answer_ids
 
 
 def answered(model, rows):
@@ -24,8 +20,7 @@ def answered(model, rows):
     replies = {}
     for group in groups:
         encoded = model.encode(group)
-        for batch in group.batches(model.settings.questions_per_batch):
-            replies |= {reply.prediction.id: reply for reply in model.answer(encoded, batch)}
+        replies |= {reply.prediction.id: reply for reply in model.answer(encoded, group.requests)}
     return replies
 
 
@@ -145,7 +140,7 @@ def test_an_answer_of_the_end_marker_alone_is_scored(model):
     encoded = model.encode(group)
     end = torch.tensor([model.model.config.im_end_token_id])
     inputs = encoded.prefix.followed_by([group.requests[0].suffix_L])
-    ((score,),), _ = score_choices(model.model, inputs, [[end]])
+    (((score,),),), _ = score_choices(model.model, inputs, [[end]])
     assert math.isfinite(score) and score < 0
 
 
@@ -182,7 +177,7 @@ def test_more_than_nine_questions_are_streamed_in_their_order(model):
         def end(self):
             starts[:] = [True]
 
-    replies, _ = answer_questions(model, questions, blocks(1), "a", {"read": 0.0, "prepare": 0.0}, Streamer())
+    replies, _ = answer_questions(model, questions, [blocks(1)], "a", {"read": 0.0, "prepare": 0.0}, Streamer())
     assert [reply.prediction.id for reply in replies] == [f"q{n}" for n in range(1, 12)]
     assert len(prompts) == 11
     assert all(question in prompt for question, prompt in zip(questions, prompts, strict=True))

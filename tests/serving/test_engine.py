@@ -9,7 +9,8 @@ import pytest
 import torch
 from askable import QUESTIONS, SHORT, TOKENS, predictor, row
 
-from photon_train.answering.predictor import AnswerSettings, group_rows
+from photon_train.answering.batches import group_rows
+from photon_train.answering.generation import AnswerSettings
 from photon_train.serving.draft import Draft
 from photon_train.serving.engine import Engine
 from photon_train.serving.prefixes import PrefixCache, bytes_of
