@@ -41,8 +41,8 @@ from photon_train.answering.scan import ScanInput, open_input
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
 from photon_train.overlay import DEFAULT_VIEW, Canvas, View, folders_of, write_overlay
+from photon_train.pruners import SCHEDULERS
 from photon_train.rows import Row, read_rows
-from photon_train.scheduling import SCHEDULERS
 
 RECALL = "recall.json"
 SHOWN_FAILURES = 10

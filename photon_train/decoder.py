@@ -11,7 +11,8 @@ the batch, D hidden size, P tokens of a shared prefix, H query heads, K key head
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,8 +35,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from photon_train.configuration_photon import Phase, PhotonConfig
-from photon_train.scheduling import (
+from photon_train.pruners import (
+    BEFORE_DECODER,
     SCHEDULERS,
+    chosen_of,
+    encode_and_choose,
+    selection_of,
+)
+from photon_train.scheduling import (
     Gather,
     Scheduled,
     SchedulerContext,
@@ -68,9 +75,12 @@ class Prefix(NamedTuple):
     volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # of layers 0..its, each [1, K heads, P, d]
     h_1PD: Tensor  # after layer its
-    q_1HPd: Tensor  # of layer its, rotated
-    k_1KPd: Tensor
     foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
+    q_1HPd: Tensor | None = None  # of layer its, rotated
+    k_1KPd: Tensor | None = None
+    # Where no question has a say in what stays: what of the prefix did. Keys, values and h are then of these tokens,
+    # and of all layers.
+    scheduled: Scheduled | None = None
 
     @property
     def length(self) -> int:
@@ -78,7 +88,7 @@ class Prefix(NamedTuple):
         return self.input_ids_1P.shape[1]
 
     def into(self, cache: Cache, rows: int) -> Cache:
-        """Return the cache with layers 0..its holding a copy of the prefix for each row."""
+        """Return the cache with the layers of the prefix holding a copy of it for each row."""
         for layer, (keys, values) in enumerate(self.keys_values):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return cache
@@ -111,10 +121,10 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
     run hooks again when a checkpointed layer is recomputed.
     """
 
-    def __init__(self, config: PhotonConfig) -> None:
-        super().__init__(config.text_config, config.its_layer)
+    def __init__(self, config: PhotonConfig, layer: int) -> None:
+        super().__init__(config.text_config, layer)
         self.config = config
-        self.atp = ThresholdPredictor(config) if config.stage == 2 else None
+        self.atp = ThresholdPredictor(config) if config.stage == 2 and layer == config.its_layer else None
 
     def forward(  # type: ignore[override]
         self,
@@ -144,18 +154,20 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         k_BKLd = attention.k_proj(normed_BLD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         q_BHLd, k_BKLd = apply_rotary_pos_emb(q_BHLd, k_BKLd, *position_embeddings)
         if prefix is not None:
+            assert prefix.q_1HPd is not None and prefix.k_1KPd is not None, "a prefix through layer its"
             q_BHLd = torch.cat([prefix.q_1HPd.expand(len(h_BLD), -1, -1, -1), q_BHLd], dim=2)
             k_BKLd = torch.cat([prefix.k_1KPd.expand(len(h_BLD), -1, -1, -1), k_BKLd], dim=2)
         return q_BHLd, k_BKLd
 
 
 class PhotonTextModel(Qwen2_5_VLTextModel):
-    """The decoder. Given `scheduling` it drops tokens after layer `its`; else it is the stock one."""
+    """The decoder. Given `scheduling` it drops tokens after layer `its`, or before all; else it is the stock one."""
 
     def __init__(self, config: Any, photon_config: PhotonConfig) -> None:
         super().__init__(config)
         self.photon_config = photon_config
-        self.layers[photon_config.its_layer] = PhotonDecoderLayer(photon_config)
+        for layer in {photon_config.its_layer, photon_config.drop_layer}:
+            self.layers[layer] = PhotonDecoderLayer(photon_config, layer)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,6 +199,18 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         mask_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
 
+        if prefix is not None and prefix.scheduled is not None:
+            scheduled = prefix.scheduled.followed_by(mask_BL, scheduling.visual_BL)
+            cache = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
+            h_BSD = self._through(inputs_embeds, position_3BL[..., prefix.length :], scheduled.kept.mask_BM, cache)
+            h_BMD = self.norm(torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BSD], dim=1))
+            return PhotonTextOutput(h_BMD, cache if use_cache else None, scheduled=scheduled)
+        if scheduling.chosen is not None:
+            h_BMD, scheduled = self._drop(inputs_embeds, scheduling.chosen, scheduling, mask_BL)
+            position_3BM = scheduled.kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
+            h_BMD = self._through(h_BMD, position_3BM, scheduled.kept.mask_BM, cache, checkpointed=True)
+            return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
+
         lower_cache, lower_position_3BL = cache, position_3BL
         if prefix is not None:  # inputs_embeds are of the suffixes
             lower_cache = prefix.into(DynamicCache(config=self.config) if cache is None else cache, rows)
@@ -197,7 +221,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             h_BLD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BLD], dim=1)
 
         h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL)
-        kept, first = scheduled.kept, self.photon_config.its_layer + 1
+        kept, first = scheduled.kept, self.photon_config.drop_layer + 1
         _prune_cache(cache, kept, layers=first)
         position_3BM = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
         attend = self._attend(h_BMD, kept.mask_BM, position_3BM, cache, first_layer=first)
@@ -212,20 +236,42 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         h_1PD, q_1HPd, k_1KPd = self._lower(h_1PD, {"with_qk": True}, attend)
         return h_1PD, q_1HPd, k_1KPd, cache
 
+    def through_all(
+        self, h_1PD: Tensor, position_31P: Tensor, scheduling: SchedulingInputs
+    ) -> tuple[Tensor, Scheduled, Cache]:
+        """Return h_1MD behind the last layer, what stayed of a prefix before the first, and the cache of all layers."""
+        cache, here_1P = DynamicCache(config=self.config), torch.ones_like(scheduling.visual_BL)
+        nothing_1P = torch.zeros(here_1P.shape, device=h_1PD.device)
+        selection = scheduling.chosen or selection_of(
+            nothing_1P, scheduling.visual_BL, scheduling.visual_BL, self.photon_config
+        )
+        h_1MD, scheduled = self._drop(h_1PD, selection, scheduling, here_1P)
+        position_31M = scheduled.kept(position_31P.transpose(0, 1), dim=2).transpose(0, 1)
+        return self._through(h_1MD, position_31M, None, cache), scheduled, cache
+
+    def _through(
+        self,
+        h_BLD: Tensor,
+        position_3BL: Tensor,
+        mask_BL: Tensor | None,
+        cache: Cache | None,
+        checkpointed: bool = False,
+    ) -> Tensor:
+        """Return h_BLD behind the last layer; nothing is dropped on the way."""
+        attend = self._attend(h_BLD, mask_BL, position_3BL, cache, first_layer=0)
+        with _uncheckpointed([] if checkpointed else self.layers):
+            for layer in self.layers:
+                h_BLD = layer(h_BLD, **attend)
+        return h_BLD
+
     def _lower(self, h_BLD: Tensor, its_arguments: dict[str, Any], attend: dict[str, Any]) -> Any:
         """Return what layer its returns; it alone gets `its_arguments`."""
-        layers: list[Any] = list(self.layers[: self.photon_config.its_layer + 1])
-        settings = [layer.gradient_checkpointing for layer in layers]
+        layers: list[Any] = list(self.layers[: self.photon_config.drop_layer + 1])
         makes_or_has_prefix = "with_qk" in its_arguments or its_arguments["prefix"] is not None
-        try:
-            for layer in layers:  # checkpointing would throw away the keys that a prefix shares
-                layer.gradient_checkpointing &= not makes_or_has_prefix
+        with _uncheckpointed(layers if makes_or_has_prefix else []):
             for layer in layers[:-1]:
                 h_BLD = layer(h_BLD, **attend)
             return layers[-1](h_BLD, **its_arguments, **attend)
-        finally:
-            for layer, setting in zip(layers, settings, strict=True):
-                layer.gradient_checkpointing = setting
 
     def _attend(
         self, h_BLD: Tensor, mask_BL: Tensor | None, position_3BL: Tensor, cache: Cache | None, first_layer: int
@@ -245,7 +291,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, mask_BL: Tensor
     ) -> tuple[Tensor, Scheduled]:
         """Return the hidden states h_BMD of the tokens that stay, and what was scheduled."""
-        visual_BL, drops = scheduling.visual_BL, scheduling.phase in (Phase.HARD, Phase.FLIP)
+        visual_BL, drops = scheduling.visual_BL, scheduling.drops
         p_BL = selection.probability_BL
         p_BL = torch.where(scheduling.detached_B[:, None], p_BL.detach(), p_BL)
         if scheduling.phase is Phase.SOFT:
@@ -259,6 +305,19 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         for_prune_BL = p_BL if drops else p_BL.detach()
         h_BMD = prune(h_BLD, for_prune_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale_B)
         return h_BMD, Scheduled(selection._replace(probability_BL=p_BL), flipped_B, keep_BL, kept)
+
+
+@contextmanager
+def _uncheckpointed(layers: Iterable[Any]) -> Iterator[None]:
+    """Keep the activations of layers in the block: checkpointing would throw away the keys that a prefix shares."""
+    settings = [(layer, layer.gradient_checkpointing) for layer in layers]
+    try:
+        for layer, _ in settings:
+            layer.gradient_checkpointing = False
+        yield
+    finally:
+        for layer, setting in settings:
+            layer.gradient_checkpointing = setting
 
 
 def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
@@ -331,6 +390,15 @@ class PhotonModel(Qwen2_5_VLModel):
             delta_B1[row] = start - kind_BL.shape[1]
         return position_3BL.to(device), delta_B1.to(device)
 
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Any, chooses: bool = True, **kwargs: Any
+    ) -> Any:
+        """Return the stock output; where a scheduler chooses before the decoder, that of `encode_and_choose`."""
+        encode = partial(super().get_video_features, pixel_values_videos, video_grid_thw, **kwargs)
+        if not chooses or self.config.scheduler not in BEFORE_DECODER:
+            return encode()
+        return encode_and_choose(encode, self.visual, video_grid_thw, self.config)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -342,6 +410,7 @@ class PhotonModel(Qwen2_5_VLModel):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         prefix: Prefix | None = None,
+        scheduling: SchedulingInputs | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
@@ -351,29 +420,33 @@ class PhotonModel(Qwen2_5_VLModel):
             )
         volumes = mm_encoder_outputs["video"] if mm_encoder_outputs else None
         if volumes is None and pixel_values_videos is not None:
-            volumes = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
+            drops = scheduling is None or scheduling.drops
+            volumes = self.get_video_features(pixel_values_videos, video_grid_thw, chooses=drops, return_dict=True)
         if prefix is not None:
             input_ids, kwargs["prefix"] = input_ids[:, prefix.length :], prefix
+        h_BLD, chosen = self.embed(input_ids, volumes)
         return self.language_model(
-            inputs_embeds=self.embed(input_ids, volumes),
+            inputs_embeds=h_BLD,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            scheduling=None if scheduling is None else scheduling._replace(chosen=chosen),
             **kwargs,
         )
 
-    def embed(self, input_ids_BL: Tensor, volumes: Any) -> Tensor:
-        """Return h_BLD: embedded text, with the volumes' tokens in their places."""
+    def embed(self, input_ids_BL: Tensor, volumes: Any) -> tuple[Tensor, Selection | None]:
+        """Return h_BLD, embedded text with the volumes' tokens in their places; and what was chosen of these."""
         h_BLD = self.get_input_embeddings()(input_ids_BL)
         if volumes is None:
-            return h_BLD
-        visual_ND = torch.cat(volumes.pooler_output).to(h_BLD)
+            return h_BLD, None
+        visual_ND = torch.cat(list(volumes.pooler_output)).to(h_BLD)
         is_visual_BL1 = visual_mask(input_ids_BL, self.config)[..., None]
         if (found := int(is_visual_BL1.sum())) != len(visual_ND):
             raise ValueError(
                 f"expected {len(visual_ND)} visual tokens in the text, as many as the volumes give, found {found}; "
                 "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
             )
-        return h_BLD.masked_scatter(is_visual_BL1, visual_ND)
+        visual_ND, chosen = chosen_of(visual_ND, is_visual_BL1[..., 0], h_BLD.shape[2], self.config)
+        return h_BLD.masked_scatter(is_visual_BL1, visual_ND), chosen
 
 
 def _grid_positions(grid_thw: list[int], positions_per_slab: float, merge: int) -> Tensor:

@@ -37,6 +37,7 @@ from photon_train.checkpoint import (
 from photon_train.configuration_photon import IGNORED, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
 from photon_train.losses import answer_losses, answer_shares, band_losses, next_labels
+from photon_train.pruners import SHARED
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
 
@@ -163,8 +164,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
+        phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
         if isinstance(prefix, int):
-            prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes})
+            prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes}, phase)
         if prefix is not None:
             volumes = prefix.volumes_of(len(input_ids))
 
@@ -173,10 +175,13 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
-            phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
             rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase)
             if labels is not None:
-                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(labels, attention_mask))
+                before_answer_BL = (labels != IGNORED).cumsum(1) == 0
+                rows = rows._replace(
+                    loss_scale_B=loss_scale * answer_shares(labels, attention_mask),
+                    prompt_BL=rows.prompt_BL & before_answer_BL,
+                )
         if rows is not None and schedules and self.config.scheduler == "foreground":
             if foreground is None and prefix is not None:
                 foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
@@ -239,6 +244,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             perturbed_B=perturbed_B,
             flip_B=flip_B.to(no_B.device) & ~perturbed_B,
             loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
+            prompt_BL=torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool(),
         )
 
     def _losses(
@@ -274,8 +280,11 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **parts, "logits": logits, "answer_labels_N": labels_N, "answer_rows_N": rows_N}
 
-    def encode_prefix(self, inputs: Mapping[str, Any]) -> Prefix:
-        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none."""
+    def encode_prefix(self, inputs: Mapping[str, Any], phase: Phase = Phase.HARD) -> Prefix:
+        """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none.
+
+        Where no question has a say in what stays of it (`SHARED`), all layers are in it, else those to layer its.
+        """
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
         if len(ids_1P) != 1:
             raise ValueError(f"expected one row, found {len(ids_1P)}; encode one volume or set of volumes at a time")
@@ -289,18 +298,25 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         patches_PX = volumes.pop("pixel_values_videos", None)
         if patches_PX is None or not ids_1P.numel():
             raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
-        encoded = self.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
+        rows = self._scheduling_inputs(ids_1P, None, None, None, None, phase)
+        grid_thw, decoder = volumes["video_grid_thw"], self.model.language_model
+        encoded = self.model.get_video_features(patches_PX, grid_thw, chooses=rows.drops, return_dict=True)
         position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
-        h_1PD = self.model.embed(ids_1P, encoded)
-        h_1PD, q_1HPd, k_1KPd, cache = self.model.language_model.through_its(h_1PD, position_31P)
+        h_1PD, chosen = self.model.embed(ids_1P, encoded)
+        q_1HPd = k_1KPd = scheduled = None
+        if self.config.scheduler in SHARED and rows.drops:
+            h_1PD, scheduled, cache = decoder.through_all(h_1PD, position_31P, rows._replace(chosen=chosen))
+        else:
+            h_1PD, q_1HPd, k_1KPd, cache = decoder.through_its(h_1PD, position_31P)
         return Prefix(
             input_ids_1P=ids_1P,
             volumes=volumes,
             keys_values=tuple((layer.keys, layer.values) for layer in cache.layers if layer.is_initialized),
             h_1PD=h_1PD,
+            foreground_1P=foreground_share(visual_mask(ids_1P, self.config), patches_PX, self.config),
             q_1HPd=q_1HPd,
             k_1KPd=k_1KPd,
-            foreground_1P=foreground_share(visual_mask(ids_1P, self.config), patches_PX, self.config),
+            scheduled=scheduled,
         )
 
     def answer(self, prefix: Prefix, questions: Sequence[Tensor], pad_token_id: int = 0, **kwargs: Any) -> Any:

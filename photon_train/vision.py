@@ -21,6 +21,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     eager_attention_forward,
     is_flash_attention_requested,
 )
+from transformers.vision_utils import get_vision_window_index
 
 _WINDOWS = WeakTensorKeyDictionary()  # cu_seqlens, which all layers of a forward share -> windows
 
@@ -68,6 +69,19 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
                 "make both with the processor"
             )
         return super().forward(hidden_states, grid_thw, **kwargs)
+
+    def slab_qk(self, attention: Any, given: dict[str, Any], grid_thw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q and k, rotated, and k as it was, float[P, H, d], of a block's attention for the arguments given it.
+
+        In the order in which the patches came, slab by slab; the blocks have them in that of the windows.
+        """
+        config: Any = self.config
+        size = self.spatial_merge_size
+        order_N, _ = get_vision_window_index(grid_thw, size, config.window_size, config.patch_size)
+        back_P = (order_N[:, None] * size**2 + torch.arange(size**2)).flatten().argsort()
+        qkv_PHd = attention.qkv(given["hidden_states"]).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        q_PHd, k_PHd = apply_rotary_pos_emb_vision(*qkv_PHd[:2], *given["position_embeddings"])
+        return q_PHd[back_P], k_PHd[back_P], qkv_PHd[1][back_P]
 
 
 def _by_length(cu_seqlens: Tensor) -> list[Tensor]:
