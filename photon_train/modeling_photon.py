@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,6 @@ from photon_train.checkpoint import (
 from photon_train.configuration_photon import IGNORED, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
 from photon_train.losses import answer_losses, answer_shares, band_losses, next_labels
-from photon_train.pruners import SHARED
 from photon_train.scheduling import Scheduled, SchedulingInputs, foreground_share, prefix_length, visual_mask
 from photon_train.scheduling import question_mask as question_mask_of
 
@@ -283,7 +283,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def encode_prefix(self, inputs: Mapping[str, Any], phase: Phase = Phase.HARD) -> Prefix:
         """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none.
 
-        Where no question has a say in what stays of it (`SHARED`), all layers are in it, else those to layer its.
+        Where no question has a say in what stays of it, all layers are in it, else those to layer its.
         """
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
         if len(ids_1P) != 1:
@@ -304,7 +304,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
         h_1PD, chosen = self.model.embed(ids_1P, encoded)
         q_1HPd = k_1KPd = scheduled = None
-        if self.config.scheduler in SHARED and rows.drops:
+        # In training, what is shared is not checkpointed: only what is short goes through all layers.
+        if rows.drops and (chosen is not None or (self.config.scheduler == "none" and not torch.is_grad_enabled())):
             h_1PD, scheduled, cache = decoder.through_all(h_1PD, position_31P, rows._replace(chosen=chosen))
         else:
             h_1PD, q_1HPd, k_1KPd, cache = decoder.through_its(h_1PD, position_31P)
@@ -369,10 +370,25 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
+    """Return the most memory this process has used since `reset_peak_memory`: allocated on the GPU, resident on a CPU.
+
+    In MiB.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to count peak memory anew; where the system cannot, the peak goes on to be that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 register_published_names("PhotonForConditionalGeneration")

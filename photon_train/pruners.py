@@ -194,7 +194,6 @@ SCHEDULERS: dict[str, Callable[[SchedulerContext], Selection]] = {
     **{one.__name__: one for one in (its, none, random, uniform, foreground, fastv)},
     **dict.fromkeys(BEFORE_DECODER, none),
 }
-SHARED = ("none", *BEFORE_DECODER)  # nothing depends on the question: all layers of a volume are shared
 
 
 def encode_and_choose(encode: Callable[[], Any], visual: Any, grid_thw: Tensor, config: PhotonConfig) -> Any:
