@@ -132,6 +132,19 @@ EASY_FINDINGS = (
     Finding("liver_calcification", "liver", "liver calcification", ("liver",), substances=("dense",), diffuse=True),
 )
 
+# Small evidence: a lesion fills a sixth of one visual token of 125, and the answers depend on it, on its side, and on
+# which of two such lesions is larger. What is kept can matter here.
+SMALL_BINS_MM = ((30, 36), (48, 54))
+SMALL_FINDINGS = (
+    Finding(
+        *("lung_nodule", "lungs", "lung nodule", LUNGS),
+        sides=SIDES,
+        size_bins_mm=SMALL_BINS_MM,
+        substances=("dense",),
+    ),
+    Finding("liver_lesion", "liver", "liver lesion", ("liver",), size_bins_mm=SMALL_BINS_MM, substances=("dense",)),
+)
+
 
 def seeded(seed: int, *key: str | int) -> np.random.Generator:
     """A generator of its own for every key: neither the number of volumes nor the order of calls changes its values."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from photon_data.phantom.body import Layer, Lesions
 from photon_data.phantom.plan import Finding, Occurrence, Occurrences, Slot
 
+LEAST_APART_MM = 6  # diameters whose order is asked
 CAPTION = "What does this scan show?"
 WORDINGS = {
     "presence": ("Any {noun}?", "Is there {noun}?", "Is {noun} seen?"),
@@ -43,6 +44,7 @@ WORDINGS = {
         "How many millimetres across is the largest {noun}?",
         "Measure the largest {noun} in mm.",
     ),
+    "comparison": ("Which is larger, {choices}?", "Is the largest one {choices}?", "Of {choices}, which is larger?"),
     "attenuation-class": (
         "What is the largest {noun} made of: {choices}?",
         "Judging by its attenuation, is the largest {noun} {choices}?",
@@ -86,6 +88,21 @@ def question_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurren
     return rows
 
 
+def comparison_rows(slot: Slot, findings: Sequence[Finding], lesions: Lesions) -> Rows:
+    """The row that asks which of two findings is larger, for a volume that shows both; 6 mm apart or more."""
+    if len(shown := [finding for finding in findings if finding.name in lesions]) != 2:
+        return []
+    sizes = [lesions[finding.name][0].diameter_mm for finding in shown]
+    if abs(sizes[0] - sizes[1]) < LEAST_APART_MM:
+        return []
+    larger = shown[sizes.index(max(sizes))]
+    item = Item("comparison", larger.noun, tuple(finding.noun for finding in shown))
+    row = _row(slot, "comparison", _wording(slot, shown[0], item), item.answer)
+    masks = [mask for finding in shown for mask in finding.organ_masks]
+    row |= {"kind": item.form, "organ": larger.organ, "choices": list(item.choices), "lesion": larger.name}
+    return [row | {"organ_masks": masks, "answer_value": None, "unit": ""}]
+
+
 def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> Rows:
     """The captions of a volume: what all its questions ask in one text, once with each finding first."""
     parts = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
@@ -117,7 +134,7 @@ def _items(occurrence: Occurrence, largest: Layer) -> list[Item]:
         answer = classes[finding.size_bins_mm.index(occurrence.size_bin_mm)]
         items.append(Item("size-class", answer, classes, diameter_mm, "mm"))
         items.append(Item("size", f"{diameter_mm} mm", (), diameter_mm, "mm"))
-    if finding.substances:
+    if len(finding.substances) > 1:
         items.append(Item("attenuation-class", occurrence.substance, finding.substances, hu, "HU"))
         items.append(Item("attenuation", f"{hu} HU", (), hu, "HU"))
     return items
