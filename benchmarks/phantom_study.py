@@ -26,6 +26,7 @@ import torch
 from tables import print_place, print_table
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from photon_data.phantom import Phantom, draw_phantom
 from photon_data.phantom.plan import seeded
@@ -228,6 +229,8 @@ def main() -> None:
     parser.add_argument("--keeps", default="0.5,0.12,0.04")
     parser.add_argument("--schedulers", default=",".join(SCHEDULER_NAMES))
     args = parser.parse_args()
+    set_verbosity_error()  # the fresh threshold predictor is no news
+    disable_progress_bar()
     keeps, begun = [float(keep) for keep in args.keeps.split(",")], time.monotonic()
     found: dict[tuple[str, float], list[tuple[dict[str, float], float]]] = {}
     with TemporaryDirectory(prefix="photon-") as name:
@@ -235,9 +238,8 @@ def main() -> None:
         tiny(folder / "tiny", model_shape_zyx=SHAPE)
         processor = PhotonProcessor.from_pretrained(folder / "tiny")
         data = make_data(args.volumes, processor)
-        print(
-            {split: len(own) for split, own in data.questions.items()}, f"{time.monotonic() - begun:.0f} s", flush=True
-        )
+        numbers = ", ".join(f"{len(own)} {split}" for split, own in data.questions.items())
+        print(f"questions: {numbers}; {time.monotonic() - begun:.0f} s", flush=True)
         for seed in range(args.seeds):
             model = tiny(folder / f"dense-{seed}", seed=seed, model_shape_zyx=SHAPE)
             loss = train(model, data, processor, tiny_s1(), args.dense_steps, seed)
@@ -246,11 +248,9 @@ def main() -> None:
             print(f"seed {seed}, dense: loss {loss:.3f}, {100 * np.mean([*right.values()]):.1f} points", flush=True)
             for scheduler in args.schedulers.split(","):
                 for share in keeps if scheduler != "none" else [1.0]:
-                    settings = under(scheduler, min(share, 0.9)) if scheduler == "none" else under(scheduler, share)
-                    pruned = PhotonForConditionalGeneration.from_pretrained(
-                        folder / f"dense-{seed}", stage=2, **settings
-                    )
-                    loss = train(pruned, data, processor, tiny_s2(), args.steps, seed)
+                    dense = folder / f"dense-{seed}"
+                    pruned = PhotonForConditionalGeneration.from_pretrained(dense, stage=2, **under(scheduler, share))
+                    train(pruned, data, processor, tiny_s2(), args.steps, seed)
                     found.setdefault((scheduler, share), []).append(score(pruned, data, processor))
                     right, kept = found[scheduler, share][-1]
                     points = 100 * np.mean([*right.values()])

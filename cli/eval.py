@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from photon_cli.segmentation import AUTO, mask_folder, segment
 from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
@@ -97,7 +98,8 @@ def score(
 
     What can be refused is refused before a model answers.
 
-    masks        a prepared folder, or a folder per volume id: the recall of its masks by kept tokens is measured
+    masks        a prepared folder, a folder per volume id, or "auto" (`segment`): the recall of its masks by kept
+                 tokens is measured
     overlays     so many cases of the first file get pictures
     answers_now  a model reads the volumes: relative paths are looked for where training looks for them
     edits        of the volumes, on which `answering` has the questions answered too (`on_edited_volumes`)
@@ -108,7 +110,10 @@ def score(
     training_rows = [row for path in train for row in read_values(path)]
     questions = check(benchmark, rows, settings)
     chosen = [*questions.values()]
-    home = MaskFolder(masks) if masks else None
+    of_one = {str(row["volume_id"]): str(row["videos"][0]) for row in chosen if len(row["videos"]) == 1}
+    if masks == AUTO:
+        segment(of_one)
+    home = mask_folder(masks, of_one.values()) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
         if answers_now:
@@ -150,9 +155,9 @@ def on_edited_volumes(edits: Sequence[str], masks: str | None) -> Callable[[Pred
     """
     from photon_cli.predict import answer_rows
 
-    home = MaskFolder(masks) if masks else None
-
     def answer(predictor: Predictor, rows: Sequence[Row], path: Path) -> None:
+        places = (str(row["videos"][0]) for row in rows if len(row["videos"]) == 1)
+        home = mask_folder(masks, places) if masks else None
         answered = {one.id: one for one in read_predictions(path)}
         for edit in edits:
             edited = edited_rows(rows, edit, answered, home, predictor.model.config.tokens_thw)

@@ -217,7 +217,7 @@ def evaluate(
         Option(help="Ask again on edited volumes: any of 'erase=asked,other,kept,dropped flip=lr'. Repeatable."),
     ] = [],  # noqa: B006
     masks: Annotated[
-        str | None, Option(help="Masks, a prepared folder or a folder per volume id: recall by kept tokens.")
+        str | None, Option(help="Masks, a prepared folder or a folder per volume id, or auto: recall by kept tokens.")
     ] = None,
     overlays: Annotated[
         int | None, Option(min=0, help="Pictures of so many worst and best cases; 6 with --model, else 0.")
