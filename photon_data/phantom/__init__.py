@@ -19,7 +19,16 @@ import numpy as np
 from photon_data.export import nifti_header, write_nifti
 from photon_data.files import jsonl_bytes, write_whole
 from photon_data.phantom.body import Layer, draw_body, draw_lesions
-from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, SMALL_FINDINGS, Slot, occurrence_of, seeded, slot_of
+from photon_data.phantom.plan import (
+    EASY_FINDINGS,
+    FINDINGS,
+    SMALL_FINDINGS,
+    Slot,
+    occurrence_of,
+    seeded,
+    slot_of,
+    with_one_larger,
+)
 from photon_data.phantom.questions import caption_rows, comparison_rows, question_rows
 from photon_data.phantom.scanner import SLAB, SimulatedScan, draw_scan, paint, stored_planes
 
@@ -82,6 +91,8 @@ def draw_phantom(seed: int, index: int, size: int = SIZE, *, easy: bool = False,
     scan = draw_scan(slot, seeded(seed, "scan", index), body, size)
     findings = EASY_FINDINGS if easy else SMALL_FINDINGS if small else FINDINGS
     occurrences = {finding.name: shown for finding in findings if (shown := occurrence_of(slot, finding))}
+    if small:
+        occurrences = with_one_larger(slot, occurrences)
     lesions = draw_lesions(seeded(seed, "lesions", index), body, scan.visible, occurrences)
     rows = question_rows(slot, findings, occurrences, lesions)
     if small:

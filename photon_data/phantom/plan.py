@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -184,3 +184,14 @@ def occurrence_of(slot: Slot, finding: Finding) -> Occurrence | None:
         size_bin_mm=dealt("size", finding.size_bins_mm or ((0, 0),)),
         substance=dealt("substance", finding.substances or ("fluid",)),
     )
+
+
+def with_one_larger(slot: Slot, occurrences: Occurrences) -> Occurrences:
+    """The same findings, but of two the one has its smallest size and the other its largest; which is dealt."""
+    if len(occurrences) != 2:
+        return occurrences
+    sizes = deal(slot, "larger", ((0, -1), (-1, 0)))
+    return {
+        name: replace(one, size_bin_mm=one.finding.size_bins_mm[size])
+        for (name, one), size in zip(occurrences.items(), sizes, strict=True)
+    }

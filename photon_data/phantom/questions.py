@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from photon_data.phantom.body import Layer, Lesions
 from photon_data.phantom.plan import Finding, Occurrence, Occurrences, Slot
 
-LEAST_APART_MM = 6  # diameters whose order is asked
 CAPTION = "What does this scan show?"
 WORDINGS = {
     "presence": ("Any {noun}?", "Is there {noun}?", "Is {noun} seen?"),
@@ -89,13 +88,10 @@ def question_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurren
 
 
 def comparison_rows(slot: Slot, findings: Sequence[Finding], lesions: Lesions) -> Rows:
-    """The row that asks which of two findings is larger, for a volume that shows both; 6 mm apart or more."""
+    """The row that asks which of two findings is larger, for a volume that shows both (plan.with_one_larger)."""
     if len(shown := [finding for finding in findings if finding.name in lesions]) != 2:
         return []
-    sizes = [lesions[finding.name][0].diameter_mm for finding in shown]
-    if abs(sizes[0] - sizes[1]) < LEAST_APART_MM:
-        return []
-    larger = shown[sizes.index(max(sizes))]
+    larger = max(shown, key=lambda finding: lesions[finding.name][0].diameter_mm)
     item = Item("comparison", larger.noun, tuple(finding.noun for finding in shown))
     row = _row(slot, "comparison", _wording(slot, shown[0], item), item.answer)
     masks = [mask for finding in shown for mask in finding.organ_masks]
