@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from photon_data.phantom import Phantom, draw_phantom
 from photon_data.phantom.plan import seeded
+from photon_data.phantom.questions import COMPARISONS
 from photon_data.phantom.scanner import CROP_MM, paint
 from photon_data.volume import Geometry
 from photon_train.answering.predictor import score_choices
@@ -252,7 +253,7 @@ def main() -> None:
     found: dict[tuple[str, float], list[tuple[dict[str, float], float]]] = {}
     with TemporaryDirectory(prefix="photon-") as name:
         folder = Path(name)
-        tokenizer = byte_tokenizer(phantom_texts())
+        tokenizer = byte_tokenizer([*phantom_texts(), *COMPARISONS])
         processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer).config)
         data = make_data(args.volumes, processor)
         numbers = ", ".join(f"{len(own)} {split}" for split, own in data.questions.items())

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from photon_data.phantom.body import Layer, Lesions
 from photon_data.phantom.plan import Finding, Occurrence, Occurrences, Slot
 
+# Not among WORDINGS, whose words are the tokens of the tiny model.
+COMPARISONS = ("Which is larger, {choices}?", "Is the largest one {choices}?", "Of {choices}, which is larger?")
 CAPTION = "What does this scan show?"
 WORDINGS = {
     "presence": ("Any {noun}?", "Is there {noun}?", "Is {noun} seen?"),
@@ -43,7 +45,6 @@ WORDINGS = {
         "How many millimetres across is the largest {noun}?",
         "Measure the largest {noun} in mm.",
     ),
-    "comparison": ("Which is larger, {choices}?", "Is the largest one {choices}?", "Of {choices}, which is larger?"),
     "attenuation-class": (
         "What is the largest {noun} made of: {choices}?",
         "Judging by its attenuation, is the largest {noun} {choices}?",
@@ -147,7 +148,8 @@ def _wording(slot: Slot, finding: Finding, item: Item) -> str:
     """A wording that changes only when a whole deck of answers was dealt: within each wording answers stay balanced."""
     position = slot.index_in_split if item.form == "existence" else slot.index_in_split // 2
     number = position // max(len(item.choices), 1) + zlib.crc32(f"{finding.name} {item.form}".encode())
-    wordings = WORDINGS["presence" if finding.diffuse else item.form]
+    form = "presence" if finding.diffuse else item.form
+    wordings = COMPARISONS if form == "comparison" else WORDINGS[form]
     choices = f"{', '.join(item.choices[:-1])} or {item.choices[-1]}" if item.choices else ""
     wording = wordings[number % len(wordings)]
     return wording.format(noun=finding.noun, plural=finding.plural, organ=finding.organ, choices=choices)
