@@ -42,22 +42,6 @@ BF16 = 2
 ANSWER = 6  # tokens, its end marker included
 
 
-def on_a_prefix(
-    config: PhotonConfig, prompt: costs.PromptSize, grid_thw: tuple[int, int, int], kept: int, questions: int
-) -> costs.Flops:
-    """FLOPs of K prefills that share the prefix: it once, then each question's suffix below and its kept row above."""
-    c, below, p = config.text_config, config.its_layer + 1, prompt.before + prompt.visual + 1  # to <|vision_end|>
-    q, m = prompt.length - p, prompt.length - prompt.visual + kept
-    return costs.Flops(
-        vision=costs.vision(config, grid_thw),
-        below=costs.layers(config, below, p, p) + questions * costs.layers(config, below, q, p + q),
-        scoring=2 * p * c.hidden_size * (c.hidden_size + costs.key_width(config))
-        + questions * costs.scoring(config, q, p + q, prompt.question),
-        above=questions * costs.layers(config, c.num_hidden_layers - below, m, m),
-        head=questions * costs.head(config),
-    )
-
-
 def weight_bytes(config: PhotonConfig) -> int:
     """Bytes of the bf16 matrices that a prefill reads, embeddings counted once."""
     c, (embed, block, merger) = config.text_config, costs.tower_weights(config)
@@ -85,10 +69,13 @@ def table(config: PhotonConfig, prompt: costs.PromptSize, keep_ratio: float, que
         f"1 question, ITS at {keep_ratio:.2f}": (pruned, cache_bytes(config, short)),
         f"{questions} questions, none": (times(questions, plain), questions * cache_bytes(config, prompt.length)),
         f"{questions} questions, ITS": (times(questions, pruned), questions * cache_bytes(config, short)),
-        f"{questions} questions, ITS on a prefix": (
-            on_a_prefix(config, prompt, grid, kept, questions),
-            questions * cache_bytes(config, short),
-        ),
+        **{
+            f"{questions} questions, {name} on a prefix": (
+                costs.on_a_prefix(config, name, prompt, grid, prompt.visual if name == "none" else kept, questions),
+                questions * cache_bytes(config, prompt.length if name == "none" else short),
+            )
+            for name in ("none", "its", "random", "fastv", "visionzip", "divprune", "nucleus")
+        },
     }
     names = costs.Flops._fields
     lines = [f"{'TFLOP of prefill':34}" + "".join(f"{n:>9}" for n in (*names, "total")) + f"{'KV MiB':>10}"]

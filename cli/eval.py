@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from photon_cli.segmentation import AUTO, mask_folder, segment
 from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
@@ -22,34 +23,41 @@ from photon_data.recipe import Recipe
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.cases import grouped
+from photon_train.evaluation.cases import Row, grouped
+from photon_train.evaluation.counterfactual import Counterfactuals, summarise
+from photon_train.evaluation.edited_volume import edited_path, edited_rows
 from photon_train.evaluation.evaluate import ALL_TASKS, check, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
+from photon_train.evaluation.metric import draw_patients
 from photon_train.evaluation.paired import pairs_of, read_scored
 from photon_train.evaluation.report import (
-    FormattedTable,
     both_averages,
     cases_to_picture,
     comparison_to_json,
-    formatted,
-    formatted_interval,
-    formatted_p,
-    formatted_value,
     main_scores,
-    recall_tables,
     shown_scores,
-    trade_off_table,
-    trade_offs,
     write_questions,
     write_report,
 )
 from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
+from photon_train.evaluation.tables import (
+    FormattedTable,
+    formatted,
+    formatted_interval,
+    formatted_p,
+    formatted_value,
+    moved_tables,
+    recall_tables,
+    trade_off_table,
+    trade_offs,
+)
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 from photon_train.rows import read_rows
 
 if TYPE_CHECKING:
+    from photon_train.answering.predictor import Predictor
     from photon_train.configuration_photon import PhotonConfig
 
 # Rows -> the files of their predictions, and the configuration of the model that made them, if it is known.
@@ -86,15 +94,18 @@ def score(
     overlays: int,
     *,
     answers_now: bool,
+    edits: Sequence[str] = (),
     verbose: bool = False,
 ) -> Evaluation:
     """Read rows, have them answered, evaluate, write and print; return the evaluation.
 
     What can be refused is refused before a model answers.
 
-    masks        a prepared folder, or a folder per volume id: the recall of its masks by kept tokens is measured
+    masks        a prepared folder, a folder per volume id, or "auto" (`segment`): the recall of its masks by kept
+                 tokens is measured
     overlays     so many cases of the first file get pictures
     answers_now  a model reads the volumes: relative paths are looked for where training looks for them
+    edits        of the volumes, on which `answering` has the questions answered too (`on_edited_volumes`)
     verbose      print every table, not only the main scores
     """
     read_data = read_rows if answers_now or masks or overlays else read_values
@@ -102,7 +113,10 @@ def score(
     training_rows = [row for path in train for row in read_values(path)]
     questions = check(benchmark, rows, settings)
     chosen = [*questions.values()]
-    home = MaskFolder(masks) if masks else None
+    of_one = {str(row["volume_id"]): str(row["videos"][0]) for row in chosen if len(row["videos"]) == 1}
+    if masks == AUTO:
+        segment(of_one)
+    home = mask_folder(masks, of_one.values()) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
         if answers_now and os.environ.get("RANK", "0") == "0":  # torchrun's others answer their part, and end then
@@ -122,6 +136,8 @@ def score(
             masks=counted,
             questions=questions,
         )
+        if edits:
+            evaluation = replace(evaluation, counterfactuals=_counterfactuals(files, edits, questions, settings))
         if not answers_now:
             held.enter_context(exclusive(Location(str(output))))
         pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
@@ -133,6 +149,40 @@ def score(
         console.print(f"no recall of masks: {reason}")
     console.print(f"page: {paths[1]}; beside it {paths[0].name} and {paths[2].name}", soft_wrap=True)
     return evaluation
+
+
+def on_edited_volumes(edits: Sequence[str], masks: str | None) -> Callable[[Predictor, Sequence[Row], Path], None]:
+    """Return the function (a model, rows, the file of its predictions) that has the rows answered on edited volumes.
+
+    The answers of each edit have a file of their own, see `edited_path`; a run that goes on keeps them.
+    """
+    from photon_cli.predict import answer_rows
+
+    def answer(predictor: Predictor, rows: Sequence[Row], path: Path) -> None:
+        places = (str(row["videos"][0]) for row in rows if len(row["videos"]) == 1)
+        home = mask_folder(masks, places) if masks else None
+        answered = {one.id: one for one in read_predictions(path)}
+        for edit in edits:
+            edited = edited_rows(rows, edit, answered, home, predictor.model.config.tokens_thw)
+            if edited:
+                console.print(f"{path.stem}, {edit}: {len(edited):,} questions on edited volumes")
+                answer_rows(predictor, edited, edited_path(path, edit))
+
+    return answer
+
+
+def _counterfactuals(
+    files: Sequence[Path], edits: Sequence[str], questions: Mapping[str, Row], settings: Settings
+) -> Counterfactuals:
+    """Return what the edits have changed, from the files of `on_edited_volumes`."""
+    names = dict(zip(_names_of(files), files, strict=True))
+    edited = {
+        name: {edit: read_predictions(path) for edit in edits if (path := edited_path(file, edit)).exists()}
+        for name, file in names.items()
+    }
+    people = [str(row["patient"] or row["volume_id"]) for row in questions.values()]
+    base = {name: read_predictions(file) for name, file in names.items()}
+    return summarise(questions, base, edited, draw_patients(people, settings.bootstrap, settings.seed))
 
 
 def import_results(path: Path, form: str, columns: Mapping[str, str], data: Sequence[Path], output: Path) -> bool:
@@ -256,6 +306,8 @@ def print_evaluation(evaluation: Evaluation, *, verbose: bool = False) -> None:
     for table in _recall_tables(evaluation, verbose=verbose):
         print_table(*table, texts=1)
     main = {(one.task, one.metric) for one, _ in main_scores(evaluation.answers[0])}
+    for table in moved_tables(evaluation.counterfactuals):
+        print_table(*table, texts=2)
     for comparison in evaluation.comparisons if verbose or not against_kept else ():
         _print_differences(comparison, None if verbose else main)
     for trade_off in against_kept:
@@ -322,7 +374,8 @@ def _print_costs(answers: Answers) -> None:
         console.print(f"seconds per question: {stages}; {costs.questions_per_second:.2f} questions per second")
     if costs and costs.prefill_tflop is not None:
         unpruned = f"{costs.prefill_tflop_unpruned:.2f} unpruned"
-        console.print(f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {unpruned}")
+        shared = f"sharing a volume: {costs.shared_tflop:.2f}, {costs.shared_tflop_unpruned:.2f} unpruned"
+        console.print(f"prefill: {costs.prefill_tflop:.2f} TFLOP a question, {unpruned}; {shared}")
     if costs and costs.peak_memory_mib:
         console.print(f"peak memory: {costs.peak_memory_mib:,.0f} MiB")
     if answers.kept:

@@ -27,7 +27,10 @@ OF_RAW = ("recipe", "settings", "series")
 OF_SCAN = (*OF_RAW, "prior", "stream", "as_json", "at")
 OF_ROWS = ("output", "choices", "shard")
 # Options of photon eval that belong to a model only, and to files of predictions only.
-OF_MODEL = (*("choices", "max_new_tokens", "batch", "adapter", "device", "dtype", "revision", "schedulers", "keep"),)
+OF_MODEL = (
+    *("choices", "max_new_tokens", "batch", "adapter", "device", "dtype", "revision"),
+    *("schedulers", "keep", "counterfactual"),
+)
 OF_FILES = ("predictions", "config")
 OVERLAYS_WITH_MODEL = 6
 
@@ -214,10 +217,19 @@ def evaluate(
     device: terminal.Device = "auto",
     dtype: terminal.Dtype = "auto",
     revision: terminal.Revision = None,
-    schedulers: Annotated[str, Option(help="The model under each of: its,none,random,uniform,foreground.")] = "",
-    keep: Annotated[str, Option(help="Share kept by random, uniform, foreground: match-its or 0.4.")] = "match-its",
+    schedulers: Annotated[
+        str,
+        Option(help="The model under each: its,none,random,uniform,foreground,fastv,visionzip,divprune,nucleus."),
+    ] = "",
+    keep: Annotated[
+        str, Option(help="What they keep (its, none, nucleus: their own): match-its, a share 0.4, or 390 tokens.")
+    ] = "match-its",
+    counterfactual: Annotated[
+        list[str],
+        Option(help="Ask again on edited volumes: any of 'erase=asked,other,kept,dropped flip=lr'. Repeatable."),
+    ] = [],  # noqa: B006
     masks: Annotated[
-        str | None, Option(help="Masks, a prepared folder or a folder per volume id: recall by kept tokens.")
+        str | None, Option(help="Masks, a prepared folder or a folder per volume id, or auto: recall by kept tokens.")
     ] = None,
     overlays: Annotated[
         int | None, Option(min=0, help="Pictures of so many worst and best cases; 6 with --model, else 0.")
@@ -242,16 +254,19 @@ def evaluate(
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
     with errors_as_exit_codes():
         from photon_cli import eval as body
+        from photon_train.evaluation.edited_volume import edits_of
         from photon_train.evaluation.results import Settings
 
         answering: body.Answering
+        edits = edits_of(counterfactual, bool(masks))
         if model:
             from photon_cli.predict import answer_benchmark, batch_of, loader
             from photon_train.answering.generation import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices)
             load = loader(model, answers, dtype, revision, batch=batch_of(batch), device=device, adapter=adapter)
-            answering = answer_benchmark(load, schedulers, keep, output / "predictions")
+            then = body.on_edited_volumes(edits, masks)
+            answering = answer_benchmark(load, schedulers, keep, output / "predictions", then)
         else:
             answering = body.answered_before(predictions, config)
         scoring = Settings(allow_partial, bootstrap, seed, body.label_tables(labels), bertscore)
@@ -266,6 +281,7 @@ def evaluate(
             masks,
             pictures,
             answers_now=bool(model),
+            edits=edits,
             verbose=verbose,
         )
     raise Exit(PARTIAL if evaluation.is_partial else OK)

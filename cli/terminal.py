@@ -271,8 +271,8 @@ Adapter = Annotated[str | None, Option(help="A checkpoint of a LoRA run; --model
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")]
-SchedulerName = Annotated[str | None, Option(help="its, none, random, uniform, foreground; else the model's.")]
-KeepRatio = Annotated[float | None, Option(help="Share of tokens kept by random, uniform, foreground.")]
+SchedulerName = Annotated[str | None, Option(help="its, none, random, fastv, ... (docs/model.md); else the model's.")]
+KeepRatio = Annotated[float | None, Option(help="Share of tokens kept, for all but its, none, nucleus.")]
 Bootstrap = Annotated[int, Option(min=0, help="Resamplings of the patients.")]
 BootstrapSeed = Annotated[int, Option("--seed", help="Seed of the resamplings.")]
 

@@ -17,7 +17,10 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground")
+SCHEDULER_NAMES = (
+    *("its", "none", "random", "uniform", "foreground", "fastv"),
+    *("visionzip", "divprune", "nucleus"),  # before the decoder
+)
 IGNORED = -100  # the label of what is not to be learned
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
@@ -89,7 +92,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
     # Which tokens stay. None: "its" in stage 2, "none" in stage 1.
     scheduler: str | None = None
     its_layer: Any = None  # int, l: tokens are dropped after this layer. None becomes int(n_layers / 4 - 1)
-    keep_ratio: float = 0.39  # of the visual tokens, for random, uniform and foreground (ITS kept about 390 of 1000)
+    keep_ratio: float = 0.39  # of the visual tokens (ITS kept about 390 of 1000); its, none, nucleus have their own
+    keep_per_slab: bool = False  # random, visionzip: equally many of every z slab
+    nucleus_mass: float = 0.9  # nucleus: the share of attention that the kept tokens receive, tau
+    fastv_layer: int | None = None  # fastv drops after this layer; None: its_layer. 1 is the paper's K = 2
     scheduler_seed: int = 0  # random
     foreground_level: float = 0.25  # a voxel is foreground above this; 0.25 is -500 HU of [-1000, 1000]
 
@@ -145,6 +151,12 @@ class PhotonConfig(Qwen2_5_VLConfig):
         self._check()
 
     @property
+    def drop_layer(self) -> int:
+        """The layer after which the scheduler drops tokens, if it does so within the decoder."""
+        own = self.fastv_layer if self.scheduler == "fastv" else None
+        return self.its_layer if own is None else own
+
+    @property
     def perturbation_chances(self) -> dict[str, float]:
         """The chance of each kind of perturbation, by its name in lower case."""
         return {kind: getattr(self, f"perturb_{kind}") for kind in PERTURBATIONS}
@@ -188,7 +200,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
             expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in FROM_0_TO_1:
             expect(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        expect("keep_ratio", 0 < self.keep_ratio <= 1, "a ratio in (0, 1]")
+        expect("fastv_layer", 0 <= self.drop_layer < max(last, 1), f"a layer from 0 to {last - 1}, or None")
+        for name in ("keep_ratio", "nucleus_mass"):
+            expect(name, 0 < getattr(self, name) <= 1, "a ratio in (0, 1]")
         below_max = f"a value between 0 and {self.threshold_max}"
         expect("initial_threshold", 0 < self.initial_threshold < self.threshold_max, below_max)
         expect("predictor_width", (self.predictor_width or 1) > 0, "a width above 0, or None")

@@ -2,7 +2,7 @@
 
 `PhotonTextModel._scheduled` reads as the paper's algorithm. With nothing to schedule the stock forward runs. A `Prefix`
 is what the questions on one volume share: every token up to the end of the last volume, computed through layer its,
-or through all layers where no question drops a token.
+or through all layers where no question decides which tokens stay.
 
 Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), N visual tokens of
 the batch, D hidden size, P tokens of a shared prefix, H query heads, K key heads in k and v, d head_dim; axis 3 is
@@ -36,8 +36,8 @@ from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, Share
 from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.dropping import Gather, everything, gather_of, prune
 from photon_train.positions import rope_index
+from photon_train.pruners import BEFORE_DECODER, SCHEDULERS, chosen_of, encode_and_choose
 from photon_train.scheduling import (
-    SCHEDULERS,
     Scheduled,
     SchedulerContext,
     SchedulingInputs,
@@ -67,9 +67,11 @@ class Prefix(NamedTuple):
     volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # of its layers, each [1, K heads, P, d]
     h_1PD: Tensor  # after the last of them
-    q_1HPd: Tensor  # of layer its, rotated
+    q_1HPd: Tensor  # of the layer after which tokens are dropped, rotated
     k_1KPd: Tensor
     foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
+    # What stayed, where that was chosen before the decoder: h, q, k, keys and values are then of these tokens alone.
+    scheduled: Scheduled | None = None
 
     @property
     def length(self) -> int:
@@ -78,7 +80,7 @@ class Prefix(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """How many layers it was computed through: those to its_layer, or all."""
+        """How many layers it was computed through: those to the one that drops, or all."""
         return len(self.keys_values)
 
     def into(self, cache: Cache, rows: int) -> Cache:
@@ -116,10 +118,10 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
     run hooks again when a checkpointed layer is recomputed.
     """
 
-    def __init__(self, config: PhotonConfig) -> None:
-        super().__init__(config.text_config, config.its_layer)
+    def __init__(self, config: PhotonConfig, layer: int) -> None:
+        super().__init__(config.text_config, layer)
         self.config = config
-        self.atp = ThresholdPredictor(config) if config.stage == 2 else None
+        self.atp = ThresholdPredictor(config) if config.stage == 2 and layer == config.its_layer else None
 
     def forward(  # type: ignore[override]
         self,
@@ -153,14 +155,15 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
 
 
 class PhotonTextModel(Qwen2_5_VLTextModel):
-    """The decoder. Given `scheduling` it drops tokens after layer `its`; else it is the stock one."""
+    """The decoder. Given `scheduling` it drops tokens after layer `its`, or before all; else it is the stock one."""
 
     def __init__(self, config: Any, photon_config: PhotonConfig) -> None:
         super().__init__(config)
         self.photon_config = photon_config
-        self.layers[photon_config.its_layer] = PhotonDecoderLayer(photon_config)
-        for number, layer in enumerate(self.layers):
-            layer.self_attn = PhotonAttention(config, number)
+        for layer in {photon_config.its_layer, photon_config.drop_layer}:
+            self.layers[layer] = PhotonDecoderLayer(photon_config, layer)
+        for number, one in enumerate(self.layers):
+            one.self_attn = PhotonAttention(config, number)
         self.rotary_emb = PhotonRotaryEmbedding(config)
         fuse_norms(self)
         self.post_init()
@@ -191,7 +194,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         **kwargs: Any,
     ) -> PhotonTextOutput:
         position_3BL, rows = position_ids[-3:], len(inputs_embeds)
-        layers, its = list(self.layers), self.photon_config.its_layer
+        layers, its = list(self.layers), self.photon_config.drop_layer
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
 
         own_position_3BL = position_3BL
@@ -199,6 +202,20 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             own_position_3BL = position_3BL[..., prefix.length :]
             cache = cache if cache is None else prefix.into(cache, rows)
         shared = SharedKeys(prefix.keys_values if prefix else ()) if cache is None else None
+        if scheduling.chosen is not None or (prefix is not None and prefix.scheduled is not None):
+            if prefix is None or prefix.scheduled is None:
+                assert scheduling.chosen is not None
+                h_BMD, scheduled = self._drop(inputs_embeds, scheduling.chosen, scheduling, attention_mask)
+                own_position_3BL = _of_kept(scheduled, own_position_3BL)
+            else:
+                mask_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
+                h_BMD, scheduled = inputs_embeds, prefix.scheduled.followed_by(mask_BL, scheduling.visual_BL)
+            attend = self._attend(h_BMD, scheduled.kept.mask_BM, own_position_3BL, cache, shared) | kwargs
+            for layer in layers:
+                h_BMD = layer(h_BMD, **attend)
+            if prefix is not None:
+                h_BMD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BMD], dim=1)
+            return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
         attend = self._attend(inputs_embeds, attention_mask, own_position_3BL, cache, shared) | kwargs
         h_BLD = inputs_embeds
         for layer in layers[:its]:
@@ -215,7 +232,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
             kept = scheduled.kept
             if scheduling.drops:
                 _prune_cache(cache, kept, layers=through)
-                position_3BL = kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
+                position_3BL = _of_kept(scheduled, position_3BL)
                 attention_mask = kept.mask_BM if rows > 1 else None  # a single row has no empty slot
             shared = SharedKeys() if cache is None and attention_mask is not None else None
             attend = self._attend(h_BMD, attention_mask, position_3BL, cache, shared, through) | kwargs
@@ -223,14 +240,27 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
                 h_BMD = layer(h_BMD, **attend)
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
+    def choose(
+        self, h_1PD: Tensor, position_31P: Tensor, scheduling: SchedulingInputs
+    ) -> tuple[Tensor, Tensor, Scheduled]:
+        """Return h_1MD and the positions of what was chosen of a prefix before the decoder, and what was scheduled.
+
+        Raises ValueError where rows keep different numbers of tokens: they have no prefix in one.
+        """
+        assert scheduling.chosen is not None
+        h_1MD, scheduled = self._drop(h_1PD, scheduling.chosen, scheduling, None)
+        if len(h_1MD) > 1 and not scheduled.kept.mask_BM.all():
+            raise ValueError("expected rows that keep as many tokens, found others; encode one volume at a time")
+        return h_1MD, _of_kept(scheduled, position_31P), scheduled
+
     def prefix_through(
         self, layers: int, h_1PD: Tensor, position_31P: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]]:
-        """Return what a Prefix holds of so many layers: h_1PD, rotated q and k of layer its, all keys and values."""
+        """Return what a Prefix holds of so many layers: h_1PD, q and k of the layer that drops, all keys and values."""
         shared = SharedKeys()
         attend = self._attend(h_1PD, None, position_31P, None, shared)
         for layer in self.layers[:layers]:
-            if layer is self.layers[self.photon_config.its_layer]:
+            if layer is self.layers[self.photon_config.drop_layer]:
                 h_1PD, q_1HPd, k_1KPd = layer(h_1PD, with_qk=True, **attend)
             else:
                 h_1PD = layer(h_1PD, **attend)
@@ -276,6 +306,11 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         return h_BMD, Scheduled(selection, flipped_B, keep_BL, kept)
 
 
+def _of_kept(scheduled: Scheduled, position_3BL: Tensor) -> Tensor:
+    """Return the positions of the tokens that stay, as they were: [3, B, M]."""
+    return scheduled.kept(position_3BL.transpose(0, 1), dim=2).transpose(0, 1)
+
+
 def _prune_cache(cache: Cache | None, kept: Gather, layers: int) -> None:
     """Shorten the first `layers` layers to the kept tokens. Raises ValueError for caches of fixed length."""
     for layer in [] if cache is None else cache.layers[:layers]:
@@ -318,6 +353,15 @@ class PhotonModel(Qwen2_5_VLModel):
         found = rope_index(kind_BL.cpu(), mask_BL.cpu(), images, volumes, seconds, self.config)
         return found[0].to(input_ids.device), found[1].to(input_ids.device)
 
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Any, chooses: bool = True, **kwargs: Any
+    ) -> Any:
+        """Return the stock output; where a scheduler chooses before the decoder, that of `encode_and_choose`."""
+        encode = partial(super().get_video_features, pixel_values_videos, video_grid_thw, **kwargs)
+        if not chooses or self.config.scheduler not in BEFORE_DECODER:
+            return encode()
+        return encode_and_choose(encode, self.visual, video_grid_thw, self.config)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -329,6 +373,7 @@ class PhotonModel(Qwen2_5_VLModel):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         prefix: Prefix | None = None,
+        scheduling: SchedulingInputs | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the decoder's output. With a prefix, `input_ids` are still whole rows."""
@@ -339,28 +384,35 @@ class PhotonModel(Qwen2_5_VLModel):
             )
         volumes = mm_encoder_outputs["video"] if mm_encoder_outputs else None
         if volumes is None and pixel_values_videos is not None:
-            volumes = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
+            drops = scheduling is None or scheduling.drops
+            volumes = self.get_video_features(pixel_values_videos, video_grid_thw, chooses=drops, return_dict=True)
         if prefix is not None:
             input_ids, kwargs["prefix"] = input_ids[:, prefix.length :], prefix
+        h_BLD, chosen = self.embed(input_ids, volumes, checked)
         return self.language_model(
-            inputs_embeds=self.embed(input_ids, volumes, checked),
+            inputs_embeds=h_BLD,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            scheduling=None if scheduling is None else scheduling._replace(chosen=chosen),
             **kwargs,
         )
 
-    def embed(self, input_ids_BL: Tensor, volumes: Any, checked: bool = False) -> Tensor:
-        """Return h_BLD: embedded text, with the volumes' tokens in their places; `checked`: they are as many."""
+    def embed(self, input_ids_BL: Tensor, volumes: Any, checked: bool = False) -> tuple[Tensor, Selection | None]:
+        """Return h_BLD, embedded text with the volumes' tokens in their places, and what was chosen of these.
+
+        checked: they are as many.
+        """
         h_BLD = self.get_input_embeddings()(input_ids_BL)
         if volumes is None:
-            return h_BLD
-        visual_ND = torch.cat(volumes.pooler_output).to(h_BLD)
+            return h_BLD, None
+        visual_ND = torch.cat(list(volumes.pooler_output)).to(h_BLD)
         is_visual_BL = visual_mask(input_ids_BL, self.config)
         if not checked and (found := int(is_visual_BL.sum())) != len(visual_ND):
             raise ValueError(
                 f"expected {len(visual_ND)} visual tokens in the text, as many as the volumes give, found {found}; "
                 "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
             )
+        visual_ND, chosen = chosen_of(visual_ND, is_visual_BL, h_BLD.shape[2], self.config)
         number_BL = (is_visual_BL.flatten().cumsum(0) - 1).clamp(0, len(visual_ND) - 1)
         of_place_BLD = visual_ND.index_select(0, number_BL).view_as(h_BLD)
-        return torch.where(is_visual_BL[..., None], of_place_BLD, h_BLD)
+        return torch.where(is_visual_BL[..., None], of_place_BLD, h_BLD), chosen

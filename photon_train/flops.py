@@ -2,7 +2,7 @@
 
 A multiply-add is two FLOPs. Attention is counted over all pairs, as torch's counter does (a causal kernel does about
 half). Norms, activations and softmax are left out. tests/model/test_flops.py compares the counts with torch's counter;
-benchmarks/model_flops.py adds questions on a shared prefix, and bytes.
+benchmarks/model_flops.py adds bytes.
 """
 
 from __future__ import annotations
@@ -70,6 +70,74 @@ def without_scheduling(config: PhotonConfig, prompt: PromptSize, grid_thw: tuple
     return with_its(config, prompt, grid_thw, kept=prompt.visual)._replace(scoring=0)
 
 
+# Schedulers that drop before the decoder, where the lower layers are saved too (pruners.BEFORE_DECODER).
+BEFORE_DECODER = ("visionzip", "divprune", "nucleus")
+
+
+def prefill(
+    config: PhotonConfig, scheduler: str, prompt: PromptSize, grid_thw: tuple[int, int, int], kept: int
+) -> Flops:
+    """FLOPs of a prefill of one question alone, under a scheduler that keeps `kept` visual tokens."""
+    if scheduler == "its":
+        return with_its(config, prompt, grid_thw, kept)
+    if scheduler == "none":
+        return without_scheduling(config, prompt, grid_thw)
+    m = prompt.length - prompt.visual + kept
+    if scheduler in BEFORE_DECODER:
+        return Flops(
+            vision(config, grid_thw),
+            layers(config, config.its_layer + 1, m, m),
+            choosing(config, scheduler, grid_thw, kept),
+            layers(config, config.text_config.num_hidden_layers - config.its_layer - 1, m, m),
+            head(config),
+        )
+    below, n = _layers_below(config, scheduler), prompt.length
+    return Flops(
+        vision(config, grid_thw),
+        layers(config, below, n, n),
+        attending(config, n, n) if scheduler == "fastv" else 0,
+        layers(config, config.text_config.num_hidden_layers - below, m, m),
+        head(config),
+    )
+
+
+def on_a_prefix(
+    config: PhotonConfig,
+    scheduler: str,
+    prompt: PromptSize,
+    grid_thw: tuple[int, int, int],
+    kept: int,
+    questions: int,
+) -> Flops:
+    """FLOPs of K prefills about one volume as `photon predict` does them: what no question decides is computed once.
+
+    its, fastv, random, uniform, foreground: the layers below the drop are shared, each question's suffix runs through
+    them, and its kept row through those above. The others: all layers are shared.
+    """
+    c, below, p = config.text_config, _layers_below(config, scheduler), prompt.before + prompt.visual + 1
+    q, m, count = prompt.length - p, prompt.length - prompt.visual + kept, c.num_hidden_layers
+    fixed = Flops(vision=vision(config, grid_thw), head=questions * head(config))
+    if scheduler == "none" or scheduler in BEFORE_DECODER:
+        return fixed._replace(
+            below=layers(config, below, m - q, m - q) + questions * layers(config, below, q, m),
+            scoring=choosing(config, scheduler, grid_thw, kept),
+            above=layers(config, count - below, m - q, m - q) + questions * layers(config, count - below, q, m),
+        )
+    of_prefix = 2 * p * c.hidden_size * (c.hidden_size + key_width(config))  # q and k of the layer, kept for all
+    each = {"its": scoring(config, q, p + q, prompt.question), "fastv": attending(config, q, p + q)}
+    return fixed._replace(
+        below=layers(config, below, p, p) + questions * layers(config, below, q, p + q),
+        scoring=of_prefix + questions * each.get(scheduler, 0),
+        above=questions * layers(config, count - below, m, m),
+    )
+
+
+def _layers_below(config: PhotonConfig, scheduler: str) -> int:
+    """Return how many layers see every token: to layer its, or to fastv's own."""
+    own = config.fastv_layer if scheduler == "fastv" else None
+    return (config.its_layer if own is None else own) + 1
+
+
 def vision(config: PhotonConfig, grid_thw: tuple[int, int, int]) -> int:
     """FLOPs of the vision tower on one volume: patches, blocks with windowed or slab attention, merger."""
     v, (t, h, w) = config.vision_config, grid_thw
@@ -117,6 +185,26 @@ def scoring(config: PhotonConfig, tokens: int, length: int, question: int) -> in
     d = config.text_config.hidden_size
     qk, predictor = 2 * tokens * d * (d + key_width(config)), 2 * 13 * (d // 8)
     return qk + 2 * question * question * d + 2 * question * d + 2 * length * d + predictor
+
+
+def attending(config: PhotonConfig, tokens: int, length: int) -> int:
+    """FLOPs of FastV: q and k again of `tokens` tokens, one query on a row of `length`."""
+    d = config.text_config.hidden_size
+    return 2 * tokens * d * (d + key_width(config)) + 2 * length * d
+
+
+def choosing(config: PhotonConfig, scheduler: str, grid_thw: tuple[int, int, int], kept: int) -> int:
+    """FLOPs of what a scheduler before the decoder decides by; 0 for one that is none."""
+    v, (t, h, w) = config.vision_config, grid_thw
+    tokens = t * h * w // v.spatial_merge_size**2
+    if scheduler == "divprune":  # cosine of all pairs
+        return 2 * tokens**2 * config.text_config.hidden_size
+    if scheduler not in ("visionzip", "nucleus"):
+        return 0
+    # q, k and v of one block again, and q k^T within slabs.
+    received = 2 * t * h * w * 3 * v.hidden_size**2 + 2 * t * (h * w) ** 2 * v.hidden_size
+    targets = round(kept * 10 / 64) if scheduler == "visionzip" else 0
+    return received + 2 * targets * (tokens - kept) * (v.hidden_size // v.num_heads)
 
 
 def head(config: PhotonConfig) -> int:

@@ -9,7 +9,6 @@ or tokens of a prefix, X voxels of a patch, V vocabulary; axis 3 is (t, h, w).
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from photon_train.checkpoint import (
     saving,
     write_digests,
 )
-from photon_train.configuration_photon import MODEL_TYPE, Phase, PhotonConfig, config_for, layout_of, phase_at
+from photon_train.configuration_photon import IGNORED, MODEL_TYPE, Phase, PhotonConfig, config_for, layout_of, phase_at
 from photon_train.decoder import PhotonModel, Prefix
 from photon_train.losses import answer_losses, answer_shares, answers_of, band_losses
 from photon_train.scheduling import (
@@ -184,11 +183,10 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes}, phase, position_31P)
         if prefix is not None:
             volumes = prefix.volumes_of(len(input_ids))
-            if prefix.layers > self.config.its_layer + 1 and not is_passive(self.config, phase):
-                found = f"found one through {prefix.layers}"
-                raise ValueError(
-                    f"expected a prefix through {self.config.its_layer + 1} layers, {found}; encode it again"
-                )
+            deep = prefix.layers > self.config.drop_layer + 1 and prefix.scheduled is None
+            if deep and not is_passive(self.config, phase):
+                expected = f"a prefix through {self.config.drop_layer + 1} layers"
+                raise ValueError(f"expected {expected}, found one through {prefix.layers}; encode it again")
 
         patches_PX = volumes.get("pixel_values_videos")
         has_volumes = patches_PX is not None or bool(mm_encoder_outputs)
@@ -200,6 +198,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             if labels is not None:
                 answers = answers_of(labels, attention_mask) if answers is None else answers
                 rows = rows._replace(loss_scale_B=loss_scale * answer_shares(answers, len(labels)))
+                if self.config.scheduler == "fastv":
+                    rows = rows._replace(prompt_BL=rows.prompt_BL & ((labels != IGNORED).cumsum(1) == 0))
         if rows is not None and schedules and self.config.scheduler == "foreground":
             if foreground is None and prefix is not None:
                 foreground = F.pad(prefix.foreground_1P, (0, input_ids.shape[1] - prefix.length))
@@ -256,8 +256,9 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if flip_B is None:
             flip_B = torch.rand(len(no_B)) < self.config.flip_probability if phase is Phase.FLIP else no_B
         question_BL = question_mask_of(input_ids, self.config) if question_BL is None else question_BL.bool()
+        visual_BL = visual_mask(input_ids, self.config)
         return SchedulingInputs(
-            visual_BL=visual_mask(input_ids, self.config),
+            visual_BL=visual_BL,
             question_BL=question_BL if attention_mask is None else question_BL & attention_mask.bool(),
             foreground_BL=torch.zeros(input_ids.shape, device=input_ids.device),
             phase=phase,
@@ -265,6 +266,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             flip_B=flip_B.to(no_B.device) & ~perturbed_B,
             loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
             drops=not is_passive(self.config, phase) and phase is not Phase.SOFT,
+            prompt_BL=torch.ones_like(visual_BL) if attention_mask is None else attention_mask.bool(),
         )
 
     def _losses(
@@ -306,7 +308,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Return the prefix of one row of inputs, to its last <|vision_end|>. Raises ValueError if there is none.
 
         Rows without padding that are prefixes of one length give prefixes in one: a row of every tensor for each.
-        It goes through all layers where no question changes a token of it (`is_passive`), else through layer its.
+        It goes through all layers where no question decides what stays of it, else to the layer that drops.
         position_31P: of inputs that hold the prefix and nothing else, made together with them.
         """
         ids_1P, mask_BL = inputs["input_ids"].to(self.device), inputs.get("attention_mask")
@@ -324,12 +326,16 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if patches_PX is None or not ids_1P.numel():
             raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
         patches_PX = patches_PX.to(self.device)
-        encoded = self.model.get_video_features(patches_PX, volumes["video_grid_thw"], return_dict=True)
-        h_1PD = self.model.embed(ids_1P, encoded, checked=position_31P is not None)
+        grid_thw, text, scheduled = volumes["video_grid_thw"], self.model.language_model, None
+        rows = self._scheduling_inputs(ids_1P, None, None, None, None, phase)
+        encoded = self.model.get_video_features(patches_PX, grid_thw, chooses=rows.drops, return_dict=True)
+        h_1PD, chosen = self.model.embed(ids_1P, encoded, checked=position_31P is not None)
         if position_31P is None:
             position_31P, _ = self.model.get_rope_index(ids_1P, **volumes)
-        text = self.model.language_model
-        layers = len(text.layers) if is_passive(self.config, phase) else self.config.its_layer + 1
+        layers = len(text.layers) if is_passive(self.config, phase) else self.config.drop_layer + 1
+        if chosen is not None:
+            h_1PD, position_31P, scheduled = text.choose(h_1PD, position_31P, rows._replace(chosen=chosen))
+            layers = len(text.layers)
         h_1PD, q_1HPd, k_1KPd, keys_values = text.prefix_through(layers, h_1PD, position_31P)
         return Prefix(
             input_ids_1P=ids_1P,
@@ -339,6 +345,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             q_1HPd=q_1HPd,
             k_1KPd=k_1KPd,
             foreground_1P=foreground_share(visual_mask(ids_1P, self.config), patches_PX, self.config),
+            scheduled=scheduled,
         )
 
     def answer(self, prefix: Prefix, questions: Sequence[Tensor], pad_token_id: int = 0, **kwargs: Any) -> Any:
@@ -394,13 +401,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 "threshold; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory this process has used so far, in MiB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 register_published_names("PhotonForConditionalGeneration")

@@ -1,7 +1,6 @@
-"""Instruction-conditioned token scheduling (ITS), and the schedulers it is compared with.
+"""Instruction-conditioned token scheduling (ITS).
 
-A scheduler is a function SchedulerContext -> Selection. A new one: a function here, in `SCHEDULERS`, and its name in
-configuration_photon.SCHEDULER_NAMES.
+A scheduler is a function SchedulerContext -> Selection. Those that ITS is compared with are in pruners.py.
 
 Legend: B rows, L tokens, M tokens after pruning, D features, H query heads, K key heads, G = H / K, Q question tokens,
 d head_dim, F descriptors, P patches, X voxels of a patch. All statistics are over the visual tokens of one row, in
@@ -36,8 +35,10 @@ class SchedulingInputs(NamedTuple):
     perturbed_B: Tensor  # bool, True where the volume was perturbed
     flip_B: Tensor  # bool, True where the complement is to be kept
     loss_scale_B: Tensor  # float32, what a row's own loss is multiplied by before gradients: trainer's factor and share
+    prompt_BL: Tensor  # bool, True up to the answer that is learned, without padding; for fastv
     drops: bool = True  # whether tokens may be dropped: not before the hard phase, nor by `none`
     question_tokens: int | None = None  # of the longest question, where the host knows it
+    chosen: Selection | None = None  # what a scheduler before the decoder has decided
 
     @property
     def detached_B(self) -> Tensor:
@@ -75,6 +76,26 @@ class Scheduled(NamedTuple):
     def detached(self) -> Scheduled:
         """Return it without gradients: a report keeps no graph alive, and no DDP bucket waits for it."""
         return self._replace(selection=Selection(*(x.detach() for x in self.selection)))
+
+    def followed_by(self, mask_BL: Tensor, visual_BL: Tensor) -> Scheduled:
+        """Return the same of B rows that begin with the row, or rows, of this, and keep all of what follows it."""
+        rows, length, kept = len(mask_BL), self.keep_BL.shape[1], self.kept.index_BM.shape[1]
+        score_BL, saliency_BL, keep_BL = (
+            F.pad(x_1P.expand(rows, -1), (0, mask_BL.shape[1] - length), value=value)
+            for x_1P, value in ((self.selection.score_BL, 0), (self.selection.saliency_BL, 0), (self.keep_BL, True))
+        )
+        behind_BS = torch.arange(length, mask_BL.shape[1], device=mask_BL.device).expand(rows, -1)
+        index_BM = torch.cat([self.kept.index_BM.expand(rows, -1), behind_BS], dim=1)
+        place_BL = torch.cat([self.kept.place_BL.expand(rows, -1), behind_BS - length + kept], dim=1)
+        selection = Selection(
+            score_BL,
+            saliency_BL,
+            torch.ones_like(score_BL),
+            keep_BL & visual_BL,
+            torch.full_like(score_BL[:, 0], math.nan),
+        )
+        gather = Gather(index_BM, mask_BL.gather(1, index_BM), place_BL)
+        return Scheduled(selection, self.flipped_B.expand(rows), keep_BL & mask_BL, gather)
 
 
 def is_passive(config: PhotonConfig, phase: Phase) -> bool:
@@ -187,33 +208,6 @@ def its(context: SchedulerContext) -> Selection:
     return Selection(score_BL, saliency_BL, p_BL, keep_BL, torch.where(decided_B1[:, 0], threshold_B, math.nan))
 
 
-def none(context: SchedulerContext) -> Selection:
-    """Keep every visual token."""
-    return _highest(torch.zeros_like(context.inputs.foreground_BL), context, keep_ratio=1.0)
-
-
-def random(context: SchedulerContext) -> Selection:
-    """Keep `keep_ratio` of each row, the same pseudo-random choice for every row of that many visual tokens."""
-    rank_BL = context.inputs.visual_BL.cumsum(1)
-    generator = torch.Generator().manual_seed(context.config.scheduler_seed)
-    draw_L = torch.rand(rank_BL.shape[1] + 1, generator=generator).to(rank_BL.device)
-    return _highest(draw_L[rank_BL], context, context.config.keep_ratio)
-
-
-def uniform(context: SchedulerContext) -> Selection:
-    """Keep `keep_ratio` of each row, evenly spaced in sequence order."""
-    rank_BL, keep_ratio = context.inputs.visual_BL.cumsum(1), context.config.keep_ratio
-    count_B1 = rank_BL[:, -1:].clamp_min(1)
-    number_B1 = _number_to_keep(count_B1, keep_ratio)
-    steps_BL = (rank_BL * number_B1) // count_B1 > ((rank_BL - 1) * number_B1) // count_B1
-    return _highest(steps_BL.float(), context, keep_ratio)
-
-
-def foreground(context: SchedulerContext) -> Selection:
-    """Keep `keep_ratio` of each row: tokens with most foreground voxels first, ties in sequence order."""
-    return _highest(context.inputs.foreground_BL, context, context.config.keep_ratio)
-
-
 def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: PhotonConfig) -> Tensor:
     """Return float32[B, L]: the share of a visual token's voxels that are foreground, 0 at text."""
     share_BL = torch.zeros(visual_BL.shape, device=visual_BL.device)
@@ -222,25 +216,6 @@ def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: Photo
     patches_per_token = config.vision_config.spatial_merge_size**2
     share_P = (patches_PX > config.foreground_level).float().mean(1)
     return share_BL.masked_scatter(visual_BL, share_P.unflatten(0, (-1, patches_per_token)).mean(1))
-
-
-SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (its, none, random, uniform, foreground)}
-
-
-def _highest(score_BL: Tensor, context: SchedulerContext, keep_ratio: float) -> Selection:
-    """Return the selection of the `keep_ratio` highest scores of each row, ties in sequence order. p is 1."""
-    visual_BL = context.inputs.visual_BL
-    number_B1 = _number_to_keep(visual_BL.sum(1, keepdim=True), keep_ratio)
-    order_BL = score_BL.masked_fill(~visual_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    keep_BL = visual_BL & (order_BL.argsort(dim=1) < number_B1)
-    score_BL = score_BL.float().masked_fill(~visual_BL, 0.0)
-    saliency_BL = min_max(score_BL, visual_BL, context.config.saliency_epsilon)
-    threshold_B = torch.full_like(score_BL[:, 0], math.nan)
-    return Selection(score_BL, saliency_BL, torch.ones_like(score_BL), keep_BL, threshold_B)
-
-
-def _number_to_keep(count_B1: Tensor, keep_ratio: float) -> Tensor:
-    return (count_B1 * keep_ratio).round().long().clamp_min(1)
 
 
 def warn_of_undecided(selection: Selection, visual_BL: Tensor) -> None:

@@ -120,8 +120,7 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
                 f"expected patches of shape {expected} for the grids {grid_thw.tolist()}, found {found}; "
                 "make both with the processor"
             )
-        sizes = (self.spatial_merge_size, self.window_size, self.patch_size)
-        layout = layout_of(grids, sizes, hidden_states.device)
+        layout = layout_of(grids, self._sizes, hidden_states.device)
         h_PD = self.patch_embed(hidden_states).index_select(0, layout.order_P)
         cos_Pd, sin_Pd = self.rotary_pos_emb(h_PD, layout.position_P2)  # float32, as the published weights were trained
         rotation = (cos_Pd[:, None, None], signed(sin_Pd)[:, None, None])
@@ -129,6 +128,22 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             spans = layout.slabs if number in self.fullatt_block_indexes else layout.windows
             h_PD = block(h_PD, None, spans=spans, rotation=rotation, **kwargs)
         return BaseModelOutputWithPooling(h_PD, self.merger(h_PD).index_select(0, layout.back_N))
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        patch: Any = self.patch_size
+        return self.spatial_merge_size, self.window_size, patch
+
+    def slab_qk(self, attention: Any, given: dict[str, Any], grid_thw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q and k, rotated, and k as it was, float[P, H, d], of a block's attention for the arguments given it.
+
+        In the order in which the patches came, slab by slab; the blocks have them in that of the layout.
+        """
+        h_PD = given["hidden_states"]
+        back_P = layout_of(tuple(map(tuple, grid_thw.tolist())), self._sizes, h_PD.device).order_P.argsort()
+        qkv_P3Hd = attention.qkv(h_PD).unflatten(-1, (3, attention.num_heads, -1))
+        q_PHd, k_PHd = rotate(qkv_P3Hd[:, :2], *given["rotation"]).unbind(1)
+        return q_PHd[back_P], k_PHd[back_P], qkv_P3Hd[:, 1][back_P]
 
 
 @lru_cache(maxsize=64)

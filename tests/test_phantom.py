@@ -355,3 +355,20 @@ def test_captions_of_training_volumes_say_what_the_questions_ask_each_finding_fi
         assert all(set(caption) == told for caption in captions)
         assert {caption[0] for caption in captions} == (told if captions else set())
     assert {phantom.slot.split for phantom in phantoms} == {"train", "val", "test"}
+
+
+def test_small_evidence_is_a_fifth_of_a_token_and_the_larger_of_two_lesions_is_named():
+    phantoms = [draw_phantom(4, index, 64, small=True) for index in range(120)]
+    answers = Counter()
+    for phantom in phantoms:
+        first = [layer for layer in phantom.layers if layer.label == 1 and layer.diameter_mm]
+        largest = {layer.structure: layer.diameter_mm for layer in first}
+        assert all(np.pi / 6 * mm**3 < 0.22 * (364 / 5) ** 3 for mm in largest.values())
+        asked = [row for row in phantom.questions if row["kind"] == "comparison"]
+        assert len(asked) == (len(largest) == 2)
+        for row in asked:
+            noun = {"lung_nodule": "lung nodule", "liver_lesion": "liver lesion"}[max(largest, key=largest.get)]
+            assert (row["answer"], sorted(row["choices"])) == (noun, ["liver lesion", "lung nodule"])
+            answers[noun] += 1
+        assert {row["kind"] for row in phantom.questions} <= {"existence", "side", "size", "comparison"}
+    assert min(answers.values()) >= 10

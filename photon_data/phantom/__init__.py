@@ -19,8 +19,17 @@ import numpy as np
 from photon_data.export import nifti_header, write_nifti
 from photon_data.files import jsonl_bytes, write_whole
 from photon_data.phantom.body import Layer, draw_body, draw_lesions
-from photon_data.phantom.plan import EASY_FINDINGS, FINDINGS, Slot, occurrence_of, seeded, slot_of
-from photon_data.phantom.questions import caption_rows, question_rows
+from photon_data.phantom.plan import (
+    EASY_FINDINGS,
+    FINDINGS,
+    SMALL_FINDINGS,
+    Slot,
+    occurrence_of,
+    seeded,
+    slot_of,
+    with_one_larger,
+)
+from photon_data.phantom.questions import caption_rows, comparison_rows, question_rows
 from photon_data.phantom.scanner import SLAB, SimulatedScan, draw_scan, paint, stored_planes
 
 SIZE = 384  # voxels across a slice
@@ -45,15 +54,23 @@ Progress = Callable[[Phantom], object]
 
 
 def make_phantoms(
-    directory: Path, n: int, seed: int, *, size: int = SIZE, easy: bool = False, progress: Progress | None = None
+    directory: Path,
+    n: int,
+    seed: int,
+    *,
+    size: int = SIZE,
+    easy: bool = False,
+    small: bool = False,
+    progress: Progress | None = None,
 ) -> list[Phantom]:
     """Write n phantoms and their questions.jsonl. The same seed gives the same bytes, and phantom i whatever n is.
 
     `size` changes no body, field of view or answer. `easy` phantoms have whole organs affected, and are asked only
-    whether they are; those of the training split have captions too. FileExistsError if the directory holds scans of
+    whether they are; those of the training split have captions too. `small` ones have lesions within about one visual
+    token of the tiny model, and are also asked which of two is larger. FileExistsError if the directory holds scans of
     another seed or a larger n: `prepare` would take them too, without questions.
     """
-    phantoms = [draw_phantom(seed, index, size, easy=easy) for index in range(n)]
+    phantoms = [draw_phantom(seed, index, size, easy=easy, small=small) for index in range(n)]
     scans, paths = directory / "scans", {phantom.scan_path(directory) for phantom in phantoms}
     if others := sorted(path.name for path in scans.glob("[!.]*") if path not in paths):
         found = f"{others[0]} in {scans} ({len(others)} such files); choose another directory or remove them"
@@ -67,15 +84,19 @@ def make_phantoms(
     return phantoms
 
 
-def draw_phantom(seed: int, index: int, size: int = SIZE, *, easy: bool = False) -> Phantom:
+def draw_phantom(seed: int, index: int, size: int = SIZE, *, easy: bool = False, small: bool = False) -> Phantom:
     """Phantom number `index`: the body, the scan's view of it, and lesions in that view. Milliseconds, no files."""
     slot = slot_of(seed, index)
     body = draw_body(seeded(seed, "body", slot.patient_index))
     scan = draw_scan(slot, seeded(seed, "scan", index), body, size)
-    findings = EASY_FINDINGS if easy else FINDINGS
+    findings = EASY_FINDINGS if easy else SMALL_FINDINGS if small else FINDINGS
     occurrences = {finding.name: shown for finding in findings if (shown := occurrence_of(slot, finding))}
+    if small:
+        occurrences = with_one_larger(slot, occurrences)
     lesions = draw_lesions(seeded(seed, "lesions", index), body, scan.visible, occurrences)
     rows = question_rows(slot, findings, occurrences, lesions)
+    if small:
+        rows += comparison_rows(slot, findings, lesions)
     if easy and slot.split == "train":
         rows += caption_rows(slot, findings, occurrences)
     table = [body.table] if scan.has_table else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -132,6 +132,19 @@ EASY_FINDINGS = (
     Finding("liver_calcification", "liver", "liver calcification", ("liver",), substances=("dense",), diffuse=True),
 )
 
+# Small evidence: a lesion fills a sixth of one visual token of 125, and the answers depend on it, on its side, and on
+# which of two such lesions is larger. What is kept can matter here.
+SMALL_BINS_MM = ((30, 36), (48, 54))
+SMALL_FINDINGS = (
+    Finding(
+        *("lung_nodule", "lungs", "lung nodule", LUNGS),
+        sides=SIDES,
+        size_bins_mm=SMALL_BINS_MM,
+        substances=("dense",),
+    ),
+    Finding("liver_lesion", "liver", "liver lesion", ("liver",), size_bins_mm=SMALL_BINS_MM, substances=("dense",)),
+)
+
 
 def seeded(seed: int, *key: str | int) -> np.random.Generator:
     """A generator of its own for every key: neither the number of volumes nor the order of calls changes its values."""
@@ -171,3 +184,14 @@ def occurrence_of(slot: Slot, finding: Finding) -> Occurrence | None:
         size_bin_mm=dealt("size", finding.size_bins_mm or ((0, 0),)),
         substance=dealt("substance", finding.substances or ("fluid",)),
     )
+
+
+def with_one_larger(slot: Slot, occurrences: Occurrences) -> Occurrences:
+    """The same findings, but of two the one has its smallest size and the other its largest; which is dealt."""
+    if len(occurrences) != 2:
+        return occurrences
+    sizes = deal(slot, "larger", ((0, -1), (-1, 0)))
+    return {
+        name: replace(one, size_bin_mm=one.finding.size_bins_mm[size])
+        for (name, one), size in zip(occurrences.items(), sizes, strict=True)
+    }

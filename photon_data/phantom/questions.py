@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from photon_data.phantom.body import Layer, Lesions
 from photon_data.phantom.plan import Finding, Occurrence, Occurrences, Slot
 
+# Not among WORDINGS, whose words are the tokens of the tiny model.
+COMPARISONS = ("Which is larger, {choices}?", "Is the largest one {choices}?", "Of {choices}, which is larger?")
 CAPTION = "What does this scan show?"
 WORDINGS = {
     "presence": ("Any {noun}?", "Is there {noun}?", "Is {noun} seen?"),
@@ -86,6 +88,18 @@ def question_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurren
     return rows
 
 
+def comparison_rows(slot: Slot, findings: Sequence[Finding], lesions: Lesions) -> Rows:
+    """The row that asks which of two findings is larger, for a volume that shows both (plan.with_one_larger)."""
+    if len(shown := [finding for finding in findings if finding.name in lesions]) != 2:
+        return []
+    larger = max(shown, key=lambda finding: lesions[finding.name][0].diameter_mm)
+    item = Item("comparison", larger.noun, tuple(finding.noun for finding in shown))
+    row = _row(slot, "comparison", _wording(slot, shown[0], item), item.answer)
+    masks = [mask for finding in shown for mask in finding.organ_masks]
+    row |= {"kind": item.form, "organ": larger.organ, "choices": list(item.choices), "lesion": larger.name}
+    return [row | {"organ_masks": masks, "answer_value": None, "unit": ""}]
+
+
 def caption_rows(slot: Slot, findings: Sequence[Finding], occurrences: Occurrences) -> Rows:
     """The captions of a volume: what all its questions ask in one text, once with each finding first."""
     parts = [f"{finding.noun} {_yes_no(finding, occurrences)}" for finding in findings]
@@ -117,7 +131,7 @@ def _items(occurrence: Occurrence, largest: Layer) -> list[Item]:
         answer = classes[finding.size_bins_mm.index(occurrence.size_bin_mm)]
         items.append(Item("size-class", answer, classes, diameter_mm, "mm"))
         items.append(Item("size", f"{diameter_mm} mm", (), diameter_mm, "mm"))
-    if finding.substances:
+    if len(finding.substances) > 1:
         items.append(Item("attenuation-class", occurrence.substance, finding.substances, hu, "HU"))
         items.append(Item("attenuation", f"{hu} HU", (), hu, "HU"))
     return items
@@ -134,7 +148,8 @@ def _wording(slot: Slot, finding: Finding, item: Item) -> str:
     """A wording that changes only when a whole deck of answers was dealt: within each wording answers stay balanced."""
     position = slot.index_in_split if item.form == "existence" else slot.index_in_split // 2
     number = position // max(len(item.choices), 1) + zlib.crc32(f"{finding.name} {item.form}".encode())
-    wordings = WORDINGS["presence" if finding.diffuse else item.form]
+    form = "presence" if finding.diffuse else item.form
+    wordings = COMPARISONS if form == "comparison" else WORDINGS[form]
     choices = f"{', '.join(item.choices[:-1])} or {item.choices[-1]}" if item.choices else ""
     wording = wordings[number % len(wordings)]
     return wording.format(noun=finding.noun, plural=finding.plural, organ=finding.organ, choices=choices)

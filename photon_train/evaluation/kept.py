@@ -7,7 +7,7 @@ weighting the patients (see `metric`).
 from __future__ import annotations
 
 from bisect import bisect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,7 @@ import numpy as np
 from photon_train.answering.prediction import unpack_mask
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
-from photon_train.flops import prompt_size, with_its, without_scheduling
+from photon_train.flops import on_a_prefix, prefill, prompt_size
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
@@ -134,9 +134,12 @@ class Costs:
     predictions: int
     seconds: dict[str, Seconds]  # by stage, and of all stages ("total")
     questions_per_second: float | None  # questions / seconds of all stages, one after the other
+    peak_memory_mib: float | None  # the most that any process had used since it began to answer under this scheduler
     prefill_tflop: float | None  # mean of a prefill with the kept tokens, each question alone
     prefill_tflop_unpruned: float | None  # the same with every token kept
-    peak_memory_mib: float | None  # the most that any process had used
+    # The same two, the questions on a volume sharing what none of them decides, as `photon predict` computes them.
+    shared_tflop: float | None
+    shared_tflop_unpruned: float | None
 
 
 def summarise_costs(cases: Sequence[Case], config: PhotonConfig | None = None) -> Costs:
@@ -149,27 +152,39 @@ def summarise_costs(cases: Sequence[Case], config: PhotonConfig | None = None) -
     if timed:
         seconds["total"] = _seconds([sum(each.values()) for each in timed])
         rate = len(timed) / seconds["total"].total if seconds["total"].total else None
-    pruned, unpruned = _tflop(counted, config) if config and counted else (None, None)
     peak = max(case.prediction.peak_memory_mib for case in cases) or None
-    return Costs(len(timed) or len(counted), seconds, rate, pruned, unpruned, peak)
+    tflop = _tflop(counted, config) if config and counted else (None, None, None, None)
+    return Costs(len(timed) or len(counted), seconds, rate, peak, *tflop)
 
 
 def _seconds(values: Sequence[float]) -> Seconds:
     return Seconds(*map(float, (np.mean(values), *np.percentile(values, (50, 95)), np.sum(values))))
 
 
-def _tflop(cases: Sequence[Case], config: PhotonConfig) -> tuple[float, float]:
-    """Return the mean TFLOP as kept and unpruned, on volumes of the config's shape; equal prompts are computed once."""
+def _tflop(cases: Sequence[Case], config: PhotonConfig) -> tuple[float, float, float, float]:
+    """Return the mean TFLOP as kept and unpruned, each question alone and then sharing its volume with the others.
+
+    On volumes of the config's shape; equal prompts are computed once. What K questions share counts 1 / K for each.
+    """
 
     @cache
-    def flops(text: int, visual: int, kept: int) -> tuple[int, int]:
-        prompt = prompt_size(text, visual)
-        full = without_scheduling(config, prompt, config.patches_thw).total()
-        return (with_its(config, prompt, config.patches_thw, kept).total() if kept < visual else full), full
+    def flops(scheduler: str, text: int, visual: int, kept: int, questions: int) -> tuple[float, ...]:
+        prompt, grid = prompt_size(text, visual), config.patches_thw
+        scheduler = scheduler or ("its" if kept < visual else "none")  # of another tool
+        alone = [prefill(config, name, prompt, grid, n) for name, n in ((scheduler, kept), ("none", visual))]
+        shared = [
+            on_a_prefix(config, name, prompt, grid, n, questions) for name, n in ((scheduler, kept), ("none", visual))
+        ]
+        return *(one.total() for one in alone), *(one.total() / questions for one in shared)
 
-    predictions = [case.prediction for case in cases]
-    kept, full = np.mean([flops(one.text_tokens, one.visual_tokens, one.kept_tokens) for one in predictions], axis=0)
-    return float(kept / 1e12), float(full / 1e12)
+    on_volume = Counter(case.volume_id for case in cases)
+    found = [
+        flops(one.scheduler, one.text_tokens, one.visual_tokens, one.kept_tokens, on_volume[case.volume_id])
+        for case in cases
+        for one in [case.prediction]
+    ]
+    alone, alone_full, shared, shared_full = (np.mean(found, axis=0) / 1e12).tolist()
+    return alone, alone_full, shared, shared_full
 
 
 class VolumeMask(Protocol):

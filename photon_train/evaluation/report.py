@@ -5,25 +5,36 @@ from __future__ import annotations
 import json
 import mimetypes
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from photon_data.files import Location, jsonl_bytes
 from photon_data.report import page
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.choice_metrics import ReliabilityBin
-from photon_train.evaluation.kept import Kept, MaskRecalls, Recall, RecallContrast
+from photon_train.evaluation.counterfactual import Counterfactuals
+from photon_train.evaluation.edited_volume import BLIND
+from photon_train.evaluation.kept import Kept
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.results import ALL_TASKS, QUESTIONS, Answers, Comparison, Evaluation, Score, ScoredCase
+from photon_train.evaluation.tables import (
+    MACRO,
+    TradeOff,
+    formatted,
+    formatted_interval,
+    formatted_p,
+    formatted_value,
+    moved_tables,
+    recall_tables,
+    trade_off_table,
+    trade_offs,
+)
 
 SCORES, REPORT = "scores.json", "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-MACRO = "macro_over_subtasks"
 SHOWN_CASES = 12
 SHOWN_UNREAD = 50
 # These look for the letter of a choice, which a question without letters does not ask for: all zeros say nothing.
@@ -44,6 +55,8 @@ def write_report(
         "sections": [_section(answers, pictures.get(answers.name, {})) for answers in evaluation.answers],
         "trade_offs": [(trade_off_table(one), _trade_off_chart(one)) for one in trade_offs(evaluation)],
         "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
+        "moved": moved_tables(evaluation.counterfactuals),
+        "moved_charts": _moved_charts(evaluation.counterfactuals),
     }
     blind_names = {CONSTANT: "constant", MAJORITY: "majority"}
     filters: dict[str, Callable[..., str]] = {
@@ -74,8 +87,10 @@ def write_questions(evaluation: Evaluation, folder: Path) -> Path:
             "read": one.read,
             "metric": one.name_of_each,
             "scores": one.scores,
+            **({"counterfactual": edited[one.case.id]} if one.case.id in edited else {}),
         }
         for answers in evaluation.answers
+        for edited in [evaluation.counterfactuals.responses.get(answers.name, {})]
         for one in answers.scored_cases
     )
     Location(str(folder)).write(QUESTIONS, jsonl_bytes(rows))
@@ -107,6 +122,10 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         ],
         "differences": [comparison_to_json(comparison) for comparison in evaluation.comparisons],
         "trade_offs": [_rounded(asdict(trade_off)) for trade_off in trade_offs(evaluation)],
+        "counterfactuals": {
+            "moved": [_rounded(vars(one)) for one in evaluation.counterfactuals.moved],
+            "moved_more": [_rounded(vars(one)) for one in evaluation.counterfactuals.more],
+        },
     }
 
 
@@ -241,80 +260,6 @@ def cases_to_picture(answers: Answers, most: int) -> list[Case]:
     return list({case.id: case for case in [*worst[:half], *best]}.values())[:most]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One file of predictions: mean tokens and mean share kept, its score, and by how much it is above the first's."""
-
-    name: str
-    kept_tokens: float
-    kept_share: float
-    estimate: Estimate
-    minus_first: Estimate | None
-    questions_per_second: float | None
-
-
-@dataclass(frozen=True)
-class TradeOff:
-    """What is lost with tokens that are not kept: score against share kept, a point for every file of predictions."""
-
-    metric: str
-    task: str
-    points: tuple[Point, ...]
-
-
-def trade_offs(evaluation: Evaluation) -> tuple[TradeOff, ...]:
-    """Return one for each metric that is some question's main one, over the broadest task that it is of.
-
-    There is none where fewer than two files of predictions say what they kept.
-    """
-    answers = evaluation.answers
-    if len(answers) < 2 or not all(one.kept for one in answers):
-        return ()
-    main = {judged.metric for judged in answers[0].scored_cases}
-    broadest = {score.metric: score for score in answers[0].scores if score.metric in main and score.average == MACRO}
-    minus_first = {one.second: one.scores for one in evaluation.comparisons}
-    return tuple(
-        TradeOff(like.metric, like.task, tuple(_point(one, minus_first.get(one.name, ()), like) for one in answers))
-        for like in broadest.values()
-    )
-
-
-def _point(answers: Answers, minus_first: Sequence[Score], like: Score) -> Point:
-    def same(scores: Sequence[Score]) -> Estimate | None:
-        key = (like.metric, like.task, like.average)
-        return next((score.estimate for score in scores if (score.metric, score.task, score.average) == key), None)
-
-    predictions = [judged.case.prediction for judged in answers.scored_cases]
-    assert answers.kept, "trade_offs has looked"
-    return Point(
-        name=answers.name,
-        kept_tokens=float(np.mean([one.kept_tokens for one in predictions if one.visual_tokens])),
-        kept_share=answers.kept.mean_ratio,
-        estimate=same(answers.scores) or Estimate(None, None, None),
-        minus_first=same(minus_first),
-        questions_per_second=answers.costs.questions_per_second if answers.costs else None,
-    )
-
-
-class FormattedTable(NamedTuple):
-    """A table as the terminal and the page show it: the first column names the line, numbers are text already."""
-
-    title: str
-    headings: tuple[str, ...]
-    lines: list[tuple[str, ...]]
-
-
-def trade_off_table(trade_off: TradeOff) -> FormattedTable:
-    """Return the table of a trade-off."""
-    headings = ("predictions", "tokens kept", "share", "score", "95 %", "minus the first", "95 %", "questions/s")
-    lines = []
-    for point in trade_off.points:
-        scores = [form(one) for one in (point.estimate, point.minus_first) for form in (formatted, formatted_interval)]
-        rate = f"{point.questions_per_second:.2f}" if point.questions_per_second else "-"
-        lines.append((point.name, f"{point.kept_tokens:.1f}", f"{point.kept_share:.1%}", *scores, rate))
-    return FormattedTable(f"{trade_off.metric}, {trade_off.task}, against visual tokens kept", headings, lines)
-
-
 def _trade_off_chart(trade_off: TradeOff) -> page.Chart:
     points = [
         page.ScatterPoint(point.name, point.kept_share, value, low, high)
@@ -327,64 +272,24 @@ def _trade_off_chart(trade_off: TradeOff) -> page.Chart:
     return page.scatter_plot(points, name=trade_off.metric, words=words)
 
 
-def recall_tables(recalls: MaskRecalls) -> list[FormattedTable]:
-    """Return the tables of the recall of masks, what was asked about first; those without lines are left out."""
-
-    def of_all(title: str, mask: str, found: Sequence[Recall]) -> FormattedTable:
-        headings = (mask, "recall", "chance", "above chance", "95 %", "pairs", "volumes", "patients")
-        lines = []
-        for one in found:
-            scores = (*map(formatted, (one.recall, one.chance, one.above_chance)), formatted_interval(one.above_chance))
-            lines.append((one.name, *scores, f"{one.pairs:,}", f"{one.volumes:,}", f"{one.patients:,}"))
-        return FormattedTable(f"{title}, all questions", headings, lines)
-
-    tables = [
-        _own_and_other("Organs", "organ", recalls.organs),
-        _own_and_other("Lesions", "lesion", recalls.lesions),
-        of_all("Masks by volume", "volume", recalls.by_size),
-        of_all("Masks by name", "mask", recalls.by_mask),
-    ]
-    return [table for table in tables if table.lines]
-
-
-def _own_and_other(title: str, mask: str, found: Sequence[RecallContrast]) -> FormattedTable:
-    """Return a line per mask: in questions about it, in questions about another organ, and the difference."""
-
-    def cells(half: Recall) -> tuple[str, ...]:
-        recall = f"{formatted(half.recall)} ({formatted(half.chance)})"
-        return recall, formatted(half.above_chance), formatted_interval(half.above_chance)
-
-    halves = ("asked about (chance)", "above", "95 %", "other organ (chance)", "above", "95 %")
-    lines = []
-    for one in found:
-        difference = (formatted(one.own_minus_other), formatted_interval(one.own_minus_other))
-        pairs = f"{one.own.pairs:,} and {one.other.pairs:,}"
-        lines.append((one.name, *cells(one.own), *cells(one.other), *difference, pairs))
-    title = f"{title}, in questions about them and in questions about another organ"
-    return FormattedTable(title, (mask, *halves, "difference", "95 %", "pairs"), lines)
+def _moved_charts(found: Counterfactuals) -> list[page.Chart]:
+    """Return a chart for each file of predictions, every edit a line."""
+    words = (
+        "answers that an edit of the volume moved, of 100; line: 95 % interval; stroke: those that blind answers move"
+    )
+    charts = []
+    for name, group in grouped(found.moved, lambda one: one.predictions).items():
+        blind = {one.edit: one.moved.value for one in group if one.edit == BLIND and one.moved.value is not None}
+        rows = [
+            page.ForestRow(f"{one.edit}, {one.questions_of}", one.moved.value, one.moved.low, one.moved.high, blind)
+            for one in group
+            if one.moved.value is not None
+        ]
+        charts.append(page.forest_plot(rows, name=name, words=words))
+    return charts
 
 
 def both_averages(scores: Sequence[Score]) -> list[tuple[Score, Score]]:
     """Return (macro over subtasks, question-weighted) of every metric of every task, in the order of the scores."""
     macro, weighted = ([score for score in scores if score.average == name] for name in (MACRO, "question_weighted"))
     return list(zip(macro, weighted, strict=True))
-
-
-def formatted(estimate: Estimate | None) -> str:
-    """Return "82.01", "-" for what is not defined."""
-    return formatted_value(estimate.value if estimate else None)
-
-
-def formatted_value(value: float | None) -> str:
-    """Return "82.01" for a number in points, "-" for None."""
-    return "-" if value is None else f"{value:.2f}"
-
-
-def formatted_p(score: Score) -> str:
-    """Return "0.012", "-" where there is none."""
-    return "-" if score.p_value is None else f"{score.p_value:.3f}"
-
-
-def formatted_interval(estimate: Estimate | None) -> str:
-    """Return "80.10 to 83.90", "-" for what is not defined."""
-    return "-" if estimate is None or estimate.low is None else f"{estimate.low:.2f} to {estimate.high:.2f}"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from photon_train.evaluation.cases import Case, Gaps
 from photon_train.evaluation.choice_metrics import ReliabilityBin
+from photon_train.evaluation.counterfactual import Counterfactuals
 from photon_train.evaluation.kept import Costs, Kept, MaskRecalls
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.text_metrics import LabelTable
@@ -99,3 +100,6 @@ class Evaluation:
     constants: dict[str, str]  # the best constant answer by kind of question
     learned_on: str  # the rows on which it was chosen
     is_partial: bool  # whether any file of predictions lacks questions or has others
+    counterfactuals: Counterfactuals = field(
+        default_factory=Counterfactuals
+    )  # what edits of the volumes changed, where any were made

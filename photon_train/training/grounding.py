@@ -26,6 +26,7 @@ from photon_data.files import is_safe
 from photon_train.decoder import PhotonDecoderLayer
 from photon_train.dropping import gather_of
 from photon_train.kept_tokens import MaskFolder, counted_by_volume
+from photon_train.pruners import BEFORE_DECODER
 from photon_train.rows import TrainRow
 from photon_train.scheduling import alignment, question_mask, visual_mask
 from photon_train.training.batches import Batch
@@ -39,7 +40,11 @@ def grounding_of(folder: str, callback: Callback | None = None) -> LossFactory |
     """Return what `setup.start` makes the loss with, for the folder in `TrainConfig.grounding`; None for no folder."""
 
     def made(model: Any, rows: Sequence[TrainRow]) -> GroundingLoss:
-        tokens_zyx = _scheduling_layer(model).config.tokens_thw
+        config = _scheduling_layer(model).config
+        if config.scheduler in BEFORE_DECODER:
+            found = f"{config.scheduler}, which drops tokens before it"
+            raise UsageError(f"grounding: expected a scheduler that lets all tokens reach layer its, found {found}")
+        tokens_zyx = config.tokens_thw
         return GroundingLoss(model, mask_shares(rows, folder, tokens_zyx, callback))
 
     return made if folder else None

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from photon_data.files import write_whole
 from photon_train import flops
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.modeling_photon import PhotonOutput, peak_memory_mib
+from photon_train.memory import peak_memory_mib
+from photon_train.modeling_photon import PhotonOutput
 from photon_train.training.batches import Batch
 from photon_train.training.config import TrainConfig
 
@@ -46,7 +47,7 @@ def training_flops(
     kept_B = length_B if output.scheduled is None else output.scheduled.kept.mask_BM.sum(1).double()
     shared: Any = batch.inputs.get("prefix") or 0
     count = photon.text_config.num_hidden_layers
-    lower = count if is_dense else photon.its_layer + 1
+    lower = count if is_dense else photon.drop_layer + 1
     decoder = layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
     decoder += layers(photon, lower, length_B - shared, length_B).sum()
     decoder += flops.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())

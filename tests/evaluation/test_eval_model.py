@@ -94,10 +94,20 @@ def test_schedulers_share_the_budget_of_its_and_one_table_and_plot(model_dir, da
     assert "equal shares side by side" in (tmp_path / "report.html").read_text()
 
 
-def test_a_share_of_ones_own_needs_no_its(model_dir, data, tmp_path):
-    code, text = ask(model_dir, data, tmp_path, "--schedulers", "random,uniform", "--keep", "0.4")
+@pytest.mark.parametrize(("keep", "tokens"), [("0.4", 50), ("7", 7)])
+def test_a_share_or_a_number_of_ones_own_needs_no_its(model_dir, data, tmp_path, keep, tokens):
+    names = ("uniform", "fastv", "divprune")
+    code, text = ask(model_dir, data, tmp_path, "--schedulers", ",".join(names), "--keep", keep, "--choices")
     assert code == 0, text
-    assert {p.kept_tokens for name in ("random", "uniform") for p in read(tmp_path, name).values()} == {50}
+    assert {p.kept_tokens for name in names for p in read(tmp_path, name).values()} == {tokens}
+    one, _, last = json.loads((tmp_path / "scores.json").read_text())["predictions"]
+    # Before the decoder, the volume runs through the layers once, and short; after layer its, a row for each question.
+    assert last["costs"]["shared_tflop"] < one["costs"]["shared_tflop"]
+
+
+def test_more_tokens_than_a_volume_has_are_refused(model_dir, data, tmp_path):
+    code, text = ask(model_dir, data, tmp_path, "--schedulers", "random", "--keep", "126")
+    assert (code, "expected at most the 125 tokens of a volume, found 126" in text) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +115,11 @@ def test_a_share_of_ones_own_needs_no_its(model_dir, data, tmp_path):
     [
         (["--schedulers", "none,random"], "expected 'its' among --schedulers"),
         (["--schedulers", "its,best"], "found 'best'"),
-        (["--schedulers", "random", "--keep", "2"], "a share above 0"),
-        (["--keep", "0.4"], "expected one of random, uniform, foreground among --schedulers"),
+        (["--schedulers", "random", "--keep", "1.5"], "a share above 0, at most 1, or a number of tokens"),
+        (
+            ["--keep", "0.4"],
+            "expected one of random, uniform, foreground, fastv, visionzip, divprune among",
+        ),
         (["--predictions", "preds.jsonl"], "--predictions: expected no --model beside it"),
         (["--config", "model"], "--config: expected no --model beside it"),
     ],

@@ -1,14 +1,14 @@
 """The cost model of photon_train/flops.py and benchmarks/model_flops.py against torch's own counter."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from golden import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
 from photon_train import flops as costs
+from photon_train.pruners import SCHEDULERS
 from photon_train.scheduling import question_mask
+from photon_train.tiny import byte_tokenizer, tiny_config
 
 
 def counted(call) -> tuple[int, object]:
@@ -49,12 +49,11 @@ def test_flops_of_a_window_at_the_edge_count(golden: Golden) -> None:
     assert expected == pytest.approx(flops, rel=1e-3)
 
 
-def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from model_flops import on_a_prefix
-
-    model, x = golden.model("s2", attn_implementation="eager"), golden.batch("b1_prompt", "labels")
-    prompt = prompt_of(model, x)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, scheduler: str) -> None:
+    settings = {"scheduler": scheduler, "attn_implementation": "eager", "keep_ratio": 0.4, "nucleus_mass": 0.5}
+    model, x = golden.model("s2", **settings), golden.batch("b1_prompt", "labels")
+    prompt, grid = prompt_of(model, x), tuple(x["video_grid_thw"][0].tolist())
     question = x["input_ids"][0, prompt.before + prompt.visual + 1 :]
 
     def ask():
@@ -63,5 +62,25 @@ def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, monkeypat
 
     flops, out = counted(ask)
     kept = out.scheduled.kept.mask_BM.shape[1] - (prompt.length - prompt.visual)
-    expected = on_a_prefix(model.config, prompt, tuple(x["video_grid_thw"][0].tolist()), kept, questions=3)
+    expected = costs.on_a_prefix(model.config, scheduler, prompt, grid, kept, questions=3)
     assert expected.total() == pytest.approx(flops, rel=1e-3)
+    flops, _ = counted(lambda: model(**x, logits_to_keep=1))
+    assert costs.prefill(model.config, scheduler, prompt, grid, kept).total() == pytest.approx(flops, rel=1e-3)
+
+
+def test_flops_of_choosing_are_those_of_hand_arithmetic() -> None:
+    """The tiny model, 5 x 10 x 10 patches: 500 of 32 features, 125 tokens of 64 features, 16 to a head."""
+    config = tiny_config(byte_tokenizer(), stage=2, model_shape_zyx=(70, 140, 140))
+    received = 2 * 500 * 3 * 32 * 32 + 2 * 5 * 100 * 100 * 32  # q, k, v again; 5 slabs of 100 x 100 pairs
+    expected = {
+        "none": 0,
+        "divprune": 2 * 125 * 125 * 64,
+        "nucleus": received,
+        "visionzip": received + 2 * 8 * (125 - 49) * 16,  # of 49 kept 8 are targets, and 76 are added to them
+    }
+    assert {name: costs.choosing(config, name, (5, 10, 10), 49) for name in expected} == expected
+    size = costs.prompt_size(text=40, visual=125)
+    saved = costs.prefill(config, "random", size, (5, 10, 10), 49).below
+    layer = 64 * (2 * 64 + 2 * 64 + 3 * 128)  # matrix weights of a decoder layer
+    assert saved == 2 * (2 * 165 * layer + 4 * 165 * 165 * 64)
+    assert costs.prefill(config, "nucleus", size, (5, 10, 10), 49).below == 2 * (2 * 89 * layer + 4 * 89 * 89 * 64)

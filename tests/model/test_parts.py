@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from photon_train.configuration_photon import SCHEDULER_NAMES, Phase, PhotonConfig, phase_at
 from photon_train.dropping import gather_of
 from photon_train.losses import answer_losses
-from photon_train.scheduling import SCHEDULERS, SchedulerContext, SchedulingInputs, descriptors, min_max
+from photon_train.pruners import SCHEDULERS
+from photon_train.scheduling import SchedulerContext, SchedulingInputs, descriptors, min_max
 from photon_train.tiny import byte_tokenizer, tiny_config
 from photon_train.training.batches import Perturbation, draw_perturbation, perturb
 
@@ -120,7 +121,9 @@ def selected(name: str, visual: list[list[int]], share: list[list[float]] | None
     visual_BL = torch.tensor(visual).bool()
     no_B = torch.zeros(len(visual), dtype=torch.bool)
     foreground_BL = torch.tensor(share) if share else torch.zeros(visual_BL.shape)
-    inputs = SchedulingInputs(visual_BL, ~visual_BL, foreground_BL, Phase.HARD, no_B, no_B, torch.ones(len(no_B)))
+    inputs = SchedulingInputs(
+        visual_BL, ~visual_BL, foreground_BL, Phase.HARD, no_B, no_B, torch.ones(len(no_B)), visual_BL
+    )
     context = SchedulerContext(
         inputs, lambda: pytest.fail("no need of q and k"), None, config(scheduler=name, **settings)
     )

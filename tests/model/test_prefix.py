@@ -6,6 +6,8 @@ from golden import Golden, gradients
 from torch import Tensor
 from torch.testing import assert_close
 
+from photon_train.configuration_photon import SCHEDULER_NAMES
+
 LENGTHS = (9, 3, 17)
 
 
@@ -28,7 +30,7 @@ def whole_row(row: dict[str, Tensor], prefix_length: int, question: Tensor) -> d
     return {**row, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("scheduler", ["its", "none", "random", "uniform", "foreground"])
+@pytest.mark.parametrize("scheduler", [*SCHEDULER_NAMES])
 @torch.no_grad()
 def test_questions_on_a_prefix_keep_and_say_what_they_do_alone(golden: Golden, row, scheduler: str) -> None:
     model = golden.model("s2", scheduler=scheduler)

@@ -11,7 +11,7 @@ from golden import Golden, gradients
 from torch import Tensor
 from torch.testing import assert_close
 
-from photon_train.scheduling import SCHEDULERS
+from photon_train.pruners import SCHEDULERS
 
 LAYOUTS = ("after", "before", "around", "turns")
 

@@ -8,7 +8,7 @@ from other_device import device
 
 from photon_train.answering.manifest import predict_rows
 from photon_train.answering.prediction import read_predictions
-from photon_train.scheduling import SCHEDULERS
+from photon_train.pruners import SCHEDULERS
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"drawn": replace(SHORT, sample=True), "likeliest": SHORT, "choices": replace(SHORT, choices=True)}

@@ -18,7 +18,7 @@ from photon_train.answering.manifest import predict_rows, wait_for_parts
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
 from photon_train.answering.request import RequestGroup, answer_ids, plain_row, texts_of_choices
-from photon_train.scheduling import SCHEDULERS
+from photon_train.pruners import SCHEDULERS
 
 MIXED = replace(SHORT, choices=True)
 

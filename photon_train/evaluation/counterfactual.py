@@ -1,0 +1,129 @@
+"""Does the answer depend on what was asked about? How many answers move on edited volumes (edited_volume.py).
+
+An answer has moved if it is read as another one than on the volume itself. Mirrored, it should be the same with "left"
+and "right" exchanged: that is what `expected` compares, there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from photon_train.answering.prediction import Prediction
+from photon_train.evaluation.cases import Case, Row, case_of
+from photon_train.evaluation.choice_metrics import what_is_read
+from photon_train.evaluation.edited_volume import FLIP, SIDES, about_the_other_side, mirrored
+from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How many answers of one set of predictions an edit has moved, in points, with intervals by patient."""
+
+    predictions: str
+    edit: str
+    questions_of: str  # "all", or of a mirrored volume "a side", "no side"
+    questions: int
+    patients: int
+    moved: Estimate
+    expected: Estimate | None  # share that is as it should be: of a mirrored volume alone
+    right_before: Estimate
+    right_after: Estimate  # against the row's answer, mirrored where the volume is
+
+
+@dataclass(frozen=True)
+class MovedMore:
+    """By how much one edit moves more answers than another, over the questions that both apply to."""
+
+    predictions: str
+    first: str
+    second: str
+    questions: int
+    difference: Estimate
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """All that edits have changed; `responses` by name of the predictions, id and edit."""
+
+    moved: tuple[Moved, ...] = ()
+    more: tuple[MovedMore, ...] = ()
+    responses: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
+
+
+def says(case: Case) -> str:
+    """Return what an answer is compared by: what is read from the response, else its text, case left out."""
+    return " ".join((what_is_read(case) or case.response).casefold().split())
+
+
+def summarise(
+    questions: Mapping[str, Row],
+    base: Mapping[str, Sequence[Prediction]],
+    edited: Mapping[str, Mapping[str, Sequence[Prediction]]],
+    patients: Patients,
+) -> Counterfactuals:
+    """Return what the edits moved, of predictions by name (`base`), and by name and edit (`edited`)."""
+    moved, more, responses = list[Moved](), list[MovedMore](), dict[str, dict[str, dict[str, str]]]()
+    for name, by_edit in edited.items():
+        before = {one.id: one for one in base[name] if one.id in questions and not one.error}
+        by_id = responses.setdefault(name, {})
+        pairs: dict[str, dict[str, tuple[Case, Case]]] = {}
+        for edit, predictions in by_edit.items():
+            after = {one.id: one for one in predictions if one.id in before and not one.error}
+            pairs[edit] = {id: _pair(questions[id], before[id], after[id], edit) for id in sorted(after)}
+            for id, one in after.items():
+                by_id.setdefault(id, {})[edit] = one.response
+            moved += _moved(name, edit, [*pairs[edit].values()], patients)
+        for first, second in (("erase=asked", "erase=other"), ("erase=kept", "erase=dropped")):
+            if both := [id for id in pairs.get(first, {}) if id in pairs.get(second, {})]:
+                changes = [
+                    float(says(pairs[first][id][0]) != says(pairs[first][id][1]))
+                    - float(says(pairs[second][id][0]) != says(pairs[second][id][1]))
+                    for id in both
+                ]
+                cases = [pairs[first][id][0] for id in both]
+                more.append(MovedMore(name, first, second, len(both), _mean(changes, cases, patients)))
+    return Counterfactuals(tuple(moved), tuple(more), responses)
+
+
+def _pair(row: Row, before: Prediction, after: Prediction, edit: str) -> tuple[Case, Case]:
+    asked = about_the_other_side(row) if edit == FLIP else row
+    return case_of(row, before), case_of(asked, after)
+
+
+def _moved(name: str, edit: str, pairs: Sequence[tuple[Case, Case]], patients: Patients) -> Iterator[Moved]:
+    groups = {"all": pairs}
+    if edit == FLIP:
+        with_side = [pair for pair in pairs if SIDES.search(pair[0].answer)]
+        groups = {"a side": with_side, "no side": [pair for pair in pairs if not SIDES.search(pair[0].answer)]}
+    for group, found in groups.items():
+        if not found:
+            continue
+        cases, is_mirrored = [before for before, _ in found], edit == FLIP
+
+        def share(values: Iterator[bool], cases: Sequence[Case] = cases) -> Estimate:
+            return _mean([float(value) for value in values], cases, patients)
+
+        def answer_of(case: Case, is_mirrored: bool = is_mirrored) -> str:
+            return says(replace(case, response=mirrored(case.answer) if is_mirrored else case.answer))
+
+        yield Moved(
+            predictions=name,
+            edit=edit,
+            questions_of=group,
+            questions=len(found),
+            patients=len({case.patient for case in cases}),
+            moved=share(says(before) != says(after) for before, after in found),
+            expected=share(mirrored(says(before)) == says(after) for before, after in found) if is_mirrored else None,
+            right_before=share(says(before) == answer_of(before, False) for before, _ in found),
+            right_after=share(says(after) == answer_of(before) for before, after in found),
+        )
+
+
+def _mean(values: Sequence[float], cases: Sequence[Case], patients: Patients) -> Estimate:
+    observed = np.array([(value, 1.0) for value in values])
+    sums_W2 = resampled_sums(observed, patients.of([case.patient for case in cases]), patients.weights)
+    with np.errstate(invalid="ignore"):
+        return estimate_of(sums_W2[:, 0] / sums_W2[:, 1])
