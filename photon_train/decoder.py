@@ -36,7 +36,7 @@ from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, Share
 from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.dropping import Gather, everything, gather_of, prune
 from photon_train.positions import rope_index
-from photon_train.pruners import BEFORE_DECODER, SCHEDULERS, chosen_of, encode_and_choose
+from photon_train.pruners import BEFORE_DECODER, BY_QK, SCHEDULERS, chosen_of, encode_and_choose
 from photon_train.scheduling import (
     Scheduled,
     SchedulerContext,
@@ -67,9 +67,9 @@ class Prefix(NamedTuple):
     volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # of its layers, each [1, K heads, P, d]
     h_1PD: Tensor  # after the last of them
-    q_1HPd: Tensor  # of the layer after which tokens are dropped, rotated
-    k_1KPd: Tensor
     foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
+    q_1HPd: Tensor | None = None  # of the layer after which tokens are dropped, rotated; None where no one asks
+    k_1KPd: Tensor | None = None
     # What stayed, where that was chosen before the decoder: h, q, k, keys and values are then of these tokens alone.
     scheduled: Scheduled | None = None
 
@@ -149,6 +149,9 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         attention: Any = self.self_attn
         q_BHLd, k_BKLd = attention.rotated_qk(self.input_layernorm(h_BLD), position_embeddings)
         if prefix is not None:
+            assert prefix.q_1HPd is not None and prefix.k_1KPd is not None, (
+                "the scheduler has the prefix made with them"
+            )
             q_BHLd = torch.cat([prefix.q_1HPd.expand(len(h_BLD), -1, -1, -1), q_BHLd], dim=2)
             k_BKLd = torch.cat([prefix.k_1KPd.expand(len(h_BLD), -1, -1, -1), k_BKLd], dim=2)
         return q_BHLd, k_BKLd
@@ -255,12 +258,13 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
 
     def prefix_through(
         self, layers: int, h_1PD: Tensor, position_31P: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, Tensor], ...]]:
         """Return what a Prefix holds of so many layers: h_1PD, q and k of the layer that drops, all keys and values."""
-        shared = SharedKeys()
+        shared, q_1HPd, k_1KPd = SharedKeys(), None, None
+        is_asked = layers < len(self.layers) or self.photon_config.scheduler in BY_QK
         attend = self._attend(h_1PD, None, position_31P, None, shared)
         for layer in self.layers[:layers]:
-            if layer is self.layers[self.photon_config.drop_layer]:
+            if is_asked and layer is self.layers[self.photon_config.drop_layer]:
                 h_1PD, q_1HPd, k_1KPd = layer(h_1PD, with_qk=True, **attend)
             else:
                 h_1PD = layer(h_1PD, **attend)

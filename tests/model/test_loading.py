@@ -102,7 +102,9 @@ def test_shards_and_bfloat16_load(golden: Golden, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="300KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again = PhotonForConditionalGeneration.from_pretrained(tmp_path)
-    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    of_threshold = {name for name, p in again.named_parameters() if p.dtype == torch.float32}
+    assert of_threshold and all(".atp." in name for name in of_threshold)
+    assert {p.dtype for name, p in again.named_parameters() if name not in of_threshold} == {torch.bfloat16}
     for (name, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
         assert p.equal(q), name
     out = again.eval()(**golden.batch("b1"))
