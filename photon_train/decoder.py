@@ -11,14 +11,12 @@ the batch, D hidden size, P tokens of a shared prefix, H query heads, K key head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
@@ -36,6 +34,7 @@ from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, Share
 from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.dropping import Gather, everything, gather_of, prune
 from photon_train.positions import rope_index
+from photon_train.prefix import Prefix
 from photon_train.pruners import BEFORE_DECODER, BY_QK, SCHEDULERS, chosen_of, encode_and_choose
 from photon_train.scheduling import (
     Scheduled,
@@ -55,59 +54,6 @@ class PhotonTextOutput(BaseModelOutputWithPast):
     """The decoder's output, and what was scheduled on the way."""
 
     scheduled: Scheduled | None = None
-
-
-class Prefix(NamedTuple):
-    """What is the same for every question on a volume. Never modified; with gradients, a part of the graph.
-
-    `PhotonForConditionalGeneration.encode_prefix` makes it.
-    """
-
-    input_ids_1P: Tensor
-    volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
-    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of its layers, each [1, K heads, P, d]
-    h_1PD: Tensor  # after the last of them
-    foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
-    q_1HPd: Tensor | None = None  # of the layer after which tokens are dropped, rotated; None where no one asks
-    k_1KPd: Tensor | None = None
-    # What stayed, where that was chosen before the decoder: h, q, k, keys and values are then of these tokens alone.
-    scheduled: Scheduled | None = None
-
-    @property
-    def length(self) -> int:
-        """P."""
-        return self.input_ids_1P.shape[1]
-
-    @property
-    def layers(self) -> int:
-        """How many layers it was computed through: those to the one that drops, or all."""
-        return len(self.keys_values)
-
-    def into(self, cache: Cache, rows: int) -> Cache:
-        """Return the cache with these layers holding a copy of the prefix for each row."""
-        for layer, (keys, values) in enumerate(self.keys_values):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-        return cache
-
-    def volumes_of(self, rows: int) -> dict[str, Tensor]:
-        """Return `volumes` of so many rows; those of a prefix of as many rows are there already."""
-        copies = rows // len(self.input_ids_1P)
-        return {name: torch.cat([value] * copies) for name, value in self.volumes.items()}
-
-    def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
-        """Return model inputs of B rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""
-        lengths = [len(question) for question in questions]
-        if not all(lengths) or not lengths:
-            raise ValueError(f"expected questions of at least one token, found lengths {lengths}; leave empty ones out")
-        input_ids = with_suffixes(self.input_ids_1P, questions, pad_token_id)
-        mask = with_suffixes(torch.ones_like(self.input_ids_1P), [torch.ones_like(q) for q in questions], 0)
-        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **self.volumes_of(len(questions))}
-
-
-def with_suffixes(prefix_P: Tensor, suffixes: Sequence[Tensor], padding: int) -> Tensor:
-    """Return int64[B, L], a row for each suffix: [P P P . s s], [P P P s s s]."""
-    suffix_BS = pad_sequence(list(suffixes), batch_first=True, padding_value=padding, padding_side="left")
-    return torch.cat([prefix_P.expand(len(suffixes), -1), suffix_BS.to(prefix_P.device)], dim=1)
 
 
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):

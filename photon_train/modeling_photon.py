@@ -34,17 +34,18 @@ from photon_train.checkpoint import (
     write_digests,
 )
 from photon_train.configuration_photon import IGNORED, MODEL_TYPE, Phase, PhotonConfig, config_for, layout_of, phase_at
-from photon_train.decoder import PhotonModel, Prefix
+from photon_train.decoder import PhotonModel
 from photon_train.losses import answer_losses, answer_shares, answers_of, band_losses
+from photon_train.prefix import Prefix
 from photon_train.scheduling import (
     Scheduled,
     SchedulingInputs,
     foreground_share,
     is_passive,
     prefix_length,
+    scheduling_inputs,
     visual_mask,
 )
-from photon_train.scheduling import question_mask as question_mask_of
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "question_mask", "foreground")
 PREFILL_ONLY = ("question_mask", "foreground", "pixel_values_videos", "mm_encoder_outputs", "prefix")
@@ -193,7 +194,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         schedules = prefix is not None or (has_volumes and self.config.scheduler != "none")
         rows = None
         if schedules or labels is not None:
-            rows = self._scheduling_inputs(input_ids, attention_mask, question_mask, perturbed, flip, phase)
+            rows = scheduling_inputs(self.config, phase, input_ids, attention_mask, question_mask, perturbed, flip)
             rows = rows._replace(question_tokens=question_tokens)
             if labels is not None:
                 answers = answers_of(labels, attention_mask) if answers is None else answers
@@ -235,38 +236,6 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def _scheduling_inputs(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        question_BL: Tensor | None,
-        perturbed_B: Tensor | None,
-        flip_B: Tensor | None,
-        phase: Phase,
-    ) -> SchedulingInputs:
-        """Return what is known of each row before the decoder runs; `foreground_BL` is left 0."""
-        if isinstance(attention_mask, dict):  # generate makes these for caches of fixed length
-            raise ValueError(
-                "expected a DynamicCache, found one of fixed length; unset cache_implementation or use scheduler='none'"
-            )
-        no_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        perturbed_B = no_B if perturbed_B is None else perturbed_B.bool().to(no_B.device)
-        if flip_B is None:
-            flip_B = torch.rand(len(no_B)) < self.config.flip_probability if phase is Phase.FLIP else no_B
-        question_BL = question_mask_of(input_ids, self.config) if question_BL is None else question_BL.bool()
-        visual_BL = visual_mask(input_ids, self.config)
-        return SchedulingInputs(
-            visual_BL=visual_BL,
-            question_BL=question_BL if attention_mask is None else question_BL & attention_mask.bool(),
-            foreground_BL=torch.zeros(input_ids.shape, device=input_ids.device),
-            phase=phase,
-            perturbed_B=perturbed_B,
-            flip_B=flip_B.to(no_B.device) & ~perturbed_B,
-            loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
-            drops=not is_passive(self.config, phase) and phase is not Phase.SOFT,
-            prompt_BL=torch.ones_like(visual_BL) if attention_mask is None else attention_mask.bool(),
         )
 
     def _losses(
@@ -327,7 +296,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
         patches_PX = patches_PX.to(self.device)
         grid_thw, text, scheduled = volumes["video_grid_thw"], self.model.language_model, None
-        rows = self._scheduling_inputs(ids_1P, None, None, None, None, phase)
+        rows = scheduling_inputs(self.config, phase, ids_1P)
         encoded = self.model.get_video_features(patches_PX, grid_thw, chooses=rows.drops, return_dict=True)
         h_1PD, chosen = self.model.embed(ids_1P, encoded, checked=position_31P is not None)
         if position_31P is None:

@@ -141,6 +141,39 @@ def question_mask(input_ids_BL: Tensor, config: PhotonConfig) -> Tensor:
     return has_volume_BL & ~outside_BL
 
 
+def scheduling_inputs(
+    config: PhotonConfig,
+    phase: Phase,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    question_BL: Tensor | None = None,
+    perturbed_B: Tensor | None = None,
+    flip_B: Tensor | None = None,
+) -> SchedulingInputs:
+    """Return what is known of each row before the decoder runs; `foreground_BL` is left 0."""
+    if isinstance(attention_mask, dict):  # generate makes these for caches of fixed length
+        raise ValueError(
+            "expected a DynamicCache, found one of fixed length; unset cache_implementation or use scheduler='none'"
+        )
+    no_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    perturbed_B = no_B if perturbed_B is None else perturbed_B.bool().to(no_B.device)
+    if flip_B is None:
+        flip_B = torch.rand(len(no_B)) < config.flip_probability if phase is Phase.FLIP else no_B
+    question_BL = question_mask(input_ids, config) if question_BL is None else question_BL.bool()
+    visual_BL = visual_mask(input_ids, config)
+    return SchedulingInputs(
+        visual_BL=visual_BL,
+        question_BL=question_BL if attention_mask is None else question_BL & attention_mask.bool(),
+        foreground_BL=torch.zeros(input_ids.shape, device=input_ids.device),
+        phase=phase,
+        perturbed_B=perturbed_B,
+        flip_B=flip_B.to(no_B.device) & ~perturbed_B,
+        loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
+        drops=not is_passive(config, phase) and phase is not Phase.SOFT,
+        prompt_BL=torch.ones_like(visual_BL) if attention_mask is None else attention_mask.bool(),
+    )
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32, whatever the dtype of its weights or autocast."""
 

@@ -19,7 +19,7 @@ import torch
 from photon_data.errors import unforeseen
 from photon_train.answering.predictor import Encoded, Predictor, Reply, settings_of
 from photon_train.answering.request import Request, RequestGroup, request_of
-from photon_train.decoder import Prefix
+from photon_train.prefix import Prefix
 from photon_train.rows import text_before_volumes
 from photon_train.serving.draft import Draft, following
 from photon_train.serving.prefixes import PrefixCache

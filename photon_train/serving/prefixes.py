@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from photon_train.decoder import Prefix
+from photon_train.prefix import Prefix
 
 
 @dataclass

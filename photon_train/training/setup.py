@@ -18,11 +18,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
@@ -42,10 +39,10 @@ from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
-from photon_train.scheduling import ThresholdPredictor
 from photon_train.training.batches import Batch, group_rows, steps_per_epoch
 from photon_train.training.config import MADE_WITH, TrainConfig, made_with
 from photon_train.training.optimizer import MasterAdamW
+from photon_train.training.processes import casts, keep_float32, make_accelerator, share_apart
 from photon_train.training.resume import Best, check_length, check_same_run, keep_begun_phases, rows_digest
 from photon_train.training.row_check import rows_with_texts
 
@@ -137,7 +134,7 @@ def start(
     rows = rows_with_stores(read_train_rows(config.data), config.on_bad_row)
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
-    dtype = torch.bfloat16 if config.precision == "bf16" and not _casts(config) else torch.float32
+    dtype = torch.bfloat16 if config.precision == "bf16" and not casts(config) else torch.float32
     model, processor = load_model(config, last, verify=accelerator.is_local_main_process, dtype=dtype)
     rows = rows_with_texts(rows, processor, config, accelerator)
     eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
@@ -183,85 +180,6 @@ def _announce(config: TrainConfig, accelerator: Accelerator, step: int) -> None:
     if step:
         options["tensorboard"] = {"purge_step": step + 1}  # steps that a killed run made
     accelerator.init_trackers("photon", config=config.flat() | made, init_kwargs=options)
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of this process: one device, or what torchrun or `accelerate launch` set up.
-
-    UsageError for processes that cannot share the groups of a step evenly, for trackers that are not installed, for
-    FSDP 1 and for DeepSpeed.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        remedy = "launch with torchrun, or with `distributed_type: FSDP` and `fsdp_version: 2` to share the weights"
-        raise UsageError(f"expected DDP or FSDP2, found DeepSpeed; {remedy}")
-    installed = [str(name.value) for name in get_available_trackers()]
-    if missing := [name for name in config.track if name not in installed]:
-        found = f"found {missing[0]}; install it, or leave it out"
-        raise UsageError(f"track: expected trackers that are installed ({', '.join(installed)}), {found}")
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # else torchrun on CPUs gives separate runs of one process each
-        mixed_precision="bf16" if _casts(config) else "no",
-        log_with=list(config.track) or None,
-        project_dir=config.output,
-        # groups_per_step decides about accumulation, not the launcher.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # Early phases leave the threshold predictor, and groups of text the vision tower, without a gradient. Buffers
-        # are constants: DDP would send them before every forward, and wait for processes with less to evaluate.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        ],
-    )
-    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
-    check_processes(config, accelerator.num_processes)
-    if accelerator.distributed_type is DistributedType.FSDP:
-        if config.eval_benchmark and config.lora_rank:
-            raise UsageError("eval_benchmark: expected none with lora_rank and FSDP2, found both; launch with torchrun")
-        if not accelerator.is_fsdp2:
-            raise UsageError("expected FSDP2, found FSDP 1, which has no names for weights; set `fsdp_version: 2`")
-        plugin = accelerator.state.fsdp_plugin
-        plugin.activation_checkpointing = False  # the run checkpoints activations itself, for either half of the model
-        if config.precision != "fp32":  # rounds what layers compute with, not what they return or add up
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-    return accelerator
-
-
-def share_apart(accelerator: Accelerator, model: Any) -> None:
-    """Make FSDP2 share the threshold predictor apart from its layer, so that `keep_float32` can tell them apart."""
-    plugin, found = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
-    names = plugin.transformer_cls_names_to_wrap or model._no_split_modules
-    plugin.transformer_cls_names_to_wrap = sorted({*names, ThresholdPredictor.__name__} & found)
-
-
-def keep_float32(model: nn.Module) -> None:
-    """Keep FSDP2 from rounding weights that compute in float32: in bfloat16 the threshold would move by steps of 3 %.
-
-    FSDP2 has no way to say so of a part of what accelerate shares; its parts read their policy at the first forward.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and isinstance(module, ThresholdPredictor):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                group.mp_policy = MixedPrecisionPolicy()
-
-
-def _casts(config: TrainConfig) -> bool:
-    """Tell whether weights stay in float32 and are cast for each use. FSDP2 shares them, and casts what it gathers."""
-    shares = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return config.precision == "autocast" or (config.precision == "bf16" and shares)
-
-
-def check_processes(config: TrainConfig, processes: int) -> None:
-    """UsageError when this many processes, as accelerate counts them, cannot make the steps of the run together."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != processes:  # each would train alone
-        found = f"found that accelerate sees {processes}; launch with torchrun"
-        raise UsageError(f"expected the {launched} processes that were launched, {found}")
-    if config.groups_per_step % processes:
-        found = f"found {config.groups_per_step}; change either of them"
-        raise UsageError(f"groups_per_step: expected a multiple of the {processes} processes, {found}")
 
 
 def check_shares(config: TrainConfig, rows: Sequence[TrainRow], steps: int, processes: int) -> None:

@@ -24,7 +24,8 @@ from photon_train.checkpoint import checkpoints
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import TrainingStopped, run_steps
-from photon_train.training.setup import MODULES, check_processes, make_accelerator, module_of, start
+from photon_train.training.processes import check_processes, make_accelerator
+from photon_train.training.setup import MODULES, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
 COMPUTED = ("step", *LOSSES, "keep_ratio", "questions", "phase")

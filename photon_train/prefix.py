@@ -1,0 +1,70 @@
+"""What the questions on one volume share: every token up to the end of the last volume, computed once.
+
+Legend: B rows, L tokens of a row, P tokens of the prefix, S tokens of a question, D hidden size, H query heads, K key
+heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache
+
+from photon_train.scheduling import Scheduled
+
+
+class Prefix(NamedTuple):
+    """What is the same for every question on a volume. Never modified; with gradients, a part of the graph.
+
+    `PhotonForConditionalGeneration.encode_prefix` makes it.
+    """
+
+    input_ids_1P: Tensor
+    volumes: dict[str, Tensor]  # video_grid_thw, second_per_grid_ts
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # of its layers, each [1, K heads, P, d]
+    h_1PD: Tensor  # after the last of them
+    foreground_1P: Tensor  # share of foreground voxels of each visual token, for the foreground scheduler
+    q_1HPd: Tensor | None = None  # of the layer after which tokens are dropped, rotated; None where no one asks
+    k_1KPd: Tensor | None = None
+    # What stayed, where that was chosen before the decoder: h, q, k, keys and values are then of these tokens alone.
+    scheduled: Scheduled | None = None
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.input_ids_1P.shape[1]
+
+    @property
+    def layers(self) -> int:
+        """How many layers it was computed through: those to the one that drops, or all."""
+        return len(self.keys_values)
+
+    def into(self, cache: Cache, rows: int) -> Cache:
+        """Return the cache with these layers holding a copy of the prefix for each row."""
+        for layer, (keys, values) in enumerate(self.keys_values):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return cache
+
+    def volumes_of(self, rows: int) -> dict[str, Tensor]:
+        """Return `volumes` of so many rows; those of a prefix of as many rows are there already."""
+        copies = rows // len(self.input_ids_1P)
+        return {name: torch.cat([value] * copies) for name, value in self.volumes.items()}
+
+    def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
+        """Return model inputs of B rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""
+        lengths = [len(question) for question in questions]
+        if not all(lengths) or not lengths:
+            raise ValueError(f"expected questions of at least one token, found lengths {lengths}; leave empty ones out")
+        input_ids = with_suffixes(self.input_ids_1P, questions, pad_token_id)
+        mask = with_suffixes(torch.ones_like(self.input_ids_1P), [torch.ones_like(q) for q in questions], 0)
+        return {"input_ids": input_ids, "attention_mask": mask, "prefix": self, **self.volumes_of(len(questions))}
+
+
+def with_suffixes(prefix_P: Tensor, suffixes: Sequence[Tensor], padding: int) -> Tensor:
+    """Return int64[B, L], a row for each suffix: [P P P . s s], [P P P s s s]."""
+    suffix_BS = pad_sequence(list(suffixes), batch_first=True, padding_value=padding, padding_side="left")
+    return torch.cat([prefix_P.expand(len(suffixes), -1), suffix_BS.to(prefix_P.device)], dim=1)
