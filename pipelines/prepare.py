@@ -319,7 +319,7 @@ def _remove_partial(out: Location) -> None:
 
 def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends, of the largest first; the list is used up."""
-    task = partial(run_isolated, holder=hold.token if hold else "")
+    task = partial(run_isolated, module="photon_pipelines.scan_job", holder=hold.token if hold else "")
     jobs.sort(key=lambda job: job.source.bytes)
     with closing(execute(jobs, task, workers, _needs(jobs, hold))) as finished:
         for job, reply in finished:

@@ -202,7 +202,7 @@ def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
     [
         ("import photon_cli.data", ("numpy", "zarr", "SimpleITK", "distributed", "torch")),
         (
-            "import photon_pipelines.prepare, photon_pipelines.child",
+            "import photon_pipelines.prepare, photon_pipelines.scan_job",
             ("torch", "transformers", "torchio", "photon_train"),
         ),
         ("import photon_data.prepare_file", ("torch", "dask", "distributed")),

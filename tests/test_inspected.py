@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from photon_cli.data import app
 from photon_data.files import from_jsonl
-from photon_pipelines.child import prepare_job
+from photon_pipelines.scan_job import prepare_job
 
 SMALL = ["--set", "shape_zyx=16,20,20", "--set", "model_shape_zyx=8,10,10"]
 
