@@ -332,8 +332,9 @@ def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -
 
 def _needs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
     """Return what workers must see: a file below each source folder, and OUT."""
-    files = {job.source.root: job.source.files[0] for job in jobs if job.source.files}
-    there = tuple((str(file), file.stat().st_size) for file in files.values() if file.is_file())
+    sources = {job.source.root: job.source for job in jobs if job.source.files}
+    files = [(one.files[0], "a file of SOURCE" if one.hidden else str(one.files[0])) for one in sources.values()]
+    there = tuple((str(file), file.stat().st_size, name) for file, name in files if file.is_file())
     return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 
