@@ -75,7 +75,7 @@ def print_estimate(request: Request, workers: Workers) -> None:
         if not readable:
             return
         request = replace(request, datasets=readable)
-    gathered = planning.gather(request)
+    gathered = planning.gather(request, keeps_headers=False)
     print_lines(gathered.notes)
     todo = planning.plan(gathered.jobs, request, gathered.rows)
     collect(gathered.questions, gathered.jobs, request.out, gathered.rows, allow_leaks=request.allow_leaks)

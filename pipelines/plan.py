@@ -1,7 +1,4 @@
-"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here.
-
-But for the headers of DICOM files, which are kept in the private folder: they take long to read.
-"""
+"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. No store is written here."""
 
 from __future__ import annotations
 
@@ -130,10 +127,11 @@ def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
     return {state: found[state] for state in STATES}
 
 
-def gather(request: Request, callback: Callback | None = None) -> Gathered:
+def gather(request: Request, callback: Callback | None = None, *, keeps_headers: bool = True) -> Gathered:
     """Return the jobs and questions that a request is about; UsageError for what cannot be followed.
 
     Leaks that the questions themselves show are refused here, before hours of work; `prepare` finds those of content.
+    With `keeps_headers`, the headers of DICOM files are kept in the private folder: they take long to read.
     """
     callback = callback or Callback()
     for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
@@ -146,7 +144,8 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     check_id_prefix(request.id_prefix)
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
-    gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
+    headers = keeps_headers and request.id_from in ("auto", "key") and request.out.is_shared  # names are hidden
+    gathered = _gather_datasets(request, callback) if request.datasets else _gather_folder(request, callback, headers)
     sources = [job.source for job in gathered.jobs]
     overrides = read_overrides(request.overrides, sources) if request.overrides else {}
     jobs = gathered.jobs[: request.limit]
@@ -160,7 +159,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     return gathered
 
 
-def _gather_folder(request: Request, callback: Callback) -> Gathered:
+def _gather_folder(request: Request, callback: Callback, keeps_headers: bool) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
     questions: dict[str, list[Question]] = {}
     asked: list[Question] = []
@@ -171,7 +170,6 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
     rows = read_again(request.out)
     known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix, rows.records)
-    keeps_headers = request.id_from in ("auto", "key") and request.out.is_shared  # not where names are shown
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
