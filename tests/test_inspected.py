@@ -50,6 +50,10 @@ def test_nothing_is_inspected_twice_and_prepare_reads_no_scan_that_was_found_to_
     rows = {row["id"]: row["state"] for row in from_jsonl((out / "volumes.jsonl").read_text())}
     assert rows == {"a": "prepared", "torn": "refused"}
     assert run("verify", out)[0] == 0
+    inspected = (out / "inspected.jsonl").read_text()
+    (out / "inspected.jsonl").write_text(inspected.replace('"truncated"', '"non-finite"', 1))
+    assert "inspected.jsonl, row 2 (torn): differs from its own digest; remove the file" in run("verify", out)[1]
+    (out / "inspected.jsonl").write_text(inspected)
     # Another recipe, or another file, is looked at.
     read.clear()
     run("inspect", raw, out, *SMALL, "--set", "spacing_mm=3,2,2")
