@@ -76,7 +76,7 @@ def decoded(layout: Layout, shard: bytes) -> np.ndarray:
     places = np.frombuffer(index, "<u8").reshape(-1, 2).tolist()
     for place, (start, length) in zip(np.ndindex(layout.counts), places, strict=True):
         chunk = _checked(content[start : start + length], max(length, BLOSC_HEADER + 4))
-        decoded_bytes, _, own_bytes = struct.unpack_from("<3L", chunk, 4)  # Blosc believes both
+        decoded_bytes, _, own_bytes = struct.unpack_from("<3L", chunk.data, 4)  # Blosc believes both
         if (decoded_bytes, own_bytes) != (padded.nbytes, len(chunk)):
             raise ValueError("a chunk has another size")
         part = array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, layout.chunk, strict=True))]
