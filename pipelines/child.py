@@ -174,7 +174,7 @@ def run_isolated(
 def end_children(run: str) -> None:
     """Kill the children that work for a run in this process, and let it start no others."""
     _ended.add(run)
-    for key in [key for key in _children if key[0] == run]:
+    for key in [key for key in list(_children) if key[0] == run]:  # other threads add theirs
         _children.pop(key).kill()
 
 
