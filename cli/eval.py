@@ -113,12 +113,15 @@ def score(
     questions = check(benchmark, rows, settings)
     chosen = [*questions.values()]
     of_one = {str(row["volume_id"]): str(row["videos"][0]) for row in chosen if len(row["videos"]) == 1}
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's others answer their part, and end then
+    if answers_now and not is_first:
+        masks = None
     if masks == AUTO:
         segment(of_one)
     home = mask_folder(masks, of_one.values()) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
-        if answers_now and os.environ.get("RANK", "0") == "0":  # torchrun's others answer their part, and end then
+        if answers_now and is_first:
             held.enter_context(exclusive(Location(str(output))))
         files, config = answering(chosen)
         if config:

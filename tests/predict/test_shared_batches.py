@@ -14,7 +14,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_train.answering.batches import batches_of, group_rows, reading_ahead
 from photon_train.answering.generation import AnswerSettings
-from photon_train.answering.manifest import predict_rows, wait_for_parts
+from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
 from photon_train.answering.request import RequestGroup, answer_ids, plain_row, texts_of_choices
@@ -267,6 +267,23 @@ def test_waiting_for_other_parts_ends_when_every_row_has_a_line(model, rows, tmp
     predict_rows(model, rows[-1:], tmp_path / "p.jsonl")
     wait_for_parts(tmp_path / "p.jsonl", rows[-1:])
     assert Location(str(tmp_path)).read("p.jsonl")
+
+
+def test_a_part_that_is_done_does_not_take_what_others_have_to_answer_again_for_their_answers(model, tmp_path):
+    rows = [row(str(i), QUESTIONS[0], store(tmp_path, f"v{i}", i)) for i in range(4)]
+    path = tmp_path / "p.jsonl"
+    own, other = Shard(0, 2), Shard(1, 2)
+    groups, _ = group_rows(rows, model.processor)
+    theirs = {group.requests[0].id for group in groups if other.holds(group)}
+    assert 0 < len(theirs) < 4
+    predict_rows(model, rows, path)
+    digest = read_predictions(path)[0].recipe
+    path.write_text(path.read_text().replace(digest, "0" * 16))  # prepared again since
+    outcome = predict_rows(model, rows, path, own)
+    assert not outcome.merged
+    assert not theirs & {p.id for p in read_predictions(path)}
+    assert predict_rows(model, rows, path, other).merged
+    assert {p.recipe for p in read_predictions(path)} == {digest}
 
 
 def test_settings_that_are_not_said_leave_nothing_to_the_models_own_generation_config(model_dir, rows, tmp_path):
