@@ -168,6 +168,7 @@ class _Run:
             yield batch, self._replies(batch)
             last = batch[-1].group
             self.encoded = {place: one for place, one in self.encoded.items() if place == last}
+            self.volumes.clear()  # of those that could not be encoded
             batch, following = following, next(left, None)
 
     def _size(self) -> int:
