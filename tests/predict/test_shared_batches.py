@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_train import pruners
 from photon_train.answering.batches import batches_of, group_rows, reading_ahead
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
@@ -123,6 +124,24 @@ def test_scores_per_token_are_the_scores_divided_by_the_tokens_of_each_choice(mo
         tokens = len(answer_ids(group.requests[0], choice, model.processor))
         assert found.choice_scores_per_token[choice] == pytest.approx(score / tokens)
     assert sum(found.token_logprobs) == pytest.approx(found.choice_scores[found.response], abs=1e-3)
+
+
+def test_volumes_of_which_other_numbers_of_tokens_are_kept_are_encoded_once_each(model_dir, tmp_path, monkeypatch):
+    def as_many_as_it_needs(context):
+        number = 20 + int(context.tokens_VD.double().abs().sum() * 1e4) % 80
+        return pruners.Choice(pruners._top(context.received_V, number), context.received_V, context.tokens_VD)
+
+    monkeypatch.setitem(pruners.BEFORE_DECODER, "nucleus", as_many_as_it_needs)
+    rows = [row(f"{i}{k}", QUESTIONS[k], store(tmp_path, f"v{i}", i)) for i in range(3) for k in range(3)]
+    alone = answers(predictor(model_dir, scheduler="nucleus", batch=1), rows, tmp_path / "alone.jsonl")
+    assert len({p.kept_tokens for p in alone.values()}) == 3
+    model, passes = predictor(model_dir, scheduler="nucleus", batch=2), []
+    model.model.model.visual.register_forward_hook(lambda *_: passes.append(1))
+    together = answers(model, rows, tmp_path / "together.jsonl")
+    assert len(passes) == 3
+    assert {id: (p.response, p.kept) for id, p in together.items()} == {
+        id: (p.response, p.kept) for id, p in alone.items()
+    }
 
 
 def test_memory_that_does_not_suffice_halves_the_batch_and_the_run_goes_on(model, rows, tmp_path):
