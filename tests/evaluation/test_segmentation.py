@@ -45,10 +45,10 @@ for name, mask in (("bone", image.get_fdata() > 250), ("nothing", image.get_fdat
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Two phantoms, prepared: {id: store}."""
+    """Two phantoms, prepared, the second one as in a folder of very many: {id: store}."""
     make_phantoms(tmp_path, 2, seed=0, size=64)
-    out = tmp_path / "out"
-    records = [prepare_file(Job(source, str(out), RECIPE)) for source in find_scans(tmp_path / "scans").sources]
+    out, sources = tmp_path / "out", find_scans(tmp_path / "scans").sources
+    records = [prepare_file(Job(source, str(out), RECIPE, deep=bool(n))) for n, source in enumerate(sources)]
     write_records(Location(str(out)), records)
     return {record.id: str(out / record.store) for record in records}
 
