@@ -29,6 +29,7 @@ from photon_train.answering import manifest
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
+from photon_train.answering.prediction import prompt_of
 from photon_train.answering.predictor import Predictor, Reply, answer_questions
 from photon_train.answering.request import RequestGroup, plain_row
 from photon_train.answering.scan import ScanInput, open_input
@@ -255,7 +256,7 @@ def shard_of(shard: str | None) -> tuple[Shard, int | None]:
 
 def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGroup, replies: Sequence[Reply]) -> None:
     """Write what was kept of each volume of a group; a volume with masks has their recall beside it."""
-    titles = {request.id: _question_of(request.row) for request in group.requests}
+    titles = {one.id: prompt_of(one.row).replace(VIDEO_TAG, "").strip() for one in group.requests}
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe(), id=volume_id_of(group.requests[0].row))
         home = MaskFolder(overlays.masks) if overlays.masks else None
@@ -265,11 +266,6 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
         for reply in replies:
             if not reply.prediction.error:
                 shown.write(reply, titles[reply.prediction.id])
-
-
-def _question_of(row: Row) -> str:
-    text: str = next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
-    return text.replace(VIDEO_TAG, "").strip()
 
 
 class _AnsweringBar(ProgressBar):

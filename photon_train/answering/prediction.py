@@ -27,6 +27,11 @@ def without_answer(row: Row) -> dict[str, Any]:
     return {**row, "messages": messages}
 
 
+def prompt_of(row: Row) -> str:
+    """Return what the user says last, with the <video> tags; "" where the user says nothing."""
+    return next((str(one["content"]) for one in reversed(row["messages"]) if one["role"] == "user"), "")
+
+
 def question_digest(row: Row) -> str:
     """Return 16 hexadecimal digits of the messages up to the answer, the choices, and the volumes' names.
 
