@@ -73,7 +73,8 @@ def _moved(name: str, edit: str, pairs: Sequence[tuple[Case, Case]], patients: P
             return _mean([float(value) for value in values], cases, patients)
 
         def answer_of(case: Case, is_mirrored: bool = is_mirrored) -> str:
-            return says(replace(case, response=mirrored(case.answer) if is_mirrored else case.answer))
+            answer = says(replace(case, response=case.answer))
+            return mirrored(answer) if is_mirrored else answer
 
         yield Moved(
             predictions=name,
