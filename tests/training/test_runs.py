@@ -244,12 +244,16 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path):
-    config = replace(config, epochs=2)
+@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.1)])
+def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path, precision, wrong):
+    config = replace(config, precision=precision, epochs=2)
     whole = trained(config)
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
     _on_two(config, tmp_path, "--resume")
-    _same_log(read_log_of(config), whole, 1e-5)
+    _same_log(read_log_of(config), whole, wrong)
+    last = checkpoints(tmp_path / "run")[-1]
+    assert {weight.dtype for weight in load_file(last / "model.safetensors").values()} == {torch.float32}
+    assert not any(name.endswith("|master") for name in load_file(last / "optimizer.safetensors"))
 
 
 def _on_two(config, folder, *options):
