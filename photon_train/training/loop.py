@@ -265,6 +265,9 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
         raise TrainingStopped(
             f"all {summary['steps']} steps were skipped: nothing was learned; lower the learning rate"
         )
+    if not summary["questions_trained"]:
+        found = f"all {summary['groups_skipped']:.0f} groups of rows were left out"
+        raise TrainingStopped(f"{found}: nothing was learned; repair their stores, which the warnings name")
     return summary
 
 

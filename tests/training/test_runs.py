@@ -316,6 +316,12 @@ def test_stage_1_goes_over_text_alone_and_over_rows_that_cannot_be_read(config, 
     assert sum(row["questions"] for row in rows) == 19 - 4
 
 
+def test_a_run_of_which_no_row_could_be_read_says_that_nothing_was_learned(config, rows, damaged, tmp_path):
+    lost = put(tmp_path / "lost.jsonl", [json.loads(line) for line in damaged.read_text().splitlines() if '"d' in line])
+    with pytest.raises(TrainingStopped, match="all 6 groups of rows were left out: nothing was learned"):
+        trained(replace(config, data=(str(lost),), on_bad_row="skip"))
+
+
 def test_a_volume_that_is_missing_stops_or_is_left_out_by_name(config, rows, tmp_path, caplog):
     lost = {**rows[0], "id": "lost", "videos": [str(tmp_path / "no.ome.zarr")]}
     path = put(tmp_path / "missing.jsonl", [*rows, lost])
