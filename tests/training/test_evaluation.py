@@ -106,7 +106,7 @@ def computed(config):
 
 @pytest.mark.slow
 def test_the_scores_are_those_that_photon_eval_gives_the_checkpoint(config, tmp_path):
-    slow = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 1e-4)  # a model that knows no answer says more
+    slow = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 1e-4)  # else it learns to say nothing
     config = replace(config, max_steps=2, save_every=1, keep_checkpoints=9, **slow)
     rows = trained(config)
     run = Path(config.output)
@@ -203,6 +203,12 @@ def test_the_best_is_the_highest_or_the_lowest_and_never_what_is_not_known():
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_trained(config, change, message):
     with pytest.raises(UsageError, match=message):
         start(replace(config, **change), resume=False)
+
+
+def test_rows_whose_ids_are_numbers_are_answered_too(config, asked, tmp_path):
+    numbered = put(tmp_path / "numbered.jsonl", [one | {"id": i} for i, one in enumerate(rows_in(asked))])
+    trained(replace(config, eval=(str(numbered),), max_steps=2, eval_every=0, eval_questions=0))
+    assert [one["id"] for one in rows_in(tmp_path / "run/answers/step-2.jsonl")] == sorted(map(str, range(12)))
 
 
 def test_other_rows_of_eval_are_refused_where_the_best_was_chosen_on_them(config, tmp_path):
