@@ -45,8 +45,9 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.tiny import byte_tokenizer, tiny_config
 from photon_train.training import loop
-from photon_train.training.batches import Batch, MicroBatch, MicroBatches
+from photon_train.training.batches import Batch, MicroBatches
 from photon_train.training.config import TrainConfig
+from photon_train.training.plan import MicroBatch
 from photon_train.training.setup import Run, gradient_norms, start
 
 DEPTH = {"num_hidden_layers": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "its_layer": 8}

@@ -21,10 +21,11 @@ from photon_train.checkpoint import PREFIX, checkpoints, save_checkpoint, save_m
 from photon_train.configuration_photon import Phase, phase_at
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow
-from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
+from photon_train.training.batches import Batch, MicroBatches, read_ahead
 from photon_train.training.config import TrainConfig
 from photon_train.training.interruption import Interruption, TrainingInterrupted, TrainingStopped
 from photon_train.training.log import Log, Sums, means, sums_of, write_summary
+from photon_train.training.plan import MicroBatch, plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import (
     LANGUAGE_MODEL,

@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train.checkpoint import checkpoints
-from photon_train.training.batches import MicroBatches, plan_epoch
+from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.evaluation import answering_of
 from photon_train.training.interruption import TrainingInterrupted
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
+from photon_train.training.plan import plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import start as start_run
 from photon_train.training.speed import training_flops

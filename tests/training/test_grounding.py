@@ -12,9 +12,10 @@ import torch
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
-from photon_train.training.batches import MicroBatch, MicroBatches
+from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.grounding import GroundingLoss, grounding_losses, grounding_of, mask_shares
+from photon_train.training.plan import MicroBatch
 from photon_train.training.setup import start
 
 TOKENS_ZYX = (2, 2, 2)  # of the stores of conftest: 42 x 84 x 84 voxels of 1 mm

@@ -10,8 +10,9 @@ from answers import put
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
-from photon_train.training.batches import MicroBatch, MicroBatches
+from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
+from photon_train.training.plan import MicroBatch
 
 
 @pytest.fixture(params=["s1", "s2"])
