@@ -248,26 +248,11 @@ def _rows_of(places: Sequence[tuple[Prefix, int]]) -> Prefix:
     parts = []
     for key, run in groupby(places_of, lambda place: place[0]):
         rows, prefix = [row for _, row in run], prefixes[key]
-        parts.append(prefix if rows == [*range(len(prefix.input_ids_1P))] else _selected(prefix, rows))
+        parts.append(prefix if rows == [*range(len(prefix.input_ids_1P))] else prefix.selected(rows))
     if len(parts) == 1:
         return parts[0]
     joined: Prefix = tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], *parts)
     return joined
-
-
-def _selected(prefix: Prefix, rows: Sequence[int]) -> Prefix:
-    """Return the prefix with these rows of it."""
-    count = len(prefix.input_ids_1P)
-
-    def select(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        per_row = len(value) // count  # a row may have several volumes
-        index = torch.tensor([row * per_row + i for row in rows for i in range(per_row)], device=value.device)
-        return value.index_select(0, index)
-
-    selected: Prefix = tree_map(select, prefix)
-    return selected
 
 
 def recipe_of(videos: Sequence[Any]) -> str:

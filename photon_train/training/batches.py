@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from photon_data.questions.table import volume_id_of
@@ -34,12 +37,21 @@ from photon_train.training.interruption import read_on
 from photon_train.training.plan import MicroBatch
 
 ON_HOST = ("video_grid_thw", "second_per_grid_ts")  # the model would ask the device for their values
+PER_VOLUME = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+PADDING = {  # what stands where a row has no token
+    "input_ids": 0,
+    "attention_mask": 0,
+    "labels": IGNORED,
+    "mm_token_type_ids": 0,
+    "question_mask": 0,
+    "position_ids": 1,
+}
 STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # for rows that cannot be read
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, ready for the model."""
+    """A micro-batch, or several that go through the model together, ready for it."""
 
     inputs: dict[str, Any]  # of the model's forward; `prefix` is there when the rows share a volume's encoding
     flips: Tensor  # bool[K], rows to flip once the curriculum flips
@@ -47,6 +59,7 @@ class Batch:
     weight: float  # what its loss counts: 0 for one that only fills up a step, or that could not be read
     volumes: int = 0  # how many were read
     error: str = ""  # why it could not be read
+    groups: int = 1  # micro-batches
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on the device."""
@@ -230,8 +243,60 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
         "attention_mask": with_suffixes(torch.ones_like(prefix_P), [torch.ones_like(ids) for ids in suffixes], 0),
         "labels": with_suffixes(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
         "prefix": length,
-        **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
+        **{name: first[name] for name in PER_VOLUME},
     }
+
+
+def together(batches: Sequence[Batch], processor: PhotonProcessor) -> list[Batch]:
+    """Return the batches, those of one shape as one: a prefix of one length or none, as many volumes.
+
+    Loss and gradients of one, times its weight, are the sums of those of its parts. What has weight 0 only fills up,
+    and is left out beside others. What could not be read stays alone.
+    """
+    readable = [batch for batch in batches if not batch.error]
+    readable = [batch for batch in readable if batch.weight] or readable[:1]
+    of_shape: dict[Hashable, list[Batch]] = defaultdict(list)
+    for number, batch in enumerate(readable):
+        rows, grids = len(batch.flips), batch.inputs.get("video_grid_thw", ())
+        shape = (0, len(grids) / rows) if "prefix" not in batch.inputs else (batch.inputs["prefix"], len(grids))
+        # Rows of a prefix keep as many tokens as those of the next, or cannot stand beside them.
+        is_alone = "prefix" in batch.inputs and processor.config.scheduler == "nucleus"
+        of_shape[shape, number if is_alone else None].append(batch)
+    joined = [own[0] if len(own) == 1 else _joined(own, processor.tokenizer.pad_token_id) for own in of_shape.values()]
+    return joined + [batch for batch in batches if batch.error]
+
+
+def _joined(batches: Sequence[Batch], pad_token_id: int) -> Batch:
+    """Return batches of one shape as one. What is missing in the shorter rows is put before or behind their prefix."""
+    every, padding = [batch.inputs for batch in batches], {**PADDING, "input_ids": pad_token_id}
+    prefix: int = every[0].get("prefix", 0)
+    longest = max(inputs["input_ids"].shape[1] for inputs in every)
+
+    def padded(x_KL: Tensor, value: int) -> Tensor:
+        own = F.pad(x_KL[..., prefix:], (longest - x_KL.shape[-1], 0), value=value)
+        return torch.cat([x_KL[..., :prefix], own], dim=-1)
+
+    inputs: dict[str, Any] = {
+        name: torch.cat([padded(one[name], value) for one in every], dim=-2)
+        for name, value in padding.items()
+        if name in every[0]
+    }
+    inputs |= {name: torch.cat([one[name] for one in every]) for name in PER_VOLUME if name in every[0]}
+    sizes, weight = [len(batch.flips) for batch in batches], sum(batch.weight for batch in batches)
+    if prefix:
+        inputs |= {"prefix": prefix, "group_sizes": tuple(sizes)}
+    if any("perturbed" in one for one in every):
+        of_each = [one.get("perturbed", torch.zeros(n).bool()) for one, n in zip(every, sizes, strict=True)]
+        inputs["perturbed"] = torch.cat(of_each)
+    # The loss of a group is the mean over its answer tokens; that of the batch, the weighted mean over groups.
+    counts = [batch.weight / weight / max(batch.inputs["answers"].shape[1], 1) for batch in batches]
+    inputs |= {
+        "question_tokens": max(one["question_tokens"] for one in every),
+        "answers": answers_of(inputs["labels"], inputs["attention_mask"]),
+        "answer_weights": torch.cat([torch.full((n,), count) for n, count in zip(sizes, counts, strict=True)]),
+    }
+    ids, volumes = [id for batch in batches for id in batch.ids], sum(batch.volumes for batch in batches)
+    return Batch(inputs, torch.cat([batch.flips for batch in batches]), ids, weight, volumes, groups=len(batches))
 
 
 def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
@@ -254,8 +319,10 @@ def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
     }
 
 
-def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one.
+def read_ahead(dataset: MicroBatches, parts: Sequence[list[int]], device: torch.device) -> Iterator[list[Batch]]:
+    """Yield the batches of each part, `together`; read by worker processes while the device computes.
+
+    parts: indices into the dataset, in order. With workers=0 this process reads.
 
     OSError when the workers cannot go on: one was killed, or there are too few open files for them.
     """
@@ -264,7 +331,8 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
     pinned = device.type == "cuda"
     try:
         options: dict[str, Any] = {"prefetch_factor": ahead, "pin_memory": pinned, "worker_init_fn": read_on}
-        yield from DataLoader(dataset, None, num_workers=workers, **options)
+        collate = partial(together, processor=dataset.processor)
+        yield from DataLoader(dataset, batch_sampler=parts, collate_fn=collate, num_workers=workers, **options)
     except (RuntimeError, OSError) as error:  # of torch: a row that cannot be read is a batch with an error
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         first = str(error).partition(". ")[0]

@@ -1,0 +1,126 @@
+"""Groups of several volumes in one forward: losses and gradients are the sums of those of separate groups."""
+
+from functools import partial
+
+import pytest
+
+from photon_train import PhotonForConditionalGeneration, PhotonProcessor
+from photon_train.rows import read_train_rows
+from photon_train.training.batches import MicroBatches, together
+from photon_train.training.config import TrainConfig
+from photon_train.training.log import read_log
+from photon_train.training.loop import run_steps
+from photon_train.training.plan import MicroBatch
+from photon_train.training.setup import start
+
+ALONE = (["a2"], ["b0"], ["e0"], ["c1"])  # answers and questions of other lengths
+SHARED = (["a0", "a3", "a4"], ["f0", "f2"], ["d1", "d2", "d3"])
+CURRICULUM = {"soft_start": 10, "hard_start": 20, "flip_start": 30}
+PARTS = ("loss", "ce", "band", "robustness", "flip")
+
+
+def read(models, rows, groups, stage=2, weights=None, **settings):
+    """The batches of groups given by the ids of their rows; the perturbed and flipped ones are drawn."""
+    processor = PhotonProcessor.from_pretrained(models / f"s{stage}", **settings)
+    number = {row.id: i for i, row in enumerate(rows)}
+    weights = weights or [1.0 + 0.5 * i for i in range(len(groups))]
+    plan = [MicroBatch(tuple(number[id] for id in ids), i + 1, weights[i]) for i, ids in enumerate(groups)]
+    items = MicroBatches(rows, plan, processor, TrainConfig(stage=f"s{stage}"), training=True)
+    batches = [items[i] for i in range(len(plan))]
+    assert not any(batch.error for batch in batches)
+    return batches, processor
+
+
+def trained_on(model, batches, accumulated, step):
+    """Weighted sums of the losses, and gradients, as the loop of training makes them."""
+    model.zero_grad()
+    sums = dict.fromkeys(PARTS, 0.0)
+    for batch in batches:
+        scale = batch.weight / accumulated
+        kwargs = {} if step is None else {"step": step, "total_steps": 40, "loss_scale": scale, "flip": batch.flips}
+        out = model(**batch.inputs, **kwargs)
+        (out.loss * scale).backward()
+        for name in PARTS:
+            sums[name] += out[name].item() * batch.weight
+    return sums, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected):
+    sums, gradients = found
+    assert sums == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[1][name]).norm() <= 2e-4 * expected[1][name].norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("groups", [ALONE, SHARED], ids=["one question each", "on a prefix"])
+@pytest.mark.parametrize("step", [None, 5, 15, 35])  # stage 1; dense, soft, hard with flips
+def test_groups_in_one_forward_have_the_losses_and_gradients_of_separate_ones(models, manifest, groups, step):
+    stage = 1 if step is None else 2
+    rows = read_train_rows([manifest])
+    draws = {"robustness_probability": 0.6, "flip_probability": 0.4} if step else {}
+    batches, processor = read(models, rows, groups, stage, **draws)
+    if step:
+        perturbed = ["perturbed" in batch.inputs for batch in batches]
+        assert any(perturbed) and not all(perturbed), "some of them"
+    model = PhotonForConditionalGeneration.from_pretrained(models / f"s{stage}", **CURRICULUM).train()
+    joined = together(batches, processor)
+    assert len(joined) == 1 and joined[0].groups == len(groups)
+    assert joined[0].ids == [id for ids in groups for id in ids]
+    expected = trained_on(model, batches, len(batches), step)
+    assert_same(trained_on(model, joined, len(batches), step), expected)
+    if step:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert_same(trained_on(model, joined, len(batches), step), expected)
+
+
+@pytest.mark.parametrize("scheduler", ["random", "foreground", "fastv", "divprune", "visionzip", "nucleus"])
+def test_other_schedulers_keep_the_same_in_one_forward(models, manifest, scheduler):
+    rows = read_train_rows([manifest])
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2", scheduler=scheduler, **CURRICULUM).train()
+    for groups in (ALONE, SHARED):
+        batches, processor = read(models, rows, groups, scheduler=scheduler)
+        joined = together(batches, processor)
+        assert len(joined) == (3 if scheduler == "nucleus" and groups is SHARED else 1)
+        expected = trained_on(model, batches, len(batches), 25)
+        assert_same(trained_on(model, joined, len(batches), 25), expected)
+
+
+def test_groups_of_other_shapes_and_what_cannot_be_read_stay_apart(models, manifest):
+    rows = read_train_rows([manifest])
+    groups = [["a0"], ["text"], ["pair"], ["c0", "c1"], ["b0"], ["d0", "d1"]]
+    batches, processor = read(models, rows, groups)
+    bad = rows[0]._replace(id="bad", videos=("nowhere.ome.zarr",))
+    items = MicroBatches([bad], [MicroBatch((0,), 9)], processor, TrainConfig(stage="s2"), training=False)
+    filler, _ = read(models, rows, [["e0"]], weights=[0.0])
+    found = together([*batches, items[0], *filler], processor)
+    assert [batch.ids for batch in found] == [["a0", "b0"], ["text"], ["pair"], ["c0", "c1", "d0", "d1"], ["bad"]]
+    assert [batch.groups for batch in found] == [2, 1, 1, 2, 1]
+    assert found[0].weight == batches[0].weight + batches[4].weight
+    assert [batch.ids for batch in together(filler, processor)] == [["e0"]], "every process calls the model"
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_however_many_groups_go_through_the_model_together(trained):
+    rows = trained()
+    for size in (3, 8):
+        for row, other in zip(rows, trained(groups_per_forward=size), strict=True):
+            assert other == pytest.approx(row, rel=2e-3, abs=1e-5)
+
+
+@pytest.fixture
+def trained(models, manifest, tmp_path):
+    rates = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model", "lr_threshold"), 1e-3)
+    draws = {"soft_start": 1, "hard_start": 2, "flip_start": 3, "flip_probability": 0.5, "robustness_probability": 0.3}
+    same = partial(TrainConfig, "s2", str(models / "s2"), data=(str(manifest),), eval=(str(manifest),), **rates)
+    logged = (*PARTS, "step", "threshold", "keep_ratio", "questions", "volumes", "visual_tokens_kept", "tokens")
+
+    def log_of(**settings):
+        output = tmp_path / str(len(settings) and settings["groups_per_forward"])
+        counts = {"groups_per_step": 4, "questions_per_volume": 2, "max_steps": 4, "eval_every": 3}
+        config = same(output=str(output), **counts, precision="fp32", workers=0, track=(), photon=draws, **settings)
+        run_steps(start(config, resume=False))
+        evaluated = ("eval_loss", "eval_forced_exact", "eval_keep_ratio", "eval_questions")
+        return [{name: row[name] for name in (*logged, *evaluated) if name in row} for row in read_log(output)]
+
+    return log_of
