@@ -217,7 +217,7 @@ def training_group(run: Run, phase: Phase) -> Counts:
 
     def call() -> None:
         run.model.zero_grad(set_to_none=True)  # the first group of a step: later ones add, a kernel for each weight
-        loop._micro_batch(run, read.to("cpu"), phase, read.groups)
+        loop._micro_batch(run, read.to("cpu", run.processor), phase, read.groups)
 
     return counted(call, on_host_of(read))
 

@@ -37,7 +37,7 @@ from photon_train.training.interruption import read_on
 from photon_train.training.plan import MicroBatch
 
 ON_HOST = ("video_grid_thw", "second_per_grid_ts")  # the model would ask the device for their values
-PER_VOLUME = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+VOLUMES = "pixel_values_videos"
 PADDING = {  # what stands where a row has no token
     "input_ids": 0,
     "attention_mask": 0,
@@ -53,7 +53,8 @@ STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "
 class Batch:
     """A micro-batch, or several that go through the model together, ready for it."""
 
-    inputs: dict[str, Any]  # of the model's forward; `prefix` is there when the rows share a volume's encoding
+    # Of the model's forward; with `prefix`, the rows share a volume's encoding. Volumes are as stored until `to`.
+    inputs: dict[str, Any]
     flips: Tensor  # bool[K], rows to flip once the curriculum flips
     ids: list[str]  # of its rows
     weight: float  # what its loss counts: 0 for one that only fills up a step, or that could not be read
@@ -61,17 +62,23 @@ class Batch:
     error: str = ""  # why it could not be read
     groups: int = 1  # micro-batches
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on the device."""
+    def to(self, device: torch.device | str, processor: PhotonProcessor) -> Batch:
+        """Return the batch with its tensors on the device, where its volumes are made patches."""
         moved = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k not in ON_HOST else v
             for k, v in self.inputs.items()
         }
+        if VOLUMES in moved:
+            stored = [volume.to(device, non_blocking=True) for volume in moved[VOLUMES]]
+            moved[VOLUMES] = torch.cat(list(map(processor.patches_of, stored)))
         return replace(self, inputs=moved, flips=self.flips.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the batch with its inputs in pinned memory; torch's DataLoader calls it in a thread of its own."""
-        return replace(self, inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
+        pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        if VOLUMES in pinned:
+            pinned[VOLUMES] = [volume.pin_memory() for volume in pinned[VOLUMES]]
+        return replace(self, inputs=pinned, flips=self.flips.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +143,7 @@ class MicroBatches(Dataset[Batch]):
     def _inputs(self, rows: Sequence[Row], shared: bool) -> dict[str, Any]:
         if shared:
             return shared_inputs(self.processor, rows)
-        inputs = dict(self.processor(rows=rows, for_training=True))
+        inputs = dict(self.processor(rows=rows, for_training=True, as_stored=True))
         return inputs | idle_volume_before(inputs, self.processor.config) if self.same_calls else inputs
 
     def _known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,9 +167,8 @@ class MicroBatches(Dataset[Batch]):
         photon = self.processor.config
         how = draw_perturbation(photon, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        volumes = inputs["pixel_values_videos"].split(inputs["video_grid_thw"].prod(1).tolist())
-        perturbed = [perturb(volume, how, photon, torch.Generator().manual_seed(seed)) for volume in volumes]
-        inputs["pixel_values_videos"] = torch.cat(perturbed)
+        patches = map(self.processor.patches_of, inputs[VOLUMES])
+        inputs[VOLUMES] = [perturb(each, how, photon, torch.Generator().manual_seed(seed)) for each in patches]
         inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
 
 
@@ -232,7 +238,7 @@ def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rn
 
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
     """Return inputs of rows that share a prefix: the ids as `with_suffixes` lays them out, the volumes once."""
-    first = processor(rows=rows[:1], for_training=True)
+    first = processor(rows=rows[:1], for_training=True, as_stored=True)
     encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
     prefix_P = first["input_ids"][0, :length]
@@ -243,7 +249,7 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
         "attention_mask": with_suffixes(torch.ones_like(prefix_P), [torch.ones_like(ids) for ids in suffixes], 0),
         "labels": with_suffixes(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
         "prefix": length,
-        **{name: first[name] for name in PER_VOLUME},
+        **{name: first[name] for name in (VOLUMES, *ON_HOST)},
     }
 
 
@@ -281,7 +287,9 @@ def _joined(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         for name, value in padding.items()
         if name in every[0]
     }
-    inputs |= {name: torch.cat([one[name] for one in every]) for name in PER_VOLUME if name in every[0]}
+    if VOLUMES in every[0]:
+        inputs |= {name: torch.cat([one[name] for one in every]) for name in ON_HOST}
+        inputs[VOLUMES] = [volume for one in every for volume in one[VOLUMES]]
     sizes, weight = [len(batch.flips) for batch in batches], sum(batch.weight for batch in batches)
     if prefix:
         inputs |= {"prefix": prefix, "group_sizes": tuple(sizes)}
@@ -314,7 +322,7 @@ def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
     return {
         **{name: torch.cat([value_P.expand(rows, -1), inputs[name]], dim=1) for name, value_P in first.items()},
         "prefix": len(ids_P),
-        "pixel_values_videos": torch.zeros(side**2, voxels),
+        VOLUMES: [torch.zeros(side**2, voxels)],
         "video_grid_thw": torch.tensor([[1, side, side]]),
     }
 

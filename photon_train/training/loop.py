@@ -158,7 +158,7 @@ def _step(run: Run, batches: list[Batch], groups: int, interruption: Interruptio
     for batch in batches:
         is_last = batch is batches[-1]  # its backward makes gradients known to all processes
         with nullcontext() if is_last else run.accelerator.no_sync(run.model):
-            sums.add(_micro_batch(run, batch.to(run.accelerator.device), phase, groups))
+            sums.add(_micro_batch(run, batch.to(run.accelerator.device, run.processor), phase, groups))
     norms = gradient_norms(run.model)
     sums.add({"interrupted": float(interruption.asked)})
     total = sums.over(run.accelerator)
@@ -228,7 +228,7 @@ def validate(run: Run) -> dict[str, float]:
     run.model.eval()
     with torch.no_grad(), run.accelerator.autocast():
         for batch in itertools.chain.from_iterable(_read(run, run.eval_rows, steps, training=False)):
-            batch = batch.to(run.accelerator.device)
+            batch = batch.to(run.accelerator.device, run.processor)
             if batch.weight or run.accelerator.is_fsdp2:  # then every process calls the model
                 output = run.model(**batch.inputs, answers_only=True)
             if batch.weight:

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
@@ -27,18 +28,21 @@ def read(models, rows, groups, stage=2, weights=None, **settings):
     plan = [MicroBatch(tuple(number[id] for id in ids), i + 1, weights[i]) for i, ids in enumerate(groups)]
     items = MicroBatches(rows, plan, processor, TrainConfig(stage=f"s{stage}"), training=True)
     batches = [items[i] for i in range(len(plan))]
-    assert not any(batch.error for batch in batches)
+    for batch in batches:
+        assert not batch.error, batch.error
+        as_stored = torch.float32 if "perturbed" in batch.inputs else torch.int16
+        assert {volume.dtype for volume in batch.inputs.get("pixel_values_videos", [])} <= {as_stored}
     return batches, processor
 
 
-def trained_on(model, batches, accumulated, step):
+def trained_on(model, batches, accumulated, step, processor):
     """Weighted sums of the losses, and gradients, as the loop of training makes them."""
     model.zero_grad()
     sums = dict.fromkeys(PARTS, 0.0)
     for batch in batches:
         scale = batch.weight / accumulated
         kwargs = {} if step is None else {"step": step, "total_steps": 40, "loss_scale": scale, "flip": batch.flips}
-        out = model(**batch.inputs, **kwargs)
+        out = model(**batch.to("cpu", processor).inputs, **kwargs)
         (out.loss * scale).backward()
         for name in PARTS:
             sums[name] += out[name].item() * batch.weight
@@ -67,11 +71,11 @@ def test_groups_in_one_forward_have_the_losses_and_gradients_of_separate_ones(mo
     joined = together(batches, processor)
     assert len(joined) == 1 and joined[0].groups == len(groups)
     assert joined[0].ids == [id for ids in groups for id in ids]
-    expected = trained_on(model, batches, len(batches), step)
-    assert_same(trained_on(model, joined, len(batches), step), expected)
+    expected = trained_on(model, batches, len(batches), step, processor)
+    assert_same(trained_on(model, joined, len(batches), step, processor), expected)
     if step:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        assert_same(trained_on(model, joined, len(batches), step), expected)
+        assert_same(trained_on(model, joined, len(batches), step, processor), expected)
 
 
 @pytest.mark.parametrize("scheduler", ["random", "foreground", "fastv", "divprune", "visionzip", "nucleus"])
@@ -82,8 +86,8 @@ def test_other_schedulers_keep_the_same_in_one_forward(models, manifest, schedul
         batches, processor = read(models, rows, groups, scheduler=scheduler)
         joined = together(batches, processor)
         assert len(joined) == (3 if scheduler == "nucleus" and groups is SHARED else 1)
-        expected = trained_on(model, batches, len(batches), 25)
-        assert_same(trained_on(model, joined, len(batches), 25), expected)
+        expected = trained_on(model, batches, len(batches), 25, processor)
+        assert_same(trained_on(model, joined, len(batches), 25, processor), expected)
 
 
 def test_groups_of_other_shapes_and_what_cannot_be_read_stay_apart(models, manifest):

@@ -116,7 +116,7 @@ def grounded(models, manifest):
             rows, [micro_batch], processor, TrainConfig(stage="s2", share_prefix=share_prefix), training=perturbed
         )[0]
         assert not item.error, item.error
-        return item
+        return item.to("cpu", processor)
 
     return batch
 

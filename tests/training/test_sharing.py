@@ -26,7 +26,7 @@ def batch_of(models, rows, indices, model, *, share_prefix=True, perturbed=False
     config, micro_batch = TrainConfig(stage="s2", share_prefix=share_prefix), MicroBatch(tuple(indices), 0)
     item = MicroBatches(rows, [micro_batch], processor, config, training=perturbed, same_calls=same_calls)[0]
     assert not item.error, item.error
-    return item
+    return item.to("cpu", processor)
 
 
 def losses(model, batch, **kwargs):
@@ -174,10 +174,10 @@ def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, 
             rows, groups[first:], processor, TrainConfig(stage="s2", seed=seed), training=True, epoch=epoch
         )
 
-    items = [read(0, epoch=1)[i] for i in range(12)]
+    items = [read(0, epoch=1)[i].to("cpu", processor) for i in range(12)]
     random.seed(99)
     torch.manual_seed(99)
-    again = [read(i, epoch=1)[0] for i in range(12)]
+    again = [read(i, epoch=1)[0].to("cpu", processor) for i in range(12)]
     assert all(
         a.inputs["pixel_values_videos"].equal(b.inputs["pixel_values_videos"])
         for a, b in zip(items, again, strict=True)
