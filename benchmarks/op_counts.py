@@ -210,8 +210,8 @@ def run_of(folder: Path, stage: str, questions: int, volumes: int = 1, **setting
 def training_group(run: Run, phase: Phase) -> Counts:
     """Return the counts of forward and backward of the run's rows, as `photon train` runs them in one forward."""
     plan = [MicroBatch(rows, number) for number, rows in enumerate(group_rows(run.rows, run.config.group_size))]
-    items = MicroBatches(run.rows, plan, run.processor, run.config, training=True)
-    read, *others = together([items[number] for number in range(len(plan))], run.processor)
+    items = MicroBatches(run.rows, run.processor, run.config, training=True)
+    read, *others = together([items[one] for one in plan], run.processor)
     assert not others and not read.error, read.error
     run.state["step"] = STEPS[phase]
 

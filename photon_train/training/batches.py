@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import resource
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -83,7 +83,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches(Dataset[Batch]):
-    """The micro-batches of one rank and epoch. Nothing is random unless `training`.
+    """The batch of any micro-batch. Nothing is random unless `training`.
 
     same_calls: every micro-batch calls the same modules in the same order and gives the same weights a gradient.
     Processes that share weights need it. A volume is then encoded ahead of one question too, and rows without one get
@@ -91,31 +91,25 @@ class MicroBatches(Dataset[Batch]):
     """
 
     rows: Sequence[TrainRow]
-    micro_batches: Sequence[MicroBatch]
     processor: PhotonProcessor
     config: TrainConfig
     training: bool
-    epoch: int = 0
     same_calls: bool = False
 
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Return a batch. One that cannot be read comes back with `error` set and weight 0."""
-        micro_batch = self.micro_batches[index]
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        """Return its batch. One that cannot be read comes back with `error` set and weight 0."""
         rows = [self.rows[i] for i in micro_batch.rows]
         ids = [row.id for row in rows]
         try:
-            inputs, flips, volumes = self._read(rows, micro_batch.number)
+            inputs, flips, volumes = self._read(rows, micro_batch)
             return Batch(inputs, flips, ids, micro_batch.weight, volumes)
         except Exception as error:  # the edge of a work item: the loop stops or skips, by name
             inputs = self._inputs([{"messages": STAND_IN}], shared=False)
             return Batch(inputs, torch.zeros(1, dtype=torch.bool), ids, 0.0, 0, f"{ids[0]}: {error}")
 
-    def _read(self, rows: list[TrainRow], number: int) -> tuple[dict[str, Any], Tensor, int]:
+    def _read(self, rows: list[TrainRow], drawn_for: MicroBatch) -> tuple[dict[str, Any], Tensor, int]:
         """Return the model inputs, which rows to flip, and how many volumes were read."""
-        rng = random.Random(f"{self.config.seed} {self.epoch} {number}")
+        rng = random.Random(f"{self.config.seed} {drawn_for.epoch} {drawn_for.number}")
         videos = [video for row in rows for video in row.videos]
         shared = bool(videos) and (self.same_calls or (len(rows) > 1 and self.config.share_prefix))
         ids = {video: volume_id_of(row._asdict()) for row in rows for video in row.videos}
@@ -327,10 +321,10 @@ def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
     }
 
 
-def read_ahead(dataset: MicroBatches, parts: Sequence[list[int]], device: torch.device) -> Iterator[list[Batch]]:
+def read_ahead(dataset: MicroBatches, parts: Iterable[list[MicroBatch]], device: torch.device) -> Iterator[list[Batch]]:
     """Yield the batches of each part, `together`; read by worker processes while the device computes.
 
-    parts: indices into the dataset, in order. With workers=0 this process reads.
+    The same processes read all parts, which are looked up as they are needed. With workers=0 this process reads.
 
     OSError when the workers cannot go on: one was killed, or there are too few open files for them.
     """

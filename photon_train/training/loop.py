@@ -10,7 +10,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -118,36 +118,38 @@ def _is_due(run: Run, every: int) -> bool:
 
 def _steps_left(run: Run) -> Iterator[tuple[int, list[Batch]]]:
     """Yield for each step that is left how many groups this rank has, and these; count the epochs in `run.state`."""
-    config, state = run.config, run.state
-    processes = run.accelerator.num_processes
-    for epoch in range(state["epoch"], config.epochs) if not _is_last(run) else ():
-        plan = plan_epoch(run.rows, config, epoch, processes)
-        steps = plan[state["step_in_epoch"] :]
-        for step, batches in zip(steps, _read(run, run.rows, steps, training=True, epoch=epoch), strict=True):
-            yield len(step) // processes, batches
-        state |= {"epoch": epoch + 1, "step_in_epoch": 0}
+    config, state, processes = run.config, run.state, run.accelerator.num_processes
+    first, done = state["epoch"], state["step_in_epoch"]
+    epochs = range(first, config.epochs) if not _is_last(run) else ()
+    plans = (plan_epoch(run.rows, config, epoch, processes)[done if epoch == first else 0 :] for epoch in epochs)
+    for step, batches in _read(run, run.rows, itertools.chain.from_iterable(plans), training=True):
+        if step[0].epoch != state["epoch"]:
+            state |= {"epoch": step[0].epoch, "step_in_epoch": 0}
+        yield len(step) // processes, batches
 
 
 def _read(
-    run: Run, rows: Sequence[TrainRow], steps: Sequence[Sequence[MicroBatch]], *, training: bool, epoch: int = 0
-) -> Iterator[list[Batch]]:
-    """Yield this rank's batches of each step. What cannot be read stops the run, or is named and has weight 0."""
+    run: Run, rows: Sequence[TrainRow], steps: Iterable[list[MicroBatch]], *, training: bool
+) -> Iterator[tuple[list[MicroBatch], list[Batch]]]:
+    """Yield each step and this rank's batches of it. What cannot be read stops the run, or is named and has weight 0.
+
+    Steps are read ahead across epochs.
+    """
     rank, world_size, size = run.accelerator.process_index, run.accelerator.num_processes, run.config.groups_per_forward
-    own = [list(step[rank::world_size]) for step in steps]
-    flat = [micro_batch for step in own for micro_batch in step]
-    dataset = MicroBatches(rows, flat, run.processor, run.config, training, epoch, run.accelerator.is_fsdp2)
-    numbers = iter(range(len(flat)))
-    parts = [[[next(numbers) for _ in step[at : at + size]] for at in range(0, len(step), size)] for step in own]
-    read = read_ahead(dataset, list(itertools.chain.from_iterable(parts)), run.accelerator.device)
-    for of_step in parts:
-        batches = [batch for _ in of_step for batch in next(read)]
+    dataset = MicroBatches(rows, run.processor, run.config, training, run.accelerator.is_fsdp2)
+    ahead, steps = itertools.tee(steps)
+    own = (step[rank::world_size] for step in ahead)
+    parts = (groups[at : at + size] for groups in own for at in range(0, len(groups), size))
+    read = read_ahead(dataset, parts, run.accelerator.device)
+    for step in steps:
+        batches = [batch for _ in range(-(-len(step) // world_size // size)) for batch in next(read)]
         for batch in batches:
             if batch.error:
                 message = f"{len(batch.ids)} rows ({', '.join(batch.ids)}) cannot be read: {batch.error}"
                 if run.config.on_bad_row == "stop":
                     raise TrainingStopped(f"{message}. Repair the store, or leave such rows out with on_bad_row=skip")
                 logger.warning("skipped: %s", message)
-        yield batches
+        yield step, batches
 
 
 def _step(run: Run, batches: list[Batch], groups: int, interruption: Interruption) -> tuple[dict[str, Any], bool]:
@@ -227,7 +229,8 @@ def validate(run: Run) -> dict[str, float]:
     sums = Sums()
     run.model.eval()
     with torch.no_grad(), run.accelerator.autocast():
-        for batch in itertools.chain.from_iterable(_read(run, run.eval_rows, steps, training=False)):
+        read = _read(run, run.eval_rows, steps, training=False)
+        for batch in (batch for _, batches in read for batch in batches):
             batch = batch.to(run.accelerator.device, run.processor)
             if batch.weight or run.accelerator.is_fsdp2:  # then every process calls the model
                 output = run.model(**batch.inputs, answers_only=True)

@@ -28,6 +28,7 @@ class MicroBatch(NamedTuple):
     rows: tuple[int, ...]  # indices into the manifest's rows
     number: int  # within its epoch; seeds what is random
     weight: float = 1.0  # of its loss: its share of the step, times the step's micro-batches; 0 for a filler
+    epoch: int = 0
 
 
 def plan_epoch(rows: Sequence[TrainRow], config: TrainConfig, epoch: int, processes: int = 1) -> list[list[MicroBatch]]:
@@ -62,7 +63,7 @@ def plan_epoch(rows: Sequence[TrainRow], config: TrainConfig, epoch: int, proces
         rng.shuffle(near)
         for step in near:
             slots, size = -(-len(step) // processes) * processes, sum(_size(group, config) for group in step)
-            own = [MicroBatch(group, next(numbers), slots * _size(group, config) / size) for group in step]
+            own = [MicroBatch(group, next(numbers), slots * _size(group, config) / size, epoch) for group in step]
             plan.append(own + [own[-1]._replace(weight=0.0)] * (slots - len(own)))
     return plan
 

@@ -303,7 +303,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(config, rates):
     settings = {"attention": "eager", "gradient_checkpointing": False, "vision_gradient_checkpointing": False}
     run = start(replace(config, questions_per_volume=1, **settings, **rates), resume=False)
     (step, *_) = plan_epoch(run.rows, run.config, 0)
-    batch = MicroBatches(run.rows, step, run.processor, run.config, training=False)[0].to("cpu", run.processor)
+    batch = MicroBatches(run.rows, run.processor, run.config, training=False)[step[0]].to("cpu", run.processor)
     with FlopCounterMode(display=False) as counter:
         output = run.model(**batch.inputs)
         output.loss.backward()

@@ -4,14 +4,16 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
+from photon_train.training import batches, loop
 from photon_train.training.batches import MicroBatches, together
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
-from photon_train.training.plan import MicroBatch
+from photon_train.training.plan import MicroBatch, plan_epoch
 from photon_train.training.setup import start
 
 ALONE = (["a2"], ["b0"], ["e0"], ["c1"])  # answers and questions of other lengths
@@ -26,20 +28,20 @@ def read(models, rows, groups, stage=2, weights=None, **settings):
     number = {row.id: i for i, row in enumerate(rows)}
     weights = weights or [1.0 + 0.5 * i for i in range(len(groups))]
     plan = [MicroBatch(tuple(number[id] for id in ids), i + 1, weights[i]) for i, ids in enumerate(groups)]
-    items = MicroBatches(rows, plan, processor, TrainConfig(stage=f"s{stage}"), training=True)
-    batches = [items[i] for i in range(len(plan))]
-    for batch in batches:
+    items = MicroBatches(rows, processor, TrainConfig(stage=f"s{stage}"), training=True)
+    found = [items[one] for one in plan]
+    for batch in found:
         assert not batch.error, batch.error
         as_stored = torch.float32 if "perturbed" in batch.inputs else torch.int16
         assert {volume.dtype for volume in batch.inputs.get("pixel_values_videos", [])} <= {as_stored}
-    return batches, processor
+    return found, processor
 
 
-def trained_on(model, batches, accumulated, step, processor):
+def trained_on(model, parts, accumulated, step, processor):
     """Weighted sums of the losses, and gradients, as the loop of training makes them."""
     model.zero_grad()
     sums = dict.fromkeys(PARTS, 0.0)
-    for batch in batches:
+    for batch in parts:
         scale = batch.weight / accumulated
         kwargs = {} if step is None else {"step": step, "total_steps": 40, "loss_scale": scale, "flip": batch.flips}
         out = model(**batch.to("cpu", processor).inputs, **kwargs)
@@ -63,19 +65,19 @@ def test_groups_in_one_forward_have_the_losses_and_gradients_of_separate_ones(mo
     stage = 1 if step is None else 2
     rows = read_train_rows([manifest])
     draws = {"robustness_probability": 0.6, "flip_probability": 0.4} if step else {}
-    batches, processor = read(models, rows, groups, stage, **draws)
+    alone, processor = read(models, rows, groups, stage, **draws)
     if step:
-        perturbed = ["perturbed" in batch.inputs for batch in batches]
+        perturbed = ["perturbed" in batch.inputs for batch in alone]
         assert any(perturbed) and not all(perturbed), "some of them"
     model = PhotonForConditionalGeneration.from_pretrained(models / f"s{stage}", **CURRICULUM).train()
-    joined = together(batches, processor)
+    joined = together(alone, processor)
     assert len(joined) == 1 and joined[0].groups == len(groups)
     assert joined[0].ids == [id for ids in groups for id in ids]
-    expected = trained_on(model, batches, len(batches), step, processor)
-    assert_same(trained_on(model, joined, len(batches), step, processor), expected)
+    expected = trained_on(model, alone, len(alone), step, processor)
+    assert_same(trained_on(model, joined, len(alone), step, processor), expected)
     if step:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        assert_same(trained_on(model, joined, len(batches), step, processor), expected)
+        assert_same(trained_on(model, joined, len(alone), step, processor), expected)
 
 
 @pytest.mark.parametrize("scheduler", ["random", "foreground", "fastv", "divprune", "visionzip", "nucleus"])
@@ -83,24 +85,24 @@ def test_other_schedulers_keep_the_same_in_one_forward(models, manifest, schedul
     rows = read_train_rows([manifest])
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2", scheduler=scheduler, **CURRICULUM).train()
     for groups in (ALONE, SHARED):
-        batches, processor = read(models, rows, groups, scheduler=scheduler)
-        joined = together(batches, processor)
+        alone, processor = read(models, rows, groups, scheduler=scheduler)
+        joined = together(alone, processor)
         assert len(joined) == (3 if scheduler == "nucleus" and groups is SHARED else 1)
-        expected = trained_on(model, batches, len(batches), 25, processor)
-        assert_same(trained_on(model, joined, len(batches), 25, processor), expected)
+        expected = trained_on(model, alone, len(alone), 25, processor)
+        assert_same(trained_on(model, joined, len(alone), 25, processor), expected)
 
 
 def test_groups_of_other_shapes_and_what_cannot_be_read_stay_apart(models, manifest):
     rows = read_train_rows([manifest])
     groups = [["a0"], ["text"], ["pair"], ["c0", "c1"], ["b0"], ["d0", "d1"]]
-    batches, processor = read(models, rows, groups)
+    alone, processor = read(models, rows, groups)
     bad = rows[0]._replace(id="bad", videos=("nowhere.ome.zarr",))
-    items = MicroBatches([bad], [MicroBatch((0,), 9)], processor, TrainConfig(stage="s2"), training=False)
+    unread = MicroBatches([bad], processor, TrainConfig(stage="s2"), training=False)[MicroBatch((0,), 9)]
     filler, _ = read(models, rows, [["e0"]], weights=[0.0])
-    found = together([*batches, items[0], *filler], processor)
+    found = together([*alone, unread, *filler], processor)
     assert [batch.ids for batch in found] == [["a0", "b0"], ["text"], ["pair"], ["c0", "c1", "d0", "d1"], ["bad"]]
     assert [batch.groups for batch in found] == [2, 1, 1, 2, 1]
-    assert found[0].weight == batches[0].weight + batches[4].weight
+    assert found[0].weight == alone[0].weight + alone[4].weight
     assert [batch.ids for batch in together(filler, processor)] == [["e0"]], "every process calls the model"
 
 
@@ -110,6 +112,32 @@ def test_a_run_is_the_same_however_many_groups_go_through_the_model_together(tra
     for size in (3, 8):
         for row, other in zip(rows, trained(groups_per_forward=size), strict=True):
             assert other == pytest.approx(row, rel=2e-3, abs=1e-5)
+
+
+def test_the_same_workers_read_all_epochs_in_their_order(models, manifest, tmp_path, monkeypatch):
+    loaders = []
+
+    class Counted(DataLoader):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            loaders.append(self.num_workers)
+
+    monkeypatch.setattr(batches, "DataLoader", Counted)
+    counts = {"groups_per_step": 9, "groups_per_forward": 2, "questions_per_volume": 5, "epochs": 3, "workers": 1}
+    paths = {"model": str(models / "s1"), "data": (str(manifest),), "output": str(tmp_path)}
+    run = start(TrainConfig("s1", **paths, **counts, lr_threshold=0.0, track=()), resume=False)
+    seen = []
+    for groups, own in loop._steps_left(run):
+        assert sum(batch.groups for batch in own) == groups
+        seen.append((run.state["epoch"], sorted(id for batch in own for id in batch.ids)))
+        run.state["step_in_epoch"] += 1
+    assert loaders == [1]
+    expected = [
+        (epoch, sorted(run.rows[i].id for group in step for i in group.rows))
+        for epoch in range(3)
+        for step in plan_epoch(run.rows, run.config, epoch)
+    ]
+    assert seen == expected and len(seen) == 3
 
 
 @pytest.fixture

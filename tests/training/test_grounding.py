@@ -112,9 +112,8 @@ def grounded(models, manifest):
 
     def batch(stage, *, share_prefix=True, perturbed=False):
         processor = PhotonProcessor.from_pretrained(models / stage, robustness_probability=1.0, scheduler="its")
-        item = MicroBatches(
-            rows, [micro_batch], processor, TrainConfig(stage="s2", share_prefix=share_prefix), training=perturbed
-        )[0]
+        config = TrainConfig(stage="s2", share_prefix=share_prefix)
+        item = MicroBatches(rows, processor, config, training=perturbed)[micro_batch]
         assert not item.error, item.error
         return item.to("cpu", processor)
 
