@@ -25,7 +25,7 @@ from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Row, grouped
 from photon_train.evaluation.counterfactual import Counterfactuals, summarise
-from photon_train.evaluation.edited_volume import edited_path, edited_rows
+from photon_train.evaluation.edited_volume import edited_path
 from photon_train.evaluation.evaluate import ALL_TASKS, check, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
 from photon_train.evaluation.metric import draw_patients
@@ -57,7 +57,6 @@ from photon_train.overlay import PICTURE, Canvas, folders_of, picture
 from photon_train.rows import read_rows
 
 if TYPE_CHECKING:
-    from photon_train.answering.predictor import Predictor
     from photon_train.configuration_photon import PhotonConfig
 
 # Rows -> the files of their predictions, and the configuration of the model that made them, if it is known.
@@ -114,12 +113,15 @@ def score(
     questions = check(benchmark, rows, settings)
     chosen = [*questions.values()]
     of_one = {str(row["volume_id"]): str(row["videos"][0]) for row in chosen if len(row["videos"]) == 1}
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's others answer their part, and end then
+    if answers_now and not is_first:
+        masks = None
     if masks == AUTO:
         segment(of_one)
     home = mask_folder(masks, of_one.values()) if masks else None
     volumes = volumes_with_masks(home, chosen) if home else {}
     with ExitStack() as held:  # the folder, from where something is written on
-        if answers_now and os.environ.get("RANK", "0") == "0":  # torchrun's others answer their part, and end then
+        if answers_now and is_first:
             held.enter_context(exclusive(Location(str(output))))
         files, config = answering(chosen)
         if config:
@@ -149,26 +151,6 @@ def score(
         console.print(f"no recall of masks: {reason}")
     console.print(f"page: {paths[1]}; beside it {paths[0].name} and {paths[2].name}", soft_wrap=True)
     return evaluation
-
-
-def on_edited_volumes(edits: Sequence[str], masks: str | None) -> Callable[[Predictor, Sequence[Row], Path], None]:
-    """Return the function (a model, rows, the file of its predictions) that has the rows answered on edited volumes.
-
-    The answers of each edit have a file of their own, see `edited_path`; a run that goes on keeps them.
-    """
-    from photon_cli.predict import answer_rows
-
-    def answer(predictor: Predictor, rows: Sequence[Row], path: Path) -> None:
-        places = (str(row["videos"][0]) for row in rows if len(row["videos"]) == 1)
-        home = mask_folder(masks, places) if masks else None
-        answered = {one.id: one for one in read_predictions(path)}
-        for edit in edits:
-            edited = edited_rows(rows, edit, answered, home, predictor.model.config.tokens_thw)
-            if edited:
-                console.print(f"{path.stem}, {edit}: {len(edited):,} questions on edited volumes")
-                answer_rows(predictor, edited, edited_path(path, edit))
-
-    return answer
 
 
 def _counterfactuals(

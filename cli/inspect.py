@@ -30,6 +30,7 @@ from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Workers
 from photon_pipelines.mask_plan import find_masks
 from photon_pipelines.plan import Plan
+from photon_pipelines.questions import as_row, collect
 from photon_pipelines.request import (
     Request,
     grids_of,
@@ -74,10 +75,10 @@ def print_estimate(request: Request, workers: Workers) -> None:
         if not readable:
             return
         request = replace(request, datasets=readable)
-    gathered = planning.gather(request)
+    gathered = planning.gather(request, keeps_headers=False)
     print_lines(gathered.notes)
     todo = planning.plan(gathered.jobs, request, gathered.rows)
-    planning.collect(gathered, request.out, request.allow_leaks)
+    collect(gathered.questions, gathered.jobs, request.out, gathered.rows, allow_leaks=request.allow_leaks)
     print_lines(notes_of_grids(todo.before, todo.done, request))
     costs = _costs(request, todo, workers)
     if request.with_masks:
@@ -184,7 +185,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     combined = combine(parts, manifest.seed)
     todo = planning.plan(planning.jobs_of(request, combined), request)
     print_table("for the volumes that are there", ["", ""], _costs(request, todo, workers))
-    refuse_leaks(leaks(map(planning.as_row, combined.questions)))
+    refuse_leaks(leaks(map(as_row, combined.questions)))
     return len(parts) == len(datasets) and not combined.unmatched
 
 

@@ -260,12 +260,13 @@ def evaluate(
         answering: body.Answering
         edits = edits_of(counterfactual, bool(masks))
         if model:
-            from photon_cli.predict import answer_benchmark, batch_of, loader
+            from photon_cli.benchmark import answer_benchmark, on_edited_volumes
+            from photon_cli.predict import batch_of, loader
             from photon_train.answering.generation import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices)
             load = loader(model, answers, dtype, revision, batch=batch_of(batch), device=device, adapter=adapter)
-            then = body.on_edited_volumes(edits, masks)
+            then = on_edited_volumes(edits, masks)
             answering = answer_benchmark(load, schedulers, keep, output / "predictions", then)
         else:
             answering = body.answered_before(predictions, config)

@@ -1,4 +1,4 @@
-"""The bodies of `photon predict`, and of the answering in `photon eval --model`.
+"""The body of `photon predict`.
 
 One scan and some questions -> answers on the terminal. Rows of manifests -> a file of predictions.
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from math import prod
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,22 +29,16 @@ from photon_train.answering import manifest
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
-from photon_train.answering.prediction import read_predictions
+from photon_train.answering.prediction import prompt_of
 from photon_train.answering.predictor import Predictor, Reply, answer_questions
 from photon_train.answering.request import RequestGroup, plain_row
 from photon_train.answering.scan import ScanInput, open_input
-from photon_train.configuration_photon import PhotonConfig
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
-from photon_train.memory import reset_peak_memory
 from photon_train.overlay import ASKED, Canvas, View, folders_of, write_overlay
-from photon_train.pruners import SCHEDULERS
 from photon_train.rows import Row, read_rows
 
 RECALL = "recall.json"
 SHOWN_FAILURES = 10
-ITS, MATCH_ITS = "its", "match-its"
-# These schedulers keep the share that they are given.
-BUDGETED = ("random", "uniform", "foreground", "fastv", "visionzip", "divprune")
 
 Load = partial[Predictor]  # called with keywords that replace some of its own
 
@@ -210,8 +202,8 @@ def predict_rows(
 ) -> bool:
     """Answer the rows into a file, with progress; return whether all of this part have an answer."""
     rows = read_all(data)
-    part, local_rank = _shard_of(shard)
-    predictor = load(device=_device_of(device, local_rank))
+    part, local_rank = shard_of(shard)
+    predictor = load(device=device_of(device, local_rank))
     unshown: dict[str, str] = {}
 
     def on_replies(group: RequestGroup, replies: Sequence[Reply]) -> None:
@@ -231,18 +223,25 @@ def predict_rows(
     return not (outcome.failed or unshown)
 
 
+def answer_rows(predictor: Predictor, rows: Sequence[Row], path: Path, part: Shard = WHOLE) -> None:
+    """Answer this part of the rows into a file, with progress and a summary; what it answers already stays."""
+    with _AnsweringBar("answering") as bar:
+        outcome = manifest.predict_rows(predictor, rows, path, part, on_start=bar.on_start, on_batch=bar.on_replies)
+    _print_outcome(outcome, bar, str(path), {})
+
+
 def read_all(data: Sequence[Path]) -> list[Row]:
     """Return the rows of manifests, of other makers' too: a row without an id is called after its line."""
     return [plain_row(row, f"{path.stem}-{number}") for path in data for number, row in enumerate(read_rows(path), 1)]
 
 
-def _device_of(device: str, local_rank: int | None) -> str:
+def device_of(device: str, local_rank: int | None) -> str:
     """Return the device of this process: under torchrun, a GPU of its own."""
     is_free = local_rank is not None and device in ("auto", "cuda") and torch.cuda.is_available()
     return f"cuda:{local_rank}" if is_free else device
 
 
-def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
+def shard_of(shard: str | None) -> tuple[Shard, int | None]:
     """Return this process's part of the rows, and its local rank under torchrun; UsageError for what is no I/N."""
     if shard is None and "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         rank = int(os.environ["RANK"])
@@ -257,7 +256,7 @@ def _shard_of(shard: str | None) -> tuple[Shard, int | None]:
 
 def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGroup, replies: Sequence[Reply]) -> None:
     """Write what was kept of each volume of a group; a volume with masks has their recall beside it."""
-    titles = {request.id: _question_of(request.row) for request in group.requests}
+    titles = {one.id: prompt_of(one.row).replace(VIDEO_TAG, "").strip() for one in group.requests}
     for number, video in enumerate(group.videos):
         scan = open_input(str(video), Recipe(), id=volume_id_of(group.requests[0].row))
         home = MaskFolder(overlays.masks) if overlays.masks else None
@@ -267,11 +266,6 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
         for reply in replies:
             if not reply.prediction.error:
                 shown.write(reply, titles[reply.prediction.id])
-
-
-def _question_of(row: Row) -> str:
-    text: str = next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
-    return text.replace(VIDEO_TAG, "").strip()
 
 
 class _AnsweringBar(ProgressBar):
@@ -315,108 +309,3 @@ def _print_outcome(outcome: Outcome, bar: _AnsweringBar, place: str, unshown: di
         if len(reasons) > SHOWN_FAILURES:
             console.print(f"and {len(reasons) - SHOWN_FAILURES} more; {rest}")
     console.print(f"predictions: {place}", soft_wrap=True)
-
-
-# Rows of a benchmark, under several schedulers
-
-
-def answer_benchmark(
-    load: Load,
-    schedulers: str,
-    keep: str,
-    folder: Path,
-    then: Callable[[Predictor, Sequence[Row], Path], object] = lambda predictor, rows, path: None,
-) -> Callable[[Sequence[Row]], tuple[list[Path], PhotonConfig]]:
-    """Return the function rows -> (a file of predictions in `folder` for each scheduler, the model's configuration).
-
-    "its" goes first, since `keep` "match-its" gives the others the share of tokens that it kept. UsageError for
-    schedulers that do not exist and for no budget to match; later, for "its" without a threshold predictor.
-    `then` is called with the model under each scheduler, the rows, and the file of its predictions.
-    """
-    names = list(dict.fromkeys(name.strip() for name in schedulers.split(",") if name.strip()))
-    if unknown := [name for name in names if name not in SCHEDULERS]:
-        raise UsageError(f"--schedulers: expected some of {', '.join(SCHEDULERS)}, found {unknown[0]!r}")
-    is_budgeted = bool(set(names) & set(BUDGETED))
-    given = None if keep == MATCH_ITS else _budget_of(keep)
-    if given is not None and not is_budgeted:
-        found = schedulers or "none"
-        raise UsageError(f"--keep: expected one of {', '.join(BUDGETED)} among --schedulers, found {found}")
-    if given is None and is_budgeted and ITS not in names:
-        remedy = "add it, or say --keep 0.4 (a share) or --keep 390 (tokens)"
-        raise UsageError(f"--keep {MATCH_ITS}: expected 'its' among --schedulers, found {schedulers}; {remedy}")
-
-    part, local_rank = _shard_of(None)
-    device = _device_of(load.keywords.get("device", "auto"), local_rank)
-
-    def answer(rows: Sequence[Row]) -> tuple[list[Path], PhotonConfig]:
-        budget, files, configs = given, list[Path](), list[PhotonConfig]()
-        in_order: list[str | None] = [*sorted(names, key=lambda name: name != ITS)]
-        for name in in_order or [None]:  # None: the model's own
-            # No name holds a model here: it is freed before the next is loaded.
-            own_budget = budget if name in BUDGETED else None
-            path, config = _answer_rows(load(scheduler=name, device=device), rows, folder, part, own_budget, then)
-            files.append(path)
-            configs.append(config)
-            if name == ITS and budget is None and is_budgeted:
-                budget = _kept_share(path, {row["id"] for row in rows})
-        if part.number:  # the first process scores
-            raise SystemExit(0)
-        return files, configs[0]
-
-    return answer
-
-
-def _budget_of(text: str) -> float:
-    """Return a share of the tokens of a volume, at most 1, or a number of them, 2 or more."""
-    try:
-        budget = float(text)
-    except ValueError:
-        budget = 0.0
-    if not (0 < budget <= 1 or (budget >= 2 and budget.is_integer())):
-        expected = f"{MATCH_ITS}, a share above 0, at most 1, or a number of tokens from 2 on"
-        raise UsageError(f"--keep: expected {expected}, found {text!r}")
-    return budget
-
-
-def _answer_rows(
-    predictor: Predictor,
-    rows: Sequence[Row],
-    folder: Path,
-    part: Shard,
-    budget: float | None,
-    then: Callable[[Predictor, Sequence[Row], Path], object],
-) -> tuple[Path, PhotonConfig]:
-    """Answer this part of the rows into the file of the model's scheduler, and wait for the other parts.
-
-    `budget` as `_budget_of` returns it, None: its own. The first process does what comes `then`.
-    """
-    config = predictor.model.config
-    if budget is not None:
-        tokens = prod(config.tokens_thw)
-        if budget > tokens:
-            raise UsageError(f"--keep: expected at most the {tokens} tokens of a volume, found {budget:g}")
-        config.keep_ratio = budget if budget <= 1 else budget / tokens
-    path = folder / f"{config.scheduler}.jsonl"
-    keeps = f", keeps {config.keep_ratio:.1%}" if config.scheduler in BUDGETED else ""
-    console.print(f"scheduler {config.scheduler}{keeps}")
-    reset_peak_memory(predictor.model.device)
-    answer_rows(predictor, rows, path, part)
-    manifest.wait_for_parts(path, rows)
-    if not part.number:
-        then(predictor, rows, path)
-    return path, config
-
-
-def answer_rows(predictor: Predictor, rows: Sequence[Row], path: Path, part: Shard = WHOLE) -> None:
-    """Answer this part of the rows into a file, with progress and a summary; what it answers already stays."""
-    with _AnsweringBar("answering") as bar:
-        outcome = manifest.predict_rows(predictor, rows, path, part, on_start=bar.on_start, on_batch=bar.on_replies)
-    _print_outcome(outcome, bar, str(path), {})
-
-
-def _kept_share(path: Path, ids: set[str]) -> float:
-    """Return the mean share of visual tokens that the predictions of these rows kept."""
-    shares = [p.kept_tokens / p.visual_tokens for p in read_predictions(path) if p.visual_tokens and p.id in ids]
-    if not any(shares):
-        raise UsageError(f"{path}: expected predictions that keep visual tokens, found none; say --keep 0.4 instead")
-    return fmean(shares)

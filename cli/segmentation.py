@@ -18,7 +18,7 @@ from photon_data.errors import UsageError
 from photon_data.export import FORMATS
 from photon_data.files import Location
 from photon_data.lock import exclusive
-from photon_data.mask_store import open_masks
+from photon_data.mask_store import home_of, open_masks
 from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
@@ -65,9 +65,9 @@ def segment(places: Mapping[str, str]) -> None:
 
 
 def _prepared_folder(places: Iterable[str]) -> Path:
-    """Return the folder OUT of stores OUT/volumes/ID.ome.zarr."""
+    """Return the one folder that all of the stores lie in."""
     stores = list(places)
-    folders = {Path(store).resolve().parent.parent for store in stores if is_store(store)}
+    folders = {Path(home_of(str(Path(store).resolve()))) for store in stores if is_store(store)}
     if len(folders) != 1 or not all(map(is_store, stores)):
         expected = "stores of one folder that photon-data prepare made, on a local disk"
         raise UsageError(f"--masks auto: expected {expected}, found {len(folders)}; give a folder of masks instead")

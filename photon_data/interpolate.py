@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 try:
-    from photon_data import _kernels
+    import photon_data._kernels as _kernels
 except ImportError:  # installed without a compiler
     _kernels = None
 

@@ -155,6 +155,12 @@ class Masks(NamedTuple):
         return Volume(marked, self.geometry)
 
 
+def home_of(store: str) -> str:
+    """Return OUT of a store OUT/volumes/ID.ome.zarr or OUT/volumes/ab/ID.ome.zarr."""
+    above, parent, _ = store.rstrip("/").rsplit("/", 2)
+    return above.rpartition("/")[0] if SHELF.fullmatch(parent) else above
+
+
 def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal["volume", "model"] = "volume") -> Masks:
     """Return the masks that belong to the store of a volume: those beside it, or those of the prepared folder `out`.
 
@@ -169,10 +175,7 @@ def open_masks(volume: str | Path, out: str | Path | None = None, grid: Literal[
     of_volume = read_metadata(store, "")
     if of_volume is None:
         raise UsageError(f"expected the store of a volume, found none at {volume}")
-    above, parent, _ = store.at("").rstrip("/").rsplit("/", 2)
-    if SHELF.fullmatch(parent):
-        above = above.rpartition("/")[0]
-    home = Location(str(out) if out is not None else above)
+    home = Location(str(out) if out is not None else home_of(store.at("")))
     flat, deep = places_of(of_volume["id"], FOLDER)
     name = deep if home.exists(deep) else flat
     metadata = read_metadata(home, name)

@@ -134,6 +134,7 @@ class Job:
         parts = [self.recipe.digest, vars(self.policy), self.rescale, ALGORITHM, _version("photon-ct")]
         parts += [self.stated.to_json()] if self.stated else []
         parts += [said] if self.override and (said := self.override.key()) else []
+        parts += [self.grids] if self.grids == "full" else []  # a field may be too large, where the grid is not
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def record(self, state: str, **more: Any) -> VolumeRecord:
@@ -378,9 +379,12 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
 
 
 def recipe_digest(metadata: Mapping[str, Any]) -> str:
-    """Return the digest of the recipe that a store was made by, also of a store whose recipe still held a policy."""
+    """Return the digest of the recipe that a store was made by, also of a store whose recipe still held a policy.
+
+    Of one with `antialias`, it is what the store says: versions whose recipe held a policy did less under that name.
+    """
     recipe = metadata["recipe"]
-    if all(recipe.get(key, usual) == usual for key, usual in EARLIER.items()):
+    if recipe.get("antialias") or all(recipe.get(key, usual) == usual for key, usual in EARLIER.items()):
         return str(metadata["digest"])
     try:
         return Recipe.from_json(recipe).digest

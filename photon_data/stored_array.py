@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,8 +75,9 @@ def decoded(layout: Layout, shard: bytes) -> np.ndarray:
     array, padded = np.empty(layout.shape, layout.dtype), np.empty(layout.chunk, layout.dtype)
     places = np.frombuffer(index, "<u8").reshape(-1, 2).tolist()
     for place, (start, length) in zip(np.ndindex(layout.counts), places, strict=True):
-        chunk = _checked(content[start : start + length], max(length, BLOSC_HEADER))
-        if int.from_bytes(chunk[4:8].tobytes(), "little") != padded.nbytes:
+        chunk = _checked(content[start : start + length], max(length, BLOSC_HEADER + 4))
+        decoded_bytes, _, own_bytes = struct.unpack_from("<3L", chunk.data, 4)  # Blosc believes both
+        if (decoded_bytes, own_bytes) != (padded.nbytes, len(chunk)):
             raise ValueError("a chunk has another size")
         part = array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, layout.chunk, strict=True))]
         if part.shape == layout.chunk and part.flags.c_contiguous:

@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -30,15 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils.hub import cached_file
@@ -65,13 +62,16 @@ _FOLDER = r"(checkpoint-\d+|merged)"
 LEFTOVER = re.compile(rf"\.(partial|removed)-{_FOLDER}|\.{_FOLDER}\.[0-9a-f]{{8}}\.partial")
 
 
+PUBLISHED_NAMES = {  # what is replaced in the name of a weight in a file, and by what in the model
+    r"^visual": "model.visual",
+    r"^model(?!\.(language_model|visual))": "model.language_model",
+    r"visual\.vision_patch_embed": "visual.patch_embed",
+}
+
+
 def register_published_names(class_name: str) -> None:
     """Make transformers read and write the published key names for this class."""
-    renamings: list[Any] = [
-        WeightRenaming(r"^visual", "model.visual"),
-        WeightRenaming(r"^model(?!\.(language_model|visual))", "model.language_model"),
-        WeightRenaming(r"visual\.vision_patch_embed", "visual.patch_embed"),
-    ]
+    renamings: list[Any] = [WeightRenaming(*renaming) for renaming in PUBLISHED_NAMES.items()]
     register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
 
 
@@ -258,7 +258,7 @@ def save_checkpoint(
     """
     unwrapped: Any = accelerator.unwrap_model(model)
     weights = _gather_weights(model, unwrapped)
-    optimizer_state = get_optimizer_state_dict(model, optimizer.optimizer, options=_whole(cpu_offload=True))
+    optimizer_state = get_optimizer_state_dict(model, optimizer.optimizer, options=whole(cpu_offload=True))
     if accelerator.is_main_process:
         with _new_folder(run / f"{PREFIX}{state['step']}") as folder:
             if any("lora_" in name for name in weights):
@@ -285,26 +285,27 @@ def _gather_weights(model: nn.Module, unwrapped: nn.Module) -> dict[str, Tensor]
     """
     names = {name for name, _ in unwrapped.named_parameters(remove_duplicate=False)}
     second_names = names - {name for name, _ in unwrapped.named_parameters()}
-    weights: Any = get_model_state_dict(model, options=_whole(cpu_offload=True))
+    weights: Any = get_model_state_dict(model, options=whole(cpu_offload=True))
     return {name: value for name, value in weights.items() if name not in second_names}
 
 
-def load_optimizer_state(checkpoint: Path, model: nn.Module, unwrapped: nn.Module, optimizer: Optimizer) -> None:
-    """Set the optimizer's state to that of a checkpoint. A weight that had none has none again."""
-    state: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in load_file(checkpoint / OPTIMIZER).items():
-        name, key_of_weight = key.split("|")
-        state[name][key_of_weight] = value
-    groups: Any = get_optimizer_state_dict(model, optimizer, options=_whole())["param_groups"]
-    whole: Any = {"state": dict(state), "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=_whole(strict=False))
-    for name, parameter in unwrapped.named_parameters():
-        if name not in state:  # it had no state when saved; torch made one that counts a step
-            optimizer.state.pop(parameter, None)
-
-
-def _whole(*, cpu_offload: bool = False, strict: bool = True) -> StateDictOptions:
+def whole(*, cpu_offload: bool = False, strict: bool = True) -> StateDictOptions:
+    """Return that all processes have all of every tensor."""
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, strict=strict)
+
+
+def float32_weights(checkpoint: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Return those of the weights, by their names in the model, that the checkpoint has in float32."""
+    found = {}
+    for file in {*checkpoint.glob("*.safetensors")} - {checkpoint / OPTIMIZER}:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - it is no dict
+                name = key
+                for published, own in PUBLISHED_NAMES.items():
+                    name = re.sub(published, own, name)
+                if name in names and (value := tensors.get_tensor(key)).dtype == torch.float32:
+                    found[name] = value
+    return found
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -207,7 +207,8 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, Tensor], ...]]:
         """Return what a Prefix holds of so many layers: h_1PD, q and k of the layer that drops, all keys and values."""
         shared, q_1HPd, k_1KPd = SharedKeys(), None, None
-        is_asked = layers < len(self.layers) or self.photon_config.scheduler in BY_QK
+        # In training, scores may be asked for from outside of the model, by a hook.
+        is_asked = layers < len(self.layers) or self.photon_config.scheduler in BY_QK or torch.is_grad_enabled()
         attend = self._attend(h_1PD, None, position_31P, None, shared)
         for layer in self.layers[:layers]:
             if is_asked and layer is self.layers[self.photon_config.drop_layer]:

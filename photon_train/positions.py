@@ -1,6 +1,6 @@
-"""Where tokens stand: M-RoPE positions of a row, the rotation of queries and keys by them, and norms of one kernel.
+"""Where tokens stand: the M-RoPE positions of a row.
 
-Legend: B rows, L tokens of a padded row, H heads, d head_dim; axis 3 is (t, h, w).
+Legend: B rows, L tokens of a padded row; axis 3 is (t, h, w).
 """
 
 from __future__ import annotations

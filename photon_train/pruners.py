@@ -189,6 +189,7 @@ BEFORE_DECODER: dict[str, Callable[[VolumeContext], Choice]] = {
     one.__name__: one for one in (visionzip, divprune, nucleus)
 }
 NEEDS_ATTENTION = ("visionzip", "nucleus")
+OWN_NUMBER = ("nucleus",)  # keep as many as the volume needs: the encodings of two volumes are of two lengths
 BY_QK = ("its", "fastv")  # decide by queries and keys of the layer after which they drop
 # What happens after layer its; tokens that are dropped before the decoder are not there any more.
 SCHEDULERS: dict[str, Callable[[SchedulerContext], Selection]] = {

@@ -111,7 +111,7 @@ def _train_row(row: Row, place: str) -> TrainRow:
     except (ValueError, KeyError, TypeError) as error:
         found = f"{str(row)[:80]!r} ({error!r}); see docs/manifests.md"
         raise UsageError(f"{place}: expected a row with messages and videos, found {found}") from None
-    id, prefix = str(row.get("id") or place), prefix_of(row)
+    id, prefix = place if row.get("id") in (None, "") else str(row["id"]), prefix_of(row)
     if any(role == "assistant" for role, _ in prefix[1:]):
         prefix = (*prefix, id)  # what is learned before the last volume ends cannot be shared
     masks = organ_masks_of(row) if (row.get("extra") or {}).get("organ_masks") else ()

@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from photon_data.prepare_file import Job, prepare_file
-from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.records import DIED, OUT_FULL, UNABLE, NoSpace
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
@@ -152,8 +150,9 @@ def run_isolated(
     timeout_s: float,
     address_space_bytes: int,
     run: str = "",
+    *,
+    module: str,
     holder: str = "",
-    module: str = __name__,
 ) -> dict[str, Any]:
     """Return the reply to a job, both as JSON: the `main` of a module makes it, in the child process of this thread.
 
@@ -175,21 +174,14 @@ def run_isolated(
 def end_children(run: str) -> None:
     """Kill the children that work for a run in this process, and let it start no others."""
     _ended.add(run)
-    for key in [key for key in _children if key[0] == run]:
+    for key in [key for key in list(_children) if key[0] == run]:  # other threads add theirs
         _children.pop(key).kill()
 
 
 # The child's end
 
 
-def prepare_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a job, both as JSON."""
-    if "masks" in job:
-        return prepare_masks(MaskJob.from_json(job)).to_json()
-    return prepare_file(Job.from_json(job)).to_json()
-
-
-def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, Any]] = prepare_job) -> None:
+def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Answer jobs by `work` until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
     if address_space_bytes > 0 and sys.platform == "linux":  # macOS has the limit, and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))

@@ -94,7 +94,8 @@ class Workers:
 class Needs(NamedTuple):
     """What every worker of a cluster must have: this version, SOURCE and OUT."""
 
-    files: tuple[tuple[str, int], ...] = ()  # local paths that it must see, and their sizes
+    # Local paths that it must see, their sizes, and what they may be called in a sentence.
+    files: tuple[tuple[str, int, str], ...] = ()
     out: str = ""  # the folder or URL that the run holds ...
     holder: str = ""  # ... and the token that is in its lock: a folder of the same name is not enough
 
@@ -102,7 +103,7 @@ class Needs(NamedTuple):
 def needs_of(out: Location, name: str) -> Needs:
     """Return that workers must see a file of a prepared folder that they are to read."""
     size = out.size(name) if out.is_local else None
-    return Needs() if size is None else Needs(((out.at(name), size),))
+    return Needs() if size is None else Needs(((out.at(name), size, out.at(name)),))
 
 
 def pays(workers: Workers, jobs: int) -> bool:
@@ -148,7 +149,7 @@ def execute(
 
 def _do(task: Task, workers: Workers, needs: Needs | None, run: str, job: dict[str, Any]) -> Reply:
     """Return the reply of a task. This is what a worker runs, also one that joined after the run began."""
-    if needs is not None and (lacking := _lacking_once(needs)):
+    if needs is not None and (lacking := _lacking_once(needs, run)):
         return {UNABLE: lacking}
     worker = get_worker()
     if workers.memory_gb is not None:
@@ -161,23 +162,26 @@ def _do(task: Task, workers: Workers, needs: Needs | None, run: str, job: dict[s
 
 def lacking_here(needs: Needs) -> str:
     """Return what this host lacks of what a run needs, as a sentence; "" where it has all."""
-    for path, size in needs.files:
+    for path, size, name in needs.files:
         try:
             found = Path(path).stat().st_size
         except OSError as error:
-            return f"{socket.gethostname()} cannot see {path} ({error.strerror}); mount it there, by the same path"
+            return f"{socket.gethostname()} cannot see {name} ({error.strerror}); mount it there, by the same path"
         if found != size:
-            return f"{socket.gethostname()} sees another file as {path} ({found:,} bytes instead of {size:,})"
+            return f"{socket.gethostname()} sees another file as {name} ({found:,} bytes instead of {size:,})"
     end_s = time.monotonic() + SEEN_S
-    while needs.holder and not is_held_by(Location(needs.out), needs.holder, strictly=True):
-        if time.monotonic() > end_s:
-            return f"{socket.gethostname()} does not see OUT, {needs.out}; mount it there, by the same path"
-        time.sleep(0.5)
+    try:
+        while needs.holder and not is_held_by(Location(needs.out), needs.holder, strictly=True):
+            if time.monotonic() > end_s:
+                return f"{socket.gethostname()} does not see OUT, {needs.out}; mount it there, by the same path"
+            time.sleep(0.5)
+    except Exception as error:  # of an object store; outside of here, Dask would log it with the job and names in it
+        return f"{socket.gethostname()} cannot read OUT, {needs.out} ({type(error).__name__}: {error})"
     return ""
 
 
 @lru_cache(32)
-def _lacking_once(needs: Needs) -> str:
+def _lacking_once(needs: Needs, run: str) -> str:  # by run: what was lacking may be there for the next one
     return lacking_here(needs)
 
 

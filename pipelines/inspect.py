@@ -11,8 +11,9 @@ from photon_data.lock import Hold, exclusive
 from photon_data.prepare_file import Job
 from photon_data.readers.find import LABEL_MAP
 from photon_data.readers.mask_pattern import usual_pattern
-from photon_data.records import INSPECTED, READY, VolumeRecord, read_records
+from photon_data.records import INSPECTED, READY, VolumeRecord, read_again, read_records
 from photon_pipelines.cluster import Workers
+from photon_pipelines.owners import without_withdrawn
 from photon_pipelines.plan import Callback, Plan, gather
 from photon_pipelines.prepare import by_id, keep_key, prepared
 from photon_pipelines.request import Request
@@ -24,7 +25,8 @@ def inspect(
     """Return the record of every scan, by id, the number of other files by suffix, and notes. No store is written.
 
     The state of a scan that would be prepared is "ready", of others "refused" or "failed". A folder OUT keeps what was
-    found: what did not change since is not read again, and `prepare` knows what it would refuse.
+    found: what did not change since is not read again, and `prepare` knows what it would refuse. A scan that `prune`
+    took away for good is not read.
     """
     callback = callback or Callback()
     gathered = gather(request, callback)
@@ -39,16 +41,17 @@ def inspect(
         if gathered.key:
             keep_key(gathered.key, request.out, callback)
         before = {row.id: row for row in read_records(request.out, INSPECTED)}
+        jobs, left_out = without_withdrawn(jobs, read_again(request.out, gathered.rows).records)
         done = [row for job in jobs if (row := _inspected_before(job, before.get(job.source.id), request))]
         ids = {row.id for row in done}
         jobs = [job for job in jobs if job.source.id not in ids]
-        callback.on_plan(Plan([*jobs], done, [], []), gathered.ignored)
+        callback.on_plan(Plan([*jobs], [*left_out, *done], [], []), gathered.ignored)
         try:
             done += _inspected(jobs, workers, hold, callback)
         finally:
             rows = before | {row.id: row for row in (*read_records(request.out, INSPECTED), *done)}
             request.out.write_rows(INSPECTED, (row.row() for row in by_id(rows.values())))
-    return by_id(done), gathered.ignored, notes
+    return by_id([*left_out, *done]), gathered.ignored, notes
 
 
 def _inspected(

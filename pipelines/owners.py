@@ -11,7 +11,7 @@ from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.prepare_file import Job
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import MANY, PRUNED, VolumeRecord, places_of, store_names
+from photon_data.records import MANY, PRUNED, REFUSED, VolumeRecord, places_of
 from photon_data.scan import Source
 from photon_data.store import read_metadata
 
@@ -28,6 +28,13 @@ def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str, records: Se
     return found
 
 
+def notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
+    """Return a sentence about scans that have ids made from names, which stay."""
+    old = [source.id for source in sources if source.hidden and not KEYED.search(source.id)]
+    remedy = "prepare into another folder to have keyed ones"
+    return [f"{len(old)} scans keep ids that were made from names, {old[0]} first; {remedy}"] if old else []
+
+
 def refuse_lost_names(out: Location, records: Iterable[VolumeRecord]) -> None:
     """UsageError where rows hide names that are in no private file: nobody could tell whose ids they are."""
     hidden = [record for record in records if record.hidden]
@@ -41,18 +48,19 @@ def refuse_namesakes(
     sources: Sequence[Source],
     records: Sequence[VolumeRecord],
     out: Location,
+    strays: Collection[str],
     together: Collection[str] = (),
     *,
     overwrite: bool = False,
 ) -> None:
     """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
 
+    `strays` are the places of stores that no row names.
     The folders of `together`, those of declared data sets, are looked through together: which of two scans of one id is
     meant is known then.
     """
     owners = {record.id.casefold(): record for record in records}
     ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
-    strays = set(store_names(out)) - {record.store for record in records}
     found = []
     for source in sources:
         owner = owners.get(source.id.casefold())
@@ -97,7 +105,15 @@ def _is_stray_of_another(source: Source, strays: Collection[str], out: Location)
     return any(metadata and metadata["fingerprint"] != fingerprint(source.files) for metadata in found)
 
 
-def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
+def without_withdrawn(jobs: Sequence[Job], records: Sequence[VolumeRecord]) -> tuple[list[Job], list[VolumeRecord]]:
+    """Return the jobs without those whose scans `prune` took away for good, and the records of these."""
+    gone = _withdrawn([job.source for job in jobs], records)
+    pairs = [(job, gone[job.source.id]) for job in jobs if job.source.id in gone]
+    left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in pairs]
+    return [job for job in jobs if job.source.id not in gone], left_out
+
+
+def _withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
     """Return {id: row of what was taken away} of scans that `prune` took by name: by their place, or by content."""
     pruned = [record for record in records if record.code == PRUNED]
     places = {(record.root, record.source): record for record in pruned}
@@ -112,13 +128,20 @@ def withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dic
     return found
 
 
-def placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord]) -> Sequence[Job]:
-    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be."""
+def placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], strays: Collection[str]) -> Sequence[Job]:
+    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be.
+
+    One among the `strays`, which no row names, is replaced where it lies: no scan gets two stores.
+    """
     deep = len(before.keys() | {job.source.id for job in jobs}) >= MANY
 
     def with_place(job: Job) -> Job:
         row = before.get(job.source.id)
-        is_deep = row.is_deep if row and row.store else deep
+        if row and row.store:
+            is_deep = row.is_deep
+        else:
+            flat, shelved = places_of(job.source.id)
+            is_deep = shelved in strays or (deep and flat not in strays)
         return replace(job, deep=True) if is_deep else job
 
     return [with_place(job) for job in jobs]

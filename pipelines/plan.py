@@ -1,7 +1,4 @@
-"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. Nothing is written here.
-
-But for the headers of DICOM files, which are kept in the private folder: they take long to read.
-"""
+"""What `photon-data prepare` is requested to do -> jobs, and which of them are to be done. No store is written here."""
 
 from __future__ import annotations
 
@@ -13,14 +10,13 @@ from typing import Any, NamedTuple
 
 from photon_data.datasets.base import ID_FROM, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
-from photon_data.errors import UsageError, first_few, nearest_name
+from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.override import SKIPPED
 from photon_data.prepare_file import Job, already_there, recipe_digest
-from photon_data.private import HEADERS, KEYED, hide_names, private_folder
-from photon_data.questions.kept import UNKNOWN, file_of, kept_questions
-from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
+from photon_data.private import HEADERS, hide_names, private_folder
+from photon_data.questions.manifest import Manifests, Unmatched, refuse_unsound
 from photon_data.questions.override_table import read_overrides
 from photon_data.questions.question import PROMPTS, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
@@ -39,10 +35,19 @@ from photon_data.records import (
     VolumeRecord,
     read_again,
     read_records,
+    store_names,
 )
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
-from photon_pipelines.owners import ids_of_earlier_runs, placed, refuse_lost_names, refuse_namesakes, withdrawn
+from photon_pipelines.owners import (
+    ids_of_earlier_runs,
+    notes_of_old_ids,
+    placed,
+    refuse_lost_names,
+    refuse_namesakes,
+    without_withdrawn,
+)
+from photon_pipelines.questions import as_row, joined, notes_of_unmatched
 from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -122,10 +127,11 @@ def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
     return {state: found[state] for state in STATES}
 
 
-def gather(request: Request, callback: Callback | None = None) -> Gathered:
+def gather(request: Request, callback: Callback | None = None, *, keeps_headers: bool = True) -> Gathered:
     """Return the jobs and questions that a request is about; UsageError for what cannot be followed.
 
     Leaks that the questions themselves show are refused here, before hours of work; `prepare` finds those of content.
+    With `keeps_headers`, the headers of DICOM files are kept in the private folder: they take long to read.
     """
     callback = callback or Callback()
     for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
@@ -138,7 +144,8 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     check_id_prefix(request.id_prefix)
     if request.prompt is not None and request.prompt not in PROMPTS:
         raise UsageError(f"--prompt-style: expected one of {', '.join(PROMPTS)}, found {request.prompt!r}")
-    gathered = (_gather_datasets if request.datasets else _gather_folder)(request, callback)
+    headers = keeps_headers and request.id_from in ("auto", "key") and request.out.is_shared  # names are hidden
+    gathered = _gather_datasets(request, callback) if request.datasets else _gather_folder(request, callback, headers)
     sources = [job.source for job in gathered.jobs]
     overrides = read_overrides(request.overrides, sources) if request.overrides else {}
     jobs = gathered.jobs[: request.limit]
@@ -152,17 +159,7 @@ def gather(request: Request, callback: Callback | None = None) -> Gathered:
     return gathered
 
 
-def as_row(question: Question) -> dict[str, object]:
-    """Return what the leak check looks at."""
-    return {
-        "volume_id": question.volume,
-        "patient": question.patient,
-        "split": question.split,
-        "extra": {"source_id": question.extra.get("source_id")},
-    }
-
-
-def _gather_folder(request: Request, callback: Callback) -> Gathered:
+def _gather_folder(request: Request, callback: Callback, keeps_headers: bool) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
     questions: dict[str, list[Question]] = {}
     asked: list[Question] = []
@@ -173,7 +170,6 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
     rows = read_again(request.out)
     known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix, rows.records)
-    keeps_headers = request.id_from in ("auto", "key") and request.out.is_shared  # not where names are shown
     sources, ignored = find_scans(
         request.source,
         id_from="path" if request.id_from in ("auto", "key") else request.id_from,
@@ -195,7 +191,7 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     hidden = formats if request.id_from == "key" else HIDDEN if request.id_from == "auto" and "dicom" in formats else ()
     if hidden:
         sources, key = hide_names(sources, hidden, request.out, request.id_prefix, known_ids)
-        notes = _notes_of_old_ids(sources)
+        notes = notes_of_old_ids(sources)
     else:
         sources = [replace(source, patient="") if source.patient else source for source in sources]
     out, by_table = request.out.at(""), request.hu_source != HEADER
@@ -206,58 +202,13 @@ def _gather_folder(request: Request, callback: Callback) -> Gathered:
     ]
     if request.questions is None:
         return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key, rows=rows)
-    joined, unmatched = _joined(asked, sources, request)
-    notes += _notes_of_unmatched(asked, unmatched, sources)
-    if unknown := sum(not (question.split or question.patient) for question in joined):
+    name = request.id_prefix + request.questions.stem.lstrip(".")
+    made, unmatched = joined(asked, sources, name)
+    notes += notes_of_unmatched(asked, unmatched, sources)
+    if unknown := sum(not (question.split or question.patient) for question in made):
         notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
-    questions[str(joined[0].dataset)] = assign_splits(joined, fractions=request.fractions, seed=request.seed)
+    questions[name] = assign_splits(made, fractions=request.fractions, seed=request.seed)
     return Gathered(jobs, questions, unmatched, ignored, notes, key, rows)
-
-
-def _joined(
-    asked: Sequence[Question], sources: Sequence[Source], request: Request
-) -> tuple[list[Question], list[Unmatched]]:
-    """Return the questions with ids of scans in place of names, and those that name no scan or several.
-
-    Two names of one scan must not be two patients, and a scan of another source never answers to a name.
-    """
-    assert request.questions is not None
-    name, by_id = request.id_prefix + request.questions.stem.lstrip("."), {source.id: source for source in sources}
-    is_hidden = any(source.hidden for source in sources)
-    find, made, unmatched = by_name((source.id, source.path) for source in sources), [], []
-    for question in asked:
-        match = find(question.volume)
-        if match.id is None:
-            shown, reason = question.volume, match.reason
-            if is_hidden:
-                shown, reason = "(name)", reason.partition(" (")[0]
-            unmatched.append(Unmatched(question.id, shown, reason))
-            made.append(replace(question, volume=f"{UNKNOWN}{shown}", dataset=name))
-        else:
-            patient = question.patient or by_id[match.id].patient or None
-            made.append(replace(question, volume=match.id, dataset=name, patient=patient))
-    return made, unmatched
-
-
-def _notes_of_unmatched(
-    questions: Sequence[Question], unmatched: Sequence[Unmatched], sources: Sequence[Source]
-) -> list[str]:
-    """Return a sentence about the questions that name no scan or several, before hours of work."""
-    reasons = {one.volume: one.reason for one in unmatched}
-    if not reasons:
-        return []
-    paths = [source.id if source.hidden else source.path for source in sources]
-    near = {name: nearest_name(name, paths) or paths[0] for name in list(reasons)[:4]}
-    told = [f"{name!r}: {reasons[name]} (a name that there is: {path!r})" for name, path in near.items()]
-    found = f"{len(unmatched)} of {len(questions)} questions do not name one scan of this source"
-    return [f"{found}: {first_few(told)}"]
-
-
-def _notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
-    """Return a sentence about scans that have ids made from names, which stay."""
-    old = [source.id for source in sources if source.hidden and not KEYED.search(source.id)]
-    remedy = "prepare into another folder to have keyed ones"
-    return [f"{len(old)} scans keep ids that were made from names, {old[0]} first; {remedy}"] if old else []
 
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
@@ -287,7 +238,7 @@ def _gather_datasets(request: Request, callback: Callback) -> Gathered:
     if not jobs:
         raise UsageError(f"{request.source}: expected volumes with questions, found none")
     questions = {entry.name: [q for q in combined.questions if q.dataset == entry.name] for entry in request.datasets}
-    notes = [*combined.notes, *_notes_of_old_ids([job.source for job in jobs])]
+    notes = [*combined.notes, *notes_of_old_ids([job.source for job in jobs])]
     return Gathered(jobs, questions, combined.unmatched, notes=notes, key=key, rows=rows)
 
 
@@ -303,46 +254,18 @@ def jobs_of(request: Request, combined: Collection) -> list[Job]:
     return jobs
 
 
-def collect(gathered: Gathered, out: Location, allow_leaks: bool) -> dict[str, list[Question]]:
-    """Return the questions of all data sets that OUT holds, with a run's own in place of their earlier ones.
-
-    UsageError for a name or a question's id that two data sets have, and for leaks.
-    """
-    own, kept, roots = gathered.questions, kept_questions(out), {job.source.root for job in gathered.jobs}
-    own_again = own.keys() & kept.keys()
-    known = read_again(out, gathered.rows).records if own_again else []
-    ids = {job.source.id for job in gathered.jobs} | {record.id for record in known if record.root in roots}
-    for name in own_again:
-        earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
-        if earlier and not earlier & ids:
-            found = f"questions about other scans, {first_few(sorted(earlier))}"
-            remedy = "rename the table, or give --id-prefix"
-            raise UsageError(f"expected that {out.at(file_of(name))} is of this source, found {found}; {remedy}")
-    parts, owner = kept | own, dict[str, str]()
-    for name, questions in parts.items():
-        if again := [question.id for question in questions if owner.setdefault(question.id, name) != name]:
-            found = f"{len(again)} of {owner[again[0]]} in {name}, {again[0]} first"
-            remedy = f"change them, or remove {out.at(file_of(name))} if it is not needed"
-            raise UsageError(f"expected question ids that no other data set has, found {found}; {remedy}")
-    if not allow_leaks:
-        refuse_leaks(leaks(as_row(question) for questions in parts.values() for question in questions))
-    return parts
-
-
 def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Plan:
     """Return which of the jobs have to be done; UsageError if the result would mix recipes, or scans of one id.
 
     `rows` are those that were read before; if another run wrote since, they are read again.
     """
     out, recipe, records = request.out, request.recipe, read_again(request.out, rows).records
-    pruned = withdrawn([job.source for job in jobs], records)
-    gone = [(job, pruned[job.source.id]) for job in jobs if job.source.id in pruned]
-    left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in gone]
-    jobs = [job for job in jobs if job.source.id not in pruned]
+    jobs, left_out = without_withdrawn(jobs, records)
     together = {str(folder) for entry in request.datasets for folder in entry.folders}
-    refuse_namesakes([job.source for job in jobs], records, out, together, overwrite=request.overwrite)
+    strays = set(store_names(out)) - {record.store for record in records}
+    refuse_namesakes([job.source for job in jobs], records, out, strays, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
-    jobs = placed(jobs, before)
+    jobs = placed(jobs, before, strays)
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
     is_partial = request.limit is not None or request.include or request.exclude or request.datasets
@@ -389,7 +312,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
     if before is None or source.problem or (before.bytes_in, before.mtime_ns) != (source.bytes, source.mtime_ns):
         return None
     if before.state in (REFUSED, FAILED):
-        is_known = before.key == job.refusal_key() and not (retry_failed or job.overwrite)
+        reasons = {one.refusal_key() for one in (job, replace(job, grids="volume"))}  # more grids have more of them
+        is_known = before.key in reasons and not (retry_failed or job.overwrite)
         now = replace(before, root=source.root, source=source.path, hidden=source.hidden, seconds=None)
         return now if is_known else None
     there = already_there(job, before.fingerprint) if before.fingerprint else None

@@ -43,6 +43,7 @@ from photon_data.records import (
     DATASET_DIGEST,
     DIED,
     FAILED,
+    INSPECTED,
     LOCK,
     PRUNED,
     REFUSED,
@@ -62,7 +63,8 @@ from photon_pipelines.child import run_isolated
 from photon_pipelines.cluster import Needs, Workers, execute
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
 from photon_pipelines.masks import forget, id_at, read_rows, write_rows
-from photon_pipelines.plan import Callback, Plan, Result, collect, count_states, gather, plan
+from photon_pipelines.plan import Callback, Plan, Result, count_states, gather, plan
+from photon_pipelines.questions import collect
 from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all
 
@@ -90,7 +92,7 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         callback.on_note(note)
     with exclusive(out) as hold:
         todo = plan(gathered.jobs, request, gathered.rows)
-        questions = collect(gathered, out, request.allow_leaks)
+        questions = collect(gathered.questions, gathered.jobs, out, gathered.rows, allow_leaks=request.allow_leaks)
         gathered = gathered._replace(rows=None)
         gathered.jobs.clear()  # those to do are in the plan, until they are done
         if gathered.key:
@@ -202,6 +204,9 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
             keep_questions(out, name, questions[name])
         rows = [_pruned(r) if r.id in ids else r for r in records if r.id not in ids or for_good]
         write_records(out, rows)
+        if out.exists(INSPECTED):
+            inspected = read_records(out, INSPECTED)
+            out.write_rows(INSPECTED, (record.row() for record in inspected if record.id not in ids))
         if any(record.hidden for record in records) and not any(record.hidden for record in rows):
             save_names(out, ())  # write_records has nobody to name
         forget(out, ids)
@@ -319,7 +324,7 @@ def _remove_partial(out: Location) -> None:
 
 def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
     """Yield the record of every job as it ends, of the largest first; the list is used up."""
-    task = partial(run_isolated, holder=hold.token if hold else "")
+    task = partial(run_isolated, module="photon_pipelines.scan_job", holder=hold.token if hold else "")
     jobs.sort(key=lambda job: job.source.bytes)
     with closing(execute(jobs, task, workers, _needs(jobs, hold))) as finished:
         for job, reply in finished:
@@ -332,8 +337,9 @@ def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -
 
 def _needs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
     """Return what workers must see: a file below each source folder, and OUT."""
-    files = {job.source.root: job.source.files[0] for job in jobs if job.source.files}
-    there = tuple((str(file), file.stat().st_size) for file in files.values() if file.is_file())
+    sources = {job.source.root: job.source for job in jobs if job.source.files}
+    files = [(one.files[0], "a file of SOURCE" if one.hidden else str(one.files[0])) for one in sources.values()]
+    there = tuple((str(file), file.stat().st_size, name) for file, name in files if file.is_file())
     return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 

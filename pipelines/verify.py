@@ -86,6 +86,7 @@ def verify_output(
         yield from _verify_masks(out, records)
     elif (yield from _names(out, MASK_STORES)):
         unchecked(f"{MASK_STORES} (which belong to the volumes that there should be)")
+    yield from _verify_inspected(out)
     yield from _verify_manifests(out, dataset)
     parts = {STORES, VOLUMES, DATASET, MANIFESTS, QUESTIONS, INSPECTED, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
     parts |= set((dataset or {}).get("files") or ())
@@ -150,14 +151,16 @@ def _verify_rows(
     return records
 
 
-def _digests(name: str, rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[int], int]:
+def _digests(
+    name: str, rows: Iterable[dict[str, Any]], remedy: str = "run prepare again"
+) -> tuple[list[str], list[int], int]:
     """Return what is wrong with the digests of rows, the numbers of rows without one, and how many rows there are."""
     damaged, without, number = list[str](), list[int](), 0
     for number, row in enumerate(rows, 1):
         if ROW_DIGEST not in row:
             without.append(number)
         elif row[ROW_DIGEST] != digest_of(row, ROW_DIGEST):
-            damaged.append(f"{name}, row {number} ({row.get('id')}): differs from its own digest; run prepare again")
+            damaged.append(f"{name}, row {number} ({row.get('id')}): differs from its own digest; {remedy}")
     return damaged, without, number
 
 
@@ -217,6 +220,16 @@ def _verify_masks(out: Location, records: Sequence[VolumeRecord]) -> Iterator[st
         yield from (f"{MASK_ROWS}, row {number}: expected its own digest, found none; {REMEDY}" for number in without)
     except (ValueError, OSError) as error:
         yield str(error) if isinstance(error, UsageError) else f"{MASK_ROWS}: cannot be read ({error})"
+
+
+def _verify_inspected(out: Location) -> Iterator[str]:
+    """Yield what is wrong with the findings of `inspect`: by them, prepare leaves scans out."""
+    try:
+        damaged, without, _ = _digests(INSPECTED, out.rows(INSPECTED, may_be_cut=True), "remove the file")
+        yield from damaged
+        yield from (f"{INSPECTED}, row {number}: expected its own digest, found none; remove it" for number in without)
+    except (ValueError, OSError) as error:
+        yield f"{INSPECTED}: cannot be read ({error}); remove it"
 
 
 def _verify_manifests(out: Location, dataset: Any) -> Iterator[str]:

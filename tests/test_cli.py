@@ -10,7 +10,7 @@ import time
 
 import pytest
 import typer
-from dicom_files import CORONAL, write_series
+from dicom_files import CORONAL, stored_values, write_series
 from raw import write_scan
 from scans import ct_like
 from typer.testing import CliRunner
@@ -132,7 +132,9 @@ def test_a_dry_run_writes_nothing_and_counts_what_there_is_to_do(raw, tmp_path):
     code, text = cli("prepare", raw, tmp_path / "out", "--dry-run", *SMALL)
     assert code == 0
     assert "1 scans" in text
-    assert not (tmp_path / "out").exists()
+    write_series(raw / "series", stored_values())  # headers of which a run keeps
+    assert "2 scans" in cli("prepare", raw, tmp_path / "out", "--dry-run", *SMALL)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_inspect_finds_duplicates_and_refusals_and_writes_no_store(raw, tmp_path, monkeypatch):
@@ -202,7 +204,7 @@ def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
     [
         ("import photon_cli.data", ("numpy", "zarr", "SimpleITK", "distributed", "torch")),
         (
-            "import photon_pipelines.prepare, photon_pipelines.child",
+            "import photon_pipelines.prepare, photon_pipelines.scan_job",
             ("torch", "transformers", "torchio", "photon_train"),
         ),
         ("import photon_data.prepare_file", ("torch", "dask", "distributed")),

@@ -82,15 +82,25 @@ def test_a_worker_that_lacks_source_or_out_is_named_before_any_work(cluster, tmp
     scan, out = write_scan(tmp_path / "raw" / "a.nii.gz"), Location(str(tmp_path / "out"))
     size = scan.stat().st_size
     with exclusive(out) as hold:
-        assert lacking_here(Needs(((str(scan), size),), out.at(""), hold.token)) == ""
+        assert lacking_here(Needs(((str(scan), size, str(scan)),), out.at(""), hold.token)) == ""
         for needs, said in (
-            (Needs(((str(tmp_path / "elsewhere.nii"), 1),)), "cannot see .*elsewhere.nii"),
-            (Needs(((str(scan), size + 1),)), "sees another file as .*a.nii.gz"),
+            (Needs(((str(tmp_path / "elsewhere.nii"), 1, "x/elsewhere.nii"),)), "cannot see x/elsewhere.nii"),
+            (Needs(((str(scan), size + 1, "a file of SOURCE"),)), "sees another file as a file of SOURCE "),
             (Needs((), str(tmp_path / "another"), hold.token), "does not see OUT"),
             (Needs((), out.at(""), "of a folder of the same name there"), "does not see OUT"),
         ):
             with pytest.raises(Stopped, match=rf"every worker sees SOURCE and OUT, but \S+ {said}.*\(on tcp://"):
                 replies(cluster, limit, 1, Needs(*needs))
+
+
+def test_a_store_that_does_not_answer_is_told_as_what_a_worker_lacks(monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr("photon_pipelines.cluster.is_held_by", denied)
+    assert "cannot read OUT, s3://bucket/out (PermissionError: Forbidden)" in lacking_here(
+        Needs((), "s3://bucket/out", "token")
+    )
 
 
 def test_nothing_of_a_run_stays_on_the_cluster(cluster, tmp_path):

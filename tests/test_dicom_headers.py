@@ -13,6 +13,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from photon_data.errors import Refused
 from photon_data.files import Location
 from photon_data.readers import dicom_cache, dicom_header, open_scan
+from photon_data.readers.dicom_file import FIRST_BYTES
 from photon_data.readers.dicom_header import read_planes
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
@@ -77,6 +78,32 @@ def test_a_plain_header_is_read_as_pydicom_reads_it(tmp_path, monkeypatch, synta
         path = write(tmp_path / f"{number}.dcm", syntax, number)
         assert read_planes(path).head, "it was left to pydicom"
         assert read(path) == read(path, monkeypatch)
+
+
+def test_pixels_that_begin_where_the_first_read_ends_are_found(tmp_path, monkeypatch):
+    for syntax in ("explicit", "implicit"):
+        begin = write(tmp_path / "short.dcm", syntax, 0) and read_planes(tmp_path / "short.dcm").planes[0].pixels.at
+        for at in range(FIRST_BYTES - 4, FIRST_BYTES + 16, 2):
+            ds, length = rich_header(0), at - begin - (8 if syntax == "implicit" else 12)
+            ds.add_new((0x0029, 0x10F0), "OB", bytes(length))
+            set_pixels(ds, stored_values((8, 9), seed=0))
+            save(ds, tmp_path / "a.dcm", syntax)
+            assert read_planes(tmp_path / "a.dcm").planes[0].pixels.at == at
+            assert read(tmp_path / "a.dcm") == read(tmp_path / "a.dcm", monkeypatch)
+
+
+@pytest.mark.parametrize("value", [0, 48, 63536])
+def test_padding_of_a_header_that_does_not_say_whether_its_values_have_a_sign_is_read_as_pydicom_reads_it(
+    tmp_path, monkeypatch, value
+):
+    ds = rich_header(0)
+    set_pixels(ds, stored_values((8, 9)).astype(np.uint16))
+    ds.PixelPaddingValue = value
+    ds["PixelPaddingValue"].VR = "US"
+    del ds.PixelRepresentation
+    save(ds, tmp_path / "a.dcm", "implicit")
+    assert read_planes(tmp_path / "a.dcm").planes[0].pixels.padding == (value, value)
+    assert read(tmp_path / "a.dcm") == read(tmp_path / "a.dcm", monkeypatch)
 
 
 # --- kept headers

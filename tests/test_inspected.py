@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from photon_cli.data import app
 from photon_data.files import from_jsonl
-from photon_pipelines.child import prepare_job
+from photon_pipelines.scan_job import prepare_job
 
 SMALL = ["--set", "shape_zyx=16,20,20", "--set", "model_shape_zyx=8,10,10"]
 
@@ -50,6 +50,10 @@ def test_nothing_is_inspected_twice_and_prepare_reads_no_scan_that_was_found_to_
     rows = {row["id"]: row["state"] for row in from_jsonl((out / "volumes.jsonl").read_text())}
     assert rows == {"a": "prepared", "torn": "refused"}
     assert run("verify", out)[0] == 0
+    inspected = (out / "inspected.jsonl").read_text()
+    (out / "inspected.jsonl").write_text(inspected.replace('"truncated"', '"non-finite"', 1))
+    assert "inspected.jsonl, row 2 (torn): differs from its own digest; remove the file" in run("verify", out)[1]
+    (out / "inspected.jsonl").write_text(inspected)
     # Another recipe, or another file, is looked at.
     read.clear()
     run("inspect", raw, out, *SMALL, "--set", "spacing_mm=3,2,2")
@@ -62,3 +66,33 @@ def test_nothing_is_inspected_twice_and_prepare_reads_no_scan_that_was_found_to_
     read.clear()
     assert run("prepare", raw, out, *SMALL, "--pictures", 0)[0] == 0
     assert read == ["torn"]
+
+
+def test_what_is_too_large_as_a_whole_field_is_prepared_without_it(tmp_path, read, monkeypatch):
+    monkeypatch.setattr("photon_data.resample.FULL_VOXELS", 10)
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_scan(raw / "a.nii.gz", 1)
+    assert run("inspect", raw, out, *SMALL)[0] == 0
+    for expected in (["a"], []):
+        read.clear()
+        code, text = run("prepare", raw, out, *SMALL, "--pictures", 0, "--grids", "full")
+        assert (code, read) == (1, expected)
+        assert "1 x too-large" in text
+    assert run("prepare", raw, out, *SMALL, "--pictures", 0, "--grids", "volume")[0] == 0
+    assert read == ["a"]
+
+
+def test_of_a_scan_that_was_withdrawn_nothing_is_read_or_kept(tmp_path, read):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for seed, name in enumerate(("a", "b")):
+        write_scan(raw / f"{name}.nii.gz", seed)
+    run("inspect", raw, out, *SMALL)
+    assert run("prepare", raw, out, *SMALL, "--pictures", 0)[0] == 0
+    (tmp_path / "ids.txt").write_text("b")
+    assert run("prune", out, "--ids", tmp_path / "ids.txt", "--yes")[0] == 0
+    assert {row["id"] for row in from_jsonl((out / "inspected.jsonl").read_text())} == {"a"}
+    read.clear()
+    code, text = run("inspect", raw, out, *SMALL, "--set", "spacing_mm=3,2,2")
+    assert (code, read) == (1, ["a"])
+    assert "taken away by prune" in text
+    assert {row["id"] for row in from_jsonl((out / "inspected.jsonl").read_text())} == {"a"}

@@ -25,13 +25,13 @@ from photon_data.recipe import Recipe
 from photon_data.scan import MaskPattern
 from photon_data.store import open_volume
 from photon_data.volume import Geometry
-from photon_pipelines.child import prepare_job
 from photon_pipelines.cluster import Workers
 from photon_pipelines.collection import status
 from photon_pipelines.mask_plan import find_masks, plan_masks
 from photon_pipelines.plan import gather
 from photon_pipelines.prepare import prepare, prune
 from photon_pipelines.request import Request
+from photon_pipelines.scan_job import prepare_job
 from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))

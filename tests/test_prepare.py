@@ -313,11 +313,12 @@ def test_a_full_disk_stops_the_run_and_says_so(source, tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_of_a_job_whose_address_space_ran_out_and_the_others_are_done(source, tmp_path):
-    big = np.zeros((300, 700, 700), np.float32)
+    big = np.zeros((400, 700, 700), np.float32)
     big[:, :200], big[:, 200:400] = -1000, 40
     turned = np.array([[0.8, 0.1, 0, 0], [-0.1, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     write_scan(source / "oblique.nii", array=big, affine=turned)
-    result = prepare(request(source, tmp_path / "out"), Workers(count=1, memory_gb=1.3))
+    whole = Recipe(spacing_mm=(10, 20, 20), shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))  # all of it is held
+    result = prepare(request(source, tmp_path / "out", recipe=whole), Workers(count=1, memory_gb=1))
     assert result.states["failed"] == 1
     assert result.states["prepared"] == 4
     assert len(list((tmp_path / "out" / "volumes").iterdir())) == 4

@@ -13,7 +13,7 @@ from scans import ct_like
 from photon_data import open_volume
 from photon_data.errors import Refused, UsageError
 from photon_data.files import Location
-from photon_data.prepare_file import Job, fingerprint, opened, prepare, prepare_file, prepare_volume
+from photon_data.prepare_file import Job, fingerprint, opened, prepare, prepare_file, prepare_volume, recipe_digest
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import store_name
@@ -98,6 +98,11 @@ def test_stores_whose_recipe_still_held_a_policy_are_recognised_under_that_polic
     assert prepare_file(job).state == "unchanged"
     assert prepare_file(replace(job, policy=Policy())).code == "non-finite"
     assert prepare_file(replace(job, recipe=replace(SMALL, pad_hu=-900.0))).state == "prepared"
+
+
+def test_of_an_early_store_that_was_smoothed_the_digest_is_its_own():
+    recipe = Recipe(antialias=True).to_json() | {"modality": "other"}
+    assert recipe_digest({"recipe": recipe, "digest": "of then"}) == "of then"
 
 
 @pytest.mark.parametrize(("low", "state"), [(-1024, "unchanged"), (-1490, "prepared"), (-3024, "prepared")])

@@ -208,7 +208,8 @@ def test_a_worker_of_a_cluster_logs_no_name(raw, tmp_path):
     """Dask logs the arguments of a task that raises; ours never does."""
     (source,) = [s for s in find_scans(raw).sources if "Max" in s.path]
     job = Job(replace(source, hidden=True), str(tmp_path / "out"), Recipe())
-    reply = child.run_isolated(job.to_json(), 60, 1, "run")  # an address space in which nothing can start
+    no_room = 1  # an address space in which nothing can start
+    reply = child.run_isolated(job.to_json(), 60, no_room, "run", module="photon_pipelines.scan_job")
     child.end_children("run")
     assert reply.keys() & {"died", "unable"}
     assert NAME not in json.dumps(reply)

@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
+from numcodecs import blosc
 from scans import as_scan, ct_like, frame
 
 from photon_data import open_volume
@@ -19,6 +21,7 @@ from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Recipe
 from photon_data.store import CHECKSUMS, OWN_DIGEST, read_metadata, verify_store, write_store
+from photon_data.stored_array import Layout, decoded
 
 RECIPE = Recipe(shape_zyx=(12, 10, 14), model_shape_zyx=(6, 8, 8), spacing_mm=(1.5, 1.0, 0.8))
 GRIDS = ("volume", "model")
@@ -226,6 +229,26 @@ def test_a_damaged_chunk_is_named_when_it_is_read_and_others_are_read(two):
     with pytest.raises(UsageError, match=r"found .*0/c/0/0/0 damaged \(.*checksum"):
         open_volume(two[0]).numpy()
     assert open_volume(two[0], "model").numpy().any()
+
+
+@pytest.mark.parametrize("place", [4, 12])
+def test_a_chunk_that_says_another_length_than_it_has_is_never_given_to_the_decompressor(place):
+    voxels = np.arange(64, dtype="<i2").reshape(4, 4, 4)
+    layout = Layout((4, 4, 4), (4, 4, 4), voxels.dtype)
+
+    def shard(chunk):
+        chunk = summed(bytes(chunk))
+        return chunk + summed(np.array([0, len(chunk)], "<u8").tobytes())
+
+    chunk = bytearray(blosc.compress(voxels, b"zstd", 5, 1))
+    assert np.array_equal(decoded(layout, shard(chunk)), voxels)
+    chunk[place : place + 4] = (int.from_bytes(chunk[place : place + 4], "little") + 5000).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="another size"):
+        decoded(layout, shard(chunk))
+
+
+def summed(content):
+    return content + google_crc32c.value(content).to_bytes(4, "little")
 
 
 def test_an_opened_volume_can_be_copied(two):

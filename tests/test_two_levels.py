@@ -86,6 +86,19 @@ def test_a_folder_that_grows_past_the_limit_keeps_its_stores_and_lays_new_ones_d
     assert json.loads((out / "dataset.json").read_text())["counts"]["kept"] == 3
 
 
+def test_a_scan_that_was_refused_for_a_while_gets_no_second_store(raw, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    add(raw, 0, 2)
+    whole = (raw / "s2.nii.gz").read_bytes()
+    run("prepare", raw, out, *SMALL)
+    (raw / "s2.nii.gz").write_bytes(whole[:900])
+    assert "refused" in run("prepare", raw, out, *SMALL)[1]
+    (raw / "s2.nii.gz").write_bytes(whole)
+    monkeypatch.setattr("photon_pipelines.owners.MANY", 2)
+    assert run("prepare", raw, out, *SMALL)[0] == 0
+    assert places(out, "volumes") == {"s0.ome.zarr", "s2.ome.zarr"}
+
+
 def test_verify_and_export_say_with_workers_what_they_say_without(raw, tmp_path, monkeypatch):
     out = tmp_path / "out"
     add(raw, 0, 1, 2)

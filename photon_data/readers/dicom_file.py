@@ -77,6 +77,7 @@ ITEM, ITEM_END, SEQUENCE_END, UNDEFINED = 0xFFFEE000, b"\xfe\xff\x0d\xe0", 0xFFF
 EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH").unpack_from, struct.Struct("<HHL").unpack_from
 META = {0x00020002: ("MediaStorageSOPClassUID", "UI"), 0x00020010: ("TransferSyntaxUID", "UI")}
 NUMBERS = {"US": "<H", "SS": "<h"}
+SIGNS = {b"\0\0": "US", b"\1\0": "SS"}  # what a number of implicit VR is, by PixelRepresentation
 # Of what else is taken by its value, this is the usual one: one word.
 WORDS = ("NumberOfFrames", "PhotometricInterpretation")
 WORD = re.compile(rb"[0-9A-Za-z._]+[ \0]*")
@@ -153,6 +154,8 @@ def _opened(data: bytes, size: int, wanted: Mapping[int, tuple[str, str]], synta
     if implicit == (data[at + 4 : at + 6].isalpha() and data[at + 4 : at + 6].isupper()):
         raise _Unusual
     elements, begin = _elements(data, at, wanted, implicit=implicit, ends=ends)
+    if kind != "deflated" and len(data) < min(begin + 12, size):  # they end within the tag and the length of the pixels
+        raise _Unusual
     head, read = (b"", read) if kind == "deflated" else (data[begin : begin + 12], data[: begin + 12])
     return Opened(PlainHeader(elements, meta, implicit), begin, head, read, size)
 
@@ -233,10 +236,10 @@ def _after_items(data: bytes, at: int, implicit: bool) -> int:
 def _element(value: bytes, keyword: str, expected: str, vr: str, before: Mapping[str, Element]) -> Element:
     """Return an element whose value has the expected type, and one word where it must."""
     if expected == "US or SS":
-        if not vr:
-            sign = before.get("PixelRepresentation")
-            vr = "" if sign is None else "SS" if sign.value == b"\1\0" else "US"
-        expected = vr if vr in NUMBERS else "a number"
+        sign = before.get("PixelRepresentation")
+        expected = vr or SIGNS.get(sign.value if sign else b"", "")
+        if expected not in NUMBERS:
+            raise _Unusual
     is_word = expected == "UI" or keyword in WORDS
     if (vr or expected) != expected or (is_word and not WORD.fullmatch(value)):
         raise _Unusual

@@ -64,15 +64,17 @@ class Asked(NamedTuple):
     group: int
 
 
-def batches_of(groups: Sequence[RequestGroup], size: Callable[[], int]) -> Iterator[list[Asked]]:
+def batches_of(
+    groups: Sequence[RequestGroup], size: Callable[[], int], *, alone: bool = False
+) -> Iterator[list[Asked]]:
     """Yield all requests in the order of their groups, at most size() at a time, which may change.
 
-    A batch holds requests of groups of one shape.
+    A batch holds requests of groups of one shape; `alone`: of one group.
     """
     batch: list[Asked] = []
     for place, group in enumerate(groups):
         for request in group.requests:
-            is_other = bool(batch) and groups[batch[0].group].shape != group.shape
+            is_other = batch and (groups[batch[0].group].shape != group.shape or (alone and batch[0].group != place))
             if batch and (is_other or len(batch) >= size()):
                 yield batch
                 batch = []

@@ -24,6 +24,7 @@ from photon_train.answering.prediction import Prediction, question_digest, read_
 from photon_train.answering.prediction_file import Expected, answered_ids, merge_parts, prediction_file
 from photon_train.answering.predictor import Encoded, Predictor, ReadVolumes, Reply, recipe_of, settings_of
 from photon_train.answering.request import Request, RequestGroup
+from photon_train.pruners import OWN_NUMBER
 from photon_train.rows import Row
 
 logger = logging.getLogger(__name__)
@@ -161,13 +162,16 @@ class _Run:
         A batch is left out if all its requests are `done`. A whole batch is computed even for one that is missing:
         where an earlier run was cut off has no influence on an answer.
         """
-        left = (b for b in batches_of(self.groups, self._size) if not {asked.request.id for asked in b} <= done)
+        alone = str(self.predictor.model.config.scheduler) in OWN_NUMBER
+        batches = batches_of(self.groups, self._size, alone=alone)
+        left = (batch for batch in batches if not {asked.request.id for asked in batch} <= done)
         batch, following = next(left, None), next(left, None)
         while batch:
             self.ahead.ask([asked.group for asked in (*batch, *(following or ())) if asked.group not in self.encoded])
             yield batch, self._replies(batch)
             last = batch[-1].group
             self.encoded = {place: one for place, one in self.encoded.items() if place == last}
+            self.volumes.clear()  # of those that could not be encoded
             batch, following = following, next(left, None)
 
     def _size(self) -> int:

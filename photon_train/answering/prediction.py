@@ -27,12 +27,20 @@ def without_answer(row: Row) -> dict[str, Any]:
     return {**row, "messages": messages}
 
 
+def prompt_of(row: Row) -> str:
+    """Return what the user says last, with the <video> tags; "" where the user says nothing."""
+    return next((str(one["content"]) for one in reversed(row["messages"]) if one["role"] == "user"), "")
+
+
 def question_digest(row: Row) -> str:
     """Return 16 hexadecimal digits of the messages up to the answer, the choices, and the volumes' names.
 
-    The folders of the volumes do not matter: they can be moved.
+    The folders of the volumes do not matter: they can be moved. A volume in memory may have a `name`.
     """
-    names = [Path(video).name if isinstance(video, str | Path) else "" for video in row.get("videos") or ()]
+    names = [
+        Path(video).name if isinstance(video, str | Path) else getattr(video, "name", "")
+        for video in row.get("videos") or ()
+    ]
     parts = [without_answer(row)["messages"], names, list(choices_of(row))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -96,11 +96,14 @@ def _write(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def answered_ids(path: Path, expected: Expected) -> set[str]:
-    """Return the ids that a finished file answers; none where there is no file. UsageError as `prediction_file`."""
+    """Return the ids that a finished file answers; none where there is no file. UsageError as `prediction_file`.
+
+    What has to be answered again is removed from it: who waits for it must not take that for the answer.
+    """
     if not path.exists():
         return set()
     _match_settings(path, expected.settings)
-    return {p.id for p in read_predictions(path) if not p.error and expected.has(p)}
+    return _repair(path, expected)[0]
 
 
 def merge_parts(parts: Iterable[Path], output: Path, ids: set[str], expected: Expected) -> bool:

@@ -258,9 +258,16 @@ def _rows_of(places: Sequence[tuple[Prefix, int]]) -> Prefix:
 
 
 def recipe_of(videos: Sequence[Any]) -> str:
-    """Return the digests of the recipes that stores were made by, "+" between them; "" for other volumes."""
-    places = [str(video) for video in videos if isinstance(video, str | Path) and not str(video).endswith(NIFTI)]
-    found = (read_metadata(Location(place), "") for place in places)
+    """Return the digests of the recipes that stores were made by, "+" between them; "" for other volumes.
+
+    A volume in memory may have `stores` that it is made of.
+    """
+    places = [
+        place
+        for video in videos
+        for place in ([str(video)] if isinstance(video, str | Path) else getattr(video, "stores", ()))
+    ]
+    found = (read_metadata(Location(place), "") for place in places if not place.endswith(NIFTI))
     return "+".join(dict.fromkeys(str(metadata["digest"]) for metadata in found if metadata))
 
 

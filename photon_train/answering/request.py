@@ -15,7 +15,7 @@ from torch import Tensor
 from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
 from photon_data.questions.table import VIDEO_TAG
-from photon_train.answering.prediction import Row, choices_of, question_digest, without_answer
+from photon_train.answering.prediction import Row, choices_of, prompt_of, question_digest, without_answer
 from photon_train.scheduling import prefix_length
 
 # A prompt that wants a letter, of a row that has no answer to show it; and 3D-RAD's, which wants "B. No".
@@ -101,7 +101,7 @@ def texts_of_choices(row: Row) -> dict[str, str]:
     choices, answer = choices_of(row), str(row.get("answer") or "").strip()
     letters = dict(zip(choices, LETTERS, strict=False))
     lettered = {choice: f"{letter}. {choice}" for choice, letter in letters.items()}
-    prompt = next((m["content"] for m in reversed(row["messages"]) if m["role"] == "user"), "")
+    prompt = prompt_of(row)
     if answer in choices or (answer and answer not in (*letters.values(), *lettered.values())):
         return {choice: choice for choice in choices}
     wants_letter = answer in letters.values() if answer else bool(WANTS_LETTER.search(prompt))

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
 from photon_data.questions.table import VIDEO_TAG
-from photon_train.answering.prediction import Prediction, choices_of, organ_masks_of, question_digest
+from photon_train.answering.prediction import Prediction, choices_of, organ_masks_of, prompt_of, question_digest
 from photon_train.evaluation.parsing import parse_choice
 
 K = TypeVar("K")
@@ -155,7 +155,7 @@ _FIRST_LETTER = re.compile(r"(?<!\w)A ?[.:)]")
 def case_of(row: Row, prediction: Prediction) -> Case:
     """Return the case of a manifest's row; a row without a patient counts its volume as its patient."""
     extra = row.get("extra") or {}
-    text, label = str(row["messages"][0]["content"]).replace(VIDEO_TAG, ""), str(row["answer"]).strip()
+    text, label = prompt_of(row).replace(VIDEO_TAG, ""), str(row["answer"]).strip()
     answer, choices = (extra.get("plain_answer") or label).strip(), choices_of(row)
     closed = bool(choices)
     # DeepTumorVQA's free-text questions have choices too, which they do not show.

@@ -7,7 +7,7 @@ and "right" exchanged: that is what `expected` compares, there and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,41 +16,7 @@ from photon_train.evaluation.cases import Case, Row, case_of
 from photon_train.evaluation.choice_metrics import what_is_read
 from photon_train.evaluation.edited_volume import FLIP, SIDES, about_the_other_side, mirrored
 from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
-
-
-@dataclass(frozen=True)
-class Moved:
-    """How many answers of one set of predictions an edit has moved, in points, with intervals by patient."""
-
-    predictions: str
-    edit: str
-    questions_of: str  # "all", or of a mirrored volume "a side", "no side"
-    questions: int
-    patients: int
-    moved: Estimate
-    expected: Estimate | None  # share that is as it should be: of a mirrored volume alone
-    right_before: Estimate
-    right_after: Estimate  # against the row's answer, mirrored where the volume is
-
-
-@dataclass(frozen=True)
-class MovedMore:
-    """By how much one edit moves more answers than another, over the questions that both apply to."""
-
-    predictions: str
-    first: str
-    second: str
-    questions: int
-    difference: Estimate
-
-
-@dataclass(frozen=True)
-class Counterfactuals:
-    """All that edits have changed; `responses` by name of the predictions, id and edit."""
-
-    moved: tuple[Moved, ...] = ()
-    more: tuple[MovedMore, ...] = ()
-    responses: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
+from photon_train.evaluation.results import Counterfactuals, Moved, MovedMore
 
 
 def says(case: Case) -> str:
@@ -107,7 +73,8 @@ def _moved(name: str, edit: str, pairs: Sequence[tuple[Case, Case]], patients: P
             return _mean([float(value) for value in values], cases, patients)
 
         def answer_of(case: Case, is_mirrored: bool = is_mirrored) -> str:
-            return says(replace(case, response=mirrored(case.answer) if is_mirrored else case.answer))
+            answer = says(replace(case, response=case.answer))
+            return mirrored(answer) if is_mirrored else answer
 
         yield Moved(
             predictions=name,

@@ -32,7 +32,7 @@ from photon_data.resample import model_grid
 from photon_data.scan import MaskFile
 from photon_data.store import is_store, open_volume
 from photon_data.volume import Geometry
-from photon_train.answering.prediction import Prediction, organ_masks_of, unpack_mask
+from photon_train.answering.prediction import Prediction, choices_of, organ_masks_of, unpack_mask
 from photon_train.evaluation.cases import Row
 from photon_train.kept_tokens import MaskFolder, kept_voxels
 
@@ -92,6 +92,17 @@ class EditedVolume:
     tokens_zyx: tuple[int, int, int] = (0, 0, 0)
 
     @property
+    def stores(self) -> tuple[str, ...]:
+        """Return what it is made of: an answer is asked again where that is prepared again."""
+        return (self.place,)
+
+    @property
+    def name(self) -> str:
+        """Return what a question about it is known by."""
+        where = self.masks.out.url if self.masks else ""
+        return " ".join((Path(self.place).name, self.edit, where, *self.asked, self.kept))
+
+    @property
     def array_zyx(self) -> np.ndarray:
         """Return the edited voxels. ValueError where there is nothing to erase."""
         volume = open_volume(self.place, "model", id=self.volume_id)
@@ -121,6 +132,16 @@ class MeanVolume:
     """The mean of the stores of several volumes on the model grid, read once."""
 
     places: tuple[tuple[str, str], ...]  # of each store, and its id
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Return what it is the mean of."""
+        return tuple(place for place, _ in self.places)
+
+    @property
+    def name(self) -> str:
+        """Return what a question about it is known by."""
+        return " ".join(["mean", *(Path(place).name for place in self.stores)])
 
     @cached_property
     def array_zyx(self) -> np.ndarray:
@@ -163,13 +184,17 @@ def surroundings(hu_zyx: np.ndarray, region_zyx: np.ndarray, seed: int) -> np.nd
 
 
 def regions_of(masks: MaskFolder, place: str, volume_id: str, grid: Geometry) -> dict[str, np.ndarray]:
-    """Return {name: bool [z, y, x]} of the masks of a volume on its model grid."""
+    """Return {name: bool [z, y, x]} of the masks of a volume on its model grid. UsageError where there are none."""
     if masks.is_prepared:
-        found = open_masks(place, masks.out.at(""), grid="model")
-        return {name: found.mask(name).numpy() for name in found.names}
-    sources = find_scans(masks.out.path / volume_id, label_maps=True).sources
-    files = {source.id: MaskFile(source.id, source.files) for source in sources}
-    return {name: nearest(read_mask(mask, Policy()), grid) != 0 for name, mask in files.items()}
+        stored = open_masks(place, masks.out.at(""), grid="model")
+        found = {name: stored.mask(name).numpy() for name in stored.names}
+    else:
+        sources = find_scans(masks.out.path / volume_id, label_maps=True).sources
+        files = {source.id: MaskFile(source.id, source.files) for source in sources}
+        found = {name: nearest(read_mask(mask, Policy()), grid) != 0 for name, mask in files.items()}
+    if not found:
+        raise UsageError(f"expected masks of {volume_id} in {masks.out.url}, found none; leave its folder out")
+    return found
 
 
 def asked_or_other(regions: Mapping[str, np.ndarray], asked: Sequence[str], edit: str) -> np.ndarray:
@@ -222,12 +247,15 @@ def edited_rows(
 
 
 def about_the_other_side(row: Row) -> Row:
-    """Return the row with left and right exchanged in questions that name one of them."""
+    """Return the row with left and right exchanged in questions that name one of them, and in what answers these."""
     messages = [
         {**one, "content": mirrored(one["content"])} if one["role"] == "user" and names_a_side(one["content"]) else one
         for one in row["messages"]
     ]
-    return {**row, "messages": messages}
+    if messages == list(row["messages"]):
+        return row
+    answers = {"choices": [mirrored(choice) for choice in choices_of(row)], "answer": mirrored(row.get("answer") or "")}
+    return {**row, "messages": messages, **answers}
 
 
 def _sharing(rows: Sequence[Row]) -> list[Row]:

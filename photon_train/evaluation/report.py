@@ -15,11 +15,19 @@ from photon_data.report import page
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.choice_metrics import ReliabilityBin
-from photon_train.evaluation.counterfactual import Counterfactuals
 from photon_train.evaluation.edited_volume import BLIND
 from photon_train.evaluation.kept import Kept
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.results import ALL_TASKS, QUESTIONS, Answers, Comparison, Evaluation, Score, ScoredCase
+from photon_train.evaluation.results import (
+    ALL_TASKS,
+    QUESTIONS,
+    Answers,
+    Comparison,
+    Counterfactuals,
+    Evaluation,
+    Score,
+    ScoredCase,
+)
 from photon_train.evaluation.tables import (
     MACRO,
     TradeOff,

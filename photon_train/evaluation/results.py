@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from photon_train.evaluation.cases import Case, Gaps
 from photon_train.evaluation.choice_metrics import ReliabilityBin
-from photon_train.evaluation.counterfactual import Counterfactuals
 from photon_train.evaluation.kept import Costs, Kept, MaskRecalls
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.text_metrics import LabelTable
@@ -85,6 +85,41 @@ class Comparison:
     second: str
     questions: int
     scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How many answers of one set of predictions an edit has moved, in points, with intervals by patient."""
+
+    predictions: str
+    edit: str
+    questions_of: str  # "all", or of a mirrored volume "a side", "no side"
+    questions: int
+    patients: int
+    moved: Estimate
+    expected: Estimate | None  # share that is as it should be: of a mirrored volume alone
+    right_before: Estimate
+    right_after: Estimate  # against the row's answer, mirrored where the volume is
+
+
+@dataclass(frozen=True)
+class MovedMore:
+    """By how much one edit moves more answers than another, over the questions that both apply to."""
+
+    predictions: str
+    first: str
+    second: str
+    questions: int
+    difference: Estimate
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """All that edits have changed; `responses` by name of the predictions, id and edit."""
+
+    moved: tuple[Moved, ...] = ()
+    more: tuple[MovedMore, ...] = ()
+    responses: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

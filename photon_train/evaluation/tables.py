@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from photon_train.evaluation.counterfactual import Counterfactuals
 from photon_train.evaluation.kept import MaskRecalls, Recall, RecallContrast
 from photon_train.evaluation.metric import Estimate
-from photon_train.evaluation.results import Answers, Evaluation, Score
+from photon_train.evaluation.results import Answers, Counterfactuals, Evaluation, Score
 
 MACRO = "macro_over_subtasks"
 

@@ -24,6 +24,7 @@ from photon_data.files import Location, jsonl_bytes
 from photon_train.answering.manifest import Shard, predict_rows
 from photon_train.answering.prediction import Prediction, Row, read_predictions
 from photon_train.answering.predictor import AnswerSettings, Predictor
+from photon_train.answering.request import plain_row
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.evaluate import BENCHMARKS, check, evaluate
 from photon_train.evaluation.results import Settings
@@ -55,7 +56,8 @@ def rows_to_answer(config: TrainConfig, ids: Collection[str]) -> list[Row]:
 
     UsageError for rows that `photon eval` would refuse, and for a `best_metric` that they do not have.
     """
-    rows: list[Row] = [row for path in config.eval for row in read_rows(Path(path)) if str(row.get("id")) in ids]
+    read = (plain_row(row, place="") for path in config.eval for row in read_rows(Path(path)))  # ids are texts then
+    rows: list[Row] = [row for row in read if row["id"] in ids]
     if not rows:
         raise UsageError("eval_benchmark: expected rows of eval that have an id, found none; leave it out")
     if config.eval_questions:

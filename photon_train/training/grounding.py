@@ -127,7 +127,9 @@ class GroundingLoss:
 
 
 def _scheduling_layer(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if isinstance(module, PhotonDecoderLayer))
+    """Return the layer after which tokens are dropped: it alone sees the prefix."""
+    layers: Any = (module for module in model.modules() if isinstance(module, PhotonDecoderLayer))
+    return next(layer for layer in layers if layer.self_attn.layer_idx == layer.config.drop_layer)
 
 
 def question_scores(q_BHLd: Tensor, k_BKLd: Tensor, question_BL: Tensor, visual_BL: Tensor) -> Tensor:

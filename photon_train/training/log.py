@@ -145,7 +145,7 @@ def write_summary(run: Path, steps: int, seconds: float, more: dict[str, Any]) -
         "seconds_of_this_session": seconds,
         "first": rows[0],
         "last": rows[-1],
-        "questions_trained": sum(row["questions"] for row in rows),
+        "questions_trained": sum(row["questions"] for row in rows if not row.get("skipped_steps")),
         "groups_skipped": sum(row["skipped_groups"] for row in rows),
         "steps_skipped": sum(row.get("skipped_steps", 0) for row in rows),
         **more,

@@ -60,7 +60,7 @@ def run_steps(run: Run, profile: bool = False) -> dict[str, Any]:
         for groups, batches in _steps_left(run):
             waited = time.perf_counter() - started
             row, interrupted = _step(run, batches, groups, interruption)
-            row |= rates(row, time.perf_counter() - started, waited, run.accelerator)
+            row |= rates(row, time.perf_counter() - started, waited, run.accelerator, run.config.precision)
             is_due = bool(run.eval_rows) and (_is_due(run, run.config.eval_every) or _is_last(run))
             if is_due and interrupted and not _is_last(run):
                 run.state["evaluation_due"] = True
@@ -199,8 +199,7 @@ def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict
     photon = run.processor.config
     sums = sums_of(loss, output, batch, photon)
     if batch.weight:
-        is_dense = phase is Phase.DENSE or photon.scheduler == "none"
-        sums["flops"] = training_flops(photon, run.config, batch, output, is_dense=is_dense)
+        sums["flops"] = training_flops(photon, run.config, batch, output, phase)
     return sums if grounding is None else sums | {"grounding": grounding.detach() * batch.weight}
 
 
@@ -278,6 +277,9 @@ def _finish(run: Run, seconds: float) -> dict[str, Any]:
         raise TrainingStopped(
             f"all {summary['steps']} steps were skipped: nothing was learned; lower the learning rate"
         )
+    if not summary["questions_trained"]:
+        found = f"all {summary['groups_skipped']:.0f} groups of rows were left out"
+        raise TrainingStopped(f"{found}: nothing was learned; repair their stores, which the warnings name")
     return summary
 
 

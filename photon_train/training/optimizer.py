@@ -6,12 +6,22 @@ Weights in float32 are their own copy. One fused kernel updates many weights.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
+
+from photon_train.checkpoint import OPTIMIZER, float32_weights, whole
 
 MASTER = "master"  # of a weight's state: the float32 copy
 AT_A_TIME = 2**28  # weights whose gradients are in float32 at a time: 1 GiB
@@ -79,3 +89,28 @@ def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
                 part = []
             part.append(weight)
         yield part
+
+
+def load_optimizer_state(checkpoint: Path, model: nn.Module, unwrapped: nn.Module, optimizer: Optimizer) -> None:
+    """Set the optimizer's state to that of a checkpoint, and the float32 weights of the run to those that it had.
+
+    They may have been the model's own then and be copies in the state now, or the other way round: FSDP2 and autocast
+    have no copies. A weight that had no state has none again.
+    """
+    state: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in load_file(checkpoint / OPTIMIZER).items():
+        name, key_of_weight = key.split("|")
+        state[name][key_of_weight] = value
+    masters: dict[str, Any] = {name: own.pop(MASTER) for name, own in state.items() if MASTER in own}
+    rounded = {name for name, weight in unwrapped.named_parameters() if weight.dtype != torch.float32} & state.keys()
+    masters |= float32_weights(checkpoint, rounded - masters.keys())
+    for name in rounded & masters.keys():
+        state[name][MASTER] = masters.pop(name)
+    if masters:
+        set_model_state_dict(model, masters, options=whole(strict=False))
+    groups: Any = get_optimizer_state_dict(model, optimizer, options=whole())["param_groups"]
+    all_of_it: Any = {"state": dict(state), "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=all_of_it, options=whole(strict=False))
+    for name, parameter in unwrapped.named_parameters():
+        if name not in state:  # it had no state when saved; torch made one that counts a step
+            optimizer.state.pop(parameter, None)

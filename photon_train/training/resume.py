@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     *("eval_every", "save_every", "keep_checkpoints", "patience", "epochs", "max_steps"),
 )
 OF_ANSWERS = ("eval_benchmark", "eval_questions", "eval_max_new_tokens")  # free where no best checkpoint is chosen
+ROUND_ALIKE = {"bf16", "autocast"}  # precisions: both have float32 weights, and earlier versions called autocast bf16
 # Files and folders, which may be moved: rows are compared by what they say, and weights are in the checkpoint.
 MAY_MOVE = ("data", "eval", "model", "grounding")
 
@@ -47,6 +48,8 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], now: dict[str, An
     if config.lora_rank:
         moved.remove("model")
     free = {*FREE_TO_CHANGE, *moved, *(() if begun["best_metric"] else OF_ANSWERS)}
+    if {begun["precision"], current["precision"]} <= ROUND_ALIKE:
+        free.add("precision")
     changed = [name for name in begun if name not in free and current[name] != begun[name]]
     if changed:
         found = ", ".join(f"{name}={current[name]!r} (was {begun[name]!r})" for name in changed)

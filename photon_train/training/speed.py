@@ -17,9 +17,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from photon_data.files import write_whole
 from photon_train import flops
-from photon_train.configuration_photon import PhotonConfig
+from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.memory import peak_memory_mib
 from photon_train.modeling_photon import PhotonOutput
+from photon_train.pruners import BEFORE_DECODER
+from photon_train.scheduling import is_passive
 from photon_train.training.batches import Batch
 from photon_train.training.config import TrainConfig
 
@@ -35,19 +37,21 @@ PEAK_TFLOPS = {
 
 
 def training_flops(
-    photon: PhotonConfig, config: TrainConfig, batch: Batch, output: PhotonOutput, *, is_dense: bool
+    photon: PhotonConfig, config: TrainConfig, batch: Batch, output: PhotonOutput, phase: Phase
 ) -> Tensor:
     """Return the FLOPs that a micro-batch needs, 0-d float64: forward, and gradients of activations and weights.
 
-    What is computed again, or for every question where once would do (`is_dense`: nothing is dropped or weighted, the
-    questions share all layers of their prefix), does not count. Frozen weights have no gradients.
+    What is computed again, or for every question where once would do (all layers of a prefix that nothing is dropped
+    of, or before the decoder), does not count. Frozen weights have no gradients.
     """
     layers: Any = flops.layers  # of tensors too
     length_B = batch.inputs["attention_mask"].sum(1).double()
     kept_B = length_B if output.scheduled is None else output.scheduled.kept.mask_BM.sum(1).double()
     shared: Any = batch.inputs.get("prefix") or 0
     count, prefixes = photon.text_config.num_hidden_layers, len(batch.inputs.get("group_sizes", ())) or 1
-    lower = count if is_dense else photon.drop_layer + 1
+    lower = count if is_passive(photon, phase) else photon.drop_layer + 1
+    if output.scheduled is not None and photon.scheduler in BEFORE_DECODER and phase in (Phase.HARD, Phase.FLIP):
+        lower, length_B, shared = count, kept_B, output.scheduled.keep_BL[0, :shared].sum()
     decoder = prefixes * layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
     decoder += layers(photon, lower, length_B - shared, length_B).sum()
     decoder += flops.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
@@ -59,13 +63,16 @@ def training_flops(
     return decoder * (3 if with_weights else 2) + batch.volumes * of_volume
 
 
-def rates(row: dict[str, float], seconds: float, waited: float, accelerator: Accelerator) -> dict[str, float]:
+def rates(
+    row: dict[str, float], seconds: float, waited: float, accelerator: Accelerator, precision: str
+) -> dict[str, float]:
     """Return what the log says of the time of a step, given its sums over all processes, and takes "flops" from them.
 
-    tflops_per_second is of one device; mfu is its share of the device's peak, left out where that is not known.
+    tflops_per_second is of one device; mfu is its share of the device's peak in bfloat16, left out where that is not
+    known, and for fp32.
     """
     tflops = row.pop("flops") / seconds / accelerator.num_processes / 1e12
-    peak = _peak_tflops(accelerator)
+    peak = None if precision == "fp32" else _peak_tflops(accelerator.device)
     return {
         "seconds": seconds,
         "questions_per_second": row["questions"] / seconds,
@@ -78,11 +85,9 @@ def rates(row: dict[str, float], seconds: float, waited: float, accelerator: Acc
     }
 
 
-def _peak_tflops(accelerator: Accelerator) -> float | None:
-    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "bf16":
-        return None
-    device = torch.cuda.get_device_name(accelerator.device)
-    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in device), None)
+def _peak_tflops(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((float(peak) for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
 class Profiler:

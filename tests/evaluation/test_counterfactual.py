@@ -18,7 +18,8 @@ from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.store import open_volume
 from photon_data.volume import Geometry
-from photon_train.answering.prediction import Prediction, pack_mask
+from photon_train.answering.prediction import Prediction, pack_mask, question_digest
+from photon_train.answering.predictor import recipe_of
 from photon_train.evaluation.cases import rows_by_id
 from photon_train.evaluation.counterfactual import summarise
 from photon_train.evaluation.edited_volume import (
@@ -142,6 +143,63 @@ def test_moved_answers_are_counted_by_hand():
     assert (more.questions, more.difference.value) == (3, 0)  # a + 1, b 0, d - 1
     assert more.difference.low < 0 < more.difference.high
     assert found.responses["its"]["a"] == {"erase=asked": "Right", "erase=other": "Left", "flip=lr": "Right"}
+
+
+def test_choices_of_a_question_about_one_side_are_mirrored_with_it(place):
+    lobes = ("left upper lobe", "left lower lobe")
+    asked = "In which lobe of the left lung is it?\nA. left upper lobe\nB. left lower lobe"
+    rows = [
+        row("a", "B", lobes, question=asked, volume_id="v0", videos=[place]),
+        row("b", "left lower lobe", lobes, question=asked, volume_id="v0", videos=[place]),
+        row("c", "A", ("Left", "Right"), question="Left or right?\nA. Left\nB. Right", volume_id="v0", videos=[place]),
+    ]
+    first, second, third = edited_rows(rows, "flip=lr", {}, None, TOKENS_ZYX)
+    mirrored_lobes = ["right upper lobe", "right lower lobe"]
+    assert first["messages"][0]["content"].endswith("right lung is it?\nA. right upper lobe\nB. right lower lobe")
+    assert (first["choices"], second["choices"], second["answer"]) == (
+        mirrored_lobes,
+        mirrored_lobes,
+        "right lower lobe",
+    )
+    assert (third["choices"], third["messages"]) == (["Left", "Right"], rows[2]["messages"])  # it names both
+    base, after = answers(a="B", b="left lower lobe", c="A"), answers(a="B", b="right lower lobe", c="B")
+    found = summarise(
+        rows_by_id(rows), {"m": base}, {"m": {"flip=lr": after}}, draw_patients(["p-a", "p-b", "p-c"], 5, 0)
+    )
+    (side,) = found.moved
+    assert (side.questions_of, side.expected.value, side.right_before.value, side.right_after.value) == (
+        *("a side", 100, 100, 100),
+    )
+
+
+def test_an_edited_volume_of_other_content_is_another_question(tmp_path):
+    places = [store(tmp_path, f"v{number}", number) for number in range(2)]
+    rows = [row(str(n), "Yes", YES_NO, volume_id=f"v{n}", videos=[place]) for n, place in enumerate(places)]
+
+    def asked(edit, rows, kept="80" + 15 * "00", home=None) -> str:
+        of_tokens = {"visual_tokens": TOKENS, "kept_tokens": 1, "kept": kept}
+        first = edited_rows(rows, edit, {"0": Prediction("0", "Yes", **of_tokens)}, home, TOKENS_ZYX)[0]
+        assert recipe_of(first["videos"]) == Recipe().digest  # prepared again by another, it is asked again
+        return question_digest(first)
+
+    for volume in ("v0", "v1"):
+        (tmp_path / "masks" / volume).mkdir(parents=True)
+    with_mask = [{**one, "extra": {"organ_masks": '["liver"]'}} for one in rows]
+    home = MaskFolder(tmp_path / "masks")
+    each = [
+        *(asked("blind", rows), asked("blind", rows[:1]), asked("flip=lr", rows)),  # the mean of two is not one's
+        *(asked("erase=kept", rows), asked("erase=kept", rows, "40" + 15 * "00"), asked("erase=dropped", rows)),
+        *(asked("erase=asked", with_mask, home=home), asked("erase=other", with_mask, home=home)),
+        question_digest(rows[0]),
+    ]
+    assert len(set(each)) == len(each)
+    assert asked("blind", rows[::-1]) == each[0]
+
+
+def test_a_folder_without_masks_is_named(place, tmp_path):
+    (tmp_path / "v0").mkdir()
+    with pytest.raises(UsageError, match="expected masks of v0"):
+        regions_of(MaskFolder(tmp_path), place, "v0", blocks(0).geometry)
 
 
 RECIPE = Recipe(spacing_mm=(3.0, 3.0, 3.0), shape_zyx=(120, 120, 120), model_shape_zyx=(70, 140, 140))

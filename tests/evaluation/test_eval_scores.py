@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from photon_data.errors import UsageError
 from photon_data.questions.question import PROMPTS, Question
 from photon_train.answering.prediction import Prediction, pack_mask, question_digest
-from photon_train.evaluation.cases import join, rows_by_id
+from photon_train.evaluation.cases import case_of, join, rows_by_id
 from photon_train.evaluation.choice_metrics import ACCURACIES, YES_NO_METRICS
 from photon_train.evaluation.evaluate import BLIND, evaluate, table_of
 from photon_train.evaluation.kept import overlap_of, summarise_costs, summarise_kept
@@ -291,6 +291,19 @@ def test_text_rules_read_longer_histories(history, last, any_):
         choices[0], "", choices, question=f"Emphysema: [{history}]. Now?", task="Longitudinal_Temporal_Diagnosis"
     )
     assert (last_prior(one), any_prior(one)) == (choices["ABCD".index(last)], choices["ABCD".index(any_)])
+
+
+def test_the_question_of_a_case_is_what_the_user_asked_last_whatever_stands_before():
+    one = row("q", "B", ("Old", "New"), question="Emphysema: [0, 1]. Now?\nA. Old\nB. New")
+    before = [
+        {"role": "system", "content": "You are a radiologist."},
+        {"role": "user", "content": "<video>Is this a chest? A. yes"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    later = {**one["messages"][0], "content": one["messages"][0]["content"].replace("<video>", "")}
+    found = case_of({**one, "messages": [*before, later, one["messages"][1]]}, Prediction("q"))
+    assert found == case_of(one, Prediction("q"))
+    assert (found.question, found.answer) == ("Emphysema: [0, 1]. Now?\nA. Old\nB. New", "New")
 
 
 def test_constants_are_learned_on_the_training_rows_where_there_are_any():

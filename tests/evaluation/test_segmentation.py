@@ -10,6 +10,7 @@ import pytest
 from answers import put, row
 from typer.testing import CliRunner
 
+from photon_cli.eval import score
 from photon_cli.photon import app
 from photon_cli.segmentation import segment
 from photon_data.errors import UsageError
@@ -23,6 +24,7 @@ from photon_data.records import read_records, write_records
 from photon_data.store import open_volume
 from photon_pipelines.masks import verify_masks
 from photon_train.answering.prediction import Prediction, pack_mask
+from photon_train.evaluation.results import Settings
 
 RECIPE = Recipe(spacing_mm=(3.0, 3.0, 3.0), shape_zyx=(120, 120, 120), model_shape_zyx=(14, 28, 28))
 # Stands in for TotalSegmentator: "bone" is what is brighter than 250 HU, "nothing" is empty. It can be made to fail.
@@ -43,10 +45,10 @@ for name, mask in (("bone", image.get_fdata() > 250), ("nothing", image.get_fdat
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Two phantoms, prepared: {id: store}."""
+    """Two phantoms, prepared, the second one as in a folder of very many: {id: store}."""
     make_phantoms(tmp_path, 2, seed=0, size=64)
-    out = tmp_path / "out"
-    records = [prepare_file(Job(source, str(out), RECIPE)) for source in find_scans(tmp_path / "scans").sources]
+    out, sources = tmp_path / "out", find_scans(tmp_path / "scans").sources
+    records = [prepare_file(Job(source, str(out), RECIPE, deep=bool(n))) for n, source in enumerate(sources)]
     write_records(Location(str(out)), records)
     return {record.id: str(out / record.store) for record in records}
 
@@ -114,3 +116,18 @@ def test_the_recall_of_made_masks_is_on_the_page(prepared, calls, tmp_path):
     (answers,) = json.loads((tmp_path / "scores" / "scores.json").read_text())["predictions"]
     (bone,) = answers["masks"]["by_mask"]
     assert (bone["name"], bone["recall"]["value"], bone["volumes"]) == ("bone", 100, 2)
+
+
+def test_of_several_processes_the_first_alone_segments(prepared, calls, tmp_path, monkeypatch):
+    rows = [row(id, "Yes", ("Yes", "No"), volume_id=id, videos=[place]) for id, place in prepared.items()]
+    put(tmp_path / "rows.jsonl", rows)
+
+    def answering(rows):  # what torchrun's others do
+        raise SystemExit(0)
+
+    data, out = [tmp_path / "rows.jsonl"], tmp_path / "scores"
+    for rank, expected in (("1", 0), ("0", 2)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            score("vqa", answering, data, out, Settings(), [], "auto", 0, answers_now=True)
+        assert len(calls()) == expected

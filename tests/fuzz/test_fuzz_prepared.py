@@ -27,14 +27,19 @@ from photon_pipelines import collection
 from photon_pipelines.export import export_all
 from photon_pipelines.mask_plan import find_masks, plan_masks
 from photon_pipelines.masks import problems_of, read_rows, write_rows
-from photon_pipelines.plan import collect, gather, plan
+from photon_pipelines.plan import gather, plan
 from photon_pipelines.prepare import finish
+from photon_pipelines.questions import collect
 from photon_pipelines.request import Request
 from photon_pipelines.verify import verify_output
 
 RECIPE = Recipe(shape_zyx=(20, 24, 24), model_shape_zyx=(14, 28, 28))
 TEXTS = ["dataset.json", "dataset.lock", "questions/table.jsonl", "manifests/train.jsonl", "volumes.jsonl"]
 TEXTS += ["masks.jsonl"]
+
+
+def collected(gathered, out):
+    return collect(gathered.questions, gathered.jobs, out, gathered.rows, allow_leaks=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def prepared(tmp_path_factory):
     (folder / "table.jsonl").write_bytes(jsonl_bytes(rows))
     request = _request(folder)
     gathered = gather(request)
-    records, asked = [prepare_file(job) for job in gathered.jobs], collect(gathered, request.out, allow_leaks=False)
+    records, asked = [prepare_file(job) for job in gathered.jobs], collected(gathered, request.out)
     write_records(request.out, records)
     masks = plan_masks(find_masks(request, gathered.jobs), request, records)
     write_rows(request.out, map(prepare_masks, masks.jobs))
@@ -88,7 +93,7 @@ def _use_all(folder, out):
         partial(export_all, out, "nifti", folder / "exported"),
         lambda: plan(gather(request).jobs, request),
         partial(read_lock, out.path / "dataset.lock"),
-        lambda: collect(gather(request), out, allow_leaks=False),
+        lambda: collected(gather(request), out),
         lambda: [problems_of(row) for row in read_rows(out)],
         lambda: plan_masks(find_masks(request, gather(request).jobs), request, read_records(out)),
     ]

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_train import pruners
 from photon_train.answering.batches import batches_of, group_rows, reading_ahead
 from photon_train.answering.generation import AnswerSettings
-from photon_train.answering.manifest import predict_rows, wait_for_parts
+from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
 from photon_train.answering.request import RequestGroup, answer_ids, plain_row, texts_of_choices
@@ -123,6 +124,24 @@ def test_scores_per_token_are_the_scores_divided_by_the_tokens_of_each_choice(mo
         tokens = len(answer_ids(group.requests[0], choice, model.processor))
         assert found.choice_scores_per_token[choice] == pytest.approx(score / tokens)
     assert sum(found.token_logprobs) == pytest.approx(found.choice_scores[found.response], abs=1e-3)
+
+
+def test_volumes_of_which_other_numbers_of_tokens_are_kept_are_encoded_once_each(model_dir, tmp_path, monkeypatch):
+    def as_many_as_it_needs(context):
+        number = 20 + int(context.tokens_VD.double().abs().sum() * 1e4) % 80
+        return pruners.Choice(pruners._top(context.received_V, number), context.received_V, context.tokens_VD)
+
+    monkeypatch.setitem(pruners.BEFORE_DECODER, "nucleus", as_many_as_it_needs)
+    rows = [row(f"{i}{k}", QUESTIONS[k], store(tmp_path, f"v{i}", i)) for i in range(3) for k in range(3)]
+    alone = answers(predictor(model_dir, scheduler="nucleus", batch=1), rows, tmp_path / "alone.jsonl")
+    assert len({p.kept_tokens for p in alone.values()}) == 3
+    model, passes = predictor(model_dir, scheduler="nucleus", batch=2), []
+    model.model.model.visual.register_forward_hook(lambda *_: passes.append(1))
+    together = answers(model, rows, tmp_path / "together.jsonl")
+    assert len(passes) == 3
+    assert {id: (p.response, p.kept) for id, p in together.items()} == {
+        id: (p.response, p.kept) for id, p in alone.items()
+    }
 
 
 def test_memory_that_does_not_suffice_halves_the_batch_and_the_run_goes_on(model, rows, tmp_path):
@@ -267,6 +286,23 @@ def test_waiting_for_other_parts_ends_when_every_row_has_a_line(model, rows, tmp
     predict_rows(model, rows[-1:], tmp_path / "p.jsonl")
     wait_for_parts(tmp_path / "p.jsonl", rows[-1:])
     assert Location(str(tmp_path)).read("p.jsonl")
+
+
+def test_a_part_that_is_done_does_not_take_what_others_have_to_answer_again_for_their_answers(model, tmp_path):
+    rows = [row(str(i), QUESTIONS[0], store(tmp_path, f"v{i}", i)) for i in range(4)]
+    path = tmp_path / "p.jsonl"
+    own, other = Shard(0, 2), Shard(1, 2)
+    groups, _ = group_rows(rows, model.processor)
+    theirs = {group.requests[0].id for group in groups if other.holds(group)}
+    assert 0 < len(theirs) < 4
+    predict_rows(model, rows, path)
+    digest = read_predictions(path)[0].recipe
+    path.write_text(path.read_text().replace(digest, "0" * 16))  # prepared again since
+    outcome = predict_rows(model, rows, path, own)
+    assert not outcome.merged
+    assert not theirs & {p.id for p in read_predictions(path)}
+    assert predict_rows(model, rows, path, other).merged
+    assert {p.recipe for p in read_predictions(path)} == {digest}
 
 
 def test_settings_that_are_not_said_leave_nothing_to_the_models_own_generation_config(model_dir, rows, tmp_path):

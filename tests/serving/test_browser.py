@@ -190,6 +190,19 @@ def test_a_reload_keeps_the_scan_and_its_answers_and_a_second_tab_has_its_own(ta
     assert "/v1/volumes lists them" in second.see(".answer .failed")
 
 
+def test_the_scan_in_full_detail_is_the_one_that_was_chosen_last_though_another_is_still_shown(tab, served):
+    tab.open_volume("v0")
+    slow = []
+    tab.page.route("**/grid*", lambda route: slow.append(route), times=1)
+    tab.page.select_option("#volume", EVIL_ID)
+    while not slow:
+        tab.page.wait_for_timeout(20)
+    tab.page.check("#fine")
+    tab.see("#viewer.has-scan")
+    assert tab.page.evaluate("new URLSearchParams(location.search).get('volume')") == EVIL_ID
+    assert tab.page.input_value("#volume") == EVIL_ID
+
+
 def test_names_questions_and_answers_that_are_markup_are_shown_as_they_are(tab, served, tmp_path, monkeypatch):
     monkeypatch.setattr(Draft, "_decoded", lambda self, tokens: EVIL)
     (tmp_path / "<img src=x onerror=alert(4)>.nii").write_bytes(b"")

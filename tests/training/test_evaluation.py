@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train.checkpoint import checkpoints
+from photon_train.configuration_photon import Phase
 from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.evaluation import answering_of
@@ -29,7 +31,7 @@ from photon_train.training.loop import run_steps
 from photon_train.training.plan import plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import start as start_run
-from photon_train.training.speed import training_flops
+from photon_train.training.speed import rates, training_flops
 
 SCORE = "eval/accuracy_robust"
 
@@ -105,7 +107,8 @@ def computed(config):
 
 @pytest.mark.slow
 def test_the_scores_are_those_that_photon_eval_gives_the_checkpoint(config, tmp_path):
-    config = replace(config, max_steps=2, save_every=1, keep_checkpoints=9)
+    slow = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 1e-4)  # else it learns to say nothing
+    config = replace(config, max_steps=2, save_every=1, keep_checkpoints=9, **slow)
     rows = trained(config)
     run = Path(config.output)
     answers = run / "answers" / "step-1.jsonl"
@@ -203,6 +206,12 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_trained(config, 
         start(replace(config, **change), resume=False)
 
 
+def test_rows_whose_ids_are_numbers_are_answered_too(config, asked, tmp_path):
+    numbered = put(tmp_path / "numbered.jsonl", [one | {"id": i} for i, one in enumerate(rows_in(asked))])
+    trained(replace(config, eval=(str(numbered),), max_steps=2, eval_every=0, eval_questions=0))
+    assert [one["id"] for one in rows_in(tmp_path / "run/answers/step-2.jsonl")] == sorted(map(str, range(12)))
+
+
 def test_other_rows_of_eval_are_refused_where_the_best_was_chosen_on_them(config, tmp_path):
     trained(replace(config, max_steps=2, eval_benchmark=""))
     lines = Path(config.eval[0]).read_text().splitlines(keepends=True)
@@ -297,18 +306,42 @@ def test_a_run_says_its_settings_versions_and_speed(config, tmp_path):
     assert "mfu" not in row  # of a CPU no peak is known
 
 
-@pytest.mark.parametrize("rates", [{}, {"lr_vision": 0.0, "lr_merger": 0.0}])
-def test_the_flops_of_a_step_are_those_that_torch_counts(config, rates):
+@pytest.mark.parametrize(
+    ("frozen", "photon", "shared"),
+    [
+        ((), {}, False),
+        (("lr_vision", "lr_merger"), {}, False),
+        ((), {"scheduler": "divprune", "keep_ratio": 0.25}, False),  # dropped before the decoder
+        ((), {"scheduler": "divprune", "keep_ratio": 0.25}, True),
+    ],
+)
+def test_the_flops_of_a_step_are_those_that_torch_counts(config, frozen, photon, shared):
     """To 3 %: the scores of the scheduler are not counted."""
     settings = {"attention": "eager", "gradient_checkpointing": False, "vision_gradient_checkpointing": False}
-    run = start(replace(config, questions_per_volume=1, **settings, **rates), resume=False)
+    settings |= {"photon": {**config.photon, **photon}, **dict.fromkeys(frozen, 0.0)}
+    run = start(replace(config, questions_per_volume=1, **settings), resume=False)
     (step, *_) = plan_epoch(run.rows, run.config, 0)
-    batch = MicroBatches(run.rows, run.processor, run.config, training=False)[step[0]].to("cpu", run.processor)
+    items = MicroBatches(run.rows, run.processor, run.config, training=False, same_calls=shared)
+    batch = items[step[0]].to("cpu", run.processor)
+    assert ("prefix" in batch.inputs) == shared
     with FlopCounterMode(display=False) as counter:
         output = run.model(**batch.inputs)
         output.loss.backward()
-    needed = training_flops(run.processor.config, run.config, batch, output, is_dense=False)
+    needed = training_flops(run.processor.config, run.config, batch, output, Phase.HARD)
     assert float(needed) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize(("precision", "is_known"), [("bf16", True), ("autocast", True), ("fp32", False)])
+def test_the_utilisation_of_a_known_gpu_is_logged_of_every_precision_that_multiplies_in_bfloat16(
+    monkeypatch, precision, is_known
+):
+    """989 TFLOP/s are the peak of an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("photon_train.training.speed.peak_memory_mib", lambda device: 0.0)
+    devices = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+    row = {"questions": 1.0, "volumes": 1.0, "tokens": 1.0, "flops": 989e12}
+    found = rates(row, 1.0, 0.0, devices, precision)
+    assert found.get("mfu") == (pytest.approx(0.5) if is_known else None)
 
 
 def test_a_profile_has_the_operators_of_a_few_steps(config):

@@ -120,9 +120,11 @@ def grounded(models, manifest):
     return batch
 
 
-@pytest.mark.parametrize("stage", ["s1", "s2"])
-def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
-    model = PhotonForConditionalGeneration.from_pretrained(models / stage).train()
+@pytest.mark.parametrize(
+    ("stage", "settings"), [("s1", {}), ("s2", {}), ("s2", {"scheduler": "fastv", "fastv_layer": 2})]
+)
+def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage, settings):
+    model = PhotonForConditionalGeneration.from_pretrained(models / stage, **settings).train()
     found = []
     for share in (False, True):
         model.zero_grad()
@@ -131,7 +133,7 @@ def test_shared_or_not_the_same_scores_are_grounded(models, grounded, stage):
         assert out.loss.item() == pytest.approx((out.ce + out.band + out.robustness + out.flip).item())
         grounding = grounding_loss(batch)
         grounding.backward()
-        attention = model.model.language_model.layers[model.config.its_layer].self_attn
+        attention = model.model.language_model.layers[model.config.drop_layer].self_attn
         found.append((grounding.detach(), attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()))
     for alone, shared in zip(*found, strict=True):
         assert alone.norm() > 0

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from photon_train.checkpoint import OPTIMIZER, checkpoints
@@ -37,11 +38,15 @@ def test_rounded_weights_move_as_torchs_adamw_moves_whole_ones(monkeypatch, at_a
     assert not rounded[0].float().equal(whole[0])
 
 
-def test_a_run_in_bfloat16_goes_on_from_its_float32_weights(models, manifest, tmp_path):
+@pytest.fixture
+def config(models, manifest):
     photon = {"soft_start": 1, "hard_start": 2, "flip_start": 3}
     config = TrainConfig(stage="s2", model=str(models / "s2"), data=(str(manifest),), photon=photon, lr_threshold=1e-3)
     config = replace(config, precision="bf16", workers=0, track=(), epochs=2, save_every=2, groups_per_step=2)
-    config = replace(config, max_steps=4, keep_checkpoints=9)
+    return replace(config, max_steps=4, keep_checkpoints=9)
+
+
+def test_a_run_in_bfloat16_goes_on_from_its_float32_weights(config, tmp_path):
     runs = [replace(config, output=str(tmp_path / name)) for name in ("whole", "halted")]
     for run in runs:
         run_steps(start(run, resume=False))
@@ -56,3 +61,29 @@ def test_a_run_in_bfloat16_goes_on_from_its_float32_weights(models, manifest, tm
     assert {x.dtype for name, x in weights.items() if ".atp." not in name} == {torch.bfloat16}
     assert {x.dtype for name, x in weights.items() if ".atp." in name} == {torch.float32}
     assert any(not x.equal(x.bfloat16().float()) for x in masters.values())
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_float32_weights_stay_what_they_are_where_a_run_goes_on_with_copies_of_them_or_without(
+    config, tmp_path, lora_rank
+):
+    """Runs under autocast, and those that FSDP2 shares, have no copies."""
+    config = replace(config, lora_rank=lora_rank, output=str(tmp_path / "run"), epochs=9)
+    weights: dict[str, torch.Tensor] = {}
+    for steps, precision in ((3, "autocast"), (4, "bf16"), (5, "autocast"), (6, "bf16")):
+        AcceleratorState._reset_state(reset_partial_state=True)  # it has one precision in a process
+        run = start(replace(config, precision=precision, max_steps=steps), resume="auto")
+        began_with = whole_weights(run)
+        for name, weight in weights.items():
+            assert began_with[name].equal(weight), name
+        run_steps(run)
+        weights = whole_weights(run)
+        assert any(not weight.equal(weight.bfloat16().float()) for weight in weights.values())
+        assert any(not weight.equal(began_with[name]) for name, weight in weights.items())
+
+
+def whole_weights(run):
+    """The float32 values of the weights that are trained."""
+    state = run.optimizer.optimizer.state
+    named = [(name, weight) for name, weight in run.model.named_parameters() if weight.requires_grad]
+    return {name: state.get(weight, {}).get("master", weight).detach().float().clone() for name, weight in named}

@@ -244,12 +244,16 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path):
-    config = replace(config, epochs=2)
+@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.1)])
+def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path, precision, wrong):
+    config = replace(config, precision=precision, epochs=2)
     whole = trained(config)
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
     _on_two(config, tmp_path, "--resume")
-    _same_log(read_log_of(config), whole, 1e-5)
+    _same_log(read_log_of(config), whole, wrong)
+    last = checkpoints(tmp_path / "run")[-1]
+    assert {weight.dtype for weight in load_file(last / "model.safetensors").values()} == {torch.float32}
+    assert not any(name.endswith("|master") for name in load_file(last / "optimizer.safetensors"))
 
 
 def _on_two(config, folder, *options):
@@ -310,6 +314,12 @@ def test_stage_1_goes_over_text_alone_and_over_rows_that_cannot_be_read(config, 
     first = replace(config, stage="s1", model=str(models / "s1"), photon={}, epochs=1, **frozen)
     rows = trained(replace(first, data=(str(damaged),), on_bad_row="skip"))
     assert sum(row["questions"] for row in rows) == 19 - 4
+
+
+def test_a_run_of_which_no_row_could_be_read_says_that_nothing_was_learned(config, rows, damaged, tmp_path):
+    lost = put(tmp_path / "lost.jsonl", [json.loads(line) for line in damaged.read_text().splitlines() if '"d' in line])
+    with pytest.raises(TrainingStopped, match="all 6 groups of rows were left out: nothing was learned"):
+        trained(replace(config, data=(str(lost),), on_bad_row="skip"))
 
 
 def test_a_volume_that_is_missing_stops_or_is_left_out_by_name(config, rows, tmp_path, caplog):

@@ -241,3 +241,20 @@ def _threshold_gradients(model, batch, scale):
     model.zero_grad()
     (model(**batch.inputs, step=8500, loss_scale=scale).loss * scale).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if ".atp.predictor." in name}
+
+
+@pytest.mark.parametrize("which", ["a", "text"])  # five questions on a volume; a row of text behind an idle volume
+@pytest.mark.parametrize("scheduler", ["visionzip", "nucleus", "fastv"])
+def test_sharing_changes_nothing_where_tokens_are_dropped_by_another_scheduler(models, manifest, scheduler, which):
+    settings = {"keep_ratio": 0.5, "nucleus_mass": 0.6, "hard_start": 0}
+    model = PhotonForConditionalGeneration.from_pretrained(models / "s2", scheduler=scheduler, **settings).train()
+    rows = read_train_rows([manifest])
+    indices = [i for i, row in enumerate(rows) if row.id.startswith(which)]
+    alone, its_gradients = losses(model, batch_of(models, rows, indices, model, share_prefix=False), step=0)
+    batch = batch_of(models, rows, indices, model, same_calls=True)
+    together, gradients = losses(model, batch, step=0)
+    dropped_BL = (batch.inputs["attention_mask"] == 1) & ~together.scheduled.keep_BL
+    assert dropped_BL.any() == (which == "a")
+    torch.testing.assert_close(together.loss, alone.loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in its_gradients.items():
+        assert (gradients[name] - gradient).norm().item() <= 2e-4 * gradient.norm().item() + 1e-7, name

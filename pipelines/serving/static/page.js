@@ -235,10 +235,10 @@ on("#series", "submit", (event) => {
 });
 on("#windows", "click", ({ target }) => target.dataset.window && setWindow(...target.dataset.window.split(" ").map(Number)));
 for (const input of ["#level", "#width"]) on(input, "change", () => setWindow(Number(of("#level").value), Number(of("#width").value)));
-on("#fine", "change", () => view.id && orSay(async () => {
+on("#fine", "change", () => orSay(async () => {
   const { shown } = answers;
-  await choose(view.id);
-  answers.show(shown);
+  await choose(of("#volume").value); // the one that was chosen last, which may not be there yet
+  answers.show(shown.filter(({ volume }) => volume === answers.volume));
 }));
 on("#place", "submit", (event) => {
   event.preventDefault();
