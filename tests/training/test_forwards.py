@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
 from photon_train.training import batches, loop
@@ -156,3 +157,8 @@ def trained(models, manifest, tmp_path):
         return [{name: row[name] for name in (*logged, *evaluated) if name in row} for row in read_log(output)]
 
     return log_of
+
+
+def test_with_grounding_groups_go_alone():
+    with pytest.raises(UsageError, match=r"groups_per_forward: expected 1 with grounding.*, found 2"):
+        TrainConfig(groups_per_forward=2, grounding="masks")
