@@ -45,8 +45,9 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.tiny import byte_tokenizer, tiny_config
 from photon_train.training import loop
-from photon_train.training.batches import Batch, MicroBatch, MicroBatches
+from photon_train.training.batches import Batch, MicroBatches, together
 from photon_train.training.config import TrainConfig
+from photon_train.training.plan import MicroBatch, group_rows
 from photon_train.training.setup import Run, gradient_norms, start
 
 DEPTH = {"num_hidden_layers": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "its_layer": 8}
@@ -184,13 +185,14 @@ def write_model(folder: Path, stage: int) -> Path:
     return folder
 
 
-def run_of(folder: Path, stage: str, questions: int, **settings: Any) -> Run:
+def run_of(folder: Path, stage: str, questions: int, volumes: int = 1, **settings: Any) -> Run:
     """Return a run of `photon train STAGE` as published but for its learning rates; s1 trains the patch embedding."""
+    data = write_data(folder / f"{volumes} {questions}", volumes, questions)
     rates = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 0.0) if stage == "s1" else {}
     config = TrainConfig(
         stage=stage,
         model=str(folder / "model"),
-        data=(str(write_data(folder / str(questions), 1, questions)),),
+        data=(str(data),),
         output=str(folder / f"{stage}-{questions}-{len(list(folder.iterdir()))}"),
         questions_per_volume=questions,
         groups_per_step=1,
@@ -206,15 +208,16 @@ def run_of(folder: Path, stage: str, questions: int, **settings: Any) -> Run:
 
 
 def training_group(run: Run, phase: Phase) -> Counts:
-    """Return the counts of forward and backward of one group, as `photon train` runs them."""
-    groups = [MicroBatch(tuple(range(len(run.rows))), 0)]
-    read = MicroBatches(run.rows, groups, run.processor, run.config, training=True)[0]
-    assert not read.error, read.error
+    """Return the counts of forward and backward of the run's rows, as `photon train` runs them in one forward."""
+    plan = [MicroBatch(rows, number) for number, rows in enumerate(group_rows(run.rows, run.config.group_size))]
+    items = MicroBatches(run.rows, run.processor, run.config, training=True)
+    read, *others = together([items[one] for one in plan], run.processor)
+    assert not others and not read.error, read.error
     run.state["step"] = STEPS[phase]
 
     def call() -> None:
         run.model.zero_grad(set_to_none=True)  # the first group of a step: later ones add, a kernel for each weight
-        loop._micro_batch(run, read.to("cpu"), phase, 1)
+        loop._micro_batch(run, read.to("cpu", run.processor), phase, read.groups)
 
     return counted(call, on_host_of(read))
 
@@ -274,12 +277,15 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kinds: dict[str, tuple[str, int, Phase]] = {
-        "s1, K=1": ("s1", 1, Phase.DENSE),
-        "s1c, K=8": ("s1c", 8, Phase.DENSE),
-        "s2 dense phase, K=8": ("s2", 8, Phase.DENSE),
-        "s2, K=1": ("s2", 1, Phase.HARD),
-        "s2, K=8": ("s2", 8, Phase.HARD),
+    kinds: dict[str, tuple[str, int, int, Phase]] = {
+        "s1, K=1": ("s1", 1, 1, Phase.DENSE),
+        "s1c, K=8": ("s1c", 8, 1, Phase.DENSE),
+        "s2 dense phase, K=8": ("s2", 8, 1, Phase.DENSE),
+        "s2, K=1": ("s2", 1, 1, Phase.HARD),
+        "s2, K=8": ("s2", 8, 1, Phase.HARD),
+        "s2, K=1, 4 groups together": ("s2", 1, 4, Phase.HARD),
+        "s2, K=1, 8 groups together": ("s2", 1, 8, Phase.HARD),
+        "s2, K=4, 4 groups together": ("s2", 4, 4, Phase.HARD),
     }
     print(f"{'':38}" + "".join(f"{name:>12}" for name in COLUMNS))
 
@@ -294,9 +300,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="photon-") as name:
         folder = Path(name)
         write_model(folder / "model", stage=1)
-        for kind, (stage, questions, phase) in kinds.items():
+        for kind, (stage, questions, volumes, phase) in kinds.items():
             if args.only in kind:
-                run = run_of(folder, stage, questions)
+                run = run_of(folder, stage, questions, volumes)
                 show(kind, training_group(run, phase))
         if args.only in "s2, optimizer step":
             show("s2, optimizer step", optimizer_step(run_of(folder, "s2", 1)))

@@ -8,6 +8,7 @@ or tokens of a prefix, X voxels of a patch, V vocabulary; axis 3 is (t, h, w).
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         step: int | None = None,
         total_steps: int | None = None,
         prefix: Prefix | int | None = None,
+        group_sizes: Sequence[int] = (),
+        answer_weights: Tensor | None = None,
         loss_scale: float = 1.0,
         answers_only: bool = False,
         **kwargs: Any,
@@ -161,6 +164,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         step, total_steps: optimizer step and length of the run; training without them drops tokens and flips nothing.
         prefix: what every row begins with, as `encode_prefix` returned it; or its length P: then all volumes are in
         the first P tokens, are given once, and are encoded once.
+        group_sizes: how many rows, one behind the other, share each of several prefixes of one length P; () for one.
+        answer_weights float[B]: what each answer token of a row counts in the losses; default, one over their number.
         loss_scale: what a trainer will multiply the loss by; the surrogate gradient is not linear in it. A row's share
         of the answer tokens counts too: a row moves the threshold as it would alone, times its share.
         answers_only: with labels, return logits at answer positions only, as in training.
@@ -180,8 +185,13 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         }
         phase = phase_at(self.config, step, total_steps) if self.training and step is not None else Phase.HARD
         if isinstance(prefix, int):
-            position_31P = None if position_ids is None else position_ids[-3:, :1, :prefix]
-            prefix = self.encode_prefix({"input_ids": input_ids[:1, :prefix], **volumes}, phase, position_31P)
+            own = [slice(row, row + 1) for row in itertools.accumulate(group_sizes[:-1], initial=0)]
+            ids_GP, position_3GP = torch.cat([input_ids[row, :prefix] for row in own]), None
+            if position_ids is not None:
+                position_3GP = torch.cat([position_ids[-3:, row, :prefix] for row in own], dim=1)
+            prefix = self.encode_prefix({"input_ids": ids_GP, **volumes}, phase, position_3GP)
+            if len(group_sizes) > 1:
+                prefix = prefix.selected([group for group, rows in enumerate(group_sizes) for _ in range(rows)])
         if prefix is not None:
             volumes = prefix.volumes_of(len(input_ids))
             deep = prefix.layers > self.config.drop_layer + 1 and prefix.scheduled is None
@@ -198,7 +208,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             rows = rows._replace(question_tokens=question_tokens)
             if labels is not None:
                 answers = answers_of(labels, attention_mask) if answers is None else answers
-                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(answers, len(labels)))
+                rows = rows._replace(loss_scale_B=loss_scale * answer_shares(answers, len(labels), answer_weights))
                 if self.config.scheduler == "fastv":
                     rows = rows._replace(prompt_BL=rows.prompt_BL & ((labels != IGNORED).cumsum(1) == 0))
         if rows is not None and schedules and self.config.scheduler == "foreground":
@@ -226,9 +236,8 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             answered = {"logits": self.lm_head(h_BMD[:, kept])}
         else:
-            answered = self._losses(
-                h_BMD, answers, scheduled, rows, perturbed is not None, answers_only or self.training
-            )
+            only = answers_only or self.training
+            answered = self._losses(h_BMD, answers, scheduled, rows, perturbed is not None, only, answer_weights)
         return PhotonOutput(
             **answered,
             scheduled=None if scheduled is None else scheduled.detached(),
@@ -246,6 +255,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         rows: SchedulingInputs,
         is_perturbed: bool,
         answers_only: bool,
+        weights_B: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the fields of PhotonOutput from `loss` to `answer_rows_N`."""
         rows_N, columns_N, labels_N = answers
@@ -258,13 +268,14 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         logits = self.lm_head(h_BMD.flatten(0, 1).index_select(0, place_N) if answers_only else h_BMD)
         logits_NV = logits if answers_only else logits.flatten(0, 1).index_select(0, place_N)
         perturbed_B = rows.perturbed_B if is_perturbed else None
-        parts = answer_losses(logits_NV, labels_N, rows_N, perturbed_B, flipped_B, self.config.flip_epsilon)._asdict()
+        how = (perturbed_B, flipped_B, self.config.flip_epsilon, weights_B)
+        parts = answer_losses(logits_NV, labels_N, rows_N, *how)._asdict()
         parts["band"] = torch.zeros_like(parts["ce"])
         if self.training and scheduled is not None and rows.phase is not Phase.DENSE:
             # of the rows whose tokens a threshold decided and that are trained to answer
             counts_B = ~(rows.detached_B | scheduled.selection.threshold_B.isnan())
             p_BL, (low, high) = scheduled.selection.probability_BL, (self.config.band_low, self.config.band_high)
-            share_B = answer_shares(answers, len(p_BL))
+            share_B = answer_shares(answers, len(p_BL), weights_B)
             parts["band"] = (band_losses(p_BL, rows.visual_BL, low, high) * counts_B * share_B).sum()
         loss: Any = sum(parts.values())
         if self.training and not loss.requires_grad:  # text alone, in stage 1: every device needs a gradient, here of 0

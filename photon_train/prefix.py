@@ -7,11 +7,13 @@ heads, d head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
 from photon_train.scheduling import Scheduled
@@ -53,6 +55,22 @@ class Prefix(NamedTuple):
         """Return `volumes` of so many rows; those of a prefix of as many rows are there already."""
         copies = rows // len(self.input_ids_1P)
         return {name: torch.cat([value] * copies) for name, value in self.volumes.items()}
+
+    def selected(self, rows: Sequence[int]) -> Prefix:
+        """Return the prefix with these rows of it, of each all its volumes."""
+        count = len(self.input_ids_1P)
+
+        @cache
+        def index(per_row: int, device: torch.device) -> Tensor:
+            chosen = torch.tensor([row * per_row + i for row in rows for i in range(per_row)])
+            return chosen.to(device, non_blocking=True)  # the host does not wait for what the device has yet to do
+
+        def select(value: Any) -> Any:
+            is_tensor = isinstance(value, Tensor)
+            return value.index_select(0, index(len(value) // count, value.device)) if is_tensor else value
+
+        found: Prefix = tree_map(select, self)
+        return found
 
     def followed_by(self, questions: Sequence[Tensor], pad_token_id: int = 0) -> dict[str, Any]:
         """Return model inputs of B rows: prefix, padding, the ids of a question. Raises ValueError for an empty one."""

@@ -93,6 +93,7 @@ class PhotonProcessor:
         for_training: bool = False,
         padding_side: str = "left",
         max_length: int | None = None,
+        as_stored: bool = False,
     ) -> BatchFeature:
         """Return model inputs for one conversation, for a list of them, or for ms-swift `rows`.
 
@@ -101,6 +102,7 @@ class PhotonProcessor:
         messages: chat messages, or a plain question, which is put behind the volumes. Text is a string with <video>
         tags or a list of parts ({"type": "text"}, {"type": "video"}; a part may carry its own volume).
         for_training: end with the given answer and add labels; else end where the assistant is to speak.
+        as_stored: pixel_values_videos is a list of what `patches_of` takes, half the bytes on the way to a device.
 
         Gives input_ids, attention_mask, mm_token_type_ids int64[B, L], question_mask bool[B, L]; with volumes also
         pixel_values_videos float32[P, X], video_grid_thw int64[V, 3], second_per_grid_ts float32[V]; labels
@@ -121,19 +123,20 @@ class PhotonProcessor:
         }
         if for_training:
             inputs["labels"] = padded(list(map(self._labels, ids, samples)), padding_value=IGNORED)
-        inputs |= self.volumes([(volume, sample.volume_id) for sample in samples for volume in sample.volumes])
+        of_volumes = [(volume, sample.volume_id) for sample in samples for volume in sample.volumes]
+        inputs |= self.volumes(of_volumes, as_stored=as_stored)
         return BatchFeature(inputs)
 
-    def volumes(self, volumes: Sequence[tuple[Any, str | None]]) -> dict[str, Tensor]:
+    def volumes(self, volumes: Sequence[tuple[Any, str | None]], *, as_stored: bool = False) -> dict[str, Any]:
         """Return what `__call__` gives of volumes, each with the id that its store must have, if any; {} for none."""
         if not volumes:
             return {}
-        encoded = [self.patches(volume, volume_id) for volume, volume_id in volumes]
+        stored = [self.stored(volume, volume_id) for volume, volume_id in volumes]
         seconds = float(self.config.vision_config.temporal_patch_size)  # at one slice per second
         return {
-            "pixel_values_videos": torch.cat([patches for patches, _ in encoded]),
-            "video_grid_thw": torch.stack([grid for _, grid in encoded]),
-            "second_per_grid_ts": torch.full((len(encoded),), seconds),
+            "pixel_values_videos": stored if as_stored else torch.cat(list(map(self.patches_of, stored))),
+            "video_grid_thw": torch.tensor([self.config.patches_thw] * len(stored)),
+            "second_per_grid_ts": torch.full((len(stored),), seconds),
         }
 
     def questions(self, texts: Sequence[str]) -> list[Tensor]:
@@ -160,13 +163,31 @@ class PhotonProcessor:
 
         UsageError for a path to a store that is not that of `volume_id`, where one is given.
         """
+        return self.patches_of(self.stored(volume, volume_id)), torch.tensor(self.config.patches_thw)
+
+    def stored(self, volume: Any, volume_id: str | None = None) -> Tensor:
+        """Return what `patches_of` takes: int16 HU [z, y, x] where a volume has them on the model grid, else patches.
+
+        Raises what `patches` does.
+        """
+        found = _read(volume, volume_id)
+        voxels = torch.as_tensor(np.ascontiguousarray(found) if isinstance(found, np.ndarray) else found)
+        whole = voxels.dtype == torch.int16 and voxels.shape == torch.Size(self.config.model_shape_zyx)
+        return voxels if whole else self._patchified(self.scaled(voxels))
+
+    def patches_of(self, stored: Tensor) -> Tensor:
+        """Return float32[P, X] on the device of what `stored` returned. The values are the same on every device."""
+        return stored if stored.dtype != torch.int16 else self._patchified(self.scaled(stored))
+
+    def _patchified(self, scaled_zyx: Tensor) -> Tensor:
         vision = self.config.vision_config
-        scaled_zyx = self.scaled(_read(volume, volume_id))
-        return patchify(scaled_zyx.flip(-1), vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
+        sizes = (vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
+        return patchify(scaled_zyx.flip(-1), *sizes)[0]
 
     def scaled(self, hu_zyx: np.ndarray | Tensor) -> Tensor:
         """Return float32 on the model grid, in [0, 1], not flipped. Raises ValueError for another shape and for NaN."""
-        hu = torch.as_tensor(np.ascontiguousarray(hu_zyx) if isinstance(hu_zyx, np.ndarray) else hu_zyx).float()
+        given = torch.as_tensor(np.ascontiguousarray(hu_zyx) if isinstance(hu_zyx, np.ndarray) else hu_zyx)
+        hu = given.float()
         found, model, stored = map(tuple, (hu.shape, self.config.model_shape_zyx, self.config.stored_shape_zyx))
         if found not in (model, stored):
             raise ValueError(
@@ -175,11 +196,15 @@ class PhotonProcessor:
             )
         if found != model:
             hu = F.interpolate(hu[None, None], size=model, mode="trilinear", align_corners=False)[0, 0]
-        darkest, brightest = hu.aminmax()  # NaN if any voxel is, in one pass
-        if not (darkest.isfinite() and brightest.isfinite()):
+        low, high = hu.aminmax()  # NaN if any voxel is, in one pass
+        if given.is_floating_point() and not (low.isfinite() and high.isfinite()):
             raise ValueError("expected finite voxels, found NaN or infinity; photon-data prepare says in which scan")
-        low, high = (darkest, brightest) if self.config.intensity == "minmax" else self.config.window_hu
-        return (hu - low).div_(max(float(high - low), 1e-6)).clamp_(0.0, 1.0)
+        width = high - low
+        if self.config.intensity == "window":
+            darkest, brightest = self.config.window_hu
+            # Tensors: by a number that the host has, a GPU would not divide but multiply by its inverse.
+            low, width = torch.full_like(low, darkest), torch.full_like(low, brightest - darkest)
+        return (hu - low).div_(width.clamp_min(1e-6)).clamp_(0.0, 1.0)
 
     def visual_tokens(self) -> int:
         """Return how many tokens a volume becomes."""

@@ -37,13 +37,14 @@ from photon_train.prefix import Prefix
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.scheduling import Scheduled, visual_mask
 
+VOLUMES = "pixel_values_videos"
 NOT_FINITE = "expected finite logits, found NaN or infinity; use another checkpoint, or --dtype float32"
 
 
 class ReadVolumes(NamedTuple):
     """The volumes of a group as the model reads them, on the CPU."""
 
-    inputs: dict[str, Tensor]  # {} for text alone
+    inputs: dict[str, Any]  # volumes as the processor has them stored; {} for text alone
     recipe: str = ""  # digests of the recipes that their stores were made by, "+" between them; "" where there are none
     seconds: float = 0.0
 
@@ -85,15 +86,15 @@ class Predictor:
     encodings: int = 0
 
     def read(self, group: RequestGroup) -> ReadVolumes:
-        """Return the volumes of a group, read and scaled, in pinned memory for a GPU. Any thread may call this.
+        """Return the volumes of a group, in pinned memory for a GPU, which scales them. Any thread may call this.
 
         Raises what reading volumes raises.
         """
         start = time.perf_counter()
         id = volume_id_of(group.requests[0].row)
-        inputs = self.processor.volumes([(video, id) for video in group.videos])
-        if self.model.device.type == "cuda":
-            inputs = {name: value.pin_memory() for name, value in inputs.items()}
+        inputs = self.processor.volumes([(video, id) for video in group.videos], as_stored=True)
+        if self.model.device.type == "cuda" and inputs:
+            inputs[VOLUMES] = [volume.pin_memory() for volume in inputs[VOLUMES]]
         return ReadVolumes(inputs, recipe_of(group.videos), time.perf_counter() - start)
 
     @torch.no_grad()
@@ -101,9 +102,10 @@ class Predictor:
         """Return what each group shares, all computed in one pass. The groups have volumes, and are of one shape."""
         with _timed(self.model) as seconds:
             ids = [self.processor.ids(group.requests[0].row)[: group.requests[0].start] for group in groups]
-            volumes = {name: torch.cat([one.inputs[name] for one in read]) for name in read[0].inputs}
-            moved = {name: value.to(self.model.device, non_blocking=True) for name, value in volumes.items()}
-            prefix = self.model.encode_prefix({"input_ids": torch.stack(ids), **moved})
+            facts = {name: torch.cat([one.inputs[name] for one in read]) for name in read[0].inputs if name != VOLUMES}
+            stored = [volume.to(self.model.device, non_blocking=True) for one in read for volume in one.inputs[VOLUMES]]
+            patches_PX = torch.cat(list(map(self.processor.patches_of, stored)))
+            prefix = self.model.encode_prefix({"input_ids": torch.stack(ids), **facts, VOLUMES: patches_PX})
         self.encodings += len(groups)
         encoded = []
         for row, (group, one) in enumerate(zip(groups, read, strict=True)):
@@ -248,26 +250,11 @@ def _rows_of(places: Sequence[tuple[Prefix, int]]) -> Prefix:
     parts = []
     for key, run in groupby(places_of, lambda place: place[0]):
         rows, prefix = [row for _, row in run], prefixes[key]
-        parts.append(prefix if rows == [*range(len(prefix.input_ids_1P))] else _selected(prefix, rows))
+        parts.append(prefix if rows == [*range(len(prefix.input_ids_1P))] else prefix.selected(rows))
     if len(parts) == 1:
         return parts[0]
     joined: Prefix = tree_map(lambda *each: torch.cat(each) if isinstance(each[0], Tensor) else each[0], *parts)
     return joined
-
-
-def _selected(prefix: Prefix, rows: Sequence[int]) -> Prefix:
-    """Return the prefix with these rows of it."""
-    count = len(prefix.input_ids_1P)
-
-    def select(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        per_row = len(value) // count  # a row may have several volumes
-        index = torch.tensor([row * per_row + i for row in rows for i in range(per_row)], device=value.device)
-        return value.index_select(0, index)
-
-    selected: Prefix = tree_map(select, prefix)
-    return selected
 
 
 def recipe_of(videos: Sequence[Any]) -> str:

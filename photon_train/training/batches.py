@@ -1,8 +1,4 @@
-"""Rows -> the micro-batches of an epoch, in the order of its steps -> model inputs, read by worker processes.
-
-A micro-batch is what settings call a group: one volume with some of its questions. An epoch has every row once.
-
-[a1 a2 a3 b1 c1 c2] (letter: volume), 2 questions per volume, 3 questions per step -> [a3 a1 | b1] [c2 c1 | a2]
+"""The micro-batches of a plan -> model inputs, read by worker processes.
 
 What is random in a micro-batch (perturbation, flips, augmentation) is drawn from the seed, the epoch and the number
 of the micro-batch. The number of workers or devices changes nothing, nor does a restart.
@@ -12,19 +8,19 @@ Legend: K rows of a micro-batch, L tokens of a padded row, P tokens of a prefix 
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 import resource
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from photon_data.questions.table import volume_id_of
@@ -38,128 +34,56 @@ from photon_train.rows import Row, TrainRow
 from photon_train.scheduling import prefix_length, question_mask, visual_mask
 from photon_train.training.config import TrainConfig, worker_count
 from photon_train.training.interruption import read_on
+from photon_train.training.plan import MicroBatch
 
-VOLUME_COST = 4000  # characters of text that cost about as much as a volume; it only balances devices
-WINDOW = 32  # steps within which micro-batches of similar cost are brought together
-SIMILAR = 1.25  # costs within this factor
 ON_HOST = ("video_grid_thw", "second_per_grid_ts")  # the model would ask the device for their values
+VOLUMES = "pixel_values_videos"
+PADDING = {  # what stands where a row has no token
+    "input_ids": 0,
+    "attention_mask": 0,
+    "labels": IGNORED,
+    "mm_token_type_ids": 0,
+    "question_mask": 0,
+    "position_ids": 1,
+}
 STAND_IN = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # for rows that cannot be read
-
-
-class MicroBatch(NamedTuple):
-    """Rows that are computed together."""
-
-    rows: tuple[int, ...]  # indices into the manifest's rows
-    number: int  # within its epoch; seeds what is random
-    weight: float = 1.0  # of its loss: its share of the step, times the step's micro-batches; 0 for a filler
-
-
-def plan_epoch(rows: Sequence[TrainRow], config: TrainConfig, epoch: int, processes: int = 1) -> list[list[MicroBatch]]:
-    """Return the steps of an epoch, each with a multiple of `processes` micro-batches. Every row is in one.
-
-    A step has about `questions_per_step` questions, or `groups_per_step` micro-batches: the epoch is cut into steps of
-    as equal size as whole micro-batches allow. How many processes there are changes no step but for fillers.
-
-    Micro-batches of similar cost share a step, so that devices do not wait for each other. Which ones do, and in what
-    order they come, is drawn from the seed and the epoch. Costs are compared coarsely: sorted by exact length,
-    volumes with the answer "yes" would be in one step and those with "no" in another, and a model would learn
-    neither. A step is filled up with micro-batches of weight 0, which repeat its last one.
-    """
-    rng = random.Random(f"{config.seed} {epoch}")
-    groups = group_rows(rows, config.group_size, rng)
-    rng.shuffle(groups)
-    count = _steps_of(groups, config)
-    ordered, window = [], WINDOW * -(-len(groups) // count)
-    for at in range(0, len(groups), window):
-        offset = rng.random()  # so that no two lengths are told apart in every epoch
-        costs = {group: math.floor(math.log(cost(rows, group), SIMILAR) + offset) for group in groups[at : at + window]}
-        ordered += sorted(costs, key=costs.__getitem__)
-    steps: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
-    total, before = sum(_size(group, config) for group in groups), 0
-    for group in ordered:  # goes where its middle is
-        size = _size(group, config)
-        steps[(2 * before + size) * count // (2 * total)].append(group)
-        before += size
-    plan, numbers = [], itertools.count()
-    for at in range(0, count, WINDOW):
-        near = steps[at : at + WINDOW]
-        rng.shuffle(near)
-        for step in near:
-            slots, size = -(-len(step) // processes) * processes, sum(_size(group, config) for group in step)
-            own = [MicroBatch(group, next(numbers), slots * _size(group, config) / size) for group in step]
-            plan.append(own + [own[-1]._replace(weight=0.0)] * (slots - len(own)))
-    return plan
-
-
-def steps_per_epoch(rows: Sequence[TrainRow], config: TrainConfig) -> int:
-    """Return the number of steps of any epoch."""
-    return _steps_of(group_rows(rows, config.group_size), config)
-
-
-def _steps_of(groups: Sequence[tuple[int, ...]], config: TrainConfig) -> int:
-    """Return how many steps the groups make: so few that each has one, though the groups are of different sizes."""
-    sizes = [_size(group, config) for group in groups]
-    wanted = -(-sum(sizes) // (config.groups_per_step or config.questions_per_step))
-    return max(1, min(wanted, sum(sizes) // max(sizes)))
-
-
-def _size(group: tuple[int, ...], config: TrainConfig) -> int:
-    """Return what a group counts in its step, and in the step's loss."""
-    return 1 if config.groups_per_step else len(group)
-
-
-def group_rows(
-    rows: Sequence[TrainRow], questions_per_volume: int, rng: random.Random | None = None
-) -> list[tuple[int, ...]]:
-    """Return groups of row indices: rows of one prefix together, at most `questions_per_volume`, about equally many.
-
-    With `rng`, which questions go together is drawn; else they keep their order. Rows without a volume have one prefix.
-    """
-    by_prefix: dict[Hashable, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_prefix[row.prefix].append(index)
-    groups = []
-    for indices in by_prefix.values():
-        if rng:
-            rng.shuffle(indices)
-        parts = -(-len(indices) // questions_per_volume)
-        groups += [tuple(indices[part::parts]) for part in range(parts)]
-    return groups
-
-
-def cost(rows: Sequence[TrainRow], group: Sequence[int]) -> int:
-    """Return roughly what a group costs, in characters of text."""
-    text = sum(len(message["content"]) for index in group for message in rows[index].messages)
-    return text + VOLUME_COST * sum(len(rows[index].videos) for index in group)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, ready for the model."""
+    """A micro-batch, or several that go through the model together, ready for it."""
 
-    inputs: dict[str, Any]  # of the model's forward; `prefix` is there when the rows share a volume's encoding
+    # Of the model's forward; with `prefix`, the rows share a volume's encoding. Volumes are as stored until `to`.
+    inputs: dict[str, Any]
     flips: Tensor  # bool[K], rows to flip once the curriculum flips
     ids: list[str]  # of its rows
     weight: float  # what its loss counts: 0 for one that only fills up a step, or that could not be read
     volumes: int = 0  # how many were read
     error: str = ""  # why it could not be read
+    groups: int = 1  # micro-batches
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on the device."""
+    def to(self, device: torch.device | str, processor: PhotonProcessor) -> Batch:
+        """Return the batch with its tensors on the device, where its volumes are made patches."""
         moved = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k not in ON_HOST else v
             for k, v in self.inputs.items()
         }
+        if VOLUMES in moved:
+            stored = [volume.to(device, non_blocking=True) for volume in moved[VOLUMES]]
+            moved[VOLUMES] = torch.cat(list(map(processor.patches_of, stored)))
         return replace(self, inputs=moved, flips=self.flips.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the batch with its inputs in pinned memory; torch's DataLoader calls it in a thread of its own."""
-        return replace(self, inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
+        pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        if VOLUMES in pinned:
+            pinned[VOLUMES] = [volume.pin_memory() for volume in pinned[VOLUMES]]
+        return replace(self, inputs=pinned, flips=self.flips.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches(Dataset[Batch]):
-    """The micro-batches of one rank and epoch. Nothing is random unless `training`.
+    """The batch of any micro-batch. Nothing is random unless `training`.
 
     same_calls: every micro-batch calls the same modules in the same order and gives the same weights a gradient.
     Processes that share weights need it. A volume is then encoded ahead of one question too, and rows without one get
@@ -167,31 +91,25 @@ class MicroBatches(Dataset[Batch]):
     """
 
     rows: Sequence[TrainRow]
-    micro_batches: Sequence[MicroBatch]
     processor: PhotonProcessor
     config: TrainConfig
     training: bool
-    epoch: int = 0
     same_calls: bool = False
 
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Return a batch. One that cannot be read comes back with `error` set and weight 0."""
-        micro_batch = self.micro_batches[index]
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        """Return its batch. One that cannot be read comes back with `error` set and weight 0."""
         rows = [self.rows[i] for i in micro_batch.rows]
         ids = [row.id for row in rows]
         try:
-            inputs, flips, volumes = self._read(rows, micro_batch.number)
+            inputs, flips, volumes = self._read(rows, micro_batch)
             return Batch(inputs, flips, ids, micro_batch.weight, volumes)
         except Exception as error:  # the edge of a work item: the loop stops or skips, by name
             inputs = self._inputs([{"messages": STAND_IN}], shared=False)
             return Batch(inputs, torch.zeros(1, dtype=torch.bool), ids, 0.0, 0, f"{ids[0]}: {error}")
 
-    def _read(self, rows: list[TrainRow], number: int) -> tuple[dict[str, Any], Tensor, int]:
+    def _read(self, rows: list[TrainRow], drawn_for: MicroBatch) -> tuple[dict[str, Any], Tensor, int]:
         """Return the model inputs, which rows to flip, and how many volumes were read."""
-        rng = random.Random(f"{self.config.seed} {self.epoch} {number}")
+        rng = random.Random(f"{self.config.seed} {drawn_for.epoch} {drawn_for.number}")
         videos = [video for row in rows for video in row.videos]
         shared = bool(videos) and (self.same_calls or (len(rows) > 1 and self.config.share_prefix))
         ids = {video: volume_id_of(row._asdict()) for row in rows for video in row.videos}
@@ -219,7 +137,7 @@ class MicroBatches(Dataset[Batch]):
     def _inputs(self, rows: Sequence[Row], shared: bool) -> dict[str, Any]:
         if shared:
             return shared_inputs(self.processor, rows)
-        inputs = dict(self.processor(rows=rows, for_training=True))
+        inputs = dict(self.processor(rows=rows, for_training=True, as_stored=True))
         return inputs | idle_volume_before(inputs, self.processor.config) if self.same_calls else inputs
 
     def _known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,9 +161,8 @@ class MicroBatches(Dataset[Batch]):
         photon = self.processor.config
         how = draw_perturbation(photon, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        volumes = inputs["pixel_values_videos"].split(inputs["video_grid_thw"].prod(1).tolist())
-        perturbed = [perturb(volume, how, photon, torch.Generator().manual_seed(seed)) for volume in volumes]
-        inputs["pixel_values_videos"] = torch.cat(perturbed)
+        patches = map(self.processor.patches_of, inputs[VOLUMES])
+        inputs[VOLUMES] = [perturb(each, how, photon, torch.Generator().manual_seed(seed)) for each in patches]
         inputs["perturbed"] = torch.ones(rows, dtype=torch.bool)
 
 
@@ -315,7 +232,7 @@ def augmented(hu_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], kind: str, rn
 
 def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, Any]:
     """Return inputs of rows that share a prefix: the ids as `with_suffixes` lays them out, the volumes once."""
-    first = processor(rows=rows[:1], for_training=True)
+    first = processor(rows=rows[:1], for_training=True, as_stored=True)
     encoded = [(first["input_ids"][0], first["labels"][0]), *map(processor.training_ids, rows[1:])]
     length = prefix_length(first["input_ids"][0], processor.config)
     prefix_P = first["input_ids"][0, :length]
@@ -326,8 +243,62 @@ def shared_inputs(processor: PhotonProcessor, rows: Sequence[Row]) -> dict[str, 
         "attention_mask": with_suffixes(torch.ones_like(prefix_P), [torch.ones_like(ids) for ids in suffixes], 0),
         "labels": with_suffixes(first["labels"][0, :length], [labels[length:] for _, labels in encoded], IGNORED),
         "prefix": length,
-        **{name: first[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")},
+        **{name: first[name] for name in (VOLUMES, *ON_HOST)},
     }
+
+
+def together(batches: Sequence[Batch], processor: PhotonProcessor) -> list[Batch]:
+    """Return the batches, those of one shape as one: a prefix of one length or none, as many volumes.
+
+    Loss and gradients of one, times its weight, are the sums of those of its parts. What has weight 0 only fills up,
+    and is left out beside others. What could not be read stays alone.
+    """
+    readable = [batch for batch in batches if not batch.error]
+    readable = [batch for batch in readable if batch.weight] or readable[:1]
+    of_shape: dict[Hashable, list[Batch]] = defaultdict(list)
+    for number, batch in enumerate(readable):
+        rows, grids = len(batch.flips), batch.inputs.get("video_grid_thw", ())
+        shape = (0, len(grids) / rows) if "prefix" not in batch.inputs else (batch.inputs["prefix"], len(grids))
+        # Rows of a prefix keep as many tokens as those of the next, or cannot stand beside them.
+        is_alone = "prefix" in batch.inputs and processor.config.scheduler == "nucleus"
+        of_shape[shape, number if is_alone else None].append(batch)
+    joined = [own[0] if len(own) == 1 else _joined(own, processor.tokenizer.pad_token_id) for own in of_shape.values()]
+    return joined + [batch for batch in batches if batch.error]
+
+
+def _joined(batches: Sequence[Batch], pad_token_id: int) -> Batch:
+    """Return batches of one shape as one. What is missing in the shorter rows is put before or behind their prefix."""
+    every, padding = [batch.inputs for batch in batches], {**PADDING, "input_ids": pad_token_id}
+    prefix: int = every[0].get("prefix", 0)
+    longest = max(inputs["input_ids"].shape[1] for inputs in every)
+
+    def padded(x_KL: Tensor, value: int) -> Tensor:
+        own = F.pad(x_KL[..., prefix:], (longest - x_KL.shape[-1], 0), value=value)
+        return torch.cat([x_KL[..., :prefix], own], dim=-1)
+
+    inputs: dict[str, Any] = {
+        name: torch.cat([padded(one[name], value) for one in every], dim=-2)
+        for name, value in padding.items()
+        if name in every[0]
+    }
+    if VOLUMES in every[0]:
+        inputs |= {name: torch.cat([one[name] for one in every]) for name in ON_HOST}
+        inputs[VOLUMES] = [volume for one in every for volume in one[VOLUMES]]
+    sizes, weight = [len(batch.flips) for batch in batches], sum(batch.weight for batch in batches)
+    if prefix:
+        inputs |= {"prefix": prefix, "group_sizes": tuple(sizes)}
+    if any("perturbed" in one for one in every):
+        of_each = [one.get("perturbed", torch.zeros(n).bool()) for one, n in zip(every, sizes, strict=True)]
+        inputs["perturbed"] = torch.cat(of_each)
+    # The loss of a group is the mean over its answer tokens; that of the batch, the weighted mean over groups.
+    counts = [batch.weight / weight / max(batch.inputs["answers"].shape[1], 1) for batch in batches]
+    inputs |= {
+        "question_tokens": max(one["question_tokens"] for one in every),
+        "answers": answers_of(inputs["labels"], inputs["attention_mask"]),
+        "answer_weights": torch.cat([torch.full((n,), count) for n, count in zip(sizes, counts, strict=True)]),
+    }
+    ids, volumes = [id for batch in batches for id in batch.ids], sum(batch.volumes for batch in batches)
+    return Batch(inputs, torch.cat([batch.flips for batch in batches]), ids, weight, volumes, groups=len(batches))
 
 
 def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:
@@ -345,13 +316,15 @@ def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[
     return {
         **{name: torch.cat([value_P.expand(rows, -1), inputs[name]], dim=1) for name, value_P in first.items()},
         "prefix": len(ids_P),
-        "pixel_values_videos": torch.zeros(side**2, voxels),
+        VOLUMES: [torch.zeros(side**2, voxels)],
         "video_grid_thw": torch.tensor([[1, side, side]]),
     }
 
 
-def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches in order, read by worker processes while the device computes; with workers=0, by this one.
+def read_ahead(dataset: MicroBatches, parts: Iterable[list[MicroBatch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Yield the batches of each part, `together`; read by worker processes while the device computes.
+
+    The same processes read all parts, which are looked up as they are needed. With workers=0 this process reads.
 
     OSError when the workers cannot go on: one was killed, or there are too few open files for them.
     """
@@ -360,7 +333,8 @@ def read_ahead(dataset: MicroBatches, device: torch.device) -> Iterator[Batch]:
     pinned = device.type == "cuda"
     try:
         options: dict[str, Any] = {"prefetch_factor": ahead, "pin_memory": pinned, "worker_init_fn": read_on}
-        yield from DataLoader(dataset, None, num_workers=workers, **options)
+        collate = partial(together, processor=dataset.processor)
+        yield from DataLoader(dataset, batch_sampler=parts, collate_fn=collate, num_workers=workers, **options)
     except (RuntimeError, OSError) as error:  # of torch: a row that cannot be read is a batch with an error
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         first = str(error).partition(". ")[0]

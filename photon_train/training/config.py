@@ -52,6 +52,7 @@ class TrainConfig:
     questions_per_step: int = 16  # over all devices and accumulation steps together
     groups_per_step: int = 0  # above 0: a step is so many volumes with their questions, however many these are
     questions_per_volume: int = 8  # at most this many share one encoding of their volume
+    groups_per_forward: int = 1  # so many groups of one shape go through the model together (same loss, fewer kernels)
     share_prefix: bool = True  # False: encode the volume for every question anew (same loss, for comparison)
     epochs: int = 3
     max_steps: int = 0  # ends the run earlier, and is what schedules count to; 0: none
@@ -110,6 +111,8 @@ class TrainConfig:
         check("patience", not self.patience or bool(self.best_metric), "0 without best_metric, which it waits for")
         in_place = self.augment in ("none", "intensity") or not self.grounding
         check("augment", in_place, "none or intensity with grounding, whose masks do not move with the volume")
+        alone = self.groups_per_forward == 1 or not self.grounding
+        check("groups_per_forward", alone, "1 with grounding, whose loss is the mean of a group")
         fields = PhotonConfig.__dataclass_fields__
         for name in (name for name in self.photon if name not in fields):
             raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, fields)}")
@@ -165,7 +168,7 @@ LEAST = {
     **dict.fromkeys(("lora_rank", "max_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm", "seed"), 0),
     **dict.fromkeys(("groups_per_step", "soft_after", "hard_after", "flip_after"), 0),
     **{f.name: 0 for f in fields(TrainConfig) if f.name.startswith("lr_")},
-    **dict.fromkeys(("questions_per_step", "questions_per_volume", "epochs", "max_length"), 1),
+    **dict.fromkeys(("questions_per_step", "questions_per_volume", "groups_per_forward", "epochs", "max_length"), 1),
     **dict.fromkeys(("eval_questions", "patience"), 0),
     **dict.fromkeys(("keep_checkpoints", "prefetch", "eval_max_new_tokens"), 1),
 }

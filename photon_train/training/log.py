@@ -56,7 +56,7 @@ def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConf
     sums = {
         "loss": loss.detach() * batch.weight,
         **{name: output[name].detach() * batch.weight for name in ("ce", "band", "robustness", "flip")},
-        "groups": 1.0,
+        "groups": batch.groups,
         "questions": len(batch.ids),
         "volumes": batch.volumes,
         "tokens": batch.inputs["attention_mask"].sum(),

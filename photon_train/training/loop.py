@@ -5,11 +5,12 @@ for every step: for every micro-batch of this rank: loss, backward; then clip, s
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,10 +22,11 @@ from photon_train.checkpoint import PREFIX, checkpoints, save_checkpoint, save_m
 from photon_train.configuration_photon import Phase, phase_at
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow
-from photon_train.training.batches import Batch, MicroBatch, MicroBatches, plan_epoch, read_ahead
+from photon_train.training.batches import Batch, MicroBatches, read_ahead
 from photon_train.training.config import TrainConfig
 from photon_train.training.interruption import Interruption, TrainingInterrupted, TrainingStopped
 from photon_train.training.log import Log, Sums, means, sums_of, write_summary
+from photon_train.training.plan import MicroBatch, plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import (
     LANGUAGE_MODEL,
@@ -55,9 +57,9 @@ def run_steps(run: Run, profile: bool = False) -> dict[str, Any]:
         if run.state.pop("evaluation_due", False):  # it was interrupted before
             found = _evaluate(run)
             _record(run, log, {**(log.last if log else {}), **found}, found)
-        for batches in _steps_left(run):
+        for groups, batches in _steps_left(run):
             waited = time.perf_counter() - started
-            row, interrupted = _step(run, batches, interruption)
+            row, interrupted = _step(run, batches, groups, interruption)
             row |= rates(row, time.perf_counter() - started, waited, run.accelerator, run.config.precision)
             is_due = bool(run.eval_rows) and (_is_due(run, run.config.eval_every) or _is_last(run))
             if is_due and interrupted and not _is_last(run):
@@ -114,48 +116,55 @@ def _is_due(run: Run, every: int) -> bool:
     return every > 0 and run.state["step"] % every == 0
 
 
-def _steps_left(run: Run) -> Iterator[list[Batch]]:
-    """Yield this rank's batches of each step that is left, and count the epochs in `run.state`."""
-    config, state = run.config, run.state
-    processes = run.accelerator.num_processes
-    for epoch in range(state["epoch"], config.epochs) if not _is_last(run) else ():
-        plan = plan_epoch(run.rows, config, epoch, processes)
-        steps = plan[state["step_in_epoch"] :]
-        batches = _read(run, run.rows, steps, training=True, epoch=epoch)
-        for step in steps:
-            yield [next(batches) for _ in range(len(step) // processes)]
-        state |= {"epoch": epoch + 1, "step_in_epoch": 0}
+def _steps_left(run: Run) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield for each step that is left how many groups this rank has, and these; count the epochs in `run.state`."""
+    config, state, processes = run.config, run.state, run.accelerator.num_processes
+    first, done = state["epoch"], state["step_in_epoch"]
+    epochs = range(first, config.epochs) if not _is_last(run) else ()
+    plans = (plan_epoch(run.rows, config, epoch, processes)[done if epoch == first else 0 :] for epoch in epochs)
+    for step, batches in _read(run, run.rows, itertools.chain.from_iterable(plans), training=True):
+        if step[0].epoch != state["epoch"]:
+            state |= {"epoch": step[0].epoch, "step_in_epoch": 0}
+        yield len(step) // processes, batches
 
 
 def _read(
-    run: Run, rows: Sequence[TrainRow], steps: Sequence[Sequence[MicroBatch]], *, training: bool, epoch: int = 0
-) -> Iterator[Batch]:
-    """Yield this rank's batches of the steps. One that cannot be read stops the run, or is named and has weight 0."""
-    rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
-    own = [micro_batch for step in steps for micro_batch in step[rank::world_size]]
-    dataset = MicroBatches(rows, own, run.processor, run.config, training, epoch, run.accelerator.is_fsdp2)
-    for batch in read_ahead(dataset, run.accelerator.device):
-        if batch.error:
-            message = f"{len(batch.ids)} rows ({', '.join(batch.ids)}) cannot be read: {batch.error}"
-            if run.config.on_bad_row == "stop":
-                raise TrainingStopped(f"{message}. Repair the store, or leave such rows out with on_bad_row=skip")
-            logger.warning("skipped: %s", message)
-        yield batch
+    run: Run, rows: Sequence[TrainRow], steps: Iterable[list[MicroBatch]], *, training: bool
+) -> Iterator[tuple[list[MicroBatch], list[Batch]]]:
+    """Yield each step and this rank's batches of it. What cannot be read stops the run, or is named and has weight 0.
+
+    Steps are read ahead across epochs.
+    """
+    rank, world_size, size = run.accelerator.process_index, run.accelerator.num_processes, run.config.groups_per_forward
+    dataset = MicroBatches(rows, run.processor, run.config, training, run.accelerator.is_fsdp2)
+    ahead, steps = itertools.tee(steps)
+    own = (step[rank::world_size] for step in ahead)
+    parts = (groups[at : at + size] for groups in own for at in range(0, len(groups), size))
+    read = read_ahead(dataset, parts, run.accelerator.device)
+    for step in steps:
+        batches = [batch for _ in range(-(-len(step) // world_size // size)) for batch in next(read)]
+        for batch in batches:
+            if batch.error:
+                message = f"{len(batch.ids)} rows ({', '.join(batch.ids)}) cannot be read: {batch.error}"
+                if run.config.on_bad_row == "stop":
+                    raise TrainingStopped(f"{message}. Repair the store, or leave such rows out with on_bad_row=skip")
+                logger.warning("skipped: %s", message)
+        yield step, batches
 
 
-def _step(run: Run, batches: list[Batch], interruption: Interruption) -> tuple[dict[str, Any], bool]:
-    """Make one optimizer step; return its row of the log, and whether a process was asked to end."""
+def _step(run: Run, batches: list[Batch], groups: int, interruption: Interruption) -> tuple[dict[str, Any], bool]:
+    """Make one optimizer step of so many groups; return its row of the log, and whether a process was asked to end."""
     step, sums = run.state["step"], Sums()
     phase = phase_at(run.processor.config, step, run.total_steps) if run.schedules else Phase.DENSE
     learning_rates = set_learning_rates(run.optimizer, run.config, step, run.total_steps)
     for batch in batches:
         is_last = batch is batches[-1]  # its backward makes gradients known to all processes
         with nullcontext() if is_last else run.accelerator.no_sync(run.model):
-            sums.add(_micro_batch(run, batch.to(run.accelerator.device), phase, len(batches)))
+            sums.add(_micro_batch(run, batch.to(run.accelerator.device, run.processor), phase, groups))
     norms = gradient_norms(run.model)
     sums.add({"interrupted": float(interruption.asked)})
     total = sums.over(run.accelerator)
-    row = means(total, len(batches) * run.accelerator.num_processes) | {"flops": total["flops"]}
+    row = means(total, groups * run.accelerator.num_processes) | {"flops": total["flops"]}
     skips = not _is_finite(run, row["loss"], norms, batches)
     if not skips:
         if run.config.max_grad_norm:
@@ -214,17 +223,20 @@ def validate(run: Run) -> dict[str, float]:
     before it. That is not what it would generate: here answers also see all visual tokens in the layers up to its.
     """
     world_size = run.accelerator.num_processes
-    steps = plan_epoch(run.eval_rows, replace(run.config, groups_per_step=world_size, seed=0), 0, world_size)
+    groups = world_size * run.config.groups_per_forward
+    steps = plan_epoch(run.eval_rows, replace(run.config, groups_per_step=groups, seed=0), 0, world_size)
     sums = Sums()
     run.model.eval()
     with torch.no_grad(), run.accelerator.autocast():
-        for batch in _read(run, run.eval_rows, steps, training=False):
-            batch = batch.to(run.accelerator.device)
+        read = _read(run, run.eval_rows, steps, training=False)
+        for batch in (batch for _, batches in read for batch in batches):
+            batch = batch.to(run.accelerator.device, run.processor)
             if batch.weight or run.accelerator.is_fsdp2:  # then every process calls the model
                 output = run.model(**batch.inputs, answers_only=True)
             if batch.weight:
                 right = {"right": _exact_answers(output, len(batch.ids))}
-                sums.add(sums_of(output.loss, output, replace(batch, weight=1.0), run.processor.config) | right)
+                counted = replace(batch, weight=float(batch.groups))  # every group alike
+                sums.add(sums_of(output.loss, output, counted, run.processor.config) | right)
             else:
                 sums.add({"skipped_groups": float(bool(batch.error))})
     run.model.train()

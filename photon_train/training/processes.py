@@ -52,6 +52,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             raise UsageError("eval_benchmark: expected none with lora_rank and FSDP2, found both; launch with torchrun")
         if not accelerator.is_fsdp2:
             raise UsageError("expected FSDP2, found FSDP 1, which has no names for weights; set `fsdp_version: 2`")
+        if config.groups_per_forward > 1:  # which groups are of one shape differs between processes
+            expected = "expected 1 with FSDP2, whose processes all make as many calls"
+            raise UsageError(f"groups_per_forward: {expected}, found {config.groups_per_forward}; launch with torchrun")
         plugin = accelerator.state.fsdp_plugin
         plugin.activation_checkpointing = False  # the run checkpoints activations itself, for either half of the model
         if config.precision != "fp32":  # rounds what layers compute with, not what they return or add up

@@ -16,7 +16,7 @@ from photon_train.training.config import TrainConfig, with_values
 
 # What may change when a run goes on: settings that no step depends on, and its length.
 FREE_TO_CHANGE = (
-    *("output", "workers", "prefetch", "track", "on_bad_row", "on_nan"),
+    *("output", "workers", "prefetch", "track", "on_bad_row", "on_nan", "groups_per_forward"),
     *("eval_every", "save_every", "keep_checkpoints", "patience", "epochs", "max_steps"),
 )
 OF_ANSWERS = ("eval_benchmark", "eval_questions", "eval_max_new_tokens")  # free where no best checkpoint is chosen

@@ -38,9 +38,10 @@ from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
-from photon_train.training.batches import Batch, group_rows, steps_per_epoch
+from photon_train.training.batches import Batch
 from photon_train.training.config import MADE_WITH, TrainConfig, made_with
 from photon_train.training.optimizer import MasterAdamW, load_optimizer_state
+from photon_train.training.plan import group_rows, steps_per_epoch
 from photon_train.training.processes import casts, keep_float32, make_accelerator, share_apart
 from photon_train.training.resume import Best, check_length, check_same_run, keep_begun_phases, rows_digest
 from photon_train.training.row_check import rows_with_texts

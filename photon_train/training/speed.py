@@ -48,11 +48,11 @@ def training_flops(
     length_B = batch.inputs["attention_mask"].sum(1).double()
     kept_B = length_B if output.scheduled is None else output.scheduled.kept.mask_BM.sum(1).double()
     shared: Any = batch.inputs.get("prefix") or 0
-    count = photon.text_config.num_hidden_layers
+    count, prefixes = photon.text_config.num_hidden_layers, len(batch.inputs.get("group_sizes", ())) or 1
     lower = count if is_passive(photon, phase) else photon.drop_layer + 1
     if output.scheduled is not None and photon.scheduler in BEFORE_DECODER and phase in (Phase.HARD, Phase.FLIP):
         lower, length_B, shared = count, kept_B, output.scheduled.keep_BL[0, :shared].sum()
-    decoder = layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
+    decoder = prefixes * layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
     decoder += layers(photon, lower, length_B - shared, length_B).sum()
     decoder += flops.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
     tower, embedding = flops.vision(photon, photon.patches_thw), flops.tower_weights(photon)[0]

@@ -129,6 +129,24 @@ def test_min_max_and_the_window_are_the_same_on_air_and_bone_and_differ_elsewher
     assert processor.scaled(np.zeros_like(hu)).equal(torch.zeros(28, 56, 56))
 
 
+@pytest.mark.parametrize("intensity", ["minmax", "window"])
+def test_int16_on_the_model_grid_travels_as_it_is_and_is_scaled_to_the_same_bits_as_by_numpy(processor, intensity):
+    settings = {"intensity": intensity, "window_hu": (-160.3, 240.9)}
+    processor = PhotonProcessor(processor.tokenizer, tiny_config(processor.tokenizer, 2, **settings, **SMALL))
+    hu = np.random.default_rng(3).integers(-1007, 1533, (28, 56, 56), dtype=np.int16)
+    low, high = (hu.min(), hu.max()) if intensity == "minmax" else settings["window_hu"]
+    expected = ((hu.astype(np.float32) - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+    travels = processor.stored(hu)
+    assert travels.dtype == torch.int16 and travels.numpy().tobytes() == hu.tobytes()
+    assert processor.scaled(travels).numpy().tobytes() == expected.tobytes()
+    patches = processor.patches(hu.astype(np.float32))[0]  # of what travels as patches
+    assert processor.stored(hu.astype(np.float32)).equal(patches)
+    assert processor.patches_of(travels).equal(patches) and processor.patches_of(patches).equal(patches)
+    row = {"messages": [{"role": "user", "content": "<video>Where?"}], "videos": [hu]}
+    assert processor(rows=[row], as_stored=True)["pixel_values_videos"][0].equal(travels)
+    assert processor(rows=[row])["pixel_values_videos"].equal(patches)
+
+
 def test_the_stored_cube_is_resized_trilinearly(processor: PhotonProcessor) -> None:
     ramp = np.broadcast_to(np.arange(84, dtype=np.float32), (42, 84, 84)).copy()
     # Factor 1.5: output voxel i is centred on input (i + 0.5) * 1.5 - 0.5; ends at 0.25 and 82.75.

@@ -22,12 +22,13 @@ from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train.checkpoint import checkpoints
 from photon_train.configuration_photon import Phase
-from photon_train.training.batches import MicroBatches, plan_epoch
+from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.evaluation import answering_of
 from photon_train.training.interruption import TrainingInterrupted
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
+from photon_train.training.plan import plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import start as start_run
 from photon_train.training.speed import rates, training_flops
@@ -320,8 +321,8 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(config, frozen, photon,
     settings |= {"photon": {**config.photon, **photon}, **dict.fromkeys(frozen, 0.0)}
     run = start(replace(config, questions_per_volume=1, **settings), resume=False)
     (step, *_) = plan_epoch(run.rows, run.config, 0)
-    batches = MicroBatches(run.rows, step, run.processor, run.config, training=False, same_calls=shared)
-    batch = batches[0]
+    items = MicroBatches(run.rows, run.processor, run.config, training=False, same_calls=shared)
+    batch = items[step[0]].to("cpu", run.processor)
     assert ("prefix" in batch.inputs) == shared
     with FlopCounterMode(display=False) as counter:
         output = run.model(**batch.inputs)

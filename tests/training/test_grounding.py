@@ -12,9 +12,10 @@ import torch
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
-from photon_train.training.batches import MicroBatch, MicroBatches
+from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.grounding import GroundingLoss, grounding_losses, grounding_of, mask_shares
+from photon_train.training.plan import MicroBatch
 from photon_train.training.setup import start
 
 TOKENS_ZYX = (2, 2, 2)  # of the stores of conftest: 42 x 84 x 84 voxels of 1 mm
@@ -111,11 +112,10 @@ def grounded(models, manifest):
 
     def batch(stage, *, share_prefix=True, perturbed=False):
         processor = PhotonProcessor.from_pretrained(models / stage, robustness_probability=1.0, scheduler="its")
-        item = MicroBatches(
-            rows, [micro_batch], processor, TrainConfig(stage="s2", share_prefix=share_prefix), training=perturbed
-        )[0]
+        config = TrainConfig(stage="s2", share_prefix=share_prefix)
+        item = MicroBatches(rows, processor, config, training=perturbed)[micro_batch]
         assert not item.error, item.error
-        return item
+        return item.to("cpu", processor)
 
     return batch
 

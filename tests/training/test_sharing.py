@@ -10,8 +10,9 @@ from answers import put
 
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
-from photon_train.training.batches import MicroBatch, MicroBatches
+from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
+from photon_train.training.plan import MicroBatch
 
 
 @pytest.fixture(params=["s1", "s2"])
@@ -23,9 +24,9 @@ def batch_of(models, rows, indices, model, *, share_prefix=True, perturbed=False
     """A batch in which nothing is random, except that all volumes may be perturbed."""
     processor = PhotonProcessor.from_pretrained(models / f"s{model.config.stage}", robustness_probability=1.0)
     config, micro_batch = TrainConfig(stage="s2", share_prefix=share_prefix), MicroBatch(tuple(indices), 0)
-    item = MicroBatches(rows, [micro_batch], processor, config, training=perturbed, same_calls=same_calls)[0]
+    item = MicroBatches(rows, processor, config, training=perturbed, same_calls=same_calls)[micro_batch]
     assert not item.error, item.error
-    return item
+    return item.to("cpu", processor)
 
 
 def losses(model, batch, **kwargs):
@@ -166,23 +167,22 @@ def _calls(model):
 def test_what_is_drawn_for_a_group_depends_on_seed_epoch_and_group_only(models, manifest):
     processor = PhotonProcessor.from_pretrained(models / "s2", robustness_probability=0.5, flip_probability=0.5)
     rows = read_train_rows([manifest])
-    groups = [MicroBatch((i,), i) for i in range(12)]
 
-    def read(first, epoch, seed=4):
-        return MicroBatches(
-            rows, groups[first:], processor, TrainConfig(stage="s2", seed=seed), training=True, epoch=epoch
-        )
+    def read(epoch, seed=4):
+        config = TrainConfig(stage="s2", seed=seed)
+        groups = [MicroBatch((i,), i, epoch=epoch) for i in range(12)]
+        return [MicroBatches(rows, processor, config, training=True)[one].to("cpu", processor) for one in groups]
 
-    items = [read(0, epoch=1)[i] for i in range(12)]
+    items = read(epoch=1)
     random.seed(99)
     torch.manual_seed(99)
-    again = [read(i, epoch=1)[0] for i in range(12)]
+    again = read(epoch=1)
     assert all(
         a.inputs["pixel_values_videos"].equal(b.inputs["pixel_values_videos"])
         for a, b in zip(items, again, strict=True)
     )
     assert all(a.flips.equal(b.flips) for a, b in zip(items, again, strict=True))
-    others = [[read(0, epoch=2)[i] for i in range(12)], [read(0, epoch=1, seed=5)[i] for i in range(12)]]
+    others = [read(epoch=2), read(epoch=1, seed=5)]
     assert all(any(not a.flips.equal(b.flips) for a, b in zip(items, other, strict=True)) for other in others)
     perturbed = sum("perturbed" in item.inputs for item in items + others[0])
     assert 4 <= perturbed <= 20  # 24 draws at one half
