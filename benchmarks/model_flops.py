@@ -16,46 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from photon_train import flops as costs
 from photon_train.configuration_photon import PhotonConfig
+from photon_train.measuring import on_a_prefix
 from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.tiny import QWEN_3B, ROPE_3B
 
-QWEN_3B = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
-}
-
-
-ROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
 BF16 = 2
 ANSWER = 6  # tokens, its end marker included
-
-
-def on_a_prefix(
-    config: PhotonConfig, prompt: costs.PromptSize, grid_thw: tuple[int, int, int], kept: int, questions: int
-) -> costs.Flops:
-    """FLOPs of K prefills that share the prefix: it once, then each question's suffix below and its kept row above."""
-    c, below, p = config.text_config, config.its_layer + 1, prompt.before + prompt.visual + 1  # to <|vision_end|>
-    q, m = prompt.length - p, prompt.length - prompt.visual + kept
-    return costs.Flops(
-        vision=costs.vision(config, grid_thw),
-        below=costs.layers(config, below, p, p) + questions * costs.layers(config, below, q, p + q),
-        scoring=2 * p * c.hidden_size * (c.hidden_size + costs.key_width(config))
-        + questions * costs.scoring(config, q, p + q, prompt.question),
-        above=questions * costs.layers(config, c.num_hidden_layers - below, m, m),
-        head=questions * costs.head(config),
-    )
 
 
 def weight_bytes(config: PhotonConfig) -> int:
@@ -148,7 +114,7 @@ def main() -> None:
     prompt = costs.prompt_size(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
     print(table(config, prompt, args.keep_ratio, args.questions))
     if not args.config:
-        print(training_table(PhotonConfig(**QWEN_3B, **ROPE, stage=1), prompt))
+        print(training_table(PhotonConfig(**QWEN_3B, **ROPE_3B, stage=1), prompt))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def run_steps(run: Run, profile: bool = False) -> dict[str, Any]:
         for batches in _steps_left(run):
             waited = time.perf_counter() - started
             row, interrupted = _step(run, batches, interruption)
-            row |= rates(row, time.perf_counter() - started, waited, run.accelerator)
+            row |= rates(row, time.perf_counter() - started, waited, run.accelerator, run.config.precision)
             is_due = bool(run.eval_rows) and (_is_due(run, run.config.eval_every) or _is_last(run))
             if is_due and interrupted and not _is_last(run):
                 run.state["evaluation_due"] = True

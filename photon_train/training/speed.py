@@ -58,13 +58,16 @@ def training_flops(
     return decoder * (3 if with_weights else 2) + batch.volumes * of_volume
 
 
-def rates(row: dict[str, float], seconds: float, waited: float, accelerator: Accelerator) -> dict[str, float]:
+def rates(
+    row: dict[str, float], seconds: float, waited: float, accelerator: Accelerator, precision: str
+) -> dict[str, float]:
     """Return what the log says of the time of a step, given its sums over all processes, and takes "flops" from them.
 
     tflops_per_second is of one device; mfu is its share of the device's peak, left out where that is not known.
+    `precision` is the configuration's: with fp32 another peak would count.
     """
     tflops = row.pop("flops") / seconds / accelerator.num_processes / 1e12
-    peak = _peak_tflops(accelerator)
+    peak = None if precision == "fp32" else peak_tflops(accelerator.device)
     return {
         "seconds": seconds,
         "questions_per_second": row["questions"] / seconds,
@@ -77,11 +80,12 @@ def rates(row: dict[str, float], seconds: float, waited: float, accelerator: Acc
     }
 
 
-def _peak_tflops(accelerator: Accelerator) -> float | None:
-    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "bf16":
+def peak_tflops(device: torch.device) -> float | None:
+    """Return how many TFLOP/s a GPU can do at most, dense and in bfloat16; None where that is not known."""
+    if device.type != "cuda":
         return None
-    device = torch.cuda.get_device_name(accelerator.device)
-    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    name_of_gpu = torch.cuda.get_device_name(device)
+    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in name_of_gpu), None)
 
 
 class Profiler:

@@ -1,6 +1,4 @@
-"""The cost model of photon_train/flops.py and benchmarks/model_flops.py against torch's own counter."""
-
-from pathlib import Path
+"""The cost model of photon_train/flops.py and photon_train/measuring.py against torch's own counter."""
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from golden import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
 from photon_train import flops as costs
+from photon_train.measuring import on_a_prefix
 from photon_train.scheduling import question_mask
 
 
@@ -49,11 +48,10 @@ def test_flops_of_a_window_at_the_edge_count(golden: Golden) -> None:
     assert expected == pytest.approx(flops, rel=1e-3)
 
 
-def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from model_flops import on_a_prefix
-
-    model, x = golden.model("s2", attn_implementation="eager"), golden.batch("b1_prompt", "labels")
+@pytest.mark.parametrize("scheduler", ["its", "none"])
+def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, scheduler: str) -> None:
+    model = golden.model("s2", scheduler=scheduler, attn_implementation="eager")
+    x = golden.batch("b1_prompt", "labels")
     prompt = prompt_of(model, x)
     question = x["input_ids"][0, prompt.before + prompt.visual + 1 :]
 
@@ -63,5 +61,6 @@ def test_flops_on_a_prefix_are_those_that_torch_counts(golden: Golden, monkeypat
 
     flops, out = counted(ask)
     kept = out.scheduled.kept.mask_BM.shape[1] - (prompt.length - prompt.visual)
-    expected = on_a_prefix(model.config, prompt, tuple(x["video_grid_thw"][0].tolist()), kept, questions=3)
+    grid = tuple(x["video_grid_thw"][0].tolist())
+    expected = on_a_prefix(model.config, prompt, grid, kept, questions=3, drops=scheduler == "its")
     assert expected.total() == pytest.approx(flops, rel=1e-3)
