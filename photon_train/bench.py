@@ -207,7 +207,8 @@ def place() -> dict[str, Any]:
 def beside(cell: Cell, rows: Sequence[Cell], size: str) -> dict[str, Any]:
     """Return what was published of a cell, ours as a multiple of it, and both as multiples of the baseline.
 
-    Of a tiny model nothing is a multiple of what was published. Multiples of the baseline are of questions per second, which ways that share are compared by too.
+    Nothing of a tiny model is a multiple of what was published. Multiples of the baseline are of questions per second,
+    by which ways that share can be compared too.
     """
     published = PUBLISHED.get((cell.way, cell.what), {}) if cell.questions == 1 else {}
     ours: dict[str, Any] = asdict(cell) if size == "3b" else {}
