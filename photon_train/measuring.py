@@ -43,7 +43,6 @@ from photon_train.training.loop import run_steps
 from photon_train.training.setup import checkpoint_activations, start
 
 SIZES = ("3b", "tiny")
-STORED_ZYX = (364, 364, 364)
 PATCH_SLICES = 14  # along z, of Photon's patches
 KEPT = 0.39  # share of the visual tokens that stay
 STEPS_AHEAD = 2  # rows beyond the measured steps, so that a run is stopped before it ends and saves
@@ -139,11 +138,11 @@ def keep_share(model: PhotonForConditionalGeneration, inputs: dict[str, Any], sh
 
 
 def write_random_store(folder: Path, model_shape_zyx: Sequence[int], number: int = 0) -> str:
-    """Write a store of random voxels; return its path."""
-    draw = np.random.default_rng(number)
+    """Write a store of random voxels, of which only the model grid will be read; return its path."""
+    draw, shape = np.random.default_rng(number), tuple(model_shape_zyx)
     stored, model = (
         Volume(draw.integers(-1000, 1000, shape, np.int16), Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0)))
-        for shape in (STORED_ZYX, tuple(model_shape_zyx))
+        for _ in range(2)
     )
     name = store_name(f"v{number}")
     identity = {"id": f"v{number}", "key": "k", "fingerprint": "f", "recipe": {}, "digest": "d"}
