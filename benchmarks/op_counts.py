@@ -38,9 +38,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_step import write_data
 
-from photon_train.configuration_photon import Phase
+from photon_data.files import jsonl_bytes
+from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.measuring import ANSWER, question_rows, write_random_store
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.tiny import byte_tokenizer, tiny_config
@@ -187,10 +188,14 @@ def write_model(folder: Path, stage: int) -> Path:
 def run_of(folder: Path, stage: str, questions: int, **settings: Any) -> Run:
     """Return a run of `photon train STAGE` as published but for its learning rates; s1 trains the patch embedding."""
     rates = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 0.0) if stage == "s1" else {}
+    place = folder / str(questions)
+    store = write_random_store(place, PhotonConfig().model_shape_zyx)
+    manifest = place / "train.jsonl"
+    manifest.write_bytes(jsonl_bytes(question_rows(store, questions, questions, ANSWER)))
     config = TrainConfig(
         stage=stage,
         model=str(folder / "model"),
-        data=(str(write_data(folder / str(questions), 1, questions)),),
+        data=(str(manifest),),
         output=str(folder / f"{stage}-{questions}-{len(list(folder.iterdir()))}"),
         questions_per_volume=questions,
         groups_per_step=1,

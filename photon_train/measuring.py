@@ -9,7 +9,6 @@ Legend: K questions, B rows, L tokens of a padded row, N visual tokens of all ro
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 import time
@@ -25,7 +24,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.utils import is_flash_attn_2_available
 
-from photon_data.files import Location
+from photon_data.files import Location, jsonl_bytes
 from photon_data.records import store_name
 from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
@@ -330,7 +329,7 @@ def measure_training(
     tidy()
     folder.mkdir()
     manifest = folder / "train.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest.write_bytes(jsonl_bytes(rows))
     config = TrainConfig(
         stage="s2",
         data=(str(manifest),),

@@ -5,7 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
-if [ -d "$root/.wheels" ]; then
+if [ -d "$root/.wheels" ] && ! $python -c 'import google_crc32c, isal, nibabel, nrrd, zarr' 2> /dev/null; then
 	site=$(mktemp -d)
 	$python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$root"/.wheels/*.whl
 fi

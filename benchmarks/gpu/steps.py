@@ -5,7 +5,6 @@ The tiny size is for machines without a GPU: a coarse grid, few repeats.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from photon_cli import bench as command
+from photon_data.files import jsonl_bytes
 from photon_data.phantom import draw_phantom, write_phantom
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers.find import find_one_scan
@@ -39,7 +39,7 @@ from photon_train.training.setup import start
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
-COARSE_ZYX = (70, 140, 140)  # an eighth of the tokens
+COARSE_ZYX = (42, 84, 84)  # 27 tokens
 LOGITS, LOSS, GRADIENT, PREDICTOR = 2e-4, 1e-5, 1e-4, 1e-3  # the parity tests' tolerances
 STEPS, SAVED = 4, 2  # of the run that is broken off and goes on
 
@@ -232,7 +232,7 @@ def _phantoms(folder: Path, count: int = 2) -> Path:
             ]
             rows.append({"id": f"{record.store}-{number}", "videos": [store], "messages": messages})
     manifest = folder / "train.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest.write_bytes(jsonl_bytes(rows))
     return manifest
 
 
