@@ -17,27 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from photon_train import flops as costs
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.tiny import QWEN_3B, ROPE_3B
 
-QWEN_3B = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
-}
-
-
-ROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
 BF16 = 2
 ANSWER = 6  # tokens, its end marker included
 
@@ -135,7 +116,7 @@ def main() -> None:
     prompt = costs.prompt_size(costs.BEFORE + costs.FRAME_AFTER + args.question_tokens, math.prod(config.tokens_thw))
     print(table(config, prompt, args.keep_ratio, args.questions))
     if not args.config:
-        print(training_table(PhotonConfig(**QWEN_3B, **ROPE, stage=1), prompt))
+        print(training_table(PhotonConfig(**QWEN_3B, **ROPE_3B, stage=1), prompt))
 
 
 if __name__ == "__main__":

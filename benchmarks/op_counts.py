@@ -38,9 +38,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_step import write_data
 
-from photon_train.configuration_photon import Phase
+from photon_data.files import jsonl_bytes
+from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.measuring import ANSWER, question_rows, write_random_store
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.tiny import byte_tokenizer, tiny_config
@@ -187,7 +188,15 @@ def write_model(folder: Path, stage: int) -> Path:
 
 def run_of(folder: Path, stage: str, questions: int, volumes: int = 1, **settings: Any) -> Run:
     """Return a run of `photon train STAGE` as published but for its learning rates; s1 trains the patch embedding."""
-    data = write_data(folder / f"{volumes} {questions}", volumes, questions)
+    place, shape = folder / f"{volumes} {questions}", PhotonConfig().model_shape_zyx
+    stores = [write_random_store(place, shape, number) for number in range(volumes)]
+    rows = [
+        {**row, "id": f"{number}-{row['id']}"}
+        for number, store in enumerate(stores)
+        for row in question_rows(store, questions, questions, ANSWER)
+    ]
+    data = place / "train.jsonl"
+    data.write_bytes(jsonl_bytes(rows))
     rates = dict.fromkeys(("lr_vision", "lr_merger", "lr_language_model"), 0.0) if stage == "s1" else {}
     config = TrainConfig(
         stage=stage,

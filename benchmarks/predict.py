@@ -20,15 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model_speed import build
 from tables import print_place, print_table
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_step import write_data
 
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import predict_rows
-from photon_train.rows import read_rows
+from photon_train.measuring import question_rows, random_model, write_random_store
 from photon_train.tiny import tiny
 
 
@@ -70,13 +68,13 @@ def main() -> None:
     print_place("torch", "transformers")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        rows = read_rows(write_data(folder, args.volumes, 1, model_shape=shape))
+        stores = [write_random_store(folder, shape, number) for number in range(args.volumes)]
+        rows = [question_rows(store, 1, 1)[0] | {"id": f"v{number}"} for number, store in enumerate(stores)]
         if args.size == "tiny":
             layers = {"num_hidden_layers": args.layers, "its_layer": args.layers // 4 - (args.layers > 4)}
             tiny(folder / "model", stage=2, model_shape_zyx=shape, **layers)
         else:
-            args.attention, args.dtype = "sdpa", "bfloat16"
-            model, processor = build(args)
+            model, processor = random_model("3b", model_shape_zyx=shape)
             model.save_pretrained(folder / "model")
             processor.save_pretrained(folder / "model")
         settings = AnswerSettings(max_new_tokens=args.tokens)

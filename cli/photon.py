@@ -360,6 +360,23 @@ def serve(
 
 
 @app.command()
+def bench(
+    size: Annotated[
+        str | None, Option(help="3b: the published shapes; tiny: for a CPU. Default: by whether there is a GPU.")
+    ] = None,
+    what: Annotated[str, Option(help="Some of train,prefill,decode,predict; predict is from disk to answer.")] = "",
+    questions: Annotated[str, Option(help="Questions on a volume: 1,8,40, or 1,4 for tiny.")] = "",
+    output: Annotated[Path, Option(help="Folder for bench.json and a picture.")] = Path("bench"),
+) -> None:
+    """Measure training and answering with random weights, with and without scheduling, beside the published figures."""
+    with errors_as_exit_codes():
+        from photon_cli import bench as body
+
+        is_complete = body.run(body.settings_of(size, what, questions), output)
+    raise Exit(OK if is_complete else PARTIAL)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, Argument(help="Folder for all that it makes.")] = Path("demo"),
     quick: Annotated[bool, Option("--quick", help="A minute instead of several: the model learns nothing.")] = False,

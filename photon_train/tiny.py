@@ -25,6 +25,26 @@ INITIAL_STD = 0.12  # of weights: about 1 / sqrt(64), not the 0.02 that suits th
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
+# Sizes of Qwen2.5-VL-3B, as its config.json says.
+QWEN_3B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
+ROPE_3B = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+
 
 def start_from(
     path_or_id: str, output: Path, revision: str | None = None, seed: int = 0
@@ -96,7 +116,6 @@ def byte_tokenizer(texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any) -> PhotonConfig:
     """Return the configuration of the tiny model: the published volume geometry, 4 layers of width 64."""
-    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, IM_START, IM_END, *VISION)}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -107,10 +126,6 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any)
         "initializer_range": INITIAL_STD,
         "rms_norm_eps": 1e-6,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-        "bos_token_id": ids[PAD],
-        "eos_token_id": ids[IM_END],
-        "im_start_token_id": ids[IM_START],
-        "im_end_token_id": ids[IM_END],
         "tie_word_embeddings": True,
         "its_layer": 1,
     }
@@ -123,6 +138,15 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any)
         "fullatt_block_indexes": [1],
         "initializer_range": INITIAL_STD,
     }
-    names = ("vision_start", "vision_end", "image", "video")
-    tokens = {f"{name}_token_id": ids[token] for name, token in zip(names, VISION, strict=True)}
-    return PhotonConfig(**{**text, **tokens, **settings}, vision_config=vision, stage=stage)
+    return PhotonConfig(**{**text, **_token_ids(tokenizer), **settings}, vision_config=vision, stage=stage)
+
+
+def published_config(tokenizer: PreTrainedTokenizerFast, stage: int, **settings: Any) -> PhotonConfig:
+    """Return the configuration of a model of the published sizes, with the special tokens of any tokenizer."""
+    return PhotonConfig(**{**QWEN_3B, **ROPE_3B, **_token_ids(tokenizer), **settings}, stage=stage)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    names = ("bos", "eos", "im_start", "im_end", "vision_start", "vision_end", "image", "video")
+    tokens = (PAD, IM_END, IM_START, IM_END, *VISION)
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(t) for name, t in zip(names, tokens, strict=True)}

@@ -106,12 +106,14 @@ def start(
     callback: Callable[[dict[str, Any]], object] = lambda row: None,
     grounding: LossFactory | None = None,
     answering: AnsweringFactory | None = None,
+    loaded: tuple[Any, PhotonProcessor] | None = None,
 ) -> Run:
     """Return the run. UsageError for settings or rows that make no run; a folder that holds a run needs `resume`.
 
     `resume` goes on with the run in `config.output`, from its last checkpoint; "auto" begins one where there is none.
     `callback` is given each row of the log. `grounding` is what `grounding.grounding_of(config.grounding)` returns,
-    `answering` what `evaluation.answering_of(config)` does.
+    `answering` what `evaluation.answering_of(config)` does. `loaded` is a model in memory with its processor, and
+    stands in for `config.model` and `config.photon`.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
@@ -135,7 +137,8 @@ def start(
     eval_rows = rows_with_stores(read_train_rows(config.eval), config.on_bad_row) if config.eval else []
     accelerator = make_accelerator(config)
     dtype = torch.bfloat16 if config.precision == "bf16" and not casts(config) else torch.float32
-    model, processor = load_model(config, last, verify=accelerator.is_local_main_process, dtype=dtype)
+    verify = accelerator.is_local_main_process
+    model, processor = loaded or load_model(config, last, verify=verify, dtype=dtype)
     rows = rows_with_texts(rows, processor, config, accelerator)
     eval_rows = rows_with_texts(eval_rows, processor, config, accelerator)
     asked = answering(eval_rows, processor, accelerator) if answering else None
@@ -240,8 +243,7 @@ def load_model(
             **options,
         )
         processor = PhotonProcessor(AutoTokenizer.from_pretrained(source, **options), model.config)
-    _set_gradient_checkpointing(model.model.language_model, config.gradient_checkpointing)
-    _set_gradient_checkpointing(model.model.visual, config.vision_gradient_checkpointing)
+    checkpoint_activations(model, config)
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model  # an extra
 
@@ -259,12 +261,17 @@ def load_model(
     return model, processor
 
 
-def _set_gradient_checkpointing(part: Any, enabled: bool) -> None:
-    for module in part.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = enabled
-            # Reentry would lose the gradient of the threshold.
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+def checkpoint_activations(model: Any, config: TrainConfig) -> None:
+    """Have the halves of the model that the config says compute their activations again in the backward pass."""
+    for part, enabled in (
+        (model.model.language_model, config.gradient_checkpointing),
+        (model.model.visual, config.vision_gradient_checkpointing),
+    ):
+        for module in part.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enabled
+                # Reentry would lose the gradient of the threshold.
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def module_of(name: str) -> str:

@@ -72,7 +72,7 @@ def rates(
     known, and for fp32.
     """
     tflops = row.pop("flops") / seconds / accelerator.num_processes / 1e12
-    peak = None if precision == "fp32" else _peak_tflops(accelerator.device)
+    peak = None if precision == "fp32" else peak_tflops(accelerator.device)
     return {
         "seconds": seconds,
         "questions_per_second": row["questions"] / seconds,
@@ -85,9 +85,12 @@ def rates(
     }
 
 
-def _peak_tflops(device: torch.device) -> float | None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((float(peak) for known, peak in PEAK_TFLOPS.items() if known in name), None)
+def peak_tflops(device: torch.device) -> float | None:
+    """Return how many TFLOP/s a GPU can do at most, dense and in bfloat16; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name_of_gpu = torch.cuda.get_device_name(device)
+    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in name_of_gpu), None)
 
 
 class Profiler:

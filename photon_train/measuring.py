@@ -1,0 +1,338 @@
+"""Seconds, memory and FLOPs of training and of answering with random weights, for questions that share a volume or not.
+
+Random weights take as long as trained ones. What is kept is not random: the threshold is set so that a volume keeps a
+given share of its tokens. Nothing ends an answer before its last token. `bench.py` says what is measured.
+
+Legend: K questions, B rows, L tokens of a padded row, N visual tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.utils import is_flash_attn_2_available
+
+from photon_data.files import Location, jsonl_bytes
+from photon_data.records import store_name
+from photon_data.store import write_store
+from photon_data.volume import Geometry, Prepared, Volume
+from photon_train import flops as costs
+from photon_train.answering.generation import AnswerSettings, generate
+from photon_train.answering.predictor import Predictor
+from photon_train.answering.request import RequestGroup, request_of
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.modeling_photon import PhotonForConditionalGeneration
+from photon_train.processing_photon import PhotonProcessor
+from photon_train.scheduling import ThresholdHead, ThresholdPredictor, visual_mask
+from photon_train.tiny import byte_tokenizer, published_config, tiny_config
+from photon_train.training.config import TrainConfig
+from photon_train.training.loop import run_steps
+from photon_train.training.setup import checkpoint_activations, start
+
+SIZES = ("3b", "tiny")
+PATCH_SLICES = 14  # along z, of Photon's patches
+KEPT = 0.39  # share of the visual tokens that stay
+STEPS_AHEAD = 2  # rows beyond the measured steps, so that a run is stopped before it ends and saves
+ANSWER = "yes, on the left"  # of training rows
+SEED = 0
+
+
+class Measured(NamedTuple):
+    """What was found for K questions. Medians are of the repeats after a warm-up."""
+
+    seconds: float  # the median
+    peak_memory_gib: float | None  # allocated on the GPU
+    tokens: float  # text and visual ones that were read; generated ones where answers are
+    tflops: float  # that were needed
+    kept_tokens: float  # of a row's visual tokens, the mean
+    visual_tokens: int
+    data_wait_share: float | None = None  # of training
+
+
+class Subject(NamedTuple):
+    """A random model on the device, what makes its inputs, and a volume that it reads."""
+
+    model: PhotonForConditionalGeneration
+    processor: PhotonProcessor
+    store: str
+    volumes: dict[str, Tensor]  # as model inputs, on the device
+
+
+def device() -> torch.device:
+    """Return where everything is measured."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype() -> torch.dtype:
+    """Return bfloat16 on a GPU, else float32."""
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def attention() -> str:
+    """Return FlashAttention's name where it is installed, else sdpa."""
+    return "flash_attention_2" if device().type == "cuda" and is_flash_attn_2_available() else "sdpa"
+
+
+def tidy() -> None:
+    """Free what nothing refers to, and count the peak of memory from here on."""
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# A model, a volume, questions.
+
+
+def random_subject(size: str, store: str, slices: int = PATCH_SLICES, **settings: Any) -> Subject:
+    """Return a random model that reads the store in patches of so many slices; `settings` are PhotonConfig's."""
+    model, processor = random_model(size, slices, **settings)
+    volumes = {name: value.to(device()) for name, value in processor.volumes([(store, None)]).items()}
+    return Subject(model, processor, store, volumes)
+
+
+def random_model(
+    size: str, slices: int = PATCH_SLICES, **settings: Any
+) -> tuple[PhotonForConditionalGeneration, PhotonProcessor]:
+    """Return a random stage-2 model on the device, and its processor with a tokenizer of bytes.
+
+    Trained, it is at once in the phase that drops tokens, perturbs and flips nothing.
+    """
+    tokenizer = byte_tokenizer()
+    settings = {"soft_start": 0, "hard_start": 0, "flip_start": 10**9, "robustness_probability": 0.0, **settings}
+    config = (published_config if size == "3b" else tiny_config)(tokenizer, 2, **settings)
+    config.vision_config.temporal_patch_size = slices
+    config._attn_implementation = attention()
+    torch.manual_seed(SEED)
+    with device():
+        model = PhotonForConditionalGeneration._from_config(config, dtype=dtype()).eval()
+    for module in model.modules():
+        if isinstance(module, ThresholdPredictor):
+            module.float()  # as a model that is loaded has it
+    model.generation_config.eos_token_id = []  # no answer ends early
+    return model, PhotonProcessor(tokenizer, model.config)
+
+
+def keep_share(model: PhotonForConditionalGeneration, inputs: dict[str, Any], share: float = KEPT) -> None:
+    """Set the threshold to the quantile of the rows' saliency above which there is such a share of their tokens."""
+    with torch.no_grad():
+        scheduled = model(**inputs, logits_to_keep=1).scheduled
+    saliency_N = scheduled.selection.saliency_BL[visual_mask(inputs["input_ids"], model.config)]
+    theta = float(torch.quantile(saliency_N, 1 - share)) / model.config.threshold_max
+    for module in model.modules():
+        if isinstance(module, ThresholdHead):
+            torch.nn.init.constant_(module.bias, math.log(theta / (1 - theta)))
+
+
+def write_random_store(folder: Path, model_shape_zyx: Sequence[int], number: int = 0) -> str:
+    """Write a store of random voxels, of which only the model grid will be read; return its path."""
+    draw, shape = np.random.default_rng(number), tuple(model_shape_zyx)
+    stored, model = (
+        Volume(draw.integers(-1000, 1000, shape, np.int16), Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0)))
+        for _ in range(2)
+    )
+    name = store_name(f"v{number}")
+    identity = {"id": f"v{number}", "key": "k", "fingerprint": "f", "recipe": {}, "digest": "d"}
+    write_store(Prepared(stored, model, {}), Location(str(folder)), name, identity)
+    return str(folder / name)
+
+
+def question_rows(store: str, questions: int, count: int, answer: str = "") -> list[dict[str, Any]]:
+    """Return rows of K questions, again and again up to `count`.
+
+    A question has about as many bytes, which are our tokens, as one of this length in words has tokens of Qwen's.
+    """
+    said = [{"role": "assistant", "content": answer}] if answer else []
+    asked = [{"role": "user", "content": f"<video>Is nodule {k:3} in the lung?"} for k in range(questions)]
+    return [{"id": f"q{n}", "videos": [store], "messages": [asked[n % questions], *said]} for n in range(count)]
+
+
+def inputs_of(subject: Subject, ids: Sequence[Tensor], *, shares: bool) -> Iterator[dict[str, Any]]:
+    """Yield model inputs: of all questions on one prefix, encoded now, or of one after the other with the volume."""
+    for some in [ids] if shares else [[one] for one in ids]:
+        rows = {"input_ids": some[0][None].to(device()), **subject.volumes}
+        if shares:
+            prefix = subject.model.encode_prefix(rows)
+            yield prefix.followed_by([one[prefix.length :] for one in some])
+        else:
+            yield {**rows, "attention_mask": torch.ones_like(rows["input_ids"])}
+
+
+# Answers.
+
+
+@torch.no_grad()
+def measure_answers(
+    subject: Subject, what: str, questions: int, *, shares: bool, repeats: int, new_tokens: int
+) -> Measured:
+    """Return what a prefill takes, decoding behind it, or all from reading the store on ("predict")."""
+    rows = question_rows(subject.store, questions, questions)
+    ids, config = [subject.processor.ids(row) for row in rows], subject.model.config
+    kept, visual = _keep(subject, ids)
+    tidy()
+    calls = {
+        "prefill": lambda: _prefill(subject, ids, shares),
+        "decode": lambda: _decode(subject, ids, shares, new_tokens),
+        "predict": lambda: _predict(subject, rows, shares, new_tokens),
+    }
+    seconds = _median_of(calls[what], repeats)
+    length = statistics.mean(map(len, ids))
+    generated = {"prefill": 0, "decode": new_tokens - 1, "predict": new_tokens}[what]
+    layers = costs.layers(config, config.text_config.num_hidden_layers, 1, round(length - visual + kept))
+    flops = questions * generated * (layers + costs.head(config))
+    if what != "decode":
+        flops += prefill_flops(config, ids[0], round(kept), questions, shares=shares)
+    tokens = questions * (generated or length)
+    return Measured(seconds, _peak_gib(), tokens, flops / 1e12, kept, visual)
+
+
+def _keep(subject: Subject, ids: Sequence[Tensor]) -> tuple[float, int]:
+    """Set the threshold of ITS for these questions; return how many visual tokens a row keeps, the mean, and has."""
+    model = subject.model
+    inputs = next(inputs_of(subject, ids, shares=True))
+    if model.config.scheduler == "its":
+        keep_share(model, inputs)
+    visual_BL = visual_mask(inputs["input_ids"], model.config)
+    keep_BL = model(**inputs, logits_to_keep=1).scheduled.keep_BL
+    return float((keep_BL & visual_BL).sum(1).float().mean()), int(visual_BL[0].sum())
+
+
+def _median_of(call: Callable[[], float | None], repeats: int) -> float:
+    """Return the median of the seconds that a call takes, or that it returns, after a warm-up."""
+    seconds = []
+    for _ in range(1 + repeats):
+        _synchronize()
+        started = time.perf_counter()
+        returned = call()
+        _synchronize()
+        seconds.append(time.perf_counter() - started if returned is None else returned)
+    return statistics.median(seconds[1:])
+
+
+def _prefill(subject: Subject, ids: Sequence[Tensor], shares: bool) -> None:
+    for inputs in inputs_of(subject, ids, shares=shares):
+        subject.model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def _decode(subject: Subject, ids: Sequence[Tensor], shares: bool, new_tokens: int) -> float:
+    """Return the seconds from the first token of each answer to its last."""
+    seconds, settings = 0.0, AnswerSettings(max_new_tokens=new_tokens)
+    for inputs in inputs_of(subject, ids, shares=shares):
+        clock, names = _Clock(), [str(row) for row in range(len(inputs["input_ids"]))]
+        pad = subject.processor.tokenizer.pad_token_id
+        generate(subject.model, inputs, names, settings, pad, stopping_criteria=[clock])
+        seconds += clock.times[-1] - clock.times[0]
+    return seconds
+
+
+def _predict(subject: Subject, rows: Sequence[dict[str, Any]], shares: bool, new_tokens: int) -> None:
+    """Read the store, encode and answer, as `photon predict` does."""
+    predictor = Predictor(subject.model, subject.processor, AnswerSettings(max_new_tokens=new_tokens))
+    requests = [request_of(row, subject.processor) for row in rows]
+    for some in [requests] if shares else [[one] for one in requests]:
+        replies = predictor.answer(predictor.encode(RequestGroup((subject.store,), some)), some)
+        assert not any(reply.prediction.error for reply in replies), replies[0].prediction.error
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each token is there; it ends nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        _synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _synchronize() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_gib() -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device().type == "cuda" else None
+
+
+# FLOPs that answers need.
+
+
+def prefill_flops(config: PhotonConfig, ids_L: Tensor, kept: int, questions: int, *, shares: bool) -> int:
+    """Return the FLOPs of a prefill of K questions like `ids_L`, under the scheduler of the configuration."""
+    visual = int(visual_mask(ids_L, config).sum())
+    start = int((ids_L == config.video_token_id).nonzero()[0])
+    after = len(ids_L) - start - visual
+    prompt, grid = costs.PromptSize(start, visual, after, after - costs.FRAME_AFTER), config.patches_thw
+    if shares:
+        return costs.on_a_prefix(config, str(config.scheduler), prompt, grid, kept, questions).total()
+    return questions * costs.prefill(config, str(config.scheduler), prompt, grid, kept).total()
+
+
+# Training.
+
+
+class _MeasuredError(Exception):
+    """Ends a run before it would save."""
+
+
+def measure_training(
+    subject: Subject, questions: int, folder: Path, *, shares: bool, repeats: int, checkpoints: bool = True
+) -> Measured:
+    """Return what an optimizer step of K questions takes: reading, forward, backward, clipping, AdamW.
+
+    Without `checkpoints`, activations are kept, not computed again. The subject is changed by it.
+    """
+    rows = question_rows(subject.store, questions, (repeats + 1 + STEPS_AHEAD) * questions, ANSWER)
+    with torch.no_grad():
+        _keep(subject, [subject.processor.ids(row, for_training=True) for row in rows[:questions]])
+    tidy()
+    folder.mkdir()
+    manifest = folder / "train.jsonl"
+    manifest.write_bytes(jsonl_bytes(rows))
+    config = TrainConfig(
+        stage="s2",
+        data=(str(manifest),),
+        output=str(folder / "run"),
+        groups_per_step=1 if shares else questions,
+        questions_per_volume=questions if shares else 1,
+        epochs=1,
+        precision="bf16" if dtype() is torch.bfloat16 else "fp32",
+        gradient_checkpointing=checkpoints,
+        vision_gradient_checkpointing=checkpoints,
+        max_length=2**20,
+        save_every=0,
+        track=(),
+    )
+    rates: dict[str, Any] = {f.name: 1e-12 for f in fields(config) if f.name.startswith("lr_")}
+    config = replace(config, **rates)  # what is kept stays as it is
+    steps: list[dict[str, Any]] = []
+
+    def on_step(row: dict[str, Any]) -> None:
+        steps.append(row)
+        if len(steps) == repeats + 1:
+            raise _MeasuredError
+
+    checkpoint_activations(subject.model, config)
+    with suppress(_MeasuredError):
+        run_steps(start(config, resume=False, callback=on_step, loaded=(subject.model, subject.processor)))
+
+    def median(name: str, default: float = math.nan) -> float:
+        return statistics.median(row.get(name, default) for row in steps[1:])
+
+    seconds, visual = median("seconds"), subject.processor.visual_tokens()
+    tokens, tflops = (seconds * median(f"{name}_per_second") for name in ("tokens", "tflops"))
+    kept = visual * median("keep_ratio", 1.0)
+    return Measured(seconds, _peak_gib(), tokens, tflops, kept, visual, median("data_wait_share"))
