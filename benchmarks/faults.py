@@ -227,10 +227,10 @@ def load(checkpoint: Path) -> dict[str, str]:
 
 def resume(folder: Path) -> object:
     """Return the weights, the moments and the position from which `photon train --resume` would go on."""
-    from photon_train.training.config import TrainConfig, with_values
+    from photon_train.training.config import TrainConfig, read_config, with_values
     from photon_train.training.setup import start
 
-    config = with_values(TrainConfig(), json.loads((folder / "run/config.json").read_text()))
+    config = with_values(TrainConfig(), read_config(folder / "run/config.json"))
     run = start(config, resume=True)
     moments = [float(value.double().sum()) for state in run.optimizer.state.values() for value in state.values()]
     return [float(weight.detach().double().sum()) for weight in run.model.parameters()], moments, run.state

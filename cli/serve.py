@@ -25,7 +25,7 @@ from photon_data.recipe import named_recipe
 from photon_data.records import FAILED, OUT_FULL, NoSpace
 from photon_data.store import open_volume
 from photon_pipelines.child import Child, ChildError, child_of
-from photon_pipelines.serving.app import Server, ServerSettings
+from photon_pipelines.serving.app import Draw, Server, ServerSettings
 from photon_pipelines.serving.gate import is_loopback
 from photon_pipelines.serving.upload import Limits
 from photon_pipelines.serving.volumes import Intake, Stored, Volumes, private_folder
@@ -190,11 +190,13 @@ def preparing_in(child: Child) -> Callable[[dict[str, Any], float], dict[str, An
     return ask
 
 
-def drawing(predictor: Predictor) -> Callable[[Path, Stored, np.ndarray, np.ndarray, str], None]:
+def drawing(predictor: Predictor) -> Draw:
     """Return the function that draws what was kept of a volume."""
 
-    def draw(path: Path, volume: Stored, keep_V: np.ndarray, saliency_V: np.ndarray, title: str) -> None:
+    def draw(
+        path: Path, volume: Stored, keep_V: np.ndarray, saliency_V: np.ndarray, question: str, answer: str
+    ) -> None:
         canvas = Canvas(open_volume(volume.place, None), volume.native, predictor.processor.config.tokens_thw)
-        write_one(path, canvas, keep_V, saliency_V, title)
+        write_one(path, canvas, keep_V, saliency_V, question, answer)
 
     return draw

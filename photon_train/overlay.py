@@ -97,10 +97,12 @@ def write_values(path: Path, native: Geometry, tokens: Iterable[np.ndarray], val
     write_nifti(path, nifti_header(native, dtype), (by_token[plane] for plane in tokens))
 
 
-def write_one(path: Path, canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, question: str) -> None:
+def write_one(
+    path: Path, canvas: Canvas, keep_V: np.ndarray, saliency_V: np.ndarray, question: str, answer: str
+) -> None:
     """Write the one of those files that `path` is named like, without the whole map of a large scan in memory."""
     if path.name == PICTURE:
-        picture(canvas, keep_V, saliency_V, question).save(path)
+        picture(canvas, keep_V, saliency_V, question, answer=answer).save(path)
     else:
         values_V = keep_V if path.name == KEPT else saliency_V
         write_values(path, canvas.native, token_planes(canvas.native, canvas.cells), values_V)

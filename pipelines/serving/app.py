@@ -44,8 +44,8 @@ STATUSES |= {"no-file": 400, "damaged-upload": 400, "not-yours": 403}
 KINDS = {"json": "", "nifti": "kept.nii.gz", "saliency": "saliency.nii.gz", "png": "planes.png"}
 TYPES = {".gz": "application/gzip", ".png": "image/png"}
 
-# Write the file that the path is named like (see KINDS): volume, keep_V, saliency_V, title.
-Draw = Callable[[Path, Stored, np.ndarray, np.ndarray, str], None]
+# Write the file that the path is named like (see KINDS): volume, keep_V, saliency_V, question, answer.
+Draw = Callable[[Path, Stored, np.ndarray, np.ndarray, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class _Kept(NamedTuple):
     volumes: tuple[str, ...]  # ids, in the order of the conversation
     keep_V: np.ndarray
     saliency_V: np.ndarray
-    title: str
+    question: str
+    answer: str
 
 
 class Server:
@@ -221,7 +222,7 @@ class Server:
             tokens = {"kept": keep_V.astype(int).tolist(), "saliency": [round(float(s), 6) for s in saliency_V]}
             return JSONResponse({"answer": answer, "volume": id, "tokens": len(keep_V), **tokens})
         async with self.files:
-            content = await asyncio.to_thread(self._drawn, volume, kind, keep_V, saliency_V, kept.title)
+            content = await asyncio.to_thread(self._drawn, volume, kind, keep_V, saliency_V, kept)
         name = KINDS[kind]
         shown = {"content-disposition": f'{"inline" if kind == "png" else "attachment"}; filename="{name}"'}
         return Response(content, media_type=TYPES[Path(name).suffix], headers=shown)
@@ -233,10 +234,10 @@ class Server:
         grids["tokens"] = model_grid(model, self.settings.tokens_zyx).to_json()
         return {"id": volume.id, "object": "volume", "uploaded": volume.uploaded, **more, **grids}
 
-    def _drawn(self, volume: Stored, kind: str, keep_V: np.ndarray, saliency_V: np.ndarray, title: str) -> bytes:
+    def _drawn(self, volume: Stored, kind: str, keep_V: np.ndarray, saliency_V: np.ndarray, kept: _Kept) -> bytes:
         folder = Path(tempfile.mkdtemp(dir=self.volumes.private / "incoming"))
         try:
-            self.draw(folder / KINDS[kind], volume, keep_V, saliency_V, title)
+            self.draw(folder / KINDS[kind], volume, keep_V, saliency_V, kept.question, kept.answer)
             return (folder / KINDS[kind]).read_bytes()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -277,7 +278,9 @@ class Server:
         """Keep what was kept for an answer, for a while."""
         volumes = tuple(volume.id for volume in completion.volumes)
         if volumes and len(answer.keep_V):
-            self.kept[completion.id] = _Kept(volumes, answer.keep_V, answer.saliency_V, asking.title)
+            self.kept[completion.id] = _Kept(
+                volumes, answer.keep_V, answer.saliency_V, asking.title, answer.prediction.response
+            )
             while len(self.kept) > MAX_KEPT:
                 self.kept.popitem(last=False)
 

@@ -41,7 +41,7 @@ def test_answers_on_a_device_are_those_on_the_cpu(there, model_dir, tmp_path):
     (tmp_path / "there").mkdir()
     here = answers(model_dir, rows, tmp_path / "here")
     found = there(answers, model_dir, rows, tmp_path / "there", device)
-    assert len(found) == len(here) == 7 * 6
+    assert len(found) == len(here) == 11 * 6
     for key, (response, scores, kept) in here.items():
         assert found[key][0] == response and found[key][2] == kept, key
         assert found[key][1] == pytest.approx(scores, abs=1e-4), key

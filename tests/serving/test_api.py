@@ -167,7 +167,7 @@ def test_a_conversation_goes_on_about_the_volume_of_its_first_turn(served, uploa
 
 def test_what_was_kept_is_on_the_scans_own_grid_as_predict_writes_it(served, uploaded, predicted):
     for question, same in predicted[0].items():
-        place = served.answer(uploaded, question)["photon"]["kept"][0]
+        place = served.answer(uploaded, question, max_tokens=30)["photon"]["kept"][0]
         mask = served.http.get(place).json()
         assert np.packbits(np.array(mask["kept"], bool)).tobytes().hex() == same["kept"]
         assert len(mask["saliency"]) == mask["tokens"] == TOKENS

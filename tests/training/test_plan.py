@@ -77,21 +77,21 @@ def test_the_published_run_makes_its_steps_and_phases_at_the_questions_they_were
     """14,000 volumes of 10 questions, 3 epochs: a step of 16 for each 16 questions, whatever shares a volume."""
     rows, config = make_rows([10] * 14_000), replace(s2(), questions_per_volume=questions_per_volume)
     steps, photon = steps_per_epoch(rows, config), PhotonConfig(stage=2)
-    set_curriculum(photon, config, len(rows) / steps, steps * config.epochs)
+    set_curriculum(photon, config, len(rows) / steps, steps * config.epochs, {})
     assert steps * config.epochs == 26_250
     assert (photon.soft_start, photon.hard_start, photon.flip_start) == (2000, 4000, 4500)
     wide = replace(config, questions_per_step=32)
-    set_curriculum(photon, wide, len(rows) / steps_per_epoch(rows, wide), 13_125)
+    set_curriculum(photon, wide, len(rows) / steps_per_epoch(rows, wide), 13_125, {})
     assert (photon.soft_start, photon.hard_start, photon.flip_start) == (1000, 2000, 2250)
 
 
 def test_a_run_that_would_end_before_tokens_are_dropped_is_refused():
     with pytest.raises(UsageError, match=r"found soft from step 2000, hard from 4000, flip from 4500, of 4000; set sh"):
-        set_curriculum(PhotonConfig(stage=2), s2(), 16.0, 4000)
-    set_curriculum(PhotonConfig(stage=2), s2(), 16.0, 4001)
+        set_curriculum(PhotonConfig(stage=2), s2(), 16.0, 4000, {})
+    set_curriculum(PhotonConfig(stage=2), s2(), 16.0, 4001, {})
     shares = {"soft_start": 0.1, "hard_start": 0.5, "flip_start": 0.3}
     with pytest.raises(UsageError, match=r"in the order soft, hard, flip, found soft from step 1, hard from 5"):
-        set_curriculum(PhotonConfig(stage=2, **shares), replace(s2(), photon=shares), 16.0, 10)
+        set_curriculum(PhotonConfig(stage=2, **shares), replace(s2(), photon=shares), 16.0, 10, {})
 
 
 def test_processes_that_most_steps_have_no_group_for_are_refused_with_what_to_set():
