@@ -19,7 +19,7 @@ $(BIN)/python:
 SOURCES := pyproject.toml constraints.txt setup.py photon_data/_kernels.c
 
 $(VENV)/train: $(SOURCES) | $(BIN)/python
-	$(INSTALL) --editable '.[train]'
+	$(INSTALL) --editable '.[train,eval]'
 	touch $@
 
 $(VENV)/installed: $(SOURCES) | $(BIN)/python

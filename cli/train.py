@@ -18,10 +18,9 @@ from photon_data.lock import exclusive
 from photon_train.checkpoint import checkpoints
 from photon_train.training import loop
 from photon_train.training.config import OF_ANSWERS, TrainConfig, named_run, read_config, with_values
-from photon_train.training.evaluation import answering_of
 from photon_train.training.grounding import grounding_of
 from photon_train.training.interruption import TrainingInterrupted
-from photon_train.training.setup import start
+from photon_train.training.setup import AnsweringFactory, start
 
 SHOWN_SCORES = 3  # of the answers to rows of eval, in a line
 PLAIN_LINES = 20  # without a terminal a training run prints about this many lines, however long it takes
@@ -47,7 +46,7 @@ def train_config(stage: str, file: Path | None, settings: Sequence[str], given: 
 def dry_run(config: TrainConfig) -> None:
     """Make one step of the run, and describe it."""
     with _stopped_as_exit_codes(config):
-        if description := loop.dry_run(config, grounding_of(config.grounding), answering_of(config)):
+        if description := loop.dry_run(config, grounding_of(config.grounding), _answering_of(config)):
             console.print(description, soft_wrap=True)
 
 
@@ -74,6 +73,15 @@ def _stopped_as_exit_codes(config: TrainConfig) -> Iterator[None]:
         fail(f"Interrupted: {found} in {config.output}. Go on with --resume auto.", INTERRUPTED)
 
 
+def _answering_of(config: TrainConfig) -> AnsweringFactory | None:
+    """Return what evaluates answers while the model trains, if anything does: its metrics need the extra `eval`."""
+    if not config.eval_benchmark:
+        return None
+    from photon_train.training.evaluation import answering_of
+
+    return answering_of(config)
+
+
 def _train(config: TrainConfig, resume: bool | Literal["auto"], profile: bool) -> None:
     """Train, with progress."""
     bar, masks = _TrainingBar("training"), ProgressBar("masks of volumes")
@@ -84,7 +92,7 @@ def _train(config: TrainConfig, resume: bool | Literal["auto"], profile: bool) -
 
     with masks if config.grounding else nullcontext():
         grounding = grounding_of(config.grounding, on_masks) if config.grounding else None
-        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding, answering=answering_of(config))
+        run = start(config, resume=resume, callback=bar.on_row, grounding=grounding, answering=_answering_of(config))
     first_step, bar.total_steps = run.state["step"], run.total_steps
     if run.accelerator.is_main_process:
         console.print_json(data=run.config.to_json())

@@ -208,6 +208,7 @@ def test_phantoms_can_be_prepared_with_their_questions(tmp_path):
             ("torch", "transformers", "torchio", "photon_train"),
         ),
         ("import photon_data.prepare_file", ("torch", "dask", "distributed")),
+        ("import photon_cli.train", ("nltk", "rouge_score", "sacrebleu", "peft")),
     ],
 )
 def test_heavy_libraries_are_not_imported_where_they_are_not_needed(code, absent):
