@@ -55,10 +55,10 @@ class Size(NamedTuple):
 
     scans: int  # of full size
     easy: int  # small ones, that the model learns from
-    settings: tuple[str, ...] = ()  # of both training runs
+    epochs: tuple[int, int]  # of the two stages
 
 
-FULL, QUICK = Size(6, 120), Size(3, 24, ("--set=epochs=2", "--set=eval_every=1000"))
+FULL, QUICK = Size(6, 120, (12, 8)), Size(3, 24, (2, 2))
 
 
 class Demo:
@@ -112,12 +112,12 @@ class Demo:
         )
         yield _step("init", "made a random model", "photon init", tiny=tiny, model_shape=MODEL_SHAPE)
         rows = {"data": train, "eval": val, "resume": "auto"}
-        taught = (f"--set=grounding={masks}", *self.size.settings)
+        first, second = (f"--set=epochs={epochs}" for epochs in self.size.epochs)
+        taught = (first, f"--set=grounding={masks}")
         yield _step("s1", "trained it, stage 1", "photon train tiny-s1", *taught, model=tiny, output=s1, **rows)
         start = _last(s1)
-        pruned = self.size.settings
         yield _step(
-            "s2", "trained it to drop tokens, stage 2", "photon train tiny-s2", *pruned, model=start, output=s2, **rows
+            "s2", "trained it to drop tokens, stage 2", "photon train tiny-s2", second, model=start, output=s2, **rows
         )
         asks = {"model": _last(s2), "max_new_tokens": 8}
         scored = {
