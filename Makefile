@@ -58,7 +58,7 @@ test-all: $(VENV)/installed
 
 # Of the data side alone, in an environment without torch and with as little else: make test-data VENV=DIR PYTHON=python3.13
 test-data: | $(BIN)/python
-	$(INSTALL) '.[dicom,parquet]' pytest pytest-xdist hypothesis psutil
+	$(INSTALL) '.[dicom,parquet]' setuptools pytest pytest-xdist hypothesis psutil
 	$(BIN)/python -m pytest -n 2 $(addprefix --ignore=tests/,model training predict evaluation serving fuzz test_parity.py)
 
 lint: $(VENV)/installed

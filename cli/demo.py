@@ -58,7 +58,7 @@ class Size(NamedTuple):
     epochs: tuple[int, int]  # of the two stages
 
 
-FULL, QUICK = Size(6, 120, (20, 10)), Size(3, 24, (2, 2))
+FULL, QUICK = Size(6, 120, (30, 12)), Size(3, 24, (2, 2))
 
 
 class Demo:
