@@ -19,6 +19,7 @@ def test_world_positions_equal_those_of_itk(geometry):
 
 @pytest.mark.parametrize("geometry", GRIDS)
 def test_a_volume_handed_to_other_libraries_keeps_every_voxel_at_its_world_position(geometry):
+    pytest.importorskip("torchio")
     array = np.random.default_rng(1).integers(-1000, 1000, geometry.shape_zyx).astype(np.int16)
     volume = Volume(array, geometry)
     image, nifti, tio = volume.to_sitk(), volume.to_nibabel(), volume.to_torchio()
