@@ -267,7 +267,7 @@ def test_a_file_that_is_dropped_is_sent_and_an_answer_can_be_stopped(tab, served
     tab.see("#viewer.has-scan")
     monkeypatch.setattr(Question, "max_tokens", 4000)
     before = served.figures
-    slow = served.engine.predictor.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    slow = served.engine.predictor.model.register_forward_pre_hook(lambda *_: time.sleep(1))
     tab.page.fill("#question", "Is there a nodule?")
     tab.page.press("#question", "Enter")
     tab.page.click("#stop")
