@@ -6,7 +6,6 @@ need not be copied between processes, and a container's small /dev/shm does not 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,9 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import psutil
 import torch
+from dask.system import CPU_COUNT  # knows affinity and control groups, on any system
 
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.request import Request, RequestGroup, request_of, texts_of_choices
@@ -124,7 +125,7 @@ def reading_ahead(read: Callable[[int], T], threads: int) -> Iterator[ReadAhead[
 
 def reader_count() -> int:
     """Return how many threads read: one for each core that this process may use but one, at least 1."""
-    return min(MOST_READERS, max(1, len(os.sched_getaffinity(0)) - 1))
+    return min(MOST_READERS, max(1, CPU_COUNT - 1))
 
 
 def rows_that_fit(config: PhotonConfig, settings: AnswerSettings, device: torch.device, dtype: torch.dtype) -> int:
@@ -135,7 +136,7 @@ def rows_that_fit(config: PhotonConfig, settings: AnswerSettings, device: torch.
     if device.type == "cuda":
         free_bytes, most = torch.cuda.mem_get_info(device)[0], MOST_ROWS
     else:
-        free_bytes, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), MOST_ROWS_CPU
+        free_bytes, most = psutil.virtual_memory().available, MOST_ROWS_CPU
     fitting = int(SHARE_OF_MEMORY * free_bytes / bytes_of_row(config, settings, dtype)) // settings.samples
     return 1 << (min(max(fitting, 1), most).bit_length() - 1)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from dask.system import CPU_COUNT  # knows affinity and control groups, on any system
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.json_text import from_json
@@ -177,7 +178,7 @@ LEAST = {
 def worker_count(config: TrainConfig) -> int:
     """Return how many processes read for each process that trains: up to 8 of the CPUs that the compute leaves over."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.workers if config.workers >= 0 else max(min(len(os.sched_getaffinity(0)) // processes - 1, 8), 1)
+    return config.workers if config.workers >= 0 else max(min(CPU_COUNT // processes - 1, 8), 1)
 
 
 def read_config(path: Path) -> dict[str, Any]:
