@@ -17,10 +17,8 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-SCHEDULER_NAMES = (
-    *("its", "none", "random", "uniform", "foreground", "fastv"),
-    *("visionzip", "divprune", "nucleus"),  # before the decoder
-)
+BEFORE_DECODER = ("visionzip", "divprune", "nucleus")  # schedulers that drop before it; the others after a layer
+SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground", "fastv", *BEFORE_DECODER)
 IGNORED = -100  # the label of what is not to be learned
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
@@ -153,7 +151,11 @@ class PhotonConfig(Qwen2_5_VLConfig):
     @property
     def drop_layer(self) -> int:
         """The layer after which the scheduler drops tokens, if it does so within the decoder."""
-        own = self.fastv_layer if self.scheduler == "fastv" else None
+        return self.drop_layer_of(self.scheduler)
+
+    def drop_layer_of(self, scheduler: str | None) -> int:
+        """Return the same of a scheduler by name."""
+        own = self.fastv_layer if scheduler == "fastv" else None
         return self.its_layer if own is None else own
 
     @property

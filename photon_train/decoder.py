@@ -31,11 +31,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, SharedKeys, causal_mask, fuse_norms
-from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.configuration_photon import BEFORE_DECODER, Phase, PhotonConfig
 from photon_train.dropping import Gather, everything, gather_of, prune
 from photon_train.positions import rope_index
 from photon_train.prefix import Prefix
-from photon_train.pruners import BEFORE_DECODER, BY_QK, SCHEDULERS, chosen_of, encode_and_choose
+from photon_train.pruners import BY_QK, SCHEDULERS, chosen_of, encode_and_choose
 from photon_train.scheduling import (
     Scheduled,
     SchedulerContext,
@@ -142,52 +142,79 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> PhotonTextOutput:
-        position_3BL, rows = position_ids[-3:], len(inputs_embeds)
-        layers, its = list(self.layers), self.photon_config.drop_layer
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+        if prefix is not None and cache is not None:
+            cache = prefix.into(cache, len(inputs_embeds))
+        is_chosen = scheduling.chosen is not None or (prefix is not None and prefix.scheduled is not None)
+        through_layers = self._of_chosen if is_chosen else self._dropping_after_layer
+        h_BMD, scheduled = through_layers(
+            inputs_embeds, position_ids[-3:], scheduling, attention_mask, cache, prefix, kwargs
+        )
+        return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
-        own_position_3BL = position_3BL
-        if prefix is not None:  # inputs_embeds are of the suffixes
-            own_position_3BL = position_3BL[..., prefix.length :]
-            cache = cache if cache is None else prefix.into(cache, rows)
+    def _of_chosen(
+        self,
+        h_BLD: Tensor,
+        position_3BL: Tensor,
+        scheduling: SchedulingInputs,
+        mask_BL: Tensor | None,
+        cache: Cache | None,
+        prefix: Prefix | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Scheduled]:
+        """Return h_BMD after all layers, through which only what was chosen before them goes, and what was scheduled.
+
+        With a prefix, h_BLD are of the suffixes, position_3BL and mask_BL of whole rows.
+        """
+        if prefix is None or prefix.scheduled is None:
+            assert scheduling.chosen is not None
+            position_3BL = position_3BL if prefix is None else position_3BL[..., prefix.length :]
+            h_BMD, scheduled = self._drop(h_BLD, scheduling.chosen, scheduling, mask_BL)
+            position_3BM = _of_kept(scheduled, position_3BL)
+        else:
+            whole_BL = torch.ones_like(scheduling.visual_BL) if mask_BL is None else mask_BL.bool()
+            scheduled = prefix.scheduled.followed_by(whole_BL, scheduling.visual_BL)
+            h_BMD, position_3BM = h_BLD, position_3BL[..., prefix.length :]
         shared = SharedKeys(prefix.keys_values if prefix else ()) if cache is None else None
-        if scheduling.chosen is not None or (prefix is not None and prefix.scheduled is not None):
-            if prefix is None or prefix.scheduled is None:
-                assert scheduling.chosen is not None
-                h_BMD, scheduled = self._drop(inputs_embeds, scheduling.chosen, scheduling, attention_mask)
-                own_position_3BL = _of_kept(scheduled, own_position_3BL)
-            else:
-                mask_BL = torch.ones_like(scheduling.visual_BL) if attention_mask is None else attention_mask.bool()
-                h_BMD, scheduled = inputs_embeds, prefix.scheduled.followed_by(mask_BL, scheduling.visual_BL)
-            attend = self._attend(h_BMD, scheduled.kept.mask_BM, own_position_3BL, cache, shared) | kwargs
-            for layer in layers:
-                h_BMD = layer(h_BMD, **attend)
-            if prefix is not None:
-                h_BMD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BMD], dim=1)
-            return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
-        attend = self._attend(inputs_embeds, attention_mask, own_position_3BL, cache, shared) | kwargs
-        h_BLD = inputs_embeds
+        attend = self._attend(h_BMD, scheduled.kept.mask_BM, position_3BM, cache, shared) | kwargs
+        for layer in self.layers:
+            h_BMD = layer(h_BMD, **attend)
+        return h_BMD if prefix is None else prefix.before(h_BMD), scheduled
+
+    def _dropping_after_layer(
+        self,
+        h_BLD: Tensor,
+        position_3BL: Tensor,
+        scheduling: SchedulingInputs,
+        mask_BL: Tensor | None,
+        cache: Cache | None,
+        prefix: Prefix | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Scheduled]:
+        """Return the same where the scheduler decides by the hidden states of a layer: the others see what it keeps."""
+        layers, its, rows = list(self.layers), self.photon_config.drop_layer, len(h_BLD)
+        own_position_3BL = position_3BL if prefix is None else position_3BL[..., prefix.length :]
+        shared = SharedKeys(prefix.keys_values if prefix else ()) if cache is None else None
+        attend = self._attend(h_BLD, mask_BL, own_position_3BL, cache, shared) | kwargs
         for layer in layers[:its]:
             h_BLD = layer(h_BLD, **attend)
         h_BLD, selection = layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend)
         through = its + 1 if prefix is None else prefix.layers
         for layer in layers[its + 1 : through]:
             h_BLD = layer(h_BLD, **attend)
-        if prefix is not None:
-            h_BLD = torch.cat([prefix.h_1PD.expand(rows, -1, -1), h_BLD], dim=1)
+        h_BLD = h_BLD if prefix is None else prefix.before(h_BLD)
 
-        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, attention_mask)
+        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL)
         if through < len(layers):
-            kept = scheduled.kept
             if scheduling.drops:
-                _prune_cache(cache, kept, layers=through)
+                _prune_cache(cache, scheduled.kept, layers=through)
                 position_3BL = _of_kept(scheduled, position_3BL)
-                attention_mask = kept.mask_BM if rows > 1 else None  # a single row has no empty slot
-            shared = SharedKeys() if cache is None and attention_mask is not None else None
-            attend = self._attend(h_BMD, attention_mask, position_3BL, cache, shared, through) | kwargs
+                mask_BL = scheduled.kept.mask_BM if rows > 1 else None  # a single row has no empty slot
+            shared = SharedKeys() if cache is None and mask_BL is not None else None
+            attend = self._attend(h_BMD, mask_BL, position_3BL, cache, shared, through) | kwargs
             for layer in layers[through:]:
                 h_BMD = layer(h_BMD, **attend)
-        return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
+        return h_BMD, scheduled
 
     def choose(
         self, h_1PD: Tensor, position_31P: Tensor, scheduling: SchedulingInputs

@@ -8,10 +8,9 @@ benchmarks/model_flops.py adds bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from photon_train.configuration_photon import PhotonConfig
+from photon_train.configuration_photon import BEFORE_DECODER, PhotonConfig
 
 # Tokens around volume and question: system turn and start of the volume; its end and the assistant's header.
 BEFORE, FRAME_AFTER = 15, 6
@@ -70,10 +69,6 @@ def without_scheduling(config: PhotonConfig, prompt: PromptSize, grid_thw: tuple
     return with_its(config, prompt, grid_thw, kept=prompt.visual)._replace(scoring=0)
 
 
-# Schedulers that drop before the decoder, where the lower layers are saved too (pruners.BEFORE_DECODER).
-BEFORE_DECODER = ("visionzip", "divprune", "nucleus")
-
-
 def prefill(
     config: PhotonConfig, scheduler: str, prompt: PromptSize, grid_thw: tuple[int, int, int], kept: int
 ) -> Flops:
@@ -91,7 +86,7 @@ def prefill(
             layers(config, config.text_config.num_hidden_layers - config.its_layer - 1, m, m),
             head(config),
         )
-    below, n = _layers_below(config, scheduler), prompt.length
+    below, n = config.drop_layer_of(scheduler) + 1, prompt.length
     return Flops(
         vision(config, grid_thw),
         layers(config, below, n, n),
@@ -114,7 +109,7 @@ def on_a_prefix(
     its, fastv, random, uniform, foreground: the layers below the drop are shared, each question's suffix runs through
     them, and its kept row through those above. The others: all layers are shared.
     """
-    c, below, p = config.text_config, _layers_below(config, scheduler), prompt.before + prompt.visual + 1
+    c, below, p = config.text_config, config.drop_layer_of(scheduler) + 1, prompt.before + prompt.visual + 1
     q, m, count = prompt.length - p, prompt.length - prompt.visual + kept, c.num_hidden_layers
     fixed = Flops(vision=vision(config, grid_thw), head=questions * head(config))
     if scheduler == "none" or scheduler in BEFORE_DECODER:
@@ -130,12 +125,6 @@ def on_a_prefix(
         scoring=of_prefix + questions * each.get(scheduler, 0),
         above=questions * layers(config, count - below, m, m),
     )
-
-
-def _layers_below(config: PhotonConfig, scheduler: str) -> int:
-    """Return how many layers see every token: to layer its, or to fastv's own."""
-    own = config.fastv_layer if scheduler == "fastv" else None
-    return (config.its_layer if own is None else own) + 1
 
 
 def vision(config: PhotonConfig, grid_thw: tuple[int, int, int]) -> int:

@@ -51,6 +51,10 @@ class Prefix(NamedTuple):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return cache
 
+    def before(self, h_BSD: Tensor) -> Tensor:
+        """Return h_BLD of whole rows: the prefix, and these hidden states of its questions behind it."""
+        return torch.cat([self.h_1PD.expand(len(h_BSD), -1, -1), h_BSD], dim=1)
+
     def volumes_of(self, rows: int) -> dict[str, Tensor]:
         """Return `volumes` of so many rows; those of a prefix of as many rows are there already."""
         copies = rows // len(self.input_ids_1P)

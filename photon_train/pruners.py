@@ -7,7 +7,7 @@ share all that is computed of the volume, and the lower layers are saved too.
     after a layer        its, none, random, uniform, foreground, fastv (arXiv 2403.06764)
     before the decoder   visionzip (2412.04467), divprune (2503.02175), nucleus (MedPruner, 2603.11625)
 
-A new one: a function here, in `SCHEDULERS`, and its name in configuration_photon.SCHEDULER_NAMES. None of them has
+A new one: a function here, in `SCHEDULERS` or `CHOOSERS`, and its name in configuration_photon.py. None of them has
 weights. Kept tokens keep their positions.
 
 Legend: B rows, L tokens of a row, V visual tokens of a volume, N those of all volumes, D features, H heads, K key
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from photon_train.configuration_photon import PhotonConfig
+from photon_train.configuration_photon import BEFORE_DECODER, PhotonConfig
 from photon_train.scheduling import SchedulerContext, Selection, its, min_max
 
 CHOSEN = 2  # columns behind the features of a token: its score, and 1 where it stays, else 0
@@ -185,9 +185,7 @@ def nucleus(context: VolumeContext) -> Choice:
     return Choice(_top(context.received_V, number), context.received_V, context.tokens_VD)
 
 
-BEFORE_DECODER: dict[str, Callable[[VolumeContext], Choice]] = {
-    one.__name__: one for one in (visionzip, divprune, nucleus)
-}
+CHOOSERS: dict[str, Callable[[VolumeContext], Choice]] = {one.__name__: one for one in (visionzip, divprune, nucleus)}
 NEEDS_ATTENTION = ("visionzip", "nucleus")
 OWN_NUMBER = ("nucleus",)  # keep as many as the volume needs: the encodings of two volumes are of two lengths
 BY_QK = ("its", "fastv")  # decide by queries and keys of the layer after which they drop
@@ -215,7 +213,7 @@ def encode_and_choose(encode: Callable[[], Any], visual: Any, grid_thw: Tensor, 
     for tokens_VD in output.pooler_output:
         part = slice(start, start := start + len(tokens_VD))
         own_V, own_Vd = (None, None) if received is None else (received.received_N[part], received.keys_Nd[part])
-        choice = BEFORE_DECODER[scheduler](VolumeContext(tokens_VD, own_V, own_Vd, config))
+        choice = CHOOSERS[scheduler](VolumeContext(tokens_VD, own_V, own_Vd, config))
         columns_V2 = torch.stack([choice.score_V, choice.keep_V], dim=1).to(tokens_VD)
         found.append(torch.cat([choice.tokens_VD, columns_V2], dim=1))
     output.pooler_output = found

@@ -335,8 +335,8 @@ def read_ahead(dataset: MicroBatches, parts: Iterable[list[MicroBatch]], device:
         options: dict[str, Any] = {"prefetch_factor": ahead, "pin_memory": pinned, "worker_init_fn": read_on}
         collate = partial(together, processor=dataset.processor)
         yield from DataLoader(dataset, batch_sampler=parts, collate_fn=collate, num_workers=workers, **options)
-    except (RuntimeError, OSError) as error:  # of torch: a row that cannot be read is a batch with an error
+    except (RuntimeError, OSError, EOFError) as error:  # of torch: a row that cannot be read is a batch with an error
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        first = str(error).partition(". ")[0]
+        first = str(error).partition(". ")[0] or "one of them ended while it sent a batch"
         remedy = f"raise `ulimit -n` (now {limit}), give them more memory, or set workers to fewer or 0"
         raise OSError(f"the {workers} processes that read ahead cannot go on: {first}; {remedy}") from error

@@ -17,10 +17,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from photon_data.files import write_whole
 from photon_train import flops
-from photon_train.configuration_photon import Phase, PhotonConfig
+from photon_train.configuration_photon import BEFORE_DECODER, Phase, PhotonConfig
 from photon_train.memory import peak_memory_mib
 from photon_train.modeling_photon import PhotonOutput
-from photon_train.pruners import BEFORE_DECODER
 from photon_train.scheduling import is_passive
 from photon_train.training.batches import Batch
 from photon_train.training.config import TrainConfig

@@ -8,9 +8,8 @@ from golden import Golden
 from torch import Tensor
 from torch.testing import assert_close
 
-from photon_train.configuration_photon import SCHEDULER_NAMES, Phase, PhotonConfig
+from photon_train.configuration_photon import BEFORE_DECODER, SCHEDULER_NAMES, Phase, PhotonConfig
 from photon_train.pruners import (
-    BEFORE_DECODER,
     SCHEDULERS,
     VolumeContext,
     attention_received,

@@ -131,7 +131,7 @@ def test_volumes_of_which_other_numbers_of_tokens_are_kept_are_encoded_once_each
         number = 20 + int(context.tokens_VD.double().abs().sum() * 1e4) % 80
         return pruners.Choice(pruners._top(context.received_V, number), context.received_V, context.tokens_VD)
 
-    monkeypatch.setitem(pruners.BEFORE_DECODER, "nucleus", as_many_as_it_needs)
+    monkeypatch.setitem(pruners.CHOOSERS, "nucleus", as_many_as_it_needs)
     rows = [row(f"{i}{k}", QUESTIONS[k], store(tmp_path, f"v{i}", i)) for i in range(3) for k in range(3)]
     alone = answers(predictor(model_dir, scheduler="nucleus", batch=1), rows, tmp_path / "alone.jsonl")
     assert len({p.kept_tokens for p in alone.values()}) == 3
@@ -289,12 +289,12 @@ def test_waiting_for_other_parts_ends_when_every_row_has_a_line(model, rows, tmp
 
 
 def test_a_part_that_is_done_does_not_take_what_others_have_to_answer_again_for_their_answers(model, tmp_path):
-    rows = [row(str(i), QUESTIONS[0], store(tmp_path, f"v{i}", i)) for i in range(4)]
+    rows = [row(str(i), QUESTIONS[0], store(tmp_path, f"v{i}", i)) for i in range(12)]
     path = tmp_path / "p.jsonl"
     own, other = Shard(0, 2), Shard(1, 2)
     groups, _ = group_rows(rows, model.processor)
     theirs = {group.requests[0].id for group in groups if other.holds(group)}
-    assert 0 < len(theirs) < 4
+    assert 0 < len(theirs) < 12  # by their paths: of fewer volumes, one part might have all
     predict_rows(model, rows, path)
     digest = read_predictions(path)[0].recipe
     path.write_text(path.read_text().replace(digest, "0" * 16))  # prepared again since

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 
 import numpy as np
 import PIL.Image
@@ -267,13 +267,16 @@ def test_a_file_that_is_dropped_is_sent_and_an_answer_can_be_stopped(tab, served
     tab.see("#viewer.has-scan")
     monkeypatch.setattr(Question, "max_tokens", 4000)
     before = served.figures
-    slow = served.engine.predictor.model.register_forward_pre_hook(lambda *_: time.sleep(1))
+    seen = threading.Event()
+    held = served.engine.predictor.model.register_forward_pre_hook(lambda *_: seen.wait(120) and None)
     tab.page.fill("#question", "Is there a nodule?")
     tab.page.press("#question", "Enter")
     tab.page.click("#stop")
-    slow.remove()
     assert tab.see(".answer .failed") == "stopped"
-    wait_until(lambda: served.figures["left"] == before["left"] + 1 and served.figures["waiting"] == 0)
+    wait_until(lambda: served.figures["left"] == before["left"] + 1)
+    held.remove()
+    seen.set()
+    wait_until(lambda: served.figures["waiting"] == 0)
 
 
 @pytest.mark.parametrize("width", [1400, 700, 360])
