@@ -13,8 +13,9 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.utils import get_protocol
@@ -47,6 +48,9 @@ def refuse_unsafe(name: str, what: str) -> str:
         raise UsageError(f"expected {expected}, of at most {MAX_NAME_BYTES} bytes, found {name[:300]!r}; rename it")
     return name
 
+
+# A longer line is no row of ours: nobody should read it to find that out.
+MAX_ROW_BYTES = 1 << 26
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -135,7 +139,7 @@ class Location:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return
         with file:
-            yield from jsonl_rows(file, may_be_cut=may_be_cut)
+            yield from jsonl_rows(_lines(file) if self.is_local else file, may_be_cut=may_be_cut)
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""
@@ -313,6 +317,16 @@ def _joined(parts: Iterable[bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file; ValueError for one that is longer than any row."""
+    for number in count(1):
+        if len(line := file.readline(MAX_ROW_BYTES + 1)) > MAX_ROW_BYTES:
+            raise ValueError(f"expected at most {MAX_ROW_BYTES:,} bytes on line {number}, found more")
+        if not line:
+            return
+        yield line
+
+
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
 
 
@@ -324,14 +338,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the end of a file of JSON lines, there or not. Half a row that a killed run left goes before."""
     with path.open("a+b") as file:
         if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read())[1] != b"\n":
-            file.seek(0)
+            begin = file.seek(max(0, end - MAX_ROW_BYTES))
             content = file.read()
             start = content.rfind(b"\n") + 1
             try:
                 from_json(content[start:])
                 file.write(b"\n")
             except ValueError:
-                file.truncate(start)
+                file.truncate(begin + start)
         file.write(_jsonl_line(row))
 
 
