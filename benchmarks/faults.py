@@ -4,6 +4,8 @@
     python benchmarks/faults.py --trials 60 --seed 7   # a short one
     python benchmarks/faults.py --what damage,swap     # some kinds: damage, swap, kill, disk
 
+Ctrl-C ends it with the table of what was tried so far.
+
 A small folder is prepared, a tiny model is trained for some steps, and questions are answered. Each trial damages a
 copy of one file (a bit flipped; cut, emptied, grown, deleted, a folder in its place), exchanges files or stores of two
 volumes, kills a command at a random moment, or leaves it a random rest of a disk. Then who would use the file is asked:
@@ -32,7 +34,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -363,11 +365,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make(folder)
-        for name, (trial, share) in chosen.items():
-            for what, how in trial(
-                folder, random.Random(f"{options.seed}{name}"), round(options.trials * share / whole)
-            ):
-                table.setdefault(what, Counter())[how] += 1
+        with suppress(KeyboardInterrupt):  # what was tried so far counts
+            for name, (trial, share) in chosen.items():
+                rng, trials = random.Random(f"{options.seed}{name}"), round(options.trials * share / whole)
+                for what, how in trial(folder, rng, trials):
+                    table.setdefault(what, Counter())[how] += 1
     print(f"{'':40}" + "".join(f"{how:>10}" for how in ("tried", *OUTCOMES)))
     for what, counts in sorted(table.items()):
         print(f"{what:40}{counts.total():>10}" + "".join(f"{counts[how]:>10}" for how in OUTCOMES))

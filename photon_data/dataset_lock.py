@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hmac
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from photon_data.errors import UsageError
+from photon_data.files import LazyRows, Location
 from photon_data.json_text import from_json
 from photon_data.recipe import ALGORITHM, Recipe
-from photon_data.records import VolumeRecord
+from photon_data.records import LOCK, VolumeRecord
 
 
 def lock_of(
@@ -25,16 +28,16 @@ def lock_of(
 
     Ids, contents, settings and data sets are hashed with the salt. `questions` are {name: SHA-256 of its questions}.
     """
-    volumes = [
-        {
+
+    def volume(record: VolumeRecord) -> dict[str, Any]:
+        return {
             "id": _keyed(salt, record.id),
             "content": _keyed(salt, str(record.fingerprint)),
             "settings": _keyed(salt, str(record.key)),
             "arrays": record.arrays_sha256 or record.store_sha256,
         }
-        for record in records
-        if record.is_there
-    ]
+
+    there = sorted((record for record in records if record.is_there), key=lambda record: _keyed(salt, record.id))
     return {
         "format": 1,
         "salt": salt,
@@ -42,9 +45,24 @@ def lock_of(
         "recipe": recipe.to_json(),
         "grids": grids,
         "versions": dict(versions),
-        "volumes": sorted(volumes, key=lambda volume: str(volume["id"])),
         "questions": {_keyed(salt, name): _keyed(salt, digest) for name, digest in sorted(questions.items())},
+        "volumes": LazyRows(there, volume),
     }
+
+
+def lock_lines(lock: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the JSON of a lock, a volume a line."""
+    head = json.dumps({**lock, "volumes": []}, indent=1)
+    yield head.removesuffix("]\n}").encode()
+    for number, volume in enumerate(lock["volumes"]):
+        yield f"{',' if number else ''}\n  {json.dumps(volume)}".encode()
+    yield b"\n ]\n}\n"
+
+
+def salt_of(out: Location) -> str | None:
+    """Return the salt of the lock of a folder, None where there is none: of many volumes the file is long."""
+    found = re.search(rb'^ "salt": "([0-9a-f]{32})",$', out.read(LOCK, 1000) or b"", re.MULTILINE)
+    return None if found is None else found[1].decode()
 
 
 def _keyed(salt: str, text: str) -> str:

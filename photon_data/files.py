@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.utils import get_protocol
@@ -47,6 +48,9 @@ def refuse_unsafe(name: str, what: str) -> str:
         raise UsageError(f"expected {expected}, of at most {MAX_NAME_BYTES} bytes, found {name[:300]!r}; rename it")
     return name
 
+
+# A longer line is no row of ours: nobody should read it to find that out.
+MAX_ROW_BYTES = 1 << 26
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -114,12 +118,15 @@ class Location:
             return False
         return (self.path / name).exists() if self.is_local else bool(self.fs.exists(self.at(name)))
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file; None if there is no such file."""
+    def read(self, name: str, most: int | None = None) -> bytes | None:
+        """Return the content of a file, or its first bytes; None if there is no such file."""
         if not is_safe(name):
             return None
         try:
-            return (self.path / name).read_bytes() if self.is_local else self.fs.cat_file(self.at(name))
+            if not self.is_local:
+                return self.fs.cat_file(self.at(name), end=most)
+            with (self.path / name).open("rb", buffering=0) as file:
+                return file.read(-1 if most is None else most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -132,7 +139,7 @@ class Location:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return
         with file:
-            yield from jsonl_rows(file, may_be_cut=may_be_cut)
+            yield from jsonl_rows(_lines(file) if self.is_local else file, may_be_cut=may_be_cut)
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""
@@ -160,21 +167,31 @@ class Location:
             return None
         return found.st_size, found.st_ino, found.st_mtime_ns
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a whole file. If that fails, the file that was there before stays."""
+    def sha256(self, name: str) -> str | None:
+        """Return the SHA-256 of a file, of a local one without holding it in memory; None if there is no such file."""
+        if not self.is_local:
+            content = self.read(name)
+            return None if content is None else hashlib.sha256(content).hexdigest()
+        if not is_safe(name):
+            return None
+        try:
+            with (self.path / name).open("rb", buffering=0) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """Write a whole file; of parts, a local one takes no memory. If that fails, the file that was there stays."""
+        parts = [content] if isinstance(content, bytes) else content
         if self.is_local:
-            with write_whole(self.place(name)) as temporary:
-                temporary.write_bytes(content)
+            with write_whole(self.place(name)) as temporary, temporary.open("wb") as file:
+                file.writelines(parts)
         else:
-            self.fs.pipe_file(self.at(name), content)
+            self.fs.pipe_file(self.at(name), _joined(parts))
 
     def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Write a whole file of JSON lines, a local one without holding it in memory."""
-        if not self.is_local:
-            self.write(name, jsonl_bytes(rows))
-            return
-        with write_whole(self.place(name)) as temporary, temporary.open("wb") as file:
-            file.writelines(map(_jsonl_line, rows))
+        """Write a whole file of JSON lines, as `write` does."""
+        self.write(name, map(_jsonl_line, rows))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file that must not be there yet; return whether it was not. Stores that cannot refuse replace it."""
@@ -272,11 +289,42 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class LazyRows(Sequence[dict[str, Any]]):
+    """Rows that are made anew whenever they are looked at: those of a million scans would take two gigabytes."""
+
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], dict[str, Any]]) -> None:
+        self._items, self._make = items, make
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._make, self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._items[index]
+        return LazyRows(found, self._make) if isinstance(index, slice) else self._make(found)
+
+
 def jsonl_bytes(rows: Iterable[dict[str, Any]]) -> bytes:
     """Return rows as JSON lines, keys in their given order. What UTF-8 cannot hold (odd file names) is escaped."""
-    buffer = io.BytesIO()  # b"".join would hold all lines twice
-    buffer.writelines(map(_jsonl_line, rows))
+    return _joined(map(_jsonl_line, rows))
+
+
+def _joined(parts: Iterable[bytes]) -> bytes:
+    buffer = io.BytesIO()  # b"".join would hold all parts twice
+    buffer.writelines(parts)
     return buffer.getvalue()
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file; ValueError for one that is longer than any row."""
+    for number in count(1):
+        if len(line := file.readline(MAX_ROW_BYTES + 1)) > MAX_ROW_BYTES:
+            raise ValueError(f"expected at most {MAX_ROW_BYTES:,} bytes on line {number}, found more")
+        if not line:
+            return
+        yield line
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
@@ -290,14 +338,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the end of a file of JSON lines, there or not. Half a row that a killed run left goes before."""
     with path.open("a+b") as file:
         if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read())[1] != b"\n":
-            file.seek(0)
+            begin = file.seek(max(0, end - MAX_ROW_BYTES))
             content = file.read()
             start = content.rfind(b"\n") + 1
             try:
                 from_json(content[start:])
                 file.write(b"\n")
             except ValueError:
-                file.truncate(start)
+                file.truncate(begin + start)
         file.write(_jsonl_line(row))
 
 

@@ -67,13 +67,27 @@ def store_names(out: Location, folder: str = STORES) -> list[str]:
     return found
 
 
+# What the facts of most scans have in common, as JSON: what is packed refers to it. It is nowhere on a disk.
+_FACTS = (
+    b'{"format": "dicom", "format": "nifti", "dtype": "int16", "slope": 1.0, "intercept": -1024.0, "intercept": 0.0, '
+    b'"rescale": "header", "geometry": {"shape_zyx": [512, 512], "origin_lps": [-, "steps_lps": [[0.0, 0.0, 1.0], '
+    b'[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]], "spacing_zyx_mm": [1.0, 1.0, 1.0], "orientation_zyx": "SPL"}, "grid": {'
+    b'"shape_zyx": [, "grid_to_native_zyx": [[, 0.0, 0.0, [0.0, [0.0, 0.0, 0.0, 1.0]], "native_to_grid_zyx": [[, '
+    b'[0.0, 0.0, 0.0, 1.0]], "cut_mm": {"x": [0.0, 0.0], "y": [0.0, 0.0], "z": [0.0, 0.0]}, "pad_mm": {"x": [0.0, '
+    b'0.0], "y": [0.0, 0.0], "z": [0.0, 0.0]}, "padding_voxels": 0, "hu_before": {"min": -1024.0, "max": 3071.0, '
+    b'"mean": -, "p01": -1024.0, "p50": -, "p99": 1000.0, "non_finite": 0, "histogram": [0, 0, 0, 0, ]}, "hu_after": '
+    b'{"min": -1000.0, "max": 1000.0, "mean": -, "p01": -1000.0, "p50": -1000.0, "p99": , "non_finite": 0}}'
+)
+
+
 class Facts(Mapping[str, Any]):
     """What was measured of one scan, read only: 0.7 kB, where the dicts of 50,000 scans would take half a gigabyte."""
 
     __slots__ = ("_packed",)
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        self._packed = zlib.compress(json.dumps(dict(facts)).encode(), 1)
+        pack = zlib.compressobj(1, zdict=_FACTS)
+        self._packed = pack.compress(json.dumps(dict(facts)).encode()) + pack.flush()
 
     @property
     def packed(self) -> bytes:
@@ -95,7 +109,7 @@ class Facts(Mapping[str, Any]):
 
 @lru_cache(8)  # one scan's facts are looked at together
 def _unpacked(packed: bytes) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(zlib.decompress(packed))
+    facts: dict[str, Any] = json.loads(zlib.decompressobj(zdict=_FACTS).decompress(packed))
     return facts
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
 from photon_data.hounsfield import BELOW_AIR_HU, FAR_BELOW_AIR_HU
@@ -72,11 +72,9 @@ def ends_mm(facts: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
 
 def duplicates(records: Iterable[VolumeRecord]) -> list[list[VolumeRecord]]:
     """Return the groups, larger ones first, of two or more records whose files have the very same content."""
-    groups = defaultdict(list)
-    for record in records:
-        if record.fingerprint:
-            groups[record.fingerprint].append(record)
-    return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: (-len(group), group[0].id))
+    by_content = sorted((r for r in records if r.fingerprint), key=lambda record: str(record.fingerprint))
+    groups = (list(group) for _, group in groupby(by_content, lambda record: record.fingerprint))
+    return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group[0].id))
 
 
 def _on_values(facts: Mapping[str, Any], *, in_hu: bool) -> list[str]:

@@ -59,12 +59,18 @@ def refuse_namesakes(
     The folders of `together`, those of declared data sets, are looked through together: which of two scans of one id is
     meant is known then.
     """
-    owners = {record.id.casefold(): record for record in records}
-    ids = {os.path.join(r.root, r.source): r.id for r in records if r.root and r.is_there}  # noqa: PTH118 - not a file
+    known = {record.id: record for record in records if record.is_there}
+    # Most have the id and the place of their row. The others alone are looked up, which takes memory.
+    sources = [source for source in sources if not _is_at(known.get(source.id), source)]
+    folded, places = (
+        {source.id.casefold() for source in sources},
+        {_path(source.root, source.path) for source in sources},
+    )
+    owners = {id_: record for record in records if (id_ := record.id.casefold()) in folded}
+    ids = {place: r.id for r in known.values() if r.root and (place := _path(r.root, r.source)) in places}
     found = []
     for source in sources:
-        owner = owners.get(source.id.casefold())
-        place = os.path.join(source.root, source.path)  # noqa: PTH118
+        owner, place = owners.get(source.id.casefold()), _path(source.root, source.path)
         if owner is not None and owner.root not in together and not _is_same_scan(source, owner, overwrite):
             found.append(f"{source.id} is {_place(owner.hidden, owner.source, owner.root)}, not {_place_of(source)}")
         elif ids.get(place, source.id) != source.id:
@@ -76,6 +82,10 @@ def refuse_namesakes(
         raise UsageError(f"expected ids that nobody has in {out.url}, found {len(found)}: {first_few(found)}; {remedy}")
 
 
+def _path(root: str, path: str) -> str:
+    return os.path.join(root, path)  # noqa: PTH118 - not a file
+
+
 def _place(hidden: bool, path: str, root: str | None) -> str:
     return "a scan of another source" if hidden else f"{path} of {root or 'a source that is not recorded'}"
 
@@ -84,11 +94,15 @@ def _place_of(source: Source) -> str:
     return "this one" if source.hidden else f"{source.path} of {source.root}"
 
 
+def _is_at(owner: VolumeRecord | None, source: Source) -> bool:
+    return owner is not None and (owner.root, owner.source) == (source.root, source.path)
+
+
 def _is_same_scan(source: Source, owner: VolumeRecord, overwrite: bool) -> bool:
     """Tell whether a record is of this scan: at its place, its successor there, or the same content moved."""
     if owner.root is None and overwrite:
         return True
-    if (owner.root, owner.source) == (source.root, source.path):
+    if _is_at(owner, source):
         return True
     if owner.root == source.root:
         return not Path(owner.root, owner.source.partition("#")[0]).exists()

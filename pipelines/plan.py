@@ -262,7 +262,9 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
     out, recipe, records = request.out, request.recipe, read_again(request.out, rows).records
     jobs, left_out = without_withdrawn(jobs, records)
     together = {str(folder) for entry in request.datasets for folder in entry.folders}
-    strays = set(store_names(out)) - {record.store for record in records}
+    known = {record.store for record in records}
+    strays = {place for place in store_names(out) if place not in known}
+    del known
     refuse_namesakes([job.source for job in jobs], records, out, strays, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
     jobs = placed(jobs, before, strays)

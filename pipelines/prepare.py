@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from photon_data.dataset_lock import differences, lock_of
+from photon_data.dataset_lock import differences, lock_lines, lock_of, salt_of
 from photon_data.errors import UsageError
 from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
@@ -129,18 +129,17 @@ def finish(
 ) -> Result:
     """Write all that is made from records and questions: manifests, dataset.json, report, counts."""
     out, rows = request.out, by_id([*records, *kept])
-    rows_before = row_ids(out)
     hidden = any(record.hidden for record in rows)
     versions = _versions()
     report = _write_report(request, rows, versions, hidden=hidden)
-    manifests, leak = _write_manifests(request, questions, unmatched, rows)
+    manifests, left, leak = _write_manifests(request, questions, unmatched, rows)
     counts = count(row for split in manifests.rows.values() for row in split)
     _write_json(out, COUNTS, [asdict(found) for found in counts])
-    lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, _salt(request))
-    _write_json(out, LOCK, lock)
+    salt = request.lock["salt"] if request.lock else salt_of(out) or secrets.token_hex(16)
+    lock = lock_of(rows, content_digests(questions), request.recipe, grids_of(request), versions, salt)
+    out.write(LOCK, lock_lines(lock))
     _write_dataset(request, records, kept, digests_of_all(out), hidden=hidden, report=report)
     found = list(differences(request.lock, lock, rows)) if request.lock else []
-    left = sorted(rows_before - {row["id"] for split in manifests.rows.values() for row in split})
     return Result(records, kept, manifests, counts, found, left, leak, damaged=())
 
 
@@ -181,14 +180,6 @@ def _report_before(out: Location) -> dict[str, str]:
         return dict(from_json(out.read(DATASET) or b"")["report"])
     except (ValueError, KeyError, TypeError):
         return {}
-
-
-def _salt(request: Request) -> str:
-    """Return the salt of the folder's lock: that of the lock to compare with, else its own, else a new one."""
-    try:
-        return str((request.lock or from_json(request.out.read(LOCK) or b""))["salt"])
-    except (ValueError, KeyError, TypeError):
-        return secrets.token_hex(16)
 
 
 def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
@@ -253,7 +244,7 @@ def _write_dataset(
     """
     files = None
     if manifests is not None:  # else they are those of the run before
-        files = {name: hashlib.sha256(request.out.read(name) or b"").hexdigest() for name in (REPORT, COUNTS, LOCK)}
+        files = {name: request.out.sha256(name) for name in (REPORT, COUNTS, LOCK)}
     dataset = {
         "format": 1,
         "source": None if hidden or not request.source.name else str(request.source),
@@ -366,8 +357,8 @@ def _write_manifests(
     questions: Mapping[str, Sequence[Question]],
     unmatched: Sequence[Unmatched],
     rows: list[VolumeRecord],
-) -> tuple[Manifests, str | None]:
-    """Write the manifests and return them, and what leaks between splits, if that is not allowed.
+) -> tuple[Manifests, list[str], str | None]:
+    """Write the manifests; return them, ids of rows that are no more, and what leaks between splits, unless allowed.
 
     Splits that leak in their content get no manifests, and old ones go: nobody trains on them by mistake.
     """
@@ -378,11 +369,14 @@ def _write_manifests(
     manifests = build(everything, rows, out=out, instruction=instruction, paths=paths, by_id=True)
     manifests = manifests._replace(unmatched=sorted([*manifests.unmatched, *unmatched]))
     leak = None
-    if not request.allow_leaks:
+    if not request.allow_leaks and len(manifests.rows) > 1:
         try:
             fingerprints = {record.id: record.fingerprint for record in rows}
             refuse_leaks(leaks((row for split in manifests.rows.values() for row in split), fingerprints))
         except UsageError as error:
             leak, manifests = str(error), manifests._replace(rows={})
+    ids = {row["id"] for split in manifests.rows.values() for row in split}
+    left = sorted({id_ for id_ in row_ids(request.out) if id_ not in ids})
+    del ids
     write(manifests, out)
-    return manifests, leak
+    return manifests, left, leak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -71,21 +70,20 @@ def verify_output(
         records_of(out)  # says so
     dataset = yield from _verify_dataset(out, unchecked)
     records = yield from _verify_rows(out, dataset, unchecked)
-    there = [record for record in records or () if record.is_there]
-    found = yield from _names(out, STORES)
-    known: dict[str, VolumeRecord | None] = {record.place: record for record in there}
-    strangers = [place for place in found if place not in known]
+    known: dict[str, VolumeRecord | None] = {record.place: record for record in records or () if record.is_there}
+    strangers = [place for place in (yield from _names(out, STORES)) if place not in known]
     if records is None:  # nothing says which stores belong here: each is checked by what it says itself
         known, strangers = dict.fromkeys(name for name in strangers if name.endswith(SUFFIX)), []
-    total, jobs = len(known), [StoreJob(out.at(""), name, record) for name, record in known.items()]
-    for number, problems in enumerate(_check_stores(out, jobs, workers), 1):
+    jobs = (StoreJob(out.at(""), name, record) for name, record in known.items())
+    for number, problems in enumerate(_check_stores(out, jobs, len(known), workers), 1):
         yield from problems
-        progress(number, total)
+        progress(number, len(known))
     yield from (f"{name}: {NO_ROW}" for name in strangers)
     if records is not None:
         yield from _verify_masks(out, records)
     elif (yield from _names(out, MASK_STORES)):
         unchecked(f"{MASK_STORES} (which belong to the volumes that there should be)")
+    del records, known, jobs  # manifests take as much
     yield from _verify_inspected(out)
     yield from _verify_manifests(out, dataset)
     parts = {STORES, VOLUMES, DATASET, MANIFESTS, QUESTIONS, INSPECTED, RUN_LOCK, LOCK, MASK_STORES, MASK_ROWS}
@@ -119,13 +117,13 @@ def _verify_dataset(out: Location, unchecked: Callable[[str], object]) -> Genera
 def _compare(out: Location, name: str, digest: str | None) -> Iterator[str]:
     """Yield what is wrong with a file that dataset.json records, or should."""
     try:
-        content = out.read(name)
+        found = out.sha256(name)
     except OSError as error:
         yield f"{name}: cannot be read ({error.strerror or error})"
         return
-    if content is None:
+    if found is None:
         yield f"{name}: missing"
-    elif hashlib.sha256(content).hexdigest() != digest:
+    elif found != digest:
         yield f"{name}: differs from what {DATASET} records"
 
 
@@ -164,14 +162,13 @@ def _digests(
     return damaged, without, number
 
 
-def _check_stores(out: Location, jobs: list[StoreJob], workers: Workers | None) -> Iterator[list[str]]:
+def _check_stores(out: Location, jobs: Iterable[StoreJob], count: int, workers: Workers | None) -> Iterator[list[str]]:
     """Yield what is wrong with each of the stores."""
-    if workers is None or not pays(workers, len(jobs)):
+    if workers is None or not pays(workers, count):
         yield from (check_store(job.to_json())["problems"] for job in jobs)
         return
-    jobs.reverse()
     task = partial(child.run_isolated, module=__name__)
-    with closing(execute(jobs, task, workers, needs_of(out, VOLUMES))) as finished:
+    with closing(execute([*jobs][::-1], task, workers, needs_of(out, VOLUMES))) as finished:
         for job, reply in finished:
             yield reply["problems"] if DIED not in reply else [f"{job.name}: could not be checked: {reply[DIED][1]}"]
 

@@ -35,7 +35,9 @@ from photon_data.questions.table import read_table
 from photon_data.readers.dicom_header import read_planes
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
-from photon_data.records import store_name
+from photon_data.records import read_records, store_name
+from photon_data.store import open_volume, read_metadata
+from photon_pipelines.verify import verify_output
 
 SMALL = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 GOOD = ["a", "volumes/a.ome.zarr", "a..b", "é" * 127, "Müller 3", "-a", ".a", "con"]
@@ -275,6 +277,22 @@ def test_odd_json_lines_are_problems_of_their_line(tmp_path, line, expected):
     (tmp_path / "a.jsonl").write_text(f'{{"a": 1}}\n{line}\n')
     (problem,) = read_table(tmp_path / "a.jsonl").problems
     assert problem.place == "line 2" and expected in problem.text
+
+
+def test_a_row_and_metadata_without_an_end_are_refused_before_they_are_read(tmp_path, peak):
+    (tmp_path / "volumes").mkdir()
+    for name in ("volumes.jsonl", "volumes/a.ome.zarr/zarr.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 36)  # of holes
+    out = Location(str(tmp_path))
+    with pytest.raises(UsageError, match="expected at most 67,108,864 bytes on line 1, found more"):
+        read_records(out)
+    assert read_metadata(out, "volumes/a.ome.zarr") is None
+    with pytest.raises(UsageError, match="expected a store of photon-data"):
+        open_volume(tmp_path / "volumes" / "a.ome.zarr")
+    assert any("volumes.jsonl" in problem for problem in verify_output(out))
+    assert peak() < 300e6
 
 
 EVIL = "a\x1b]0;title\x07\x1b[31m\x9b2J\u202e\r"

@@ -1,5 +1,6 @@
 """volumes.jsonl grows by a row as each scan ends: whatever a kill leaves of it is read, and it is small in memory."""
 
+import gc
 import json
 import pickle
 import random
@@ -8,9 +9,15 @@ from dataclasses import replace
 
 import pytest
 
+from photon_data import report
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord, append_record, read_records, write_records
+from photon_data.volume import Geometry
+from photon_pipelines.prepare import finish
+from photon_pipelines.request import Request
+from photon_pipelines.verify import verify_output
 
 
 def record(id, state="prepared", hidden=False):
@@ -51,14 +58,21 @@ def test_a_journal_with_a_row_that_is_damaged_in_its_middle_is_refused(tmp_path)
         read_records(out)
 
 
-def test_a_record_takes_under_two_kilobytes_and_says_what_it_was_made_from():
-    rng = random.Random(0)
-    grid = {"shape_zyx": [512, 512, 350], "steps_lps": [[rng.random() for _ in range(3)] for _ in range(3)]}
+def measured(rng, number=0):
+    """Return the row of a scan with as much measured as a real one has."""
+    spacing, origin = ([rng.uniform(0.5, 2) for _ in range(3)] for _ in range(2))
+    grid = Geometry.axis_aligned((350, 512, 512), spacing, origin).to_json()
     facts = dict.fromkeys(("geometry", "grid"), grid) | {"hu_before": {"histogram": rng.choices(range(9999), k=64)}}
     hashes = ("key", "fingerprint", "store_sha256", "arrays_sha256", "model_sha256")
     digests = {name: f"{rng.getrandbits(256):064x}" for name in hashes}
-    more = {"facts": facts, "root": "/data/raw", "store": "volumes/a__b.ome.zarr", **digests}
-    row = json.dumps(VolumeRecord("a__b", "a/b.nii.gz", "prepared", 1, 2**60, **more).row())
+    more = {"facts": facts, "root": "/data/raw", **digests}
+    name = f"a__b{number:05d}"
+    more |= {"store": f"volumes/{name}.ome.zarr"}
+    return VolumeRecord(name, f"a/b{number:05d}.nii.gz", "prepared", 1, 2**60, **more).row()
+
+
+def test_a_record_takes_under_two_kilobytes_and_says_what_it_was_made_from():
+    row = json.dumps(measured(random.Random(0)))
     tracemalloc.start()
     records = [VolumeRecord.from_json(json.loads(row)) for _ in range(500)]
     taken, _ = tracemalloc.get_traced_memory()
@@ -66,3 +80,28 @@ def test_a_record_takes_under_two_kilobytes_and_says_what_it_was_made_from():
     assert taken / len(records) < 2000
     assert records[0].row() == json.loads(row)
     assert pickle.loads(pickle.dumps(records[0])) == records[0]  # noqa: S301 - as Dask does
+
+
+@pytest.mark.slow
+def test_a_scan_takes_under_two_kilobytes_also_at_the_end_of_a_run_and_while_it_is_verified(tmp_path, monkeypatch):
+    """From 40 to 140 scans; lists of the page end at some number of them, here soon. A run of one is before."""
+    monkeypatch.setattr(report, "MOST_VOLUME_LINES", 10)
+    out = Location(str(tmp_path / "out"))
+
+    def end(count):
+        rng = random.Random(count)
+        records = [VolumeRecord.from_json(measured(rng, number)) for number in range(count)]
+        write_records(out, records)
+        finish(Request(tmp_path, out, Recipe(), pictures=0), records, [], {})
+
+    uses = {"first run": end, "second run": end, "verify": lambda _: sum(1 for _ in verify_output(out))}
+    peaks = dict[str, list[int]]()
+    for count in (1, 40, 140):
+        for name, use in uses.items():
+            gc.collect()
+            tracemalloc.start()
+            use(count)
+            peaks.setdefault(name, []).append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    per_scan = {name: (most - few) / 100 for name, (_, few, most) in peaks.items()}
+    assert max(per_scan.values()) < 2000, per_scan

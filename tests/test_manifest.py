@@ -276,7 +276,7 @@ def test_what_is_written_is_read_back_and_sound(tmp_path):
     assert sorted(files(tmp_path)) == ["test.jsonl", "train.jsonl"]
     for split, expected in made.rows.items():
         path = tmp_path / "manifests" / f"{split}.jsonl"
-        assert read_values(path) == expected
+        assert read_values(path) == list(expected)
         assert manifest.validate(path) == []
         assert path.read_bytes().count(b"\n") == len(expected)
 
@@ -308,7 +308,7 @@ def test_rows_that_are_not_sound_are_not_written(tmp_path):
 
 def spoilt(**changes):
     """Return the rows of the train manifest, the second one changed."""
-    changed = copy.deepcopy(build().rows["train"])
+    changed = copy.deepcopy(list(build().rows["train"]))
     for name, value in changes.items():
         if value is None:
             del changed[1][name]

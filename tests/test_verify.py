@@ -125,14 +125,14 @@ def test_what_cannot_be_read_is_named_and_what_follows_is_checked(out, harm, nam
 
 
 def test_an_error_of_the_disk_costs_one_file(out, monkeypatch):
-    read = Path.read_bytes
+    open_ = Path.open
 
-    def failing(path):
+    def failing(path, *more, **options):
         if path.match("s1.ome.zarr/0/c/0/0/0"):
             raise OSError(5, "Input/output error")
-        return read(path)
+        return open_(path, *more, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr(Path, "open", failing)
     assert problems(out) == ["volumes/s1.ome.zarr/0/c/0/0/0: cannot be read (Input/output error)"]
 
 

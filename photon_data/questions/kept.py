@@ -55,7 +55,7 @@ def digests_of_all(out: Location) -> dict[str, str]:
 
 def question_digests(out: Location) -> dict[str, str]:
     """Return {data set: SHA-256 of the file of its questions}."""
-    return {name: hashlib.sha256(out.read(file_of(name)) or b"").hexdigest() for name in _names(out)}
+    return {name: str(out.sha256(file_of(name))) for name in _names(out)}
 
 
 def content_digests(questions: Mapping[str, Sequence[Question]]) -> dict[str, str]:
@@ -67,9 +67,9 @@ def content_digests(questions: Mapping[str, Sequence[Question]]) -> dict[str, st
     return found
 
 
-def row_ids(out: Location) -> set[str]:
-    """Return the ids of the rows of all manifests that can be read."""
-    return {str(row.get("id")) for row in _rows(out)}
+def row_ids(out: Location) -> Iterator[str]:
+    """Yield the ids of the rows of all manifests that can be read."""
+    return (str(row.get("id")) for row in _rows(out))
 
 
 def _names(out: Location) -> list[str]:

@@ -11,19 +11,18 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, is_safe, jsonl_bytes
-from photon_data.json_text import from_json
+from photon_data.files import LazyRows, Location, is_safe
 from photon_data.questions.question import Question
 from photon_data.questions.splits import ALL, check_split_names
-from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, as_json, read_table, refuse
+from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, as_json, read_lines, read_table, refuse
 from photon_data.records import VolumeRecord
 
 FOLDER, SUFFIX = "manifests", ".jsonl"
@@ -55,7 +54,7 @@ class Unmatched(NamedTuple):
 class Manifests(NamedTuple):
     """What `build` returns."""
 
-    rows: dict[str, list[dict[str, Any]]]  # by split, sorted by volume id, then question id; every split has rows
+    rows: Mapping[str, Sequence[dict[str, Any]]]  # by split, sorted by volume and question id; every split has rows
     unmatched: list[Unmatched]  # by question id
     without_questions: list[str]  # ids of prepared volumes that no question is about, sorted
 
@@ -79,35 +78,42 @@ def build(
     the name of `out`). UsageError for questions without a split (`splits.assign_splits` gives them one) or with a split
     that cannot name a file.
     """
-    records, place = sorted(records, key=lambda record: record.id), Location(str(out))
+    place, known = Location(str(out)), {record.id: record for record in sorted(records, key=lambda record: record.id)}
     at = place.at if paths == "absolute" else str
-    videos = {record.id: at(str(record.store)) for record in records if record.is_there}
-    patients = {record.id: record.patient for record in records}
-    reasons = {record.id: f"{record.state}: {record.reason}" for record in records if not record.is_there}
+    dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
+    extra_names, mixed = list[str](), set[str]()
+
+    def row(q: Question, volume_id: str) -> dict[str, Any]:
+        record = known[volume_id]
+        q = q if q.patient or not record.patient else replace(q, patient=record.patient)
+        return _row(q, volume_id, at(str(record.store)), q.dataset or dataset, extra_names, mixed)
+
     if questions is None:
-        questions = [Question(name, name, instruction, split=ALL) for name in videos]
+        there = [record.id for record in known.values() if record.is_there]
+        of_volume = LazyRows(there, lambda id_: row(Question(id_, id_, instruction, split=ALL), id_))
+        return Manifests({ALL: of_volume} if there else {}, [], [])
     if without := [q.id for q in questions if not q.split]:
         found = f"{len(without)} without, {without[0]!r} first"
         raise UsageError(f"expected a split for every question, found {found}; assign splits first")
     check_split_names({str(q.split) for q in questions})
-    ids = {record.id for record in records}
-    find = _by_id(ids) if by_id else by_name((record.id, record.source) for record in records)
+    find = _by_id(known) if by_id else by_name((record.id, record.source) for record in known.values())
     matched, unmatched = [], []
     for q in questions:
         volume_id, reason, _ = find(q.volume)
-        if volume_id in videos:
-            matched.append((q, volume_id))
+        record = known.get(volume_id or "")
+        if record is not None and record.is_there:
+            matched.append((q, record.id))
         else:
-            unmatched.append(Unmatched(q.id, q.volume, reason or reasons[str(volume_id)]))
-    dataset = dataset or place.at("").rstrip("/").rpartition("/")[2]
+            why = reason if record is None else f"{record.state}: {record.reason}"
+            unmatched.append(Unmatched(q.id, q.volume, why))
     extra_names = sorted({name for q, _ in matched for name in q.extra} - set(EXTRA_COLUMNS))
     mixed = {name for name in extra_names if _is_mixed(_as_text(q.extra.get(name)) for q, _ in matched)}
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    asked = defaultdict[str, list[tuple[Question, str]]](list)
     for q, volume_id in sorted(matched, key=lambda pair: (pair[1], pair[0].id)):
-        q = q if q.patient or not patients[volume_id] else replace(q, patient=patients[volume_id])
-        rows[str(q.split)].append(_row(q, volume_id, videos[volume_id], q.dataset or dataset, extra_names, mixed))
-    without_questions = videos.keys() - {volume_id for _, volume_id in matched}
-    return Manifests(dict(sorted(rows.items())), sorted(unmatched), sorted(without_questions))
+        asked[str(q.split)].append((q, volume_id))
+    rows = {split: LazyRows(pairs, lambda pair: row(*pair)) for split, pairs in sorted(asked.items())}
+    others = known.keys() - {volume_id for _, volume_id in matched}
+    return Manifests(rows, sorted(unmatched), sorted(id_ for id_ in others if known[id_].is_there))
 
 
 class Match(NamedTuple):
@@ -160,7 +166,7 @@ def by_name(volumes: Iterable[tuple[str, str]]) -> Callable[[str], Match]:
     return find
 
 
-def _by_id(ids: Collection[str]) -> Callable[[str], Match]:
+def _by_id(ids: Container[str]) -> Callable[[str], Match]:
     return lambda name: Match(name) if name in ids else Match(None, "no such volume")
 
 
@@ -231,8 +237,8 @@ def write(manifests: Manifests, out: Path | str) -> list[str]:
         if problems := validate(rows, root=place.url, check_stores=False):
             refuse(name, problems)
     for name, rows in named.items():
-        place.write(name, jsonl_bytes(rows))
-    old = [name for name in manifest_names(place) if name not in named and _is_manifest(place.read(name) or b"")]
+        place.write_rows(name, rows)
+    old = [name for name in manifest_names(place) if name not in named and _is_manifest(place, name)]
     for name in old:
         place.remove(name)
     return old
@@ -254,10 +260,10 @@ def refuse_unsound(source: Path | str, questions: Iterable[Question]) -> None:
         refuse(source, problems)
 
 
-def _is_manifest(content: bytes) -> bool:
+def _is_manifest(out: Location, name: str) -> bool:
     """Tell whether the first line of a JSON-lines file is a row as `build` makes it."""
     try:
-        row = from_json(content.partition(b"\n")[0])
+        row = next(out.rows(name), None)
     except ValueError:
         return False
     return isinstance(row, dict) and {"messages", "videos", "volume_id"} <= row.keys()
@@ -271,7 +277,7 @@ def manifest_names(out: Location) -> list[str]:
 
 def digests(out: Location) -> dict[str, str]:
     """Return {name: SHA-256} of the manifests that are there."""
-    return {name: hashlib.sha256(out.read(name) or b"").hexdigest() for name in manifest_names(out)}
+    return {name: str(out.sha256(name)) for name in manifest_names(out)}
 
 
 def validate(
@@ -283,14 +289,23 @@ def validate(
     `check_stores=False` accepts stores of another machine. UsageError for a file that cannot be read.
     """
     problems: list[Problem] = []
-    if isinstance(manifest, Path):
-        _, rows, problems = read_table(manifest)
+    rows: Iterable[TableRow | Problem]
+    if not isinstance(manifest, Path):
+        rows = (TableRow(f"line {number}", dict(row)) for number, row in enumerate(manifest, 1))
+    elif manifest.suffix == SUFFIX:
+        rows = read_lines(manifest)
     else:
-        rows = [TableRow(f"line {number}", dict(row)) for number, row in enumerate(manifest, 1)]
+        _, rows, problems = read_table(manifest)
     first_places: dict[str, str] = {}
-    problem_of = cache(lambda video: _problem_of_video(video, None if root is None else str(root), check_stores))
-    types = _types(rows[0].values) if rows else {}
-    for place, row in rows:
+    folder = None if root is None else str(root)
+    problem_of = lru_cache(1024)(lambda video: _problem_of_video(video, folder, check_stores))
+    types: Any = None  # those of the first row
+    for one in rows:
+        if isinstance(one, Problem):
+            problems.append(one)
+            continue
+        place, row = one
+        types = _types(row) if types is None else types
         found = [*_compare_types(_types(row), types)] or [*_check_columns(row)]
         if not found:
             found += _check_messages(row)

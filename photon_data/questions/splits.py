@@ -95,19 +95,22 @@ def leaks(
     "source_id". What a row lacks is not compared.
     """
     kinds = ("patient", "source", "volume", "content")
-    found: dict[tuple[int, str], tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
+    # Of each kind {key: (split, volume)}; sets of both where a key has several, since most have one.
+    found: list[dict[str, tuple[Any, Any]]] = [{} for _ in kinds]
     for row in rows:
-        volume = row["volume_id"]
+        own = row["split"], row["volume_id"]
         source = row.get("extra", {}).get("source_id")
-        for kind, key in enumerate((row["patient"], source, volume, fingerprints.get(volume))):
-            if key:
-                splits, volumes = found[kind, key]
-                splits.add(row["split"])
-                volumes.add(volume)
+        for places, key in zip(found, (row["patient"], source, own[1], fingerprints.get(own[1])), strict=True):
+            if key and (earlier := places.setdefault(key, own)) != own:
+                splits, volumes = earlier if type(earlier[0]) is set else ({earlier[0]}, {earlier[1]})
+                splits.add(own[0])
+                volumes.add(own[1])
+                places[key] = splits, volumes
     return [
-        Leak(kinds[kind], key, tuple(sorted(splits)), tuple(sorted(volumes)))
-        for (kind, key), (splits, volumes) in sorted(found.items(), key=lambda item: item[0])
-        if len(splits) > 1 and (kinds[kind] != "content" or len(volumes) > 1)
+        Leak(kind, key, tuple(sorted(splits)), tuple(sorted(volumes)))
+        for kind, places in zip(kinds, found, strict=True)
+        for key, (splits, volumes) in sorted(places.items(), key=lambda item: item[0])
+        if type(splits) is set and len(splits) > 1 and (kind != "content" or len(volumes) > 1)
     ]
 
 
@@ -147,35 +150,46 @@ class Count:
 
 def count(rows: Iterable[Mapping[str, Any]]) -> list[Count]:
     """Return a Count per data set, task and split of manifest rows, sorted."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups = defaultdict[tuple[str, str, str], _Tally](_Tally)
     for row in rows:
-        groups[row["channel"].partition("/")[0], row["task"], row["split"]].append(row)
-    return [_count(*key, groups[key]) for key in sorted(groups)]
+        groups[row["channel"].partition("/")[0], row["task"], row["split"]].add(row)
+    return [groups[key].counted(*key) for key in sorted(groups)]
 
 
-def _count(dataset: str, task: str, split: str, rows: Sequence[Mapping[str, Any]]) -> Count:
-    per_volume = sorted(Counter(row["volume_id"] for row in rows).values())
-    by_subtask: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
+class _Tally:
+    """The rows of one task of one data set in one split, as far as a Count tells of them."""
+
+    def __init__(self) -> None:
+        self.volumes, self.patients = Counter[str](), set[str]()
+        self.by_subtask = defaultdict[str, Counter[str]](Counter)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row."""
+        self.volumes[row["volume_id"]] += 1
+        if row["patient"]:
+            self.patients.add(row["patient"])
         if row["answer"]:
-            by_subtask[row.get("extra", {}).get("subtask", "")][row["answer"]] += 1
-    subtasks = list(by_subtask.values())
-    answers = sum(subtasks, Counter[str]())
-    # Of equally frequent answers the first in the alphabet, so that the report does not depend on the order of rows.
-    ranked = sorted(answers.items(), key=lambda item: (-item[1], item[0]))
-    best = ranked[0][0] if ranked else None
-    return Count(
-        dataset=dataset,
-        task=task,
-        split=split,
-        questions=len(rows),
-        volumes=len(per_volume),
-        patients=len({row["patient"] for row in rows if row["patient"]}),
-        per_volume=(per_volume[0], median(per_volume), per_volume[-1]),
-        answers=dict(ranked[:5]),
-        distinct_answers=len(answers),
-        constant_answer=best,
-        constant_accuracy=None if best is None else round(answers[best] / answers.total(), 4),
-        constant_macro=None if best is None else round(mean(c[best] / c.total() for c in subtasks), 4),
-        majority_macro=None if best is None else round(mean(max(c.values()) / c.total() for c in subtasks), 4),
-    )
+            self.by_subtask[row.get("extra", {}).get("subtask", "")][row["answer"]] += 1
+
+    def counted(self, dataset: str, task: str, split: str) -> Count:
+        """Return the Count of all rows."""
+        per_volume, subtasks = sorted(self.volumes.values()), list(self.by_subtask.values())
+        answers = sum(subtasks, Counter[str]())
+        # Of equally frequent answers the first in the alphabet: the report does not depend on the order of rows.
+        ranked = sorted(answers.items(), key=lambda item: (-item[1], item[0]))
+        best = ranked[0][0] if ranked else None
+        return Count(
+            dataset=dataset,
+            task=task,
+            split=split,
+            questions=sum(per_volume),
+            volumes=len(per_volume),
+            patients=len(self.patients),
+            per_volume=(per_volume[0], median(per_volume), per_volume[-1]),
+            answers=dict(ranked[:5]),
+            distinct_answers=len(answers),
+            constant_answer=best,
+            constant_accuracy=None if best is None else round(answers[best] / answers.total(), 4),
+            constant_macro=None if best is None else round(mean(c[best] / c.total() for c in subtasks), 4),
+            majority_macro=None if best is None else round(mean(max(c.values()) / c.total() for c in subtasks), 4),
+        )

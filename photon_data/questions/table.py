@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -95,8 +96,21 @@ def read_table(path: Path) -> Table:
             f"{path}: expected each column name once, found {', '.join(twice)} more than once; rename them"
         )
     if not table.rows and not table.problems:
-        raise UsageError(f"{path}: expected rows, found none; is this the right file?")
+        raise _no_rows(path)
     return table
+
+
+def read_lines(path: Path) -> Iterator[TableRow | Problem]:
+    """Yield what `read_table` finds in a .jsonl file, a row at a time: all together take twice as much memory."""
+    found = None
+    for found in _json_lines(read_text(path, (".jsonl",))):
+        yield found
+    if found is None:
+        raise _no_rows(path)
+
+
+def _no_rows(path: Path) -> UsageError:
+    return UsageError(f"{path}: expected rows, found none; is this the right file?")
 
 
 def read_text(path: Path, suffixes: Collection[str], most: int = MAX_BYTES) -> str:
@@ -106,7 +120,10 @@ def read_text(path: Path, suffixes: Collection[str], most: int = MAX_BYTES) -> s
         raise UsageError(f"{path}: expected {', '.join(suffixes)}, found {found}; save the table as one of these")
     try:
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            buffer = io.BytesIO()  # file.read(most) would ask for that much memory at once
+            while buffer.tell() <= most and (part := file.read(1 << 20)):
+                buffer.write(part)
+        data = buffer.getvalue()
         if len(data) > most:
             raise UsageError(f"{path}: expected at most {most:,} bytes, found more; is this the right file?")
         return data.decode("utf-8-sig")
@@ -201,16 +218,15 @@ def _split(text: str, delimiter: str, lines_before: int) -> Table:
             table.problems.append(Problem(place, "ragged row", f"expected {len(columns)} cells, found {found}"))
 
 
-def _read_json_lines(text: str) -> Table:
-    problems, values = [], []
+def _json_lines(text: str) -> Iterator[TableRow | Problem]:
+    """Yield the row of each line that is not empty, or what is wrong with it."""
     for number, line in enumerate(_lines(text), 1):
         if line.strip():
             try:
-                values.append((f"line {number}", from_json(line, strict=True)))
+                yield _object(f"line {number}", from_json(line, strict=True))
             except ValueError as error:
                 found = f"{line[:60]!r} ({error})"
-                problems.append(Problem(f"line {number}", "not JSON", f"expected one JSON object, found {found}"))
-    return _json_table(values, problems)
+                yield Problem(f"line {number}", "not JSON", f"expected one JSON object, found {found}")
 
 
 def _read_json_list(text: str) -> Table:
@@ -220,16 +236,19 @@ def _read_json_list(text: str) -> Table:
         return Table([], [], [Problem("file", "not JSON", f"expected one JSON list, found: {error}")])
     if not isinstance(values, list):
         return Table([], [], [Problem("file", "not a list", f"expected one JSON list, found {_type(values)}")])
-    return _json_table([(f"item {number}", value) for number, value in enumerate(values, 1)], [])
+    return _json_table(_object(f"item {number}", value) for number, value in enumerate(values, 1))
 
 
-def _json_table(values: Iterable[tuple[str, Any]], problems: list[Problem]) -> Table:
-    rows = []
-    for place, value in values:
-        if isinstance(value, dict):
-            rows.append(TableRow(place, value))
-        else:
-            problems.append(Problem(place, "not an object", f"expected one JSON object, found {_type(value)}"))
+def _object(place: str, value: Any) -> TableRow | Problem:
+    if isinstance(value, dict):
+        return TableRow(place, value)
+    return Problem(place, "not an object", f"expected one JSON object, found {_type(value)}")
+
+
+def _json_table(found: Iterable[TableRow | Problem]) -> Table:
+    rows, problems = list[TableRow](), list[Problem]()
+    for one in found:
+        rows.append(one) if isinstance(one, TableRow) else problems.append(one)
     return Table(list(dict.fromkeys(name for row in rows for name in row.values)), rows, problems)
 
 
@@ -331,6 +350,6 @@ def as_json(value: Any) -> Any:
 _READERS: dict[str, Callable[[str], Table]] = {
     ".csv": lambda text: _read_delimited(text, ","),
     ".tsv": lambda text: _read_delimited(text, "\t"),
-    ".jsonl": _read_json_lines,
+    ".jsonl": lambda text: _json_table(_json_lines(text)),
     ".json": _read_json_list,
 }

@@ -58,7 +58,7 @@ def render_report(
     volumes, measures = _ranked(records)
     measured = len(measures.extent_lps_mm)
     counts = Counter(record.state for record in records)
-    listed = [_reported(record) for record in volumes[pictures : pictures + MOST_VOLUME_LINES]]
+    listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
     changed = changed_lines(records)
     same_content = [(len(group), first_few([record.id for record in group], 10)) for group in duplicates(records)]
     values = {
@@ -87,7 +87,7 @@ def render_report(
         "cut_shown_mm": SMALLEST_CUT_MM,
         "without_picture": NO_PICTURE,
     }
-    return render(TEMPLATE, values, {"size": _size})
+    return render(TEMPLATE, values, {"size": _size, "reported": _reported})
 
 
 class ReportedVolume(NamedTuple):
@@ -125,13 +125,12 @@ class Measures(NamedTuple):
 
 def _ranked(records: Sequence[VolumeRecord]) -> tuple[list[VolumeRecord], Measures]:
     """Return the volumes that are there, those that most need eyes first, and what the charts show of them."""
-    ranks, numbers, hu = [], array("d"), {"p50": array("d"), "p99": array("d")}
+    there = sorted((record for record in records if record.is_there), key=lambda record: record.id)
+    attention_mm, numbers, hu = array("d"), array("d"), {"p50": array("d"), "p99": array("d")}
     shares, profiles = np.zeros(0), 0
-    for record in records:
-        if not record.is_there:
-            continue
+    for record in there:
         volume = _reported(record)
-        ranks.append((-volume.attention, record.id, record))
+        attention_mm.append(volume.attention)
         if not (volume.spacing_lps_mm and volume.extent_lps_mm):
             continue
         numbers.extend((*volume.spacing_lps_mm, *volume.extent_lps_mm, *map(sum, volume.cut_mm)))
@@ -142,10 +141,9 @@ def _ranked(records: Sequence[VolumeRecord]) -> tuple[list[VolumeRecord], Measur
         for key, found in hu.items():
             if statistics.get(key) is not None:
                 found.append(statistics[key])
-    ranks.sort(key=lambda rank: rank[:2])
-    table = np.array(numbers).reshape(-1, 3, 3)
+    table = np.asarray(numbers).reshape(-1, 3, 3)
     measures = Measures(table[:, 0], table[:, 1], table[:, 2], hu, shares, profiles)
-    return [record for *_, record in ranks], measures
+    return [there[i] for i in np.argsort(-np.asarray(attention_mm), kind="stable")], measures
 
 
 def _reported(record: VolumeRecord) -> ReportedVolume:

@@ -7,6 +7,7 @@ SVG. Every chart says in words what it shows. Colours come from the page's style
 from __future__ import annotations
 
 import base64
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ _QUOTED_PATH = re.compile(r"""(['"])(?:/|[A-Za-z]:[\\/])(?:[^'"]*[\\/])?([^'"\\/
 _BARE_PATH = re.compile(r"""(?<![\w.:/<])(?:/|[A-Za-z]:\\)(?:[^\s/\\'"]+[/\\])+""")
 
 
-def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., str]]) -> bytes:
+def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]]) -> bytes:
     """Return the page that a template makes of `values`, as UTF-8; jinja2.UndefinedError for a name that they lack.
 
     `filters` are the template's own, beside `thousands` and `without_folders`. It may extend those beside this file.
@@ -40,7 +41,10 @@ def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Call
         lstrip_blocks=True,
     )
     environment.filters |= {"thousands": "{:,}".format, "without_folders": without_folders, **filters}
-    return environment.get_template(template.name).render(values).encode("utf-8", "backslashreplace")
+    page = io.BytesIO()  # the pieces of a long page, each a text of its own, would take many times its size
+    for piece in environment.get_template(template.name).generate(values):
+        page.write(piece.encode("utf-8", "backslashreplace"))
+    return page.getvalue()
 
 
 def without_folders(text: str) -> str:

@@ -200,7 +200,10 @@ LOOPS = [
 def test_the_time_to_read_a_loop_is_linear(name):
     """A quadratic reader takes 64 times as long for 8 times the text: minutes for 400 kB."""
     for loop in LOOPS:
-        for size in (100_000, 400_000):  # the longest text that is read as an answer, and more than that
+        for size, most_s in (
+            (100_000, 5),
+            (400_000, 1),
+        ):  # the longest text that is read as an answer, and a longer one
             start = time.process_time()
             READERS[name]((loop * (size // len(loop) + 1))[:size])
-            assert time.process_time() - start < 5, (name, loop, size)
+            assert time.process_time() - start < most_s, (name, loop, size)

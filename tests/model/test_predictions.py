@@ -34,6 +34,31 @@ def test_a_line_that_is_no_prediction_is_named(tmp_path, line):
         read_predictions(path)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"kept_tokens": "few"}, "expected a whole number as `kept_tokens`, found 'few'"),
+        ({"kept_tokens": 2, "visual_tokens": 1}, "expected 0 <= `kept_tokens` <= `visual_tokens`"),
+        ({"threshold": float("nan")}, "as `threshold`"),
+        ({"seconds": {"read": "1"}}, "as `seconds`"),
+        ({"kept": ["c1"]}, "expected a text as `kept`"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_line(tmp_path, more, said):
+    path = tmp_path / "preds.jsonl"
+    path.write_text('{"id": "q0", "response": "no"}\n' + json.dumps({"id": "q1", "response": "no", **more}))
+    with pytest.raises(ValueError, match=r"preds\.jsonl:2") as error:
+        read_predictions(path)
+    assert said in str(error.value)
+
+
+def test_a_line_of_a_hundred_thousand_brackets_is_refused(tmp_path):
+    path = tmp_path / "preds.jsonl"
+    path.write_text('{"id": "q0", "response": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"preds\.jsonl:1.*too deep"):
+        read_predictions(path)
+
+
 def test_a_packed_mask_reads_as_hexadecimal_and_comes_back():
     assert pack_mask(np.array([1, 1, 0, 0, 0, 0, 0, 1])) == "c1"
     keep = np.random.default_rng(0).random(1001) < 0.3
