@@ -251,9 +251,8 @@ def _pictures(
                 path = folders_of(folder, case.id, 1)[0] / PICTURE
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with write_whole(path) as temporary:
-                    picture(
-                        canvas, keep_V, keep_V.astype(np.float32), case.question, answer=case.prediction.response
-                    ).save(temporary, "PNG")
+                    drawn = picture(canvas, keep_V, keep_V.astype(np.float32), case.question, case.prediction.response)
+                    drawn.save(temporary, "PNG")
                 pictures[case.id] = path
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:

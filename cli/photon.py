@@ -157,6 +157,8 @@ def predict(
         fail(f"{misplaced}: expected {'SCAN' if data else '--data'} beside it; the two ways do not mix")
     if samples > 1 and (not sample or choices):
         fail("--samples: expected --sample beside it, and no --choices: without drawing all answers are the same")
+    if samples > 1 and stream:
+        fail("--stream: expected no --samples beside it; several answers cannot be printed as they come")
     if data and masks and not overlay:
         fail("--masks: expected --overlay beside it; the recalls of the rows' masks are written there")
     with errors_as_exit_codes():
