@@ -102,6 +102,17 @@ def test_blanking_kept_tokens_changes_their_voxels_and_no_others(place):
     assert dropped.sum() > 0.98 * (~expected).sum()
 
 
+def test_a_mask_that_is_not_asked_about_is_not_read(place, tmp_path):
+    (tmp_path / "v0").mkdir()
+    small = Geometry.axis_aligned((14, 28, 28), (5.2, 2.6, 2.6), (0, -40, 0))
+    write_nifti(tmp_path / "v0" / "liver.nii.gz", nifti_header(small, "<u1"), np.ones(small.shape_zyx, np.uint8))
+    (tmp_path / "v0" / "spleen.nii.gz").write_bytes(b"no mask")
+    home = MaskFolder(tmp_path)
+    assert changed(place, edit="erase=asked", masks=home, asked=("liver",)).any()
+    with pytest.raises(UsageError, match=r"expected masks of v0 \(lungs\)"):
+        changed(place, edit="erase=asked", masks=home, asked=("lungs",))
+
+
 def test_a_mirrored_volume_is_the_volume_from_right_to_left(place):
     assert (EditedVolume(place, "v0", "flip=lr").array_zyx == blocks(0).array_zyx[..., ::-1]).all()
 
