@@ -128,7 +128,6 @@ def predict(
     top_p: Annotated[float, Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, Option(help="With --sample.")] = 0,
     batch: terminal.Batch = "auto",
-    adapter: terminal.Adapter = None,
     scheduler: terminal.SchedulerName = None,
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
@@ -262,14 +261,13 @@ def evaluate(
         answering: body.Answering
         edits = edits_of(counterfactual, bool(masks))
         if model:
-            from photon_cli.benchmark import answer_benchmark, on_edited_volumes
+            from photon_cli.benchmark import answer_benchmark
             from photon_cli.predict import batch_of, loader
             from photon_train.answering.generation import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices)
             load = loader(model, answers, dtype, revision, batch=batch_of(batch), device=device, adapter=adapter)
-            then = on_edited_volumes(edits, masks)
-            answering = answer_benchmark(load, schedulers, keep, output / "predictions", then)
+            answering = answer_benchmark(load, schedulers, keep, output / "predictions", edits, masks)
         else:
             answering = body.answered_before(predictions, config)
         scoring = Settings(allow_partial, bootstrap, seed, body.label_tables(labels), bertscore)
@@ -284,7 +282,6 @@ def evaluate(
             masks,
             pictures,
             answers_now=bool(model),
-            edits=edits,
             verbose=verbose,
         )
     raise Exit(PARTIAL if evaluation.is_partial else OK)

@@ -1,6 +1,7 @@
 """Questions on edited volumes: what each edit changes, by hand, and how many answers move."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -285,6 +286,10 @@ def test_the_command_asks_again_on_edited_volumes_and_goes_on_after_a_stop(tmp_p
     assert set(line["counterfactual"]) == {
         *("erase=asked", "erase=other", "erase=kept", "erase=dropped", "flip=lr", "blind")
     }
+    shutil.rmtree(tmp_path / "masks" / "v1")  # whose questions have nothing to erase now: old answers do not count
+    assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())["counterfactuals"]
+    assert {one["questions"] for one in written["moved"] if one["edit"] == "erase=asked"} == {1}
     assert "Answers on edited volumes" in (tmp_path / "out" / "report.html").read_text()
     result = CliRunner().invoke(app, [*map(str, [*words[:-6], "--counterfactual", "erase=asked"])])
     assert (result.exit_code, "expected --masks" in result.output) == (2, True)

@@ -18,8 +18,9 @@ from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
-from photon_train.answering.request import RequestGroup, answer_ids, plain_row, texts_of_choices
+from photon_train.answering.request import RequestGroup, answer_ids, texts_of_choices
 from photon_train.pruners import SCHEDULERS
+from photon_train.rows import plain_row
 
 MIXED = replace(SHORT, choices=True)
 
