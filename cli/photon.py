@@ -128,6 +128,7 @@ def predict(
     top_p: Annotated[float, Option(min=0.01, max=1.0, help="With --sample.")] = 1.0,
     seed: Annotated[int, Option(help="With --sample.")] = 0,
     batch: terminal.Batch = "auto",
+    adapter: terminal.Adapter = None,
     scheduler: terminal.SchedulerName = None,
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
@@ -340,6 +341,7 @@ def serve(
     upload_timeout: Annotated[float, Option(min=1, help="Seconds to send a scan, and to prepare it.")] = 600,
     memory: Annotated[float, Option(min=0, help="GB of address space to prepare a scan in, 0 for no limit.")] = 4,
     questions_per_batch: terminal.QuestionsPerBatch = 16,
+    adapter: terminal.Adapter = None,
     scheduler: terminal.SchedulerName = None,
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
@@ -351,6 +353,7 @@ def serve(
     """Answer questions over HTTP, in the form of OpenAI's API: upload a scan once, ask many times."""
     limits = (max_volumes, cache_gb, max_upload_gb, max_waiting, timeout, upload_timeout, memory)
     load = {"scheduler": scheduler, "keep_ratio": keep_ratio, "device": device, "dtype": dtype, "revision": revision}
+    load["adapter"] = adapter
     with errors_as_exit_codes():
         from photon_cli import serve as body
 
