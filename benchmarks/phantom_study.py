@@ -35,7 +35,7 @@ from photon_data.phantom.scanner import CROP_MM, paint
 from photon_data.volume import Geometry
 from photon_train.answering.predictor import score_choices
 from photon_train.configuration_photon import IGNORED, SCHEDULER_NAMES
-from photon_train.evaluation.metric import draw_patients, estimate_of, resampled_sums
+from photon_train.evaluation.metric import draw_patients, estimate_of
 from photon_train.kept_tokens import token_boxes
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
@@ -231,10 +231,8 @@ def estimate(data: Data, by_seed: Sequence[dict[str, float]], kinds: Sequence[st
     questions = [one for one in data.questions["test"] if one.kind in kinds]
     means = [float(np.mean([right[one.row["id"]] for right in by_seed])) for one in questions]
     patients = draw_patients([one.patient for one in questions], 1000, seed=0)
-    sums = resampled_sums(
-        np.array([(mean, 1.0) for mean in means]), patients.of([q.patient for q in questions]), patients.weights
-    )
-    value, low, high = estimate_of(sums[:, 0] / sums[:, 1])
+    (mean_W,) = patients.means([(mean,) for mean in means], [one.patient for one in questions])
+    value, low, high = estimate_of(mean_W)
     return f"{value:.0f} ({low:.0f} to {high:.0f})"
 
 

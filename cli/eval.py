@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +20,11 @@ from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
 from photon_data.lock import exclusive
 from photon_data.questions.table import read_values, volume_id_of
 from photon_data.recipe import Recipe
-from photon_train.answering.prediction import read_predictions, unpack_mask
+from photon_train.answering.prediction import Prediction, read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Row, grouped
 from photon_train.evaluation.counterfactual import Counterfactuals, summarise
-from photon_train.evaluation.edited_volume import edited_path
 from photon_train.evaluation.evaluate import ALL_TASKS, check, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
 from photon_train.evaluation.metric import draw_patients
@@ -54,25 +53,34 @@ from photon_train.evaluation.tables import (
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
-from photon_train.rows import read_rows
+from photon_train.rows import read_rows, scored_row
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig
 
-# Rows -> the files of their predictions, and the configuration of the model that made them, if it is known.
-Answering = Callable[[list[dict[str, Any]]], tuple[Sequence[Path], "PhotonConfig | None"]]
+
+class Answered(NamedTuple):
+    """A file of predictions, what is in it, and by edit what was answered on edited volumes."""
+
+    path: Path
+    predictions: Sequence[Prediction]
+    on_edited: Mapping[str, Sequence[Prediction]] = {}
+
+
+# Rows -> what answers them, and the configuration of the model that made it, if that is known.
+Answering = Callable[[list[dict[str, Any]]], tuple[Sequence[Answered], "PhotonConfig | None"]]
 
 
 def answered_before(predictions: Sequence[Path], model: str | None) -> Answering:
     """Return the answering of files that exist, with the configuration of the model directory, if one is named."""
-    if not model:
-        return lambda rows: (predictions, None)
-    from photon_train.checkpoint import loading
-    from photon_train.configuration_photon import PhotonConfig
+    config = None
+    if model:
+        from photon_train.checkpoint import loading
+        from photon_train.configuration_photon import PhotonConfig
 
-    with loading(model):
-        config = PhotonConfig.from_pretrained(model)
-    return lambda rows: (predictions, config)
+        with loading(model):
+            config = PhotonConfig.from_pretrained(model)
+    return lambda rows: ([Answered(path, read_predictions(path)) for path in predictions], config)
 
 
 def label_tables(paths: Sequence[Path]) -> tuple[LabelTable, LabelTable] | None:
@@ -93,7 +101,6 @@ def score(
     overlays: int,
     *,
     answers_now: bool,
-    edits: Sequence[str] = (),
     verbose: bool = False,
 ) -> Evaluation:
     """Read rows, have them answered, evaluate, write and print; return the evaluation.
@@ -104,48 +111,39 @@ def score(
                  tokens is measured
     overlays     so many cases of the first file get pictures
     answers_now  a model reads the volumes: relative paths are looked for where training looks for them
-    edits        of the volumes, on which `answering` has the questions answered too (`on_edited_volumes`)
     verbose      print every table, not only the main scores
     """
     read_data = read_rows if answers_now or masks or overlays else read_values
-    rows = [row for path in data for row in read_data(path)]
-    training_rows = [row for path in train for row in read_values(path)]
+    rows, training_rows = _rows_of(data, read_data), _rows_of(train)
     questions = check(benchmark, rows, settings)
     chosen = [*questions.values()]
-    of_one = {str(row["volume_id"]): str(row["videos"][0]) for row in chosen if len(row["videos"]) == 1}
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun's others answer their part, and end then
-    if answers_now and not is_first:
-        masks = None
-    if masks == AUTO:
-        segment(of_one)
-    home = mask_folder(masks, of_one.values()) if masks else None
-    volumes = volumes_with_masks(home, chosen) if home else {}
+    home, volumes = _masked(masks, chosen) if masks and (is_first or not answers_now) else (None, {})
     with ExitStack() as held:  # the folder, from where something is written on
         if answers_now and is_first:
             held.enter_context(exclusive(Location(str(output))))
         files, config = answering(chosen)
         if config:
             settings = replace(settings, grid_zyx=config.tokens_thw)
-        predictions = dict(zip(_names_of(files), map(read_predictions, files), strict=True))
+        named = dict(zip(_names_of([one.path for one in files]), files, strict=True))
         counted = _counted(home, volumes, settings) if home else {}
         evaluation = evaluate(
             benchmark,
             rows,
-            predictions,
+            {name: one.predictions for name, one in named.items()},
             train=training_rows,
             settings=settings,
             config=config,
             masks=counted,
             questions=questions,
         )
-        if edits:
-            evaluation = replace(evaluation, counterfactuals=_counterfactuals(files, edits, questions, settings))
+        evaluation = replace(evaluation, counterfactuals=_counterfactuals(named, questions, settings))
         if not answers_now:
             held.enter_context(exclusive(Location(str(output))))
         pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
         paths = [*write_report(evaluation, output, overlays=pictures), write_questions(evaluation, output)]
     print_evaluation(evaluation, verbose=verbose)
-    if masks and not any(answers.mask_recalls for answers in evaluation.answers):
+    if home and not any(answers.mask_recalls for answers in evaluation.answers):
         grid = " x ".join(map(str, settings.grid_zyx))
         reason = f"no prediction says which of {grid} tokens it kept; --config MODEL says the grid"
         console.print(f"no recall of masks: {reason}")
@@ -153,18 +151,28 @@ def score(
     return evaluation
 
 
+def _rows_of(paths: Sequence[Path], read: Callable[[Path], list[dict[str, Any]]] = read_values) -> list[dict[str, Any]]:
+    """Return the rows of manifests, of other makers' too: a row without an id is called after its line."""
+    return [scored_row(row, f"{path.stem}-{number}") for path in paths for number, row in enumerate(read(path), 1)]
+
+
+def _masked(masks: str, rows: Sequence[Row]) -> tuple[MaskFolder, dict[str, str]]:
+    """Return where the masks are, and {id: path} of the volumes that have some; "auto" has the others segmented."""
+    places = {str(row["volume_id"]): str(row["videos"][0]) for row in rows if len(row["videos"]) == 1}
+    if masks == AUTO:
+        segment(places)
+    home = mask_folder(masks, places.values())
+    return home, volumes_with_masks(home, rows)
+
+
 def _counterfactuals(
-    files: Sequence[Path], edits: Sequence[str], questions: Mapping[str, Row], settings: Settings
+    answered: Mapping[str, Answered], questions: Mapping[str, Row], settings: Settings
 ) -> Counterfactuals:
-    """Return what the edits have changed, from the files of `on_edited_volumes`."""
-    names = dict(zip(_names_of(files), files, strict=True))
-    edited = {
-        name: {edit: read_predictions(path) for edit in edits if (path := edited_path(file, edit)).exists()}
-        for name, file in names.items()
-    }
+    """Return what edits of the volumes have changed."""
     people = [str(row["patient"] or row["volume_id"]) for row in questions.values()]
-    base = {name: read_predictions(file) for name, file in names.items()}
-    return summarise(questions, base, edited, draw_patients(people, settings.bootstrap, settings.seed))
+    patients = draw_patients(people, settings.bootstrap, settings.seed)
+    base = {name: one.predictions for name, one in answered.items()}
+    return summarise(questions, base, {name: one.on_edited for name, one in answered.items()}, patients)
 
 
 def import_results(path: Path, form: str, columns: Mapping[str, str], data: Sequence[Path], output: Path) -> bool:
@@ -174,7 +182,7 @@ def import_results(path: Path, form: str, columns: Mapping[str, str], data: Sequ
     if output.exists():
         raise UsageError(f"{output}: expected a new file, found one; choose another --output or remove it")
     results = read_results(path, form, columns)
-    imported = join_results(results, [row for one in data for row in read_values(one)])
+    imported = join_results(results, _rows_of(data))
     places = (f"{one.place}: {one.reason}" for one in imported.left_out[:10])
     if not imported.predictions:
         raise UsageError("\n  ".join([f"{path}: expected answers to questions of the data, found none", *places]))
@@ -251,9 +259,8 @@ def _pictures(
                 path = folders_of(folder, case.id, 1)[0] / PICTURE
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with write_whole(path) as temporary:
-                    picture(
-                        canvas, keep_V, keep_V.astype(np.float32), case.question, answer=case.prediction.response
-                    ).save(temporary, "PNG")
+                    drawn = picture(canvas, keep_V, keep_V.astype(np.float32), case.question, case.prediction.response)
+                    drawn.save(temporary, "PNG")
                 pictures[case.id] = path
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:

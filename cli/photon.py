@@ -157,6 +157,8 @@ def predict(
         fail(f"{misplaced}: expected {'SCAN' if data else '--data'} beside it; the two ways do not mix")
     if samples > 1 and (not sample or choices):
         fail("--samples: expected --sample beside it, and no --choices: without drawing all answers are the same")
+    if samples > 1 and stream:
+        fail("--stream: expected no --samples beside it; several answers cannot be printed as they come")
     if data and masks and not overlay:
         fail("--masks: expected --overlay beside it; the recalls of the rows' masks are written there")
     with errors_as_exit_codes():
@@ -260,14 +262,13 @@ def evaluate(
         answering: body.Answering
         edits = edits_of(counterfactual, bool(masks))
         if model:
-            from photon_cli.benchmark import answer_benchmark, on_edited_volumes
+            from photon_cli.benchmark import answer_benchmark
             from photon_cli.predict import batch_of, loader
             from photon_train.answering.generation import AnswerSettings
 
             answers = AnswerSettings(max_new_tokens, choices=choices)
             load = loader(model, answers, dtype, revision, batch=batch_of(batch), device=device, adapter=adapter)
-            then = on_edited_volumes(edits, masks)
-            answering = answer_benchmark(load, schedulers, keep, output / "predictions", then)
+            answering = answer_benchmark(load, schedulers, keep, output / "predictions", edits, masks)
         else:
             answering = body.answered_before(predictions, config)
         scoring = Settings(allow_partial, bootstrap, seed, body.label_tables(labels), bertscore)
@@ -282,7 +283,6 @@ def evaluate(
             masks,
             pictures,
             answers_now=bool(model),
-            edits=edits,
             verbose=verbose,
         )
     raise Exit(PARTIAL if evaluation.is_partial else OK)
@@ -341,6 +341,7 @@ def serve(
     upload_timeout: Annotated[float, Option(min=1, help="Seconds to send a scan, and to prepare it.")] = 600,
     memory: Annotated[float, Option(min=0, help="GB of address space to prepare a scan in, 0 for no limit.")] = 4,
     questions_per_batch: terminal.QuestionsPerBatch = 16,
+    adapter: terminal.Adapter = None,
     scheduler: terminal.SchedulerName = None,
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
@@ -352,6 +353,7 @@ def serve(
     """Answer questions over HTTP, in the form of OpenAI's API: upload a scan once, ask many times."""
     limits = (max_volumes, cache_gb, max_upload_gb, max_waiting, timeout, upload_timeout, memory)
     load = {"scheduler": scheduler, "keep_ratio": keep_ratio, "device": device, "dtype": dtype, "revision": revision}
+    load["adapter"] = adapter
     with errors_as_exit_codes():
         from photon_cli import serve as body
 

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +31,11 @@ from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
 from photon_train.answering.prediction import prompt_of
 from photon_train.answering.predictor import Predictor, Reply, answer_questions
-from photon_train.answering.request import RequestGroup, plain_row
+from photon_train.answering.request import RequestGroup
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
 from photon_train.overlay import ASKED, Canvas, View, folders_of, write_overlay
-from photon_train.rows import Row, read_rows
+from photon_train.rows import Row, plain_row, read_rows
 
 RECALL = "recall.json"
 SHOWN_FAILURES = 10
@@ -78,31 +78,33 @@ class _ShownScan:
     """A scan on which the kept tokens of several questions are drawn and measured: volume `number` of `count`."""
 
     def __init__(self, overlays: Overlays, scan: ScanInput, predictor: Predictor, number: int, count: int) -> None:
-        self.overlays, self.number, self.count = overlays, number, count
-        self.canvas = Canvas(scan.volume, scan.native, predictor.processor.config.tokens_thw)
-        self.masks = self._masks(scan, overlays.masks) if overlays.masks else []
-
-    def _masks(self, scan: ScanInput, place: str) -> list[CountedMask]:
-        home = MaskFolder(place)
-        if not home.is_prepared:
-            return counted_masks(home.out.path, self.canvas.cells)
-        masks, refused = home.stored(scan.store, self.canvas.cells.shape_zyx)
-        print_lines(f"no mask {name} of {scan.id}: {why}" for name, why in refused.items())
-        return masks
+        self.folder, self.number, self.count = overlays.folder, number, count
+        canvas = Canvas(scan.volume, scan.native, predictor.processor.config.tokens_thw, overlays.view)
+        masks = _masks(scan, overlays.masks, canvas) if overlays.masks else []
+        self.canvas = replace(canvas, masks=masks)
 
     def write(self, reply: Reply, title: str) -> dict[str, Any]:
         """Write the overlay of one question, if there is a folder, and return the recall of each mask by name."""
         keep_V, saliency_V = (np.split(each, self.count)[self.number] for each in (reply.keep_V, reply.saliency_V))
-        found = {mask.name: mask.recall(keep_V)._asdict() for mask in self.masks}
+        found = {mask.name: mask.recall(keep_V)._asdict() for mask in self.canvas.masks}
         recalls = {name: {k: v if v == v else None for k, v in one.items()} for name, one in found.items()}  # no NaN
-        if self.overlays.folder:
-            folder = folders_of(self.overlays.folder, reply.prediction.id, self.count)[self.number]
-            answer, view = reply.prediction.response, self.overlays.view
-            write_overlay(folder, self.canvas, keep_V, saliency_V, title, view, answer=answer, masks=self.masks)
+        if self.folder:
+            folder = folders_of(self.folder, reply.prediction.id, self.count)[self.number]
+            write_overlay(folder, self.canvas, keep_V, saliency_V, title, reply.prediction.response)
             if recalls:
                 with write_whole(folder / RECALL) as temporary:
                     temporary.write_text(json.dumps(recalls, indent=1) + "\n")
         return recalls
+
+
+def _masks(scan: ScanInput, place: str, canvas: Canvas) -> list[CountedMask]:
+    """Return the masks of a scan, counted on its tokens; of a prepared folder, print those that were refused."""
+    home = MaskFolder(place)
+    if not home.is_prepared:
+        return counted_masks(home.out.path, canvas.cells)
+    masks, refused = home.stored(scan.store, canvas.tokens_zyx)
+    print_lines(f"no mask {name} of {scan.id}: {why}" for name, why in refused.items())
+    return masks
 
 
 # One scan

@@ -54,6 +54,8 @@ class Canvas:
     volume: Volume  # prepared
     native: Geometry  # of the raw scan
     tokens_zyx: tuple[int, int, int]  # their numbers
+    view: View = DEFAULT_VIEW
+    masks: Sequence[CountedMask] = ()  # those that a question names are outlined
 
     @cached_property
     def cells(self) -> Geometry:
@@ -72,10 +74,7 @@ def write_overlay(
     keep_V: np.ndarray,
     saliency_V: np.ndarray,
     question: str,
-    view: View = DEFAULT_VIEW,
-    *,
     answer: str = "",
-    masks: Sequence[CountedMask] = (),
 ) -> None:
     """Write planes.png, kept.nii.gz (uint8) and saliency.nii.gz (float32) into the folder.
 
@@ -84,8 +83,7 @@ def write_overlay(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / PICTURE) as temporary:
-        drawn = picture(canvas, keep_V, saliency_V, question, view, answer=answer, masks=masks)
-        drawn.save(temporary, "PNG")
+        picture(canvas, keep_V, saliency_V, question, answer).save(temporary, "PNG")
     for name, values_V in ((KEPT, keep_V), (SALIENCY, saliency_V)):
         write_values(folder / name, canvas.native, canvas.tokens, values_V)
 
@@ -102,7 +100,7 @@ def write_one(
 ) -> None:
     """Write the one of those files that `path` is named like, without the whole map of a large scan in memory."""
     if path.name == PICTURE:
-        picture(canvas, keep_V, saliency_V, question, answer=answer).save(path)
+        picture(canvas, keep_V, saliency_V, question, answer).save(path)
     else:
         values_V = keep_V if path.name == KEPT else saliency_V
         write_values(path, canvas.native, token_planes(canvas.native, canvas.cells), values_V)
@@ -113,17 +111,14 @@ def picture(
     keep_V: np.ndarray,
     saliency_V: np.ndarray,
     question: str,
-    view: View = DEFAULT_VIEW,
-    *,
     answer: str = "",
-    masks: Sequence[CountedMask] = (),
 ) -> Image:
     """Return three planes of the prepared volume with the kept tokens outlined, question and answer below them.
 
-    Of `masks`, those that the question names are outlined too, in another colour.
+    Of the canvas's masks, those that the question names are outlined too, in another colour.
     """
+    view, asked = canvas.view, asked_masks(question, canvas.masks)
     at = salient_point(canvas.cells, keep_V, saliency_V) if view.at_lps is None else view.at_lps
-    asked = asked_masks(question, masks)
     note = f"{'outlined in pink: ' if keep_V.any() else ''}{keep_V.sum()} of {keep_V.size} tokens kept"
     note += f" ({keep_V.mean():.0%})" + (f"; in green: {', '.join(mask.name for mask in asked)}" if asked else "")
     return three_planes(

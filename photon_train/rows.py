@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
+from photon_data.questions.manifest import SCAN_SUFFIX
 from photon_data.questions.table import VIDEO_TAG, read_values, volume_id_of
 from photon_data.store import NIFTI, is_whole, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
@@ -82,6 +83,62 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(videos, list) and all(isinstance(video, str) for video in videos):
             row["videos"] = [absolute(video, row.get("id")) for video in videos]
     return rows
+
+
+def plain_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return an ms-swift row as the rest of the code reads it: an id, a list of videos, contents that are texts.
+
+    ms-swift takes one video as a text, and contents in parts, of which some are volumes. A row without an id is called
+    after its `place` in its manifest.
+    """
+    videos = row.get("videos")
+    videos, messages = [videos] if isinstance(videos, str) else videos, row.get("messages")
+    if isinstance(messages, list):
+        messages, videos = _without_parts(messages, list(videos or ()))
+    id = row.get("id")
+    named = place if id in (None, "") else str(id) if type(id) is int else id
+    return {**row, "id": named, "messages": messages, "videos": videos or []}
+
+
+def _without_parts(messages: Sequence[Any], videos: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return messages whose contents are texts, and the videos or those of their parts; odd parts stay as they are."""
+    plain, found = [], list[Any]()
+    for message in messages:
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        kinds = {part.get("type") if isinstance(part, Mapping) else None for part in parts or ()}
+        if not isinstance(parts, list) or not kinds <= {"text", "video"}:
+            plain.append(message)
+            continue
+        texts = (VIDEO_TAG if part["type"] == "video" else str(part.get("text", "")) for part in parts)
+        found += [part["video"] for part in parts if part["type"] == "video" and part.get("video") is not None]
+        plain.append({**message, "content": "".join(texts)})
+    return plain, videos or found
+
+
+def scored_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a `plain_row` with the columns that scoring reads. UsageError for what is no row of messages.
+
+    Where columns of ours are missing, the answer is what the assistant says last, and the names of the volumes stand
+    for their id and for the patient.
+    """
+    plain = plain_row(row, place)
+    messages, names = plain["messages"], [volume_name(str(video)) for video in plain["videos"]]
+    if not isinstance(messages, list) or not all(
+        isinstance(one, Mapping) and all(isinstance(one.get(name), str) for name in ("role", "content"))
+        for one in messages
+    ):
+        found = f"{str(messages)[:80]!r} in {place}; see docs/manifests.md"
+        raise UsageError(f"expected a row with messages, each with the texts role and content, found {found}")
+    said = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+    missing: dict[str, Any] = {"channel": place.rpartition("-")[0], "task": "", "kind": "", "choices": []}
+    missing |= {"volume_id": names[0] if len(names) == 1 else "", "patient": " ".join(names), "answer": said}
+    return missing | {name: value for name, value in plain.items() if value is not None}
+
+
+def volume_name(path: str) -> str:
+    """Return the name that a path ends in, without the suffix of a scan or a store."""
+    name = PurePosixPath(path.replace("\\", "/").rstrip("/")).name.removesuffix(".ome.zarr")
+    return SCAN_SUFFIX.sub("", name)
 
 
 def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:

@@ -54,14 +54,19 @@ class Generated(NamedTuple):
 
 
 class _Watch(LogitsProcessor):
-    """Sees the model's own logits of every step, and hides those of rows in which they are not finite."""
+    """Sees the model's own logits of every step. A row in which they are not finite says padding: no text."""
 
     logits_BC: Tensor
     finite_B: Tensor
 
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logits_BC, self.finite_B = scores, scores.isfinite().all(1)
-        return scores.masked_fill(~self.finite_B[:, None], 0.0)
+        shown_BC = scores.masked_fill(~self.finite_B[:, None], -torch.inf)
+        shown_BC[:, self.pad_token_id].masked_fill_(~self.finite_B, 0.0)
+        return shown_BC
 
 
 class _Record(StoppingCriteria):
@@ -107,7 +112,7 @@ def generate(
     What is drawn for a row depends on the seed, its name and its probabilities. `logits_processor` and
     `stopping_criteria` (of transformers) follow, a row for each prompt; they see the model's own logits.
     """
-    watch, drawing = _Watch(), list[Any]()
+    watch, drawing = _Watch(pad_token_id), list[Any]()
     record = _Record(watch)
     if settings.sample:
         drawing = [TemperatureLogitsWarper(settings.temperature)] if settings.temperature != 1.0 else []

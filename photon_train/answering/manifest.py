@@ -110,17 +110,16 @@ def predict_rows(
     return Outcome(answered, before, failed, merged, len(file.changed), kinds, ahead.waited_s, predictor.batch)
 
 
-def wait_for_parts(output: Path, rows: Sequence[Row]) -> None:
-    """Return when the output has a line for each row: the part that ends last writes it."""
+def wait_for_parts(output: Path, rows: Sequence[Row]) -> list[Prediction]:
+    """Return what the output has, once that is a line for each row: the part that ends last writes it."""
     digests: dict[str, str | None] = dict.fromkeys(str(row["id"]) for row in rows)
     for row in rows:
         with suppress(ValueError, KeyError, TypeError):  # of a row that cannot be asked, any line will do
             digests[str(row["id"])] = question_digest(row)
-
-    def answered() -> set[str]:
-        return {p.id for p in read_predictions(output) if p.can_answer(digests.get(p.id))} if output.exists() else set()
-
-    while not digests.keys() <= answered():
+    while True:
+        found = read_predictions(output) if output.exists() else []
+        if digests.keys() <= {p.id for p in found if p.can_answer(digests.get(p.id))}:
+            return found
         time.sleep(WAIT_S)
 
 

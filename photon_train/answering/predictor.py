@@ -158,16 +158,9 @@ class Predictor:
                 found, scheduled = self._generated(inputs, requests, streamer, following)
         visual_BL = visual_mask(inputs["input_ids"], self.model.config)
         text_tokens_B = (inputs["attention_mask"].bool() & ~visual_BL).sum(1).tolist()
-        kept = None
-        if scheduled is not None:
-            tensors = (visual_BL, scheduled.keep_BL, scheduled.selection.saliency_BL, scheduled.selection.threshold_B)
-            kept = [tensor.detach().float().cpu().numpy() for tensor in tensors]
+        seen = _seen(visual_BL, scheduled)
         for number, (request, own, texts) in enumerate(zip(requests, encoded, found, strict=True)):
-            b = number * copies
-            keep_V, saliency_V, threshold = np.zeros(0, bool), np.zeros(0, np.float32), math.nan
-            if kept is not None:
-                visual_L, keep_L, saliency_L, threshold = (values[b] for values in kept)
-                keep_V, saliency_V = keep_L[visual_L > 0] > 0, saliency_L[visual_L > 0]
+            keep_V, saliency_V, threshold = seen[number * copies]
             seconds_each = {**own.seconds_each, "answer": seconds[0] / len(requests)}
             prediction = Prediction(
                 id=request.id,
@@ -177,8 +170,8 @@ class Predictor:
                 scheduler=str(self.model.config.scheduler),
                 visual_tokens=len(keep_V),
                 kept_tokens=int(keep_V.sum()),
-                text_tokens=text_tokens_B[b],
-                threshold=None if math.isnan(threshold) else float(threshold),
+                text_tokens=text_tokens_B[number * copies],
+                threshold=threshold,
                 kept=pack_mask(keep_V),
                 choice_scores=texts.choice_scores,
                 choice_scores_per_token=texts.choice_scores_per_token,
@@ -227,8 +220,12 @@ class Predictor:
         tokenizer = self.processor.tokenizer
         made = generate(self.model, inputs, names, self.settings, tokenizer.pad_token_id, streamer, **following)
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made.tokens]
-        firsts = range(0, len(texts), copies)
-        return [_Texts(texts[b : b + copies], made.logprobs[b], {}, {}) for b in firsts], made.scheduled
+        found = []
+        for b in range(0, len(texts), copies):
+            own = made.logprobs[b : b + copies]  # where one is not finite, it stands for all: there is no answer
+            odd = (logprobs for logprobs in own if not all(map(math.isfinite, logprobs)))
+            found.append(_Texts(texts[b : b + copies], next(odd, own[0]), {}, {}))
+        return found, made.scheduled
 
 
 @contextmanager
@@ -240,6 +237,18 @@ def _timed(model: PhotonForConditionalGeneration) -> Iterator[list[float]]:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     seconds.append(time.perf_counter() - start)
+
+
+def _seen(visual_BL: Tensor, scheduled: Scheduled | None) -> list[tuple[np.ndarray, np.ndarray, float | None]]:
+    """Return of each row which visual tokens were kept, their saliency, and the threshold; without volumes, of none."""
+    if scheduled is None:
+        return [(np.zeros(0, bool), np.zeros(0, np.float32), None)] * len(visual_BL)
+    tensors = (visual_BL, scheduled.keep_BL, scheduled.selection.saliency_BL, scheduled.selection.threshold_B)
+    rows = zip(*(tensor.detach().float().cpu().numpy() for tensor in tensors), strict=True)
+    return [
+        (keep_L[visual_L > 0] > 0, saliency_L[visual_L > 0], None if math.isnan(threshold) else float(threshold))
+        for visual_L, keep_L, saliency_L, threshold in rows
+    ]
 
 
 def _rows_of(places: Sequence[tuple[Prefix, int]]) -> Prefix:
@@ -281,7 +290,7 @@ def answer_questions(
 ) -> tuple[list[Reply], dict[str, float]]:
     """Return replies to questions about scans, with ids q1, q2, ..., and the seconds of each stage in all.
 
-    `volumes` are int16 HU on the grid that the model reads, and `seconds` is what it took to "read" and "prepare" them.
+    `volumes` are int16 HU on the grid that the model reads, and `seconds` is what "read" and "prepare" took so far.
     With a `streamer` of transformers, which is given their tokens, the questions are answered one by one. UsageError
     for a question that is empty or holds special tokens, and for a volume on another grid.
     """
@@ -294,7 +303,7 @@ def answer_questions(
     except ValueError as error:
         raise UsageError(str(error)) from None
     seconds_each = {stage: value / len(questions) for stage, value in seconds.items()}
-    seconds_each["prepare"] += encoded.seconds_each["read"]
+    seconds_each["read"] += encoded.seconds_each["read"]
     encoded = encoded._replace(seconds_each={**seconds_each, "encode": encoded.seconds_each["encode"]})
     size = predictor.batch if streamer is None else 1
     parts = (group.requests[start : start + size] for start in range(0, len(group.requests), size))

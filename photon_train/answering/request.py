@@ -6,7 +6,6 @@ Legend: L tokens of a row, N tokens of an answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
-from photon_data.questions.table import VIDEO_TAG
 from photon_train.answering.prediction import Row, choices_of, prompt_of, question_digest, without_answer
 from photon_train.scheduling import prefix_length
 
@@ -52,36 +50,6 @@ class RequestGroup(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Tokens of the prefix and number of volumes. Groups that agree in both can share a batch."""
         return self.requests[0].start, len(self.videos)
-
-
-def plain_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return an ms-swift row as the rest of the code reads it: an id, a list of videos, contents that are texts.
-
-    ms-swift takes one video as a text, and contents in parts, of which some are volumes. A row without an id is called
-    after its `place` in its manifest.
-    """
-    videos = row.get("videos")
-    videos, messages = [videos] if isinstance(videos, str) else videos, row.get("messages")
-    if isinstance(messages, list):
-        messages, videos = _without_parts(messages, list(videos or ()))
-    id = row.get("id")
-    named = place if id in (None, "") else str(id) if type(id) is int else id
-    return {**row, "id": named, "messages": messages, "videos": videos or []}
-
-
-def _without_parts(messages: Sequence[Any], videos: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return messages whose contents are texts, and the videos or those of their parts; odd parts stay as they are."""
-    plain, found = [], list[Any]()
-    for message in messages:
-        parts = message.get("content") if isinstance(message, Mapping) else None
-        kinds = {part.get("type") if isinstance(part, Mapping) else None for part in parts or ()}
-        if not isinstance(parts, list) or not kinds <= {"text", "video"}:
-            plain.append(message)
-            continue
-        texts = (VIDEO_TAG if part["type"] == "video" else str(part.get("text", "")) for part in parts)
-        found += [part["video"] for part in parts if part["type"] == "video" and part.get("video") is not None]
-        plain.append({**message, "content": "".join(texts)})
-    return plain, videos or found
 
 
 def request_of(row: Row, processor: Any) -> Request:

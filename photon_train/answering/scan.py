@@ -29,10 +29,10 @@ class ScanInput(NamedTuple):
     """One scan, ready to be asked about."""
 
     id: str
-    model: Volume  # int16 HU on the model grid, in memory: the bytes of a store's "model" array
-    volume: Volume  # int16 HU on the prepared grid, of a store without it on the model grid; of a store, read lazily
+    model: Volume  # int16 HU on the model grid: the bytes of a store's "model" array
+    volume: Volume  # int16 HU on the prepared grid, of a store without it on the model grid
     native: Geometry  # the grid of the raw scan
-    seconds: dict[str, float]  # {"read", "prepare"}
+    seconds: dict[str, float]  # {"read", "prepare"}; both volumes of a store are read later
     store: str = ""  # its place; "" of a raw scan
 
 
@@ -101,9 +101,10 @@ def _prepared(source: Source, recipe: Recipe, policy: Policy, start: float) -> S
 def open_store(place: str, id: str | None = None) -> ScanInput:
     """Return the scan of a store, as it was prepared, of that id if one is given. Raises what `open_volume` raises."""
     start = time.perf_counter()
-    lazy = open_volume(place, grid="model", id=id)
-    model, metadata = Volume(lazy.numpy(), lazy.geometry), read_metadata(Location(place), "")
+    model, volume = open_volume(place, "model", id=id), open_volume(place, None, id=id)
+    metadata = read_metadata(Location(place), "")
     assert metadata is not None, "open_volume has read it"
-    seconds = {"read": time.perf_counter() - start, "prepare": 0.0}
     native = Geometry.from_json(metadata["facts"]["geometry"])
-    return ScanInput(metadata["id"], model, open_volume(place, None, id=id), native, seconds, place)
+    return ScanInput(
+        metadata["id"], model, volume, native, {"read": time.perf_counter() - start, "prepare": 0.0}, place
+    )

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, Row, case_of
 from photon_train.evaluation.choice_metrics import what_is_read
 from photon_train.evaluation.edited_volume import FLIP, SIDES, about_the_other_side, mirrored
-from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
+from photon_train.evaluation.metric import Estimate, Patients, estimate_of
 from photon_train.evaluation.results import Counterfactuals, Moved, MovedMore
 
 
@@ -90,7 +88,5 @@ def _moved(name: str, edit: str, pairs: Sequence[tuple[Case, Case]], patients: P
 
 
 def _mean(values: Sequence[float], cases: Sequence[Case], patients: Patients) -> Estimate:
-    observed = np.array([(value, 1.0) for value in values])
-    sums_W2 = resampled_sums(observed, patients.of([case.patient for case in cases]), patients.weights)
-    with np.errstate(invalid="ignore"):
-        return estimate_of(sums_W2[:, 0] / sums_W2[:, 1])
+    (mean_W,) = patients.means([(value,) for value in values], [case.patient for case in cases])
+    return estimate_of(mean_W)

@@ -111,7 +111,8 @@ class EditedVolume:
             return np.ascontiguousarray(hu_zyx[..., ::-1])
         if self.edit in NEED_MASKS:
             assert self.masks is not None, "edits_of has looked"
-            regions = regions_of(self.masks, self.place, self.volume_id, volume.geometry)
+            needed = self.asked if self.edit == "erase=asked" else None
+            regions = regions_of(self.masks, self.place, self.volume_id, volume.geometry, needed)
             region_zyx = asked_or_other(regions, self.asked, self.edit)
             fill: Any = surroundings(hu_zyx, region_zyx, seed=zlib.crc32(f"{self.volume_id} {self.asked}".encode()))
         else:
@@ -183,17 +184,23 @@ def surroundings(hu_zyx: np.ndarray, region_zyx: np.ndarray, seed: int) -> np.nd
     return np.random.default_rng(seed).choice(shell, int(region_zyx.sum()))
 
 
-def regions_of(masks: MaskFolder, place: str, volume_id: str, grid: Geometry) -> dict[str, np.ndarray]:
-    """Return {name: bool [z, y, x]} of the masks of a volume on its model grid. UsageError where there are none."""
+def regions_of(
+    masks: MaskFolder, place: str, volume_id: str, grid: Geometry, names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return {name: bool [z, y, x]} of the masks of a volume on its model grid, all or those of `names`.
+
+    UsageError where there are none.
+    """
     if masks.is_prepared:
         stored = open_masks(place, masks.out.at(""), grid="model")
-        found = {name: stored.mask(name).numpy() for name in stored.names}
+        found = {name: stored.mask(name).numpy() for name in stored.names if names is None or name in names}
     else:
         sources = find_scans(masks.out.path / volume_id, label_maps=True).sources
-        files = {source.id: MaskFile(source.id, source.files) for source in sources}
+        files = {one.id: MaskFile(one.id, one.files) for one in sources if names is None or one.id in names}
         found = {name: nearest(read_mask(mask, Policy()), grid) != 0 for name, mask in files.items()}
     if not found:
-        raise UsageError(f"expected masks of {volume_id} in {masks.out.url}, found none; leave its folder out")
+        wanted = f"masks of {volume_id}" + (f" ({', '.join(names)})" if names else "")
+        raise UsageError(f"expected {wanted} in {masks.out.url}, found none; leave its folder out")
     return found
 
 

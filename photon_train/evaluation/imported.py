@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, name_hint
-from photon_data.questions.manifest import SCAN_SUFFIX
 from photon_data.questions.table import TAG, Problem, TableRow, as_name, read_table, refuse
 from photon_train.answering.prediction import Prediction, choices_of, question_digest
 from photon_train.evaluation.cases import Row, case_of, rows_by_id
 from photon_train.evaluation.published import collapsed
+from photon_train.rows import volume_name
 
 FORMATS = ("photon", "ms-swift", "table")
 # Our names of the columns of a table. It needs a response, and an id or a volume and a question.
@@ -126,7 +126,9 @@ def join_results(results: Iterable[Result], rows: Sequence[Row]) -> Imported:
     left_out = []
 
     def leave_out(result: Result, reason: str) -> None:
-        left_out.append(LeftOut(result.place, reason, ", ".join(map(_name_of, result.volumes)), result.question[:200]))
+        left_out.append(
+            LeftOut(result.place, reason, ", ".join(map(volume_name, result.volumes)), result.question[:200])
+        )
 
     for result in results:
         if result.id:
@@ -168,21 +170,15 @@ _Index = dict[tuple[str, ...], dict[str, Row]]  # rows by id, by the names of th
 def _index_of(rows: Iterable[Row]) -> _Index:
     index: _Index = defaultdict(dict)
     for row in rows:
-        videos = tuple(_name_of(video) for video in row.get("videos") or ())
+        videos = tuple(volume_name(str(video)) for video in row.get("videos") or ())
         for names in {videos, tuple(name.rpartition("__")[2] for name in videos), (str(row.get("volume_id") or ""),)}:
             index[names][row["id"]] = row
     return index
 
 
-def _name_of(path: str) -> str:
-    """Return the name that a path ends in, without the suffix of a scan or a store."""
-    name = PurePosixPath(str(path).replace("\\", "/").rstrip("/")).name.removesuffix(".ome.zarr")
-    return SCAN_SUFFIX.sub("", name)
-
-
 def _found(result: Result, index: _Index) -> tuple[list[Row], str]:
     """Return the rows that a result may answer, and why there are none."""
-    names = tuple(map(_name_of, result.volumes))
+    names = tuple(map(volume_name, result.volumes))
     # 3D-RAD calls CT-RATE's valid_1_a_1 test_1_a_1.
     renamed = tuple(f"valid_{name[5:]}" if name.startswith("test_") else name for name in names)
     of_volume = index.get(names) or index.get(renamed) or {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from photon_train.answering.prediction import unpack_mask
 from photon_train.evaluation.cases import Case, grouped
-from photon_train.evaluation.metric import Estimate, Patients, estimate_of, resampled_sums
+from photon_train.evaluation.metric import Estimate, Patients, estimate_of
 from photon_train.flops import on_a_prefix, prefill, prompt_size
 
 if TYPE_CHECKING:
@@ -334,7 +334,4 @@ def _recall(name: str, pairs: Sequence[Pair], replicates_2W: np.ndarray) -> Reca
 
 def _replicates(pairs: Sequence[Pair], patients: Patients) -> np.ndarray:
     """Return float[2, W]: mean recall and mean chance under every weighting of the patients."""
-    observed = np.array([(pair.recall, pair.chance, 1.0) for pair in pairs])
-    sums_Wk = resampled_sums(observed, patients.of([pair.case.patient for pair in pairs]), patients.weights)
-    with np.errstate(invalid="ignore"):  # a resampling without any of these patients has no mean
-        return np.asarray((sums_Wk[:, :2] / sums_Wk[:, 2:]).T)
+    return patients.means([(pair.recall, pair.chance) for pair in pairs], [pair.case.patient for pair in pairs])

@@ -86,6 +86,17 @@ class Patients:
         """Return int[n], the column of each."""
         return np.array([self.index[patient] for patient in patients], int)
 
+    def means(self, observed_nk: Sequence[Sequence[float]], patients: Sequence[str]) -> np.ndarray:
+        """Return float[k, W]: means of the observations, whose patients are given, under every weighting.
+
+        NaN for a resampling without any of these patients.
+        """
+        sums_Wk = resampled_sums(
+            np.insert(np.asarray(observed_nk, float), 0, 1.0, axis=1), self.of(patients), self.weights
+        )
+        with np.errstate(invalid="ignore"):
+            return np.asarray((sums_Wk[:, 1:] / sums_Wk[:, :1]).T)
+
 
 def draw_patients(patients: Sequence[str], replicates: int, seed: int) -> Patients:
     """Return the patients, each once, drawn `replicates` times with replacement; their order does not matter."""

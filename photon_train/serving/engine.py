@@ -69,6 +69,7 @@ class Engine:
         ends = predictor.model.generation_config.eos_token_id
         self._ends = {ends} if isinstance(ends, int) else set(ends or ())
         self._waiting: OrderedDict[tuple[str, ...], list[Ticket]] = OrderedDict()  # by volumes, whose turn it is first
+        self._answering: list[Ticket] = []
         self._changed = threading.Condition()
         self._is_closing = False
         self._counts: Counter[str] = Counter()
@@ -129,17 +130,23 @@ class Engine:
         return self._thread.is_alive() and not self._is_closing
 
     def close(self, timeout_s: float | None = None) -> int:
-        """Answer what waits, then end; after `timeout_s` what is left fails. Return how many questions that are."""
+        """Answer what waits, then end; after `timeout_s` what is left fails. Return how many questions that are.
+
+        What is being answered then ends at its next token, and is waited for: a thread that computes while the
+        interpreter is taken down aborts the process.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
         with self._changed:
-            left = [ticket for queue in self._waiting.values() for ticket in queue]
+            tickets = [*self._answering, *(ticket for queue in self._waiting.values() for ticket in queue)]
             self._waiting.clear()
+        left = [ticket for ticket in tickets if not (ticket.is_cancelled or ticket.is_done)]
         for ticket in left:
-            ticket.tell(Failure("the server closed before it came to this question; ask again later", False))
+            ticket.tell(Failure("the server closed before this question was answered; ask again later", False))
             ticket.is_cancelled = True
+        self._thread.join()
         return len(left)
 
     def _count(self) -> int:
@@ -149,8 +156,8 @@ class Engine:
     # In our thread
 
     def _run(self) -> None:
-        while (ticket := self._next()) is not None:
-            started_s, tickets = time.perf_counter(), [ticket]
+        while tickets := self._next():
+            started_s = time.perf_counter()
             try:
                 self._answer_with(tickets)
             except Exception as error:  # the edge of a work item: it costs these questions only
@@ -159,18 +166,18 @@ class Engine:
             share_s = (time.perf_counter() - started_s) / len(tickets)
             self._question_s += RECENT * (share_s - self._question_s)
 
-    def _next(self) -> Ticket | None:
-        """Return the first ticket of the volume whose turn it is; None at the end. That volume is last in turn then."""
+    def _next(self) -> list[Ticket]:
+        """Return the first ticket of the volume whose turn it is; none at the end. That volume is last in turn then."""
         with self._changed:
+            self._answering = []
             while not self._waiting and not self._is_closing:
                 self._changed.wait()
-            if not self._waiting:
-                return None
-            contents, queue = self._waiting.popitem(last=False)
-            ticket = queue.pop(0)
-            if queue:
-                self._waiting[contents] = queue
-            return ticket
+            if self._waiting:
+                contents, queue = self._waiting.popitem(last=False)
+                self._answering = [queue.pop(0)]
+                if queue:
+                    self._waiting[contents] = queue
+            return self._answering
 
     def _answer_with(self, tickets: list[Ticket]) -> None:
         """Answer the ticket, with those that wait for the same prefix by the time that it is encoded."""
@@ -207,7 +214,7 @@ class Engine:
                 self._waiting.pop(first.question.contents, None)
 
     def _answer(self, tickets: list[Ticket], encoded: Encoded, cached_tokens: int) -> None:
-        """Answer tickets in one batch; where they fail together, each is tried alone."""
+        """Answer tickets in one batch; where they fail together, each half is tried."""
         try:
             self._answer_batch(tickets, encoded, cached_tokens)
             return
@@ -218,8 +225,9 @@ class Engine:
                 return
         if has_room and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        for ticket in tickets:
-            self._answer([ticket], encoded, cached_tokens)
+        half = (len(tickets) + 1) // 2
+        for part in filter(None, (tickets[:half], tickets[half:])):
+            self._answer(part, encoded, cached_tokens)
 
     def _answer_batch(self, tickets: list[Ticket], encoded: Encoded, cached_tokens: int) -> None:
         tickets = [ticket for ticket in tickets if not (ticket.is_cancelled or ticket.is_done)]
@@ -249,7 +257,10 @@ class Engine:
         self._counts["batches"] += 1
         for ticket in tickets:
             own = [next(replies) for _ in ticket.drafts]
-            self._finish(ticket, own[0], cached_tokens)
+            if error := next((reply.prediction.error for reply in own if reply.prediction.error), ""):
+                self._fail(ticket, error)
+            else:
+                self._finish(ticket, own[0], cached_tokens)
 
     def _drafts(self, ticket: Ticket) -> list[Draft]:
         question, tokenizer = ticket.question, self.predictor.processor.tokenizer
@@ -275,11 +286,14 @@ class Engine:
         self._counts["kept_tokens"] += reply.prediction.kept_tokens
         ticket.tell(Answer(texts, reply.prediction, reply.keep_V, reply.saliency_V, cached_tokens))
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Ticket, error: Exception | str) -> None:
+        """Tell the client why there is no answer: a sentence of ours, or what may be said of an error."""
         if ticket.is_cancelled or ticket.is_done:
             return
         self._counts["failed"] += 1
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, str):
+            reason = error
+        elif isinstance(error, torch.OutOfMemoryError):
             reason = "expected an answer that fits into memory, found none left; ask for fewer answers or tokens"
         elif isinstance(error, ValueError):
             reason = str(error)

@@ -1,6 +1,7 @@
 """Questions on edited volumes: what each edit changes, by hand, and how many answers move."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,6 +101,17 @@ def test_blanking_kept_tokens_changes_their_voxels_and_no_others(place):
     assert (kept == expected).all()
     assert not (dropped & expected).any()
     assert dropped.sum() > 0.98 * (~expected).sum()
+
+
+def test_a_mask_that_is_not_asked_about_is_not_read(place, tmp_path):
+    (tmp_path / "v0").mkdir()
+    small = Geometry.axis_aligned((14, 28, 28), (5.2, 2.6, 2.6), (0, -40, 0))
+    write_nifti(tmp_path / "v0" / "liver.nii.gz", nifti_header(small, "<u1"), np.ones(small.shape_zyx, np.uint8))
+    (tmp_path / "v0" / "spleen.nii.gz").write_bytes(b"no mask")
+    home = MaskFolder(tmp_path)
+    assert changed(place, edit="erase=asked", masks=home, asked=("liver",)).any()
+    with pytest.raises(UsageError, match=r"expected masks of v0 \(lungs\)"):
+        changed(place, edit="erase=asked", masks=home, asked=("lungs",))
 
 
 def test_a_mirrored_volume_is_the_volume_from_right_to_left(place):
@@ -274,6 +286,10 @@ def test_the_command_asks_again_on_edited_volumes_and_goes_on_after_a_stop(tmp_p
     assert set(line["counterfactual"]) == {
         *("erase=asked", "erase=other", "erase=kept", "erase=dropped", "flip=lr", "blind")
     }
+    shutil.rmtree(tmp_path / "masks" / "v1")  # whose questions have nothing to erase now: old answers do not count
+    assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())["counterfactuals"]
+    assert {one["questions"] for one in written["moved"] if one["edit"] == "erase=asked"} == {1}
     assert "Answers on edited volumes" in (tmp_path / "out" / "report.html").read_text()
     result = CliRunner().invoke(app, [*map(str, [*words[:-6], "--counterfactual", "erase=asked"])])
     assert (result.exit_code, "expected --masks" in result.output) == (2, True)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.export import nifti_header, write_nifti
 from photon_data.volume import Geometry
+from photon_train.answering import prediction
 from photon_train.answering.prediction import read_predictions, unpack_mask
 from photon_train.tiny import tiny
 
@@ -69,6 +70,15 @@ def test_running_twice_goes_on_where_the_first_run_was_cut_off(model_dir, data, 
     code, text = ask(model_dir, data, tmp_path, "--choices")
     assert "2 answered, 4 before" in text
     assert len(read(tmp_path, "its")) == 6
+
+
+def test_a_models_answers_are_read_once_to_be_scored_matched_and_compared(model_dir, data, tmp_path, monkeypatch):
+    read, real = [], prediction.read_text
+    monkeypatch.setattr(prediction, "read_text", lambda path, kinds: read.append(path.name) or real(path, kinds))
+    more = ("--schedulers", "its,random", "--counterfactual", "erase=kept")
+    code, text = ask(model_dir, data, tmp_path, *more)
+    assert code == 0, text
+    assert read.count("its.jsonl") == 2  # the other time, its writer puts the lines into their order
 
 
 def test_schedulers_share_the_budget_of_its_and_one_table_and_plot(model_dir, data, tmp_path):

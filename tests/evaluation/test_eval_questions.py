@@ -180,6 +180,32 @@ def test_the_best_scored_choice_is_written_as_the_label_is():
     assert (own["score_v2"], own["accuracy_strict"], own["accuracy_letter_v2"]) == (100, 100, 100)
 
 
+def test_a_manifest_of_ms_swift_alone_is_scored_by_what_the_assistant_says_last(tmp_path):
+    rows = []
+    for volume, answer in (("a.1", "Yes"), ("a.1", "No"), ("b", "No")):
+        turns = [{"role": "user", "content": "<video>Is it?"}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": turns, "videos": [f"/data/{volume}.nii.gz"]})
+    rows[2]["videos"] = rows[2]["videos"][0]  # a text, as ms-swift takes one
+    put(tmp_path / "own.jsonl", rows)
+    put(tmp_path / "p.jsonl", [Prediction(f"own-{n}", "Yes") for n in (1, 2, 3)])
+    words = ("vqa", "--data", tmp_path / "own.jsonl", "--predictions", tmp_path / "p.jsonl", "--bootstrap", 5)
+    code, text = cli(*words, "--output", tmp_path / "out")
+    assert code == 0, text
+    lines = lines_of(tmp_path / "out" / "per_question.jsonl")
+    assert [(one["id"], one["patient"], one["volume_id"], one["answer"]) for one in lines] == [
+        *(("own-1", "a.1", "a.1", "Yes"), ("own-2", "a.1", "a.1", "No"), ("own-3", "b", "b", "No")),
+    ]
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["predictions"][0]["scores"]
+    assert {one["value"] for one in scores if one["metric"] == "accuracy_yes_no"} == {33.3333}
+
+
+@pytest.mark.parametrize("messages", [None, "?", [], ["?"], [{"role": "user"}], [{"role": "user", "content": None}]])
+def test_a_row_that_cannot_be_scored_is_named_with_its_line(tmp_path, messages):
+    put(tmp_path / "own.jsonl", [{"messages": messages, "videos": ["/data/a.nii.gz"]}])
+    code, text = cli("vqa", "--data", tmp_path / "own.jsonl", "--output", tmp_path / "out")
+    assert (code, "own-1" in text, "Traceback" in text) == (2, True, False), text
+
+
 @pytest.mark.parametrize(
     "odd", [{"seconds": 1.5}, {"kept": 390}, {"choice_scores": [-0.1]}, {"visual_tokens": "many"}, {"threshold": True}]
 )

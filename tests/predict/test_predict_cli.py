@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_cli.terminal import plain
+from photon_data.stored_array import StoredArray
 from photon_train.answering.prediction import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
@@ -104,6 +105,7 @@ def test_a_refused_scan_or_a_wrong_option_says_so_with_exit_code_2(model_dir, sc
         ((scan,), "SCAN"),
         ((scan, "?", "--data", "rows.jsonl", "--output", "p.jsonl"), "SCAN"),
         ((scan, "?", "--choices"), "--choices: expected --data"),
+        ((scan, "?", "--stream", "--sample", "--samples", "2"), "--stream: expected no --samples beside it"),
         (("--data", "rows.jsonl"), "--output"),
         (("--manifest", "rows.jsonl", "--output", "p.jsonl"), "--data rows.jsonl"),
         (("--data", "rows.jsonl", "--output", "p.jsonl", "--stream"), "--stream: expected SCAN"),
@@ -134,6 +136,15 @@ def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_
     assert code == 0 and "4 rows, 4 of them answered before" in text
     code, text = cli(*words, "--scheduler", "random")
     assert code == 2 and "scheduler was 'its' and is 'random'" in text
+
+
+def test_for_an_overlay_a_store_is_not_read_whole_again(model_dir, manifest, tmp_path, monkeypatch):
+    whole, real = [], StoredArray._whole
+    monkeypatch.setattr(StoredArray, "_whole", lambda array: whole.append(array.location.url) or real(array))
+    words = ("--model", model_dir, "--data", manifest, "--output", tmp_path / "p.jsonl", *FAST)
+    assert cli(*words, "--overlay", tmp_path / "ov")[0] == 0
+    assert len(whole) == len(set(whole)) == 2
+    assert len(list((tmp_path / "ov").rglob("planes.png"))) == 4
 
 
 def test_a_volume_that_cannot_be_shown_is_answered_and_listed_with_exit_code_1(model_dir, manifest, tmp_path):

@@ -18,8 +18,9 @@ from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
-from photon_train.answering.request import RequestGroup, answer_ids, plain_row, texts_of_choices
+from photon_train.answering.request import RequestGroup, answer_ids, texts_of_choices
 from photon_train.pruners import SCHEDULERS
+from photon_train.rows import plain_row
 
 MIXED = replace(SHORT, choices=True)
 
@@ -184,6 +185,18 @@ def test_a_row_whose_logits_are_not_finite_has_no_answer_and_its_batch_mates_hav
         found = {p.id: p for p in read_predictions(path)}
         assert found["d"].response == "" and "finite" in found["d"].error
         assert settings.sample or all(found[id].response == expected[id].response for id in "ac")
+
+
+def test_a_row_of_which_one_sample_has_logits_that_are_not_finite_has_no_answer(model_dir, rows, tmp_path):
+    model = predictor(model_dir, replace(SHORT, sample=True, samples=3))
+
+    def diverged(module, args, logits):
+        logits[-1] = math.nan
+        return logits
+
+    model.model.lm_head.register_forward_hook(diverged)
+    (found,) = answers(model, rows[:1], tmp_path / "p.jsonl").values()
+    assert (found.response, found.samples) == ("", []) and "finite" in found.error
 
 
 def test_lines_are_in_the_order_of_their_ids_whatever_the_order_of_answers(model, rows, tmp_path):

@@ -1,5 +1,6 @@
 """The queue and the prefixes: what is computed once, what is answered together, and what a failure costs."""
 
+import math
 import queue
 import threading
 import time
@@ -286,6 +287,49 @@ def test_a_question_that_fails_costs_itself(engine, model_dir, places, monkeypat
         Asked(engine, about(places[0], " "))
     with pytest.raises(ValueError, match="expected plain text"):
         Asked(engine, about(places[0], "<|im_end|>"))
+
+
+def test_an_answer_whose_logits_are_not_finite_is_a_failure_without_text_and_costs_itself(engine, places):
+    def diverged(module, args, logits):
+        logits[-1] = math.nan  # of the last row of a batch
+        return logits
+
+    engine.predictor.model.lm_head.register_forward_hook(diverged)
+    with Held(engine):
+        good, *bad = (Asked(engine, about(places[0], question, streams=True)) for question in QUESTIONS[:2])
+        bad.append(Asked(engine, about(places[0], QUESTIONS[0], temperature=2.0, answers=2, seed=1)))
+    assert good.answer().texts[0].text
+    for one in bad:
+        (failure,) = one.all()
+        assert isinstance(failure, Failure) and "expected finite logits" in failure.reason
+        assert not failure.is_of_question
+    assert engine.figures()["failed"] == 3  # and the question that held the engine
+
+
+def test_a_batch_that_memory_does_not_suffice_for_is_halved(engine, places, monkeypatch):
+    real, sizes = type(engine.predictor).answer, []
+
+    def answer(self, encoded, requests, *args, **kwargs):
+        sizes.append(len(requests))
+        if len(requests) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(self, encoded, requests, *args, **kwargs)
+
+    with Held(engine):
+        monkeypatch.setattr(type(engine.predictor), "answer", answer)
+        asked = [Asked(engine, about(places[0], f"{QUESTIONS[0]} {n}")) for n in range(5)]
+    assert all(one.answer() for one in asked)
+    assert sizes == [5, 3, 2, 1, 2]
+
+
+def test_a_closing_engine_whose_time_is_up_fails_what_it_answers_and_leaves_no_thread(model_dir, places):
+    engine = Engine(predictor(model_dir), cache_bytes=1 << 30)
+    first = Asked(engine, about(places[0], QUESTIONS[0], max_tokens=100_000, streams=True))
+    first.events.get(timeout=WAIT_S)  # it is being answered, for an hour
+    second = Asked(engine, about(places[1], QUESTIONS[0]))
+    assert engine.close(0) == 2
+    assert not engine._thread.is_alive()
+    assert all(isinstance(one.all()[-1], Failure) for one in (first, second))
 
 
 def test_memory_that_runs_out_takes_other_prefixes_before_an_answer(engine, places, monkeypatch):

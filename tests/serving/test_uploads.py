@@ -195,6 +195,7 @@ def test_a_server_that_cannot_start_says_why(model_dir, tmp_path):
         (["--data", str(tmp_path), "--port", "0"], "has no volumes.jsonl"),
         (["--host", "203.0.113.9", "--api-key-file", str(tmp_path / "key")], "at least 16"),
         (["--recipe", "none", "--port", "0"], "expected one of chest_ct"),
+        (["--adapter", str(tmp_path), "--port", "0"], "expected a checkpoint of a LoRA run"),
     ):
         code, text = run(*words)
         assert code == 2 and said in text, text

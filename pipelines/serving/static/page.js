@@ -8,7 +8,7 @@ import { Regions, Scan } from "./scan.js";
 import { Space } from "./space.js";
 
 const of = (selector) => document.querySelector(selector);
-const view = { scan: null, at: [0, 0, 0], level: 40, width: 400, style: "outline", regions: [] };
+const view = { scan: null, at: [0, 0, 0], regions: [] }; // and level, width, style: the buttons that are pressed say them
 const names = new Map(); // of the files that this page sent; the server keeps none
 const planes = [...document.querySelectorAll("[data-plane]")].map((pane) => new Plane(pane, view, moveTo));
 const space = new Space(of("#space"), view);
@@ -286,6 +286,8 @@ for (const type of ["dragenter", "dragover", "dragleave", "drop"])
     if (type === "drop") filesOf(event.dataTransfer).then(upload, (error) => say(error.message));
   });
 
+of("#windows [aria-pressed=true]").click();
+of("#styles [aria-pressed=true]").click();
 orSay(async () => {
   model = await api.modelName();
   of("#model").textContent = model;

@@ -1,7 +1,7 @@
 // A scan as the planes need it, and which of its regions were kept. Arrays are [z, y, x], the world is LPS mm.
 // Grids of the server are axis-aligned: x goes to the left of the patient, y to the back, z to the head.
 
-const HEADER = 352; // bytes before the voxels of the server's NIfTI files
+export const HEADER = 352; // bytes before the voxels of the server's NIfTI files
 
 export class Scan {
   // `bytes`: a NIfTI file of int16 on a grid that covers the box of `facts.tokens`.

@@ -1,6 +1,7 @@
 // The 3D view: NiiVue, where `make viewer` has built it into the package and the browser has WebGL2.
 
 import { COLOURS } from "./planes.js";
+import { HEADER } from "./scan.js";
 
 const MISSING = "The 3D view needs NiiVue: run make viewer and start the server again.";
 const NO_WEBGL = "The 3D view needs WebGL2, which this browser does not have.";
@@ -88,7 +89,7 @@ const colormapOf = (colour) => {
 // A NIfTI file of uint8 with a voxel per box: 1 where it is shown. The world of NIfTI is RAS.
 function niftiOf(scan, region) {
   const [nz, ny, nx] = scan.cells;
-  const file = new DataView(new ArrayBuffer(352 + nz * ny * nx));
+  const file = new DataView(new ArrayBuffer(HEADER + nz * ny * nx));
   const size = [2, 1, 0].map((axis) => scan.extent[axis] / scan.cells[axis]); // x, y, z
   const first = scan.low.map((mm, world) => mm + size[world] / 2);
   file.setInt32(0, 348, true);
@@ -96,7 +97,7 @@ function niftiOf(scan, region) {
   file.setInt16(70, DATATYPE_UINT8, true);
   file.setInt16(72, 8, true); // bits
   [1, ...size].forEach((mm, i) => file.setFloat32(76 + 4 * i, mm, true));
-  file.setFloat32(108, 352, true); // where the voxels begin
+  file.setFloat32(108, HEADER, true);
   file.setFloat32(112, 1, true); // slope
   file.setInt16(254, 1, true); // sform
   [-1, -1, 1].forEach((sign, row) => {
@@ -104,6 +105,6 @@ function niftiOf(scan, region) {
     file.setFloat32(280 + 16 * row + 12, sign * first[row], true);
   });
   [0x6e, 0x2b, 0x31, 0].forEach((byte, i) => file.setUint8(344 + i, byte)); // "n+1"
-  region.shown.forEach((box) => file.setUint8(352 + box, 1));
+  region.shown.forEach((box) => file.setUint8(HEADER + box, 1));
   return file.buffer;
 }
