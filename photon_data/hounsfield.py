@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,16 +37,6 @@ LARGEST_12_BITS_HU = 3071
 
 
 HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
-
-
-class Rescale(NamedTuple):
-    """HU = slope * stored + intercept, and who gives them."""
-
-    slope: float
-    intercept: float
-    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": a table of
-    # a data set of raw files; a file that holds HU already is refused.
-    given_by: Literal["stored", "table", "metadata"]
 
 
 class Probe:

@@ -20,7 +20,6 @@ from photon_data.errors import Refused, UsageError, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
     Probe,
-    Rescale,
     has_padding,
     refuse_implausible,
     refuse_scaled_before,
@@ -45,7 +44,7 @@ from photon_data.resample import (
     target_grid,
     voxels_between,
 )
-from photon_data.scan import Change, Scan, Source, TableGrid
+from photon_data.scan import Change, Rescale, Scan, Source, TableGrid
 from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, model_digest, read_metadata, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 

@@ -12,12 +12,12 @@ from scans import as_scan, ct_like, frame
 
 import photon_data
 from photon_data.errors import Refused
-from photon_data.hounsfield import Rescale, has_padding
+from photon_data.hounsfield import has_padding
 from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import VolumeRecord
 from photon_data.remarks import other_remarks
-from photon_data.scan import Source
+from photon_data.scan import Rescale, Source
 
 SHAPE = (12, 40, 44)
 RECIPE = Recipe(shape_zyx=(30, 36, 40), model_shape_zyx=(14, 28, 28))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from photon_data.errors import UsageError, name_hint
-from photon_data.hounsfield import STORED, Rescale
+from photon_data.hounsfield import STORED
 from photon_data.questions.manifest import by_name
 from photon_data.questions.table import Problem, as_name, number, read_table, refuse
-from photon_data.scan import Source
+from photon_data.scan import Rescale, Source
 
 COLUMNS = ("volume", "slope", "intercept")
 # A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
