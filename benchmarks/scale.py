@@ -35,7 +35,7 @@ from photon_data.report import render_report
 from photon_data.scan import Scan
 from photon_data.store import OWN_DIGEST, own_digest, read_metadata, write_store
 from photon_data.volume import Geometry
-from photon_pipelines import export, prepare
+from photon_pipelines import cluster, export, prepare
 from photon_pipelines.cluster import Workers
 from photon_pipelines.plan import Callback, Plan, gather, plan
 from photon_pipelines.request import Request
@@ -96,7 +96,7 @@ def measure(n: int, workers: int) -> dict[str, tuple[float, float]]:
             gathered = timed("find scans", lambda: gather(request))
             todo: Plan = timed("plan", lambda: plan(gathered.jobs, request))
             gathered.jobs.clear()
-            prepare.run_isolated = Stub(template)  # type: ignore[attr-defined]
+            cluster.run_isolated = Stub(template)  # type: ignore[attr-defined]
             records = timed("run jobs, journal", lambda: prepare._run(todo, hold, Workers(workers), Callback()))
             timed("report", lambda: report(records))
             timed("all that ends a run", lambda: prepare.finish(request, records, [], {}).states)

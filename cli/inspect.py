@@ -19,9 +19,10 @@ from photon_data.datasets.combine import Collection, combine, missing_paths, rea
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.files import jsonl_bytes, write_whole
+from photon_data.questions.kept import collect
 from photon_data.questions.override_table import COLUMNS as OVERRIDES
 from photon_data.questions.override_table import proposed_rows, proposed_table
-from photon_data.questions.splits import leaks, refuse_leaks
+from photon_data.questions.splits import leaks_of, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
@@ -30,7 +31,6 @@ from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Workers
 from photon_pipelines.mask_plan import find_masks
 from photon_pipelines.plan import Plan
-from photon_pipelines.questions import as_row, collect
 from photon_pipelines.request import (
     Request,
     grids_of,
@@ -185,7 +185,7 @@ def inspect_manifest(path: Path, only: Sequence[str], out: str | None, workers: 
     combined = combine(parts, manifest.seed)
     todo = planning.plan(planning.jobs_of(request, combined), request)
     print_table("for the volumes that are there", ["", ""], _costs(request, todo, workers))
-    refuse_leaks(leaks(map(as_row, combined.questions)))
+    refuse_leaks(leaks_of(combined.questions))
     return len(parts) == len(datasets) and not combined.unmatched
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,16 +37,6 @@ LARGEST_12_BITS_HU = 3071
 
 
 HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
-
-
-class Rescale(NamedTuple):
-    """HU = slope * stored + intercept, and who gives them."""
-
-    slope: float
-    intercept: float
-    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": a table of
-    # a data set of raw files; a file that holds HU already is refused.
-    given_by: Literal["stored", "table", "metadata"]
 
 
 class Probe:
@@ -159,13 +149,20 @@ def has_padding(facts: Mapping[str, Any], recipe: Recipe) -> bool:
         return True
     before = facts.get("hu_before") or {}
     low, high = (before.get(end, 0.0) for end in ("min", "max"))
-    is_hu = "modality" not in facts.get("policy", {})
-    if is_hu and FAR_BELOW_AIR_HU <= low < min(BELOW_AIR_HU, recipe.window_hu[0]) and low == before.get("p01"):
-        return True  # it may be: earlier versions did not look
     if "padding_voxels" in facts:
         return False
     is_low = low < min(recipe.window_hu[0], FAR_BELOW_AIR_HU)
     return bool(is_low or (facts.get("format") == "dicom" and high >= LARGEST_12_BITS_HU))
+
+
+def lacks_undeclared(facts: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Tell whether undeclared padding was looked for in a volume that may have some, and was not found.
+
+    It may where a share of LEAST_PADDING lies below air. In stores of earlier versions nobody looked.
+    """
+    if "undeclared_padding_hu" in facts or "modality" in facts.get("policy", {}):
+        return False
+    return bool((facts.get("hu_before") or {}).get("p01", 0.0) < min(BELOW_AIR_HU, recipe.window_hu[0]))
 
 
 def volume_statistics(array: np.ndarray) -> dict[str, Any]:

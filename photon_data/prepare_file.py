@@ -20,8 +20,8 @@ from photon_data.errors import Refused, UsageError, refusal
 from photon_data.files import Location, fingerprint
 from photon_data.hounsfield import (
     Probe,
-    Rescale,
     has_padding,
+    lacks_undeclared,
     refuse_implausible,
     refuse_scaled_before,
     volume_statistics,
@@ -45,12 +45,13 @@ from photon_data.resample import (
     target_grid,
     voxels_between,
 )
-from photon_data.scan import Change, Scan, Source, TableGrid
+from photon_data.scan import Change, Rescale, Scan, Source, TableGrid
 from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, model_digest, read_metadata, write_store
 from photon_data.volume import Geometry, Prepared, Volume
 
-# Part of the resume key of a volume with padding: it is set aside before anything is interpolated.
-PADDING_FIRST = "padding-first"
+# Parts of the resume key of a volume with padding, which is set aside before anything is interpolated, and of one in
+# which padding was looked for that no header declares.
+PADDING_FIRST, NONE_UNDECLARED = "padding-first", "no undeclared padding"
 # Part of it where it is not this.
 USUAL = WRITTEN["volume"]
 
@@ -118,14 +119,15 @@ class Job:
         """Return the resume key: a hash of all that decides the store's bytes.
 
         `content` is the fingerprint of the source's files. Of the `facts` of its volume, the choices of the policy that
-        mattered count, and whether there is padding: it was interpolated by versions that did not count it. `digest` is
-        that of the recipe, where it is not this one's: stores of earlier versions. `grids` are those of the store.
+        mattered count, and padding: earlier versions interpolated it, or did not look for what is undeclared. `digest`
+        is that of the recipe, where it is not this one's: stores of earlier versions. `grids` are those of the store.
         """
         parts: list[Any] = [content, digest or self.recipe.digest, self.rescale, ALGORITHM]
         parts += [self.stated.to_json()] if self.stated else []
         parts += [said] if self.override and (said := self.override.key()) else []
         parts += [dict(facts["policy"])] if facts.get("policy") else []
         parts += [PADDING_FIRST] if has_padding(facts, self.recipe) else []
+        parts += [NONE_UNDECLARED] if lacks_undeclared(facts, self.recipe) else []
         parts += [] if tuple(grids) == USUAL else [list(grids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -56,10 +56,18 @@ def keyed(key: str, text: str) -> str:
     return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:DIGITS]
 
 
-def save_key(out: Location, key: str) -> Path:
-    """Write the key, readable for its owner only; return its place."""
-    _write(private_folder(out) / KEY, f"{key}\n".encode())
-    return private_folder(out) / KEY
+def keep_key(out: Location, key: str) -> str:
+    """Write the key that ids were made with, for its owner only; return a sentence for them, "" if it was there.
+
+    UsageError where another run has made one meanwhile.
+    """
+    if (there := read_key(out)) is None:
+        path = private_folder(out) / KEY
+        _write(path, f"{key}\n".encode())
+        return f"a key was made, from which ids and patients are: {path}. Keep it, and keep it to yourself"
+    if there != key:
+        raise UsageError(f"expected the key that this run began with, found another one of {out.url}; run it again")
+    return ""
 
 
 def read_names(out: Location) -> dict[str, tuple[str, str]]:

@@ -329,6 +329,11 @@ def records_of(out: Location) -> list[VolumeRecord]:
     return read_records(out)
 
 
+def by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
+    """Return records in the order of their ids."""
+    return sorted(records, key=lambda record: record.id)
+
+
 def _named(record: VolumeRecord, root: str, source: str) -> VolumeRecord:
     return replace(record, root=root, source=source) if record.hidden else record
 

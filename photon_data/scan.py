@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -106,6 +106,16 @@ class Scan:
             if self.padded:
                 array[z][np.isnan(array[z])] = PADDING_HU
         return Volume(array, self.geometry)
+
+
+class Rescale(NamedTuple):
+    """HU = slope * stored + intercept, and who gives them."""
+
+    slope: float
+    intercept: float
+    # "stored": nobody, values are taken as they are. "table": a user's table, which is followed. "metadata": a table of
+    # a data set of raw files; a file that holds HU already is refused.
+    given_by: Literal["stored", "table", "metadata"]
 
 
 class TableGrid(NamedTuple):

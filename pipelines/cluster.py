@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from asyncio import CancelledError
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,9 +25,9 @@ from distributed.system import MEMORY_LIMIT
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.lock import is_held_by
-from photon_data.records import DIED, OUT_FULL, UNABLE, NoSpace
-from photon_pipelines.child import end_children
+from photon_data.lock import Hold, is_held_by
+from photon_data.records import DIED, FAILED, OUT_FULL, UNABLE, NoSpace, SomeWork, VolumeRecord, Work, record_of
+from photon_pipelines.child import end_children, run_isolated
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
 WORKER_BYTES = 1_500_000_000
@@ -109,6 +109,27 @@ def needs_of(out: Location, name: str) -> Needs:
 def pays(workers: Workers, jobs: int) -> bool:
     """Tell whether so many short jobs are done sooner by these workers, which take seconds to start, than here."""
     return workers.scheduler is not None or (workers.local_count() > 1 and jobs >= FEW)
+
+
+def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
+    """Yield the record of every scan, or its masks, as its job ends, of the largest first; the list is used up."""
+    task = partial(run_isolated, module="photon_pipelines.scan_job", holder=hold.token if hold else "")
+    jobs.sort(key=lambda job: job.source.bytes)
+    with contextlib.closing(execute(jobs, task, workers, _needs_of_jobs(jobs, hold))) as finished:
+        for job, reply in finished:
+            if DIED in reply:
+                code, reason = reply[DIED]
+                yield record_of(job, FAILED, code=code, reason=reason)
+            else:
+                yield VolumeRecord.from_json(reply)
+
+
+def _needs_of_jobs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
+    """Return what workers must see: a file below each source folder, and OUT."""
+    sources = {job.source.root: job.source for job in jobs if job.source.files}
+    files = [(one.files[0], "a file of SOURCE" if one.hidden else str(one.files[0])) for one in sources.values()]
+    there = tuple((str(file), file.stat().st_size, name) for file, name in files if file.is_file())
+    return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 
 def execute(

@@ -9,13 +9,13 @@ from dataclasses import replace
 from photon_data.files import append_row
 from photon_data.lock import Hold, exclusive
 from photon_data.prepare_file import Job
+from photon_data.private import keep_key
 from photon_data.readers.find import LABEL_MAP
 from photon_data.readers.mask_pattern import usual_pattern
-from photon_data.records import INSPECTED, READY, VolumeRecord, read_again, read_records
-from photon_pipelines.cluster import Workers
+from photon_data.records import INSPECTED, READY, VolumeRecord, by_id, read_again, read_records
+from photon_pipelines.cluster import Workers, prepared
 from photon_pipelines.owners import without_withdrawn
 from photon_pipelines.plan import Callback, Plan, gather
-from photon_pipelines.prepare import by_id, keep_key, prepared
 from photon_pipelines.request import Request
 
 
@@ -38,8 +38,8 @@ def inspect(
         callback.on_plan(Plan([*jobs], [], [], []), gathered.ignored)
         return by_id(_inspected(jobs, workers, None, callback)), gathered.ignored, notes
     with exclusive(request.out) as hold:
-        if gathered.key:
-            keep_key(gathered.key, request.out, callback)
+        if gathered.key and (note := keep_key(request.out, gathered.key)):
+            callback.on_note(note)
         before = {row.id: row for row in read_records(request.out, INSPECTED)}
         jobs, left_out = without_withdrawn(jobs, read_again(request.out, gathered.rows).records)
         done = [row for job in jobs if (row := _inspected_before(job, before.get(job.source.id), request))]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
-from photon_data.prepare_file import Job
 from photon_data.private import KEYED, private_folder, read_key
-from photon_data.records import MANY, PRUNED, REFUSED, VolumeRecord, places_of
+from photon_data.records import MANY, PRUNED, REFUSED, SomeWork, VolumeRecord, places_of, record_of
 from photon_data.scan import Source
 from photon_data.store import read_metadata
 
@@ -119,11 +117,13 @@ def _is_stray_of_another(source: Source, strays: Collection[str], out: Location)
     return any(metadata and metadata["fingerprint"] != fingerprint(source.files) for metadata in found)
 
 
-def without_withdrawn(jobs: Sequence[Job], records: Sequence[VolumeRecord]) -> tuple[list[Job], list[VolumeRecord]]:
+def without_withdrawn(
+    jobs: Sequence[SomeWork], records: Sequence[VolumeRecord]
+) -> tuple[list[SomeWork], list[VolumeRecord]]:
     """Return the jobs without those whose scans `prune` took away for good, and the records of these."""
     gone = _withdrawn([job.source for job in jobs], records)
     pairs = [(job, gone[job.source.id]) for job in jobs if job.source.id in gone]
-    left_out = [job.record(REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in pairs]
+    left_out = [record_of(job, REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in pairs]
     return [job for job in jobs if job.source.id not in gone], left_out
 
 
@@ -142,20 +142,19 @@ def _withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> di
     return found
 
 
-def placed(jobs: Sequence[Job], before: Mapping[str, VolumeRecord], strays: Collection[str]) -> Sequence[Job]:
-    """Return the jobs with the places of their stores: as their rows say, else by how many stores there will be.
+def deep_ids(ids: Iterable[str], before: Mapping[str, VolumeRecord], strays: Collection[str]) -> set[str]:
+    """Return which scans have their stores in one of 256 folders: as their rows say, else if there will be many.
 
     One among the `strays`, which no row names, is replaced where it lies: no scan gets two stores.
     """
-    deep = len(before.keys() | {job.source.id for job in jobs}) >= MANY
+    ids = set(ids)
+    are_many = len(before.keys() | ids) >= MANY
 
-    def with_place(job: Job) -> Job:
-        row = before.get(job.source.id)
+    def is_deep(id: str) -> bool:
+        row = before.get(id)
         if row and row.store:
-            is_deep = row.is_deep
-        else:
-            flat, shelved = places_of(job.source.id)
-            is_deep = shelved in strays or (deep and flat not in strays)
-        return replace(job, deep=True) if is_deep else job
+            return row.is_deep
+        flat, shelved = places_of(id)
+        return shelved in strays or (are_many and flat not in strays)
 
-    return [with_place(job) for job in jobs]
+    return {id for id in ids if is_deep(id)}

@@ -10,18 +10,17 @@ from typing import Any, NamedTuple
 
 from photon_data.datasets.base import ID_FROM, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
 from photon_data.override import SKIPPED
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import HEADERS, hide_names, private_folder
-from photon_data.questions.manifest import Manifests, Unmatched, refuse_unsound
-from photon_data.questions.override_table import read_overrides
-from photon_data.questions.question import PROMPTS, Question, with_prompt_style
+from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
+from photon_data.questions.override_table import read_overrides, rescaling
+from photon_data.questions.question import PROMPTS, UNKNOWN, Question, with_prompt_style
 from photon_data.questions.question_table import read_questions
-from photon_data.questions.rescale_table import rescaling
-from photon_data.questions.splits import Count, assign_splits, leaks, refuse_leaks
+from photon_data.questions.splits import Count, assign_splits, leaks_of, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
 from photon_data.records import (
@@ -40,14 +39,13 @@ from photon_data.records import (
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
 from photon_pipelines.owners import (
+    deep_ids,
     ids_of_earlier_runs,
     notes_of_old_ids,
-    placed,
     refuse_lost_names,
     refuse_namesakes,
     without_withdrawn,
 )
-from photon_pipelines.questions import as_row, joined, notes_of_unmatched
 from photon_pipelines.request import Request, grids_of, paths_of, recipe_of
 
 # What DICOM archives hold: names of their files and folders may be a patient's.
@@ -155,7 +153,7 @@ def gather(request: Request, callback: Callback | None = None, *, keeps_headers:
     for name, asked in gathered.questions.items():
         refuse_unsound(name, asked)
     if not request.allow_leaks:
-        refuse_leaks(leaks(as_row(question) for part in gathered.questions.values() for question in part))
+        refuse_leaks(leaks_of(question for part in gathered.questions.values() for question in part))
     return gathered
 
 
@@ -203,12 +201,50 @@ def _gather_folder(request: Request, callback: Callback, keeps_headers: bool) ->
     if request.questions is None:
         return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key, rows=rows)
     name = request.id_prefix + request.questions.stem.lstrip(".")
-    made, unmatched = joined(asked, sources, name)
-    notes += notes_of_unmatched(asked, unmatched, sources)
+    made, unmatched = _joined(asked, sources, name)
+    notes += _notes_of_unmatched(asked, unmatched, sources)
     if unknown := sum(not (question.split or question.patient) for question in made):
         notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
     questions[name] = assign_splits(made, fractions=request.fractions, seed=request.seed)
     return Gathered(jobs, questions, unmatched, ignored, notes, key, rows)
+
+
+def _joined(
+    asked: Sequence[Question], sources: Sequence[Source], dataset: str
+) -> tuple[list[Question], list[Unmatched]]:
+    """Return the questions with ids of scans in place of names, and those that name no scan or several.
+
+    Two names of one scan must not be two patients, and a scan of another source never answers to a name.
+    """
+    by_id = {source.id: source for source in sources}
+    is_hidden = any(source.hidden for source in sources)
+    find, made, unmatched = by_name((source.id, source.path) for source in sources), [], []
+    for question in asked:
+        match = find(question.volume)
+        if match.id is None:
+            shown, reason = question.volume, match.reason
+            if is_hidden:
+                shown, reason = "(name)", reason.partition(" (")[0]
+            unmatched.append(Unmatched(question.id, shown, reason))
+            made.append(replace(question, volume=f"{UNKNOWN}{shown}", dataset=dataset))
+        else:
+            patient = question.patient or by_id[match.id].patient or None
+            made.append(replace(question, volume=match.id, dataset=dataset, patient=patient))
+    return made, unmatched
+
+
+def _notes_of_unmatched(
+    questions: Sequence[Question], unmatched: Sequence[Unmatched], sources: Sequence[Source]
+) -> list[str]:
+    """Return a sentence about the questions that name no scan or several, before hours of work."""
+    reasons = {one.volume: one.reason for one in unmatched}
+    if not reasons:
+        return []
+    paths = [source.id if source.hidden else source.path for source in sources]
+    near = {name: nearest_name(name, paths) or paths[0] for name in list(reasons)[:4]}
+    told = [f"{name!r}: {reasons[name]} (a name that there is: {path!r})" for name, path in near.items()]
+    found = f"{len(unmatched)} of {len(questions)} questions do not name one scan of this source"
+    return [f"{found}: {first_few(told)}"]
 
 
 def _gather_datasets(request: Request, callback: Callback) -> Gathered:
@@ -267,7 +303,8 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
     del known
     refuse_namesakes([job.source for job in jobs], records, out, strays, together, overwrite=request.overwrite)
     before, ids = {record.id: record for record in records}, {job.source.id for job in jobs}
-    jobs = placed(jobs, before, strays)
+    deep = deep_ids([job.source.id for job in jobs], before, strays)
+    jobs = [replace(job, deep=True) if job.source.id in deep else job for job in jobs]
     others = [old for old in records if old.id not in ids]
     # Of this source, what is not there any more goes, if all of it was looked at. Withdrawn volumes stay known.
     is_partial = request.limit is not None or request.include or request.exclude or request.datasets

@@ -10,10 +10,9 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import Hold, exclusive
 from photon_data.mask_store import FOLDER as MASK_STORES
-from photon_data.private import read_key, save_key, save_names
+from photon_data.private import keep_key, save_names
 from photon_data.questions.kept import (
-    UNKNOWN,
+    collect,
     content_digests,
     digests_of_all,
     keep_questions,
@@ -35,36 +34,30 @@ from photon_data.questions.kept import (
     row_ids,
 )
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
-from photon_data.questions.question import Question
+from photon_data.questions.question import UNKNOWN, Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
     DATASET_DIGEST,
-    DIED,
-    FAILED,
     INSPECTED,
     LOCK,
     PRUNED,
     REFUSED,
     VOLUMES,
-    SomeWork,
     VolumeRecord,
-    Work,
     append_record,
+    by_id,
     read_records,
-    record_of,
     store_names,
     write_records,
 )
 from photon_data.report import NO_PICTURE, render_report
 from photon_data.store import open_volume
-from photon_pipelines.child import run_isolated
-from photon_pipelines.cluster import Needs, Workers, execute
+from photon_pipelines.cluster import Workers, prepared
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
 from photon_pipelines.masks import forget, id_at, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, count_states, gather, plan
-from photon_pipelines.questions import collect
 from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all
 
@@ -95,8 +88,8 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         questions = collect(gathered.questions, gathered.jobs, out, gathered.rows, allow_leaks=request.allow_leaks)
         gathered = gathered._replace(rows=None)
         gathered.jobs.clear()  # those to do are in the plan, until they are done
-        if gathered.key:
-            keep_key(gathered.key, out, callback)
+        if gathered.key and (note := keep_key(out, gathered.key)):
+            callback.on_note(note)
         callback.on_plan(todo, gathered.ignored)
         for note in notes_of_grids(todo.before, todo.done, request):
             callback.on_note(note)
@@ -109,15 +102,6 @@ def prepare(request: Request, workers: Workers, callback: Callback | None = None
         masks = _run_masks(plan_masks(found, request, records), hold, workers, callback) if found else []
         result = finish(request, records, todo.kept, questions, gathered.unmatched)
         return result._replace(damaged=damaged, masks=masks)
-
-
-def keep_key(key: str, out: Location, callback: Callback) -> None:
-    """Write the key that ids were made with; UsageError where another run has made one meanwhile."""
-    if (there := read_key(out)) is None:
-        note = "a key was made, from which ids and patients are"
-        callback.on_note(f"{note}: {save_key(out, key)}. Keep it, and keep it to yourself")
-    elif there != key:
-        raise UsageError(f"expected the key that this run began with, found another one of {out.url}; run it again")
 
 
 def finish(
@@ -224,11 +208,6 @@ def _pruned(record: VolumeRecord) -> VolumeRecord:
     return replace(record, state=REFUSED, code=PRUNED, reason=reason, **nothing)
 
 
-def by_id(records: Iterable[VolumeRecord]) -> list[VolumeRecord]:
-    """Return records in the order of their ids."""
-    return sorted(records, key=lambda record: record.id)
-
-
 def _write_dataset(
     request: Request,
     records: Sequence[VolumeRecord],
@@ -311,27 +290,6 @@ def _remove_partial(out: Location) -> None:
         name = place.rpartition("/")[2]
         if name.startswith(".") and name.endswith(".partial"):
             out.remove(place)
-
-
-def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -> Generator[VolumeRecord, None, None]:
-    """Yield the record of every job as it ends, of the largest first; the list is used up."""
-    task = partial(run_isolated, module="photon_pipelines.scan_job", holder=hold.token if hold else "")
-    jobs.sort(key=lambda job: job.source.bytes)
-    with closing(execute(jobs, task, workers, _needs(jobs, hold))) as finished:
-        for job, reply in finished:
-            if DIED in reply:
-                code, reason = reply[DIED]
-                yield record_of(job, FAILED, code=code, reason=reason)
-            else:
-                yield VolumeRecord.from_json(reply)
-
-
-def _needs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
-    """Return what workers must see: a file below each source folder, and OUT."""
-    sources = {job.source.root: job.source for job in jobs if job.source.files}
-    files = [(one.files[0], "a file of SOURCE" if one.hidden else str(one.files[0])) for one in sources.values()]
-    there = tuple((str(file), file.stat().st_size, name) for file, name in files if file.is_file())
-    return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 
 def _run_masks(todo: MaskPlan, hold: Hold, workers: Workers, callback: Callback) -> list[VolumeRecord]:

@@ -148,24 +148,17 @@ def test_what_was_refused_is_not_read_again_until_it_changes_or_is_asked_for(sit
     first = run(site_a, out)
     assert first.states == {"prepared": 2, "unchanged": 0, "refused": 1, "failed": 0}
     read = []
-    monkeypatch.setattr("photon_pipelines.prepare.execute", lambda jobs, *_: (read.extend(jobs), iter(()))[1])
-    monkeypatch.setattr("photon_pipelines.prepare.closing", lambda found: NoContext(found))
+
+    def execute(jobs, *_):
+        read.extend(jobs)
+        yield from ()
+
+    monkeypatch.setattr("photon_pipelines.cluster.execute", execute)
     again = run(site_a, out)
     assert (again.states["refused"], read) == (1, [])
     assert not again.complete
     run(site_a, out, retry_failed=True)
     assert [job.source.id for job in read] == ["bad"]
-
-
-class NoContext:
-    def __init__(self, found):
-        self.found = found
-
-    def __enter__(self):
-        return self.found
-
-    def __exit__(self, *_):
-        pass
 
 
 def test_a_source_that_moved_is_the_same_source(site_a, tmp_path):

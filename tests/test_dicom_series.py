@@ -171,11 +171,10 @@ def test_empty_slices_of_two_phases_are_no_copies(tmp_path):
         ({"ConvolutionKernel": "B30f"}, {"ConvolutionKernel": "B70f"}),
     ],
 )
-@pytest.mark.parametrize("shift", [0, 7.5])
-def test_passes_are_told_apart_by_the_tag_that_differs_at_the_same_places_or_between_them(tmp_path, tags, shift):
+@pytest.mark.parametrize("first_z_mm", [100, 101, 113.75])
+def test_passes_are_told_apart_by_the_tag_that_differs_at_the_same_places_or_between_them(tmp_path, tags, first_z_mm):
     uid, second = generate_uid(), stored_values((8, 6, 5), seed=1)
-    # Shifted, both passes have slices between 107.5 and 117.5 mm: of the second, each lies in a gap of the first.
-    first_lps = (-30.5, -40.25, 100.0 + (12.5 + shift / 6 if shift else 0))
+    first_lps = (-30.5, -40.25, first_z_mm)  # slices every 2.5 mm, of the first pass from 100 to 117.5 mm
     for n, values in enumerate((VALUES, second)):
         edit = put(**tags[n])
         place = {"first_lps": first_lps} if n else {}

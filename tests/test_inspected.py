@@ -23,7 +23,7 @@ def read(monkeypatch):
             read.append(job.source.id)
             yield job, prepare_job(job.to_json())
 
-    monkeypatch.setattr("photon_pipelines.prepare.execute", execute)
+    monkeypatch.setattr("photon_pipelines.cluster.execute", execute)
     return read
 
 

@@ -47,7 +47,7 @@ def in_this_process(request, monkeypatch):
             for job in jobs:
                 yield job, prepare_job(json.loads(json.dumps(job.to_json())))
 
-        monkeypatch.setattr("photon_pipelines.prepare.execute", execute)
+        monkeypatch.setattr("photon_pipelines.cluster.execute", execute)
 
 
 @pytest.fixture

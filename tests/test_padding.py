@@ -4,6 +4,7 @@ below air or refused.
 
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 from dicom_files import write_series
@@ -12,12 +13,12 @@ from scans import as_scan, ct_like, frame
 
 import photon_data
 from photon_data.errors import Refused
-from photon_data.hounsfield import Rescale, has_padding
+from photon_data.hounsfield import has_padding, lacks_undeclared
 from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import VolumeRecord
 from photon_data.remarks import other_remarks
-from photon_data.scan import Source
+from photon_data.scan import Rescale, Source
 
 SHAPE = (12, 40, 44)
 RECIPE = Recipe(shape_zyx=(30, 36, 40), model_shape_zyx=(14, 28, 28))
@@ -216,13 +217,44 @@ def test_stores_of_versions_that_interpolated_padding_are_made_anew_and_all_othe
     assert not has_padding(before(-1400, 30000), recipe)
     assert not has_padding(before(-3024, 1500, padding_voxels=0), recipe)
     assert has_padding(before(-1024, 1500, padding_voxels=7), recipe)
-    below_air = before(-1200, 1500, padding_voxels=0)
-    below_air["hu_before"]["p01"] = -1200
-    assert has_padding(below_air, recipe)  # earlier versions interpolated it
-    assert not has_padding(below_air | {"policy": {"modality": "other"}}, recipe)
-    assert not has_padding(below_air, replace(recipe, window_hu=(-1300.0, 1000.0)))
     wide = replace(recipe, window_hu=(-4000.0, 1000.0))
     assert not has_padding(before(-3024, 1500), wide)
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        {"min": -1200, "p01": -1200},
+        {"min": -1400, "p01": -1200},  # noise below it
+        {"min": -3024, "p01": -3024},  # and another padding far below
+    ],
+)
+def test_stores_of_versions_that_did_not_look_for_undeclared_padding_are_made_anew_once(tmp_path, statistics):
+    job = Job(Source("a", "a", (), "nifti", 1, 1), str(tmp_path), Recipe())
+    for padding_voxels in (0, 7):  # of declared padding
+        facts = {"format": "nifti", "hu_before": statistics, "padding_voxels": padding_voxels}
+        without_statistics = {**facts, "hu_before": {}}
+        assert job.key("content", facts) != job.key("content", without_statistics)  # as they made it
+        assert lacks_undeclared(facts, job.recipe)
+        assert not lacks_undeclared(facts | {"policy": {"modality": "other"}}, job.recipe)
+        assert not lacks_undeclared(facts | {"undeclared_padding_hu": -1200}, job.recipe)
+        assert not lacks_undeclared(facts, replace(job.recipe, window_hu=(-4000.0, 1000.0)))
+    assert not lacks_undeclared({"hu_before": {"min": -1400, "p01": -1024}}, job.recipe)
+
+
+def test_a_store_with_declared_padding_made_before_undeclared_was_looked_for_is_made_anew(tmp_path, monkeypatch):
+    array = np.where(CIRCLE, -1200, body())
+    array[0, :6, :6] = -2000  # far below air: padding of every version
+    nibabel.save(nibabel.Nifti1Image(array.T.astype(np.int16), np.diag([-1.3, -1.2, 2.7, 1.0])), tmp_path / "a.nii")
+    job = Job(Source("a", "a.nii", (tmp_path / "a.nii",), "nifti", 1, 1), str(tmp_path / "out"), RECIPE)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("photon_data.hounsfield.Probe.undeclared_padding", lambda probe: None)
+        earlier.setattr("photon_data.prepare_file.lacks_undeclared", lambda facts, recipe: False)
+        old = prepare_file(job)
+    new, again = prepare_file(job), prepare_file(job)
+    assert [old.state, new.state, again.state] == ["prepared", "prepared", "unchanged"]
+    assert old.facts["padding_voxels"] == 36 and new.facts["undeclared_padding_hu"] == -1200
+    assert old.arrays_sha256 != new.arrays_sha256
 
 
 def test_a_padded_scan_is_unchanged_when_it_is_prepared_again(tmp_path):

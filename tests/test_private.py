@@ -129,16 +129,19 @@ def test_masks_and_overrides_tell_no_name(raw, tmp_path):
     table, wrong = tmp_path / "o.csv", tmp_path / "w.csv"
     table.write_text(f"volume,skip\nsecond/{NAME}_Erika,{NAME} withdrew\n")
     wrong.write_text(f"volume,skip\nsecond/{NAME}_Nobody,gone\nsecond/{NAME}_Erika,a\nsecond/{NAME}_Erika,b\n")
+    rescales = tmp_path / "r.csv"
+    rescales.write_text(f"volume,slope,intercept\n{NAME}_Nobody,1,0\n")
     masks = ["--masks", "{folder}_m"]
     out = tmp_path / "out"
     said = [
+        cli("prepare", raw, out, *SMALL, "--hu-source", rescales),
         cli("prepare", raw, out, *SMALL, "--overrides", wrong),
         cli("prepare", raw, out, *SMALL, "--overrides", table, "--repair", "slices", *masks),
         cli("status", out),
         cli("verify", out),
     ]
-    assert [code for code, _ in said] == [2, 1, 0, 0]
-    assert "a person left it out: (name) withdrew" in said[1][1]
+    assert [code for code, _ in said] == [2, 2, 1, 0, 0]
+    assert "a person left it out: (name) withdrew" in said[2][1]
     assert NAME.lower() not in "".join(text for _, text in said).lower()
     assert whoever_is_named(out) == []
 

@@ -27,7 +27,7 @@ def out(tmp_path, monkeypatch):
     for name, seconds in (("REFRESH_S", 0.1), ("VOID_S", 1), ("SETTLE_S", 0)):
         monkeypatch.setattr(f"photon_data.lock.{name}", seconds)
     in_process = lambda jobs, *_: ((job, prepare_file(job).to_json()) for job in jobs)  # noqa: E731
-    monkeypatch.setattr("photon_pipelines.prepare.execute", in_process)
+    monkeypatch.setattr("photon_pipelines.cluster.execute", in_process)
     out = Location(f"memory://bucket/{tmp_path.name}")
     yield out
     out.remove("")

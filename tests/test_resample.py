@@ -8,10 +8,10 @@ import SimpleITK as sitk
 from scans import AXIS_ORDERS, as_scan, ct_like, frame, on_grid_by_itk, rotated, to_sitk
 
 from photon_data.errors import Refused
-from photon_data.hounsfield import Rescale
 from photon_data.prepare_file import prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.resample import aligned_axes, margins_mm, target_grid
+from photon_data.scan import Rescale
 from photon_data.volume import Geometry
 
 SMALL = Recipe(shape_zyx=(52, 48, 44), model_shape_zyx=(20, 40, 40))

@@ -93,7 +93,7 @@ def test_values_of_parquet_become_text_and_what_is_missing_is_missing(tmp_path):
         time=pyarrow.array([noon, None], pyarrow.timestamp("ns", "UTC")),
         dose=[Decimal("1.50"), None],
         half=pyarrow.array([0.5, float("nan")], pyarrow.float16()),
-        length=[datetime.timedelta(seconds=90), None],
+        length=pyarrow.array([datetime.timedelta(days=1, seconds=90), None], pyarrow.duration("ns")),
         nested=[{"when": datetime.date(2020, 1, 2), "n": float("nan"), "raw": [b"x"]}, None],
     )
     first, second = read_questions(path)
@@ -105,7 +105,7 @@ def test_values_of_parquet_become_text_and_what_is_missing_is_missing(tmp_path):
         "time": "2020-01-02T12:00:00+00:00",
         "dose": "1.50",
         "half": 0.5,
-        "length": "0:01:30",
+        "length": "1 day, 0:01:30",
         "nested": {"when": "2020-01-02", "n": None, "raw": ["x"]},
     }
     assert second.extra == dict.fromkeys(first.extra) | {"choices": []}
@@ -162,11 +162,11 @@ def test_all_that_is_wrong_with_a_rescale_table_is_told_together(scans, tmp_path
     message = str(caught.value)
     assert "7 problems" in message
     for part in (
-        "line 3: expected one row per volume, found a second one for a",
+        "line 3: expected one row per scan, found a second one for a",
         "line 4: expected a number, found '1,024' (1024 or 1.024?); write it with a point",
         "line 5: expected a slope, found '0'",
         "line 6: expected a number, found 'nan'",
-        "line 7: expected a volume, found none",
+        "line 7: expected the name of one scan, found '': empty",
         "line 8: expected 3 cells, found 4",
         "line 9: expected a number, found 'none'",
     ):

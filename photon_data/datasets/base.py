@@ -10,9 +10,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, name_hint
-from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, Table, TableRow, read_table, refuse
-from photon_data.scan import MaskPattern, Source, TableGrid
+from photon_data.scan import MaskPattern, Rescale, Source, TableGrid
 
 # A callback; it gets the number of files seen so far.
 OnFile = Callable[[int], None]

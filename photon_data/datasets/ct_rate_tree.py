@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, SourceVolume, read_rows
 from photon_data.errors import UsageError, first_few
-from photon_data.hounsfield import Rescale
 from photon_data.questions.table import Problem, read_text, refuse
 from photon_data.readers.find import find_scans
-from photon_data.scan import Source, TableGrid
+from photon_data.scan import Rescale, Source, TableGrid
 from photon_data.volume import Geometry
 
 VOLUME = re.compile(r"(?:train|valid)_[1-9]\d*_[a-z]+_[1-9]\d*")

@@ -9,17 +9,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from photon_data.errors import UsageError
+from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, is_safe, refuse_unsafe
 from photon_data.json_text import fields_of
 from photon_data.questions.manifest import EXTRA_COLUMNS, NO_CHOICES, digests, manifest_names
-from photon_data.questions.question import Question
-from photon_data.questions.splits import ALL
+from photon_data.questions.question import UNKNOWN, Question
+from photon_data.questions.splits import ALL, leaks_of, refuse_leaks
 from photon_data.questions.table import VIDEO_TAG
+from photon_data.records import Rows, Work, read_again
 
 FOLDER, SUFFIX = "questions", ".jsonl"
-# What the `volume` of a question begins with that names no scan of its source: no id does, so it never gets a row.
-UNKNOWN = "?"
 
 
 def file_of(name: str) -> str:
@@ -46,6 +45,34 @@ def kept_questions(out: Location) -> dict[str, list[Question]]:
             remedy = "bring it back, or remove it and prepare its data set again"
             raise UsageError(f"{out.at(file_of(name))} is damaged: {error}; {remedy}") from None
     return found or _questions_of_manifests(out)
+
+
+def collect(
+    own: Mapping[str, list[Question]], works: Sequence[Work], out: Location, rows: Rows | None, *, allow_leaks: bool
+) -> dict[str, list[Question]]:
+    """Return the questions of all data sets that OUT holds, with a run's own in place of their earlier ones.
+
+    UsageError for a name or a question's id that two data sets have, and for leaks.
+    """
+    kept, roots = kept_questions(out), {work.source.root for work in works}
+    own_again = own.keys() & kept.keys()
+    known = read_again(out, rows).records if own_again else []
+    ids = {work.source.id for work in works} | {record.id for record in known if record.root in roots}
+    for name in own_again:
+        earlier = {question.volume for question in kept[name] if not question.volume.startswith(UNKNOWN)}
+        if earlier and not earlier & ids:
+            found = f"questions about other scans, {first_few(sorted(earlier))}"
+            remedy = "rename the table, or give --id-prefix"
+            raise UsageError(f"expected that {out.at(file_of(name))} is of this source, found {found}; {remedy}")
+    parts, owner = {**kept, **own}, dict[str, str]()
+    for name, questions in parts.items():
+        if again := [question.id for question in questions if owner.setdefault(question.id, name) != name]:
+            found = f"{len(again)} of {owner[again[0]]} in {name}, {again[0]} first"
+            remedy = f"change them, or remove {out.at(file_of(name))} if it is not needed"
+            raise UsageError(f"expected question ids that no other data set has, found {found}; {remedy}")
+    if not allow_leaks:
+        refuse_leaks(leaks_of(question for questions in parts.values() for question in questions))
+    return parts
 
 
 def digests_of_all(out: Location) -> dict[str, str]:

@@ -1,24 +1,29 @@
-"""A table of overrides (`--overrides`) -> what a person says of each scan; and a table proposed for refused scans."""
+"""Tables about single scans, of overrides (`--overrides`) and of slopes (`--hu-source`) -> what they say of each scan.
+
+And a table of overrides proposed for refused scans.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from photon_data.errors import UsageError, name_hint
+from photon_data.hounsfield import STORED
 from photon_data.override import LEAST_SIDE, Override
-from photon_data.questions.manifest import by_name
-from photon_data.questions.table import Problem, as_name, number, read_table, refuse
+from photon_data.questions.manifest import Match, by_name
+from photon_data.questions.table import Problem, Table, as_name, number, read_table, refuse
 from photon_data.readers.stream import SPACING_MM
 from photon_data.recipe import accepted
 from photon_data.records import VolumeRecord
-from photon_data.scan import Source
+from photon_data.scan import Rescale, Source
 from photon_data.volume import Geometry
 
 NAME, COMMENTS = "volume", ("code", "found")  # --propose writes the comments, nobody reads them
@@ -27,6 +32,12 @@ COLUMNS = ("affine", "spacing_mm", "slope", "intercept", "crop", "centre_lps_mm"
 OPEN = "?"
 # Refusals that another slope and intercept can undo, or an affine.
 BY_RESCALE, BY_AFFINE = ("rescale", "not-in-table", "hu-implausible"), ("no-geometry",)
+RESCALE_COLUMNS = ("volume", "slope", "intercept")
+# A scan that the table of --hu-source does not name is refused on its own: these are no slope and no intercept.
+NOT_IN_TABLE = Rescale(math.nan, math.nan, "table")
+HIDDEN_NAME = "(name)"
+
+Made = TypeVar("Made")
 
 
 def read_overrides(path: Path, sources: Sequence[Source]) -> dict[str, Override]:
@@ -42,26 +53,86 @@ def read_overrides(path: Path, sources: Sequence[Source]) -> dict[str, Override]
         hints = [f"{name!r}: {name_hint(name, known)}" for name in unknown] or [f"there is no {NAME!r}"]
         found = f"{', '.join(table.columns)} ({'; '.join(hints)})"
         raise UsageError(f"{path}: expected columns {NAME} and some of {', '.join(COLUMNS)}, found {found}")
-    find, by_id = by_name((source.id, source.path) for source in sources), {source.id: source for source in sources}
-    problems, made = list(table.problems), dict[str, Override]()
-    is_hidden = any(source.hidden for source in sources)
+    by_id = {source.id: source for source in sources}
+
+    def read(values: Mapping[str, Any], id: str) -> Override:
+        return _override({key: _cell(values.get(key)) for key in COLUMNS}, by_id[id])
+
+    return _by_scan(path, table, NAME, sources, read)
+
+
+def rescaling(hu_source: str, sources: Sequence[Source], columns: Mapping[str, str]) -> Callable[[Source], Rescale]:
+    """Return the function that gives each source the slope and intercept that replace the header's.
+
+    `hu_source` is "stored" (slope 1, intercept 0), or the path of a csv, tsv or jsonl with columns volume, slope,
+    intercept; `columns` maps these names to the table's. Rows may be about other scans, if some are about these.
+    UsageError with all problems of the table.
+    """
+    if hu_source == STORED:
+        return lambda source: Rescale(1.0, 0.0, "stored")
+    path = Path(hu_source)
+    if not path.is_file():
+        raise UsageError(f"--hu-source: expected header, stored or a table, found {hu_source!r}, which is no file")
+    table = read_table(path)
+    volume, slope, intercept = (columns.get(name, name) for name in RESCALE_COLUMNS)
+    missing = [name for name in (volume, slope, intercept) if table.rows and name not in table.columns]
+    if missing:
+        hints = "; ".join(f"{name!r}: {name_hint(name, table.columns)}" for name in missing)
+        expected = f"columns {volume}, {slope}, {intercept}"
+        raise UsageError(f"{path}: expected {expected}, found {', '.join(table.columns)} ({hints}); try --columns")
+
+    def read(values: Mapping[str, Any], id: str | None) -> Rescale:
+        rescale = Rescale(number(values.get(slope)), number(values.get(intercept)), "table")
+        if not rescale.slope:
+            raise ValueError(f"expected a slope, found {values[slope]!r}, with which all voxels would be equal")
+        return rescale
+
+    by_id = _by_scan(path, table, volume, sources, read, may_be_others=True)
+    if not by_id:
+        first = _shown(sources, str(table.rows[0].values[volume])) if table.rows else "no row"
+        found, one = f"none of {len(table.rows)} ({first} first)", _shown(sources, sources[0].path)
+        raise UsageError(f"{path}: expected rows for scans like {one}, found {found}; correct the names")
+    return lambda source: by_id.get(source.id, NOT_IN_TABLE)
+
+
+def _by_scan(
+    path: Path,
+    table: Table,
+    column: str,
+    sources: Sequence[Source],
+    read: Callable[[Mapping[str, Any], Any], Made],
+    *,
+    may_be_others: bool = False,
+) -> dict[str, Made]:
+    """Return {id: what `read` makes of its row} of the sources that a table names in `column`.
+
+    UsageError with all problems of the rows. Those that `may_be_others` are read too, of id None, and left out.
+    """
+    find, problems, made = by_name((s.id, s.path) for s in sources), list(table.problems), dict[str, Made]()
     for place, values in table.rows:
         try:
-            name = str(as_name(values.get(NAME)) or "").strip()
-            match = find(name) if name else None
-            if match is None or match.id is None:
-                reason = match.reason if match else "empty"
-                shown, reason = ("(name)", reason.partition(" (")[0]) if is_hidden else (repr(name), reason)
+            name = str(as_name(values.get(column)) or "").strip()
+            match = find(name) if name else Match(None, "empty")
+            is_other = may_be_others and name and not match.is_ambiguous
+            if match.id is None and not is_other:
+                shown = _shown(sources, name)
+                reason = match.reason if shown != HIDDEN_NAME else match.reason.partition(" (")[0]
                 raise ValueError(f"expected the name of one scan, found {shown}: {reason}")
             if match.id in made:
-                shown = match.id if is_hidden else repr(name)
-                raise ValueError(f"expected one row per scan, found a second one for {shown}")
-            made[match.id] = _override({key: _cell(values.get(key)) for key in COLUMNS}, by_id[match.id])
+                raise ValueError(f"expected one row per scan, found a second one for {match.id}")
+            found = read(values, match.id)
+            if match.id is not None:
+                made[match.id] = found
         except ValueError as error:
             problems.append(Problem(place, "row that cannot be followed", str(error)))
     if problems:
         refuse(path, sorted(problems, key=lambda problem: problem.number))
     return made
+
+
+def _shown(sources: Sequence[Source], name: str) -> str:
+    """Return what may be told of a scan's name: nothing where the names of scans are hidden."""
+    return HIDDEN_NAME if any(source.hidden for source in sources) else repr(name)
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 LETTERS = string.ascii_uppercase
+# What the `volume` of a question begins with that names no scan of its source: no id does, so it never gets a row.
+UNKNOWN = "?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,11 @@ def leaks(
     ]
 
 
+def leaks_of(questions: Iterable[Question]) -> list[Leak]:
+    """Return what questions of different splits have in common, before their volumes are read."""
+    return leaks({"volume_id": q.volume, "patient": q.patient, "split": q.split, "extra": q.extra} for q in questions)
+
+
 def refuse_leaks(found: Sequence[Leak]) -> None:
     """UsageError with the first leaks, if there are any."""
     lines = [f"  {kind} {key} in {' and '.join(splits)} (volumes {first_few(v)})" for kind, key, splits, v in found]

@@ -344,6 +344,9 @@ def as_json(value: Any) -> Any:
         return [as_json(item) for item in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
+    if isinstance(value, datetime.timedelta):  # of nanoseconds it is one of pandas, where that is installed
+        plain = datetime.timedelta(value.days, value.seconds, value.microseconds)
+        return str(plain if plain == value else value)
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 

@@ -199,9 +199,10 @@ def _alike(planes: Sequence[PlaneHeader], within: float) -> list[list[PlaneHeade
 def _volumes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
     """Split a stack that holds several volumes: passes, phases, reconstructions, or folders that are scans each.
 
-    It does where positions are taken twice or lie closer than usual, and where folders or tilts do not fit on one grid.
-    It is split by the tag, or the two tags, that leave no position twice in a part and no two parts that are halves of
-    one, with most parts regular, then with the fewest parts. What lacks a slice stays whole.
+    It does where positions are taken twice or lie closer than usual, where regular parts lie among one another, and
+    where folders or tilts do not fit on one grid. It is split by the tag, or the two tags, that leave no position twice
+    in a part and no two parts that are halves of one, with most parts regular, then with the fewest parts. What lacks a
+    slice stays whole.
     """
     folders = _split(planes, _folder)
     if planes[0].container or any(plane.position_lps is None or plane.orientation is None for plane in planes):
@@ -211,16 +212,15 @@ def _volumes(planes: list[PlaneHeader]) -> list[list[PlaneHeader]]:
     gaps = np.diff(np.sort(along_normal(planes)))
     twice, close = (gaps < SAME_POSITION_MM).any(), (gaps < (1 - OFF_GRID_ROUNDED) * np.median(gaps)).any()
     tilts = _alike(planes, EXACT_DIRECTION)
-    if not (twice or close or len(folders) > 1 or len(tilts) > 1):
-        return [planes]
     irregular, parts = _told_apart(planes, tilts)
     if twice and not parts and len(folders) > 1 and any(map(_is_regular, folders)) and not _are_halves(folders):
         return [part for folder in folders for part in _volumes(folder)]
     if not parts or not (twice or (irregular == 0 and min(map(len, parts)) >= FEW)):
         return [planes]
-    if twice or close or (_are_apart(parts) and (not _on_one_grid(parts) or _is_twofold(planes, folders))):
+    if twice or close or _cover_the_same(parts):
         return parts
-    return [planes]
+    may_be_scans = (len(folders) > 1 or len(tilts) > 1) and _are_apart(parts)
+    return parts if may_be_scans and (not _on_one_grid(parts) or _is_twofold(planes, folders)) else [planes]
 
 
 def _told_apart(planes: list[PlaneHeader], tilts: list[list[PlaneHeader]]) -> tuple[int, list[list[PlaneHeader]]]:

@@ -19,7 +19,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
 from photon_data.prepare_file import prepare_file
 from photon_data.prepare_masks import prepare_masks
-from photon_data.questions.kept import keep_questions
+from photon_data.questions.kept import collect, keep_questions
 from photon_data.records import read_records, write_records
 from photon_data.scan import MaskPattern
 from photon_data.store import OWN_DIGEST, own_digest
@@ -29,7 +29,6 @@ from photon_pipelines.mask_plan import find_masks, plan_masks
 from photon_pipelines.masks import problems_of, read_rows, write_rows
 from photon_pipelines.plan import gather, plan
 from photon_pipelines.prepare import finish
-from photon_pipelines.questions import collect
 from photon_pipelines.request import Request
 from photon_pipelines.verify import verify_output
 
