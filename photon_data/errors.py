@@ -37,6 +37,7 @@ _MAGICS = {
     b"\x28\xb5\x2f\xfd": "zstandard data",
     b"\xfd7zXZ": "xz data",
 }
+PACKED = ("a ZIP archive", "bzip2 data", "zstandard data", "xz data")
 
 
 class Refused(ValueError):
@@ -69,6 +70,8 @@ def not_a(kind: str, path: Path, remedy: str) -> Refused:
     found, remedy = _placeholder(head) or (_looks_like(head), remedy)
     if found == SHORT_TEXT:
         remedy = "look into it, and download it again"
+    elif found in PACKED:
+        remedy = "unpack it, and prepare what is in it"
     return refusal("not-a-scan" if head else "empty", path.name, kind, found, remedy)
 
 

@@ -34,6 +34,8 @@ FAR_BELOW_AIR_HU = -1500.0
 # than a tenth as many voxels around it. Noise that a scanner clipped has as many until its deviation is 180 HU.
 BELOW_AIR_HU, LEAST_PADDING, AROUND_HU, LEAST_ALONE = -1050.0, 0.01, 20, 10
 LARGEST_12_BITS_HU = 3071
+# No more values, all of them whole and the lowest 0, are those of a label map (TotalSegmentator has 118).
+MOST_LABELS = 128
 
 
 HEADER, STORED = "header", "stored"  # values of --hu-source that are no table
@@ -209,7 +211,11 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
     is_raw = body.within(DENSE_HU, np.inf).number.sum() / size > MOST_DENSE and _is_padding(body)
     if not (is_shifted or is_padded or is_raw) and air >= LEAST_AIR and tissue >= LEAST_TISSUE:
         return
-    if low >= 0 or (is_raw and air >= LEAST_AIR):
+    remedy = "--hu-source gives another slope and intercept, --modality other turns this check off"
+    if low == 0 and 1 < body.hu.size <= MOST_LABELS and np.array_equal(sample_hu, np.rint(sample_hu)):
+        guess = f"{body.hu.size} whole numbers are labels of a mask"
+        remedy = "--masks PATTERN takes it as the mask of a scan, --exclude leaves it out"
+    elif low >= 0 or (is_raw and air >= LEAST_AIR):
         guess = "the rescaling was never applied"
     elif is_padded:
         guess = f"{beyond.hu[beyond.number.argmax()]:.0f} is padding that no header declares, set it to air before"
@@ -219,7 +225,6 @@ def refuse_implausible(sample_hu: np.ndarray, low: float, high: float) -> None:
         guess = "these are not the intensities of a CT, or they were windowed or rescaled before"
     found = f"{low:.0f} to {high:.0f} with median {np.median(sample_hu):.0f}, "
     found += f"{air:.1%} air and {tissue:.1%} soft tissue: {guess}"
-    remedy = "--hu-source gives another slope and intercept, --modality other turns this check off"
     expected = "Hounsfield units (air near -1000, tissue near 0)"
     raise refusal("hu-implausible", "", expected, found, remedy, "hu-implausible=?")
 

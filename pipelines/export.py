@@ -69,13 +69,11 @@ def export_all(
     with exclusive(target) as hold:
         for parent in {path.parent for path in paths.values()}:
             parent.mkdir(parents=True, exist_ok=True)
-        index, kept = {} if overwrite else _read_index(target), dict[str, str | None]()
+        index = {} if overwrite else _read_index(target)
         of_grid = "" if grid == "volume" else f" {grid}"
         wanted = {record.id: f"{record.store_sha256}{of_grid}" for record in records}
-        for id, source in wanted.items():
-            if index.get(id) == source and paths[id].exists():
-                kept[id] = source
-        made_from = dict(kept)
+        kept = {id for id, source in wanted.items() if index.get(id) == source and paths[id].exists()}
+        made_from: dict[str, str | None] = {id: wanted[id] for id in kept}
         _write_index(target, made_from)  # what is to be written anew is in it no more
         due_s = time.monotonic() + INDEX_S
         needs = Needs(out=target.at(""), holder=hold.token)

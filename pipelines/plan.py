@@ -159,14 +159,35 @@ def gather(request: Request, callback: Callback | None = None, *, keeps_headers:
 
 def _gather_folder(request: Request, callback: Callback, keeps_headers: bool) -> Gathered:
     """Return the scans of a folder, and the questions of a table with its own splits or drawn ones."""
-    questions: dict[str, list[Question]] = {}
     asked: list[Question] = []
-    notes: list[str] = []
-    if request.questions is not None:
+    if request.questions is not None:  # first: a table that cannot be read is told before the search
         columns = {name: column for name, column in request.columns.items() if name not in ("slope", "intercept")}
         asked = read_questions(request.questions, columns)
         asked = with_prompt_style(asked, request.prompt, "shown") if request.prompt else asked
     rows = read_again(request.out)
+    sources, ignored, key = _find_in_folder(request, callback, keeps_headers, rows)
+    notes = notes_of_old_ids(sources) if key else []
+    out, by_table = request.out.at(""), request.hu_source != HEADER
+    rescale = rescaling(request.hu_source, sources, request.columns) if by_table else None
+    jobs = [
+        Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
+        for source in sources
+    ]
+    if request.questions is None:
+        return Gathered(jobs, {}, ignored=ignored, notes=notes, key=key, rows=rows)
+    name = request.id_prefix + request.questions.stem.lstrip(".")
+    made, unmatched = _joined(asked, sources, name)
+    notes += _notes_of_unmatched(asked, unmatched, sources)
+    if unknown := sum(not (question.split or question.patient) for question in made):
+        notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
+    questions = {name: assign_splits(made, fractions=request.fractions, seed=request.seed)}
+    return Gathered(jobs, questions, unmatched, ignored, notes, key, rows)
+
+
+def _find_in_folder(
+    request: Request, callback: Callback, keeps_headers: bool, rows: Rows
+) -> tuple[Sequence[Source], Mapping[str, int], str | None]:
+    """Return the scans of a folder, what was left alone, and the key that ids were made with, if any were."""
     known_ids = ids_of_earlier_runs(request.source, request.out, request.id_prefix, rows.records)
     sources, ignored = find_scans(
         request.source,
@@ -185,28 +206,12 @@ def _gather_folder(request: Request, callback: Callback, keeps_headers: bool) ->
     if not sources:
         found = f"{left_alone(ignored)} in {request.source}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
-    key, formats = None, {source.format for source in sources}
+    formats = {source.format for source in sources}
     hidden = formats if request.id_from == "key" else HIDDEN if request.id_from == "auto" and "dicom" in formats else ()
     if hidden:
         sources, key = hide_names(sources, hidden, request.out, request.id_prefix, known_ids)
-        notes = notes_of_old_ids(sources)
-    else:
-        sources = [replace(source, patient="") if source.patient else source for source in sources]
-    out, by_table = request.out.at(""), request.hu_source != HEADER
-    rescale = rescaling(request.hu_source, sources, request.columns) if by_table else None
-    jobs = [
-        Job(source, out, request.recipe, request.policy, rescale and rescale(source), overwrite=request.overwrite)
-        for source in sources
-    ]
-    if request.questions is None:
-        return Gathered(jobs, questions, ignored=ignored, notes=notes, key=key, rows=rows)
-    name = request.id_prefix + request.questions.stem.lstrip(".")
-    made, unmatched = _joined(asked, sources, name)
-    notes += _notes_of_unmatched(asked, unmatched, sources)
-    if unknown := sum(not (question.split or question.patient) for question in made):
-        notes.append(f"{unknown} of {len(asked)} questions have no patient: their splits are drawn by volume")
-    questions[name] = assign_splits(made, fractions=request.fractions, seed=request.seed)
-    return Gathered(jobs, questions, unmatched, ignored, notes, key, rows)
+        return sources, ignored, key
+    return [replace(source, patient="") if source.patient else source for source in sources], ignored, None
 
 
 def _joined(

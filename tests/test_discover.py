@@ -285,6 +285,8 @@ PLACEHOLDERS = {
     gzip.compress(b"<html><body>404</body></html>"): "gzip data of a web page; the download failed",
     b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "XML text.*the download failed",
     b'{"error": "Repository not found \xe2\x80\x94 sign in"}': "JSON text.*the download failed",
+    b"PK\x03\x04\x14\0\0\0 Doe": "a ZIP archive; unpack it",
+    b"BZh91AY&SY Doe": "bzip2 data; unpack it",
     b"Access denied. Doe": "short text, perhaps an error message; look into it",
     b"": "file without bytes; copy or download it again",
 }
@@ -301,7 +303,7 @@ def test_what_lies_in_place_of_a_scan_is_named_with_the_remedy_in_every_format(t
     (source,) = find_scans(tmp_path).sources
     with pytest.raises(Refused) as caught:
         open_scan(source)
-    is_named = "perhaps" not in words or name not in ("a.img", "a.raw")  # any text may be voxels
+    is_named = not re.search("perhaps|unpack", words) or name not in ("a.img", "a.raw")  # where all may be voxels
     assert caught.value.code == (("not-a-scan" if content else "empty") if is_named else "truncated")
     assert not is_named or re.search(words, caught.value.message)
     assert "Doe" not in caught.value.message and "take .gz off" not in caught.value.message

@@ -111,6 +111,9 @@ def test_padding_beyond_bone_raw_values_and_air_in_a_second_place_are_no_ct(arra
         (((ct_like(SHAPE).clip(-1000, 1000) + 1000) // 8).astype(np.uint8), {}, "never applied"),
         (np.full(SHAPE, -1000, np.int16), {}, "not the intensities of a CT"),
         (np.zeros(SHAPE, np.int16), {}, "never applied"),
+        ((ct_like(SHAPE) > 0).astype(np.uint8), {}, "2 whole numbers are labels of a mask; --masks PATTERN"),
+        (np.arange(np.prod(SHAPE)).reshape(SHAPE) % 118.0, {}, "118 whole numbers are labels of a mask"),
+        ((ct_like(SHAPE) > 0) * 0.5, {}, "never applied"),  # no whole numbers
     ],
     ids=[
         "raw",
@@ -123,6 +126,9 @@ def test_padding_beyond_bone_raw_values_and_air_in_a_second_place_are_no_ct(arra
         "8 bit",
         "only air",
         "only zeros",
+        "mask",
+        "label map",
+        "half a mask",
     ],
 )
 def test_what_cannot_be_hounsfield_units_is_refused_with_a_guess_why(array, rescale, said):

@@ -181,9 +181,13 @@ def grid_shape(sizes: Sequence[int], name: str, max_voxels: int) -> tuple[int, i
     found = " x ".join(str(n) for n in sizes) or "none"
     if not sizes or min(sizes) < 1:
         raise refusal("bad-header", name, "sides of at least 1 voxel", found, EXPORT_AGAIN)
-    if sizes[0] == 1 and len(sizes) > 3 and sorted(sizes)[-3] > 1:
-        remedy = "move that axis to the end, or leave it out (array[0] in nibabel, with the affine of the other three)"
-        raise refusal("channel-first", name, "the axes x, y, z first", f"{found}: its first is one voxel long", remedy)
+    if 1 in sizes[:3] and len(sizes) > 3 and sorted(sizes)[-3] > 1:
+        axis = sizes.index(1)
+        found = f"{found}: its {('first', 'second', 'third')[axis]} is one voxel long"
+        array = f"array[{':, ' * axis}0] in nibabel"
+        remedy = f"move that axis to the end, or leave it out ({array}, with the affine of the other three)"
+        code = "several-volumes" if axis else "channel-first"
+        raise refusal(code, name, "the axes x, y, z first", found, remedy)
     if prod(sizes[3:]) > 1:
         raise refusal("several-volumes", name, "one volume", found, "split it into one file per volume")
     if len(sizes) < 3 or min(sizes[:3]) < 2:
