@@ -23,7 +23,7 @@ from photon_data.recipe import Recipe
 from photon_train.answering.prediction import Prediction, read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.cases import Row, grouped
+from photon_train.evaluation.cases import Row, grouped, scored_row
 from photon_train.evaluation.counterfactual import Counterfactuals, summarise
 from photon_train.evaluation.evaluate import ALL_TASKS, check, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
@@ -53,7 +53,7 @@ from photon_train.evaluation.tables import (
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
-from photon_train.rows import read_rows, scored_row
+from photon_train.rows import read_rows
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig

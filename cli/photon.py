@@ -341,7 +341,6 @@ def serve(
     upload_timeout: Annotated[float, Option(min=1, help="Seconds to send a scan, and to prepare it.")] = 600,
     memory: Annotated[float, Option(min=0, help="GB of address space to prepare a scan in, 0 for no limit.")] = 4,
     questions_per_batch: terminal.QuestionsPerBatch = 16,
-    adapter: terminal.Adapter = None,
     mcp: Annotated[
         Path | None, Option(help="Speak MCP over stdin and stdout instead; scans are read from this folder only.")
     ] = None,
@@ -350,13 +349,14 @@ def serve(
     device: terminal.Device = "auto",
     dtype: terminal.Dtype = "auto",
     revision: terminal.Revision = None,
+    adapter: terminal.Adapter = None,
     recipe: terminal.RecipeName = "chest_ct",
     settings: terminal.Settings = [],  # noqa: B006
 ) -> None:
     """Answer questions over HTTP, in the form of OpenAI's API: upload a scan once, ask many times."""
     limits = (max_volumes, cache_gb, max_upload_gb, max_waiting, timeout, upload_timeout, memory)
-    load = {"scheduler": scheduler, "keep_ratio": keep_ratio, "device": device, "dtype": dtype, "revision": revision}
-    load["adapter"] = adapter
+    load = {"scheduler": scheduler, "keep_ratio": keep_ratio, "device": device, "dtype": dtype}
+    load |= {"revision": revision, "adapter": adapter}
     with errors_as_exit_codes():
         from photon_cli import serve as body
 

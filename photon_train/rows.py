@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
-from photon_data.questions.manifest import SCAN_SUFFIX
 from photon_data.questions.table import VIDEO_TAG, read_values, volume_id_of
 from photon_data.store import NIFTI, is_whole, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
@@ -113,32 +112,6 @@ def _without_parts(messages: Sequence[Any], videos: list[Any]) -> tuple[list[Any
         found += [part["video"] for part in parts if part["type"] == "video" and part.get("video") is not None]
         plain.append({**message, "content": "".join(texts)})
     return plain, videos or found
-
-
-def scored_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return a `plain_row` with the columns that scoring reads. UsageError for what is no row of messages.
-
-    Where columns of ours are missing, the answer is what the assistant says last, and the names of the volumes stand
-    for their id and for the patient.
-    """
-    plain = plain_row(row, place)
-    messages, names = plain["messages"], [volume_name(str(video)) for video in plain["videos"]]
-    if not isinstance(messages, list) or not all(
-        isinstance(one, Mapping) and all(isinstance(one.get(name), str) for name in ("role", "content"))
-        for one in messages
-    ):
-        found = f"{str(messages)[:80]!r} in {place}; see docs/manifests.md"
-        raise UsageError(f"expected a row with messages, each with the texts role and content, found {found}")
-    said = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
-    missing: dict[str, Any] = {"channel": place.rpartition("-")[0], "task": "", "kind": "", "choices": []}
-    missing |= {"volume_id": names[0] if len(names) == 1 else "", "patient": " ".join(names), "answer": said}
-    return missing | {name: value for name, value in plain.items() if value is not None}
-
-
-def volume_name(path: str) -> str:
-    """Return the name that a path ends in, without the suffix of a scan or a store."""
-    name = PurePosixPath(path.replace("\\", "/").rstrip("/")).name.removesuffix(".ome.zarr")
-    return SCAN_SUFFIX.sub("", name)
 
 
 def read_train_rows(manifests: Sequence[str | Path]) -> list[TrainRow]:

@@ -79,9 +79,9 @@ def _plain(question: Question, shown: bool) -> tuple[str, str | None]:
 
 def _letters(question: Question, shown: bool) -> tuple[str, str | None]:
     """DeepTumorVQA v1's form: the published multiple-choice text, and the letter; plain where there are no choices."""
-    if not question.extra.get("letter"):
+    if not (letter := _letter_of(question)):
         return _plain(question, shown)
-    return str(question.extra.get("mc_question") or _plain(question, True)[0]), str(question.extra["letter"])
+    return str(question.extra.get("mc_question") or _plain(question, True)[0]), letter
 
 
 def _rad3d(question: Question, shown: bool) -> tuple[str, str | None]:
@@ -92,7 +92,14 @@ def _rad3d(question: Question, shown: bool) -> tuple[str, str | None]:
     choices = [*question.extra.get("choices", ()), "-", "-", "-", "-"][:4]
     listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     text = f"{question.question}\nChoices: {listed}\nAnswer:"
-    return text, question.answer and f"{question.extra.get('letter') or '-'}. {question.answer}"
+    return text, question.answer and f"{_letter_of(question) or '-'}. {question.answer}"
+
+
+def _letter_of(question: Question) -> str:
+    """Return the letter of the answer: its own, else that of its place among the choices; "" where it is none."""
+    choices = list(question.extra.get("choices") or ())
+    by_place = LETTERS[choices.index(question.answer)] if question.answer in choices else ""
+    return str(question.extra.get("letter") or by_place)
 
 
 # The last line of DeepTumorVQA's prompts, by type of answer.

@@ -6,13 +6,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from photon_data.errors import UsageError
+from photon_data.questions.manifest import SCAN_SUFFIX
 from photon_data.questions.question import LETTERS
 from photon_data.questions.table import VIDEO_TAG
 from photon_train.answering.prediction import Prediction, choices_of, organ_masks_of, prompt_of, question_digest
 from photon_train.evaluation.parsing import parse_choice
+from photon_train.rows import plain_row
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -121,6 +124,32 @@ def join(questions: Mapping[str, Row], predictions: Iterable[Prediction], *, all
     if not cases:
         raise UsageError(f"expected predictions of the data's questions, found none. {gaps.sentence()}")
     return Joined(tuple(cases), gaps)
+
+
+def scored_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a `plain_row` with the columns that scoring reads. UsageError for what is no row of messages.
+
+    Where columns of ours are missing, the answer is what the assistant says last, and the names of the volumes stand
+    for their id and for the patient.
+    """
+    plain = plain_row(row, place)
+    messages, names = plain["messages"], [volume_name(str(video)) for video in plain["videos"]]
+    if not isinstance(messages, list) or not all(
+        isinstance(one, Mapping) and all(isinstance(one.get(name), str) for name in ("role", "content"))
+        for one in messages
+    ):
+        found = f"{str(messages)[:80]!r} in {place}; see docs/manifests.md"
+        raise UsageError(f"expected a row with messages, each with the texts role and content, found {found}")
+    said = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+    missing: dict[str, Any] = {"channel": place.rpartition("-")[0], "task": "", "kind": "", "choices": []}
+    missing |= {"volume_id": names[0] if len(names) == 1 else "", "patient": " ".join(names), "answer": said}
+    return missing | {name: value for name, value in plain.items() if value is not None}
+
+
+def volume_name(path: str) -> str:
+    """Return the name that a path ends in, without the suffix of a scan or a store."""
+    name = PurePosixPath(path.replace("\\", "/").rstrip("/")).name.removesuffix(".ome.zarr")
+    return SCAN_SUFFIX.sub("", name)
 
 
 def rows_by_id(rows: Iterable[AnyRow]) -> dict[str, AnyRow]:
