@@ -60,7 +60,14 @@ class Batch:
     weight: float  # what its loss counts: 0 for one that only fills up a step, or that could not be read
     volumes: int = 0  # how many were read
     error: str = ""  # why it could not be read
-    groups: int = 1  # micro-batches
+    # Of several: how many rows each has, and the share of its loss in theirs.
+    group_sizes: tuple[int, ...] = ()
+    group_shares: tuple[float, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        """How many micro-batches there are."""
+        return max(len(self.group_sizes), 1)
 
     def to(self, device: torch.device | str, processor: PhotonProcessor) -> Batch:
         """Return the batch with its tensors on the device, where its volumes are made patches."""
@@ -284,21 +291,24 @@ def _joined(batches: Sequence[Batch], pad_token_id: int) -> Batch:
     if VOLUMES in every[0]:
         inputs |= {name: torch.cat([one[name] for one in every]) for name in ON_HOST}
         inputs[VOLUMES] = [volume for one in every for volume in one[VOLUMES]]
-    sizes, weight = [len(batch.flips) for batch in batches], sum(batch.weight for batch in batches)
+    sizes, weight = tuple(len(batch.flips) for batch in batches), sum(batch.weight for batch in batches)
     if prefix:
-        inputs |= {"prefix": prefix, "group_sizes": tuple(sizes)}
+        inputs |= {"prefix": prefix, "group_sizes": sizes}
     if any("perturbed" in one for one in every):
         of_each = [one.get("perturbed", torch.zeros(n).bool()) for one, n in zip(every, sizes, strict=True)]
         inputs["perturbed"] = torch.cat(of_each)
     # The loss of a group is the mean over its answer tokens; that of the batch, the weighted mean over groups.
-    counts = [batch.weight / weight / max(batch.inputs["answers"].shape[1], 1) for batch in batches]
+    shares = tuple(batch.weight / weight for batch in batches)
+    answered = [max(batch.inputs["answers"].shape[1], 1) for batch in batches]
+    counts = [share / n for share, n in zip(shares, answered, strict=True)]
     inputs |= {
         "question_tokens": max(one["question_tokens"] for one in every),
         "answers": answers_of(inputs["labels"], inputs["attention_mask"]),
         "answer_weights": torch.cat([torch.full((n,), count) for n, count in zip(sizes, counts, strict=True)]),
     }
     ids, volumes = [id for batch in batches for id in batch.ids], sum(batch.volumes for batch in batches)
-    return Batch(inputs, torch.cat([batch.flips for batch in batches]), ids, weight, volumes, groups=len(batches))
+    flips = torch.cat([batch.flips for batch in batches])
+    return Batch(inputs, flips, ids, weight, volumes, group_sizes=sizes, group_shares=shares)
 
 
 def idle_volume_before(inputs: Mapping[str, Any], config: PhotonConfig) -> dict[str, Any]:

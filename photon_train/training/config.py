@@ -112,8 +112,6 @@ class TrainConfig:
         check("patience", not self.patience or bool(self.best_metric), "0 without best_metric, which it waits for")
         in_place = self.augment in ("none", "intensity") or not self.grounding
         check("augment", in_place, "none or intensity with grounding, whose masks do not move with the volume")
-        alone = self.groups_per_forward == 1 or not self.grounding
-        check("groups_per_forward", alone, "1 with grounding, whose loss is the mean of a group")
         fields = PhotonConfig.__dataclass_fields__
         for name in (name for name in self.photon if name not in fields):
             raise UsageError(f"expected a setting of PhotonConfig, found 'photon.{name}'; {name_hint(name, fields)}")

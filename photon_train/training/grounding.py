@@ -106,11 +106,18 @@ class GroundingLoss:
             self._qk = qk if self._in_forward else None
 
     def __call__(self, batch: Batch) -> Tensor | None:
-        """Return the mean loss, 0-d, of the rows whose masks are known; None without any, and for perturbed volumes."""
+        """Return the mean loss, 0-d, of the rows whose masks are known and whose volume is not perturbed; None without.
+
+        Of several groups, the weighted mean over them, in which one without such rows counts as 0.
+        """
         qk, self._qk, self._in_forward = self._qk, None, False
-        known = [None if batch.error else self._shares.get(id) for id in batch.ids]
+        perturbed = batch.inputs["perturbed"].tolist() if "perturbed" in batch.inputs else [False] * len(batch.ids)
+        known = [
+            None if batch.error or is_perturbed else self._shares.get(id)
+            for id, is_perturbed in zip(batch.ids, perturbed, strict=True)
+        ]
         first = next((share_V for share_V in known if share_V is not None), None)
-        if first is None or qk is None or "perturbed" in batch.inputs:
+        if first is None or qk is None:
             return None
         config, ids_BL = self._layer.config, batch.inputs["input_ids"]
         visual_BL = visual_mask(ids_BL, config)
@@ -123,7 +130,12 @@ class GroundingLoss:
             score_BL = question_scores(q_BHLd, k_BKLd, question_BL & batch.inputs["attention_mask"].bool(), visual_BL)
             grounding_BL = nowhere_BL.masked_scatter(visual_BL, share_BV.to(ids_BL.device))
             losses_B = grounding_losses(score_BL, visual_BL, grounding_BL)
-        return losses_B.sum() / sum(share_V is not None for share_V in known)
+        weights, start = list[float](), 0
+        for size, share in zip(batch.group_sizes or [len(known)], batch.group_shares or [1.0], strict=True):
+            count = sum(share_V is not None for share_V in known[start : start + size])
+            weights += [share / max(count, 1)] * size
+            start += size
+        return (losses_B * losses_B.new_tensor(weights)).sum()
 
 
 def _scheduling_layer(model: nn.Module) -> Any:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration, PhotonProcessor
 from photon_train.rows import read_train_rows
 from photon_train.training import batches, loop
 from photon_train.training.batches import MicroBatches, together
 from photon_train.training.config import TrainConfig
+from photon_train.training.grounding import GroundingLoss
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
 from photon_train.training.plan import MicroBatch, plan_epoch
@@ -159,6 +159,27 @@ def trained(models, manifest, tmp_path):
     return log_of
 
 
-def test_with_grounding_groups_go_alone():
-    with pytest.raises(UsageError, match=r"groups_per_forward: expected 1 with grounding.*, found 2"):
-        TrainConfig(groups_per_forward=2, grounding="masks")
+@pytest.mark.parametrize("groups", [ALONE, SHARED], ids=["one question each", "on a prefix"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_groups_in_one_forward_have_the_grounding_of_separate_ones(models, manifest, groups, stage):
+    """Of stage 2, some volumes are perturbed: nothing is grounded in them. Nothing is known of the last group."""
+    alone, processor = read(models, read_train_rows([manifest]), groups, stage, robustness_probability=0.6)
+    model = PhotonForConditionalGeneration.from_pretrained(models / f"s{stage}").train()
+    known = {id: torch.eye(8)[number] for number, id in enumerate(["a0", "a2", "a4", "b0", "e0", "f2"])}
+    grounding_loss = GroundingLoss(model, known)
+
+    def grounded(parts):
+        model.zero_grad()
+        total = 0.0
+        for batch in parts:
+            model(**batch.to("cpu", processor).inputs)
+            if (loss := grounding_loss(batch)) is not None:
+                (loss * batch.weight).backward()
+                total += loss.item() * batch.weight
+        attention = model.model.language_model.layers[model.config.drop_layer].self_attn
+        return total, attention.q_proj.weight.grad.clone(), attention.k_proj.weight.grad.clone()
+
+    expected, joined = grounded(alone), together(alone, processor)
+    assert len(joined) == 1 and expected[0] > 0
+    for found, one in zip(grounded(joined), expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-6)
