@@ -341,6 +341,9 @@ def serve(
     upload_timeout: Annotated[float, Option(min=1, help="Seconds to send a scan, and to prepare it.")] = 600,
     memory: Annotated[float, Option(min=0, help="GB of address space to prepare a scan in, 0 for no limit.")] = 4,
     questions_per_batch: terminal.QuestionsPerBatch = 16,
+    mcp: Annotated[
+        Path | None, Option(help="Speak MCP over stdin and stdout instead; scans are read from this folder only.")
+    ] = None,
     scheduler: terminal.SchedulerName = None,
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
@@ -356,7 +359,10 @@ def serve(
         from photon_cli import serve as body
 
         options = body.Options(host, port, data, api_key_file, keep, *limits, recipe, settings)
-        body.serve(model, load, questions_per_batch, options)
+        if mcp:
+            body.serve_tools(model, load, questions_per_batch, options, mcp)
+        else:
+            body.serve(model, load, questions_per_batch, options)
 
 
 @app.command()

@@ -78,6 +78,19 @@ def serve(model: str, load: dict[str, Any], questions_per_batch: int, options: O
         console.print(f"closed; {left or 'no'} questions were left without an answer")
 
 
+def serve_tools(model: str, load: dict[str, Any], questions_per_batch: int, options: Options, scans: Path) -> None:
+    """Serve a model over stdin and stdout as tools of MCP, until stdin ends; they read scans in that folder only."""
+    try:
+        from photon_pipelines.serving.mcp import Tools
+    except ImportError as error:
+        raise UsageError(f"--mcp: expected the extra mcp, found none: {error}; pip install 'photon-ct[mcp]'") from None
+    if not scans.is_dir():
+        raise UsageError(f"--mcp: expected a folder with scans, found none at {scans}")
+    disable_progress_bar()
+    with behind(model, load, questions_per_batch, options) as server:
+        asyncio.run(Tools(server, scans).protocol().run_stdio_async())
+
+
 @contextmanager
 def assembled(
     model: str, load: dict[str, Any], questions_per_batch: int, options: Options
@@ -85,23 +98,10 @@ def assembled(
     """Yield what is ready to run, what is behind its routes, and its socket; all of it is gone at the end."""
     logging.getLogger("uvicorn.access").disabled = True  # it would log ids; the gate logs routes
     key = key_of(options)
-    recipe, policy = named_recipe(options.recipe, options.settings)
-    with ExitStack() as stack:
-        listening = stack.enter_context(listen(options.host, options.port))
-        private = stack.enter_context(private_folder(options.keep))
-        predictor = load_predictor(model, batch=questions_per_batch, **load)
-        depth, height, width = predictor.model.config.model_shape_zyx
-        recipe = replace(recipe, model_shape_zyx=(depth, height, width))
-        child = child_of(INTAKE, int(options.memory_gb * GB))
-        stack.callback(child.kill)
-        limits = Limits(int(options.max_upload_gb * GB), MAX_FILES, options.upload_timeout_s)
-        prepared = Location(options.data) if options.data else None
-        volumes = Volumes(private, Intake(preparing_in(child), recipe, policy, limits), options.max_volumes, prepared)
-        engine = Engine(predictor, int(options.cache_gb * GB), options.max_waiting)
-        stack.callback(engine.close, 0)
-        name = Path(model).resolve().name if Path(model).exists() else model
-        settings = ServerSettings(name, predictor.processor.config.tokens_thw, key, options.timeout_s)
-        server = Server(engine, volumes, drawing(predictor), settings)
+    with (
+        listen(options.host, options.port) as listening,
+        behind(model, load, questions_per_batch, options, key) as server,
+    ):
         config = uvicorn.Config(
             server.application(),
             log_config=None,
@@ -115,6 +115,29 @@ def assembled(
             h11_max_incomplete_event_size=MAX_HEADERS,
         )
         yield uvicorn.Server(config), server, listening
+
+
+@contextmanager
+def behind(
+    model: str, load: dict[str, Any], questions_per_batch: int, options: Options, key: str | None = None
+) -> Iterator[Server]:
+    """Yield the model, the volumes and what is done with them; all of it is gone at the end."""
+    recipe, policy = named_recipe(options.recipe, options.settings)
+    with ExitStack() as stack:
+        private = stack.enter_context(private_folder(options.keep))
+        predictor = load_predictor(model, batch=questions_per_batch, **load)
+        depth, height, width = predictor.model.config.model_shape_zyx
+        recipe = replace(recipe, model_shape_zyx=(depth, height, width))
+        child = child_of(INTAKE, int(options.memory_gb * GB))
+        stack.callback(child.kill)
+        limits = Limits(int(options.max_upload_gb * GB), MAX_FILES, options.upload_timeout_s)
+        prepared = Location(options.data) if options.data else None
+        volumes = Volumes(private, Intake(preparing_in(child), recipe, policy, limits), options.max_volumes, prepared)
+        engine = Engine(predictor, int(options.cache_gb * GB), options.max_waiting)
+        stack.callback(engine.close, 0)
+        name = Path(model).resolve().name if Path(model).exists() else model
+        settings = ServerSettings(name, predictor.processor.config.tokens_thw, key, options.timeout_s)
+        yield Server(engine, volumes, drawing(predictor), settings)
 
 
 class Punctual(H11Protocol):
