@@ -1,12 +1,17 @@
 """The body of `photon demo`: the whole product on scans that it makes itself, and a page about what came of it.
 
-Two chains of commands run beside each other: full-size scans are prepared, and a tiny model is trained, scored and
-asked. Each command is one that a person could type; what it prints is kept in DIR/logs.
+Two chains of commands run beside each other: of full-size scans that are prepared, and of a tiny model that is trained,
+scored and asked. Each command is one that a person could type; what it prints is kept in DIR/logs.
+
+    small scans, prepared        | a random model, scans of full size
+    the model is trained, twice  | those are prepared, checked, drawn
+    it is scored                 | it is asked
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,15 +28,26 @@ from photon_data.files import write_whole
 from photon_data.json_text import from_json
 from photon_data.questions.table import read_values
 from photon_data.report.page import data_url, render
-from photon_train.checkpoint import checkpoints
-from photon_train.overlay import PICTURE as PLANES
-from photon_train.training.log import CURVES, SUMMARY
+from photon_pipelines.child import ENVIRONMENT
 
 ENTRIES = {"photon-data": "photon_cli.data", "photon": "photon_cli.photon"}
 PAGE, DONE, LOGS = "index.html", "done.json", "logs"
 LINES_OF_A_FAILURE = 15
+# A process that has imported what commands of the model need, and waits for the words of one: on stdin, or none.
+WAITING = """
+import json, sys
+import photon_cli.train, photon_train.answering.loading
+line = sys.stdin.readline()
+if line:
+    sys.argv[1:] = json.loads(line)
+    from photon_cli.photon import main
+    main()
+"""
 # A scan of the test split, and what is asked about it.
 ASKED_SCAN, QUESTIONS = "0002", ("Any lung consolidation?", "Any liver calcification?")
+TOGETHER = "--set=groups_per_forward=8"  # all of a step
+# Steps of the model after which another comes, and the name of the logs of what waits for that.
+FOLLOWED, NEXT, SUFFIXES = ("init", "s1", "s2"), "next", ("txt", "err")
 SCHEDULERS = "its,none,random,uniform,foreground"
 MODEL_SHAPE = "70,140,140"
 GRID = ("spacing_mm=2,2,2", "shape_zyx=182,182,182", f"model_shape_zyx={MODEL_SHAPE}")
@@ -58,7 +74,7 @@ class Size(NamedTuple):
     epochs: tuple[int, int]  # of the two stages
 
 
-FULL, QUICK = Size(6, 120, (30, 12)), Size(3, 24, (2, 2))
+FULL, QUICK = Size(4, 120, (30, 12)), Size(3, 24, (2, 2))
 
 
 class Demo:
@@ -68,69 +84,89 @@ class Demo:
         self.folder, self.size = folder, size
         self._done: dict[str, str] = _read(folder / DONE) if (folder / DONE).exists() else {}
         self._lock, self._running, self._is_stopped = threading.Lock(), list[str](), False
+        self._waiting: subprocess.Popen[str] | None = None
 
     def run(self) -> None:
-        """Run both chains, then write the page; a step that fails ends the command with its exit code."""
+        """Run all steps, then write the page; a step that fails ends the command with its exit code."""
         (self.folder / LOGS).mkdir(parents=True, exist_ok=True)
         started_s = time.monotonic()
         with console.status("") if console.is_terminal else nullcontext() as status, ThreadPoolExecutor(2) as pool:
-            chains = [
-                pool.submit(self._run_chain, chain, status) for chain in (self._data_steps(), self._model_steps())
-            ]
             try:
-                failed = [found for chain in chains if (found := chain.result())]
+                for chains in (
+                    (self._small_scans(), self._model_and_scans()),
+                    (self._training(), self._preparing()),
+                    (self._scoring(), self._asking()),
+                ):
+                    for failed in list(pool.map(lambda chain: self._run_chain(chain, status), chains)):
+                        if failed:
+                            self._fail(*failed)
             finally:
                 self._is_stopped = True
-        for step, code in failed[:1]:
-            said = self._log(step, "err").read_text("utf-8", "replace").rstrip().split("\n")
-            fail("\n".join([f"{step.line}: exit code {code}", *said[-LINES_OF_A_FAILURE:]]), code)
+                if self._waiting:
+                    self._waiting.communicate("")
         page = write_page(self.folder)
         console.print(f"{_minutes(started_s)}  in all. Open {page}", soft_wrap=True)
 
-    def _data_steps(self) -> Iterator[Step]:
+    def _fail(self, step: Step, code: int) -> None:
+        said = self._log(step.name, "err").read_text("utf-8", "replace").rstrip().split("\n")
+        fail("\n".join([f"{step.line}: exit code {code}", *said[-LINES_OF_A_FAILURE:]]), code)
+
+    def _small_scans(self) -> Iterator[Step]:
+        """Yield what the model learns from: phantoms in which whole organs are affected, on a coarse grid."""
+        raw, count = self.folder / "easy", self.size.easy
+        yield _step("easy", f"made {count} small CTs", "photon-data phantom", raw, "--easy", n=count, size=128)
+        grid, questions = [f"--set={setting}" for setting in GRID], raw / "questions.jsonl"
+        words = (raw / "scans", self.folder / "easy-prepared", *grid)
+        yield _step("easy-prepare", "prepared them", "photon-data prepare", *words, questions=questions)
+
+    def _model_and_scans(self) -> Iterator[Step]:
+        """Yield what else comes from nothing."""
+        yield _step("init", "made a random model", "photon init", tiny=self.folder / "tiny", model_shape=MODEL_SHAPE)
+        raw, count = self.folder / "phantoms", self.size.scans
+        yield _step("phantoms", f"made {count} synthetic CTs of full size", "photon-data phantom", raw, n=count)
+
+    def _preparing(self) -> Iterator[Step]:
         """Yield what shows how scans are prepared, in their full size."""
         raw, prepared = self.folder / "phantoms", self.folder / "prepared"
-        questions = raw / "questions.jsonl"
-        count = self.size.scans
-        yield _step("phantoms", f"made {count} synthetic CTs of full size", "photon-data phantom", raw, n=count)
-        yield _step(
-            "prepare", "prepared them", "photon-data prepare", raw / "scans", prepared, questions=questions, workers=1
-        )
+        more = {"questions": raw / "questions.jsonl", "workers": 1}
+        yield _step("prepare", "prepared those of full size", "photon-data prepare", raw / "scans", prepared, **more)
         yield _step("verify", "checked every byte of them", "photon-data verify", prepared)
         first = min((prepared / "volumes").glob("*.ome.zarr"))
         yield _step("show", "drew one", "photon-data show", first, output=self.folder / "volume.png")
 
-    def _model_steps(self) -> Iterator[Step]:
-        """Yield what shows a model: a tiny one, on a coarse grid, for phantoms in which whole organs are affected."""
-        raw, prepared, tiny, s1, s2 = (self.folder / name for name in ("easy", "easy-prepared", "tiny", "s1", "s2"))
-        train, val, test = (prepared / "manifests" / f"{split}.jsonl" for split in ("train", "val", "test"))
-        masks, questions, count = raw / "masks", raw / "questions.jsonl", self.size.easy
-        yield _step("easy", f"made {count} small CTs", "photon-data phantom", raw, "--easy", n=count, size=160)
-        grid = [f"--set={setting}" for setting in GRID]
-        yield _step(
-            "easy-prepare", "prepared them", "photon-data prepare", raw / "scans", prepared, *grid, questions=questions
-        )
-        yield _step("init", "made a random model", "photon init", tiny=tiny, model_shape=MODEL_SHAPE)
-        rows = {"data": train, "eval": val, "resume": "auto"}
-        first, second = (f"--set=epochs={epochs}" for epochs in self.size.epochs)
-        taught = (first, f"--set=grounding={masks}")
-        yield _step("s1", "trained it, stage 1", "photon train tiny-s1", *taught, model=tiny, output=s1, **rows)
-        start = _last(s1)
-        yield _step(
-            "s2", "trained it to drop tokens, stage 2", "photon train tiny-s2", second, model=start, output=s2, **rows
-        )
-        asks = {"model": _last(s2), "max_new_tokens": 8}
+    def _training(self) -> Iterator[Step]:
+        """Yield the two stages."""
+        manifests, s1, s2 = self.folder / "easy-prepared" / "manifests", self.folder / "s1", self.folder / "s2"
+        rows = {"data": manifests / "train.jsonl", "eval": manifests / "val.jsonl", "resume": "auto"}
+        first, second = ((f"--set=epochs={epochs}", TOGETHER) for epochs in self.size.epochs)
+        taught = (*first, f"--set=grounding={self.folder / 'easy' / 'masks'}")
+        model = self.folder / "tiny"
+        yield _step("s1", "trained it, stage 1", "photon train tiny-s1", *taught, model=model, output=s1, **rows)
+        did = "trained it to drop tokens, stage 2"
+        yield _step("s2", did, "photon train tiny-s2", *second, model=_last(s1), output=s2, **rows)
+
+    def _scoring(self) -> Iterator[Step]:
+        """Yield what scores the model, on scans that it was not trained on."""
+        manifests = self.folder / "easy-prepared" / "manifests"
         scored = {
-            "data": test,
-            "train": train,
-            "masks": masks,
+            "model": _last(self.folder / "s2"),
+            "data": manifests / "test.jsonl",
+            "train": manifests / "train.jsonl",
+            "masks": self.folder / "easy" / "masks",
             "schedulers": SCHEDULERS,
+            "max_new_tokens": 8,
             "output": self.folder / "scores",
         }
-        yield _step("eval", "scored it beside other ways to drop tokens", "photon eval vqa", **asks, **scored)
+        yield _step("eval", "scored it beside other ways to drop tokens", "photon eval vqa", **scored)
+
+    def _asking(self) -> Iterator[Step]:
+        """Yield what asks the model about one of those scans."""
+        raw, overlay = self.folder / "easy", self.folder / "overlay"
         scan = next(iter((raw / "scans").glob(f"*-{ASKED_SCAN}.*")))
-        shown = {"masks": masks / scan.name.split(".")[0], "overlay": self.folder / "overlay"}
-        yield _step("predict", "asked it about a scan", "photon predict", scan, *QUESTIONS, "--json", **asks, **shown)
+        shown = {"masks": raw / "masks" / scan.name.split(".")[0], "overlay": overlay, "max_new_tokens": 8}
+        words = (scan, *QUESTIONS, "--json")
+        model = _last(self.folder / "s2")
+        yield _step("predict", "asked it about a scan", "photon predict", *words, model=model, **shown)
 
     def _run_chain(self, steps: Iterator[Step], status: Any) -> tuple[Step, int] | None:
         """Run steps one after the other; return the one that failed with its exit code."""
@@ -141,9 +177,7 @@ class Demo:
                 continue
             self._show(status, [*self._running, step.does])
             started_s = time.monotonic()
-            words = ["-c", f"from {ENTRIES[step.command[0]]} import main; main()", *step.command[1:]]
-            with self._log(step, "txt").open("w") as out, self._log(step, "err").open("w") as err:
-                code = subprocess.run([sys.executable, *words], stdout=out, stderr=err, check=False).returncode
+            code = self._started(step).wait()
             self._show(status, [name for name in self._running if name != step.does])
             if code:
                 self._is_stopped = True
@@ -155,14 +189,39 @@ class Demo:
                     temporary.write_text(json.dumps(self._done, indent=1))
         return None
 
+    def _started(self, step: Step) -> subprocess.Popen[str]:
+        """Return the process of a step. Where it is the model's, another begins to wait, for the next."""
+        entry, *words = step.command
+        if entry != "photon":
+            return self._process(step.name, f"from {ENTRIES[entry]} import main; main()", *words)
+        with self._lock:
+            process, self._waiting = self._waiting, None
+            if process is None:
+                process = self._process(step.name, WAITING)
+            else:
+                for suffix in SUFFIXES:
+                    self._log(NEXT, suffix).replace(self._log(step.name, suffix))
+            if step.name in FOLLOWED:
+                self._waiting = self._process(NEXT, WAITING)
+        assert process.stdin
+        process.stdin.write(json.dumps(words) + "\n")
+        process.stdin.close()
+        return process
+
+    def _process(self, name: str, code: str, *words: str) -> subprocess.Popen[str]:
+        """Start Python with that code, in the environment that suits small jobs beside each other."""
+        with self._log(name, "txt").open("w") as out, self._log(name, "err").open("w") as err:
+            command, environment = [sys.executable, "-c", code, *words], {**ENVIRONMENT, **os.environ}
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment, text=True)
+
     def _show(self, status: Any, running: list[str]) -> None:
         with self._lock:
             self._running = running
             if status:
                 status.update("; ".join(running))
 
-    def _log(self, step: Step, suffix: str) -> Path:
-        return self.folder / LOGS / f"{step.name}.{suffix}"
+    def _log(self, name: str, suffix: str) -> Path:
+        return self.folder / LOGS / f"{name}.{suffix}"
 
 
 def _step(name: str, does: str, command: str, *words: object, **options: object) -> Step:
@@ -171,8 +230,8 @@ def _step(name: str, does: str, command: str, *words: object, **options: object)
 
 
 def _last(run: Path) -> Path:
-    """Return the last checkpoint of a run."""
-    return checkpoints(run)[-1]
+    """Return the last checkpoint of a run, without the seconds that it takes to import what writes them."""
+    return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _minutes(started_s: float) -> str:
@@ -189,18 +248,24 @@ def write_page(folder: Path) -> Path:
     """Write index.html, which holds its pictures and leads to the other pages; return its path."""
     prepared, scores = _read(folder / "prepared/dataset.json"), _read(folder / "scores/scores.json")
     asked, rows = _read(folder / LOGS / "predict.txt"), read_values(folder / "easy/questions.jsonl")
-    truths = {row["question"]: row["answer"] for row in rows if row["volume"] == asked["volume_id"]}
+    of_scan = {row["lesion"].replace("_", " "): row for row in rows if row["volume"] == asked["volume_id"]}
     values = {
         "title": "What the demo made",
         "counts": prepared["counts"],
         "volume": _picture(folder / "volume.png"),
-        "runs": [(name, _read(folder / name / SUMMARY), _picture(folder / name / CURVES)) for name in ("s1", "s2")],
+        "runs": [
+            (name, _read(folder / name / "summary.json"), _picture(folder / name / "curves.png"))
+            for name in ("s1", "s2")
+        ],
         "trade_offs": scores["trade_offs"],
+        "blind": scores["predictions"][0]["scores"][0]["baselines"]["best_constant"],
         "questions": scores["questions"],
         "patients": scores["patients"],
         "answers": [
-            (answer, truths.get(answer["question"]), _picture(folder / "overlay" / answer["id"] / PLANES))
+            (answer, row["answer"], row["organ_masks"], _picture(folder / "overlay" / answer["id"] / "planes.png"))
             for answer in asked["predictions"]
+            for lesion, row in of_scan.items()
+            if lesion in answer["question"]  # in other words, perhaps
         ],
         "commands": _read(folder / DONE),
     }

@@ -177,12 +177,14 @@ class PhotonProcessor:
 
     def patches_of(self, stored: Tensor) -> Tensor:
         """Return float32[P, X] on the device of what `stored` returned. The values are the same on every device."""
-        return stored if stored.dtype != torch.int16 else self._patchified(self.scaled(stored))
+        if stored.dtype != torch.int16:
+            return stored
+        return self._in_unit_range(self._patchified(stored))  # in this order half the bytes change their place
 
-    def _patchified(self, scaled_zyx: Tensor) -> Tensor:
+    def _patchified(self, volume_zyx: Tensor) -> Tensor:
         vision = self.config.vision_config
         sizes = (vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
-        return patchify(scaled_zyx.flip(-1), *sizes)[0]
+        return patchify(volume_zyx.flip(-1), *sizes)[0]
 
     def scaled(self, hu_zyx: np.ndarray | Tensor) -> Tensor:
         """Return float32 on the model grid, in [0, 1], not flipped. Raises ValueError for another shape and for NaN."""
@@ -196,8 +198,12 @@ class PhotonProcessor:
             )
         if found != model:
             hu = F.interpolate(hu[None, None], size=model, mode="trilinear", align_corners=False)[0, 0]
-        low, high = hu.aminmax()  # NaN if any voxel is, in one pass
-        if given.is_floating_point() and not (low.isfinite() and high.isfinite()):
+        return self._in_unit_range(hu)
+
+    def _in_unit_range(self, hu: Tensor) -> Tensor:
+        """Return float32 in [0, 1] of int16 or float32, whatever the order of the voxels."""
+        low, high = (end.float() for end in hu.aminmax())  # NaN if any voxel is, in one pass
+        if hu.is_floating_point() and not (low.isfinite() and high.isfinite()):
             raise ValueError("expected finite voxels, found NaN or infinity; photon-data prepare says in which scan")
         width = high - low
         if self.config.intensity == "window":

@@ -233,7 +233,7 @@ def test_points_of_equal_shares_stand_side_by_side_and_the_highest_is_named_firs
         ScatterPoint("<high>", 0.4, 80, None, None),
         ScatterPoint("all", 1.0, 50, 40, 60),
     ]
-    drawn = drawn_figure(tmp_path, scatter_plot(points, name="score", words="against share kept"))
+    drawn = drawn_figure(tmp_path, scatter_plot(points, name="score", words="against share kept", across="share kept"))
     places = [float(found) for found in re.findall(r'<circle cx="([\d.]+)"', drawn)]
     assert len(set(places)) == 3
     assert drawn.index("&lt;high&gt; 80.0") < drawn.index("all 50.0") < drawn.index("low 20.0")

@@ -57,8 +57,9 @@ def data_url(image: bytes, media_type: str) -> str:
 
 
 # Sizes of charts in pixels.
-_WIDTH, _HEIGHT = 340, 150
-_LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 22
+_WIDTH, _HEIGHT = 340, 164
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 20, 36
+_TICKS, _LABEL = 20, 4  # of numbers below an axis and of what they are: above the lower end
 _FOREST_ROW, _SPARK_WIDTH, _SPARK_HEIGHT = 32, 260, 40
 # On a scatter plot: the room for names on the right, and the distance of points that would cover each other.
 _NAMES, _BESIDE = 104, 8
@@ -159,7 +160,7 @@ def histogram(values: Sequence[float] | np.ndarray, *, name: str, unit: str, mar
             tall = max(1.0, y(0) - y(count))
             shapes.append(_bar(x(left) + 0.5, y(0) - tall, max(1.0, x(right) - x(left) - 1), tall, said))
     every = max(1, -(-len(counts) // 5))
-    shapes += [_baseline(), *_x_labels(edges[::every].tolist(), x)]
+    shapes += [_baseline(), *_x_labels(edges[::every].tolist(), x), *_axes(unit, "volumes")]
     shapes.append(_text(_LEFT - 5, y(y.high) + 4, short_count(int(y.high)), "end"))
     if mark:
         at = x(mark.at)
@@ -185,7 +186,8 @@ def hu_profile(shares: np.ndarray, edges: np.ndarray, *, name: str, words: str) 
     curve = _curve(shares, x, y)
     ticks = [v for v in (-1000, -500, 0, 500, 1000) if edges[0] <= v <= edges[-1]]
     labels = [_text(_LEFT - 5, y(power) + 4, text, "end") for power, text in ((0, "100%"), (-2, "1%"), (-4, ".01%"))]
-    return Chart(name, words, "Profile", [*curve, _baseline(), *_x_labels(ticks, x), *labels])
+    shapes = [*curve, _baseline(), *_x_labels(ticks, x), *labels, *_axes("HU", "voxels")]
+    return Chart(name, words, "Profile", shapes)
 
 
 def sparkline(counts: Sequence[float], *, words: str) -> Chart:
@@ -218,12 +220,15 @@ def forest_plot(rows: Sequence[ForestRow], *, name: str, words: str) -> Chart:
         shapes += [_line(place, place, at - 6, at + 6, "mark", said) for said, place in marks]
         said = ", ".join([f"{row.label}: {row.value:.2f}", *(said for said, _ in marks)])
         shapes.append(_circle(x(row.value), at, said))
-    labels = [_text(x(value), height - 6, f"{value:g}", "middle") for value in (0, 25, 50, 75, 100)]
-    return Chart(name, words, "Intervals", [*shapes, _baseline(height), *labels], height=height)
+    labels = [_text(x(value), height - _TICKS, f"{value:g}", "middle") for value in (0, 25, 50, 75, 100)]
+    shapes += [_baseline(height), *labels, *_axes("points of 100", height=height)]
+    return Chart(name, words, "Intervals", shapes, height=height)
 
 
-def scatter_plot(points: Sequence[ScatterPoint], *, name: str, words: str) -> Chart:
-    """Return values against shares, with their intervals; their names on the right, the highest first.
+def scatter_plot(points: Sequence[ScatterPoint], *, name: str, words: str, across: str) -> Chart:
+    """Return values, in points, against shares (of what: `across`), with their intervals; their names on the right.
+
+    The highest is named first.
 
     Points of nearly equal shares are drawn side by side; the number said when one points at them is exact.
     """
@@ -232,7 +237,8 @@ def scatter_plot(points: Sequence[ScatterPoint], *, name: str, words: str) -> Ch
     x, y = _Scale(0, 1, _LEFT, _WIDTH - _NAMES), _up(low, max(high, low + 10))
     shapes = [_baseline(right=_NAMES)]
     shapes += [_text(_LEFT - 5, y(value) + 4, f"{value:g}", "end") for value in (y.low, y.high)]
-    shapes += [_text(x(share), _HEIGHT - 6, f"{share:.0%}", "middle") for share in (0, 0.5, 1)]
+    shapes += [_text(x(share), _HEIGHT - _TICKS, f"{share:.0%}", "middle") for share in (0, 0.5, 1)]
+    shapes += _axes(across, "points of 100", right=_NAMES)
     for row, point in enumerate(sorted(points, key=lambda point: (-point.value, point.label))):
         near = [other for other in points if abs(x(other.share) - x(point.share)) < _BESIDE]
         at = x(point.share) + round((near.index(point) - (len(near) - 1) / 2) * _BESIDE, 1)
@@ -245,13 +251,17 @@ def scatter_plot(points: Sequence[ScatterPoint], *, name: str, words: str) -> Ch
     return Chart(name, words, "Scatter plot", shapes)
 
 
-def bar_chart(shares: Sequence[float], *, name: str, words: str, top: float = 1.0) -> Chart:
-    """Return one bar per share, 0 to `top`."""
+def bar_chart(
+    shares: Sequence[float], *, name: str, words: str, axes: tuple[str, str], ends: tuple[str, str], top: float = 1.0
+) -> Chart:
+    """Return one bar per share, 0 to `top`. `axes`: what is across and what up; `ends`: the first and the last bar."""
     x, y = _Scale(0, len(shares)), _up(0, top)
     wide = x(1) - x(0) - 2
     bars = [_bar(x(i) + 1, y(share), wide, y(0) - y(share), f"{i}: {share:.1%}") for i, share in enumerate(shares)]
     labels = [_text(_LEFT - 5, y(share) + 4, f"{share:.0%}", "end") for share in (0, top)]
-    return Chart(name, words, "Bars", [*bars, _baseline(), *labels])
+    left, right = ends
+    labels += [_text(x(0), _HEIGHT - _TICKS, left, "start"), _text(x(len(shares)), _HEIGHT - _TICKS, right, "end")]
+    return Chart(name, words, "Bars", [*bars, _baseline(), *labels, *_axes(*axes)])
 
 
 class _Scale(NamedTuple):
@@ -272,7 +282,14 @@ def _up(low: float, high: float) -> _Scale:
 
 
 def _x_labels(values: Sequence[float], x: _Scale) -> list[Shape]:
-    return [_text(x(value), _HEIGHT - 6, f"{value:g}", "middle") for value in values]
+    return [_text(x(value), _HEIGHT - _TICKS, f"{value:g}", "middle") for value in values]
+
+
+def _axes(across: str, up: str = "", *, height: int = _HEIGHT, right: int = _RIGHT) -> list[Shape]:
+    """Return what the numbers below, and those on the left, are of."""
+    middle = (_TOP + height - _BOTTOM) / 2
+    turned = Shape("text", {"text-anchor": "middle", "transform": f"translate(10 {middle}) rotate(-90)"}, up)
+    return [_text((_LEFT + _WIDTH - right) / 2, height - _LABEL, across, "middle"), *([turned] if up else [])]
 
 
 def _baseline(height: int = _HEIGHT, right: int = _RIGHT) -> Shape:

@@ -62,7 +62,7 @@ def write_report(
         "evaluation": evaluation,
         "sections": [_section(answers, pictures.get(answers.name, {})) for answers in evaluation.answers],
         "trade_offs": [(trade_off_table(one), _trade_off_chart(one)) for one in trade_offs(evaluation)],
-        "differences": [(comparison, both_averages(comparison.scores)) for comparison in evaluation.comparisons],
+        "differences": [_differences(evaluation.answers[0], comparison) for comparison in evaluation.comparisons],
         "moved": moved_tables(evaluation.counterfactuals),
         "moved_charts": _moved_charts(evaluation.counterfactuals),
     }
@@ -71,6 +71,7 @@ def write_report(
         "points": formatted,
         "interval": formatted_interval,
         "p": formatted_p,
+        "three": lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",  # digits
         "value": formatted_value,
         "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
         "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
@@ -210,12 +211,21 @@ def main_scores(answers: Answers) -> list[tuple[Score, Score]]:
     ]
 
 
+def _differences(first: Answers, comparison: Comparison) -> tuple[Comparison, list[Any], list[Any]]:
+    """Return a comparison with both averages of its differences: those that apply, and those of the main metrics."""
+    shown = {(score.task, score.metric) for score in shown_scores(first)}
+    main = {(macro.task, macro.metric) for macro, _ in main_scores(first)}
+    averages = both_averages(comparison.scores)
+    apply, judged = ([pair for pair in averages if (pair[0].task, pair[0].metric) in names] for names in (shown, main))
+    return comparison, apply, judged or apply
+
+
 def _reliability_chart(bins: Sequence[ReliabilityBin]) -> list[page.Chart]:
     points = [
         page.ScatterPoint(f"{one.questions} questions", one.confidence, 100 * one.accuracy, None, None) for one in bins
     ]
     words = "accuracy, points, against the probability of the chosen answer; calibrated: 70 points at 70 %, and so on"
-    return [page.scatter_plot(points, name="Reliability", words=words)]
+    return [page.scatter_plot(points, name="Reliability", words=words, across="probability of the answer")]
 
 
 def _score_charts(answers: Answers) -> list[page.Chart]:
@@ -233,11 +243,14 @@ def _score_charts(answers: Answers) -> list[page.Chart]:
 
 def _kept_charts(kept: Kept) -> list[page.Chart]:
     shares = [count / kept.predictions for count in kept.ratio_counts]
-    words = "of the questions, by the share of visual tokens that was kept: 0 (left) to 1 (right)"
-    words += f"; mean {kept.mean_ratio:.3f}"
-    charts = [page.bar_chart(shares, name="Share of visual tokens kept", words=words, top=max(shares))]
+    words = f"of the questions, by the share of visual tokens that was kept; mean {kept.mean_ratio:.1%}"
+    axes, ends = ("share of visual tokens kept", "questions"), ("0%", "100%")
+    name = "Share of visual tokens kept"
+    charts = [page.bar_chart(shares, name=name, words=words, axes=axes, ends=ends, top=max(shares))]
     if kept.slabs:
-        charts.append(page.bar_chart(kept.slabs, name="Share kept by slab", words="foot (left) to head (right)"))
+        axes, ends = (f"the {len(kept.slabs)} slabs of tokens", "share kept"), ("foot", "head")
+        words = "of the visual tokens of a slab, over all questions"
+        charts.append(page.bar_chart(kept.slabs, name="Share kept by slab", words=words, axes=axes, ends=ends))
     return charts
 
 
@@ -277,7 +290,7 @@ def _trade_off_chart(trade_off: TradeOff) -> page.Chart:
     ]
     words = "macro over subtasks, points, against the share of visual tokens kept"
     words += "; line: 95 % interval; equal shares side by side"
-    return page.scatter_plot(points, name=trade_off.metric, words=words)
+    return page.scatter_plot(points, name=trade_off.metric, words=words, across="share of visual tokens kept")
 
 
 def _moved_charts(found: Counterfactuals) -> list[page.Chart]:
