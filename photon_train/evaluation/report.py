@@ -71,7 +71,8 @@ def write_report(
         "points": formatted,
         "interval": formatted_interval,
         "p": formatted_p,
-        "three": lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",  # digits
+        "three": _three,
+        "flop": lambda tflop: f"{_three(tflop)} TFLOP" if tflop >= 0.1 else f"{_three(1000 * tflop)} GFLOP",
         "value": formatted_value,
         "blind_name": lambda name: blind_names.get(name, name.replace("_", " ")),
         "image": lambda path: page.data_url(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/png"),
@@ -80,6 +81,11 @@ def write_report(
     where.write(REPORT, page.render(TEMPLATE, values, filters))
     where.write(SCORES, f"{text}\n".encode("utf-8", "backslashreplace"))
     return [folder / SCORES, folder / REPORT]
+
+
+def _three(value: float) -> str:
+    """Return three digits of a number, all of a large one: 0.0293, 18.8, 1,240."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def write_questions(evaluation: Evaluation, folder: Path) -> Path:
