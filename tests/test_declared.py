@@ -135,6 +135,12 @@ def test_published_prompts_are_met_to_the_letter():
         assert put_.question.endswith("Where?\nAnswer with the most appropriate short phrase.")
 
 
+def test_a_letter_that_no_column_gives_is_that_of_the_answers_place_among_the_choices():
+    closed = Question("1", "v", "Is there?", "no", extra={"choices": ["yes", "no"]})
+    for style, expected in (("3d-rad", "B. no"), ("letters", "B"), ("plain", "no")):
+        assert [q.answer for q in with_prompt_style([closed], style, "shown")] == [expected]
+
+
 def test_counts_tell_the_constant_answer_that_is_right_most_often_also_per_subtask():
     answers = {"x": ["No", "No", "No", "Yes"], "y": ["Yes", "Yes", "No", "Yes"], "z": ["No", "No"]}
     rows = [
