@@ -120,7 +120,7 @@ def _deeptumorvqa(question: Question, shown: bool) -> tuple[str, str | None]:
         lines.append(f"Voxel spacing (mm): {extra['spacing']}.  Volume shape: {extra.get('shape', '')}.")
     if shown and extra.get("mc_question"):
         lines += [str(extra["mc_question"]), "Answer with ONLY the single letter (A, B, C, or D)."]
-        return "\n".join(lines), str(extra["letter"]) if extra.get("letter") else None
+        return "\n".join(lines), _letter_of(question) or None
     lines += [question.question, _ANSWER_WITH.get(extra.get("answer_type", ""), _ANSWER_WITH["text"])]
     return "\n".join(lines), question.answer
 
