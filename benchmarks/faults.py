@@ -311,7 +311,7 @@ def disk(folder: Path, rng: random.Random, trials: int) -> Iterator[tuple[str, s
                 subprocess.run(["mount", "-o", "remount,size=1g", str(place)], check=True)
                 yield f"{name}, disk full", goes_on(folder, name, command, before)
             finally:
-                subprocess.run(["umount", str(place)], check=True)
+                subprocess.run(["umount", "--lazy", str(place)], check=True)  # after Ctrl-C the command still ends
 
 
 @contextmanager
