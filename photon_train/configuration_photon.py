@@ -153,6 +153,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
         """The layer after which the scheduler drops tokens, if it does so within the decoder."""
         return self.drop_layer_of(self.scheduler)
 
+    def drops_before_decoder(self, scheduler: str | None) -> bool:
+        """Tell whether a scheduler, by name, drops tokens before the decoder: the lower layers are saved too."""
+        return scheduler in BEFORE_DECODER
+
     def drop_layer_of(self, scheduler: str | None) -> int:
         """Return the same of a scheduler by name."""
         own = self.fastv_layer if scheduler == "fastv" else None

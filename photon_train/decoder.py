@@ -31,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, SharedKeys, causal_mask, fuse_norms
-from photon_train.configuration_photon import BEFORE_DECODER, Phase, PhotonConfig
+from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.dropping import Gather, everything, gather_of, prune
 from photon_train.positions import rope_index
 from photon_train.prefix import Prefix
@@ -336,7 +336,7 @@ class PhotonModel(Qwen2_5_VLModel):
     ) -> Any:
         """Return the stock output; where a scheduler chooses before the decoder, that of `encode_and_choose`."""
         encode = partial(super().get_video_features, pixel_values_videos, video_grid_thw, **kwargs)
-        if not chooses or self.config.scheduler not in BEFORE_DECODER:
+        if not chooses or not self.config.drops_before_decoder(self.config.scheduler):
             return encode()
         return encode_and_choose(encode, self.visual, video_grid_thw, self.config)
 

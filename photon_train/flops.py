@@ -8,9 +8,10 @@ benchmarks/model_flops.py adds bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from photon_train.configuration_photon import BEFORE_DECODER, PhotonConfig
+if TYPE_CHECKING:  # scores are made without waiting for transformers
+    from photon_train.configuration_photon import PhotonConfig
 
 # Tokens around volume and question: system turn and start of the volume; its end and the assistant's header.
 BEFORE, FRAME_AFTER = 15, 6
@@ -78,7 +79,7 @@ def prefill(
     if scheduler == "none":
         return without_scheduling(config, prompt, grid_thw)
     m = prompt.length - prompt.visual + kept
-    if scheduler in BEFORE_DECODER:
+    if config.drops_before_decoder(scheduler):
         return Flops(
             vision(config, grid_thw),
             layers(config, config.its_layer + 1, m, m),
@@ -112,7 +113,7 @@ def on_a_prefix(
     c, below, p = config.text_config, config.drop_layer_of(scheduler) + 1, prompt.before + prompt.visual + 1
     q, m, count = prompt.length - p, prompt.length - prompt.visual + kept, c.num_hidden_layers
     fixed = Flops(vision=vision(config, grid_thw), head=questions * head(config))
-    if scheduler == "none" or scheduler in BEFORE_DECODER:
+    if scheduler == "none" or config.drops_before_decoder(scheduler):
         return fixed._replace(
             below=layers(config, below, m - q, m - q) + questions * layers(config, below, q, m),
             scoring=choosing(config, scheduler, grid_thw, kept),

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import is_safe
-from photon_train.configuration_photon import BEFORE_DECODER
 from photon_train.decoder import PhotonDecoderLayer
 from photon_train.dropping import gather_of
 from photon_train.kept_tokens import MaskFolder, counted_by_volume
@@ -41,7 +40,7 @@ def grounding_of(folder: str, callback: Callback | None = None) -> LossFactory |
 
     def made(model: Any, rows: Sequence[TrainRow]) -> GroundingLoss:
         config = _scheduling_layer(model).config
-        if config.scheduler in BEFORE_DECODER:
+        if config.drops_before_decoder(config.scheduler):
             found = f"{config.scheduler}, which drops tokens before it"
             raise UsageError(f"grounding: expected a scheduler that lets all tokens reach layer its, found {found}")
         tokens_zyx = config.tokens_thw

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from photon_data.files import write_whole
 from photon_train import flops
-from photon_train.configuration_photon import BEFORE_DECODER, Phase, PhotonConfig
+from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.memory import peak_memory_mib
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.scheduling import is_passive
@@ -49,7 +49,11 @@ def training_flops(
     shared: Any = batch.inputs.get("prefix") or 0
     count, prefixes = photon.text_config.num_hidden_layers, len(batch.inputs.get("group_sizes", ())) or 1
     lower = count if is_passive(photon, phase) else photon.drop_layer + 1
-    if output.scheduled is not None and photon.scheduler in BEFORE_DECODER and phase in (Phase.HARD, Phase.FLIP):
+    if (
+        output.scheduled is not None
+        and photon.drops_before_decoder(photon.scheduler)
+        and phase in (Phase.HARD, Phase.FLIP)
+    ):
         lower, length_B, shared = count, kept_B, output.scheduled.keep_BL[0, :shared].sum()
     decoder = prefixes * layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
     decoder += layers(photon, lower, length_B - shared, length_B).sum()
