@@ -329,7 +329,7 @@ SETTINGS = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_run_that_is_ended_twice_goes_on_and_leaves_the_same_bytes(tmp_path, how):
     source, out, straight = tmp_path / "raw", tmp_path / "out", tmp_path / "straight"
     for seed in range(24):

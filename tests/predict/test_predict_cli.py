@@ -185,7 +185,10 @@ def test_choices_and_parts_are_options(model_dir, manifest, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("sign", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 130, marks=pytest.mark.long), (signal.SIGKILL, -9)],
+)
 def test_a_run_that_is_stopped_goes_on_to_the_same_predictions(model_dir, tmp_path, sign, code):
     places = [store(tmp_path / "data", f"v{seed}", seed) for seed in range(3)]
     rows = [row(f"{i}-{k}", f"{QUESTIONS[k % 4]} {k}", place) for i, place in enumerate(places) for k in range(12)]

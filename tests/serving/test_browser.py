@@ -263,19 +263,20 @@ def test_a_file_that_is_dropped_is_sent_and_an_answer_can_be_stopped(tab, served
         document.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped })) }"""
     tab.open().see("#viewer.has-scan")
     tab.page.evaluate(drop, list(content))
-    tab.page.wait_for_url("**/?volume=vol_*")
-    tab.see("#viewer.has-scan")
+    tab.page.locator("#news", has_text="The scan is ready.").wait_for(state="attached")
     monkeypatch.setattr(Question, "max_tokens", 4000)
     before = served.figures
     seen = threading.Event()
     held = served.engine.predictor.model.register_forward_pre_hook(lambda *_: seen.wait(120) and None)
-    tab.page.fill("#question", "Is there a nodule?")
-    tab.page.press("#question", "Enter")
-    tab.page.click("#stop")
-    assert tab.see(".answer .failed") == "stopped"
-    wait_until(lambda: served.figures["left"] == before["left"] + 1)
-    held.remove()
-    seen.set()
+    try:
+        tab.page.fill("#question", "Is there a nodule?")
+        tab.page.press("#question", "Enter")
+        tab.page.click("#stop")
+        assert tab.see(".answer .failed") == "stopped"
+        wait_until(lambda: served.figures["left"] == before["left"] + 1)
+    finally:
+        held.remove()
+        seen.set()
     wait_until(lambda: served.figures["waiting"] == 0)
 
 

@@ -160,7 +160,7 @@ def interrupted(train, log, sign, *, to_all, threads):
     ("sign", "to_all"),
     [
         (signal.SIGTERM, True),
-        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.long),
         pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
     ],
 )
