@@ -105,7 +105,8 @@ def measure(path: Path) -> str:
         VolumeRecord(job.source.id, job.source.path, PREPARED, 1, 1, store=store_name(job.source.id))
         for job in data.jobs
     ]
-    manifests = build(data.questions, records, out=out.at(""), instruction="")
+    asked = [question for own in data.questions.values() for question in own]
+    manifests = build(asked, records, out=out.at(""), instruction="")
     refuse_leaks(leaks(row for rows in manifests.rows.values() for row in rows))
     write(manifests, out.at(""))
     counts = count(row for rows in manifests.rows.values() for row in rows)

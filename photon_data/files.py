@@ -125,7 +125,7 @@ class Location:
         try:
             if not self.is_local:
                 return self.fs.cat_file(self.at(name), end=most)
-            with (self.path / name).open("rb", buffering=0) as file:
+            with (self.path / name).open("rb") as file:
                 return file.read(-1 if most is None else most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None

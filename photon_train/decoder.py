@@ -142,60 +142,24 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> PhotonTextOutput:
+        h_BLD, position_3BL, mask_BL, scheduled = inputs_embeds, position_ids[-3:], attention_mask, None
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
         if prefix is not None and cache is not None:
-            cache = prefix.into(cache, len(inputs_embeds))
-        is_chosen = scheduling.chosen is not None or (prefix is not None and prefix.scheduled is not None)
-        through_layers = self._of_chosen if is_chosen else self._dropping_after_layer
-        h_BMD, scheduled = through_layers(
-            inputs_embeds, position_ids[-3:], scheduling, attention_mask, cache, prefix, kwargs
-        )
-        return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
-
-    def _of_chosen(
-        self,
-        h_BLD: Tensor,
-        position_3BL: Tensor,
-        scheduling: SchedulingInputs,
-        mask_BL: Tensor | None,
-        cache: Cache | None,
-        prefix: Prefix | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Scheduled]:
-        """Return h_BMD after all layers, through which only what was chosen before them goes, and what was scheduled.
-
-        With a prefix, h_BLD are of the suffixes, position_3BL and mask_BL of whole rows.
-        """
-        if prefix is None or prefix.scheduled is None:
-            assert scheduling.chosen is not None
-            position_3BL = position_3BL if prefix is None else position_3BL[..., prefix.length :]
-            h_BMD, scheduled = self._drop(h_BLD, scheduling.chosen, scheduling, mask_BL)
-            position_3BM = _of_kept(scheduled, position_3BL)
-        else:
-            whole_BL = torch.ones_like(scheduling.visual_BL) if mask_BL is None else mask_BL.bool()
-            scheduled = prefix.scheduled.followed_by(whole_BL, scheduling.visual_BL)
-            h_BMD, position_3BM = h_BLD, position_3BL[..., prefix.length :]
-        shared = SharedKeys(prefix.keys_values if prefix else ()) if cache is None else None
-        attend = self._attend(h_BMD, scheduled.kept.mask_BM, position_3BM, cache, shared) | kwargs
-        for layer in self.layers:
-            h_BMD = layer(h_BMD, **attend)
-        return h_BMD if prefix is None else prefix.before(h_BMD), scheduled
-
-    def _dropping_after_layer(
-        self,
-        h_BLD: Tensor,
-        position_3BL: Tensor,
-        scheduling: SchedulingInputs,
-        mask_BL: Tensor | None,
-        cache: Cache | None,
-        prefix: Prefix | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Scheduled]:
-        """Return the same where the scheduler decides by the hidden states of a layer: the others see what it keeps."""
-        layers, its, rows = list(self.layers), self.photon_config.drop_layer, len(h_BLD)
+            cache = prefix.into(cache, len(h_BLD))
+        # With a prefix, h_BLD are of the suffixes, position_3BL and mask_BL of whole rows.
         own_position_3BL = position_3BL if prefix is None else position_3BL[..., prefix.length :]
+        if scheduling.chosen is not None or (prefix is not None and prefix.scheduled is not None):
+            h_BLD, own_position_3BL, scheduled = self._chosen(h_BLD, own_position_3BL, scheduling, mask_BL, prefix)
+            mask_BL = scheduled.kept.mask_BM
         shared = SharedKeys(prefix.keys_values if prefix else ()) if cache is None else None
         attend = self._attend(h_BLD, mask_BL, own_position_3BL, cache, shared) | kwargs
+        if scheduled is not None:
+            for layer in self.layers:
+                h_BLD = layer(h_BLD, **attend)
+            h_BMD = h_BLD if prefix is None else prefix.before(h_BLD)
+            return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
+
+        layers, its = list(self.layers), self.photon_config.drop_layer
         for layer in layers[:its]:
             h_BLD = layer(h_BLD, **attend)
         h_BLD, selection = layers[its](h_BLD, scheduling=scheduling, prefix=prefix, **attend)
@@ -203,18 +167,36 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         for layer in layers[its + 1 : through]:
             h_BLD = layer(h_BLD, **attend)
         h_BLD = h_BLD if prefix is None else prefix.before(h_BLD)
-
         h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL)
         if through < len(layers):
             if scheduling.drops:
                 _prune_cache(cache, scheduled.kept, layers=through)
                 position_3BL = _of_kept(scheduled, position_3BL)
-                mask_BL = scheduled.kept.mask_BM if rows > 1 else None  # a single row has no empty slot
+                mask_BL = scheduled.kept.mask_BM if len(h_BMD) > 1 else None  # a single row has no empty slot
             shared = SharedKeys() if cache is None and mask_BL is not None else None
             attend = self._attend(h_BMD, mask_BL, position_3BL, cache, shared, through) | kwargs
             for layer in layers[through:]:
                 h_BMD = layer(h_BMD, **attend)
-        return h_BMD, scheduled
+        return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
+
+    def _chosen(
+        self,
+        h_BLD: Tensor,
+        position_3BL: Tensor,
+        scheduling: SchedulingInputs,
+        mask_BL: Tensor | None,
+        prefix: Prefix | None,
+    ) -> tuple[Tensor, Tensor, Scheduled]:
+        """Return h_BMD and the positions of what was chosen before the decoder, and what was scheduled.
+
+        With a prefix that holds what was chosen, h_BLD and position_3BL are of the suffixes, which stay as they are.
+        """
+        if prefix is not None and prefix.scheduled is not None:
+            whole_BL = torch.ones_like(scheduling.visual_BL) if mask_BL is None else mask_BL.bool()
+            return h_BLD, position_3BL, prefix.scheduled.followed_by(whole_BL, scheduling.visual_BL)
+        assert scheduling.chosen is not None, "one of the two has it"
+        h_BMD, scheduled = self._drop(h_BLD, scheduling.chosen, scheduling, mask_BL)
+        return h_BMD, _of_kept(scheduled, position_3BL), scheduled
 
     def choose(
         self, h_1PD: Tensor, position_31P: Tensor, scheduling: SchedulingInputs
@@ -223,11 +205,10 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
 
         Raises ValueError where rows keep different numbers of tokens: they have no prefix in one.
         """
-        assert scheduling.chosen is not None
-        h_1MD, scheduled = self._drop(h_1PD, scheduling.chosen, scheduling, None)
+        h_1MD, position_31M, scheduled = self._chosen(h_1PD, position_31P, scheduling, None, None)
         if len(h_1MD) > 1 and not scheduled.kept.mask_BM.all():
             raise ValueError("expected rows that keep as many tokens, found others; encode one volume at a time")
-        return h_1MD, _of_kept(scheduled, position_31P), scheduled
+        return h_1MD, position_31M, scheduled
 
     def prefix_through(
         self, layers: int, h_1PD: Tensor, position_31P: Tensor

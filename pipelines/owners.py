@@ -60,10 +60,8 @@ def refuse_namesakes(
     known = {record.id: record for record in records if record.is_there}
     # Most have the id and the place of their row. The others alone are looked up, which takes memory.
     sources = [source for source in sources if not _is_at(known.get(source.id), source)]
-    folded, places = (
-        {source.id.casefold() for source in sources},
-        {_path(source.root, source.path) for source in sources},
-    )
+    folded = {source.id.casefold() for source in sources}
+    places = {_path(source.root, source.path) for source in sources}
     owners = {id_: record for record in records if (id_ := record.id.casefold()) in folded}
     ids = {place: r.id for r in known.values() if r.root and (place := _path(r.root, r.source)) in places}
     found = []

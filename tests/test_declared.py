@@ -139,6 +139,8 @@ def test_a_letter_that_no_column_gives_is_that_of_the_answers_place_among_the_ch
     closed = Question("1", "v", "Is there?", "no", extra={"choices": ["yes", "no"]})
     for style, expected in (("3d-rad", "B. no"), ("letters", "B"), ("plain", "no")):
         assert [q.answer for q in with_prompt_style([closed], style, "shown")] == [expected]
+    many = replace(closed, answer="30", extra={"choices": [str(number) for number in range(40)]})
+    assert with_prompt_style([many], "letters", "hidden")[0].answer == "30"  # there is no 31st letter
 
 
 def test_counts_tell_the_constant_answer_that_is_right_most_often_also_per_subtask():

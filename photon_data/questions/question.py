@@ -97,9 +97,8 @@ def _rad3d(question: Question, shown: bool) -> tuple[str, str | None]:
 
 def _letter_of(question: Question) -> str:
     """Return the letter of the answer: its own, else that of its place among the choices; "" where it is none."""
-    choices = list(question.extra.get("choices") or ())
-    by_place = LETTERS[choices.index(question.answer)] if question.answer in choices else ""
-    return str(question.extra.get("letter") or by_place)
+    by_place = {choice: letter for letter, choice in zip(LETTERS, question.extra.get("choices") or (), strict=False)}
+    return str(question.extra.get("letter") or by_place.get(question.answer, ""))
 
 
 # The last line of DeepTumorVQA's prompts, by type of answer.
