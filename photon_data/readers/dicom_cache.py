@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -28,6 +29,7 @@ from photon_data.readers.dicom_plane import Content, PixelLayout, PlaneHeader
 FORMAT = 1
 # Of 256 parts; so the whole has headers of a quarter of a million folders at most, in a few GB.
 MOST_PER_PART, LARGEST = 1000, 1 << 26
+_REMOVING = threading.Lock()
 ARRAYS = ("position_lps", "orientation", "spacing_mm")
 
 
@@ -160,6 +162,7 @@ def _write(cache: str, folder: Path, rows: dict[str, list[Any]]) -> None:
             private.mkdir(mode=0o700, parents=True, exist_ok=True)
         place.touch(mode=0o600)
         place.write_bytes(zlib.compress(content, 1))  # what is written by halves is of no use, and nothing else
-        kept = sorted(place.parent.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
-        for oldest in kept[: max(0, len(kept) - MOST_PER_PART)]:
-            oldest.unlink()
+        with _REMOVING:  # else two threads would remove the same one, and the rest of one's would stay
+            kept = sorted(place.parent.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
+            for oldest in kept[: max(0, len(kept) - MOST_PER_PART)]:
+                oldest.unlink(missing_ok=True)
