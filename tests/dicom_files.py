@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ AXIAL, CORONAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0,
 # Turned by 20 degrees about z, then by 10 about x; as decimal strings of a header.
 OBLIQUE = (0.93969262, 0.33682409, 0.05939117, -0.34202014, 0.92541658, 0.16317591)
 SITK_COMPRESSORS = {"jpeg-lossless": "JPEG", "jpeg2000": "JPEG2000"}
+NUMBERS = count(10**9)
 PLAIN = {"explicit": ExplicitVRLittleEndian, "implicit": ImplicitVRLittleEndian, "big-endian": ExplicitVRBigEndian}
 
 
@@ -35,7 +37,8 @@ def header(uid, sop_class=CTImageStorage, **tags):
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = sop_class
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
+    # Of one length: those of `generate_uid` differ by up to four characters, and with them what comes behind.
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = f"1.2.826.0.1.3680043.8.498.{next(NUMBERS)}"
     ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.Modality = uid, "1.2.3", "CT"
     ds.PatientName, ds.PatientID = "Doe^Secret", "SECRET"
     for keyword, value in tags.items():
