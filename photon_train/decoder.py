@@ -30,10 +30,16 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from photon_train.attention import PhotonAttention, PhotonRotaryEmbedding, SharedKeys, causal_mask, fuse_norms
+from photon_train.attention import (
+    PhotonAttention,
+    PhotonRotaryEmbedding,
+    SharedKeys,
+    causal_mask,
+    fuse_norms,
+    rope_index,
+)
 from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.dropping import Gather, everything, gather_of, prune
-from photon_train.positions import rope_index
 from photon_train.prefix import Prefix
 from photon_train.pruners import BY_QK, SCHEDULERS, chosen_of, encode_and_choose
 from photon_train.scheduling import (
