@@ -309,7 +309,7 @@ class PhotonModel(Qwen2_5_VLModel):
     ) -> tuple[Tensor, Tensor]:
         """Return the positions int64[3, B, L], 1 at padding, and the deltas int64[B, 1]: next position minus L.
 
-        mm_token_type_ids: 0 text, 1 image, 2 volume. See `positions.rope_index`.
+        mm_token_type_ids: 0 text, 1 image, 2 volume. See `attention.rope_index`.
         """
         images, volumes = ([] if grids is None else grids.tolist() for grids in (image_grid_thw, video_grid_thw))
         seconds = [1.0] * len(volumes) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()

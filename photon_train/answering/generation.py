@@ -1,10 +1,11 @@
 """Prompts -> answers with the probabilities of their tokens, generated or given.
 
 A row depends on itself alone: what is drawn for it comes from a generator of its own, and a row whose logits are not
-finite ends without harm to the others.
+finite ends without harm to the others. Keys and values are kept in a cache that grows while prompts are read and
+pruned, and then has one length until the answers end.
 
-Legend: B rows, L tokens of a padded row, M tokens of a row after pruning, C tokens of the vocabulary; of scored
-answers: R answers of all rows together, N tokens of the longest answer.
+Legend: B rows, L tokens of a padded row, M tokens of a row after pruning, C tokens of the vocabulary, K key heads,
+d head_dim; of scored answers: R answers of all rows together, N tokens of the longest answer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, StoppingCriteria
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from photon_train.fixed_cache import FixedCache
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.scheduling import Scheduled
 
@@ -51,50 +52,6 @@ class Generated(NamedTuple):
     tokens: list[Tensor]  # int64, up to the end marker, which is one of them if the answer ended
     logprobs: list[list[float]]  # of each of them, as the model gave it; NaN where logits were not finite
     scheduled: Scheduled | None
-
-
-class _Watch(LogitsProcessor):
-    """Sees the model's own logits of every step. A row in which they are not finite says padding: no text."""
-
-    logits_BC: Tensor
-    finite_B: Tensor
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.logits_BC, self.finite_B = scores, scores.isfinite().all(1)
-        shown_BC = scores.masked_fill(~self.finite_B[:, None], -torch.inf)
-        shown_BC[:, self.pad_token_id].masked_fill_(~self.finite_B, 0.0)
-        return shown_BC
-
-
-class _Record(StoppingCriteria):
-    """Keeps log p of every token that was taken, and ends the rows whose logits are not finite."""
-
-    def __init__(self, watch: _Watch) -> None:
-        self.watch, self.logprobs = watch, list[Tensor]()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        logits_BC = self.watch.logits_BC
-        log_B = logits_BC.gather(1, input_ids[:, -1:])[:, 0] - logits_BC.logsumexp(1)
-        self.logprobs.append(log_B.masked_fill(~self.watch.finite_B, math.nan))
-        return ~self.watch.finite_B
-
-
-class _Draw(LogitsProcessor):
-    """Leaves one token of each row: the one at which the sum of probabilities passes a number drawn for the row."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) for name in names]
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn_B1 = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])
-        sum_BC = scores.float().softmax(1).cumsum(1)
-        passed_BC = sum_BC > drawn_B1.to(sum_BC.device) * sum_BC[:, -1:]
-        token_B1 = passed_BC.int().argmax(1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
 
 
 def generate(
@@ -181,3 +138,103 @@ def _log_of(logits_RNC: Tensor, token_RN: Tensor) -> Tensor:
     logits_RNC = logits_RNC.float()
     log_RN = logits_RNC.gather(2, token_RN[..., None])[..., 0] - logits_RNC.logsumexp(2)
     return log_RN.masked_fill(~logits_RNC.isfinite().all(2), math.nan)
+
+
+class _Watch(LogitsProcessor):
+    """Sees the model's own logits of every step. A row in which they are not finite says padding: no text."""
+
+    logits_BC: Tensor
+    finite_B: Tensor
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits_BC, self.finite_B = scores, scores.isfinite().all(1)
+        shown_BC = scores.masked_fill(~self.finite_B[:, None], -torch.inf)
+        shown_BC[:, self.pad_token_id].masked_fill_(~self.finite_B, 0.0)
+        return shown_BC
+
+
+class _Record(StoppingCriteria):
+    """Keeps log p of every token that was taken, and ends the rows whose logits are not finite."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch, self.logprobs = watch, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        logits_BC = self.watch.logits_BC
+        log_B = logits_BC.gather(1, input_ids[:, -1:])[:, 0] - logits_BC.logsumexp(1)
+        self.logprobs.append(log_B.masked_fill(~self.watch.finite_B, math.nan))
+        return ~self.watch.finite_B
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row: the one at which the sum of probabilities passes a number drawn for the row."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) for name in names]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn_B1 = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])
+        sum_BC = scores.float().softmax(1).cumsum(1)
+        passed_BC = sum_BC > drawn_B1.to(sum_BC.device) * sum_BC[:, -1:]
+        token_B1 = passed_BC.int().argmax(1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
+
+
+class FixedCache(Cache):
+    """Layers with `room` for so many tokens behind the pruned prompts.
+
+    The first decoding step moves keys and values into arrays with room for all that will come. From then on a step
+    writes its place in them: nothing is copied, memory does not grow, and all steps have the same shapes.
+    """
+
+    def __init__(self, config: Any, room: int) -> None:
+        super().__init__(layers=[FixedLayer(room) for _ in range(config.num_hidden_layers)])
+
+
+class FixedLayer(DynamicLayer):
+    """One layer: keys and values [B, K, M, d], and from the first decoding step on [B, K, M + room, d]."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.filled: int | None = None  # tokens, once the length is fixed
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return all keys and values; those that are still to come are 0, and for the mask to hide."""
+        if not self.is_initialized or (self.filled is None and key_states.shape[-2] > 1):
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None and self.values is not None, "the layer is initialized"
+        if self.filled is None:
+            self.filled = self.keys.shape[-2]
+            self.keys, self.values = (_with_room(x_BKMd, self.room) for x_BKMd in (self.keys, self.values))
+        end = self.filled + key_states.shape[-2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return self.keys, self.values
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Tell whether the next single token finds one length: transformers never leaves its mask out then."""
+        return self.is_initialized
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens are in the layer."""
+        return super().get_seq_length() if self.filled is None else self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys `update` will return, and the place of the first."""
+        if self.filled is not None:
+            assert self.keys is not None, "the length is fixed"
+            return self.keys.shape[-2], 0
+        begun = super().get_seq_length()
+        return begun + (self.room if begun and query_length == 1 else query_length), 0
+
+
+def _with_room(x_BKMd: Tensor, room: int) -> Tensor:
+    """Return the tensor with `room` more tokens of 0."""
+    return torch.cat([x_BKMd, x_BKMd.new_zeros(*x_BKMd.shape[:2], room, x_BKMd.shape[-1])], dim=2)

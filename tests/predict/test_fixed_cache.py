@@ -6,7 +6,7 @@ from askable import QUESTIONS, blocks, predictor, row
 from transformers import DynamicCache
 
 from photon_train.answering.batches import group_rows
-from photon_train.fixed_cache import FixedCache
+from photon_train.answering.generation import FixedCache
 
 
 @pytest.mark.parametrize("scheduler", ["its", "none"])
