@@ -39,16 +39,19 @@ from photon_train.attention import (
     rope_index,
 )
 from photon_train.configuration_photon import Phase, PhotonConfig
-from photon_train.dropping import Gather, everything, gather_of, prune
+from photon_train.losses import prune
 from photon_train.prefix import Prefix
 from photon_train.pruners import BY_QK, SCHEDULERS, chosen_of, encode_and_choose
 from photon_train.scheduling import (
+    Gather,
     Scheduled,
     SchedulerContext,
     SchedulingInputs,
     Selection,
     ThresholdHead,
     ThresholdPredictor,
+    everything,
+    gather_of,
     visual_mask,
     warn_of_undecided,
 )

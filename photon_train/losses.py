@@ -1,17 +1,21 @@
 """What is learned of an answer: to give it, to be unsure, or not to give it; and how much of a volume may be kept.
 
-Legend: B rows, L tokens of a padded row, N answer tokens, V vocabulary.
+The last is learned from a loss of its own, and through the tokens that were kept: by a surrogate gradient (SGP) of the
+keep probability.
+
+Legend: B rows, L tokens of a padded row, M tokens after pruning, D features, N answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from photon_train.configuration_photon import IGNORED
+from photon_train.configuration_photon import IGNORED, PhotonConfig
+from photon_train.scheduling import Gather, mean_std
 
 
 def answers_of(labels_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
@@ -90,3 +94,62 @@ def band_losses(p_BL: Tensor, visual_BL: Tensor, low: float, high: float) -> Ten
     """Return float32[B]: relu(r - high) + relu(low - r), r the mean p of a row's visual tokens."""
     r_B = (p_BL * visual_BL).sum(1) / visual_BL.sum(1).clamp_min(1)
     return F.relu(r_B - high) + F.relu(low - r_B)
+
+
+def prune(
+    h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, kept: Gather, config: PhotonConfig, loss_scale_B: Tensor
+) -> Tensor:
+    """Return h_BMD, the kept tokens of h_BLD; empty slots are 0.
+
+    Backwards, h gets the upstream gradient at kept positions and 0 at dropped ones; p gets `surrogate_gradient`.
+    """
+    return _Prune.apply(h_BLD, p_BL, visual_BL, kept.index_BM, kept.mask_BM, loss_scale_B, config)
+
+
+class _Prune(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, *how: Any) -> Tensor:
+        index_BM, mask_BM, loss_scale_B, ctx.config = how
+        ctx.save_for_backward(h_BLD, p_BL, visual_BL, index_BM, mask_BM, loss_scale_B)
+        kept_BMD = h_BLD.gather(1, index_BM[..., None].expand(-1, -1, h_BLD.shape[-1]))
+        return kept_BMD * mask_BM[..., None]
+
+    @staticmethod
+    def backward(ctx: Any, g_BMD: Tensor) -> tuple[Tensor | None, ...]:
+        h_BLD, p_BL, visual_BL, index_BM, mask_BM, loss_scale_B = ctx.saved_tensors
+        index_BMD = index_BM[..., None].expand_as(g_BMD)
+        grad_h_BLD = torch.zeros_like(h_BLD).scatter_add(1, index_BMD, g_BMD * mask_BM[..., None])
+        grad_p_BL = None
+        if ctx.needs_input_grad[1]:
+            grad_p_BL = surrogate_gradient(h_BLD, grad_h_BLD, p_BL, visual_BL, ctx.config, loss_scale_B)
+        return grad_h_BLD, grad_p_BL, None, None, None, None, None
+
+
+def surrogate_gradient(
+    x_BLD: Tensor, g_BLD: Tensor, p_BL: Tensor, visual_BL: Tensor, config: PhotonConfig, loss_scale_B: Tensor
+) -> Tensor:
+    """Return the gradient float32[B, L] for p, 0 off the visual tokens (the paper's SGP).
+
+    g_BLD is the upstream gradient, 0 at dropped tokens. z is eta = <x, g>, standardised and clipped.
+    Direction d = 0.5 - r, r = 0.5 + 0.5 tanh(z). Magnitude s = sum |x g| over its mean, clipped.
+    Gradient = beta d s max(p (1 - p), floor).
+
+    Mean and sigma are those of the row. Above sigma's floor the gradient does not depend on the size of the loss, and
+    at the floor it does: so `loss_scale_B`, by which the row's own loss was multiplied, is taken out of g and put back
+    at the end. Then K copies of a row together move p as far as the row alone. 0: the row has no loss.
+    """
+    scale_B1 = loss_scale_B[:, None]
+    g_BLD = g_BLD.float() / torch.where(scale_B1 == 0, 1.0, scale_B1)[..., None]
+    xg_BLD = x_BLD.float() * g_BLD
+    eta_BL = xg_BLD.sum(-1) * (-1.0 if config.sgp_strict else 1.0)
+    mean_B1, sigma_B1 = mean_std(eta_BL, visual_BL)
+    z_BL = (eta_BL - mean_B1) / sigma_B1.clamp_min(config.sgp_sigma_floor)
+    z_BL = z_BL.clamp(-config.sgp_z_clip, config.sgp_z_clip)
+    direction_BL = -0.5 * torch.tanh(z_BL)
+    if not config.sgp_strict:
+        direction_BL = direction_BL - mean_std(direction_BL, visual_BL)[0]
+    size_BL = xg_BLD.abs().sum(-1)
+    scale_BL = size_BL / mean_std(size_BL, visual_BL)[0].clamp_min(config.sgp_scale_floor)
+    scale_BL = scale_BL.clamp(config.sgp_scale_min, config.sgp_scale_max)
+    slope_BL = (p_BL * (1 - p_BL)).clamp_min(config.sgp_saturation_floor)
+    return (scale_B1 * config.sgp_beta * direction_BL * scale_BL * slope_BL).masked_fill(~visual_BL, 0.0)

@@ -1,6 +1,7 @@
-"""Instruction-conditioned token scheduling (ITS).
+"""Instruction-conditioned token scheduling (ITS), and the gather of the tokens that stay.
 
-A scheduler is a function SchedulerContext -> Selection. Those that ITS is compared with are in pruners.py.
+A scheduler is a function SchedulerContext -> Selection. Those that ITS is compared with are in pruners.py; what the
+keep probability learns is in losses.py.
 
 Legend: B rows, L tokens, M tokens after pruning, D features, H query heads, K key heads, G = H / K, Q question tokens,
 d head_dim, F descriptors, P patches, X voxels of a patch. All statistics are over the visual tokens of one row, in
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from photon_train.configuration_photon import Phase, PhotonConfig
-from photon_train.dropping import Gather, gather_of, mean_std
 
 logger = logging.getLogger(__name__)
 ROLE_LINE = 3  # tokens of `<|im_start|>`, the role, a newline
@@ -96,6 +96,43 @@ class Scheduled(NamedTuple):
         )
         gather = Gather(index_BM, mask_BL.gather(1, index_BM), place_BL)
         return Scheduled(selection, self.flipped_B.expand(rows), keep_BL & mask_BL, gather)
+
+
+class Gather(NamedTuple):
+    """The chosen positions of every row, in order, against the right edge.
+
+    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b]
+    """
+
+    index_BM: Tensor  # int64, position in the row before (any position in an empty slot)
+    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots, on the left of shorter rows
+    place_BL: Tensor  # int64, where in the new row each token stands; of one that is not in it, the last one before it
+
+    def __call__(self, x_BL: Tensor, dim: int = 1) -> Tensor:
+        """Return `x_BL[b, index_BM[b]]` along `dim`; dimension 0 of x is the row. Empty slots hold any value."""
+        shape = [1] * x_BL.ndim
+        shape[0], shape[dim] = self.index_BM.shape
+        index = self.index_BM.view(shape).expand(*(n if d != dim else -1 for d, n in enumerate(x_BL.shape)))
+        return x_BL.gather(dim, index)
+
+
+def gather_of(mask_BL: Tensor, longest: int | None = None) -> Gather:
+    """Return the gather that packs the True positions of each row together.
+
+    longest: how many the longest row has. Where the host does not know it, it waits for the device.
+    """
+    rank_BL = mask_BL.cumsum(1)
+    count_B1 = rank_BL[:, -1:]
+    longest = int(count_B1.max()) if longest is None else longest
+    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
+    index_BM = order_BL[:, mask_BL.shape[1] - longest :]
+    return Gather(index_BM, mask_BL.gather(1, index_BM), longest - 1 - (count_B1 - rank_BL))
+
+
+def everything(mask_BL: Tensor) -> Gather:
+    """Return the gather that leaves all tokens, and the empty slots between them, where they are."""
+    place_BL = torch.arange(mask_BL.shape[1], device=mask_BL.device).expand_as(mask_BL)
+    return Gather(place_BL, mask_BL, place_BL)
 
 
 def is_passive(config: PhotonConfig, phase: Phase) -> bool:
@@ -314,6 +351,14 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     columns += [*mean_std(score_BL, visual_BL), *_extremes(score_BL, visual_BL)]
     columns += [mean_std(log_BL, visual_BL)[0], _extremes(log_BL, visual_BL)[1]]
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
+
+
+def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
+    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
+    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
+    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
+    return mean_B1, variance_B1.sqrt()
 
 
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:

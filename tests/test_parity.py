@@ -16,11 +16,10 @@ from transformers.vision_utils import get_vision_window_index
 
 from photon_train import scheduling
 from photon_train.configuration_photon import PhotonConfig
-from photon_train.dropping import gather_of, prune
-from photon_train.losses import answer_losses, band_losses
+from photon_train.losses import answer_losses, band_losses, prune
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import patchify
-from photon_train.scheduling import question_mask
+from photon_train.scheduling import gather_of, question_mask
 from photon_train.vision import layout_of
 
 LOSS = {"rtol": 0, "atol": 1e-5}

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from photon_data.errors import UsageError, first_few
 from photon_data.files import is_safe
 from photon_train.decoder import PhotonDecoderLayer
-from photon_train.dropping import gather_of
 from photon_train.kept_tokens import MaskFolder, counted_by_volume
 from photon_train.rows import TrainRow
-from photon_train.scheduling import alignment, question_mask, visual_mask
+from photon_train.scheduling import alignment, gather_of, question_mask, visual_mask
 from photon_train.training.batches import Batch
 from photon_train.training.setup import LossFactory
 

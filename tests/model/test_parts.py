@@ -10,10 +10,9 @@ from golden import Golden
 from torch.testing import assert_close
 
 from photon_train.configuration_photon import SCHEDULER_NAMES, Phase, PhotonConfig, phase_at
-from photon_train.dropping import gather_of
 from photon_train.losses import answer_losses
 from photon_train.pruners import SCHEDULERS
-from photon_train.scheduling import SchedulerContext, SchedulingInputs, descriptors, min_max
+from photon_train.scheduling import SchedulerContext, SchedulingInputs, descriptors, gather_of, min_max
 from photon_train.tiny import byte_tokenizer, tiny_config
 from photon_train.training.batches import Perturbation, draw_perturbation, perturb
 
