@@ -19,11 +19,9 @@ import torch
 from photon_data.errors import unforeseen
 from photon_train.answering.predictor import Encoded, Predictor, Reply, settings_of
 from photon_train.answering.request import Request, RequestGroup, request_of
-from photon_train.prefix import Prefix
+from photon_train.prefix import Prefix, PrefixCache
 from photon_train.rows import text_before_volumes
-from photon_train.serving.draft import Draft, following
-from photon_train.serving.prefixes import PrefixCache
-from photon_train.serving.question import Answer, Busy, Closing, Failure, OnEvent, Piece, Question
+from photon_train.serving.question import Answer, Busy, Closing, Draft, Failure, OnEvent, Piece, Question, following
 
 logger = logging.getLogger(__name__)
 FIRST_GUESS_S = 1.0  # of the time that a question takes, before there was one

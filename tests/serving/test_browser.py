@@ -22,8 +22,7 @@ from photon_data.records import PREPARED, VolumeRecord, store_name, write_record
 from photon_data.store import open_volume
 from photon_pipelines.serving.page import FOLDER
 from photon_train.kept_tokens import token_centres
-from photon_train.serving.draft import Draft
-from photon_train.serving.question import Question
+from photon_train.serving.question import Draft, Question
 
 pytestmark = pytest.mark.slow
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>'\"`$(touch x)"

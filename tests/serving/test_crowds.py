@@ -21,7 +21,7 @@ from live import COARSE, body, code_of, head, live, wait_until
 from raw import write_scan
 from test_engine import predicted
 
-from photon_train.serving.draft import Draft
+from photon_train.serving.question import Draft
 
 
 @pytest.fixture
