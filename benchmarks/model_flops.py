@@ -1,5 +1,5 @@
 """TFLOP of one answered volume by way of asking, from the configuration alone: no weights, no GPU
-(photon_train/flops.py). And of a training group, as torch's counter finds them in a model without weights (on "meta").
+(photon_train/costs.py). And of a training group, as torch's counter finds them in a model without weights (on "meta").
 
 python benchmarks/model_flops.py                       Qwen2.5-VL-3B with Photon's volume
 python benchmarks/model_flops.py --config DIR --keep-ratio 0.2 --questions 43
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from photon_train import flops as costs
+from photon_train import costs
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.tiny import QWEN_3B, ROPE_3B

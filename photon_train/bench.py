@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from photon_data.errors import UsageError
+from photon_train.costs import peak_tflops
 from photon_train.measuring import (
     PATCH_SLICES,
     SIZES,
@@ -32,7 +33,6 @@ from photon_train.measuring import (
     tidy,
     write_random_store,
 )
-from photon_train.training.speed import peak_tflops
 
 WHAT = {"train": "training step", "prefill": "prefill", "decode": "decode", "predict": "disk to answer"}
 FRAME_SLICES = 2  # of Qwen2.5-VL's patches

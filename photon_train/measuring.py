@@ -28,7 +28,7 @@ from photon_data.files import Location, jsonl_bytes
 from photon_data.records import store_name
 from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
-from photon_train import flops as costs
+from photon_train import costs
 from photon_train.answering.generation import AnswerSettings, generate
 from photon_train.answering.predictor import Predictor
 from photon_train.answering.request import RequestGroup, request_of

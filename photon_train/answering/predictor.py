@@ -31,7 +31,7 @@ from photon_data.volume import Volume
 from photon_train.answering.generation import AnswerSettings, generate, score_choices
 from photon_train.answering.prediction import Prediction, choices_of, pack_mask
 from photon_train.answering.request import Request, RequestGroup, answer_ids, request_of, texts_of_choices
-from photon_train.memory import peak_memory_mib
+from photon_train.costs import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.prefix import Prefix
 from photon_train.processing_photon import PhotonProcessor

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from photon_data.files import write_whole
-from photon_train import flops
+from photon_train import costs
 from photon_train.configuration_photon import Phase, PhotonConfig
-from photon_train.memory import peak_memory_mib
+from photon_train.costs import peak_memory_mib, peak_tflops
 from photon_train.modeling_photon import PhotonOutput
 from photon_train.scheduling import is_passive
 from photon_train.training.batches import Batch
@@ -27,12 +27,6 @@ from photon_train.training.config import TrainConfig
 PROFILE = "profile"  # folder of the run
 TRACE, SNAPSHOT = "trace.json.gz", "memory.pickle"  # for perfetto.dev, and for pytorch.org/memory_viz
 PROFILED = {"wait": 1, "warmup": 1, "active": 3, "repeat": 1}  # steps, of which the first ones start things up
-
-# Dense bfloat16 TFLOP/s by the name of a GPU, from the makers' data sheets; the first that fits counts.
-PEAK_TFLOPS = {
-    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989},
-    **{"B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165},
-}
 
 
 def training_flops(
@@ -43,7 +37,7 @@ def training_flops(
     What is computed again, or for every question where once would do (all layers of a prefix that nothing is dropped
     of, or before the decoder), does not count. Frozen weights have no gradients.
     """
-    layers: Any = flops.layers  # of tensors too
+    layers: Any = costs.layers  # of tensors too
     length_B = batch.inputs["attention_mask"].sum(1).double()
     kept_B = length_B if output.scheduled is None else output.scheduled.kept.mask_BM.sum(1).double()
     shared: Any = batch.inputs.get("prefix") or 0
@@ -57,8 +51,8 @@ def training_flops(
         lower, length_B, shared = count, kept_B, output.scheduled.keep_BL[0, :shared].sum()
     decoder = prefixes * layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
     decoder += layers(photon, lower, length_B - shared, length_B).sum()
-    decoder += flops.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
-    tower, embedding = flops.vision(photon, photon.patches_thw), flops.tower_weights(photon)[0]
+    decoder += costs.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
+    tower, embedding = costs.vision(photon, photon.patches_thw), costs.tower_weights(photon)[0]
     embedding *= 2 * math.prod(photon.patches_thw)
     with_weights = config.lr_language_model > 0 and not config.lora_rank
     through_tower = 3 if config.lr_vision else 2 if config.lr_patch_embedding else 1
@@ -86,14 +80,6 @@ def rates(
         "data_wait_share": waited / seconds,
         "peak_memory_mib": peak_memory_mib(accelerator.device),
     }
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """Return how many TFLOP/s a GPU can do at most, dense and in bfloat16; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name_of_gpu = torch.cuda.get_device_name(device)
-    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in name_of_gpu), None)
 
 
 class Profiler:

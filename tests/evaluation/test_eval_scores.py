@@ -399,15 +399,15 @@ def test_flops_fall_with_what_is_kept():
 
 
 def test_flops_of_a_volume_are_shared_by_its_questions_and_are_those_of_the_scheduler():
-    from photon_train import PhotonConfig, flops
+    from photon_train import PhotonConfig, costs
 
     rows = [row(id, "Yes", volume_id="v") for id in "ab"]
-    config, size = PhotonConfig(stage=2), flops.prompt_size(50, 1000)
+    config, size = PhotonConfig(stage=2), costs.prompt_size(50, 1000)
     for scheduler, kept in (("none", 1000), ("divprune", 400), ("random", 400)):
         counts = {"visual_tokens": 1000, "kept_tokens": kept, "text_tokens": 50, "scheduler": scheduler}
         said = [Prediction(id, "Yes", **counts) for id in "ab"]
         result = summarise_costs(join(rows_by_id(rows), said).cases, config)
-        shared = flops.on_a_prefix(config, scheduler, size, config.patches_thw, kept, questions=2).total()
+        shared = costs.on_a_prefix(config, scheduler, size, config.patches_thw, kept, questions=2).total()
         assert result.shared_tflop == pytest.approx(shared / 2 / 1e12)
         assert result.shared_tflop_unpruned == pytest.approx(result.shared_tflop) or scheduler != "none"
         assert result.prefill_tflop > result.shared_tflop
@@ -416,7 +416,7 @@ def test_flops_of_a_volume_are_shared_by_its_questions_and_are_those_of_the_sche
 def test_peak_memory_is_that_since_it_was_counted_anew():
     import torch
 
-    from photon_train.memory import peak_memory_mib, reset_peak_memory
+    from photon_train.costs import peak_memory_mib, reset_peak_memory
 
     cpu = torch.device("cpu")
     large = np.ones(40_000_000)  # 305 MiB

@@ -20,7 +20,7 @@ from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import bench, measuring
 from photon_train.bench import BenchSettings, beside, cells_of
-from photon_train.training import speed
+from photon_train.training import log
 
 ROOT = Path(__file__).parents[2]
 COARSE = (28, 56, 56)  # 8 visual tokens; 56 in patches of two slices
@@ -176,7 +176,7 @@ def test_mfu_is_told_wherever_bfloat16_is_computed_with(monkeypatch):
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     row = {"questions": 1.0, "volumes": 1.0, "tokens": 1.0}
     for precision, mfu in (("bf16", 0.5), ("autocast", 0.5), ("fp32", None)):
-        found = speed.rates({**row, "flops": 989e12}, 2.0, 0.0, accelerator, precision)
+        found = log.rates({**row, "flops": 989e12}, 2.0, 0.0, accelerator, precision)
         assert found.get("mfu") == mfu
 
 

@@ -1,11 +1,11 @@
-"""The cost model of photon_train/flops.py and benchmarks/model_flops.py against torch's own counter."""
+"""The cost model of photon_train/costs.py and benchmarks/model_flops.py against torch's own counter."""
 
 import pytest
 import torch
 from golden import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
-from photon_train import flops as costs
+from photon_train import costs
 from photon_train.pruners import SCHEDULERS
 from photon_train.scheduling import question_mask
 from photon_train.tiny import byte_tokenizer, tiny_config

@@ -1,4 +1,5 @@
-"""What an answer costs: FLOPs of one volume's prefill, from the configuration alone.
+"""What training and answering cost: FLOPs of one volume's prefill, from the configuration alone; what a GPU can do at
+most; the memory that was needed.
 
 A multiply-add is two FLOPs. Attention is counted over all pairs, as torch's counter does (a causal kernel does about
 half). Norms, activations and softmax are left out. tests/model/test_flops.py compares the counts with torch's counter;
@@ -7,11 +8,22 @@ benchmarks/model_flops.py adds bytes.
 
 from __future__ import annotations
 
+import resource
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # scores are made without waiting for transformers
+    import torch
+
     from photon_train.configuration_photon import PhotonConfig
+
+# Dense bfloat16 TFLOP/s by the name of a GPU, from the makers' data sheets; the first that fits counts.
+PEAK_TFLOPS = {
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989},
+    **{"B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165},
+}
 
 # Tokens around volume and question: system turn and start of the volume; its end and the assistant's header.
 BEFORE, FRAME_AFTER = 15, 6
@@ -200,3 +212,39 @@ def choosing(config: PhotonConfig, scheduler: str, grid_thw: tuple[int, int, int
 def head(config: PhotonConfig) -> int:
     """FLOPs of the logits at one position."""
     return 2 * config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Return how many TFLOP/s a GPU can do at most, dense and in bfloat16; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    import torch  # late: scores are made without it
+
+    name_of_gpu = torch.cuda.get_device_name(device)
+    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in name_of_gpu), None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory this process has used since `reset_peak_memory`: allocated on the GPU, resident on a CPU.
+
+    In MiB.
+    """
+    if device.type == "cuda":
+        import torch  # late: scores are made without it
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to count peak memory anew; where the system cannot, the peak goes on to be that of the whole process."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
