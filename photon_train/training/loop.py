@@ -25,7 +25,7 @@ from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatches, read_ahead
 from photon_train.training.config import TrainConfig
 from photon_train.training.interruption import Interruption, TrainingInterrupted, TrainingStopped
-from photon_train.training.log import Log, Sums, means, sums_of, write_summary
+from photon_train.training.log import Log, Profiler, Sums, means, rates, sums_of, training_flops, write_summary
 from photon_train.training.plan import MicroBatch, plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import (
@@ -40,7 +40,6 @@ from photon_train.training.setup import (
     set_learning_rates,
     start,
 )
-from photon_train.training.speed import Profiler, rates, training_flops
 
 logger = logging.getLogger(__name__)
 

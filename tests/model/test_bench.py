@@ -172,7 +172,7 @@ def test_the_published_size_needs_a_gpu():
 
 def test_mfu_is_told_wherever_bfloat16_is_computed_with(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(speed, "peak_memory_mib", lambda device: 1.0)
+    monkeypatch.setattr(log, "peak_memory_mib", lambda device: 1.0)
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     row = {"questions": 1.0, "volumes": 1.0, "tokens": 1.0}
     for precision, mfu in (("bf16", 0.5), ("autocast", 0.5), ("fp32", None)):

@@ -26,12 +26,11 @@ from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.evaluation import answering_of
 from photon_train.training.interruption import TrainingInterrupted
-from photon_train.training.log import read_log
+from photon_train.training.log import rates, read_log, training_flops
 from photon_train.training.loop import run_steps
 from photon_train.training.plan import plan_epoch
 from photon_train.training.resume import Best
 from photon_train.training.setup import start as start_run
-from photon_train.training.speed import rates, training_flops
 
 SCORE = "eval/accuracy_robust"
 
@@ -337,7 +336,7 @@ def test_the_utilisation_of_a_known_gpu_is_logged_of_every_precision_that_multip
 ):
     """989 TFLOP/s are the peak of an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr("photon_train.training.speed.peak_memory_mib", lambda device: 0.0)
+    monkeypatch.setattr("photon_train.training.log.peak_memory_mib", lambda device: 0.0)
     devices = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
     row = {"questions": 1.0, "volumes": 1.0, "tokens": 1.0, "flops": 989e12}
     found = rates(row, 1.0, 0.0, devices, precision)
