@@ -19,7 +19,7 @@ from photon_train.checkpoint import checkpoints
 from photon_train.training import loop
 from photon_train.training.config import OF_ANSWERS, TrainConfig, named_run, read_config, with_values
 from photon_train.training.grounding import grounding_of
-from photon_train.training.interruption import TrainingInterrupted
+from photon_train.training.processes import TrainingInterrupted
 from photon_train.training.setup import AnsweringFactory, start
 
 SHOWN_SCORES = 3  # of the answers to rows of eval, in a line

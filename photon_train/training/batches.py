@@ -33,8 +33,8 @@ from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, TrainRow
 from photon_train.scheduling import prefix_length, question_mask, visual_mask
 from photon_train.training.config import TrainConfig, worker_count
-from photon_train.training.interruption import read_on
 from photon_train.training.plan import MicroBatch
+from photon_train.training.processes import read_on
 
 ON_HOST = ("video_grid_thw", "second_per_grid_ts")  # the model would ask the device for their values
 VOLUMES = "pixel_values_videos"

@@ -31,7 +31,7 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, plain_row, read_rows
 from photon_train.training.config import FORCED, OF_ANSWERS, TrainConfig
-from photon_train.training.interruption import TrainingStopped
+from photon_train.training.processes import TrainingStopped
 from photon_train.training.setup import Answering, AnsweringFactory
 
 logger = logging.getLogger(__name__)

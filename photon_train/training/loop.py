@@ -24,9 +24,9 @@ from photon_train.modeling_photon import PhotonOutput
 from photon_train.rows import TrainRow
 from photon_train.training.batches import Batch, MicroBatches, read_ahead
 from photon_train.training.config import TrainConfig
-from photon_train.training.interruption import Interruption, TrainingInterrupted, TrainingStopped
 from photon_train.training.log import Log, Profiler, Sums, means, rates, sums_of, training_flops, write_summary
 from photon_train.training.plan import MicroBatch, plan_epoch
+from photon_train.training.processes import Interruption, TrainingInterrupted, TrainingStopped
 from photon_train.training.resume import Best
 from photon_train.training.setup import (
     LANGUAGE_MODEL,

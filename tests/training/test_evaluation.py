@@ -25,10 +25,10 @@ from photon_train.configuration_photon import Phase
 from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.evaluation import answering_of
-from photon_train.training.interruption import TrainingInterrupted
 from photon_train.training.log import rates, read_log, training_flops
 from photon_train.training.loop import run_steps
 from photon_train.training.plan import plan_epoch
+from photon_train.training.processes import TrainingInterrupted
 from photon_train.training.resume import Best
 from photon_train.training.setup import start as start_run
 
@@ -146,7 +146,7 @@ def test_evaluation_leaves_the_training_as_it_is_and_goes_on_after_a_stop_as_wit
 def test_an_evaluation_that_a_signal_put_off_is_made_when_the_run_goes_on(config, tmp_path, monkeypatch):
     whole = trained(replace(config, output=str(tmp_path / "whole")))
     run = start(config, resume=False)
-    monkeypatch.setattr("photon_train.training.interruption.Interruption.__enter__", asked_at_once)
+    monkeypatch.setattr("photon_train.training.processes.Interruption.__enter__", asked_at_once)
     with pytest.raises(TrainingInterrupted):
         run_steps(run)
     monkeypatch.undo()
