@@ -5,19 +5,14 @@ A row is an ms-swift row: `messages`, in which a <video> marks the place of each
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location
 from photon_data.questions.table import VIDEO_TAG, read_values, volume_id_of
-from photon_data.store import NIFTI, is_whole, read_metadata
 from photon_train.answering.prediction import Row, organ_masks_of
-
-logger = logging.getLogger(__name__)
 
 
 class TrainRow(NamedTuple):
@@ -146,37 +141,3 @@ def _train_row(row: Row, place: str) -> TrainRow:
         prefix = (*prefix, id)  # what is learned before the last volume ends cannot be shared
     masks = organ_masks_of(row) if (row.get("extra") or {}).get("organ_masks") else ()
     return TrainRow(id, videos, messages, prefix, str(row.get("volume_id") or ""), masks)
-
-
-def rows_with_stores(rows: Sequence[TrainRow], on_bad_row: str) -> list[TrainRow]:
-    """Return the rows whose stores are there, whole, and their own. On_bad_row "stop": UsageError names the others."""
-    needed = defaultdict(list)
-    for row in rows:
-        for video in row.videos:
-            needed[video, volume_id_of(row._asdict())].append(row.id)
-    found = {video: _id_of_whole(video) for video, _ in needed}
-    wrong = {
-        (video, id): "not a whole store" if found[video] is None else f"the store of {found[video]}, not of {id}"
-        for video, id in needed
-        if found[video] is None or (found[video] and id and found[video] != id)
-    }
-    for place, why in wrong.items():
-        ids = needed[place]
-        logger.warning("%s is %s: %d rows are left out, %s", place[0], why, len(ids), first_few(ids, 10))
-    if wrong and on_bad_row == "stop":
-        place, why = next(iter(wrong.items()))
-        raise UsageError(
-            f"expected whole stores for all rows, found {len(wrong)} missing, not whole or of another volume: "
-            f"{place[0]} first, of row {needed[place][0]}, is {why}; prepare them again, or leave their rows out with "
-            "on_bad_row=skip"
-        )
-    bad = {id for place in wrong for id in needed[place]}
-    return [row for row in rows if row.id not in bad]
-
-
-def _id_of_whole(video: str) -> str | None:
-    """Return the id that a whole store has, "" for a file of another format, None where there is neither."""
-    if video.endswith(NIFTI):
-        return "" if Path(video).is_file() else None
-    metadata = read_metadata(Location(video), "")
-    return metadata["id"] if metadata is not None and is_whole(Location(video), "", metadata) else None

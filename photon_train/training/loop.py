@@ -27,11 +27,11 @@ from photon_train.training.config import TrainConfig
 from photon_train.training.log import Log, Profiler, Sums, means, rates, sums_of, training_flops, write_summary
 from photon_train.training.plan import MicroBatch, plan_epoch
 from photon_train.training.processes import Interruption, TrainingInterrupted, TrainingStopped
-from photon_train.training.resume import Best
 from photon_train.training.setup import (
     LANGUAGE_MODEL,
     MODULES,
     AnsweringFactory,
+    Best,
     LossFactory,
     Run,
     gradient_norms,

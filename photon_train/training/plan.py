@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from photon_data.errors import UsageError
 from photon_train.rows import TrainRow
 from photon_train.training.config import TrainConfig
 
@@ -71,6 +72,16 @@ def plan_epoch(rows: Sequence[TrainRow], config: TrainConfig, epoch: int, proces
 def steps_per_epoch(rows: Sequence[TrainRow], config: TrainConfig) -> int:
     """Return the number of steps of any epoch."""
     return _steps_of(group_rows(rows, config.group_size), config)
+
+
+def check_shares(config: TrainConfig, rows: Sequence[TrainRow], steps: int, processes: int) -> None:
+    """UsageError when the groups of most steps are too few for this many processes."""
+    groups = len(group_rows(rows, config.group_size))
+    if groups < steps * processes and not config.groups_per_step:
+        fitting = config.questions_per_step // processes
+        remedy = f"set questions_per_volume={fitting}" if fitting else f"set questions_per_step={processes} or more"
+        found = f"found {groups} in {steps} steps of {config.questions_per_step} questions; {remedy}"
+        raise UsageError(f"expected in every step a group for each of the {processes} processes, {found}")
 
 
 def _steps_of(groups: Sequence[tuple[int, ...]], config: TrainConfig) -> int:

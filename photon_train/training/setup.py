@@ -37,14 +37,19 @@ from photon_train.checkpoint import (
 from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import TrainRow, read_train_rows, rows_with_stores
+from photon_train.rows import TrainRow, read_train_rows
 from photon_train.training.batches import Batch
+from photon_train.training.checks import (
+    check_length,
+    check_same_run,
+    rows_digest,
+    rows_with_stores,
+    rows_with_texts,
+)
 from photon_train.training.config import MADE_WITH, TrainConfig, made_with
 from photon_train.training.optimizer import MasterAdamW, load_optimizer_state
-from photon_train.training.plan import group_rows, steps_per_epoch
+from photon_train.training.plan import check_shares, steps_per_epoch
 from photon_train.training.processes import casts, keep_float32, make_accelerator, share_apart
-from photon_train.training.resume import Best, check_length, check_same_run, keep_begun_phases, rows_digest
-from photon_train.training.row_check import rows_with_texts
 
 CONFIG = "config.json"
 
@@ -97,6 +102,23 @@ class Run:
     def folder(self) -> Path:
         """Where the run's files go."""
         return Path(self.config.output)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, a part of the run's state."""
+
+    step: int = 0  # of its checkpoint; 0 for none
+    value: float = 0.0
+    waited: int = 0  # evaluations since then
+
+    def after(self, step: int, value: float | None, mode: str) -> Best:
+        """Return the best after one more evaluation. None or NaN is never better; nor is an equal value."""
+        is_better = value is not None and value == value and (not self.step or self._is_below(value, mode))
+        return Best(step, value) if is_better and value is not None else Best(self.step, self.value, self.waited + 1)
+
+    def _is_below(self, value: float, mode: str) -> bool:
+        return value > self.value if mode == "max" else value < self.value
 
 
 def start(
@@ -185,16 +207,6 @@ def _announce(config: TrainConfig, accelerator: Accelerator, step: int) -> None:
     accelerator.init_trackers("photon", config=config.flat() | made, init_kwargs=options)
 
 
-def check_shares(config: TrainConfig, rows: Sequence[TrainRow], steps: int, processes: int) -> None:
-    """UsageError when the groups of most steps are too few for this many processes."""
-    groups = len(group_rows(rows, config.group_size))
-    if groups < steps * processes and not config.groups_per_step:
-        fitting = config.questions_per_step // processes
-        remedy = f"set questions_per_volume={fitting}" if fitting else f"set questions_per_step={processes} or more"
-        found = f"found {groups} in {steps} steps of {config.questions_per_step} questions; {remedy}"
-        raise UsageError(f"expected in every step a group for each of the {processes} processes, {found}")
-
-
 def set_curriculum(
     photon: PhotonConfig, config: TrainConfig, questions_per_step: float, total_steps: int, state: dict[str, Any]
 ) -> None:
@@ -216,6 +228,17 @@ def set_curriculum(
     if photon.scheduler != "none" and hard >= total_steps:
         remedy = "set shares of the run: photon.soft_start=0.1, photon.hard_start=0.2, photon.flip_start=0.3"
         raise UsageError(f"expected a run that drops tokens before it ends, {found}; {remedy}, or train for longer")
+
+
+def keep_begun_phases(photon: PhotonConfig, state: dict[str, Any], total_steps: int) -> None:
+    """Leave every phase where it began: shares of a longer run would move it behind steps that are made.
+
+    A run of 10 steps with soft 0.2, hard 0.4 and flip 0.9 that goes on after step 5, to 20 steps: 2, 4, 18.
+    """
+    for phase, begun in state.get("phases", {}).items():
+        now = {phase.value: start for phase, start in phase_starts(photon, total_steps).items()}
+        if begun < state["step"] and now[phase] != begun:  # else no step was made in it
+            setattr(photon, f"{phase}_start", begun)
 
 
 def load_model(

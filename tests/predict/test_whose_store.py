@@ -13,8 +13,9 @@ from photon_train.answering.manifest import predict_rows
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import MaskFolder, counted_by_volume
-from photon_train.rows import TrainRow, prefix_of, rows_with_stores
+from photon_train.rows import TrainRow, prefix_of
 from photon_train.training.batches import volume_id_of
+from photon_train.training.checks import rows_with_stores
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from photon_train.training.log import rates, read_log, training_flops
 from photon_train.training.loop import run_steps
 from photon_train.training.plan import plan_epoch
 from photon_train.training.processes import TrainingInterrupted
-from photon_train.training.resume import Best
+from photon_train.training.setup import Best
 from photon_train.training.setup import start as start_run
 
 SCORE = "eval/accuracy_robust"

@@ -10,8 +10,8 @@ from photon_data.errors import UsageError
 from photon_train import PhotonConfig
 from photon_train.rows import TrainRow, prefix_of, read_train_rows
 from photon_train.training.config import TrainConfig, s2
-from photon_train.training.plan import cost, group_rows, plan_epoch, steps_per_epoch
-from photon_train.training.setup import check_shares, set_curriculum
+from photon_train.training.plan import check_shares, cost, group_rows, plan_epoch, steps_per_epoch
+from photon_train.training.setup import set_curriculum
 
 
 def make_rows(counts):
