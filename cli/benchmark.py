@@ -17,7 +17,7 @@ from photon_train.answering.prediction import Prediction, read_predictions
 from photon_train.answering.predictor import Predictor
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.costs import reset_peak_memory
-from photon_train.evaluation.edited_volume import edited_path, edited_rows
+from photon_train.evaluation.counterfactual import edited_path, edited_rows
 from photon_train.pruners import SCHEDULERS
 from photon_train.rows import Row
 

@@ -38,9 +38,12 @@ from photon_train.evaluation.report import (
     write_questions,
     write_report,
 )
-from photon_train.evaluation.results import Answers, Comparison, Evaluation, Settings
-from photon_train.evaluation.tables import (
+from photon_train.evaluation.results import (
+    Answers,
+    Comparison,
+    Evaluation,
     FormattedTable,
+    Settings,
     formatted,
     formatted_interval,
     formatted_p,

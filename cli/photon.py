@@ -256,7 +256,7 @@ def evaluate(
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
     with errors_as_exit_codes():
         from photon_cli import eval as body
-        from photon_train.evaluation.edited_volume import edits_of
+        from photon_train.evaluation.counterfactual import edits_of
         from photon_train.evaluation.results import Settings
 
         answering: body.Answering

@@ -15,11 +15,12 @@ from photon_data.report import page
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.choice_metrics import ReliabilityBin
-from photon_train.evaluation.edited_volume import BLIND
 from photon_train.evaluation.kept import Kept
 from photon_train.evaluation.metric import Estimate
 from photon_train.evaluation.results import (
     ALL_TASKS,
+    BLIND,
+    MACRO,
     QUESTIONS,
     Answers,
     Comparison,
@@ -27,9 +28,6 @@ from photon_train.evaluation.results import (
     Evaluation,
     Score,
     ScoredCase,
-)
-from photon_train.evaluation.tables import (
-    MACRO,
     TradeOff,
     formatted,
     formatted_interval,

@@ -22,8 +22,7 @@ from photon_data.volume import Geometry
 from photon_train.answering.prediction import Prediction, pack_mask, question_digest
 from photon_train.answering.predictor import recipe_of
 from photon_train.evaluation.cases import rows_by_id
-from photon_train.evaluation.counterfactual import summarise
-from photon_train.evaluation.edited_volume import (
+from photon_train.evaluation.counterfactual import (
     EditedVolume,
     asked_or_other,
     edited_rows,
@@ -31,6 +30,7 @@ from photon_train.evaluation.edited_volume import (
     mirrored,
     names_a_side,
     regions_of,
+    summarise,
     surroundings,
 )
 from photon_train.evaluation.metric import draw_patients
