@@ -64,6 +64,72 @@ def edits_of(words: Sequence[str], has_masks: bool) -> tuple[str, ...]:
     return tuple(edit for edit in EDITS if edit in asked or (asked and edit == BLIND))
 
 
+def edited_rows(
+    rows: Sequence[Row],
+    edit: str,
+    answered: Mapping[str, Prediction],
+    masks: MaskFolder | None,
+    tokens_zyx: tuple[int, int, int],
+) -> list[Row]:
+    """Return the rows on edited volumes, those that the edit applies to: of one store, with something to erase."""
+    of_stores = [row for row in rows if len(row["videos"]) == 1 and is_store(str(row["videos"][0]))]
+    mean = MeanVolume(tuple(sorted({(str(row["videos"][0]), str(row["volume_id"])) for row in of_stores})))
+    found, flipped = [], dict[str, EditedVolume]()
+    for row in of_stores:
+        place, id, base = str(row["videos"][0]), str(row["volume_id"]), answered.get(row["id"])
+        if edit == BLIND:
+            found.append({**row, "videos": [mean]})
+        elif edit == FLIP:
+            volume = flipped.setdefault(place, EditedVolume(place, id, edit))
+            found.append({**about_the_other_side(row), "videos": [volume]})
+        elif edit in NEED_MASKS:
+            asked = organ_masks_of(row)
+            if masks is not None and asked and masks.has(id):
+                found.append({**row, "videos": [EditedVolume(place, id, edit, masks, asked)]})
+        elif base is not None and base.kept and 0 < base.kept_tokens < base.visual_tokens == np.prod(tokens_zyx):
+            found.append({**row, "videos": [EditedVolume(place, id, edit, kept=base.kept, tokens_zyx=tokens_zyx)]})
+    return _sharing(found)
+
+
+def edited_path(predictions: Path, edit: str) -> Path:
+    """Return where the answers on edited volumes are: its.jsonl -> counterfactual/its.erase-kept.jsonl beside it."""
+    return predictions.parent / "counterfactual" / f"{predictions.stem}.{edit.replace('=', '-')}.jsonl"
+
+
+def asked_or_other(regions: Mapping[str, np.ndarray], asked: Sequence[str], edit: str) -> np.ndarray:
+    """Return the voxels of the asked organs; or as many of masks that do not touch them, those of a like size first.
+
+    Of another mask the voxels nearest to its middle are taken. There are fewer where the others do not have so many.
+    """
+    named = [region for name, region in regions.items() if name in asked]
+    own = np.any(named, axis=0) if named else np.zeros(next(iter(regions.values())).shape, bool)
+    if edit == "erase=asked":
+        return np.asarray(own)
+    wanted, found = int(own.sum()), np.zeros(own.shape, bool)
+    apart = [region for name, region in regions.items() if name not in asked and not (region & own).any()]
+    for region in sorted(apart, key=lambda region: abs(int(region.sum()) - wanted)):
+        voxels = np.argwhere(region & ~found)
+        if not len(voxels):
+            continue
+        order = np.linalg.norm(voxels - voxels.mean(0), axis=1).argsort(kind="stable")
+        found[tuple(voxels[order[: wanted - int(found.sum())]].T)] = True
+        if found.sum() == wanted:
+            break
+    return found
+
+
+def about_the_other_side(row: Row) -> Row:
+    """Return the row with left and right exchanged in questions that name one of them, and in what answers these."""
+    messages = [
+        {**one, "content": mirrored(one["content"])} if one["role"] == "user" and names_a_side(one["content"]) else one
+        for one in row["messages"]
+    ]
+    if messages == list(row["messages"]):
+        return row
+    answers = {"choices": [mirrored(choice) for choice in choices_of(row)], "answer": mirrored(row.get("answer") or "")}
+    return {**row, "messages": messages, **answers}
+
+
 def mirrored(text: str) -> str:
     """Return the text with "left" and "right" exchanged: "Left lung" -> "Right lung"."""
 
@@ -78,6 +144,18 @@ def mirrored(text: str) -> str:
 def names_a_side(text: str) -> bool:
     """Return whether one of left and right is named, not both: "Which side, left or right?" is about neither."""
     return len({word.lower() for word in SIDES.findall(text)}) == 1
+
+
+def _sharing(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with equal edits of a volume as one object: such rows share its encoding."""
+    same: dict[Any, Any] = {}
+    return [{**row, "videos": [same.setdefault(_key(row["videos"][0]), row["videos"][0])]} for row in rows]
+
+
+def _key(volume: Any) -> Any:
+    if isinstance(volume, MeanVolume):
+        return volume.places
+    return volume.place, volume.edit, volume.asked, volume.kept
 
 
 # Edited volumes and rows.
@@ -157,13 +235,6 @@ class MeanVolume:
         return np.rint(total / len(self.places)).astype(np.int16)
 
 
-def _spread(fill: Any, region_zyx: np.ndarray) -> np.ndarray:
-    """Return an array of the region's shape that holds the values of `fill`, one for each of its voxels."""
-    spread = np.zeros(region_zyx.shape, np.int16)
-    spread[region_zyx] = fill
-    return spread
-
-
 def in_same_range(edited_zyx: np.ndarray, hu_zyx: np.ndarray) -> np.ndarray:
     """Return the edited voxels with the least and the largest value of the volume in two voxels of a corner."""
     edited_zyx.flat[:2] = hu_zyx.min(), hu_zyx.max()
@@ -208,82 +279,11 @@ def regions_of(
     return found
 
 
-def asked_or_other(regions: Mapping[str, np.ndarray], asked: Sequence[str], edit: str) -> np.ndarray:
-    """Return the voxels of the asked organs; or as many of masks that do not touch them, those of a like size first.
-
-    Of another mask the voxels nearest to its middle are taken. There are fewer where the others do not have so many.
-    """
-    named = [region for name, region in regions.items() if name in asked]
-    own = np.any(named, axis=0) if named else np.zeros(next(iter(regions.values())).shape, bool)
-    if edit == "erase=asked":
-        return np.asarray(own)
-    wanted, found = int(own.sum()), np.zeros(own.shape, bool)
-    apart = [region for name, region in regions.items() if name not in asked and not (region & own).any()]
-    for region in sorted(apart, key=lambda region: abs(int(region.sum()) - wanted)):
-        voxels = np.argwhere(region & ~found)
-        if not len(voxels):
-            continue
-        order = np.linalg.norm(voxels - voxels.mean(0), axis=1).argsort(kind="stable")
-        found[tuple(voxels[order[: wanted - int(found.sum())]].T)] = True
-        if found.sum() == wanted:
-            break
-    return found
-
-
-def edited_rows(
-    rows: Sequence[Row],
-    edit: str,
-    answered: Mapping[str, Prediction],
-    masks: MaskFolder | None,
-    tokens_zyx: tuple[int, int, int],
-) -> list[Row]:
-    """Return the rows on edited volumes, those that the edit applies to: of one store, with something to erase."""
-    of_stores = [row for row in rows if len(row["videos"]) == 1 and is_store(str(row["videos"][0]))]
-    mean = MeanVolume(tuple(sorted({(str(row["videos"][0]), str(row["volume_id"])) for row in of_stores})))
-    found, flipped = [], dict[str, EditedVolume]()
-    for row in of_stores:
-        place, id, base = str(row["videos"][0]), str(row["volume_id"]), answered.get(row["id"])
-        if edit == BLIND:
-            found.append({**row, "videos": [mean]})
-        elif edit == FLIP:
-            volume = flipped.setdefault(place, EditedVolume(place, id, edit))
-            found.append({**about_the_other_side(row), "videos": [volume]})
-        elif edit in NEED_MASKS:
-            asked = organ_masks_of(row)
-            if masks is not None and asked and masks.has(id):
-                found.append({**row, "videos": [EditedVolume(place, id, edit, masks, asked)]})
-        elif base is not None and base.kept and 0 < base.kept_tokens < base.visual_tokens == np.prod(tokens_zyx):
-            found.append({**row, "videos": [EditedVolume(place, id, edit, kept=base.kept, tokens_zyx=tokens_zyx)]})
-    return _sharing(found)
-
-
-def about_the_other_side(row: Row) -> Row:
-    """Return the row with left and right exchanged in questions that name one of them, and in what answers these."""
-    messages = [
-        {**one, "content": mirrored(one["content"])} if one["role"] == "user" and names_a_side(one["content"]) else one
-        for one in row["messages"]
-    ]
-    if messages == list(row["messages"]):
-        return row
-    answers = {"choices": [mirrored(choice) for choice in choices_of(row)], "answer": mirrored(row.get("answer") or "")}
-    return {**row, "messages": messages, **answers}
-
-
-def _sharing(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with equal edits of a volume as one object: such rows share its encoding."""
-    same: dict[Any, Any] = {}
-    return [{**row, "videos": [same.setdefault(_key(row["videos"][0]), row["videos"][0])]} for row in rows]
-
-
-def _key(volume: Any) -> Any:
-    if isinstance(volume, MeanVolume):
-        return volume.places
-    return volume.place, volume.edit, volume.asked, volume.kept
-
-
-def edited_path(predictions: Path, edit: str) -> Path:
-    """Return where the answers on edited volumes are: its.jsonl -> counterfactual/its.erase-kept.jsonl beside it."""
-    return predictions.parent / "counterfactual" / f"{predictions.stem}.{edit.replace('=', '-')}.jsonl"
+def _spread(fill: Any, region_zyx: np.ndarray) -> np.ndarray:
+    """Return an array of the region's shape that holds the values of `fill`, one for each of its voxels."""
+    spread = np.zeros(region_zyx.shape, np.int16)
+    spread[region_zyx] = fill
+    return spread
 
 
 def summarise(
