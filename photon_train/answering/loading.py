@@ -1,20 +1,26 @@
-"""A model of a directory or the hub, and perhaps an adapter -> a Predictor; and what it is, in digests."""
+"""A model of a directory or the hub, and perhaps an adapter -> a Predictor.
+
+A folder is looked at before anything is loaded, since libraries put defaults in for what is missing, among them those
+of a model of 72 billion weights.
+"""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from photon_data.errors import UsageError
-from photon_train.answering.batches import rows_that_fit
+from photon_data.json_text import from_json
 from photon_train.answering.generation import AnswerSettings
-from photon_train.answering.model_folder import check_model_folder
 from photon_train.answering.predictor import Predictor
-from photon_train.checkpoint import ADAPTER, STATE, check_digests, loading, read_state
+from photon_train.checkpoint import ADAPTER, STATE, check_digests, checkpoints, loading, read_state
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
@@ -22,6 +28,14 @@ from photon_train.processing_photon import PhotonProcessor
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS = AnswerSettings()
 BATCH = 16  # questions that are answered together, where nothing else is said
+MOST_ROWS, MOST_ROWS_CPU = 64, 16  # more do not make a GPU, or a CPU, faster
+TEXT_TOKENS = 512  # of a long question
+SHARE_OF_MEMORY = 0.7  # of what is free, for rows; the rest is for what was not counted
+
+# What a model folder must hold.
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # one of them
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
 def load_predictor(
@@ -58,6 +72,98 @@ def load_predictor(
     predictor = Predictor(ready, PhotonProcessor(tokenizer, loaded.config), settings)
     predictor.batch = rows_that_fit(loaded.config, settings, place, loaded.dtype) if batch is None else batch
     return predictor
+
+
+def check_model_folder(model: str) -> None:
+    """Raise UsageError for a folder that is no model: it says what it is, or what is missing. A hub id passes."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or model.count("/") != 1 or model.startswith((".", "~")):
+            raise UsageError(f"{model}: expected a model directory or a hub id, found neither; is the path right?")
+        return
+    if (folder / ADAPTER).is_file() and not (folder / "model.safetensors").is_file():
+        how = f"--model BASE --adapter {model}, or merged in its run's folder once the run has ended"
+        raise UsageError(f"{model}: expected a model, found {ADAPTER}, which is an update of one; say {how}")
+    if (found := checkpoints(folder)) and not any(folder.glob("*.safetensors")):
+        raise UsageError(f"{model}: expected a model, found a run; say {found[-1]}")
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{model}: expected {CONFIG}, found none; copy the folder again, whole")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UsageError(
+            f"{model}: expected a tokenizer ({' or '.join(TOKENIZERS)}), found none; copy the folder again"
+        )
+    _check_config(folder / CONFIG)
+
+
+def _check_config(path: Path) -> None:
+    """Raise UsageError for a configuration without the sizes of a model, or with values of other types than ours."""
+    try:
+        config = dict(from_json(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: expected a JSON object, found: {error}; copy it again") from None
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    for name in SIZES:
+        size = config.get(name, (text or {}).get(name))
+        if type(size) is not int or size < 1:
+            raise UsageError(f"{path}: expected a whole number above 0 as {name}, found {size!r}; copy it again")
+    if not isinstance(config.get("vision_config"), dict):
+        raise UsageError(f"{path}: expected an object as vision_config, found {config.get('vision_config')!r:.60}")
+    for field in fields(PhotonConfig):
+        if field.name in PhotonConfig.__annotations__ and field.name in config:
+            _check_type(path, field.name, field.default, config[field.name])
+
+
+def _check_type(path: Path, name: str, default: Any, value: Any) -> None:
+    """Raise UsageError for a value of another kind than the default of its setting."""
+    kinds = {
+        bool: (bool, "true or false"),
+        int: (int | float, "a number"),
+        float: (int | float, "a number"),
+        str: (str, "a text"),
+        tuple: (list, "a list"),
+    }
+    if type(default) not in kinds:
+        return
+    kind, words = kinds[type(default)]
+    if not isinstance(value, kind) or (isinstance(value, bool) and type(default) is not bool):
+        raise UsageError(f"{path}: expected {words} as {name}, found {value!r:.60}; correct it")
+
+
+def rows_that_fit(config: PhotonConfig, settings: AnswerSettings, device: torch.device, dtype: torch.dtype) -> int:
+    """Return how many questions, a volume for each, are answered together in the memory that is free: a power of two.
+
+    What a row takes is counted as if no token were dropped. Where it is too much after all, batches are halved.
+    """
+    if device.type == "cuda":
+        free_bytes, most = torch.cuda.mem_get_info(device)[0], MOST_ROWS
+    else:
+        free_bytes, most = psutil.virtual_memory().available, MOST_ROWS_CPU
+    fitting = int(SHARE_OF_MEMORY * free_bytes / bytes_of_row(config, settings, dtype)) // settings.samples
+    return 1 << (min(max(fitting, 1), most).bit_length() - 1)
+
+
+def bytes_of_row(config: PhotonConfig, settings: AnswerSettings, dtype: torch.dtype) -> int:
+    """Return about how many bytes a question on one volume takes at its peak."""
+    text, vision = config.text_config, config.vision_config
+    patches, tokens = prod(config.patches_thw), prod(config.tokens_thw) + TEXT_TOKENS
+    head_dim = text.hidden_size // text.num_attention_heads
+    of_cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * (tokens + settings.max_new_tokens)
+    of_layer = tokens * (6 * text.hidden_size + 3 * text.intermediate_size)
+    of_tower = patches * (8 * vision.hidden_size + 3 * vision.intermediate_size)
+    voxels = prod(config.model_shape_zyx)
+    # A row's part of the prefix is there twice. Logits and voxels are float32; the former are copied a few times.
+    return dtype.itemsize * (2 * of_cache + max(of_layer, of_tower)) + 4 * (4 * text.vocab_size + 2 * voxels)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UsageError(f"device: expected one of this machine, found {name!r} where torch sees {gpus} GPUs; try cpu")
+    return device
 
 
 def add_adapter(model: PhotonForConditionalGeneration, place: Path) -> None:
@@ -113,14 +219,3 @@ def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, i
     with loading(model):
         depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
     return depth, height, width
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
-    gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UsageError(f"device: expected one of this machine, found {name!r} where torch sees {gpus} GPUs; try cpu")
-    return device

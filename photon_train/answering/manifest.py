@@ -19,11 +19,26 @@ import numpy as np
 import torch
 
 from photon_data.errors import UsageError, is_out_of_memory, unforeseen
-from photon_train.answering.batches import Asked, ReadAhead, batches_of, group_rows, reader_count, reading_ahead
-from photon_train.answering.prediction import Prediction, question_digest, read_predictions
-from photon_train.answering.prediction_file import Expected, answered_ids, merge_parts, prediction_file
+from photon_train.answering.prediction import (
+    Expected,
+    Prediction,
+    answered_ids,
+    merge_parts,
+    prediction_file,
+    question_digest,
+    read_predictions,
+)
 from photon_train.answering.predictor import Encoded, Predictor, ReadVolumes, Reply, recipe_of, settings_of
-from photon_train.answering.request import Request, RequestGroup
+from photon_train.answering.request import (
+    Asked,
+    ReadAhead,
+    Request,
+    RequestGroup,
+    batches_of,
+    group_rows,
+    reader_count,
+    reading_ahead,
+)
 from photon_train.pruners import OWN_NUMBER
 from photon_train.rows import Row
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
-from photon_train.answering.batches import group_rows
 from photon_train.answering.generation import AnswerSettings, score_choices
 from photon_train.answering.prediction import unpack_mask
 from photon_train.answering.predictor import answer_questions
-from photon_train.answering.request import Request, answer_ids
+from photon_train.answering.request import Request, answer_ids, group_rows
 
 
 def answered(model, rows):

@@ -5,8 +5,8 @@ import torch
 from askable import QUESTIONS, blocks, predictor, row
 from transformers import DynamicCache
 
-from photon_train.answering.batches import group_rows
 from photon_train.answering.generation import FixedCache
+from photon_train.answering.request import group_rows
 
 
 @pytest.mark.parametrize("scheduler", ["its", "none"])

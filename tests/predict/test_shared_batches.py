@@ -13,12 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_train import pruners
-from photon_train.answering.batches import batches_of, group_rows, reading_ahead
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
 from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
-from photon_train.answering.request import RequestGroup, answer_ids, texts_of_choices
+from photon_train.answering.request import (
+    RequestGroup,
+    answer_ids,
+    batches_of,
+    group_rows,
+    reading_ahead,
+    texts_of_choices,
+)
 from photon_train.pruners import SCHEDULERS
 from photon_train.rows import plain_row
 

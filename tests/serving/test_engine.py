@@ -10,8 +10,8 @@ import pytest
 import torch
 from askable import QUESTIONS, SHORT, TOKENS, predictor, row
 
-from photon_train.answering.batches import group_rows
 from photon_train.answering.generation import AnswerSettings
+from photon_train.answering.request import group_rows
 from photon_train.prefix import PrefixCache, bytes_of
 from photon_train.serving.engine import Engine
 from photon_train.serving.question import Answer, Busy, Closing, Draft, Failure, Piece, Question, Text
