@@ -13,13 +13,12 @@ from photon_cli.segmentation import mask_folder
 from photon_cli.terminal import console
 from photon_data.errors import UsageError
 from photon_train.answering.manifest import Shard, wait_for_parts
-from photon_train.answering.prediction import Prediction, read_predictions
 from photon_train.answering.predictor import Predictor
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.costs import reset_peak_memory
 from photon_train.evaluation.counterfactual import edited_path, edited_rows
 from photon_train.pruners import SCHEDULERS
-from photon_train.rows import Row
+from photon_train.rows import Prediction, Row, read_predictions
 
 ITS, MATCH_ITS = "its", "match-its"
 # These schedulers keep the share that they are given.

@@ -20,7 +20,6 @@ from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
 from photon_data.lock import exclusive
 from photon_data.questions.table import read_values, volume_id_of
 from photon_data.recipe import Recipe
-from photon_train.answering.prediction import Prediction, read_predictions, unpack_mask
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Row, grouped, scored_row
@@ -56,7 +55,7 @@ from photon_train.evaluation.results import (
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
-from photon_train.rows import read_rows
+from photon_train.rows import Prediction, read_predictions, read_rows, unpack_mask
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig

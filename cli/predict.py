@@ -29,13 +29,12 @@ from photon_train.answering import manifest
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import WHOLE, Outcome, Shard
-from photon_train.answering.prediction import prompt_of
 from photon_train.answering.predictor import Predictor, Reply, answer_questions
 from photon_train.answering.request import RequestGroup
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
 from photon_train.overlay import ASKED, Canvas, View, folders_of, write_overlay
-from photon_train.rows import Row, plain_row, read_rows
+from photon_train.rows import Row, plain_row, prompt_of, read_rows
 
 RECALL = "recall.json"
 SHOWN_FAILURES = 10

@@ -10,8 +10,8 @@ from photon_data.questions import question as prompts
 from photon_data.questions.manifest import build
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.records import PREPARED, VolumeRecord
-from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, case_of
+from photon_train.rows import Prediction
 
 RAD3D = Path(__file__).parent / "data" / "3d-rad" / "3DRAD"
 

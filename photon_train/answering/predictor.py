@@ -29,12 +29,12 @@ from photon_data.questions.table import VIDEO_TAG, volume_id_of
 from photon_data.store import NIFTI, read_metadata
 from photon_data.volume import Volume
 from photon_train.answering.generation import AnswerSettings, generate, score_choices
-from photon_train.answering.prediction import Prediction, choices_of, pack_mask
 from photon_train.answering.request import Request, RequestGroup, answer_ids, request_of, texts_of_choices
 from photon_train.costs import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.prefix import Prefix
 from photon_train.processing_photon import PhotonProcessor
+from photon_train.rows import Prediction, choices_of, pack_mask
 from photon_train.scheduling import Scheduled, visual_mask
 
 VOLUMES = "pixel_values_videos"

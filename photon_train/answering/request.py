@@ -23,9 +23,8 @@ from torch import Tensor
 
 from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
-from photon_train.answering.prediction import choices_of, prompt_of, question_digest, without_answer
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row, prefix_of
+from photon_train.rows import Row, choices_of, prefix_of, prompt_of, question_digest, without_answer
 from photon_train.scheduling import prefix_length
 
 # A prompt that wants a letter, of a row that has no answer to show it; and 3D-RAD's, which wants "B. No".

@@ -10,10 +10,10 @@ from statistics import median
 from typing import NamedTuple
 
 from photon_data.questions.question import LETTERS
-from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.cases import Case, Form, grouped
 from photon_train.evaluation.metric import Metric
 from photon_train.evaluation.published import parse_number_v1
+from photon_train.rows import Prediction
 
 CONSTANT, MAJORITY = "best_constant", "majority_per_subtask"
 # So many of the most frequent answers are tried as the constant of an open question.

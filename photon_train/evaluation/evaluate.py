@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from photon_data.errors import UsageError
-from photon_train.answering.prediction import Prediction
 from photon_train.evaluation import choice_metrics as choice
 from photon_train.evaluation.baselines import CONSTANT, Baseline, answered, fit_baselines
 from photon_train.evaluation.cases import AnyRow, Case, Gaps, Joined, Row, case_of, grouped, join, rows_by_id
@@ -31,6 +30,7 @@ from photon_train.evaluation.results import (
     Settings,
 )
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
+from photon_train.rows import Prediction
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from photon_train.answering.prediction import unpack_mask
 from photon_train.costs import on_a_prefix, prefill, prompt_size
 from photon_train.evaluation.cases import Case, grouped
 from photon_train.evaluation.metric import Estimate, Patients, estimate_of
+from photon_train.rows import unpack_mask
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from photon_train.answering.prediction import Prediction, Row
+from photon_train.rows import Prediction, Row
 
 
 @dataclass(frozen=True)

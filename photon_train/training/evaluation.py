@@ -22,14 +22,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from photon_data.errors import UsageError
 from photon_data.files import Location, jsonl_bytes
 from photon_train.answering.manifest import Shard, predict_rows
-from photon_train.answering.prediction import Prediction, Row, read_predictions
 from photon_train.answering.predictor import AnswerSettings, Predictor
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.evaluate import BENCHMARKS, check, evaluate
 from photon_train.evaluation.results import Settings
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import TrainRow, plain_row, read_rows
+from photon_train.rows import Prediction, Row, TrainRow, plain_row, read_predictions, read_rows
 from photon_train.training.config import FORCED, OF_ANSWERS, TrainConfig
 from photon_train.training.processes import TrainingStopped
 from photon_train.training.setup import Answering, AnsweringFactory

@@ -19,7 +19,6 @@ from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.store import open_volume
 from photon_data.volume import Geometry
-from photon_train.answering.prediction import Prediction, pack_mask, question_digest
 from photon_train.answering.predictor import recipe_of
 from photon_train.evaluation.cases import rows_by_id
 from photon_train.evaluation.counterfactual import (
@@ -35,6 +34,7 @@ from photon_train.evaluation.counterfactual import (
 )
 from photon_train.evaluation.metric import draw_patients
 from photon_train.kept_tokens import MaskFolder
+from photon_train.rows import Prediction, pack_mask, question_digest
 
 YES_NO, TOKENS_ZYX = ("Yes", "No"), (5, 5, 5)
 

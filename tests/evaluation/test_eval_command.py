@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.files import Location
 from photon_data.lock import exclusive
-from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.evaluate import evaluate
 from photon_train.evaluation.report import write_report
 from photon_train.evaluation.results import Settings
+from photon_train.rows import Prediction, pack_mask
 
 YES_NO = ("Yes", "No")
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import UsageError
-from photon_train.answering.prediction import question_digest, read_predictions
 from photon_train.evaluation.imported import Result, join_results, read_results
+from photon_train.rows import question_digest, read_predictions
 
 YES_NO = ("Yes", "No")
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon_data.errors import UsageError
-from photon_train.answering.prediction import Prediction
 from photon_train.evaluation.baselines import best_constant
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.choice_metrics import (
@@ -38,6 +37,7 @@ from photon_train.evaluation.text_metrics import (
     read_labels,
     rouge,
 )
+from photon_train.rows import Prediction
 
 YES_NO = ("Yes", "No")
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_data.export import nifti_header, write_nifti
 from photon_data.volume import Geometry
-from photon_train.answering import prediction
-from photon_train.answering.prediction import read_predictions, unpack_mask
+from photon_train import rows as rows_of_files
+from photon_train.rows import read_predictions, unpack_mask
 from photon_train.tiny import tiny
 
 YES_NO = ("Yes", "No")
@@ -73,8 +73,8 @@ def test_running_twice_goes_on_where_the_first_run_was_cut_off(model_dir, data, 
 
 
 def test_a_models_answers_are_read_once_to_be_scored_matched_and_compared(model_dir, data, tmp_path, monkeypatch):
-    read, real = [], prediction.read_text
-    monkeypatch.setattr(prediction, "read_text", lambda path, kinds: read.append(path.name) or real(path, kinds))
+    read, real = [], rows_of_files.read_text
+    monkeypatch.setattr(rows_of_files, "read_text", lambda path, kinds: read.append(path.name) or real(path, kinds))
     more = ("--schedulers", "its,random", "--counterfactual", "erase=kept")
     code, text = ask(model_dir, data, tmp_path, *more)
     assert code == 0, text

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import UsageError
-from photon_train.answering.prediction import Prediction, read_predictions
 from photon_train.evaluation.choice_metrics import CALIBRATION_ERROR, reliability_of
 from photon_train.evaluation.evaluate import evaluate
 from photon_train.evaluation.results import Settings
+from photon_train.rows import Prediction, read_predictions
 
 YES_NO = ("Yes", "No")
 FEW = Settings(bootstrap=20)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from photon_data.errors import UsageError
 from photon_data.questions.question import PROMPTS, Question
-from photon_train.answering.prediction import Prediction, pack_mask, question_digest
 from photon_train.evaluation.cases import case_of, join, rows_by_id
 from photon_train.evaluation.choice_metrics import ACCURACIES, YES_NO_METRICS
 from photon_train.evaluation.evaluate import BLIND, evaluate, table_of
@@ -21,6 +20,7 @@ from photon_train.evaluation.kept import overlap_of, summarise_costs, summarise_
 from photon_train.evaluation.metric import draw_patients, interval
 from photon_train.evaluation.results import Settings
 from photon_train.evaluation.text_metrics import LabelTable
+from photon_train.rows import Prediction, pack_mask, question_digest
 
 YES_NO = ("Yes", "No")
 RAD3D_QUESTIONS = rad3d_questions("test")[::5]

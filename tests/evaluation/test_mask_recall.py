@@ -5,11 +5,11 @@ import pytest
 from answers import row
 
 from photon_data.errors import UsageError
-from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.cases import case_of
 from photon_train.evaluation.kept import mask_recalls, organ_relation, size_of
 from photon_train.evaluation.metric import draw_patients
 from photon_train.kept_tokens import CountedMask
+from photon_train.rows import Prediction, pack_mask
 
 # Four tokens. Of the liver's 10 voxels one lies beyond the grid. The spleen fills the last, the lesion is in the first.
 LIVER = CountedMask("liver", np.array([6, 3, 0, 0]), 10, 1500.0, None)

@@ -23,8 +23,8 @@ from photon_data.recipe import Recipe
 from photon_data.records import read_records, write_records
 from photon_data.store import open_volume
 from photon_pipelines.masks import verify_masks
-from photon_train.answering.prediction import Prediction, pack_mask
 from photon_train.evaluation.results import Settings
+from photon_train.rows import Prediction, pack_mask
 
 RECIPE = Recipe(spacing_mm=(3.0, 3.0, 3.0), shape_zyx=(120, 120, 120), model_shape_zyx=(14, 28, 28))
 # Stands in for TotalSegmentator: "bone" is what is brighter than 250 HU, "nothing" is empty. It can be made to fail.

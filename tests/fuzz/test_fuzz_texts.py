@@ -15,7 +15,7 @@ from photon_data.datasets.declare import read_data_manifest
 from photon_data.questions.override_table import rescaling
 from photon_data.questions.question_table import read_questions
 from photon_data.readers.find import find_scans
-from photon_train.answering.prediction import Prediction, read_predictions
+from photon_train.rows import Prediction, read_predictions
 from photon_train.training.config import TrainConfig, read_config, with_values
 
 CSV = """id,volume,question,answer,split,patient,choices,note

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from photon_train.answering.prediction import Prediction, pack_mask, read_predictions, unpack_mask
+from photon_train.rows import Prediction, pack_mask, read_predictions, unpack_mask
 
 
 def test_a_prediction_is_read_back_as_it_was_written(tmp_path):

@@ -7,8 +7,8 @@ from askable import QUESTIONS, SHORT, predictor, row, store
 from other_device import device
 
 from photon_train.answering.manifest import predict_rows
-from photon_train.answering.prediction import read_predictions
 from photon_train.pruners import SCHEDULERS
+from photon_train.rows import read_predictions
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"drawn": replace(SHORT, sample=True), "likeliest": SHORT, "choices": replace(SHORT, choices=True)}

@@ -7,9 +7,9 @@ import torch
 from askable import QUESTIONS, TOKENS, blocks, predictor, row
 
 from photon_train.answering.generation import AnswerSettings, score_choices
-from photon_train.answering.prediction import unpack_mask
 from photon_train.answering.predictor import answer_questions
 from photon_train.answering.request import Request, answer_ids, group_rows
+from photon_train.rows import unpack_mask
 
 
 def answered(model, rows):

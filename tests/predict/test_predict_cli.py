@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_cli.terminal import plain
 from photon_data.stored_array import StoredArray
-from photon_train.answering.prediction import read_predictions
+from photon_train.rows import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
 COARSE = ["--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"]  # the model says what grid it reads

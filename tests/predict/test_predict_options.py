@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_train.answering.manifest import predict_rows
-from photon_train.answering.prediction import read_predictions
+from photon_train.rows import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
 COARSE = ["--set", "shape_zyx=91,91,91", "--set", "spacing_mm=4,4,4"]

@@ -10,8 +10,7 @@ from askable import QUESTIONS, SHORT, predictor, row, store
 
 from photon_data.errors import UsageError
 from photon_train.answering.manifest import Shard, predict_rows
-from photon_train.answering.prediction import question_digest, read_predictions
-from photon_train.rows import read_rows
+from photon_train.rows import question_digest, read_predictions, read_rows
 
 
 @pytest.fixture

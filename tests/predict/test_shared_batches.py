@@ -15,7 +15,6 @@ from photon_data.files import Location
 from photon_train import pruners
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.manifest import Shard, predict_rows, wait_for_parts
-from photon_train.answering.prediction import read_predictions
 from photon_train.answering.predictor import settings_of
 from photon_train.answering.request import (
     RequestGroup,
@@ -26,7 +25,7 @@ from photon_train.answering.request import (
     texts_of_choices,
 )
 from photon_train.pruners import SCHEDULERS
-from photon_train.rows import plain_row
+from photon_train.rows import plain_row, read_predictions
 
 MIXED = replace(SHORT, choices=True)
 

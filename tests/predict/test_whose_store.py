@@ -10,10 +10,9 @@ from photon_data.records import store_name
 from photon_data.store import write_store
 from photon_data.volume import Prepared
 from photon_train.answering.manifest import predict_rows
-from photon_train.answering.prediction import read_predictions
 from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import MaskFolder, counted_by_volume
-from photon_train.rows import TrainRow, prefix_of
+from photon_train.rows import TrainRow, prefix_of, read_predictions
 from photon_train.training.batches import volume_id_of
 from photon_train.training.checks import rows_with_stores
 
