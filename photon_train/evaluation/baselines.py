@@ -12,7 +12,7 @@ from typing import NamedTuple
 from photon_data.questions.question import LETTERS
 from photon_train.evaluation.cases import Case, Form, grouped
 from photon_train.evaluation.metric import Metric
-from photon_train.evaluation.published import parse_number_v1
+from photon_train.evaluation.readings import parse_number_v1
 from photon_train.rows import Prediction
 
 CONSTANT, MAJORITY = "best_constant", "majority_per_subtask"

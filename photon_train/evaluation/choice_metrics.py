@@ -17,7 +17,8 @@ import numpy as np
 from photon_train.evaluation.cases import Case, Form, as_label, as_letter, as_letter_and_text
 from photon_train.evaluation.metric import Applies, Metric, mean_of
 from photon_train.evaluation.parsing import parse_choice, parse_quantity, parse_size, parse_yes_no
-from photon_train.evaluation.published import (
+from photon_train.evaluation.readings import (
+    Quantity,
     collapsed,
     parse_letter_v2,
     parse_number_v1,
@@ -25,7 +26,6 @@ from photon_train.evaluation.published import (
     parse_yes_no_v2,
     without_punctuation,
 )
-from photon_train.evaluation.quantities import Quantity
 
 
 class ReliabilityBin(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from photon_data.errors import UsageError, name_hint
 from photon_data.questions.table import TAG, Problem, TableRow, as_name, read_table, refuse
 from photon_train.evaluation.cases import Row, case_of, rows_by_id, volume_name
-from photon_train.evaluation.published import collapsed
+from photon_train.evaluation.readings import collapsed
 from photon_train.rows import Prediction, choices_of, question_digest
 
 FORMATS = ("photon", "ms-swift", "table")

@@ -2,7 +2,7 @@
 
 A text is read as a person reads it; what a person would ask back about is refused: two answers, an answer that is
 taken back, a list of the choices. The time is linear in any text: a model that loops writes 400 kB. The rules are in
-docs/evaluation.md, and publishers' readings in `published`.
+docs/evaluation.md, and publishers' readings in `readings`.
 
 A text is a list of tokens: words, numbers, signs that change a meaning (< + -), and breaks (. , : and brackets).
 """
@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from photon_data.questions.question import LETTERS
-from photon_train.evaluation.quantities import COMPARISON, HAS_NUMBER, Quantity, Size, canonical, quantity_in, size_in
+from photon_train.evaluation.readings import COMPARISON, HAS_NUMBER, Quantity, Size, canonical, quantity_in, size_in
 
 LONGEST = 100_000
 THINK = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)

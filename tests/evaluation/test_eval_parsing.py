@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from photon_train.evaluation.choice_metrics import ACCURACIES
 from photon_train.evaluation.parsing import parse_choice, parse_quantity, parse_size, parse_yes_no, said
-from photon_train.evaluation.published import (
+from photon_train.evaluation.readings import (
     collapsed,
     parse_letter_v2,
     parse_number_v1,
