@@ -7,10 +7,13 @@ The published figures are a secondary source's, for one question at a time.
 
 from __future__ import annotations
 
+import math
 import platform
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +21,10 @@ import torch
 import transformers
 
 from photon_data.errors import UsageError
+from photon_data.files import jsonl_bytes
 from photon_train.costs import peak_tflops
 from photon_train.measuring import (
+    ANSWER,
     PATCH_SLICES,
     SIZES,
     Measured,
@@ -27,15 +32,21 @@ from photon_train.measuring import (
     attention,
     device,
     dtype,
+    keep_counts,
     measure_answers,
-    measure_training,
+    peak_gib,
+    question_rows,
     random_subject,
     tidy,
     write_random_store,
 )
+from photon_train.training.config import TrainConfig
+from photon_train.training.loop import run_steps
+from photon_train.training.setup import checkpoint_activations, start
 
 WHAT = {"train": "training step", "prefill": "prefill", "decode": "decode", "predict": "disk to answer"}
 FRAME_SLICES = 2  # of Qwen2.5-VL's patches
+STEPS_AHEAD = 2  # rows beyond the measured steps, so that a run is stopped before it ends and saves
 
 
 class Way(NamedTuple):
@@ -269,3 +280,57 @@ def _measured(cell: Cell, settings: BenchSettings, models: _Models, folder: Path
         return measure_training(models.subject(way), cell.questions, folder, checkpoints=settings.checkpoints, **how)
     finally:
         models.forget()
+
+
+def measure_training(
+    subject: Subject, questions: int, folder: Path, *, shares: bool, repeats: int, checkpoints: bool = True
+) -> Measured:
+    """Return what an optimizer step of K questions takes: reading, forward, backward, clipping, AdamW.
+
+    Without `checkpoints`, activations are kept, not computed again. The subject is changed by it.
+    """
+    rows = question_rows(subject.store, questions, (repeats + 1 + STEPS_AHEAD) * questions, ANSWER)
+    with torch.no_grad():
+        keep_counts(subject, [subject.processor.ids(row, for_training=True) for row in rows[:questions]])
+    tidy()
+    folder.mkdir()
+    manifest = folder / "train.jsonl"
+    manifest.write_bytes(jsonl_bytes(rows))
+    config = TrainConfig(
+        stage="s2",
+        data=(str(manifest),),
+        output=str(folder / "run"),
+        groups_per_step=1 if shares else questions,
+        questions_per_volume=questions if shares else 1,
+        epochs=1,
+        precision="bf16" if dtype() is torch.bfloat16 else "fp32",
+        gradient_checkpointing=checkpoints,
+        vision_gradient_checkpointing=checkpoints,
+        max_length=2**20,
+        save_every=0,
+        track=(),
+    )
+    rates: dict[str, Any] = {f.name: 1e-12 for f in fields(config) if f.name.startswith("lr_")}
+    config = replace(config, **rates)  # what is kept stays as it is
+    steps: list[dict[str, Any]] = []
+
+    def on_step(row: dict[str, Any]) -> None:
+        steps.append(row)
+        if len(steps) == repeats + 1:
+            raise _MeasuredError
+
+    checkpoint_activations(subject.model, config)
+    with suppress(_MeasuredError):
+        run_steps(start(config, resume=False, callback=on_step, loaded=(subject.model, subject.processor)))
+
+    def median(name: str, default: float = math.nan) -> float:
+        return statistics.median(row.get(name, default) for row in steps[1:])
+
+    seconds, visual = median("seconds"), subject.processor.visual_tokens()
+    tokens, tflops = (seconds * median(f"{name}_per_second") for name in ("tokens", "tflops"))
+    kept = visual * median("keep_ratio", 1.0)
+    return Measured(seconds, peak_gib(), tokens, tflops, kept, visual, median("data_wait_share"))
+
+
+class _MeasuredError(Exception):
+    """Ends a run before it would save."""

@@ -1,4 +1,4 @@
-"""Seconds, memory and FLOPs of training and of answering with random weights, for questions that share a volume or not.
+"""Seconds, memory and FLOPs of answering with random weights, for questions that share a volume or not.
 
 Random weights take as long as trained ones. What is kept is not random: the threshold is set so that a volume keeps a
 given share of its tokens. Nothing ends an answer before its last token. `bench.py` says what is measured.
@@ -13,8 +13,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +22,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.utils import is_flash_attn_2_available
 
-from photon_data.files import Location, jsonl_bytes
+from photon_data.files import Location
 from photon_data.records import store_name
 from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
@@ -37,14 +35,10 @@ from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.scheduling import ThresholdHead, ThresholdPredictor, visual_mask
 from photon_train.tiny import byte_tokenizer, published_config, tiny_config
-from photon_train.training.config import TrainConfig
-from photon_train.training.loop import run_steps
-from photon_train.training.setup import checkpoint_activations, start
 
 SIZES = ("3b", "tiny")
 PATCH_SLICES = 14  # along z, of Photon's patches
 KEPT = 0.39  # share of the visual tokens that stay
-STEPS_AHEAD = 2  # rows beyond the measured steps, so that a run is stopped before it ends and saves
 ANSWER = "yes, on the left"  # of training rows
 SEED = 0
 
@@ -91,6 +85,11 @@ def tidy() -> None:
     if device().type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float | None:
+    """Return the most memory allocated on the GPU since `tidy`; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device().type == "cuda" else None
 
 
 # A model, a volume, questions.
@@ -180,7 +179,7 @@ def measure_answers(
     """Return what a prefill takes, decoding behind it, or all from reading the store on ("predict")."""
     rows = question_rows(subject.store, questions, questions)
     ids, config = [subject.processor.ids(row) for row in rows], subject.model.config
-    kept, visual = _keep(subject, ids)
+    kept, visual = keep_counts(subject, ids)
     tidy()
     calls = {
         "prefill": lambda: _prefill(subject, ids, shares),
@@ -195,10 +194,10 @@ def measure_answers(
     if what != "decode":
         flops += prefill_flops(config, ids[0], round(kept), questions, shares=shares)
     tokens = questions * (generated or length)
-    return Measured(seconds, _peak_gib(), tokens, flops / 1e12, kept, visual)
+    return Measured(seconds, peak_gib(), tokens, flops / 1e12, kept, visual)
 
 
-def _keep(subject: Subject, ids: Sequence[Tensor]) -> tuple[float, int]:
+def keep_counts(subject: Subject, ids: Sequence[Tensor]) -> tuple[float, int]:
     """Set the threshold of ITS for these questions; return how many visual tokens a row keeps, the mean, and has."""
     model = subject.model
     inputs = next(inputs_of(subject, ids, shares=True))
@@ -263,10 +262,6 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _peak_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if device().type == "cuda" else None
-
-
 # FLOPs that answers need.
 
 
@@ -279,60 +274,3 @@ def prefill_flops(config: PhotonConfig, ids_L: Tensor, kept: int, questions: int
     if shares:
         return costs.on_a_prefix(config, str(config.scheduler), prompt, grid, kept, questions).total()
     return questions * costs.prefill(config, str(config.scheduler), prompt, grid, kept).total()
-
-
-# Training.
-
-
-class _MeasuredError(Exception):
-    """Ends a run before it would save."""
-
-
-def measure_training(
-    subject: Subject, questions: int, folder: Path, *, shares: bool, repeats: int, checkpoints: bool = True
-) -> Measured:
-    """Return what an optimizer step of K questions takes: reading, forward, backward, clipping, AdamW.
-
-    Without `checkpoints`, activations are kept, not computed again. The subject is changed by it.
-    """
-    rows = question_rows(subject.store, questions, (repeats + 1 + STEPS_AHEAD) * questions, ANSWER)
-    with torch.no_grad():
-        _keep(subject, [subject.processor.ids(row, for_training=True) for row in rows[:questions]])
-    tidy()
-    folder.mkdir()
-    manifest = folder / "train.jsonl"
-    manifest.write_bytes(jsonl_bytes(rows))
-    config = TrainConfig(
-        stage="s2",
-        data=(str(manifest),),
-        output=str(folder / "run"),
-        groups_per_step=1 if shares else questions,
-        questions_per_volume=questions if shares else 1,
-        epochs=1,
-        precision="bf16" if dtype() is torch.bfloat16 else "fp32",
-        gradient_checkpointing=checkpoints,
-        vision_gradient_checkpointing=checkpoints,
-        max_length=2**20,
-        save_every=0,
-        track=(),
-    )
-    rates: dict[str, Any] = {f.name: 1e-12 for f in fields(config) if f.name.startswith("lr_")}
-    config = replace(config, **rates)  # what is kept stays as it is
-    steps: list[dict[str, Any]] = []
-
-    def on_step(row: dict[str, Any]) -> None:
-        steps.append(row)
-        if len(steps) == repeats + 1:
-            raise _MeasuredError
-
-    checkpoint_activations(subject.model, config)
-    with suppress(_MeasuredError):
-        run_steps(start(config, resume=False, callback=on_step, loaded=(subject.model, subject.processor)))
-
-    def median(name: str, default: float = math.nan) -> float:
-        return statistics.median(row.get(name, default) for row in steps[1:])
-
-    seconds, visual = median("seconds"), subject.processor.visual_tokens()
-    tokens, tflops = (seconds * median(f"{name}_per_second") for name in ("tokens", "tflops"))
-    kept = visual * median("keep_ratio", 1.0)
-    return Measured(seconds, _peak_gib(), tokens, tflops, kept, visual, median("data_wait_share"))

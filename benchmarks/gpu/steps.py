@@ -26,7 +26,7 @@ from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Recipe
 from photon_data.resample import aligned_axes
 from photon_train import measuring
-from photon_train.bench import BenchSettings, place
+from photon_train.bench import BenchSettings, measure_training, place
 from photon_train.bench import bench as measure
 from photon_train.measuring import attention, device
 from photon_train.scheduling import visual_mask
@@ -290,7 +290,7 @@ def kernels(size: str, output: Path, count: int = 10) -> dict[str, Any]:
         for what in ("prefill", "train"):  # training changes the subject
             with profile(activities=activities) as profiled:
                 if what == "train":
-                    measuring.measure_training(subject, 8, Path(name) / what, shares=True, repeats=1)
+                    measure_training(subject, 8, Path(name) / what, shares=True, repeats=1)
                 else:
                     measuring.measure_answers(subject, what, 8, shares=True, repeats=1, new_tokens=2)
             found[what] = _longest(profiled, on_gpu, count)

@@ -54,7 +54,7 @@ def test_questions_share_the_encoding_of_their_volume_where_the_way_says_so(stor
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_training_step_encodes_a_volume_once_or_for_each_question(store, shares, tmp_path):
     subject, calls = counted_subject(store, "its")
-    found = measuring.measure_training(subject, 3, tmp_path / "run", shares=shares, repeats=1)
+    found = bench.measure_training(subject, 3, tmp_path / "run", shares=shares, repeats=1)
     assert sum(calls) == 1 + 2 * (1 if shares else 3)
     assert not list((tmp_path / "run").rglob("*.safetensors"))  # the run was stopped before it would save
     assert found.seconds > 0
@@ -64,7 +64,7 @@ def test_its_keeps_390_of_1000_tokens_of_a_random_model(tmp_path):
     shape = (140, 280, 280)
     subject = measuring.random_subject("tiny", measuring.write_random_store(tmp_path, shape), model_shape_zyx=shape)
     answered = measuring.measure_answers(subject, "prefill", 2, shares=True, **FEW)
-    trained = measuring.measure_training(subject, 1, tmp_path / "run", shares=False, repeats=1)
+    trained = bench.measure_training(subject, 1, tmp_path / "run", shares=False, repeats=1)
     for found in (answered, trained):
         assert found.visual_tokens == 1000
         assert found.kept_tokens == pytest.approx(390, rel=0.01)
