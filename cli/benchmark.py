@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from statistics import fmean
 
-from photon_cli.eval import Answered, Answering
 from photon_cli.predict import Load, answer_rows, device_of, shard_of
 from photon_cli.segmentation import mask_folder
 from photon_cli.terminal import console
@@ -16,6 +15,7 @@ from photon_train.answering.manifest import Shard, wait_for_parts
 from photon_train.answering.predictor import Predictor
 from photon_train.configuration_photon import PhotonConfig
 from photon_train.costs import reset_peak_memory
+from photon_train.evaluation.cases import Answered, Answering
 from photon_train.evaluation.counterfactual import edited_path, edited_rows
 from photon_train.pruners import SCHEDULERS
 from photon_train.rows import Prediction, Row, read_predictions

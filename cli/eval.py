@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from photon_data.questions.table import read_values, volume_id_of
 from photon_data.recipe import Recipe
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
-from photon_train.evaluation.cases import Row, grouped, scored_row
+from photon_train.evaluation.cases import Answered, Answering, grouped, scored_row
 from photon_train.evaluation.counterfactual import Counterfactuals, summarise
 from photon_train.evaluation.evaluate import ALL_TASKS, check, compared, evaluate
 from photon_train.evaluation.imported import join_results, read_results
@@ -55,22 +55,7 @@ from photon_train.evaluation.results import (
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
-from photon_train.rows import Prediction, read_predictions, read_rows, unpack_mask
-
-if TYPE_CHECKING:
-    from photon_train.configuration_photon import PhotonConfig
-
-
-class Answered(NamedTuple):
-    """A file of predictions, what is in it, and by edit what was answered on edited volumes."""
-
-    path: Path
-    predictions: Sequence[Prediction]
-    on_edited: Mapping[str, Sequence[Prediction]] = {}
-
-
-# Rows -> what answers them, and the configuration of the model that made it, if that is known.
-Answering = Callable[[list[dict[str, Any]]], tuple[Sequence[Answered], "PhotonConfig | None"]]
+from photon_train.rows import Row, read_predictions, read_rows, unpack_mask
 
 
 def answered_before(predictions: Sequence[Path], model: str | None) -> Answering:

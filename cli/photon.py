@@ -10,13 +10,7 @@ from typer import Argument, Context, Exit, Option, Typer, echo
 from typer.core import TyperCommand, TyperGroup
 
 from photon_cli import terminal
-from photon_cli.terminal import (
-    OK,
-    PARTIAL,
-    errors_as_exit_codes,
-    fail,
-    run_app,
-)
+from photon_cli.terminal import OK, PARTIAL, errors_as_exit_codes, fail, run_app
 
 app = Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
@@ -256,10 +250,11 @@ def evaluate(
     pictures = overlays if overlays is not None else OVERLAYS_WITH_MODEL if model else 0
     with errors_as_exit_codes():
         from photon_cli import eval as body
+        from photon_train.evaluation.cases import Answering
         from photon_train.evaluation.counterfactual import edits_of
         from photon_train.evaluation.results import Settings
 
-        answering: body.Answering
+        answering: Answering
         edits = edits_of(counterfactual, bool(masks))
         if model:
             from photon_cli.benchmark import answer_benchmark

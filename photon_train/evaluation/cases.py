@@ -6,19 +6,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from photon_data.errors import UsageError
 from photon_data.questions.manifest import SCAN_SUFFIX
 from photon_data.questions.question import LETTERS
 from photon_data.questions.table import VIDEO_TAG
 from photon_train.evaluation.parsing import parse_choice
-from photon_train.rows import Prediction, choices_of, organ_masks_of, plain_row, prompt_of, question_digest
+from photon_train.rows import Prediction, Row, choices_of, organ_masks_of, plain_row, prompt_of, question_digest
+
+if TYPE_CHECKING:  # scores are made without waiting for transformers
+    from photon_train.configuration_photon import PhotonConfig
 
 K = TypeVar("K")
 V = TypeVar("V")
-Row = Mapping[str, Any]  # of a manifest
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 # A size is lengths with units, "30x13 mm"; it is scored as text too.
@@ -94,6 +96,18 @@ class Joined(NamedTuple):
 
     cases: tuple[Case, ...]
     gaps: Gaps
+
+
+class Answered(NamedTuple):
+    """A file of predictions, what is in it, and by edit what was answered on edited volumes."""
+
+    path: Path
+    predictions: Sequence[Prediction]
+    on_edited: Mapping[str, Sequence[Prediction]] = {}
+
+
+# Rows -> what answers them, and the configuration of the model that made it, if that is known.
+Answering = Callable[[list[dict[str, Any]]], tuple[Sequence[Answered], "PhotonConfig | None"]]
 
 
 def join(questions: Mapping[str, Row], predictions: Iterable[Prediction], *, allow_partial: bool = False) -> Joined:

@@ -33,12 +33,12 @@ from photon_data.resample import model_grid
 from photon_data.scan import MaskFile
 from photon_data.store import is_store, open_volume
 from photon_data.volume import Geometry
-from photon_train.evaluation.cases import Case, Row, case_of
+from photon_train.evaluation.cases import Case, case_of
 from photon_train.evaluation.choice_metrics import what_is_read
 from photon_train.evaluation.metric import Estimate, Patients, estimate_of
 from photon_train.evaluation.results import BLIND, Counterfactuals, Moved, MovedMore
 from photon_train.kept_tokens import MaskFolder, kept_voxels
-from photon_train.rows import Prediction, choices_of, organ_masks_of, unpack_mask
+from photon_train.rows import Prediction, Row, choices_of, organ_masks_of, unpack_mask
 
 ERASED = ("asked", "other", "kept", "dropped")
 FLIP = "flip=lr"

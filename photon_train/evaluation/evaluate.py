@@ -15,7 +15,7 @@ import numpy as np
 from photon_data.errors import UsageError
 from photon_train.evaluation import choice_metrics as choice
 from photon_train.evaluation.baselines import CONSTANT, Baseline, answered, fit_baselines
-from photon_train.evaluation.cases import AnyRow, Case, Gaps, Joined, Row, case_of, grouped, join, rows_by_id
+from photon_train.evaluation.cases import AnyRow, Case, Gaps, Joined, case_of, grouped, join, rows_by_id
 from photon_train.evaluation.choice_metrics import any_question, is_free_text
 from photon_train.evaluation.kept import VolumeMask, mask_recalls, summarise_costs, summarise_kept
 from photon_train.evaluation.metric import Metric, Patients, draw_patients, estimate_of, points
@@ -30,7 +30,7 @@ from photon_train.evaluation.results import (
     Settings,
 )
 from photon_train.evaluation.text_metrics import bertscore, bleu, label_metrics, meteor_exact_stem, rouge
-from photon_train.rows import Prediction
+from photon_train.rows import Prediction, Row
 
 if TYPE_CHECKING:
     from photon_train.configuration_photon import PhotonConfig

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError, name_hint
 from photon_data.questions.table import TAG, Problem, TableRow, as_name, read_table, refuse
-from photon_train.evaluation.cases import Row, case_of, rows_by_id, volume_name
+from photon_train.evaluation.cases import case_of, rows_by_id, volume_name
 from photon_train.evaluation.readings import collapsed
-from photon_train.rows import Prediction, choices_of, question_digest
+from photon_train.rows import Prediction, Row, choices_of, question_digest
 
 FORMATS = ("photon", "ms-swift", "table")
 # Our names of the columns of a table. It needs a response, and an id or a volume and a question.
