@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, Qwen2_5_VLForConditionalGeneration, StoppingCriteria
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.scheduling import Scheduled
 
 # Nothing is left to the generation config of the model; Qwen's own penalty depends on the padding.
@@ -55,7 +54,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: PhotonForConditionalGeneration,
+    model: Qwen2_5_VLForConditionalGeneration,
     inputs: Mapping[str, Any],
     names: Sequence[str],
     settings: AnswerSettings,
@@ -102,7 +101,7 @@ def generate(
 
 @torch.no_grad()
 def score_choices(
-    model: PhotonForConditionalGeneration, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
+    model: Qwen2_5_VLForConditionalGeneration, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
 ) -> tuple[list[list[list[float]]], Scheduled | None]:
     """Return log p of every token of each answer of each prompt, given those before it, and what was scheduled.
 

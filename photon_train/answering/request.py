@@ -23,7 +23,6 @@ from torch import Tensor
 
 from photon_data.errors import UsageError
 from photon_data.questions.question import LETTERS
-from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import Row, choices_of, prefix_of, prompt_of, question_digest, without_answer
 from photon_train.scheduling import prefix_length
 
@@ -108,7 +107,7 @@ def answer_ids(request: Request, text: str, processor: Any) -> Tensor:
 
 
 def group_rows(
-    rows: Sequence[Row], processor: PhotonProcessor, *, choices: bool = False
+    rows: Sequence[Row], processor: Any, *, choices: bool = False
 ) -> tuple[list[RequestGroup], dict[str, str]]:
     """Return the groups of rows that share a prefix, in an order that theirs does not change, and {id: why in none}.
 

@@ -14,17 +14,11 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from photon_data.files import Location, write_whole
-from photon_train import costs
-from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.costs import peak_memory_mib, peak_tflops
-from photon_train.modeling_photon import PhotonOutput
-from photon_train.scheduling import is_passive, visual_mask
-from photon_train.training.batches import Batch
-from photon_train.training.config import OF_ANSWERS, TrainConfig
+from photon_train.training.config import OF_ANSWERS
 
 LOG, CURVES, SUMMARY = "log.jsonl", "curves.png", "summary.json"
 
@@ -50,80 +44,9 @@ COUNTS = ("questions", "volumes", "tokens", "visual_tokens", "visual_tokens_kept
 OF_ROWS = ("scheduled_rows", "kept_share", "kept_square", "threshold", "decided_rows", "right", "flops")
 SUMS = (*LOSSES, "groups", *COUNTS, *OF_ROWS, "interrupted")  # interrupted: processes that were asked to end
 
-
 PROFILE = "profile"  # folder of the run
-
-
 TRACE, SNAPSHOT = "trace.json.gz", "memory.pickle"  # for perfetto.dev, and for pytorch.org/memory_viz
-
-
 PROFILED = {"wait": 1, "warmup": 1, "active": 3, "repeat": 1}  # steps, of which the first ones start things up
-
-
-def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:
-    """Return what one micro-batch adds to `Sums`; of one with weight 0, nothing but that it was skipped.
-
-    loss: all of it, the model's and what was added. The keep ratio is what would be kept, whatever the phase.
-    """
-    if batch.weight == 0:
-        return {"skipped_groups": float(bool(batch.error))}
-    visual_BL = visual_mask(batch.inputs["input_ids"], config) & batch.inputs["attention_mask"].bool()
-    count_B = visual_BL.sum(1)
-    sums = {
-        "loss": loss.detach() * batch.weight,
-        **{name: output[name].detach() * batch.weight for name in ("ce", "band", "robustness", "flip")},
-        "groups": batch.groups,
-        "questions": len(batch.ids),
-        "volumes": batch.volumes,
-        "tokens": batch.inputs["attention_mask"].sum(),
-        "visual_tokens": count_B.sum(),
-        "visual_tokens_kept": count_B.sum(),
-    }
-    if output.scheduled is None or config.scheduler == "none":
-        return sums
-    selection = output.scheduled.selection
-    is_its = config.scheduler == "its"
-    chosen_BL = selection.probability_BL > config.keep_probability if is_its else selection.keep_BL
-    share_B = (chosen_BL & visual_BL).sum(1) / count_B.clamp_min(1)
-    return sums | {
-        "visual_tokens_kept": (output.scheduled.keep_BL & visual_BL).sum(),
-        "scheduled_rows": (count_B > 0).sum(),
-        "kept_share": share_B.sum(),
-        "kept_square": share_B.square().sum(),
-        "threshold": selection.threshold_B.nan_to_num(0.0).sum(),
-        "decided_rows": (~selection.threshold_B.isnan()).sum(),
-    }
-
-
-def training_flops(
-    photon: PhotonConfig, config: TrainConfig, batch: Batch, output: PhotonOutput, phase: Phase
-) -> Tensor:
-    """Return the FLOPs that a micro-batch needs, 0-d float64: forward, and gradients of activations and weights.
-
-    What is computed again, or for every question where once would do (all layers of a prefix that nothing is dropped
-    of, or before the decoder), does not count. Frozen weights have no gradients.
-    """
-    layers: Any = costs.layers  # of tensors too
-    length_B = batch.inputs["attention_mask"].sum(1).double()
-    kept_B = length_B if output.scheduled is None else output.scheduled.kept.mask_BM.sum(1).double()
-    shared: Any = batch.inputs.get("prefix") or 0
-    count, prefixes = photon.text_config.num_hidden_layers, len(batch.inputs.get("group_sizes", ())) or 1
-    lower = count if is_passive(photon, phase) else photon.drop_layer + 1
-    if (
-        output.scheduled is not None
-        and photon.drops_before_decoder(photon.scheduler)
-        and phase in (Phase.HARD, Phase.FLIP)
-    ):
-        lower, length_B, shared = count, kept_B, output.scheduled.keep_BL[0, :shared].sum()
-    decoder = prefixes * layers(photon, lower, shared, shared) + layers(photon, count - lower, kept_B, kept_B).sum()
-    decoder += layers(photon, lower, length_B - shared, length_B).sum()
-    decoder += costs.head(photon) * len(output.answer_rows_N if output.answer_rows_N is not None else ())
-    tower, embedding = costs.vision(photon, photon.patches_thw), costs.tower_weights(photon)[0]
-    embedding *= 2 * math.prod(photon.patches_thw)
-    with_weights = config.lr_language_model > 0 and not config.lora_rank
-    through_tower = 3 if config.lr_vision else 2 if config.lr_patch_embedding else 1
-    of_volume = through_tower * tower - (embedding if config.lr_vision else 0)  # voxels have no gradient
-    return decoder * (3 if with_weights else 2) + batch.volumes * of_volume
 
 
 class Sums:

@@ -38,7 +38,6 @@ from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
-from photon_train.training.batches import Batch
 from photon_train.training.checks import (
     check_length,
     check_same_run,
@@ -62,7 +61,7 @@ MODULES = {
 }
 LANGUAGE_MODEL = "language_model"
 
-AddedLoss = Callable[[Batch], Tensor | None]  # called after each forward; None: nothing to add
+AddedLoss = Callable[[Any], Tensor | None]  # of the batch, after each forward; None: nothing to add
 Answering = Callable[[Any, int], dict[str, float | None]]  # of the model and the step: scores of its answers
 AnsweringFactory = Callable[[Sequence[TrainRow], PhotonProcessor, Accelerator], Answering]  # of the rows of eval
 LossFactory = Callable[[Any, Sequence[TrainRow]], AddedLoss]  # of the model, and the rows it is trained on

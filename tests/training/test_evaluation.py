@@ -25,8 +25,8 @@ from photon_train.configuration_photon import Phase
 from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.evaluation import answering_of
-from photon_train.training.log import rates, read_log, training_flops
-from photon_train.training.loop import run_steps
+from photon_train.training.log import rates, read_log
+from photon_train.training.loop import run_steps, training_flops
 from photon_train.training.plan import plan_epoch
 from photon_train.training.processes import TrainingInterrupted
 from photon_train.training.setup import Best
