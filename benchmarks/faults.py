@@ -209,7 +209,7 @@ def verify(out: Path) -> bool:
 def read(out: Path) -> dict[str, str]:
     """Return the hashes of the volumes, and of their masks, that training, predict and eval would read."""
     from photon_train.rows import read_train_rows
-    from photon_train.training.checks import rows_with_stores
+    from photon_train.training.plan import rows_with_stores
 
     found = {}
     for row in rows_with_stores(read_train_rows([out / "manifests/train.jsonl"]), "stop"):

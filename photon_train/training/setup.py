@@ -38,16 +38,17 @@ from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
-from photon_train.training.checks import (
+from photon_train.training.config import MADE_WITH, TrainConfig, made_with
+from photon_train.training.optimizer import MasterAdamW, load_optimizer_state
+from photon_train.training.plan import (
     check_length,
     check_same_run,
+    check_shares,
     rows_digest,
     rows_with_stores,
     rows_with_texts,
+    steps_per_epoch,
 )
-from photon_train.training.config import MADE_WITH, TrainConfig, made_with
-from photon_train.training.optimizer import MasterAdamW, load_optimizer_state
-from photon_train.training.plan import check_shares, steps_per_epoch
 from photon_train.training.processes import casts, keep_float32, make_accelerator, share_apart
 
 CONFIG = "config.json"

@@ -14,7 +14,7 @@ from photon_train.answering.scan import open_input
 from photon_train.kept_tokens import MaskFolder, counted_by_volume
 from photon_train.rows import TrainRow, prefix_of, read_predictions
 from photon_train.training.batches import volume_id_of
-from photon_train.training.checks import rows_with_stores
+from photon_train.training.plan import rows_with_stores
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import UsageError
-from photon_train.training import checks
+from photon_train.training import plan
 from photon_train.training.config import TrainConfig
 from photon_train.training.setup import start
 
@@ -52,7 +52,7 @@ def config(models, tmp_path):
 def test_every_row_that_cannot_be_trained_on_is_named_at_the_start(
     config, rows, faulty, tmp_path, caplog, monkeypatch, workers
 ):
-    monkeypatch.setattr(checks, "FEW", 0 if workers else 10**6)
+    monkeypatch.setattr(plan, "FEW", 0 if workers else 10**6)
     bad = [one for one, _ in faulty.values()]
     data = put(tmp_path / "bad.jsonl", [*rows[:5], *bad, *rows[5:]])
     with pytest.raises(UsageError, match=f"found {len(bad)} of {len(bad) + len(rows)} that cannot") as refused:
