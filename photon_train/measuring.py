@@ -124,7 +124,7 @@ def random_model(
     return model, PhotonProcessor(tokenizer, model.config)
 
 
-def keep_share(model: PhotonForConditionalGeneration, inputs: dict[str, Any], share: float = KEPT) -> None:
+def _keep_share(model: PhotonForConditionalGeneration, inputs: dict[str, Any], share: float = KEPT) -> None:
     """Set the threshold to the quantile of the rows' saliency above which there is such a share of their tokens."""
     with torch.no_grad():
         scheduled = model(**inputs, logits_to_keep=1).scheduled
@@ -192,7 +192,7 @@ def measure_answers(
     layers = costs.layers(config, config.text_config.num_hidden_layers, 1, round(length - visual + kept))
     flops = questions * generated * (layers + costs.head(config))
     if what != "decode":
-        flops += prefill_flops(config, ids[0], round(kept), questions, shares=shares)
+        flops += _prefill_flops(config, ids[0], round(kept), questions, shares=shares)
     tokens = questions * (generated or length)
     return Measured(seconds, peak_gib(), tokens, flops / 1e12, kept, visual)
 
@@ -202,7 +202,7 @@ def keep_counts(subject: Subject, ids: Sequence[Tensor]) -> tuple[float, int]:
     model = subject.model
     inputs = next(inputs_of(subject, ids, shares=True))
     if model.config.scheduler == "its":
-        keep_share(model, inputs)
+        _keep_share(model, inputs)
     visual_BL = visual_mask(inputs["input_ids"], model.config)
     keep_BL = model(**inputs, logits_to_keep=1).scheduled.keep_BL
     return float((keep_BL & visual_BL).sum(1).float().mean()), int(visual_BL[0].sum())
@@ -265,7 +265,7 @@ def _synchronize() -> None:
 # FLOPs that answers need.
 
 
-def prefill_flops(config: PhotonConfig, ids_L: Tensor, kept: int, questions: int, *, shares: bool) -> int:
+def _prefill_flops(config: PhotonConfig, ids_L: Tensor, kept: int, questions: int, *, shares: bool) -> int:
     """Return the FLOPs of a prefill of K questions like `ids_L`, under the scheduler of the configuration."""
     visual = int(visual_mask(ids_L, config).sum())
     start = int((ids_L == config.video_token_id).nonzero()[0])

@@ -191,10 +191,10 @@ class FixedCache(Cache):
     """
 
     def __init__(self, config: Any, room: int) -> None:
-        super().__init__(layers=[FixedLayer(room) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[_FixedLayer(room) for _ in range(config.num_hidden_layers)])
 
 
-class FixedLayer(DynamicLayer):
+class _FixedLayer(DynamicLayer):
     """One layer: keys and values [B, K, M, d], and from the first decoding step on [B, K, M + room, d]."""
 
     def __init__(self, room: int) -> None:

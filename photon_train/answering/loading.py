@@ -61,20 +61,20 @@ def load_predictor(
     name = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
     options: dict[str, Any] = {key: value for key, value in photon.items() if value is not None}
     options["revision"] = revision
-    check_model_folder(model)
+    _check_model_folder(model)
     with loading(model):
         loaded = PhotonForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, name), **options)
         tokenizer = PhotonProcessor.from_pretrained(model, **options).tokenizer
     if adapter:
         with loading(adapter):
-            add_adapter(loaded, Path(adapter))
+            _add_adapter(loaded, Path(adapter))
     ready = loaded.eval().to(place)
     predictor = Predictor(ready, PhotonProcessor(tokenizer, loaded.config), settings)
-    predictor.batch = rows_that_fit(loaded.config, settings, place, loaded.dtype) if batch is None else batch
+    predictor.batch = _rows_that_fit(loaded.config, settings, place, loaded.dtype) if batch is None else batch
     return predictor
 
 
-def check_model_folder(model: str) -> None:
+def _check_model_folder(model: str) -> None:
     """Raise UsageError for a folder that is no model: it says what it is, or what is missing. A hub id passes."""
     folder = Path(model)
     if not folder.is_dir():
@@ -129,7 +129,7 @@ def _check_type(path: Path, name: str, default: Any, value: Any) -> None:
         raise UsageError(f"{path}: expected {words} as {name}, found {value!r:.60}; correct it")
 
 
-def rows_that_fit(config: PhotonConfig, settings: AnswerSettings, device: torch.device, dtype: torch.dtype) -> int:
+def _rows_that_fit(config: PhotonConfig, settings: AnswerSettings, device: torch.device, dtype: torch.dtype) -> int:
     """Return how many questions, a volume for each, are answered together in the memory that is free: a power of two.
 
     What a row takes is counted as if no token were dropped. Where it is too much after all, batches are halved.
@@ -138,11 +138,11 @@ def rows_that_fit(config: PhotonConfig, settings: AnswerSettings, device: torch.
         free_bytes, most = torch.cuda.mem_get_info(device)[0], MOST_ROWS
     else:
         free_bytes, most = psutil.virtual_memory().available, MOST_ROWS_CPU
-    fitting = int(SHARE_OF_MEMORY * free_bytes / bytes_of_row(config, settings, dtype)) // settings.samples
+    fitting = int(SHARE_OF_MEMORY * free_bytes / _bytes_of_row(config, settings, dtype)) // settings.samples
     return 1 << (min(max(fitting, 1), most).bit_length() - 1)
 
 
-def bytes_of_row(config: PhotonConfig, settings: AnswerSettings, dtype: torch.dtype) -> int:
+def _bytes_of_row(config: PhotonConfig, settings: AnswerSettings, dtype: torch.dtype) -> int:
     """Return about how many bytes a question on one volume takes at its peak."""
     text, vision = config.text_config, config.vision_config
     patches, tokens = prod(config.patches_thw), prod(config.tokens_thw) + TEXT_TOKENS
@@ -166,7 +166,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def add_adapter(model: PhotonForConditionalGeneration, place: Path) -> None:
+def _add_adapter(model: PhotonForConditionalGeneration, place: Path) -> None:
     """Add the updates of a checkpoint of a LoRA run to the model's weights: W + alpha / rank * B A.
 
     What else was trained there takes the place of the model's own. Raises ValueError for a folder without an adapter,
@@ -215,7 +215,7 @@ def _check_update(name: str, update: Tensor, weight: Tensor, file: Path) -> None
 
 def model_shape_of(model: str, revision: str | None = None) -> tuple[int, int, int]:
     """Return the shape (z, y, x) of the grid that a model reads, from its configuration alone."""
-    check_model_folder(model)
+    _check_model_folder(model)
     with loading(model):
         depth, height, width = PhotonConfig.from_pretrained(model, revision=revision or "main").model_shape_zyx
     return depth, height, width

@@ -96,20 +96,20 @@ def predict_rows(
     the row of its id asks now does not count, nor does one about a store that was prepared by another recipe. What
     fails is written with its `error`; the next call tries it again. `on_start` is called with the numbers of rows in
     all and answered before; `on_batch` for each group of a batch, once the batch is on disk. UsageError for rows
-    without an id of their own, and as `prediction_file`.
+    without an id of their own, and for an output of other settings, of a running process, or of something else.
     """
     _check_ids(rows)
     groups, problems = group_rows(rows, predictor.processor, choices=predictor.settings.choices)
     recipes = _recipes_of(groups)
     digests = {request.id: request.digest for group in groups for request in group.requests}
-    expected = Expected(settings_of(predictor), digests, recipes)
+    expected = _Expected(settings_of(predictor), digests, recipes)
     groups = [group for group in groups if shard.holds(group)]
     failed = dict(problems) if shard.number == 0 else {}
     ids = {request.id for group in groups for request in group.requests} | failed.keys()
     path = shard.path(output)
-    with prediction_file(path, expected) as file:
+    with _prediction_file(path, expected) as file:
         if path != output:
-            file.done |= answered_ids(output, expected)
+            file.done |= _answered_ids(output, expected)
         before = len(ids & file.done)
         on_start(len(ids), before)
         file.append(Prediction(id=id, error=reason) for id, reason in sorted(failed.items()))
@@ -121,7 +121,7 @@ def predict_rows(
                 for place, part in groupby(new, lambda pair: pair[0].group):
                     on_batch(groups[place], [reply for _, reply in part])
     parts = [Shard(number, shard.parts).path(output) for number in range(shard.parts)]
-    merged = shard.parts == 1 or merge_parts(parts, output, {str(row["id"]) for row in rows}, expected)
+    merged = shard.parts == 1 or _merge_parts(parts, output, {str(row["id"]) for row in rows}, expected)
     answered, kinds = len(ids) - before - len(failed), len(set(recipes.values()))
     return Outcome(answered, before, failed, merged, len(file.changed), kinds, ahead.waited_s, predictor.batch)
 
@@ -258,7 +258,7 @@ def _failed(request: Request, failure: _Failure) -> Reply:
 
 
 @dataclass
-class PredictionFile:
+class _PredictionFile:
     """An open file of predictions."""
 
     lines: TextIO
@@ -274,7 +274,7 @@ class PredictionFile:
         os.fsync(self.lines.fileno())
 
 
-class Expected(NamedTuple):
+class _Expected(NamedTuple):
     """What a run would make: an answer that was made by other settings, or to another question, does not count."""
 
     settings: Mapping[str, Any]
@@ -287,7 +287,7 @@ class Expected(NamedTuple):
 
 
 @contextmanager
-def prediction_file(path: Path, expected: Expected) -> Iterator[PredictionFile]:
+def _prediction_file(path: Path, expected: _Expected) -> Iterator[_PredictionFile]:
     """Open a file of predictions, new or not, and remove what has to be answered again.
 
     That is a line that a kill cut off, lines with an error, and answers to what is not expected. UsageError for a file
@@ -304,13 +304,13 @@ def prediction_file(path: Path, expected: Expected) -> Iterator[PredictionFile]:
         _match_settings(path, expected.settings)
         done, changed = _repair(path, expected)
         with path.open("a", encoding="utf-8") as lines:
-            yield PredictionFile(lines, done, changed)
+            yield _PredictionFile(lines, done, changed)
         predictions = read_predictions(path)
         if predictions != sorted(predictions, key=lambda p: p.id):
             _write(path, predictions)
 
 
-def _repair(path: Path, expected: Expected) -> tuple[set[str], set[str]]:
+def _repair(path: Path, expected: _Expected) -> tuple[set[str], set[str]]:
     """Leave the valid answers alone in the file; return their ids, and the ids of answers to changed questions."""
     if not path.exists():
         return set(), set()
@@ -331,8 +331,8 @@ def _write(path: Path, predictions: Iterable[Prediction]) -> None:
     Location(str(path.parent)).write(path.name, jsonl_bytes(asdict(last[id]) for id in sorted(last)))
 
 
-def answered_ids(path: Path, expected: Expected) -> set[str]:
-    """Return the ids that a finished file answers; none where there is no file. UsageError as `prediction_file`.
+def _answered_ids(path: Path, expected: _Expected) -> set[str]:
+    """Return the ids that a finished file answers; none where there is no file. UsageError as `_prediction_file`.
 
     What has to be answered again is removed from it: who waits for it must not take that for the answer.
     """
@@ -342,7 +342,7 @@ def answered_ids(path: Path, expected: Expected) -> set[str]:
     return _repair(path, expected)[0]
 
 
-def merge_parts(parts: Iterable[Path], output: Path, ids: set[str], expected: Expected) -> bool:
+def _merge_parts(parts: Iterable[Path], output: Path, ids: set[str], expected: _Expected) -> bool:
     """Write the predictions of all parts (and `output`) into `output`, if these have all `ids`; return whether."""
     try:
         lines = [p for part in (output, *parts) if part.exists() for p in read_predictions(part)]

@@ -81,7 +81,7 @@ def edited_rows(
             found.append({**row, "videos": [mean]})
         elif edit == FLIP:
             volume = flipped.setdefault(place, EditedVolume(place, id, edit))
-            found.append({**about_the_other_side(row), "videos": [volume]})
+            found.append({**_about_the_other_side(row), "videos": [volume]})
         elif edit in NEED_MASKS:
             asked = organ_masks_of(row)
             if masks is not None and asked and masks.has(id):
@@ -118,7 +118,7 @@ def asked_or_other(regions: Mapping[str, np.ndarray], asked: Sequence[str], edit
     return found
 
 
-def about_the_other_side(row: Row) -> Row:
+def _about_the_other_side(row: Row) -> Row:
     """Return the row with left and right exchanged in questions that name one of them, and in what answers these."""
     messages = [
         {**one, "content": mirrored(one["content"])} if one["role"] == "user" and names_a_side(one["content"]) else one
@@ -207,7 +207,7 @@ class EditedVolume:
             fill = np.int16(round(float(hu_zyx.mean())))
         if not region_zyx.any():
             raise ValueError(f"{self.edit}: expected voxels to erase, found none")
-        return in_same_range(np.where(region_zyx, _spread(fill, region_zyx), hu_zyx), hu_zyx)
+        return _in_same_range(np.where(region_zyx, _spread(fill, region_zyx), hu_zyx), hu_zyx)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class MeanVolume:
         return np.rint(total / len(self.places)).astype(np.int16)
 
 
-def in_same_range(edited_zyx: np.ndarray, hu_zyx: np.ndarray) -> np.ndarray:
+def _in_same_range(edited_zyx: np.ndarray, hu_zyx: np.ndarray) -> np.ndarray:
     """Return the edited voxels with the least and the largest value of the volume in two voxels of a corner."""
     edited_zyx.flat[:2] = hu_zyx.min(), hu_zyx.max()
     return edited_zyx
@@ -322,7 +322,7 @@ def says(case: Case) -> str:
 
 
 def _pair(row: Row, before: Prediction, after: Prediction, edit: str) -> tuple[Case, Case]:
-    asked = about_the_other_side(row) if edit == FLIP else row
+    asked = _about_the_other_side(row) if edit == FLIP else row
     return case_of(row, before), case_of(asked, after)
 
 

@@ -200,13 +200,13 @@ def _micro_batch(run: Run, batch: Batch, phase: Phase, accumulated: int) -> dict
     loss = output.loss if grounding is None else output.loss + grounding
     run.accelerator.backward(loss * scale)
     photon = run.processor.config
-    sums = sums_of(loss, output, batch, photon)
+    sums = _sums_of(loss, output, batch, photon)
     if batch.weight:
         sums["flops"] = training_flops(photon, run.config, batch, output, phase)
     return sums if grounding is None else sums | {"grounding": grounding.detach() * batch.weight}
 
 
-def sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:
+def _sums_of(loss: Tensor, output: PhotonOutput, batch: Batch, config: PhotonConfig) -> dict[str, Any]:
     """Return what one micro-batch adds to `Sums`; of one with weight 0, nothing but that it was skipped.
 
     loss: all of it, the model's and what was added. The keep ratio is what would be kept, whatever the phase.
@@ -305,7 +305,7 @@ def validate(run: Run) -> dict[str, float]:
             if batch.weight:
                 right = {"right": _exact_answers(output, len(batch.ids))}
                 counted = replace(batch, weight=float(batch.groups))  # every group alike
-                sums.add(sums_of(output.loss, output, counted, run.processor.config) | right)
+                sums.add(_sums_of(output.loss, output, counted, run.processor.config) | right)
             else:
                 sums.add({"skipped_groups": float(bool(batch.error))})
     run.model.train()

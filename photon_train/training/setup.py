@@ -218,7 +218,7 @@ def set_curriculum(
         after = getattr(config, f"{phase}_after")
         if after and f"{phase}_start" not in config.photon:
             setattr(photon, f"{phase}_start", round(after / questions_per_step))
-    keep_begun_phases(photon, state, total_steps)
+    _keep_begun_phases(photon, state, total_steps)
     starts = phase_starts(photon, total_steps)
     state["phases"] = {phase.value: start for phase, start in starts.items()}
     soft, hard, flip = starts.values()
@@ -230,7 +230,7 @@ def set_curriculum(
         raise UsageError(f"expected a run that drops tokens before it ends, {found}; {remedy}, or train for longer")
 
 
-def keep_begun_phases(photon: PhotonConfig, state: dict[str, Any], total_steps: int) -> None:
+def _keep_begun_phases(photon: PhotonConfig, state: dict[str, Any], total_steps: int) -> None:
     """Leave every phase where it began: shares of a longer run would move it behind steps that are made.
 
     A run of 10 steps with soft 0.2, hard 0.4 and flip 0.9 that goes on after step 5, to 20 steps: 2, 4, 18.
