@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, Qwen2_5_VLForConditionalGeneration, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -54,7 +54,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: Any,
     inputs: Mapping[str, Any],
     names: Sequence[str],
     settings: AnswerSettings,
@@ -63,7 +63,7 @@ def generate(
     logits_processor: Sequence[Any] = (),
     stopping_criteria: Sequence[Any] = (),
 ) -> Generated:
-    """Return the answers to the prompts of `inputs`.
+    """Return the answers of a PhotonForConditionalGeneration to the prompts of `inputs`.
 
     What is drawn for a row depends on the seed, its name and its probabilities. `logits_processor` and
     `stopping_criteria` (of transformers) follow, a row for each prompt; they see the model's own logits.
@@ -101,7 +101,7 @@ def generate(
 
 @torch.no_grad()
 def score_choices(
-    model: Qwen2_5_VLForConditionalGeneration, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
+    model: Any, inputs: Mapping[str, Any], choices: Sequence[Sequence[Tensor]]
 ) -> tuple[list[list[list[float]]], Scheduled | None]:
     """Return log p of every token of each answer of each prompt, given those before it, and what was scheduled.
 
