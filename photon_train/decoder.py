@@ -380,7 +380,9 @@ class PhotonModel(Qwen2_5_VLModel):
                 f"expected {len(visual_ND)} visual tokens in the text, as many as the volumes give, found {found}; "
                 "give every volume all its <|video_pad|> tokens: shorten the text, not the volume"
             )
-        visual_ND, chosen = chosen_of(visual_ND, is_visual_BL, h_BLD.shape[2], self.config)
+        chosen, width = None, h_BLD.shape[2]
+        if visual_ND.shape[1] > width:  # a scheduler has chosen among them before
+            visual_ND, chosen = chosen_of(visual_ND, is_visual_BL, width, self.config)
         number_BL = (is_visual_BL.flatten().cumsum(0) - 1).clamp(0, len(visual_ND) - 1)
         of_place_BLD = visual_ND.index_select(0, number_BL).view_as(h_BLD)
         return torch.where(is_visual_BL[..., None], of_place_BLD, h_BLD), chosen

@@ -220,12 +220,8 @@ def encode_and_choose(encode: Callable[[], Any], visual: Any, grid_thw: Tensor, 
     return output
 
 
-def chosen_of(
-    tokens_NX: Tensor, visual_BL: Tensor, width: int, config: PhotonConfig
-) -> tuple[Tensor, Selection | None]:
-    """Return the tokens float[N, width], and what was chosen of them before the decoder, if anything was."""
-    if tokens_NX.shape[1] != width + CHOSEN:
-        return tokens_NX, None
+def chosen_of(tokens_NX: Tensor, visual_BL: Tensor, width: int, config: PhotonConfig) -> tuple[Tensor, Selection]:
+    """Return the tokens float[N, width], and what was chosen of them before the decoder."""
     tokens_ND, columns_N2 = tokens_NX.split([width, CHOSEN], dim=1)
     nowhere_BL = torch.zeros_like(visual_BL, dtype=columns_N2.dtype)
     score_BL, keep_BL = (nowhere_BL.masked_scatter(visual_BL, column_N) for column_N in columns_N2.detach().T)
