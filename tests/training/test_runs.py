@@ -261,7 +261,7 @@ FSDP = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), pytest.param("bf16", 0.1, marks=pytest.mark.long)])
 def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(config, tmp_path, precision, wrong):
     config = replace(config, epochs=2, eval=config.data, eval_every=3)
     whole = trained(replace(config, output=str(tmp_path / "whole")))
@@ -275,7 +275,7 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "wrong"), [pytest.param("fp32", 1e-5, marks=pytest.mark.long), ("bf16", 0.1)])
 def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path, precision, wrong):
     config = replace(config, precision=precision, epochs=2)
     whole = trained(config)
