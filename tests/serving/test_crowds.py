@@ -53,7 +53,8 @@ def test_a_client_that_goes_away_frees_its_place(served, stalled, stream):
     if stream:
         received = b""
         while b"data:" not in received:
-            assert (more := line.recv(65536)), f"the server closed after {received}"
+            more = line.recv(65536)
+            assert more, f"the server closed after {received}"
             received += more
     waiting = socket.create_connection((host, int(port)))
     waiting.sendall(
