@@ -92,19 +92,20 @@ class Bucket:
 
     def listing(self) -> Listing:
         """Return what lies below the URL, asked anew; UsageError where the store does not tell, or has nothing."""
-        fs, top = self.fs, self._key(self.url)
+        fs = self.fs
+        top = str(fs._strip_protocol(self.url)).strip("/")  # what is found has keys of this form
         try:
             fs.invalidate_cache()
             found = _again(lambda: fs.find(self.url, detail=True))
-            if [*map(self._key, found)] == [top]:  # the URL is one object: its data file lies beside it
+            if [key.strip("/") for key in found] == [top]:  # the URL is one object: its data file lies beside it
                 self.url, top = self.url.rpartition("/")[0], top.rpartition("/")[0]
                 found = {one["name"]: one for one in _again(lambda: fs.ls(self.url, detail=True))}
             fs.invalidate_cache()  # it takes memory
         except Exception as error:
             remedy = "check the URL, and the credentials that the store's own tools read"
             raise UsageError(f"expected a store that lists {self.url}, found {_name_of(error)}; {remedy}") from None
-        names = {self._key(key)[len(top) :].lstrip("/"): info for key, info in found.items() if info["type"] == "file"}
-        named = {name: info for name, info in names.items() if name and not name.endswith("/")}
+        names = {key.lstrip("/")[len(top) + 1 :]: info for key, info in found.items() if info["type"] == "file"}
+        named = {name: info for name, info in names.items() if name and not name.endswith("/")}  # "a/" is a folder
         if not named:
             raise UsageError(f"expected objects below {self.url}, found none; check the URL")
         safe = {name: _entry(info) for name, info in named.items() if _is_path(name)}
@@ -160,15 +161,12 @@ class Bucket:
         if entry.size > PIECE_BYTES and self.entry(name) != entry:  # its pieces may be of two versions
             raise _changed(name)
 
-    def _key(self, place: str) -> str:
-        return str(self.fs._strip_protocol(place)).strip("/")
-
 
 def _entry(info: Mapping[str, Any]) -> Entry:
     version = next((info[key] for key in VERSIONS if info.get(key)), "")
     if info["size"] is None:
         raise UsageError("expected a store that tells the sizes of its objects, found one that does not; copy them")
-    return Entry(int(info["size"]), int.from_bytes(hashlib.sha256(str(version).encode()).digest()[:7], "big"))
+    return Entry(int(info["size"]), int.from_bytes(hashlib.sha256(str(version).strip('"').encode()).digest()[:7], "big"))
 
 
 def _is_path(name: str) -> bool:

@@ -106,11 +106,10 @@ class Objects:
 
     def head(self, name: str) -> bytes:
         """Return the first bytes of an object: FIRST_BYTES, fewer of a shorter one, or those that are kept."""
-        kept = self._kept(name)
-        if isinstance(kept, bytes):
-            return kept
         with self._lock:
             head = self._heads.get(name)
+        if head is None and isinstance(kept := self._kept(name), bytes):
+            return kept
         if head is None:
             head = self.bucket.read(name, 0, min(FIRST_BYTES, self.listing.entries[name].size))
             self._keep_head(name, head)
