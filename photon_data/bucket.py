@@ -92,24 +92,24 @@ class Bucket:
 
     def listing(self) -> Listing:
         """Return what lies below the URL, asked anew; UsageError where the store does not tell, or has nothing."""
-        fs = self.fs
-        top = str(fs._strip_protocol(self.url)).strip("/")  # what is found has keys of this form
+        fs, url = self.fs, self.url
+        top = str(fs._strip_protocol(url)).strip("/")  # what is found has keys of this form
         try:
             fs.invalidate_cache()
             found = _again(lambda: fs.find(self.url, detail=True))
             if [key.strip("/") for key in found] == [top]:  # the URL is one object: its data file lies beside it
-                self.url, top = self.url.rpartition("/")[0], top.rpartition("/")[0]
-                found = {one["name"]: one for one in _again(lambda: fs.ls(self.url, detail=True))}
+                url, top = url.rpartition("/")[0], top.rpartition("/")[0]
+                found = {one["name"]: one for one in _again(lambda: fs.ls(url, detail=True))}
             fs.invalidate_cache()  # it takes memory
         except Exception as error:
             remedy = "check the URL, and the credentials that the store's own tools read"
-            raise UsageError(f"expected a store that lists {self.url}, found {_name_of(error)}; {remedy}") from None
+            raise UsageError(f"expected a store that lists {url}, found {_name_of(error)}; {remedy}") from None
         names = {key.lstrip("/")[len(top) + 1 :]: info for key, info in found.items() if info["type"] == "file"}
         named = {name: info for name, info in names.items() if name and not name.endswith("/")}  # "a/" is a folder
         if not named:
             raise UsageError(f"expected objects below {self.url}, found none; check the URL")
         safe = {name: _entry(info) for name, info in named.items() if _is_path(name)}
-        return Listing(self.url, safe, len(named) - len(safe))
+        return Listing(url, safe, len(named) - len(safe))
 
     def entry(self, name: str) -> Entry:
         """Return what the store says of an object now; FileNotFoundError where there is none."""
@@ -159,14 +159,15 @@ class Bucket:
                     return
                 file.write(self.read(name, start, min(start + PIECE_BYTES, entry.size)))
         if entry.size > PIECE_BYTES and self.entry(name) != entry:  # its pieces may be of two versions
-            raise _changed(name)
+            raise _changed()
 
 
 def _entry(info: Mapping[str, Any]) -> Entry:
     version = next((info[key] for key in VERSIONS if info.get(key)), "")
     if info["size"] is None:
         raise UsageError("expected a store that tells the sizes of its objects, found one that does not; copy them")
-    return Entry(int(info["size"]), int.from_bytes(hashlib.sha256(str(version).strip('"').encode()).digest()[:7], "big"))
+    digest = hashlib.sha256(str(version).strip('"').encode()).digest()
+    return Entry(int(info["size"]), int.from_bytes(digest[:7], "big"))
 
 
 def _is_path(name: str) -> bool:
@@ -242,14 +243,14 @@ def _fetch_all(
             entries = list(threads.map(bucket.entry, names))
             facts = [(name, entry.size, entry.mark) for name, entry in zip(names, entries, strict=True)]
             if (sum(size for _, size, _ in facts), change_mark(facts)) != listed:
-                raise _changed(names[0])
+                raise _changed()
             if listed[0] > (free := shutil.disk_usage(folder).free):
                 raise _no_space(folder, f"{free:,} bytes free for {listed[0]:,} of this scan")
             list(threads.map(partial(bucket.fetch, goes_on=goes_on), names, entries, files))
     except (NotFetched, UsageError):
         raise
     except FileNotFoundError:
-        raise _changed(names[0]) from None
+        raise _changed() from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise _no_space(folder, "none left") from None
@@ -262,9 +263,9 @@ def _not_read(error: Exception) -> NotFetched:
     return NotFetched("fetch", f"expected that the worker can read it from SOURCE, found: {found}; {AGAIN}")
 
 
-def _changed(name: str) -> NotFetched:
-    found = "another version or none: it was written or removed since"
-    return NotFetched("changed", f"{Path(name).name}: expected the objects as they were listed, found {found}; {AGAIN}")
+def _changed() -> NotFetched:
+    found = "another version of one, or none: it was written or removed since"
+    return NotFetched("changed", f"expected the objects of the scan as they were listed, found {found}; {AGAIN}")
 
 
 def _no_space(folder: Path, found: str) -> NotFetched:

@@ -138,7 +138,9 @@ def _needed_file(source: Source) -> tuple[str, int, str] | None:
     place = f"{source.root}/{source.files[0]}" if is_url(source.root) else str(source.files[0])
     try:
         return place, _size_of(place), "a file of SOURCE" if source.hidden else place
-    except OSError:
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_url(place)):
+            raise
         return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_files import stored_values, write_enhanced, write_series
+from distributed import LocalCluster
 from fsspec.implementations.local import LocalFileSystem
 from raw import write_scan
 from scans import ct_like, frame, to_sitk
@@ -237,10 +238,32 @@ def test_nothing_is_read_twice_and_nothing_at_all_by_a_run_with_nothing_to_do(fe
 
 def test_what_was_kept_of_objects_is_private_and_read_again_where_it_is_damaged(few, tmp_path):
     go(url_of(few), tmp_path / "out")
-    kept = private_folder(Location(str(tmp_path / "out"))) / "objects"
-    assert kept.stat().st_mode & 0o077 == 0
+    (kept,) = (private_folder(Location(str(tmp_path / "out"))) / "objects").iterdir()
+    assert [path.stat().st_mode & 0o077 for path in (kept, kept.parent, kept.parent.parent)] == [0, 0, 0]
     kept.write_bytes(b"damaged")
     assert go(url_of(few), tmp_path / "out").states["unchanged"] == 4
+
+
+def test_two_buckets_are_both_remembered_and_each_is_listed_anew(few, tmp_path):
+    write_scan(tmp_path / "more" / "eight.nii.gz", 8)
+    (tmp_path / "more" / "README").write_bytes(b"more")
+    requests = [
+        Request(source_path(url_of(folder)), Location(str(tmp_path / "out")), SMALL, pictures=0, id_prefix=prefix)
+        for folder, prefix in ((few, ""), (tmp_path / "more", "m_"))
+    ]
+    assert [prepare(request, Workers(1)).states["prepared"] for request in requests] == [4, 1]
+    Shop.ranges.clear()
+    write_scan(tmp_path / "more" / "nine.nii.gz", 9)
+    assert [prepare(request, Workers(1)).states["prepared"] for request in requests] == [0, 1]
+    assert {name for name, *_ in Shop.ranges} == {"nine.nii.gz"}
+
+
+def test_workers_of_a_cluster_fetch_what_they_read(few, tmp_path):
+    place = {"processes": False, "protocol": "tcp", "dashboard_address": None}
+    with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="5GiB", **place) as cluster:
+        out, workers = Location(str(tmp_path / "out")), Workers(scheduler=cluster.scheduler_address)
+        request = Request(source_path(url_of(few)), out, SMALL, pictures=0)
+        assert prepare(request, workers).states == {"prepared": 4, "unchanged": 0, "refused": 1, "failed": 0}
 
 
 def test_an_object_that_fails_costs_itself_and_is_tried_again(few, tmp_path):

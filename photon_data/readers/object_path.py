@@ -10,6 +10,7 @@ nothing. (Headers of DICOM are kept as local ones are, see dicom_cache.py.)
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from typing import Any, BinaryIO, ClassVar
 from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched, is_url
 from photon_data.scan import change_mark
 
-OBJECTS = "objects"  # the file of what is kept, in the private folder
+OBJECTS = "objects"  # the folder of what is kept, in the private one
 # Of an object: what is read first, as much as a header takes (dicom_file.py), and what is read at least after that.
 FIRST_BYTES, MORE_BYTES = 1 << 14, 1 << 20
 # Heads in memory: 256 MB. Between a look at a file and its header lie some folders of a series each.
@@ -40,8 +41,8 @@ BUFFER_BYTES, KEPT_BYTES = 1 << 10, 1 << 12
 def source_path(text: str | Path) -> Path:
     """Return SOURCE as a path that can be searched: of a URL too. UsageError for a URL that holds more than a place."""
     text = str(text)
-    if not is_url(text):
-        return Path(text)
+    if not is_url(text) or text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
     url = checked_url(text)
     kind = type("ObjectPath", (ObjectPath,), {"objects": Objects(url), "__slots__": ()})
     path: Path = kind(url)
@@ -66,7 +67,7 @@ class Objects:
     """What lies below a URL, and what was read of it so far."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.bucket = url, Bucket(url)
+        self.url, self.bucket = url, Bucket(url)  # of the listing, once there is one
         self.folders: dict[str, tuple[set[str], list[str]]] = {}
         self.known: dict[str, tuple[Entry, bytes | bool]] = {}
         self.place: Path | None = None  # where what is known is kept
@@ -76,8 +77,8 @@ class Objects:
     @cached_property
     def listing(self) -> Listing:
         """The listing, made when it is first needed; with it, the folders that the names say there are."""
-        found = self.bucket.listing()
-        self.folders[""] = (set(), [])
+        found = Bucket(self.url).listing()
+        self.bucket, self.folders = Bucket(found.url), {"": (set(), [])}
         for name in found.entries:
             folder, _, file = name.rpartition("/")
             self._folder(folder)[1].append(file)
@@ -97,22 +98,23 @@ class Objects:
 
     def read_heads(self, names: Iterable[str]) -> None:
         """Read the first bytes of many objects at once, for those that open them next."""
-        names = [name for name in names if name not in self._heads and self._kept(name) is None]
+        entries = self.listing.entries
+        names = [one for one in names if one not in self._heads and self._kept(one) is None and entries[one].size]
         for start in range(0, len(names), MOST_HEADS // 16):
             part = names[start : start + MOST_HEADS // 16]
-            stops = [min(FIRST_BYTES, self.listing.entries[name].size) for name in part]
+            stops = [min(FIRST_BYTES, entries[name].size) for name in part]
             for name, head in self.bucket.heads(part, stops).items():
                 self._keep_head(name, head)
 
     def head(self, name: str) -> bytes:
         """Return the first bytes of an object: FIRST_BYTES, fewer of a shorter one, or those that are kept."""
         with self._lock:
-            head = self._heads.get(name)
-        if head is None and isinstance(kept := self._kept(name), bytes):
+            if head := self._heads.get(name):
+                return head
+        if isinstance(kept := self._kept(name), bytes):
             return kept
-        if head is None:
-            head = self.bucket.read(name, 0, min(FIRST_BYTES, self.listing.entries[name].size))
-            self._keep_head(name, head)
+        head = self.bucket.read(name, 0, min(FIRST_BYTES, self.listing.entries[name].size))
+        self._keep_head(name, head)
         return head
 
     def _keep_head(self, name: str, head: bytes) -> None:
@@ -125,8 +127,9 @@ class Objects:
         """Keep the first bytes of an object that was read to there, unless that is more than a text header takes."""
         with self._lock:
             known, head = self.known.get(name), self._heads.get(name)
-            if stop > KEPT_BYTES:
+            if stop > KEPT_BYTES:  # a header of DICOM, which is kept elsewhere once it is parsed
                 self.known.pop(name, None)
+                self._heads.pop(name, None)
             elif head is not None and not (known and isinstance(known[1], bytes) and len(known[1]) >= stop):
                 self.known[name] = (self.listing.entries[name], head[:stop])
 
@@ -146,15 +149,15 @@ class Objects:
         entry, said = self.known.get(name, (None, None))
         return said if entry is not None and entry == self.listing.entries.get(name) else None
 
-    def remember(self, place: Path) -> None:
-        """Read what earlier runs kept, and keep what this one reads there; see `keep`."""
-        self.place = place
-        with suppress(OSError, ValueError, KeyError, TypeError, zlib.error):
-            for name, (size, mark, said) in json.loads(zlib.decompress(place.read_bytes()))[self.url].items():
+    def remember(self, folder: Path) -> None:
+        """Read what earlier runs kept in a folder, and keep what this one reads there; see `keep`."""
+        self.place = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        with suppress(OSError, ValueError, TypeError, AttributeError, zlib.error):
+            for name, (size, mark, said) in json.loads(zlib.decompress(self.place.read_bytes())).items():
                 self.known[name] = (Entry(size, mark), said if isinstance(said, bool) else base64.b64decode(said))
 
     def keep(self) -> None:
-        """Write what was read and is still there, for its owner only; let go of it. A full disk keeps nothing."""
+        """Write what was read and is still there, for its owner only; let go of all. A full disk keeps nothing."""
         rows = {
             name: [*entry, said if isinstance(said, bool) else base64.b64encode(said).decode("ascii")]
             for name, (entry, said) in self.known.items()
@@ -162,10 +165,12 @@ class Objects:
         }
         if self.place and rows:
             with suppress(OSError):
-                self.place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for private in (self.place.parent.parent, self.place.parent):
+                    private.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self.place.touch(mode=0o600)
-                self.place.write_bytes(zlib.compress(json.dumps({self.url: rows}).encode(), 1))
-        self.known, self._heads = {}, OrderedDict()
+                self.place.write_bytes(zlib.compress(json.dumps(rows).encode(), 1))
+        self.known, self._heads, self.folders = {}, OrderedDict(), {}
+        del self.listing, self.prefix  # a listing of millions takes memory; who asks again is told of now
 
 
 class ObjectPath(PosixPath):
