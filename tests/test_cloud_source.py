@@ -24,11 +24,13 @@ from photon_cli.data import app
 from photon_data import bucket
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_data.prepare_file import Job
 from photon_data.private import private_folder
 from photon_data.readers.find import find_scans
 from photon_data.readers.object_path import source_path
 from photon_data.recipe import Recipe
 from photon_data.records import read_records
+from photon_pipelines import child
 from photon_pipelines.cluster import Needs, Workers, lacking_here
 from photon_pipelines.collection import status
 from photon_pipelines.inspect import inspect
@@ -379,6 +381,15 @@ def test_a_scratch_disk_that_is_too_small_fails_the_scan_with_a_sentence(few, tm
 def test_a_child_that_is_killed_leaves_no_copy(few, tmp_path):
     result = go(url_of(few), tmp_path / "out", timeout_s=0.01, include=["one.nii.gz"])
     assert [row.code for row in result.records] == ["timeout"]  # the fixture looks for copies
+
+
+def test_a_run_that_ends_stops_what_is_fetched_for_it(few, monkeypatch):
+    monkeypatch.setattr(bucket, "PIECE_BYTES", 5000)
+    (one,) = find_scans(source_path(url_of(few / "one.nii.gz"))).sources
+    Shop.before_read = lambda name: child.end_children("a run")
+    job = Job(one, str(few / "out"), SMALL).to_json()
+    assert child.run_isolated(job, 60, 0, "a run", module="nothing") == {"unable": "the run has ended"}
+    assert len(Shop.ranges) == 1 < one.bytes / 5000
 
 
 def test_what_a_killed_process_left_goes_and_what_another_uses_stays(scratch):
