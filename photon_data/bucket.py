@@ -112,30 +112,23 @@ class Bucket:
         return Listing(url, safe, len(named) - len(safe))
 
     def entry(self, name: str) -> Entry:
-        """Return what the store says of an object now; FileNotFoundError where there is none."""
+        """Return what the store says of an object now; OSError as `read`, FileNotFoundError where there is none."""
 
         def ask() -> Entry:
             self.fs.invalidate_cache(self.at(name))
             return _entry(self.fs.info(self.at(name)))
 
-        return _again(ask)
+        return _told(ask)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Return a range of an object; OSError with an errno where the store does not give it."""
+        """Return a range of an object; OSError in our words where the store does not give it."""
 
         def ask() -> bytes:
             if len(data := self.fs.cat_file(self.at(name), start=start, end=stop)) != stop - start:
                 raise OSError(errno.EIO, "another length than the store said")
             return data
 
-        try:
-            return _again(ask)
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        except PermissionError:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        except Exception as error:
-            raise OSError(errno.EIO, f"the store did not give it ({_name_of(error)})") from None
+        return _told(ask)
 
     def heads(self, names: Sequence[str], stops: Sequence[int]) -> dict[str, bytes]:
         """Return the first bytes of objects, many at a time; those that cannot be had now are not in it."""
@@ -174,6 +167,20 @@ def _is_path(name: str) -> bool:
     """Tell whether the name of an object can be a path on a disk that stays where it belongs."""
     parts = [(part, len(part.encode("utf-8", "replace"))) for part in name.split("/")]
     return "\0" not in name and all(part not in ("", ".", "..") and size <= MAX_NAME_BYTES for part, size in parts)
+
+
+def _told(ask: Callable[[], Any]) -> Any:
+    """Return what a request gives; OSError with an errno and our words, whatever the store's library raises."""
+    try:
+        return _again(ask)
+    except UsageError:
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+    except PermissionError:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+    except Exception as error:
+        raise OSError(errno.EIO, f"the store did not give it ({_name_of(error)})") from None
 
 
 def _again(ask: Callable[[], Any]) -> Any:

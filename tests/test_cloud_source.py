@@ -312,6 +312,19 @@ def test_what_the_store_denies_is_not_asked_for_again(few):
     assert asked == ["one.nii.gz"]
 
 
+def test_what_a_store_says_of_its_errors_is_not_repeated(few, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "https://key:secret@host/one.nii.gz?signature=secret")
+
+    (one,) = find_scans(source_path(url_of(few / "one.nii.gz"))).sources
+    for name, refusal in (("info", bucket.NotFetched), ("find", UsageError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Shop, name, fail)
+            with pytest.raises(refusal, match="OSError") as refused, bucket.source_at_hand(one):
+                find_scans(source_path(url_of(few)))
+        assert "secret" not in str(refused.value)
+
+
 def again(path):
     """Write a file again: the store has another version of it, of the same size."""
     os.utime(path, (1, path.stat().st_mtime + 60))
