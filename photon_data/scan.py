@@ -26,13 +26,14 @@ class Source:
 
     id: str  # names the volume everywhere
     path: str  # relative to the source folder, with "/", for people and tables
-    files: tuple[Path, ...]  # absolute: one NIfTI, a header and its data file, or the slices of a DICOM series by name
+    # One NIfTI, a header and its data file, or the slices of a DICOM series by name; absolute, or relative to a URL.
+    files: tuple[Path, ...]
     format: str
     bytes: int
     mtime_ns: int  # of several files: a number that changes with the name, size or time of any of them
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
     code: str = "unreadable"  # of the refusal then
-    root: str = ""  # the folder that `path` starts from
+    root: str = ""  # the folder, or the URL, that `path` starts from
     patient: str = ""  # a hash that tells patients apart, where headers say; of a hidden source, a keyed one
     hidden: bool = False  # its names may be a patient's: only the private file has them
     headers: str = ""  # the folder where the search kept the headers of a DICOM series, see readers/dicom_cache.py
