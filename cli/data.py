@@ -235,7 +235,7 @@ def verify(
 
 @app.command()
 def show(
-    volume: Annotated[str, Argument(help="A store (folder or URL), or a raw scan; FOLDER#KEY for a series.")],
+    volume: Annotated[str, Argument(help="A store or a raw scan, each a path or a URL; FOLDER#KEY for a series.")],
     series: terminal.SeriesName = None,
     grid: Annotated[str | None, Option(help="Of a store: volume, model or full (the whole field).")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="PNG; beside you, named after the volume.")] = None,
@@ -245,23 +245,25 @@ def show(
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
     with errors_as_exit_codes():
-        from photon_data.files import write_whole
+        from photon_data.bucket import is_url, source_at_hand
+        from photon_data.files import Location, write_whole
         from photon_data.picture import three_planes
         from photon_data.private import names_left_out
         from photon_data.readers import open_scan
         from photon_data.readers.find import find_one_scan
+        from photon_data.readers.object_path import source_path
         from photon_data.records import SUFFIX
-        from photon_data.store import is_store, open_volume
+        from photon_data.store import ROOT, is_store, open_volume
 
-        if is_store(volume):
+        if is_store(volume) and (not is_url(volume) or Location(volume).exists(ROOT)):
             name = volume.rstrip("/").rpartition("/")[2].removesuffix(SUFFIX)
             content = open_volume(volume, grid)  # type: ignore[arg-type]
         elif grid:
             fail(f"--grid: expected a store, found {volume}; a raw scan has its own grid only")
         else:
-            source = find_one_scan(Path(volume), series)
-            with names_left_out(source):
-                name, content = source.id, open_scan(source).volume()
+            source = find_one_scan(source_path(volume), series)
+            with names_left_out(source), source_at_hand(source) as at_hand:
+                name, content = source.id, open_scan(at_hand).volume()
         point = terminal.numbers(at, 3, "--at") if at else None
         picture = three_planes(content, window_hu=terminal.window_of(window), size_px=size, at_lps=point, title=name)
         path = output or Path(f"{name}.png")

@@ -24,6 +24,7 @@ from photon_data.questions.override_table import COLUMNS as OVERRIDES
 from photon_data.questions.override_table import proposed_rows, proposed_table
 from photon_data.questions.splits import leaks_of, refuse_leaks
 from photon_data.readers.find import left_alone
+from photon_data.readers.object_path import place_name
 from photon_data.records import READY, VolumeRecord
 from photon_data.remarks import all_remarks, duplicates
 from photon_data.store import WRITTEN
@@ -88,7 +89,7 @@ def print_estimate(request: Request, workers: Workers) -> None:
         costs.append(("masks", f"of {there} of {len(found)} scans, {megabytes:,.0f} MB"))
         without = [id for id, one in found.items() if one.source.problem]
         costs += [("scans without masks", f"{len(without)}: {first_few(without)}")] if without else []
-    source = "SOURCE" if any(job.source.hidden for job in gathered.jobs) else request.source
+    source = "SOURCE" if any(job.source.hidden for job in gathered.jobs) else place_name(request.source)
     title = f"photon-data prepare {source} {request.out.url} (dry run)"
     print_table(title, ["", ""], [*costs, ("files left alone", left_alone(gathered.ignored))])
 
@@ -120,7 +121,7 @@ def print_findings(
 ) -> bool:
     """Print a row per scan, write them to `json_file` if given, and return whether all could be prepared."""
     names = ["id", "format", "voxels z y x", "mm z y x", "axes", "HU", "findings"]
-    place = "" if any(record.hidden for record in records) else f" in {source}"
+    place = "" if any(record.hidden for record in records) else f" in {place_name(source)}"
     print_table(f"{len(records)} scans{place}", names, map(_findings, records))
     same = (", ".join(record.name for record in group) for group in duplicates(records))
     print_lines(f"the same content: {sources}" for sources in same)

@@ -218,7 +218,8 @@ SourceAndOut = Annotated[
     list[str] | None,
     Argument(
         metavar="[SOURCE] [OUT]",
-        help="Folder of scans, or one scan; then a folder or URL (s3://...) to write to. With --manifest: [OUT] alone.",
+        help="Folder of scans, or one scan; then a folder to write to. Each may be a URL (s3://...). "
+        "With --manifest: [OUT] alone.",
     ),
 ]
 Manifest = Annotated[Path | None, Option(help="A data_manifest.yaml that declares data sets, instead of SOURCE.")]
@@ -361,6 +362,11 @@ def source_and_out(paths: Sequence[str] | None, manifest: Path | None, usage: st
         found = " ".join(["--manifest", *given] if manifest else given) or "neither"
         raise UsageError(f"expected {usage}, or --manifest data_manifest.yaml [OUT], found {found}")
     source, out = (*given, "")[:2]
-    if not manifest and not Path(source).exists():
+    if manifest:
+        return Path(source), out
+    from photon_data.readers.object_path import ObjectPath, source_path
+
+    path = source_path(source)
+    if not isinstance(path, ObjectPath) and not path.exists():
         raise UsageError(f"expected a folder or a file, but {source} does not exist")
-    return Path(source), out
+    return path, out

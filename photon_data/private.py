@@ -157,7 +157,8 @@ def without_names(text: str, files: Iterable[Path]) -> str:
     """
     files = list(files)  # of 10,000 slices few are named; a number is nobody's name
     names = {file.name for file in files if file.name in text and re.search("[^\\W\\d_]", file.name)}
-    folders = {part for folder in {file.parent for file in files} for part in folder.parts[1:] if part in text}
+    parents = {file.parent for file in files}
+    folders = {part for folder in parents for part in folder.parts[len(folder.anchor) :] if part in text}
     for name in sorted(folders | names, key=len, reverse=True):
         word = rf"(?<![\w.]){re.escape(name)}(?!\w)"
         text = re.sub(word if name in names else rf"{word}(?=/)", "(name)", text)

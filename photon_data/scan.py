@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,16 +26,25 @@ class Source:
 
     id: str  # names the volume everywhere
     path: str  # relative to the source folder, with "/", for people and tables
-    files: tuple[Path, ...]  # absolute: one NIfTI, a header and its data file, or the slices of a DICOM series by name
+    # One NIfTI, a header and its data file, or the slices of a DICOM series by name; absolute, or relative to a URL.
+    files: tuple[Path, ...]
     format: str
     bytes: int
     mtime_ns: int  # of several files: a number that changes with the name, size or time of any of them
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
     code: str = "unreadable"  # of the refusal then
-    root: str = ""  # the folder that `path` starts from
+    root: str = ""  # the folder, or the URL, that `path` starts from
     patient: str = ""  # a hash that tells patients apart, where headers say; of a hidden source, a keyed one
     hidden: bool = False  # its names may be a patient's: only the private file has them
     headers: str = ""  # the folder where the search kept the headers of a DICOM series, see readers/dicom_cache.py
+
+
+def change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
+    """Return a number that changes where the (name, size, mtime_ns) of a file does: of one file, its mtime_ns."""
+    if len(facts) == 1:
+        return facts[0][2]
+    digest = hashlib.sha256("".join(f"{fact}\n" for fact in sorted(facts)).encode("utf-8", "surrogateescape"))
+    return int.from_bytes(digest.digest()[:7], "big") if facts else 0
 
 
 class Change(NamedTuple):

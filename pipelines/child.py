@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from photon_data.bucket import NotFetched, files_at_hand
 from photon_data.records import DIED, OUT_FULL, UNABLE, NoSpace
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
@@ -58,7 +59,7 @@ class ChildError(RuntimeError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.message = code, message
 
 
 class Child:
@@ -158,15 +159,18 @@ def run_isolated(
 
     This is what Dask workers run: plain data in, plain data out, {OUT_FULL: ...}, {DIED: ...} or {UNABLE: ...} where
     there is no reply. `holder` is the token of the run that holds the output. The children of a run end with it: see
-    `end_children`.
+    `end_children`. The objects of a URL are fetched here, and are gone afterwards: the child reads local files.
     """
     if run in _ended:
         return {UNABLE: "the run has ended"}
     child = _children.setdefault((run, threading.get_ident()), child_of(module, address_space_bytes))
     try:
-        return child.ask({**job, "holder": holder} if holder else job, timeout_s)
-    except ChildError as error:
-        return {DIED: [error.code, str(error)]}
+        with files_at_hand(job, lambda: run not in _ended) as job:
+            if run in _ended:  # while they were fetched
+                return {UNABLE: "the run has ended"}
+            return child.ask({**job, "holder": holder} if holder else job, timeout_s)
+    except (ChildError, NotFetched) as error:
+        return {DIED: [error.code, error.message]}
     except Exception as error:  # no process can be started, say
         return {UNABLE: f"{type(error).__name__}: {error}"}
 

@@ -23,10 +23,12 @@ from distributed import Client, Future, KilledWorker, LocalCluster, get_worker
 from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
+from photon_data.bucket import Bucket, is_url
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.lock import Hold, is_held_by
 from photon_data.records import DIED, FAILED, OUT_FULL, UNABLE, NoSpace, SomeWork, VolumeRecord, Work, record_of
+from photon_data.scan import Source
 from photon_pipelines.child import end_children, run_isolated
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.
@@ -94,7 +96,7 @@ class Workers:
 class Needs(NamedTuple):
     """What every worker of a cluster must have: this version, SOURCE and OUT."""
 
-    # Local paths that it must see, their sizes, and what they may be called in a sentence.
+    # Paths or URLs that it must see, their sizes, and what they may be called in a sentence.
     files: tuple[tuple[str, int, str], ...] = ()
     out: str = ""  # the folder or URL that the run holds ...
     holder: str = ""  # ... and the token that is in its lock: a folder of the same name is not enough
@@ -127,9 +129,24 @@ def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -
 def _needs_of_jobs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
     """Return what workers must see: a file below each source folder, and OUT."""
     sources = {job.source.root: job.source for job in jobs if job.source.files}
-    files = [(one.files[0], "a file of SOURCE" if one.hidden else str(one.files[0])) for one in sources.values()]
-    there = tuple((str(file), file.stat().st_size, name) for file, name in files if file.is_file())
+    there = tuple(need for one in sources.values() if (need := _needed_file(one)))
     return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
+
+
+def _needed_file(source: Source) -> tuple[str, int, str] | None:
+    """Return the path or the URL of a file of a source, its size, and its name in a sentence; None if it is gone."""
+    place = f"{source.root}/{source.files[0]}" if is_url(source.root) else str(source.files[0])
+    try:
+        return place, _size_of(place), "a file of SOURCE" if source.hidden else place
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_url(place)):
+            raise
+        return None
+
+
+def _size_of(place: str) -> int:
+    folder, _, name = place.rpartition("/")
+    return Bucket(folder).entry(name).size if is_url(place) else Path(place).stat().st_size
 
 
 def execute(
@@ -185,8 +202,13 @@ def lacking_here(needs: Needs) -> str:
     """Return what this host lacks of what a run needs, as a sentence; "" where it has all."""
     for path, size, name in needs.files:
         try:
-            found = Path(path).stat().st_size
-        except OSError as error:
+            found = _size_of(path)
+        except Exception as error:
+            if is_url(path):  # its error may quote what it should not
+                remedy = "it needs the extra cloud, and credentials for that store"
+                return f"{socket.gethostname()} cannot read {name} ({type(error).__name__}); {remedy}"
+            if not isinstance(error, OSError):
+                raise
             return f"{socket.gethostname()} cannot see {name} ({error.strerror}); mount it there, by the same path"
         if found != size:
             return f"{socket.gethostname()} sees another file as {name} ({found:,} bytes instead of {size:,})"

@@ -7,9 +7,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from photon_data.bucket import is_url
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, is_safe
+from photon_data.private import HEADERS, private_folder
 from photon_data.readers.find import find_scans
+from photon_data.readers.object_path import source_path
 from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_names
 from photon_data.scan import Source
 from photon_pipelines.masks import id_at, read_rows
@@ -30,19 +33,22 @@ class SourceStatus(NamedTuple):
 
 def status(out: Location) -> list[SourceStatus]:
     """Return the state of each source folder of a prepared one. UsageError where nothing was prepared."""
-    records, masks = records_of(out), read_rows(out)
+    records, masks, private = records_of(out), read_rows(out), private_folder(out)
+    headers = str(private / HEADERS) if private.exists() else ""
     return [
-        _status(root, [r for r in records if r.root == root], [row.source for row in masks if row.root == root])
+        _status(
+            root, [r for r in records if r.root == root], [row.source for row in masks if row.root == root], headers
+        )
         for root in sorted({r.root or "" for r in records})
     ]
 
 
-def _status(root: str, records: Sequence[VolumeRecord], masks: Sequence[str]) -> SourceStatus:
+def _status(root: str, records: Sequence[VolumeRecord], masks: Sequence[str], headers: str) -> SourceStatus:
     codes: dict[str, int] = {}
     for record in records:
         if not record.is_there:
             codes[str(record.code)] = codes.get(str(record.code), 0) + 1
-    there, sources = len(records) - sum(codes.values()), _sources(root)
+    there, sources = len(records) - sum(codes.values()), _sources(root, headers)
     if sources is None:
         return SourceStatus(root, there, codes, 0, 0, 0, None)
     found = [(record, sources[record.source]) for record in records if record.source in sources]
@@ -72,11 +78,18 @@ def _is_below(path: str, folder: str) -> bool:
     return folder in ("", ".") or path == folder or path.startswith((f"{folder}/", f"{folder}#"))
 
 
-def _sources(root: str) -> dict[str, Source] | None:
-    """Return the scans of a source folder by their paths; None where it is not there now, or empty: not mounted."""
-    if not root or not Path(root).is_dir():
+def _sources(root: str, headers: str) -> dict[str, Source] | None:
+    """Return the scans of a source folder by their paths; None where it is not there now, or empty: not mounted.
+
+    Of a URL, what the folder `headers` keeps is not read again, see `find_scans`.
+    """
+    if not root or not (is_url(root) or Path(root).is_dir()):
         return None
-    return {source.path: source for source in find_scans(Path(root)).sources} or None
+    try:
+        found = find_scans(source_path(root), headers=headers if is_url(root) else "")
+    except UsageError:
+        return None
+    return {source.path: source for source in found.sources} or None
 
 
 def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:

@@ -6,9 +6,11 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from photon_data.bucket import is_url, source_at_hand
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint
 from photon_data.private import KEYED, private_folder, read_key
+from photon_data.readers.object_path import is_there, place_name
 from photon_data.records import MANY, PRUNED, REFUSED, SomeWork, VolumeRecord, places_of, record_of
 from photon_data.scan import Source
 from photon_data.store import read_metadata
@@ -18,8 +20,9 @@ def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str, records: Se
     """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
     source = source.absolute()
     refuse_lost_names(out, records)
-    root, found = str(source if source.is_dir() else source.parent), {}
-    unclear = {place for place in {record.root for record in records} if place is None or not Path(place).exists()}
+    root, found = place_name(source if source.is_dir() else source.parent), {}
+    roots = {record.root for record in records}  # a URL did not move because a store does not answer
+    unclear = {place for place in roots if place is None or not (is_url(place) or Path(place).exists())}
     for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
         if record.root == root or (record.root in unclear and record.id.startswith(id_prefix)):
             found[record.source] = record.id
@@ -101,18 +104,24 @@ def _is_same_scan(source: Source, owner: VolumeRecord, overwrite: bool) -> bool:
     if _is_at(owner, source):
         return True
     if owner.root == source.root:
-        return not Path(owner.root, owner.source.partition("#")[0]).exists()
+        return not is_there(owner.root, owner.source.partition("#")[0])
     if owner.source != source.path or owner.bytes_in != source.bytes:
         return False
     if not owner.is_there:  # nothing is lost: it is read again
         return True
-    return owner.mtime_ns == source.mtime_ns or owner.fingerprint == fingerprint(source.files)
+    return owner.mtime_ns == source.mtime_ns or owner.fingerprint == _fingerprint(source)
 
 
 def _is_stray_of_another(source: Source, strays: Collection[str], out: Location) -> bool:
     """Tell whether there is a store of this id that no row knows, made from another content."""
     found = [read_metadata(out, place) for place in places_of(source.id) if place in strays]
-    return any(metadata and metadata["fingerprint"] != fingerprint(source.files) for metadata in found)
+    return any(metadata and metadata["fingerprint"] != _fingerprint(source) for metadata in found)
+
+
+def _fingerprint(source: Source) -> str:
+    """Return the fingerprint of a source's content; objects are fetched for it."""
+    with source_at_hand(source) as at_hand:
+        return fingerprint(at_hand.files)
 
 
 def without_withdrawn(
@@ -134,7 +143,7 @@ def _withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> di
     for source in sources:
         known = places.get((source.root, source.path))
         if known is None and contents and source.bytes in sizes:
-            known = contents.get(fingerprint(source.files))
+            known = contents.get(_fingerprint(source))
         if known is not None:
             found[source.id] = known
     return found

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from photon_data.bucket import is_url
 from photon_data.datasets.base import ID_FROM, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.errors import UsageError, first_few, nearest_name
@@ -23,6 +24,7 @@ from photon_data.questions.question_table import read_questions
 from photon_data.questions.splits import Count, assign_splits, leaks_of, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
+from photon_data.readers.object_path import place_name
 from photon_data.records import (
     FAILED,
     INSPECTED,
@@ -133,8 +135,12 @@ def gather(request: Request, callback: Callback | None = None, *, keeps_headers:
     """
     callback = callback or Callback()
     for root in [root for entry in request.datasets for root in entry.roots] or [request.source]:
-        if request.out.is_local and root.resolve() == request.out.path.resolve():
-            raise UsageError(f"expected an output folder of its own, found the source {root} itself")
+        out = request.out
+        if root.resolve() == out.path.resolve() if out.is_local else place_name(root) == out.url.rstrip("/"):
+            raise UsageError(f"expected an output folder of its own, found the source {place_name(root)} itself")
+    if request.masks and is_url(place_name(request.source)):
+        found = f"{place_name(request.source)}: masks are not read from an object store"
+        raise UsageError(f"--masks: expected a local folder as SOURCE, found {found}; mount it, or copy it to a disk")
     if request.check not in ("time", "content"):
         raise UsageError(f"--check: expected time or content, found {request.check!r}")
     paths_of(request)  # a misuse is told before the search
@@ -204,7 +210,7 @@ def _find_in_folder(
         sources, masks = scans_alone(sources, request.masks)
         ignored = ignored | ({MASKS: masks} if masks else {})
     if not sources:
-        found = f"{left_alone(ignored)} in {request.source}"
+        found = f"{left_alone(ignored)} in {place_name(request.source)}"
         raise UsageError(f"expected scans (NIfTI, NRRD, MetaImage, DICOM), found {found}; is this the right folder?")
     formats = {source.format for source in sources}
     hidden = formats if request.id_from == "key" else HIDDEN if request.id_from == "auto" and "dicom" in formats else ()

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from photon_data.dataset_lock import differences, lock_lines, lock_of, salt_of
@@ -36,6 +35,7 @@ from photon_data.questions.kept import (
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import UNKNOWN, Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
+from photon_data.readers.object_path import place_name, source_path
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
@@ -195,7 +195,7 @@ def _request_of(out: Location) -> Request:
     """Return what is known of a prepared folder as a request; UsageError where dataset.json is gone or damaged."""
     try:
         dataset = from_json(out.read(DATASET) or b"")
-        return Request(Path(dataset["source"] or ""), out, Recipe.from_json(dataset["recipe"]), allow_leaks=True)
+        return Request(source_path(dataset["source"] or ""), out, Recipe.from_json(dataset["recipe"]), allow_leaks=True)
     except (ValueError, KeyError, TypeError, AttributeError):
         expected = f"a {DATASET} with the recipe of {out.url}"
         raise UsageError(f"expected {expected}, found none that can be read; run prepare again") from None
@@ -226,7 +226,7 @@ def _write_dataset(
         files = {name: request.out.sha256(name) for name in (REPORT, COUNTS, LOCK)}
     dataset = {
         "format": 1,
-        "source": None if hidden or not request.source.name else str(request.source),
+        "source": None if hidden or not request.source.name else place_name(request.source),
         "recipe": request.recipe.to_json(),
         "digest": request.recipe.digest,
         "paths": paths_of(request),

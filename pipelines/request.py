@@ -31,7 +31,7 @@ class Request:
     Every data set has its own recipe name, policy, questions and splits; the fields from `hu_source` are a folder's.
     """
 
-    source: Path  # a folder of scans, one scan, or the data_manifest.yaml
+    source: Path  # a folder of scans (of a URL too, see `source_path`), one scan, or the data_manifest.yaml
     out: Location
     recipe: Recipe
     policy: Policy = field(default_factory=Policy)  # for data sets, only its max_voxels counts

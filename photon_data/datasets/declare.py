@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
+from photon_data.bucket import is_url
 from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
 from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.label_table import read_label_names
@@ -194,6 +195,8 @@ class _Node(NamedTuple):
 
     def paths(self) -> tuple[Path, ...]:
         """Return `texts` as paths; relative ones start at the folder of the file."""
+        if any(map(is_url, self.texts())):
+            raise self.error("local paths (a URL can be SOURCE of a command, not in a manifest: mount or copy it)")
         try:
             return tuple(self.path.absolute().parent / Path(text).expanduser() for text in self.texts())
         except RuntimeError:

@@ -5,7 +5,6 @@ Each scan gets an id, made from where its files lie: safe in file systems and UR
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -14,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from photon_data.bucket import is_url
 from photon_data.errors import Refused, UsageError, first_few, refusal, unreadable
 from photon_data.files import RESERVED
 from photon_data.readers.dicom_cache import kept_files, read_headers
@@ -26,9 +27,10 @@ from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_
 from photon_data.readers.dicom_plane import PlaneHeader
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
 from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
-from photon_data.readers.label_maps import is_label_map
-from photon_data.readers.tree import File, Identity, Tree, matches
-from photon_data.scan import Source
+from photon_data.readers.label_maps import is_label_map, is_named_as_one
+from photon_data.readers.object_path import OBJECTS, ObjectPath, judged, place_name, read_heads
+from photon_data.readers.tree import File, Identity, Tree, facts_of, matches, require_readable
+from photon_data.scan import Source, change_mark
 
 # Suffix -> what finds the file with the voxels, where that can be another one.
 DATA_FILES = {".hdr": nifti_data_file, ".hdr.gz": nifti_data_file, ".nrrd": nrrd_data_file, ".nhdr": nrrd_data_file}
@@ -100,6 +102,9 @@ def find_scans(
         raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
     tree = Tree(root.absolute(), follow_links=follow_links)
     search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)
+    objects = root.objects if isinstance(root, ObjectPath) else None
+    if objects and headers:
+        objects.remember(Path(headers).with_name(OBJECTS))
     try:
         for folder in tree.folders():
             for _ in folder:
@@ -109,6 +114,8 @@ def find_scans(
         search.add_series()
     finally:  # also where somebody stops it
         search.threads.shutdown(cancel_futures=True)
+        if objects:
+            objects.keep()
     pairs = sorted(search.sources, key=lambda pair: pair[0].path)
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
@@ -150,13 +157,8 @@ class _Search:
     def __init__(
         self, tree: Tree, include: Sequence[str], exclude: Sequence[str], label_maps: bool, headers: str
     ) -> None:
-        self.tree, self.include, self.exclude, self.label_maps, self.headers = (
-            tree,
-            include,
-            exclude,
-            label_maps,
-            headers,
-        )
+        self.tree, self.include, self.exclude = tree, include, exclude
+        self.label_maps, self.headers = label_maps, headers
         self.threads = ThreadPoolExecutor(THREADS, "headers")
         self.grouping: deque[tuple[list[Path], Future[Grouped]]] = deque()
         self.root = tree.start if tree.start.is_dir() else tree.start.parent
@@ -199,6 +201,7 @@ class _Search:
         """Return the files that are DICOM, as it seems: threads look into those that their names do not tell."""
         kept = kept_files(files, self.headers)
         others = [path for path in files if path not in kept and not self._left_out(path)]
+        read_heads(others)
         return kept | {
             path for path, is_one in zip(others, self.threads.map(may_be_dicom, others), strict=True) if is_one
         }
@@ -256,13 +259,13 @@ class _Search:
         facts = []
         for file in files:
             try:
-                status = file.stat()
-                facts.append((os.path.relpath(file, self.root), status.st_size, status.st_mtime_ns))
-                if not os.access(file, os.R_OK):
-                    raise PermissionError(errno.EACCES, "permission denied")
+                facts.append((os.path.relpath(file, self.root), *facts_of(file)))
+                require_readable(file)
             except OSError as error:
                 why = why or unreadable(file, error)
-        size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), str(self.root)
+        size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), place_name(self.root)
+        if is_url(root):
+            files = [Path(os.path.relpath(file, self.root)) for file in files]
         headers = self.headers if file_format == "dicom" else ""
         source = Source("", path, tuple(files), file_format, size, mark, root=root, patient=patient, headers=headers)
         if why:
@@ -279,12 +282,14 @@ class _Search:
         self.data_files.add(data)
         files, file_format = [path] if data == path else [path, data], SUFFIXES[suffix]
         is_one_file = path == self.tree.start  # somebody points at it
-        if not (self.label_maps or is_one_file or why) and is_label_map(
-            "/".join(parts), files, TEXT_HEADERS.get(file_format)
+        name, text_of = "/".join(parts), TEXT_HEADERS.get(file_format)
+        look = partial(is_label_map, name, text_of=text_of)
+        if not (self.label_maps or is_one_file or why) and (
+            look(files) if text_of or not is_named_as_one(name) else judged(files, look)
         ):
             self.ignored[LABEL_MAP] += 1
             return
-        self._add((*parts[:-1], path.name[: -len(suffix)]), "/".join(parts), files, file_format, why)
+        self._add((*parts[:-1], path.name[: -len(suffix)]), name, files, file_format, why)
 
     def _add_grouped(self) -> None:
         """Keep the series of the folder that was looked at first; add its files that are unreadable or damaged."""
@@ -337,14 +342,6 @@ def group_series(files: Sequence[Path], headers: str = "") -> Grouped:
         else:
             aside[f"(DICOM {content.kind})" if content.kind else NO_IMAGE] += 1
     return Grouped([series_of(planes) for _, planes in sorted(by_series.items())], unread, aside)
-
-
-def change_mark(facts: Sequence[tuple[str, int, int]]) -> int:
-    """Return a number that changes where the (name, size, mtime_ns) of a file does: of one file, its mtime_ns."""
-    if len(facts) == 1:
-        return facts[0][2]
-    digest = hashlib.sha256("".join(f"{fact}\n" for fact in sorted(facts)).encode("utf-8", "surrogateescape"))
-    return int.from_bytes(digest.digest()[:7], "big") if facts else 0
 
 
 class Named(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,17 +40,16 @@ def metaimage_text(path: Path) -> HeaderText:
 
 def _text(path: Path, is_last: Callable[[str], bool]) -> HeaderText:
     """Return the header up to the first line that `is_last`, or the whole of a short file that has no such line."""
-    lines: list[str] = []
+    lines, length = list[str](), 0
     with path.open("rb") as file:
-        head = BytesIO(file.read(MAX_HEADER_BYTES))
-    for line in head:
-        lines.append(line.decode("latin-1").rstrip())  # Latin-1 never fails
-        if is_last(lines[-1]):
-            break
-    else:
-        if head.tell() == MAX_HEADER_BYTES:
-            raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", EXPORT_AGAIN)
-    return HeaderText(lines, head.tell())
+        while line := file.readline(MAX_HEADER_BYTES - length):  # of an object, no more is read than that takes
+            length += len(line)
+            lines.append(line.decode("latin-1").rstrip())  # Latin-1 never fails
+            if is_last(lines[-1]):
+                return HeaderText(lines, length)
+    if length == MAX_HEADER_BYTES:
+        raise refusal("bad-header", path.name, "a header of at most 1 MB", "no end of it", EXPORT_AGAIN)
+    return HeaderText(lines, length)
 
 
 def nifti_data_file(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -10,12 +11,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from photon_data.readers.object_path import ObjectPath
+
 HIDDEN_FOLDERS = ("__MACOSX",)
 # What is in a folder that photon-data prepare or export wrote: no raw data.
 OURS = (("dataset.json", "volumes.jsonl"), ("export.json", "volumes"))
 # What a folder holds beside files, as it is counted.
 LINK, BROKEN, SPECIAL = "(link)", "(link to a file that is not there)", "(special file)"
-WRITTEN = "(prepared or exported folder)"
+WRITTEN, NO_PATH = "(prepared or exported folder)", "(name that is no path)"
 
 Identity = tuple[int, int] | str
 
@@ -38,6 +41,8 @@ class Tree:
     def __init__(self, start: Path, *, follow_links: bool = True) -> None:
         self.start, self.follow_links = start, follow_links
         self.counts: Counter[str] = Counter()  # of what is no file and not followed
+        if isinstance(start, ObjectPath):
+            self.counts[NO_PATH] += start.objects.listing.unsafe
         self.closed: list[tuple[Path, OSError]] = []  # folders that cannot be listed
         self._links: list[Path] = []
         self._entered: set[Identity] = set()
@@ -61,18 +66,20 @@ class Tree:
         def closed(error: OSError) -> None:
             self.closed.append((Path(error.filename), error))
 
-        for here, folders, names in os.walk(folder, onerror=closed):
-            identity = _identity(Path(here))
+        walk = folder.walk_there() if isinstance(folder, ObjectPath) else os.walk(folder, onerror=closed)
+        for place, folders, names in walk:
+            here = Path(place) if isinstance(place, str) else place
+            identity = _identity(here)
             if by_link and identity in self._entered:
                 folders.clear()
                 continue
             if identity is not None:
                 self._entered.add(identity)
-            links = [name for name in folders if Path(here, name).is_symlink()]
-            ours = [name for name in folders if _is_ours(Path(here, name))]
+            links = [name for name in folders if (here / name).is_symlink()]
+            ours = [name for name in folders if _is_ours(here / name)]
             self.counts[WRITTEN] += len(ours)
             folders[:] = sorted(n for n in folders if n not in links and n not in ours and not is_hidden(n))
-            visible = [Path(here, name) for name in sorted(names + links) if not is_hidden(name)]
+            visible = [here / name for name in sorted(names + links) if not is_hidden(name)]
             yield [file for path in visible if (file := self._file(path, by_link=by_link))]
 
     def _file(self, path: Path, *, by_link: bool) -> File | None:
@@ -114,7 +121,10 @@ class Tree:
 
 
 def _is_ours(folder: Path) -> bool:
-    return any(all(os.path.exists(folder / name) for name in names) for names in OURS)  # noqa: PTH110 - never raises
+    def exists(path: Path) -> bool:
+        return path.exists() if isinstance(path, ObjectPath) else os.path.exists(path)  # noqa: PTH110 - never raises
+
+    return any(all(exists(folder / name) for name in names) for names in OURS)
 
 
 def matches(parts: tuple[str, ...], glob: str) -> bool:
@@ -139,5 +149,19 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _identity_of(path: Path, facts: os.stat_result) -> Identity:
+    if isinstance(path, ObjectPath):
+        return str(path)
     # Some network file systems have no inodes.
     return (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(path)
+
+
+def facts_of(file: Path) -> tuple[int, int]:
+    """Return the size and the time (of an object, its mark) of a file; OSError."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def require_readable(file: Path) -> None:
+    """PermissionError for a local file that we may not read."""
+    if not isinstance(file, ObjectPath) and not os.access(file, os.R_OK):
+        raise PermissionError(errno.EACCES, "permission denied")

@@ -1,0 +1,324 @@
+"""A path below a URL, by which the search of find.py looks at objects as it looks at local files.
+
+Names, sizes and versions come from one listing, bytes by ranges: the first kilobytes of an object once, more where a
+reader asks for more. So a bucket and a folder with the same names give the same scans, ids and refusals.
+
+What was read of files that are no DICOM is kept in the private folder beside OUT: a run with nothing to do reads
+nothing. (Headers of DICOM are kept as local ones are, see dicom_cache.py.)
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import stat
+import tempfile
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
+from typing import Any, BinaryIO, ClassVar
+
+from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched, is_url
+from photon_data.scan import change_mark
+
+OBJECTS = "objects"  # the folder of what is kept, in the private one
+# Of an object: what is read first, as much as a header takes (dicom_file.py), and what is read at least after that.
+FIRST_BYTES, MORE_BYTES = 1 << 14, 1 << 20
+# Heads in memory: 256 MB. Between a look at a file and its header lie some folders of a series each.
+MOST_HEADS = 1 << 14
+# Text headers and the beginnings of other files are kept if no more of them was asked for.
+BUFFER_BYTES, KEPT_BYTES = 1 << 10, 1 << 12
+
+
+def source_path(text: str | Path) -> Path:
+    """Return SOURCE as a path that can be searched: of a URL too. UsageError for a URL that holds more than a place."""
+    text = str(text)
+    if not is_url(text) or text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    url = checked_url(text)
+    kind = type("ObjectPath", (ObjectPath,), {"objects": Objects(url), "__slots__": ()})
+    path: Path = kind(url)
+    return path
+
+
+def place_name(path: Path) -> str:
+    """Return the URL of an object or a folder of objects, the path of a local one."""
+    return path.url if isinstance(path, ObjectPath) else str(path)
+
+
+def is_there(root: str, path: str) -> bool:
+    """Tell whether there is a file or a folder of that name in a source folder, or under a URL."""
+    if not is_url(root):
+        return Path(root, path).exists()
+    bucket = Bucket(root)
+    bucket.fs.invalidate_cache()
+    return bool(bucket.fs.exists(bucket.at(path)))
+
+
+class Objects:
+    """What lies below a URL, and what was read of it so far."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.bucket = url, Bucket(url)  # of the listing, once there is one
+        self.folders: dict[str, tuple[set[str], list[str]]] = {}
+        self.known: dict[str, tuple[Entry, bytes | bool]] = {}
+        self.place: Path | None = None  # where what is known is kept
+        self._heads: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The listing, made when it is first needed; with it, the folders that the names say there are."""
+        found = Bucket(self.url).listing()
+        self.bucket, self.folders = Bucket(found.url), {"": (set(), [])}
+        for name in found.entries:
+            folder, _, file = name.rpartition("/")
+            self._folder(folder)[1].append(file)
+        return found
+
+    @cached_property
+    def prefix(self) -> str:
+        """What every path below the URL begins with, as a path says it."""
+        return str(PosixPath(self.listing.url))
+
+    def _folder(self, name: str) -> tuple[set[str], list[str]]:
+        if name not in self.folders:
+            self.folders[name] = (set(), [])
+            parent, _, own = name.rpartition("/")
+            self._folder(parent)[0].add(own)
+        return self.folders[name]
+
+    def read_heads(self, names: Iterable[str]) -> None:
+        """Read the first bytes of many objects at once, for those that open them next."""
+        entries = self.listing.entries
+        names = [one for one in names if one not in self._heads and self._kept(one) is None and entries[one].size]
+        for start in range(0, len(names), MOST_HEADS // 16):
+            part = names[start : start + MOST_HEADS // 16]
+            stops = [min(FIRST_BYTES, entries[name].size) for name in part]
+            for name, head in self.bucket.heads(part, stops).items():
+                self._keep_head(name, head)
+
+    def head(self, name: str) -> bytes:
+        """Return the first bytes of an object: FIRST_BYTES, fewer of a shorter one, or those that are kept."""
+        with self._lock:
+            if head := self._heads.get(name):
+                return head
+        if isinstance(kept := self._kept(name), bytes):
+            return kept
+        head = self.bucket.read(name, 0, min(FIRST_BYTES, self.listing.entries[name].size))
+        self._keep_head(name, head)
+        return head
+
+    def _keep_head(self, name: str, head: bytes) -> None:
+        with self._lock:
+            self._heads[name] = head
+            while len(self._heads) > MOST_HEADS:
+                self._heads.popitem(last=False)
+
+    def was_read(self, name: str, stop: int) -> None:
+        """Keep the first bytes of an object that was read to there, unless that is more than a text header takes."""
+        with self._lock:
+            known, head = self.known.get(name), self._heads.get(name)
+            if stop > KEPT_BYTES:  # a header of DICOM, which is kept elsewhere once it is parsed
+                self.known.pop(name, None)
+                self._heads.pop(name, None)
+            elif head is not None and not (known and isinstance(known[1], bytes) and len(known[1]) >= stop):
+                self.known[name] = (self.listing.entries[name], head[:stop])
+
+    def judged(self, names: Sequence[str], look: Callable[[Sequence[Path]], bool]) -> bool:
+        """Return what `look` says of local copies of objects; what it said is kept."""
+        if isinstance(kept := self._kept(names[-1]), bool):
+            return kept
+        entries = [self.listing.entries[name] for name in names]
+        facts = [(name, *entry) for name, entry in zip(names, entries, strict=True)]
+        listed = sum(entry.size for entry in entries), change_mark(facts)
+        with fetched(self.listing.url, names, listed) as files:
+            said = look(files)
+        self.known[names[-1]] = (entries[-1], said)
+        return said
+
+    def _kept(self, name: str) -> bytes | bool | None:
+        entry, said = self.known.get(name, (None, None))
+        return said if entry is not None and entry == self.listing.entries.get(name) else None
+
+    def remember(self, folder: Path) -> None:
+        """Read what earlier runs kept in a folder, and keep what this one reads there; see `keep`."""
+        self.place = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        with suppress(OSError, ValueError, TypeError, AttributeError, zlib.error):
+            for name, (size, mark, said) in json.loads(zlib.decompress(self.place.read_bytes())).items():
+                self.known[name] = (Entry(size, mark), said if isinstance(said, bool) else base64.b64decode(said))
+
+    def keep(self) -> None:
+        """Write what was read and is still there, for its owner only; let go of all. A full disk keeps nothing."""
+        rows = {
+            name: [*entry, said if isinstance(said, bool) else base64.b64encode(said).decode("ascii")]
+            for name, (entry, said) in self.known.items()
+            if self.listing.entries.get(name) == entry
+        }
+        if self.place and rows:
+            with suppress(OSError):
+                for private in (self.place.parent.parent, self.place.parent):
+                    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.place.touch(mode=0o600)
+                self.place.write_bytes(zlib.compress(json.dumps(rows).encode(), 1))
+        self.known, self._heads, self.folders = {}, OrderedDict(), {}
+        del self.listing, self.prefix  # a listing of millions takes memory; who asks again is told of now
+
+
+class ObjectPath(PosixPath):
+    """A path as pathlib has it, whose text is the URL with one "/" behind its scheme. It reads objects, and no disk.
+
+    `source_path` makes a class of its own for every URL: paths that come of paths know their objects by it.
+    """
+
+    __slots__ = ()
+    objects: ClassVar[Objects]
+
+    @property
+    def name_there(self) -> str:
+        """Its name below the URL; "" for the folder of the URL itself."""
+        text = os.path.normpath(self) if ".." in self.parts else str(self)
+        return text[len(self.objects.prefix) + 1 :]
+
+    @property
+    def url(self) -> str:
+        """The URL that it stands for."""
+        if self == PosixPath(self.objects.url):  # nothing needs to be listed for that
+            return self.objects.url
+        return f"{self.objects.listing.url}/{self.name_there}".rstrip("/")
+
+    def _entry(self) -> Entry | None:
+        return self.objects.listing.entries.get(self.name_there)
+
+    def is_file(self, **_: Any) -> bool:
+        """Tell whether there is an object of that name."""
+        return self._entry() is not None
+
+    def is_dir(self, **_: Any) -> bool:
+        """Tell whether there are objects below that name."""
+        return self.objects.listing is not None and self.name_there in self.objects.folders
+
+    def exists(self, **_: Any) -> bool:
+        """Tell whether it is either."""
+        return self.is_file() or self.is_dir()
+
+    def is_symlink(self) -> bool:
+        """Return False: stores have no links."""
+        return False
+
+    def absolute(self) -> ObjectPath:
+        """Return itself."""
+        return self
+
+    def resolve(self, strict: bool = False) -> ObjectPath:
+        """Return it without ".."."""
+        return type(self)(os.path.normpath(self))
+
+    def stat(self, **_: Any) -> Any:
+        """Return what is asked of a file's status; the time is a number that changes with the version."""
+        if entry := self._entry():
+            mark = {"st_mtime_ns": entry.mark, "st_ctime_ns": entry.mark}
+            return SimpleNamespace(st_mode=stat.S_IFREG, st_size=entry.size, st_ino=0, st_dev=0, **mark)
+        if self.is_dir():
+            return SimpleNamespace(st_mode=stat.S_IFDIR, st_size=0, st_ino=0, st_dev=0, st_mtime_ns=0, st_ctime_ns=0)
+        raise FileNotFoundError(2, os.strerror(2), self.name)
+
+    lstat = stat
+
+    def iterdir(self) -> Generator[ObjectPath, None, None]:
+        """Yield what lies directly below it."""
+        folders, files = self.objects.folders[self.name_there]
+        return (self / name for name in sorted([*folders, *files]))
+
+    def walk_there(self) -> Iterator[tuple[ObjectPath, list[str], list[str]]]:
+        """Yield what os.walk does; names that are removed from the second are not entered."""
+        folders, files = self.objects.folders[self.name_there]
+        names = sorted(folders)
+        yield self, names, files
+        for name in names:
+            yield from (self / name).walk_there()
+
+    def open(self, mode: str = "r", buffering: int = -1, *_: Any, **__: Any) -> Any:
+        """Return an open file that reads ranges; for bytes alone."""
+        assert mode == "rb", "objects are read, and as bytes"
+        file = _RangedFile(self.objects, self.name_there, self.stat().st_size)
+        return file if buffering == 0 else io.BufferedReader(file, BUFFER_BYTES)
+
+
+def read_heads(paths: Sequence[Path]) -> None:
+    """Read the first bytes of objects of one listing, which are opened next, at once; nothing for local files."""
+    if paths and isinstance(paths[0], ObjectPath):
+        paths[0].objects.read_heads(path.name_there for path in paths if isinstance(path, ObjectPath))
+
+
+def judged(files: Sequence[Path], look: Callable[[Sequence[Path]], bool]) -> bool:
+    """Return what `look`, which needs local files, says of some: objects are fetched for it, whole, once."""
+    if not isinstance(files[0], ObjectPath):
+        return look(files)
+    with suppress(Exception):  # what cannot be looked at is none of what it looks for: opening it says why
+        return files[0].objects.judged([file.name_there for file in files if isinstance(file, ObjectPath)], look)
+    return False
+
+
+class _RangedFile(io.RawIOBase):
+    """An object as an open file: the last range is in memory."""
+
+    def __init__(self, objects: Objects, name: str, size: int) -> None:
+        self.objects, self.name, self.size = objects, name, size
+        self.at = self.start = self.furthest = 0
+        self.data = b""
+        self._stand_in: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence])
+        return self.at
+
+    def readinto(self, view: Any) -> int:
+        if self.at >= self.size:
+            return 0
+        if not self.start <= self.at < self.start + len(self.data):
+            self._load(len(view))
+        begin = self.at - self.start
+        piece = self.data[begin : begin + len(view)]
+        view[: len(piece)] = piece
+        self.at += len(piece)
+        self.furthest = max(self.furthest, self.at)
+        return len(piece)
+
+    def _load(self, count: int) -> None:
+        if self.at < FIRST_BYTES:
+            self.start, self.data = 0, self.objects.head(self.name)
+        if not self.start <= self.at < self.start + len(self.data):
+            stop = min(self.size, self.at + max(count, MORE_BYTES))
+            self.start, self.data = self.at, self.objects.bucket.read(self.name, self.at, stop)
+
+    def fileno(self) -> int:
+        """Return the number of an empty file of this length: os.fstat of it is how readers ask for the length."""
+        if self._stand_in is None:
+            self._stand_in = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this file
+            self._stand_in.truncate(self.size)
+        return self._stand_in.fileno()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.objects.was_read(self.name, self.furthest)
+            if self._stand_in is not None:
+                self._stand_in.close()
+        super().close()
