@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d
 from photon_data.datasets.base import ID_FROM, UNPACK, DataSet, FoundVolumes, OnFile, Share, SourceVolume
 from photon_data.errors import UsageError, first_few, nearest_name
-from photon_data.questions.manifest import Unmatched, by_name
-from photon_data.questions.question import Question, with_prompt_style
-from photon_data.questions.question_table import read_questions
+from photon_data.questions.manifest import Unmatched
+from photon_data.questions.question import Question, by_name, read_questions, with_prompt_style
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_split_names
 from photon_data.questions.table import TAG
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone

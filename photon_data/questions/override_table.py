@@ -18,7 +18,7 @@ import numpy as np
 from photon_data.errors import UsageError, name_hint
 from photon_data.hounsfield import STORED
 from photon_data.override import LEAST_SIDE, Override
-from photon_data.questions.manifest import Match, by_name
+from photon_data.questions.question import Match, by_name
 from photon_data.questions.table import Problem, Table, as_name, number, read_table, refuse
 from photon_data.readers.stream import SPACING_MM
 from photon_data.recipe import accepted
