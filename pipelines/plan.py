@@ -13,11 +13,10 @@ from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
-from photon_data.override import SKIPPED
+from photon_data.override import SKIPPED, read_overrides, rescaling
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import HEADERS, hide_names, private_folder
 from photon_data.questions.manifest import Manifests, Unmatched, refuse_unsound
-from photon_data.questions.override_table import read_overrides, rescaling
 from photon_data.questions.question import PROMPTS, UNKNOWN, Question, by_name, read_questions, with_prompt_style
 from photon_data.questions.splits import Count, assign_splits, leaks_of, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
