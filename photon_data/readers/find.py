@@ -22,8 +22,8 @@ from typing import NamedTuple
 from photon_data.errors import Refused, UsageError, first_few, refusal, unreadable
 from photon_data.files import RESERVED
 from photon_data.readers.dicom_cache import kept_files, read_headers
+from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
-from photon_data.readers.dicom_plane import PlaneHeader
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
 from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
 from photon_data.readers.label_maps import is_label_map
