@@ -26,8 +26,7 @@ from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
 from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
-from photon_data.readers.label_maps import is_label_map
-from photon_data.readers.tree import File, Identity, Tree, matches
+from photon_data.readers.tree import File, Identity, Tree, is_label_map, matches
 from photon_data.scan import Source
 
 # Suffix -> what finds the file with the voxels, where that can be another one.
