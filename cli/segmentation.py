@@ -18,14 +18,13 @@ from photon_data.errors import UsageError
 from photon_data.export import FORMATS
 from photon_data.files import Location
 from photon_data.lock import exclusive
-from photon_data.mask_store import home_of, open_masks
+from photon_data.mask_store import ROWS, home_of, open_masks, read_rows, write_rows
 from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord, read_records
 from photon_data.scan import MaskFile, Source
 from photon_data.store import is_store, open_volume, read_metadata
-from photon_pipelines.masks import ROWS, read_rows, write_rows
 from photon_train.kept_tokens import MaskFolder
 
 AUTO = "auto"

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, is_safe
+from photon_data.mask_store import id_at, read_rows
+from photon_data.mask_store import orphans as masks_alone
 from photon_data.readers.find import find_scans
 from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_names
 from photon_data.scan import Source
-from photon_pipelines.masks import id_at, read_rows
-from photon_pipelines.masks import orphans as masks_alone
 
 
 class SourceStatus(NamedTuple):
