@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import nibabel as nib
 import numpy as np
-
-from photon_data.readers.header import HeaderText
 
 HIDDEN_FOLDERS = ("__MACOSX",)
 # What is in a folder that photon-data prepare or export wrote: no raw data.
@@ -173,7 +171,14 @@ BYTES = {"char", "signed char", "unsigned char", "uchar", "int8", "uint8", "int8
 INTEGER = re.compile(r"(met_|u|unsigned |signed )*(char|short|int|long)")
 
 
-def is_label_map(path: str, files: Sequence[Path], text_of: Callable[[Path], HeaderText] | None) -> bool:
+class HeaderLines(Protocol):
+    """The text of a header."""
+
+    @property
+    def lines(self) -> list[str]: ...  # noqa: D102
+
+
+def is_label_map(path: str, files: Sequence[Path], text_of: Callable[[Path], HeaderLines] | None) -> bool:
     """Tell whether a file is a label map: its `path` below the source says so, and what it holds is one.
 
     `text_of` reads the header of a file that has a text; without one, it is a NIfTI file.
