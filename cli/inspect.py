@@ -25,7 +25,7 @@ from photon_data.questions.kept import collect
 from photon_data.questions.splits import leaks_of, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.records import READY, VolumeRecord
-from photon_data.remarks import all_remarks, duplicates
+from photon_data.report import all_remarks, duplicates
 from photon_data.store import WRITTEN
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Workers
