@@ -26,8 +26,7 @@ from photon_data.resample import model_grid
 from photon_data.store import open_volume
 from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
 from photon_pipelines.serving.chat import Completion, question_of, read_chat
-from photon_pipelines.serving.figures import Figures
-from photon_pipelines.serving.gate import CLIENT_GONE, ApiError, Gate
+from photon_pipelines.serving.gate import CLIENT_GONE, ApiError, Figures, Gate
 from photon_pipelines.serving.page import Page
 from photon_pipelines.serving.upload import receive
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
