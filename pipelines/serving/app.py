@@ -24,8 +24,7 @@ from photon_data.export import nifti_header
 from photon_data.files import NO_SPACE
 from photon_data.resample import model_grid
 from photon_data.store import open_volume
-from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
-from photon_pipelines.serving.chat import Completion, question_of, read_chat
+from photon_pipelines.serving.chat import Asking, Completion, Event, EventStream, failed, question_of, read_chat, submit
 from photon_pipelines.serving.gate import CLIENT_GONE, ApiError, Figures, Gate
 from photon_pipelines.serving.upload import receive
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
