@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from photon_data.export import nifti_header, write_nifti
 from photon_data.files import jsonl_bytes, write_whole
 from photon_data.phantom.body import Body, Layer, Shape, block, draw_body, draw_lesions
 from photon_data.phantom.plan import (
@@ -31,6 +30,7 @@ from photon_data.phantom.plan import (
     with_one_larger,
 )
 from photon_data.phantom.questions import caption_rows, comparison_rows, question_rows
+from photon_data.readers.nifti import nifti_header, write_nifti
 from photon_data.volume import Geometry
 
 SIZE = 384  # voxels across a slice

@@ -20,8 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from photon_data.errors import Refused, unforeseen
-from photon_data.export import nifti_header
 from photon_data.files import NO_SPACE
+from photon_data.readers.nifti import nifti_header
 from photon_data.resample import model_grid
 from photon_data.store import open_volume
 from photon_pipelines.serving.chat import Asking, Completion, Event, EventStream, failed, question_of, read_chat, submit
