@@ -36,7 +36,7 @@ from photon_data.records import (
 )
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
-from photon_pipelines.owners import (
+from photon_pipelines.collection import (
     deep_ids,
     ids_of_earlier_runs,
     notes_of_old_ids,
