@@ -75,7 +75,7 @@ class Override:
             geometry, planes = self._cropped(geometry, planes)
         if geometry == scan.geometry:
             return scan
-        change = Change(OVERRIDE, in_words(scan.geometry), in_words(geometry))
+        change = Change(OVERRIDE, _in_words(scan.geometry), _in_words(geometry))
         uncropped = whole if self.crop else None
         return replace(scan, geometry=geometry, planes=planes, uncropped=uncropped, changes=(*scan.changes, change))
 
@@ -122,7 +122,7 @@ def _is_cut(crop: list[list[int | None]] | None, axis: int) -> bool:
     return crop is not None and crop[axis] != [None, None]
 
 
-def in_words(geometry: Geometry) -> str:
+def _in_words(geometry: Geometry) -> str:
     """Return "9 x 8 x 7 voxels (z, y, x) of 5 x 0.7 x 0.7 mm towards SPL, the first at L 1.0, P 2.0, S -3.0 mm"."""
     shape, spacing = (" x ".join(f"{n:.5g}" for n in each) for each in (geometry.shape_zyx, geometry.spacing_zyx_mm))
     first = ", ".join(f"{letter} {mm:.1f}" for letter, mm in zip("LPS", geometry.origin_lps, strict=True))

@@ -44,7 +44,7 @@ def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]
     files = entry.annotations
     found = find_cts(entry, on_file)
     splits = _splits(entry, files.get("splits", ()))
-    benchmark = sorted(ids_in(files.get("benchmark", ())))
+    benchmark = sorted(_ids_in(files.get("benchmark", ())))
     left_out = {name: "in DeepTumorVQA's benchmark" for name in benchmark if splits.get(name) != "test"}
     notes = list(found.notes)
     questions = _questions(entry, splits, notes)
@@ -86,7 +86,7 @@ def _splits(entry: DataSet, paths: Sequence[Path]) -> dict[str, str]:
     twice = []
     for path in paths:
         split = path.stem.rpartition("_")[2]
-        twice += [name for name in sorted(ids_in([path])) if splits.setdefault(name, split) != split]
+        twice += [name for name in sorted(_ids_in([path])) if splits.setdefault(name, split) != split]
     if twice:
         found = f"{len(twice)} in several ({first_few(twice)})"
         raise entry.error(f"expected one split per CT, found {found}; give IID or OOD lists only")
@@ -129,7 +129,7 @@ def _cts_below(root: Path, on_file: OnFile) -> Iterator[Source]:
             yield replace(source, id=parts[-2])
 
 
-def ids_in(paths: Iterable[Path]) -> set[str]:
+def _ids_in(paths: Iterable[Path]) -> set[str]:
     """Return every BDMAP id anywhere in some text files; UsageError for a file without any."""
     ids = {path: ID.findall(read_text(path, (path.suffix.lower(),))) for path in paths}
     for path, found in ids.items():

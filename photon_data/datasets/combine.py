@@ -45,7 +45,7 @@ def read_dataset(
 
     `hide` gives the sources whose names may be patients' other ids, and keyed hashes of their patients.
     """
-    adapter = adapter_of(entry)
+    adapter = _adapter_of(entry)
     found, questions = adapter.read(entry, on_file)
     notes = list(found.notes)
     if not found.volumes:
@@ -74,7 +74,7 @@ def read_dataset(
 
 def requested_volumes(entry: DataSet) -> set[str]:
     """Return the volumes that the questions of an entry's splits are about, without a look for scans; UsageError."""
-    found, questions = adapter_of(entry).read(replace(entry, roots=()), lambda count: None)
+    found, questions = _adapter_of(entry).read(replace(entry, roots=()), lambda count: None)
     volumes = {q.volume for q in questions or () if not entry.splits or q.split in entry.splits}
     return volumes - found.left_out.keys()
 
@@ -234,7 +234,7 @@ class Adapter(NamedTuple):
     cohort: str | None = None  # a name shared by data sets with the same patients; None for patients of its own
 
 
-def adapter_of(entry: DataSet) -> Adapter:
+def _adapter_of(entry: DataSet) -> Adapter:
     """Return the adapter of an entry; UsageError for what the entry cannot name, or for paths that are not there."""
     if entry.adapter in REFUSED:
         raise entry.error(REFUSED[entry.adapter])

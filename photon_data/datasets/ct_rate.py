@@ -93,7 +93,7 @@ def _vqa(paths: Sequence[Path], notes: list[str]) -> Iterator[Question]:
     """Yield every turn of the conversations about a volume as a question of its own, without tags and ids."""
     without = 0
     for path in paths:
-        for number, item in enumerate(stream_json_list(path), 1):
+        for number, item in enumerate(_stream_json_list(path), 1):
             if not item.get("image"):
                 without += 1
                 continue
@@ -122,7 +122,7 @@ def _question(volume: str, id_: str, text: str, answer: str, task: str, extra: d
     return Question(id_, volume, text, answer, split, patient, task, extra=extra)
 
 
-def stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
+def _stream_json_list(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of one JSON list, read in pieces, since CT-RATE's has 1.2 GB; UsageError for anything else."""
     decode, count = json.JSONDecoder().raw_decode, 1
     try:

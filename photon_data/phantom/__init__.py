@@ -89,7 +89,7 @@ def draw_phantom(seed: int, index: int, size: int = SIZE, *, easy: bool = False,
     """Phantom number `index`: the body, the scan's view of it, and lesions in that view. Milliseconds, no files."""
     slot = slot_of(seed, index)
     body = draw_body(seeded(seed, "body", slot.patient_index))
-    scan = draw_scan(slot, seeded(seed, "scan", index), body, size)
+    scan = _draw_scan(slot, seeded(seed, "scan", index), body, size)
     findings = EASY_FINDINGS if easy else SMALL_FINDINGS if small else FINDINGS
     occurrences = {finding.name: shown for finding in findings if (shown := occurrence_of(slot, finding))}
     if small:
@@ -167,7 +167,7 @@ class SimulatedScan:
     has_table: bool
 
 
-def draw_scan(slot: Slot, rng: np.random.Generator, body: Body, size: int) -> SimulatedScan:
+def _draw_scan(slot: Slot, rng: np.random.Generator, body: Body, size: int) -> SimulatedScan:
     """A scan of `body`, `size` voxels wide. Field of view and all else but the voxel size do not depend on `size`."""
     width_mm, length_mm = deal(slot, "width", WIDTHS_MM), deal(slot, "length", LENGTHS_MM)
     share, thickness_mm = deal(slot, "slices", SLICES)

@@ -90,7 +90,7 @@ class Folders:
         return [Path(folder, name) for name in beginning if fits(name) and (name[0] != "." or pattern[0] == ".")]
 
 
-def mask_paths(pattern: MaskPattern, source: Source, folders: Folders | None = None) -> list[Path]:
+def _mask_paths(pattern: MaskPattern, source: Source, folders: Folders | None = None) -> list[Path]:
     """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
     place = place_of(pattern, source)
     if pattern.is_glob:
@@ -112,7 +112,7 @@ def masks_of(
     One that has a name or an id of the patient, which the headers of the slices alone tell, is called "mask-1".
     """
     place, found = Path(place_of(pattern, source)), []
-    for path in mask_paths(pattern, source, folders):
+    for path in _mask_paths(pattern, source, folders):
         suffix = suffix_of(path)
         if not suffix:
             raise refusal("format", path.name, "NIfTI, NRRD or MetaImage", "another format", NOT_READ)
@@ -210,7 +210,7 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[S
     scans = [source for source in sources if source.files]
     folders = Folders()
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda source: mask_paths(pattern, source, folders), scans))
+        found = list(threads.map(lambda source: _mask_paths(pattern, source, folders), scans))
     claims = {s.id: {by_file[p].id for p in paths if p in by_file} for s, paths in zip(scans, found, strict=True)}
     masks = {mask for scan, claimed in claims.items() for mask in claimed}
     both = [s.path for s in sources if s.id in masks and any(s.id in claims.get(c, ()) for c in claims.get(s.id, ()))]
@@ -224,7 +224,7 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[S
 def usual_pattern(sources: Sequence[Source]) -> tuple[str, int] | None:
     """Return the one of USUAL that finds masks for most scans, and for how many; None where none does."""
     folders = Folders()
-    counts = {text: sum(bool(mask_paths(MaskPattern(text), s, folders)) for s in sources) for text in USUAL}
+    counts = {text: sum(bool(_mask_paths(MaskPattern(text), s, folders)) for s in sources) for text in USUAL}
     best = max(USUAL, key=lambda text: counts[text])
     return (best, counts[best]) if counts[best] else None
 

@@ -59,7 +59,7 @@ def render_report(
     measured = len(measures.extent_lps_mm)
     counts = Counter(record.state for record in records)
     listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
-    changed = changed_lines(records)
+    changed = _changed_lines(records)
     same_content = [(len(group), first_few([record.id for record in group], 10)) for group in duplicates(records)]
     values = {
         "title": title,
@@ -71,15 +71,15 @@ def render_report(
         "recipe": recipe,
         "tools": tools or {},
         "measured": measured,
-        "chapters": summary_charts(measures, recipe) if measured else {},
-        "lost": lost_groups(records),
+        "chapters": _summary_charts(measures, recipe) if measured else {},
+        "lost": _lost_groups(records),
         "changed": changed[:MOST_CHANGED_LINES],
         "changed_left": len(changed[MOST_CHANGED_LINES:]),
         "same_content": same_content[:MOST_DUPLICATE_LINES],
         "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
         "masks": len(masks),
         "masks_there": sum(row.is_there for row in masks),
-        "mask_problems": masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
+        "mask_problems": _masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
         "volumes": len(volumes),
         "cards": [_card(_reported(record), open_volume) for record in volumes[:pictures]],
         "lines": listed,
@@ -155,10 +155,10 @@ def _reported(record: VolumeRecord) -> ReportedVolume:
         # Of a tilted scan, that of the box around it.
         extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
     remarks = cut_remarks(record), other, attention(record, other)
-    return ReportedVolume(record, *remarks, spacing, extent, ends_mm(facts, "cut_mm"))
+    return ReportedVolume(record, *remarks, spacing, extent, _ends_mm(facts, "cut_mm"))
 
 
-def summary_charts(measures: Measures, recipe: Recipe) -> dict[str, list[Chart]]:
+def _summary_charts(measures: Measures, recipe: Recipe) -> dict[str, list[Chart]]:
     """Return the charts of all volumes that were measured, by the heading that they stand under."""
     grid_mm = [n * s for n, s in zip(recipe.shape_zyx, recipe.spacing_mm, strict=True)][::-1]
     spacings, extents, cuts = [], [], []
@@ -190,7 +190,7 @@ def _hu_charts(measures: Measures) -> list[Chart]:
     return charts + [histogram(measures.hu[key], name=name, unit="HU") for key, name in names.items()]
 
 
-def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
+def _lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
     """Return the inputs that were refused, or that failed, by code, the most frequent first, and which to list."""
     groups = defaultdict(list)
     for record in records:
@@ -204,7 +204,7 @@ def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
     return sorted(lost, key=lambda group: (-group["inputs"], group["state"], group["code"]))
 
 
-def changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, str]]:
+def _changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, str]]:
     """Return (id, code, before, after) of all that was repaired, accepted or overridden, by code and id."""
     there = (record for record in records if record.is_there)
     changes = ((record.id, change) for record in there for change in (record.facts or {}).get("changes", ()))
@@ -212,7 +212,7 @@ def changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, 
     return sorted(lines, key=lambda line: (line[1], line[0]))
 
 
-def masks_that_need_eyes(masks: Sequence[VolumeRecord]) -> list[tuple[str, str, str]]:
+def _masks_that_need_eyes(masks: Sequence[VolumeRecord]) -> list[tuple[str, str, str]]:
     """Return (volume, mask, why) of masks that were refused, or of which nothing is left on the grid."""
     found = []
     for row in masks:
@@ -295,7 +295,7 @@ def cut_remarks(record: VolumeRecord) -> list[str]:
     "18 mm of the scan lie outside of the grid at its left end", and at its right end where that loses something too.
     """
     remarks = []
-    for ends, names in zip(ends_mm(record.facts or {}, "cut_mm"), ENDS, strict=True):
+    for ends, names in zip(_ends_mm(record.facts or {}, "cut_mm"), ENDS, strict=True):
         lost = [(mm, name) for mm, name in zip(ends, names, strict=True) if mm >= SMALLEST_CUT_MM]
         if lost:
             remark = f"{lost[0][0]:.0f} mm of the scan lie outside of the grid at its {lost[0][1]} end"
@@ -314,10 +314,10 @@ def other_remarks(record: VolumeRecord) -> list[str]:
 
 def attention(record: VolumeRecord, other: list[str]) -> float:
     """Return how much a volume needs eyes, to sort by: mm cut off, plus 50 for each of the `other_remarks`."""
-    return sum(max(0.0, mm) for ends in ends_mm(record.facts or {}, "cut_mm") for mm in ends) + _REMARK_MM * len(other)
+    return sum(max(0.0, mm) for ends in _ends_mm(record.facts or {}, "cut_mm") for mm in ends) + _REMARK_MM * len(other)
 
 
-def ends_mm(facts: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+def _ends_mm(facts: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
     """Return "cut_mm" or "pad_mm" as (low end, high end), for the world axes L, P, S; zeros where not measured."""
     ends = (facts.get(key) or {}).get
     return [(float(low), float(high)) for low, high in (ends(axis) or (0.0, 0.0) for axis in AXES)]
@@ -380,7 +380,7 @@ def _on_empty_grid(facts: Mapping[str, Any]) -> list[str]:
         return []
     sizes_zyx_mm = [n * s for n, s in zip(facts["grid"]["shape_zyx"], facts["grid"]["spacing_zyx_mm"], strict=True)]
     remarks = []
-    for ends, size_mm, way in zip(ends_mm(facts, "pad_mm"), sizes_zyx_mm[::-1], WAYS, strict=True):
+    for ends, size_mm, way in zip(_ends_mm(facts, "pad_mm"), sizes_zyx_mm[::-1], WAYS, strict=True):
         empty = sum(max(0.0, mm) for mm in ends)
         if empty > EMPTY_SHARE_OF_GRID * size_mm:
             remarks.append(f"the scan covers {size_mm - empty:.0f} of the grid's {size_mm:.0f} mm from {way}")
