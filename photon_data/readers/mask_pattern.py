@@ -66,43 +66,6 @@ def place_of(pattern: MaskPattern, source: Source) -> str:
     return os.path.normpath(Path(escape(source.root), text))
 
 
-class Folders:
-    """Which names match a glob. A folder is listed once, however many scans lie in it, not once for each of them."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, list[str]] = {}
-
-    def matches(self, place: str) -> list[Path]:
-        """Return what matches a glob, hidden files aside."""
-        folder, pattern = os.path.split(place)
-        if glob.has_magic(folder) or "**" in pattern or "[" in pattern:
-            return [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
-        if (names := self._names.get(folder)) is None:
-            try:
-                names = sorted(os.listdir(folder))  # noqa: PTH208 - names alone
-            except OSError:
-                names = []
-            self._names[folder] = names
-        start = re.split("[*?]", pattern, maxsplit=1)[0]
-        first = bisect_left(names, start)
-        beginning = itertools.takewhile(lambda name: name.startswith(start), itertools.islice(names, first, None))
-        fits = re.compile(fnmatch.translate(pattern)).match
-        return [Path(folder, name) for name in beginning if fits(name) and (name[0] != "." or pattern[0] == ".")]
-
-
-def _mask_paths(pattern: MaskPattern, source: Source, folders: Folders | None = None) -> list[Path]:
-    """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
-    place = place_of(pattern, source)
-    if pattern.is_glob:
-        found = (folders or Folders()).matches(place)
-    elif Path(place).is_dir():
-        found = [path for path in Path(place).rglob("*") if not _is_hidden(path.relative_to(place))]
-    else:
-        return [Path(place)] if Path(place).is_file() and Path(place) not in source.files else []
-    own = set(source.files)
-    return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
-
-
 def masks_of(
     pattern: MaskPattern, source: Source, common: Collection[str] = (), folders: Folders | None = None
 ) -> list[MaskFile]:
@@ -133,6 +96,17 @@ def masks_of(
     return _without_person(found, source)
 
 
+def _refuse_private(masks: Iterable[MaskFile], source: Source, common: Collection[str]) -> None:
+    """Raise Refused where names of masks hold a name that is hidden, or a word of one: a store would keep it."""
+    parts = [part.casefold() for part in re.split("[/#]", source.path)] if source.hidden else []
+    whole = [part for part in parts if len(part) > 2 and re.search(r"[^\W\d_]", part) and part not in common]
+    words = words_of(source.path) - set(common) if source.hidden else set()
+    for mask in masks:
+        if any(part in mask.name.casefold() for part in whole) or words & words_of(mask.name):
+            remedy = "let * stand for the mask alone, as in '{folder}/{parent}_*.nii.gz'"
+            raise refusal("mask-names", "", "names of masks without a name of the scan", "one in some", remedy)
+
+
 def _without_person(masks: list[MaskFile], source: Source) -> list[MaskFile]:
     """Return masks, those called after the patient of a hidden DICOM series by a number instead."""
     if not (source.hidden and source.format == "dicom" and any(mask.name for mask in masks)):
@@ -149,38 +123,6 @@ def _tells(name: str, person: Collection[str]) -> bool:
     return any((part in words and len(part) > 1) or (part in name and len(part) > 3) for part in person)
 
 
-def _names_of(source: Source) -> dict[str, str]:
-    """Return what stands for each of SCAN_NAMES; of a DICOM series, `name` is that of its folder."""
-    is_series = source.format == "dicom"
-    path = PurePosixPath(source.path.rpartition("#")[0] if is_series else source.path)
-    folder = path if is_series else path.parent
-    parent = folder.name or Path(source.root).name
-    suffix = None if is_series else suffix_of(Path(path.name))
-    name = parent if is_series else path.name[: -len(suffix)] if suffix else path.name
-    return {
-        "folder": folder.as_posix(),
-        "parent": parent,
-        "name": name,
-        "case": CHANNEL.sub("", name),
-        "id": source.id,
-    }
-
-
-def _starred(name: str, pattern: str, source: Source) -> str:
-    """Return what the wild part of a pattern stands for in a file's name, without the suffix."""
-    names = _names_of(source)
-    pattern = re.sub(r"{(\w+)}", lambda found: glob.escape(names[found[1]]), pattern)
-    letters = re.findall(r"\[[*?\[]\]|\[[^\]]+\]|.", pattern)  # "[*]" is what glob.escape makes of "*"
-    wild = [i for i, letter in enumerate(letters) if letter in "*?" or letter[1:-1] not in "*?["]
-    middle = name[wild[0] : len(name) - (len(letters) - wild[-1] - 1)]
-    suffix = suffix_of(Path(middle))
-    return middle[: -len(suffix)] if suffix else middle
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def common_words(sources: Iterable[Source]) -> set[str]:
     """Return the words that paths of most patients have, of three at least: no name of one of them ("pancreas")."""
     patients: dict[str, set[str]] = {}
@@ -188,17 +130,6 @@ def common_words(sources: Iterable[Source]) -> set[str]:
         patients.setdefault(source.patient, set()).update(words_of(source.path))
     counts = Counter(word for words in patients.values() for word in words)
     return {word for word, count in counts.items() if count > max(2, len(patients) / 2)}
-
-
-def _refuse_private(masks: Iterable[MaskFile], source: Source, common: Collection[str]) -> None:
-    """Raise Refused where names of masks hold a name that is hidden, or a word of one: a store would keep it."""
-    parts = [part.casefold() for part in re.split("[/#]", source.path)] if source.hidden else []
-    whole = [part for part in parts if len(part) > 2 and re.search(r"[^\W\d_]", part) and part not in common]
-    words = words_of(source.path) - set(common) if source.hidden else set()
-    for mask in masks:
-        if any(part in mask.name.casefold() for part in whole) or words & words_of(mask.name):
-            remedy = "let * stand for the mask alone, as in '{folder}/{parent}_*.nii.gz'"
-            raise refusal("mask-names", "", "names of masks without a name of the scan", "one in some", remedy)
 
 
 def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[Source], int]:
@@ -245,8 +176,76 @@ def claimed_twice(found: Mapping[str, tuple[str, Sequence[MaskFile]]]) -> Iterat
                 break
 
 
-# --- names of values
+def _mask_paths(pattern: MaskPattern, source: Source, folders: Folders | None = None) -> list[Path]:
+    """Return the mask files of a scan, sorted; none where there are none. Its own files are never masks of it."""
+    place = place_of(pattern, source)
+    if pattern.is_glob:
+        found = (folders or Folders()).matches(place)
+    elif Path(place).is_dir():
+        found = [path for path in Path(place).rglob("*") if not _is_hidden(path.relative_to(place))]
+    else:
+        return [Path(place)] if Path(place).is_file() and Path(place) not in source.files else []
+    own = set(source.files)
+    return sorted(path for path in found if suffix_of(path) and path not in own and path.is_file())
 
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+class Folders:
+    """Which names match a glob. A folder is listed once, however many scans lie in it, not once for each of them."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def matches(self, place: str) -> list[Path]:
+        """Return what matches a glob, hidden files aside."""
+        folder, pattern = os.path.split(place)
+        if glob.has_magic(folder) or "**" in pattern or "[" in pattern:
+            return [Path(path) for path in glob.glob(place, recursive=True)]  # noqa: PTH207 - it may be absolute
+        if (names := self._names.get(folder)) is None:
+            try:
+                names = sorted(os.listdir(folder))  # noqa: PTH208 - names alone
+            except OSError:
+                names = []
+            self._names[folder] = names
+        start = re.split("[*?]", pattern, maxsplit=1)[0]
+        first = bisect_left(names, start)
+        beginning = itertools.takewhile(lambda name: name.startswith(start), itertools.islice(names, first, None))
+        fits = re.compile(fnmatch.translate(pattern)).match
+        return [Path(folder, name) for name in beginning if fits(name) and (name[0] != "." or pattern[0] == ".")]
+
+
+def _starred(name: str, pattern: str, source: Source) -> str:
+    """Return what the wild part of a pattern stands for in a file's name, without the suffix."""
+    names = _names_of(source)
+    pattern = re.sub(r"{(\w+)}", lambda found: glob.escape(names[found[1]]), pattern)
+    letters = re.findall(r"\[[*?\[]\]|\[[^\]]+\]|.", pattern)  # "[*]" is what glob.escape makes of "*"
+    wild = [i for i, letter in enumerate(letters) if letter in "*?" or letter[1:-1] not in "*?["]
+    middle = name[wild[0] : len(name) - (len(letters) - wild[-1] - 1)]
+    suffix = suffix_of(Path(middle))
+    return middle[: -len(suffix)] if suffix else middle
+
+
+def _names_of(source: Source) -> dict[str, str]:
+    """Return what stands for each of SCAN_NAMES; of a DICOM series, `name` is that of its folder."""
+    is_series = source.format == "dicom"
+    path = PurePosixPath(source.path.rpartition("#")[0] if is_series else source.path)
+    folder = path if is_series else path.parent
+    parent = folder.name or Path(source.root).name
+    suffix = None if is_series else suffix_of(Path(path.name))
+    name = parent if is_series else path.name[: -len(suffix)] if suffix else path.name
+    return {
+        "folder": folder.as_posix(),
+        "parent": parent,
+        "name": name,
+        "case": CHANNEL.sub("", name),
+        "id": source.id,
+    }
+
+
+# --- names of values
 JSON, YAML = (".json",), (".yaml", ".yml")
 LARGEST_VALUE = 65535
 
