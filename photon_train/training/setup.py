@@ -161,6 +161,8 @@ def start(
     fused = accelerator.device.type == "cuda" or not accelerator.is_fsdp2
     rounded = any(weight.dtype != torch.float32 for group in groups for weight in group["params"])
     optimizer = MasterAdamW(groups, betas) if rounded else torch.optim.AdamW(groups, lr=1.0, betas=betas, fused=fused)
+    if config.compile:
+        compile_mlps(model, accelerator.device)
     if accelerator.is_fsdp2:
         share_apart(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -272,6 +274,22 @@ def checkpoint_activations(model: Any, config: TrainConfig) -> None:
                 module.gradient_checkpointing = enabled
                 # Reentry would lose the gradient of the threshold.
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def compile_mlps(model: nn.Module, device: torch.device) -> None:
+    """Have torch compile the MLPs of vision tower and decoder at their first use; UsageError where it cannot compile.
+
+    Each kind is compiled once, for any number of tokens: nothing in an MLP depends on its layer. What surrounds it
+    does, and would be compiled for every layer.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of dynamo, of inductor, of the compiler's process
+        found = f"found {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UsageError(f"compile: expected a compiler that torch can use, {found}; leave compile out") from error
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            module.compile(dynamic=True)
 
 
 def module_of(name: str) -> str:

@@ -221,7 +221,7 @@ def test_other_rows_of_eval_are_refused_where_the_best_was_chosen_on_them(config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.long), True], ids=["DDP", "FSDP2"])
 def test_two_processes_answer_and_choose_as_one_does(config, tmp_path, shared):
     one = trained(replace(config, output=str(tmp_path / "one")))
     (tmp_path / "run.json").write_text(json.dumps(config.to_json()))

@@ -21,6 +21,8 @@ from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.checkpoint import checkpoints
+from photon_train.configuration_photon import PhotonConfig
+from photon_train.tiny import tiny
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import TrainingStopped, run_steps
@@ -113,6 +115,35 @@ def test_a_run_stopped_before_anything_is_scheduled_goes_on_as_if_it_had_not_bee
     whole = trained(replace(late, output=str(tmp_path / "whole")))
     stop(late, 3)
     assert trained(late, resume=True) == whole
+
+
+@pytest.mark.slow
+def test_compiled_mlps_give_the_same_losses_and_are_compiled_once_for_any_number_of_layers(config, tmp_path):
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for layers in (4, 7):
+        shapes = PhotonConfig.from_pretrained(config.model)
+        sizes = {name: getattr(shapes, name) for name in ("stored_shape_zyx", "model_shape_zyx")}
+        tiny(tmp_path / f"{layers}", 2, initial_threshold=0.45, num_hidden_layers=layers, **sizes)
+        model, output = tmp_path / f"{layers}", tmp_path / f"plain-{layers}"
+        plain = replace(config, model=str(model), output=str(output), max_steps=4)
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = trained(replace(plain, compile=True, output=str(tmp_path / f"compiled-{layers}")))
+        graphs.append(counters["stats"]["unique_graphs"])
+        _same_log(compiled, trained(plain), 1e-6)
+    assert graphs[0] == graphs[1] > 3  # the trial, a vision block's, the merger's, a layer's
+
+
+def test_where_torch_cannot_compile_a_run_says_so_before_its_first_step(config, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(
+        UsageError, match=r"expected a compiler that torch can use, found \w+: \w.*; leave compile out$"
+    ):
+        start(replace(config, compile=True), resume=False)
 
 
 def test_going_on_with_a_run_that_ended_changes_nothing(config, tmp_path):
@@ -230,7 +261,7 @@ FSDP = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), pytest.param("bf16", 0.1, marks=pytest.mark.long)])
 def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(config, tmp_path, precision, wrong):
     config = replace(config, epochs=2, eval=config.data, eval_every=3)
     whole = trained(replace(config, output=str(tmp_path / "whole")))
@@ -244,7 +275,7 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "wrong"), [("fp32", 1e-5), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "wrong"), [pytest.param("fp32", 1e-5, marks=pytest.mark.long), ("bf16", 0.1)])
 def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path, precision, wrong):
     config = replace(config, precision=precision, epochs=2)
     whole = trained(config)
