@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from photon_data.phantom import Phantom, draw_phantom
+from photon_data.phantom import CROP_MM, Phantom, draw_phantom, paint
 from photon_data.phantom.plan import seeded
 from photon_data.phantom.questions import COMPARISONS
-from photon_data.phantom.scanner import CROP_MM, paint
 from photon_data.volume import Geometry
 from photon_train.answering.predictor import score_choices
 from photon_train.configuration_photon import IGNORED, SCHEDULER_NAMES

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from photon_data.datasets.ct_rate_tree import COLUMNS
+from photon_data.datasets.ct_rate import COLUMNS
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.datasets.rad3d import COLUMNS as QUESTION_COLUMNS
 from photon_data.files import Location

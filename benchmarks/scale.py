@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from tables import print_place, print_table
 
-from photon_data.export import Format
 from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, prepare_volume
@@ -108,7 +107,7 @@ def measure(n: int, workers: int) -> dict[str, tuple[float, float]]:
             todo.done.clear()
         problems = timed("verify", lambda: sum(1 for _ in verify_output(out)))
         export.open_volume = lambda url, *_, **__: None  # type: ignore
-        export.FORMATS["nifti"] = Format(".nii.gz", lambda volume, path: path.touch())
+        export.FORMATS["nifti"] = export.Format(".nii.gz", lambda volume, path: path.touch())
         timed("export, files aside", lambda: export.export_all(out, "nifti", Path(folder, "nifti")))
         assert not problems
         return phases

@@ -19,14 +19,14 @@ from photon_data.datasets.combine import Collection, combine, missing_paths, rea
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import UsageError, first_few
 from photon_data.files import jsonl_bytes, write_whole
+from photon_data.override import COLUMNS as OVERRIDES
+from photon_data.override import proposed_rows, proposed_table
 from photon_data.questions.kept import collect
-from photon_data.questions.override_table import COLUMNS as OVERRIDES
-from photon_data.questions.override_table import proposed_rows, proposed_table
 from photon_data.questions.splits import leaks_of, refuse_leaks
 from photon_data.readers.find import left_alone
 from photon_data.readers.object_path import place_name
 from photon_data.records import READY, VolumeRecord
-from photon_data.remarks import all_remarks, duplicates
+from photon_data.report import all_remarks, duplicates
 from photon_data.store import WRITTEN
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Workers

@@ -26,17 +26,17 @@ from photon_cli.terminal import (
 from photon_data.dataset_lock import read_lock
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
+from photon_data.mask_store import is_stale, problems_of, read_rows
 from photon_data.questions.kept import kept_questions
-from photon_data.questions.label_table import read_label_names
 from photon_data.questions.splits import Count
 from photon_data.readers.find import left_alone
+from photon_data.readers.mask_pattern import read_label_names
 from photon_data.recipe import Policy, Recipe, accepted, named_recipe
 from photon_data.records import UNCHANGED, VolumeRecord, records_of
 from photon_data.scan import MaskPattern
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped
-from photon_pipelines.masks import is_stale, problems_of, read_rows
 from photon_pipelines.plan import Plan, Result
 from photon_pipelines.request import (
     Request,

@@ -15,17 +15,16 @@ from tempfile import TemporaryDirectory
 
 from photon_cli.terminal import ProgressBar, console
 from photon_data.errors import UsageError
-from photon_data.export import FORMATS
 from photon_data.files import Location
 from photon_data.lock import exclusive
-from photon_data.mask_store import home_of, open_masks
+from photon_data.mask_store import ROWS, home_of, open_masks, read_rows, write_rows
 from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.readers.find import find_scans
+from photon_data.readers.nifti import write_int16_nifti
 from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord, read_records
 from photon_data.scan import MaskFile, Source
 from photon_data.store import is_store, open_volume, read_metadata
-from photon_pipelines.masks import ROWS, read_rows, write_rows
 from photon_train.kept_tokens import MaskFolder
 
 AUTO = "auto"
@@ -88,7 +87,7 @@ def _segmented(command: str, volume: VolumeRecord, place: str, out: Location, to
     assert metadata is not None, "segment has opened the store"
     with TemporaryDirectory(prefix="photon-") as name:
         scan, masks = Path(name, "volume.nii.gz"), Path(name, "masks")
-        FORMATS["nifti"].write(open_volume(place, id=volume.id), scan)
+        write_int16_nifti(open_volume(place, id=volume.id), scan)
         words = [command, "-i", str(scan), "-o", str(masks), *OPTIONS]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         sources = find_scans(masks, label_maps=True).sources if masks.is_dir() else []

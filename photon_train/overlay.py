@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image
 
-from photon_data.export import nifti_header, write_nifti
 from photon_data.files import write_whole
 from photon_data.picture import Window, three_planes
+from photon_data.readers.nifti import nifti_header, write_nifti
 from photon_data.resample import model_grid
 from photon_data.volume import Geometry, Volume
 from photon_train.kept_tokens import CountedMask, kept_voxels, token_centres, token_map, token_planes

@@ -1,22 +1,39 @@
-"""A prepared folder as a collection: what it holds, what the next run would do, and what can go (`prepare.prune`)."""
+"""A prepared folder as a collection, to which every run adds (docs/collection.md).
+
+What it holds, what the next run would do, and what can go (`prepare.prune`); to which scan an id belongs, and where its
+store lies: earlier runs, namesakes, moved scans, withdrawn volumes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from photon_data.bucket import is_url
+from photon_data.bucket import is_url, source_at_hand
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, is_safe
-from photon_data.private import HEADERS, private_folder
+from photon_data.files import Location, fingerprint, is_safe
+from photon_data.mask_store import id_at, read_rows
+from photon_data.mask_store import orphans as masks_alone
+from photon_data.private import HEADERS, KEYED, private_folder, read_key
 from photon_data.readers.find import find_scans
-from photon_data.readers.object_path import source_path
-from photon_data.records import PRUNED, SUFFIX, VolumeRecord, records_of, store_names
+from photon_data.readers.object_path import is_there, place_name, source_path
+from photon_data.records import (
+    MANY,
+    PRUNED,
+    REFUSED,
+    SUFFIX,
+    SomeWork,
+    VolumeRecord,
+    places_of,
+    record_of,
+    records_of,
+    store_names,
+)
 from photon_data.scan import Source
-from photon_pipelines.masks import id_at, read_rows
-from photon_pipelines.masks import orphans as masks_alone
+from photon_data.store import read_metadata
 
 
 class SourceStatus(NamedTuple):
@@ -112,3 +129,157 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     found |= {id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(r.place)}
     found |= {name.removesuffix(SUFFIX): "no row in volumes.jsonl" for name in orphans}
     return dict.fromkeys(map(id_at, masks_alone(out, records.values())), "masks without a volume") | found
+
+
+# --- whose an id is
+
+
+def ids_of_earlier_runs(source: Path, out: Location, id_prefix: str, records: Sequence[VolumeRecord]) -> dict[str, str]:
+    """Return the ids that scans of the source have in OUT, by their paths; UsageError where their names are lost."""
+    source = source.absolute()
+    refuse_lost_names(out, records)
+    root, found = place_name(source if source.is_dir() else source.parent), {}
+    roots = {record.root for record in records}  # a URL did not move because a store does not answer
+    unclear = {place for place in roots if place is None or not (is_url(place) or Path(place).exists())}
+    for record in sorted(records, key=lambda record: record.root == root):  # a root that is not recorded, or that moved
+        if record.root == root or (record.root in unclear and record.id.startswith(id_prefix)):
+            found[record.source] = record.id
+    return found
+
+
+def notes_of_old_ids(sources: Sequence[Source]) -> list[str]:
+    """Return a sentence about scans that have ids made from names, which stay."""
+    old = [source.id for source in sources if source.hidden and not KEYED.search(source.id)]
+    remedy = "prepare into another folder to have keyed ones"
+    return [f"{len(old)} scans keep ids that were made from names, {old[0]} first; {remedy}"] if old else []
+
+
+def refuse_lost_names(out: Location, records: Iterable[VolumeRecord]) -> None:
+    """UsageError where rows hide names that are in no private file: nobody could tell whose ids they are."""
+    hidden = [record for record in records if record.hidden]
+    key = read_key(out) if hidden else None
+    if any(not (record.root and (key or not KEYED.search(record.id))) for record in hidden):
+        expected = f"{private_folder(out)} with the key and the names of {out.url}"
+        raise UsageError(f"expected {expected}, found none; bring it back, or use another output folder")
+
+
+def refuse_namesakes(
+    sources: Sequence[Source],
+    records: Sequence[VolumeRecord],
+    out: Location,
+    strays: Collection[str],
+    together: Collection[str] = (),
+    *,
+    overwrite: bool = False,
+) -> None:
+    """UsageError for scans whose ids belong to other scans, and for scans that have another id already.
+
+    `strays` are the places of stores that no row names.
+    The folders of `together`, those of declared data sets, are looked through together: which of two scans of one id is
+    meant is known then.
+    """
+    known = {record.id: record for record in records if record.is_there}
+    # Most have the id and the place of their row. The others alone are looked up, which takes memory.
+    sources = [source for source in sources if not _is_at(known.get(source.id), source)]
+    folded = {source.id.casefold() for source in sources}
+    places = {_path(source.root, source.path) for source in sources}
+    owners = {id_: record for record in records if (id_ := record.id.casefold()) in folded}
+    ids = {place: r.id for r in known.values() if r.root and (place := _path(r.root, r.source)) in places}
+    found = []
+    for source in sources:
+        owner, place = owners.get(source.id.casefold()), _path(source.root, source.path)
+        if owner is not None and owner.root not in together and not _is_same_scan(source, owner, overwrite):
+            found.append(f"{source.id} is {_place(owner.hidden, owner.source, owner.root)}, not {_place_of(source)}")
+        elif ids.get(place, source.id) != source.id:
+            found.append(f"{_place_of(source)} is {ids[place]}, not {source.id}")
+        elif owner is None and _is_stray_of_another(source, strays, out):
+            found.append(f"{source.id} is a store without a row in volumes.jsonl, and of another scan")
+    if found:
+        remedy = "give the scans of this source other ids with --id-prefix NAME, or prune what is gone"
+        raise UsageError(f"expected ids that nobody has in {out.url}, found {len(found)}: {first_few(found)}; {remedy}")
+
+
+def _path(root: str, path: str) -> str:
+    return os.path.join(root, path)  # noqa: PTH118 - not a file
+
+
+def _place(hidden: bool, path: str, root: str | None) -> str:
+    return "a scan of another source" if hidden else f"{path} of {root or 'a source that is not recorded'}"
+
+
+def _place_of(source: Source) -> str:
+    return "this one" if source.hidden else f"{source.path} of {source.root}"
+
+
+def _is_at(owner: VolumeRecord | None, source: Source) -> bool:
+    return owner is not None and (owner.root, owner.source) == (source.root, source.path)
+
+
+def _is_same_scan(source: Source, owner: VolumeRecord, overwrite: bool) -> bool:
+    """Tell whether a record is of this scan: at its place, its successor there, or the same content moved."""
+    if owner.root is None and overwrite:
+        return True
+    if _is_at(owner, source):
+        return True
+    if owner.root == source.root:
+        return not is_there(owner.root, owner.source.partition("#")[0])
+    if owner.source != source.path or owner.bytes_in != source.bytes:
+        return False
+    if not owner.is_there:  # nothing is lost: it is read again
+        return True
+    return owner.mtime_ns == source.mtime_ns or owner.fingerprint == _fingerprint(source)
+
+
+def _is_stray_of_another(source: Source, strays: Collection[str], out: Location) -> bool:
+    """Tell whether there is a store of this id that no row knows, made from another content."""
+    found = [read_metadata(out, place) for place in places_of(source.id) if place in strays]
+    return any(metadata and metadata["fingerprint"] != _fingerprint(source) for metadata in found)
+
+
+def _fingerprint(source: Source) -> str:
+    """Return the fingerprint of a source's content; objects are fetched for it."""
+    with source_at_hand(source) as at_hand:
+        return fingerprint(at_hand.files)
+
+
+def without_withdrawn(
+    jobs: Sequence[SomeWork], records: Sequence[VolumeRecord]
+) -> tuple[list[SomeWork], list[VolumeRecord]]:
+    """Return the jobs without those whose scans `prune` took away for good, and the records of these."""
+    gone = _withdrawn([job.source for job in jobs], records)
+    pairs = [(job, gone[job.source.id]) for job in jobs if job.source.id in gone]
+    left_out = [record_of(job, REFUSED, code=PRUNED, reason=r.reason, fingerprint=r.fingerprint) for job, r in pairs]
+    return [job for job in jobs if job.source.id not in gone], left_out
+
+
+def _withdrawn(sources: Iterable[Source], records: Iterable[VolumeRecord]) -> dict[str, VolumeRecord]:
+    """Return {id: row of what was taken away} of scans that `prune` took by name: by their place, or by content."""
+    pruned = [record for record in records if record.code == PRUNED]
+    places = {(record.root, record.source): record for record in pruned}
+    contents = {record.fingerprint: record for record in pruned if record.fingerprint}
+    sizes, found = {record.bytes_in for record in pruned}, {}
+    for source in sources:
+        known = places.get((source.root, source.path))
+        if known is None and contents and source.bytes in sizes:
+            known = contents.get(_fingerprint(source))
+        if known is not None:
+            found[source.id] = known
+    return found
+
+
+def deep_ids(ids: Iterable[str], before: Mapping[str, VolumeRecord], strays: Collection[str]) -> set[str]:
+    """Return which scans have their stores in one of 256 folders: as their rows say, else if there will be many.
+
+    One among the `strays`, which no row names, is replaced where it lies: no scan gets two stores.
+    """
+    ids = set(ids)
+    are_many = len(before.keys() | ids) >= MANY
+
+    def is_deep(id: str) -> bool:
+        row = before.get(id)
+        if row and row.store:
+            return row.is_deep
+        flat, shelved = places_of(id)
+        return shelved in strays or (are_many and flat not in strays)
+
+    return {id for id in ids if is_deep(id)}

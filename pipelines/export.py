@@ -13,20 +13,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numcodecs
+import zarr
+
 from photon_data.errors import UsageError
-from photon_data.export import FORMATS
-from photon_data.files import NO_SPACE, Location
+from photon_data.files import NO_SPACE, Location, write_whole
 from photon_data.json_text import from_json
 from photon_data.lock import exclusive
 from photon_data.questions.manifest import manifest_names
+from photon_data.readers.nifti import write_int16_nifti
 from photon_data.records import DIED, SUFFIX, NoSpace, read_records
-from photon_data.store import open_volume
+from photon_data.store import FILL_HU, ome_datasets, open_volume
+from photon_data.volume import Volume
 from photon_pipelines import child
 from photon_pipelines.cluster import Needs, Workers, execute, pays
 
 # Records which store each exported file was made from. It is written about this often, and when an export ends: after a
 # kill, the volumes of this span are exported again.
 INDEX, INDEX_S = "export.json", 30
+# Fiji reads chunks of zarr v2 one by one; this many voxels are 2 MB.
+CHUNK_ZYX = (64, 128, 128)
+
+
+class Format(NamedTuple):
+    """A format that others read."""
+
+    suffix: str  # of the names of files
+    write: Callable[[Volume, Path], None]  # whole or not at all
 
 
 class ExportJob(NamedTuple):
@@ -135,6 +148,31 @@ def _write_one(id: str, store: str, grid: str, format: str, path: str) -> None:
 def main(address_space_bytes: int) -> None:
     """Export volumes until the parent ends."""
     child.main(address_space_bytes, export_one)
+
+
+def _write_ome_zarr_04(volume: Volume, path: Path) -> None:
+    """Write an OME-Zarr 0.4 image (zarr v2, zlib, "/" between chunk numbers), which Fiji and older viewers read."""
+    multiscale = {
+        "version": "0.4",
+        "name": path.name,
+        "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"],
+        "datasets": ome_datasets(volume.geometry),
+    }
+    with write_whole(path) as temporary:
+        group = zarr.create_group(temporary, zarr_format=2, attributes={"multiscales": [multiscale]})
+        array = group.create_array(
+            "0",
+            shape=volume.geometry.shape_zyx,
+            chunks=CHUNK_ZYX,
+            dtype="<i2",
+            compressors=numcodecs.Zlib(level=1),
+            chunk_key_encoding={"name": "v2", "separator": "/"},
+            fill_value=FILL_HU,
+        )
+        array[...] = volume.numpy()
+
+
+FORMATS = {"nifti": Format(".nii.gz", write_int16_nifti), "ome-zarr-0.4": Format(".ome.zarr", _write_ome_zarr_04)}
 
 
 def _read_index(target: Location) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from photon_data.readers.find import LABEL_MAP
 from photon_data.readers.mask_pattern import usual_pattern
 from photon_data.records import INSPECTED, READY, VolumeRecord, by_id, read_again, read_records
 from photon_pipelines.cluster import Workers, prepared
-from photon_pipelines.owners import without_withdrawn
+from photon_pipelines.collection import without_withdrawn
 from photon_pipelines.plan import Callback, Plan, gather
 from photon_pipelines.request import Request
 

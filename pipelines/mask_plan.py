@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from photon_data.errors import Refused, UsageError, unreadable
-from photon_data.mask_store import FOLDER
+from photon_data.mask_store import FOLDER, read_rows
 from photon_data.prepare_file import Job
 from photon_data.prepare_masks import MaskJob, masks_there, prepare_masks
 from photon_data.readers.mask_pattern import Folders, claimed_twice, common_words, masks_of, place_of
 from photon_data.recipe import Policy
 from photon_data.records import FAILED, REFUSED, VolumeRecord
 from photon_data.scan import MaskFile, MaskPattern, Source, change_mark
-from photon_pipelines.masks import read_rows
 from photon_pipelines.request import Request
 
 NO_MASK = "no-mask"  # the code of a scan for which the pattern finds nothing

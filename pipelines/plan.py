@@ -14,13 +14,11 @@ from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
-from photon_data.override import SKIPPED
+from photon_data.override import SKIPPED, read_overrides, rescaling
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import HEADERS, hide_names, private_folder
-from photon_data.questions.manifest import Manifests, Unmatched, by_name, refuse_unsound
-from photon_data.questions.override_table import read_overrides, rescaling
-from photon_data.questions.question import PROMPTS, UNKNOWN, Question, with_prompt_style
-from photon_data.questions.question_table import read_questions
+from photon_data.questions.manifest import Manifests, Unmatched, refuse_unsound
+from photon_data.questions.question import PROMPTS, UNKNOWN, Question, by_name, read_questions, with_prompt_style
 from photon_data.questions.splits import Count, assign_splits, leaks_of, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
@@ -40,7 +38,7 @@ from photon_data.records import (
 )
 from photon_data.scan import Source
 from photon_data.store import is_whole, read_metadata
-from photon_pipelines.owners import (
+from photon_pipelines.collection import (
     deep_ids,
     ids_of_earlier_runs,
     notes_of_old_ids,

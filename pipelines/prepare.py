@@ -22,6 +22,7 @@ from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import Hold, exclusive
 from photon_data.mask_store import FOLDER as MASK_STORES
+from photon_data.mask_store import forget, id_at, read_rows, write_rows
 from photon_data.private import keep_key, save_names
 from photon_data.questions.kept import (
     collect,
@@ -56,7 +57,6 @@ from photon_data.report import NO_PICTURE, render_report
 from photon_data.store import open_volume
 from photon_pipelines.cluster import Workers, prepared
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
-from photon_pipelines.masks import forget, id_at, read_rows, write_rows
 from photon_pipelines.plan import Callback, Plan, Result, count_states, gather, plan
 from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from photon_data.datasets.abdomenatlas_tree import find_cts
-from photon_data.datasets.archives import find_archives, known_ids, unpack
+from photon_data.datasets.abdomenatlas import find_archives, find_cts, known_ids, unpack
 from photon_data.datasets.base import UNPACK, DataSet
 from photon_data.datasets.combine import requested_volumes
 from photon_data.errors import UsageError, first_few

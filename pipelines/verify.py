@@ -13,7 +13,8 @@ from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import LOCK as RUN_LOCK
 from photon_data.mask_store import FOLDER as MASK_STORES
-from photon_data.mask_store import REMEDY
+from photon_data.mask_store import REMEDY, verify_masks
+from photon_data.mask_store import ROWS as MASK_ROWS
 from photon_data.questions.kept import FOLDER as QUESTIONS
 from photon_data.questions.manifest import FOLDER as MANIFESTS
 from photon_data.questions.manifest import validate
@@ -36,8 +37,6 @@ from photon_data.records import (
 from photon_data.store import read_metadata, verify_store
 from photon_pipelines import child
 from photon_pipelines.cluster import Workers, execute, needs_of, pays
-from photon_pipelines.masks import ROWS as MASK_ROWS
-from photon_pipelines.masks import verify_masks
 
 NO_ROW = "no row in volumes.jsonl (its source is refused now, or a run was cut short): run prepare again, or remove it"
 EARLIER = "of an earlier version, which wrote no checksum of it: run prepare again"

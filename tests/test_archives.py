@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from photon_data.datasets.archives import Contents, find_archives, known_ids, unpack
+from photon_data.datasets.abdomenatlas import Contents, find_archives, known_ids, unpack
 
 A, B, C = (f"BDMAP_0000000{n}" for n in (1, 2, 3))
 EVERYTHING = {A, B, C}

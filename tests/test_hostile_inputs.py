@@ -21,7 +21,7 @@ from raw import write_scan
 
 from photon_cli import terminal
 from photon_data import prepare_file as preparing
-from photon_data.datasets import archives
+from photon_data.datasets import abdomenatlas
 from photon_data.datasets.combine import read_dataset
 from photon_data.datasets.declare import read_data_manifest
 from photon_data.errors import Refused, UsageError
@@ -200,15 +200,15 @@ def test_a_long_name_or_attributes_of_a_tar_are_not_read(tmp_path, kind, peak):
     member.type, member.size = kind, 2 << 30
     _tar(member, tmp_path / "a.tar.gz", bytes(100 << 20))
     tracemalloc.reset_peak()
-    found = archives.unpack(tmp_path / "a.tar.gz", tmp_path / "out", ["BDMAP_00000001"], lambda count: None)
+    found = abdomenatlas.unpack(tmp_path / "a.tar.gz", tmp_path / "out", ["BDMAP_00000001"], lambda count: None)
     assert "a name or attributes of 2,147,483,648 bytes" in found.problems[0]
     assert peak() < 50e6
 
 
 def test_a_tar_of_more_members_than_any_data_set_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(abdomenatlas, "MAX_MEMBERS", 10)
     _tar(tarfile.TarInfo("a"), tmp_path / "a.tar.gz", tarfile.TarInfo("b").tobuf() * 20 + bytes(1024))
-    found = archives.unpack(tmp_path / "a.tar.gz", tmp_path / "out", ["BDMAP_00000001"], lambda count: None)
+    found = abdomenatlas.unpack(tmp_path / "a.tar.gz", tmp_path / "out", ["BDMAP_00000001"], lambda count: None)
     assert "more than 10 members" in found.problems[0]
 
 

@@ -8,7 +8,7 @@ from raw import write_scan
 from scans import ct_like
 
 from photon_data.readers.find import find_one_scan, find_scans
-from photon_data.readers.label_maps import is_named_as_one
+from photon_data.readers.tree import is_named_as_one
 
 SHAPE = (16, 24, 28)
 ORGANS = (ct_like(SHAPE) > 300).astype(np.int16) + 3 * (ct_like(SHAPE) < -700).astype(np.int16)

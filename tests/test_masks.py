@@ -20,7 +20,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl
 from photon_data.mask_store import Label, Layers, box_of, open_masks
 from photon_data.prepare_masks import LabelMap, MaskJob, nearest, prepare_masks
-from photon_data.questions.label_table import read_label_names
+from photon_data.readers.mask_pattern import read_label_names
 from photon_data.recipe import Recipe
 from photon_data.scan import MaskPattern
 from photon_data.store import open_volume

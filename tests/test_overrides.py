@@ -15,8 +15,8 @@ from test_prepare_file import SMALL, conflicting, with_nan
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.files import from_jsonl
+from photon_data.override import read_overrides
 from photon_data.prepare_file import Job, prepare_file
-from photon_data.questions.override_table import read_overrides
 from photon_data.readers.find import find_scans
 
 FINE = replace(SMALL, shape_zyx=(90, 80, 80))

@@ -17,7 +17,7 @@ from photon_data.hounsfield import has_padding, lacks_undeclared
 from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import VolumeRecord
-from photon_data.remarks import other_remarks
+from photon_data.report import other_remarks
 from photon_data.scan import Rescale, Source
 
 SHAPE = (12, 40, 44)

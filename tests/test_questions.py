@@ -6,8 +6,7 @@ import random
 import pytest
 
 from photon_data.errors import UsageError
-from photon_data.questions.question import Question, with_made_ids
-from photon_data.questions.question_table import read_questions
+from photon_data.questions.question import Question, read_questions, with_made_ids
 
 CSV = (
     "id,volume,question,answer,split,patient,task,kind,organ,choices,Note\n"

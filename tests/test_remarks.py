@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from photon_data.records import PREPARED, REFUSED, VolumeRecord
-from photon_data.remarks import all_remarks, attention, duplicates, other_remarks
+from photon_data.report import all_remarks, attention, duplicates, other_remarks
 from photon_data.volume import Geometry
 
 GRID = Geometry.axis_aligned((364, 364, 364), (1, 1, 1), (0, 0, 0))

@@ -8,7 +8,7 @@ from raw import write_scan
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions.question_table import read_questions
+from photon_data.questions.question import read_questions
 from photon_data.questions.table import number, read_table
 from photon_data.recipe import Recipe
 from photon_pipelines.plan import Callback, gather

@@ -52,7 +52,7 @@ def test_a_folder_that_grows_past_the_limit_keeps_its_stores_and_lays_new_ones_d
     add(raw, 0, 1)
     code, text = run("prepare", raw, out, *SMALL, *MASKS)
     assert code == 0, text
-    monkeypatch.setattr("photon_pipelines.owners.MANY", 4)
+    monkeypatch.setattr("photon_pipelines.collection.MANY", 4)
     add(raw, 2, 3)
     code, text = run("prepare", raw, out, *SMALL, *MASKS)
     assert code == 0, text
@@ -94,7 +94,7 @@ def test_a_scan_that_was_refused_for_a_while_gets_no_second_store(raw, tmp_path,
     (raw / "s2.nii.gz").write_bytes(whole[:900])
     assert "refused" in run("prepare", raw, out, *SMALL)[1]
     (raw / "s2.nii.gz").write_bytes(whole)
-    monkeypatch.setattr("photon_pipelines.owners.MANY", 2)
+    monkeypatch.setattr("photon_pipelines.collection.MANY", 2)
     assert run("prepare", raw, out, *SMALL)[0] == 0
     assert places(out, "volumes") == {"s0.ome.zarr", "s2.ome.zarr"}
 

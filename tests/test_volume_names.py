@@ -6,7 +6,7 @@ from pydicom.uid import generate_uid
 from raw import write_scan
 from scans import ct_like
 
-from photon_data.questions import manifest
+from photon_data.questions.question import by_name
 from photon_data.readers.find import find_scans
 
 COMPOSED, DECOMPOSED = "J\u00f6rg \u00c5", "Jo\u0308rg A\u030a"
@@ -17,7 +17,7 @@ COMPOSED, DECOMPOSED = "J\u00f6rg \u00c5", "Jo\u0308rg A\u030a"
 def test_a_name_is_found_in_either_unicode_form_and_ids_stay_as_they_are(tmp_path, path, name):
     write_scan(tmp_path / path / f"{path}.nii.gz", shape_zyx=(4, 5, 6))
     (source,) = find_scans(tmp_path).sources
-    find = manifest.by_name([(source.id, source.path)])
+    find = by_name([(source.id, source.path)])
     assert source.path == f"{path}/{path}.nii.gz"
     for asked in (f"{name}/{name}.nii.gz", f"./{name}/{name}", f"{name}.nii.gz", name, source.id):
         assert find(asked).id == source.id, asked
@@ -25,7 +25,7 @@ def test_a_name_is_found_in_either_unicode_form_and_ids_stay_as_they_are(tmp_pat
 
 
 def test_two_volumes_that_differ_only_in_unicode_form_are_ambiguous_and_told_apart():
-    find = manifest.by_name([("J-1", f"{COMPOSED}.nii.gz"), ("J-2", f"{DECOMPOSED}.nii.gz"), ("x", "x.nii.gz")])
+    find = by_name([("J-1", f"{COMPOSED}.nii.gz"), ("J-2", f"{DECOMPOSED}.nii.gz"), ("x", "x.nii.gz")])
     for name in (COMPOSED, DECOMPOSED, f"{COMPOSED}.nii.gz"):
         match = find(name)
         assert match.is_ambiguous and "with id J-1" in match.reason and "with id J-2" in match.reason
@@ -38,7 +38,7 @@ def test_a_dicom_volume_is_found_by_its_folder_or_its_series_uid(tmp_path):
     write_series(tmp_path / "p2" / "both", stored, uid=second)
     write_series(tmp_path / "p2" / "both", stored, uid=other, names=["a.dcm", "b.dcm", "c.dcm"])
     sources = find_scans(tmp_path).sources
-    find = manifest.by_name((source.id, source.path) for source in sources)
+    find = by_name((source.id, source.path) for source in sources)
     one = next(source for source in sources if source.path.startswith("p#1"))
     for name in ("p#1/21057", "p#1/21057/", "21057", one.path, one.path.rpartition("/")[2], first, one.id):
         assert find(name).id == one.id, name

@@ -1,4 +1,7 @@
-"""Declared data sets -> the volumes to prepare and the questions about them, of one data set or of several together."""
+"""Declared data sets -> the volumes to prepare and the questions about them, of one data set or of several together.
+
+Each layout that others publish has a file of its own; folders of scans, alone or with a table, are read here.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,18 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d, table
-from photon_data.datasets.base import UNPACK, DataSet, FoundVolumes, OnFile, Share, SourceVolume
+from photon_data.datasets import abdomenatlas, ct_rate, deeptumorvqa, rad3d
+from photon_data.datasets.base import ID_FROM, UNPACK, DataSet, FoundVolumes, OnFile, Share, SourceVolume
 from photon_data.errors import UsageError, first_few, nearest_name
-from photon_data.questions.manifest import Unmatched, by_name
-from photon_data.questions.question import Question, with_prompt_style
+from photon_data.questions.manifest import Unmatched
+from photon_data.questions.question import Question, by_name, read_questions, with_prompt_style
 from photon_data.questions.splits import ALL, FRACTIONS, assign_splits, check_split_names
 from photon_data.questions.table import TAG
+from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.scan import Source
-
-
-class Adapter(NamedTuple):
-    """One layout of data sets."""
-
-    # Returns the volumes, and the questions with the publisher's splits (None: not known), whose `volume` is an id or a
-    # name that means one volume. None instead of questions: each volume gets the instruction.
-    read: Callable[[DataSet, OnFile], tuple[FoundVolumes, list[Question] | None]]
-    annotations: tuple[str, ...] = ()  # the kinds that an entry may name
-    options: tuple[str, ...] = ()  # the options that an entry may set
-    cohort: str | None = None  # a name shared by data sets with the same patients; None for patients of its own
-
-
-_TABLE_OPTIONS = ("pattern", "id_from", "id_prefix", "cohort")
-ADAPTERS = {
-    "ct-rate": Adapter(ct_rate.read, ("metadata", "no_chest", "reports", "labels", "vqa"), ("version",), "ct-rate"),
-    "3d-rad": Adapter(rad3d.read, ("questions", "metadata", "no_chest"), ("version",), "ct-rate"),
-    "deeptumorvqa": Adapter(deeptumorvqa.read, ("questions", "ids"), (UNPACK,), "abdomenatlas"),
-    "abdomenatlas3": Adapter(abdomenatlas.read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), "abdomenatlas"),
-    "table": Adapter(table.read_tables, ("questions",), (*_TABLE_OPTIONS, "columns")),
-    "folder": Adapter(table.read_folder, (), _TABLE_OPTIONS),
-    "phantom": Adapter(table.read_phantoms, (), _TABLE_OPTIONS),
-}
-# Data sets that cannot become right stores, and why.
-REFUSED = {
-    "m3d": "expected scans in Hounsfield units with spacing, found M3D-Cap and M3D-VQA: 8-bit slices (jpeg, png) or "
-    "arrays resized to 32 x 256 x 256, windowed, without spacing and orientation, of which no store would be right; "
-    "declare questions on your own CTs with `adapter: table`"
-}
 
 
 class Collection(NamedTuple):
@@ -69,7 +45,7 @@ def read_dataset(
 
     `hide` gives the sources whose names may be patients' other ids, and keyed hashes of their patients.
     """
-    adapter = adapter_of(entry)
+    adapter = _adapter_of(entry)
     found, questions = adapter.read(entry, on_file)
     notes = list(found.notes)
     if not found.volumes:
@@ -98,7 +74,7 @@ def read_dataset(
 
 def requested_volumes(entry: DataSet) -> set[str]:
     """Return the volumes that the questions of an entry's splits are about, without a look for scans; UsageError."""
-    found, questions = adapter_of(entry).read(replace(entry, roots=()), lambda count: None)
+    found, questions = _adapter_of(entry).read(replace(entry, roots=()), lambda count: None)
     volumes = {q.volume for q in questions or () if not entry.splits or q.split in entry.splits}
     return volumes - found.left_out.keys()
 
@@ -178,33 +154,6 @@ def _refuse_conflicts(both: Sequence[tuple[SourceVolume, SourceVolume]]) -> None
         )
 
 
-def adapter_of(entry: DataSet) -> Adapter:
-    """Return the adapter of an entry; UsageError for what the entry cannot name, or for paths that are not there."""
-    if entry.adapter in REFUSED:
-        raise entry.error(REFUSED[entry.adapter])
-    if entry.adapter not in ADAPTERS:
-        near = nearest_name(entry.adapter, ADAPTERS)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise entry.error(f"expected an adapter of {', '.join(ADAPTERS)}, found {entry.adapter!r}{hint}")
-    adapter = ADAPTERS[entry.adapter]
-    for kind in ("annotations", "options"):
-        known = getattr(adapter, kind)
-        if unknown := [name for name in getattr(entry, kind) if name not in known]:
-            names = ", ".join(known) or "it has none"
-            raise entry.error(f"expected {kind} of {entry.adapter} ({names}), found {unknown[0]!r}")
-    check_split_names({*entry.splits.values(), *entry.fractions})
-    if missing := missing_paths(entry):
-        few = first_few(missing)
-        raise entry.error(f"expected files and folders, found {len(missing)} missing ({few}); download or correct them")
-    return adapter
-
-
-def missing_paths(entry: DataSet) -> list[str]:
-    """Return the roots and annotations of an entry that do not exist."""
-    paths = [*entry.roots, *(path for paths in entry.annotations.values() for path in paths)]
-    return [str(path) for path in paths if not path.exists()]
-
-
 def _without_duplicates(entry: DataSet, questions: list[Question], notes: list[str]) -> list[Question]:
     """Return the questions, or, if the entry says so, only the first of those that repeat each other."""
     first: dict[tuple[Any, ...], Question] = {}
@@ -269,3 +218,99 @@ def _match(
     if idle := ids - {question.volume for question in matched}:
         notes.append(f"{len(idle)} of {len(ids)} volumes have no question and are not prepared, {min(idle)} first")
     return matched, unmatched
+
+
+# --- adapters, one for each layout of data sets
+
+
+class Adapter(NamedTuple):
+    """One layout of data sets."""
+
+    # Returns the volumes, and the questions with the publisher's splits (None: not known), whose `volume` is an id or a
+    # name that means one volume. None instead of questions: each volume gets the instruction.
+    read: Callable[[DataSet, OnFile], tuple[FoundVolumes, list[Question] | None]]
+    annotations: tuple[str, ...] = ()  # the kinds that an entry may name
+    options: tuple[str, ...] = ()  # the options that an entry may set
+    cohort: str | None = None  # a name shared by data sets with the same patients; None for patients of its own
+
+
+def _adapter_of(entry: DataSet) -> Adapter:
+    """Return the adapter of an entry; UsageError for what the entry cannot name, or for paths that are not there."""
+    if entry.adapter in REFUSED:
+        raise entry.error(REFUSED[entry.adapter])
+    if entry.adapter not in ADAPTERS:
+        near = nearest_name(entry.adapter, ADAPTERS)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise entry.error(f"expected an adapter of {', '.join(ADAPTERS)}, found {entry.adapter!r}{hint}")
+    adapter = ADAPTERS[entry.adapter]
+    for kind in ("annotations", "options"):
+        known = getattr(adapter, kind)
+        if unknown := [name for name in getattr(entry, kind) if name not in known]:
+            names = ", ".join(known) or "it has none"
+            raise entry.error(f"expected {kind} of {entry.adapter} ({names}), found {unknown[0]!r}")
+    check_split_names({*entry.splits.values(), *entry.fractions})
+    if missing := missing_paths(entry):
+        few = first_few(missing)
+        raise entry.error(f"expected files and folders, found {len(missing)} missing ({few}); download or correct them")
+    return adapter
+
+
+def missing_paths(entry: DataSet) -> list[str]:
+    """Return the roots and annotations of an entry that do not exist."""
+    paths = [*entry.roots, *(path for paths in entry.annotations.values() for path in paths)]
+    return [str(path) for path in paths if not path.exists()]
+
+
+def _read_tables(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
+    """Return the scans of folders and the questions of tables, whose columns the option `columns` can map."""
+    paths = entry.annotations.get("questions", ())
+    questions = [q for path in paths for q in read_questions(path, entry.options.get("columns"))]
+    return _scans(entry, on_file), questions
+
+
+def _read_folder(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, None]:
+    """Return the scans of folders; each gets the instruction as its question."""
+    return _scans(entry, on_file), None
+
+
+def _read_phantoms(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
+    """Return what `photon-data phantom ROOT` made: scans, and questions whose task is their kind."""
+    questions = [q for root in entry.roots for q in read_questions(root / "questions.jsonl")]
+    scans = _scans(replace(entry, roots=tuple(root / "scans" for root in entry.roots)), on_file)
+    return scans, [replace(question, task=question.extra.get("kind")) for question in questions]
+
+
+def _scans(entry: DataSet, on_file: OnFile) -> FoundVolumes:
+    """Return the scans below the roots whose path matches the option `pattern`; `id_prefix` begins their ids."""
+    pattern, id_from = entry.options.get("pattern", "*"), entry.options.get(ID_FROM, "path")
+    prefix = entry.options.get("id_prefix", "")
+    check_id_prefix(prefix, f"{entry.place}, data set {entry.name}: id_prefix")
+    volumes, notes = [], []
+    for root in entry.roots:
+        scans = find_scans(root, id_from=id_from, on_file=on_file)
+        sources = [replace(source, id=prefix + source.id) for source in scans.sources if fnmatch(source.path, pattern)]
+        volumes += [SourceVolume(entry, source) for source in sources]
+        notes += [f"files left alone in {root}: {left_alone(scans.ignored)}"] if scans.ignored else []
+    ids = {volume.source.id for volume in volumes}
+    if len(ids) < len(volumes):
+        found = f"{len(ids)} for {len(volumes)} scans"
+        raise entry.error(f"expected one id per scan, found {found}; declare one data set per root")
+    return FoundVolumes(volumes, notes=notes)
+
+
+_TABLE_OPTIONS = ("pattern", "id_from", "id_prefix", "cohort")
+ADAPTERS = {
+    "ct-rate": Adapter(ct_rate.read, ("metadata", "no_chest", "reports", "labels", "vqa"), ("version",), "ct-rate"),
+    "3d-rad": Adapter(rad3d.read, ("questions", "metadata", "no_chest"), ("version",), "ct-rate"),
+    "deeptumorvqa": Adapter(deeptumorvqa.read, ("questions", "ids"), (UNPACK,), "abdomenatlas"),
+    "abdomenatlas3": Adapter(abdomenatlas.read, ("reports", "splits", "benchmark", "ids"), (UNPACK,), "abdomenatlas"),
+    "table": Adapter(_read_tables, ("questions",), (*_TABLE_OPTIONS, "columns")),
+    "folder": Adapter(_read_folder, (), _TABLE_OPTIONS),
+    "phantom": Adapter(_read_phantoms, (), _TABLE_OPTIONS),
+}
+# Data sets that cannot become right stores, and why.
+REFUSED = {
+    "m3d": "expected scans in Hounsfield units with spacing, found M3D-Cap and M3D-VQA: 8-bit slices (jpeg, png) or "
+    "arrays resized to 32 x 256 x 256, windowed, without spacing and orientation, of which no store would be right; "
+    "declare questions on your own CTs with `adapter: table`"
+}

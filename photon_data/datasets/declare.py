@@ -16,9 +16,8 @@ import yaml
 from photon_data.bucket import is_url
 from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
 from photon_data.errors import UsageError, nearest_name
-from photon_data.questions.label_table import read_label_names
-from photon_data.questions.question import PROMPTS
-from photon_data.questions.question_table import NAMES
+from photon_data.questions.question import NAMES, PROMPTS
+from photon_data.readers.mask_pattern import read_label_names
 from photon_data.scan import MaskPattern
 from photon_data.yaml_text import read_yaml, value_of
 

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from photon_data.datasets.abdomenatlas_tree import ID, find_cts, original_ids
+from photon_data.datasets.abdomenatlas import ID, find_cts, original_ids
 from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, text_rows
 from photon_data.errors import UsageError, nearest_name
 from photon_data.json_text import from_json

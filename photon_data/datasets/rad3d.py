@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_data.datasets.base import DataSet, FoundVolumes, OnFile, read_rows
-from photon_data.datasets.ct_rate_tree import SUFFIX, VOLUME, find_volumes, split_and_patient
+from photon_data.datasets.ct_rate import SUFFIX, VOLUME, find_volumes, split_and_patient
 from photon_data.errors import UsageError
 from photon_data.questions.question import Question, with_made_ids
 from photon_data.questions.table import Problem, refuse

@@ -6,21 +6,19 @@ strict, because ms-swift drops a bad row, or gives a volume to another question,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from photon_data.errors import UsageError, first_few
+from photon_data.errors import UsageError
 from photon_data.files import LazyRows, Location, is_safe
-from photon_data.questions.question import Question
+from photon_data.questions.question import Match, Question, by_name
 from photon_data.questions.splits import ALL, check_split_names
 from photon_data.questions.table import TAG, VIDEO_TAG, Problem, TableRow, as_json, read_lines, read_table, refuse
 from photon_data.records import VolumeRecord
@@ -31,12 +29,6 @@ TEXT_COLUMNS = ("id", "channel", "volume_id", "patient", "split", "task", "kind"
 NEVER_EMPTY = ("id", "channel", "volume_id", "split")
 # Keys of Question.extra that are columns of a row; the other keys share the column "extra".
 EXTRA_COLUMNS = ("kind", "organ", "choices")
-# The end of a scan's file name, which the name of a volume may lack.
-SCAN_SUFFIX = re.compile(r"\.(nii(\.gz)?|img(\.gz)?|hdr|nrrd|nhdr|mha|mhd|dcm)\Z", re.IGNORECASE | re.ASCII)
-
-# The end of a DICOM volume's source path: FOLDER#KEY, and -2, -3, ... for further stacks of the series.
-SERIES_KEY = re.compile(r"#(?:([0-9a-f]{8,})(?:-\d+)?)?\Z")
-UID = re.compile(r"[0-2](?:\.\d+)+")
 # `datasets` and pyarrow read a column of JSON texts as times where a text is one of these.
 TIME_STAMP = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d)?)?(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
 # In place of an empty list, which has no type: readers of JSON lines give a column that of its first rows.
@@ -116,62 +108,8 @@ def build(
     return Manifests(rows, sorted(unmatched), sorted(id_ for id_ in others if known[id_].is_there))
 
 
-class Match(NamedTuple):
-    """The id of the volume that a name means; None, with the reason, if the name does not mean exactly one volume."""
-
-    id: str | None
-    reason: str = ""
-    is_ambiguous: bool = False
-
-
-def by_name(volumes: Iterable[tuple[str, str]]) -> Callable[[str], Match]:
-    """Return the function that finds the volume of a name, among volumes given as (id, source path).
-
-    A name is compared with the ids. If none is equal, it is compared with the source paths. If none is equal, it is
-    compared with source paths without the scan's suffix (or, of a DICOM series, without its #KEY), and with file names
-    (folder names) with and without suffix. If none is equal and it is a UID, it is compared with the keys of series.
-    Names are equal if their composed Unicode forms are: macOS stores "é" as "e" and an accent.
-    """
-    in_order = sorted(volumes, key=lambda volume: (volume[1], volume[0]))
-
-    def short_names(id_: str, path: str) -> set[str]:
-        short = SERIES_KEY.sub("", SCAN_SUFFIX.sub("", path))
-        return {short, path.rpartition("/")[2], short.rpartition("/")[2]} - {""}
-
-    def series_key(id_: str, path: str) -> set[str]:
-        key = SERIES_KEY.search(path)
-        return {f"#{key[1][:8]}"} if key and key[1] else set()
-
-    @cache  # most tables use ids, and the other indices take as long as all questions together
-    def index(names_of: Callable[[str, str], set[str]]) -> dict[str, list[tuple[str, str]]]:
-        made: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for volume in in_order:
-            for name in {_composed(name) for name in names_of(*volume)}:
-                made[name].append(volume)
-        return dict(made)
-
-    levels = (lambda id_, path: {id_}, lambda id_, path: {path}, short_names)
-
-    def find(name: str) -> Match:
-        name = _composed(name).removeprefix("./").rstrip("/")
-        found = next((level[name] for level in map(index, levels) if name in level), [])
-        if not found and UID.fullmatch(name):  # a key is the start of the hash of the SeriesInstanceUID
-            found = index(series_key).get(f"#{hashlib.sha256(name.encode()).hexdigest()[:8]}", [])
-        if len(found) > 1:
-            look_alike = len({_composed(path) for _, path in found}) < len(found)
-            names = first_few([f"{path} with id {id_}" if look_alike else path for id_, path in found])
-            return Match(None, f"ambiguous: {len(found)} volumes have this name ({names})", is_ambiguous=True)
-        return Match(found[0][0]) if found else Match(None, "no such volume")
-
-    return find
-
-
 def _by_id(ids: Container[str]) -> Callable[[str], Match]:
     return lambda name: Match(name) if name in ids else Match(None, "no such volume")
-
-
-def _composed(name: str) -> str:
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _row(

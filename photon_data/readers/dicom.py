@@ -13,9 +13,9 @@ import numpy as np
 
 from photon_data.errors import EXPORT_AGAIN, first_few, refusal
 from photon_data.readers.dicom_cache import read_headers
+from photon_data.readers.dicom_file import SAME_POSITION_MM, PlaneHeader, along_normal, differing
 from photon_data.readers.dicom_header import read_planes, require_pydicom
 from photon_data.readers.dicom_pixels import require_decodable, stored_planes
-from photon_data.readers.dicom_plane import SAME_POSITION_MM, PlaneHeader, along_normal, differing
 from photon_data.readers.dicom_series import OFF_GRID_ROUNDED, ROUNDING_MM, SAME_SPACING, tolerance_mm
 from photon_data.readers.stream import frame, grid_shape, wrong_values
 from photon_data.recipe import ACCEPTANCES, Policy

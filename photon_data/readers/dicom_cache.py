@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from photon_data.errors import Refused
-from photon_data.readers.dicom_plane import Content, PixelLayout, PlaneHeader
+from photon_data.readers.dicom_file import Content, PixelLayout, PlaneHeader
 
 # Raise it when the same header would give another plane.
 FORMAT = 1

@@ -1,6 +1,7 @@
-"""The header of a DICOM file: a plain one is read here, from its first kilobytes; any other by pydicom, bounded.
+"""A DICOM file, as its header describes it: its image planes, where they lie, how their values are stored.
 
-A file of which pydicom can read so many bytes and no more, whatever its lengths say, packed or not.
+A plain header is read here, from its first kilobytes; any other by pydicom, from a file of which it can read so many
+bytes and no more, whatever its lengths say, packed or not.
 """
 
 from __future__ import annotations
@@ -9,11 +10,116 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from isal import igzip_lib
+
+# Transfer syntaxes.
+IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+PLAIN = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG)
+DEFLATED = "1.2.840.10008.1.2.1.99"
+UNDEFINED_LENGTH = 0xFFFFFFFF  # of a sequence or of compressed pixel data: items until a delimiter
+# Largest difference of direction cosines within one stack: 0.6 mm at the edge of a body. Headers round to the third
+# digit; ITK reads far larger differences as one stack, along the first slice's axes.
+SAME_DIRECTION = 3e-3
+SAME_POSITION_MM = 0.01
+
+# Tags that tell the volumes of one series apart: passes, phases, reconstructions. Only hashes of them are kept.
+SPLIT_TAGS = (
+    *("AcquisitionNumber", "TemporalPositionIdentifier", "AcquisitionTime", "AcquisitionDateTime", "TriggerTime"),
+    *("ContentTime", "NominalPercentageOfCardiacPhase", "ImageType", "ConvolutionKernel", "SliceThickness"),
+    *("ReconstructionDiameter", "KVP", "EchoTime", "EchoNumbers", "SeriesNumber"),
+)
+
+
+class PixelLayout(NamedTuple):
+    """How the stored values of one file are written."""
+
+    transfer_syntax: str
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: bool
+    at: int | None  # byte of the file where the pixel data begin; None: there are none, or deflated with the header
+    length: int  # bytes the header says there are (UNDEFINED_LENGTH: compressed)
+    present: int  # bytes from `at` to the end of the file
+    padding: tuple[int, int] | None = None  # PixelPaddingValue and its RangeLimit (the same where there is none)
+
+    @property
+    def are_frames_compressed(self) -> bool:
+        """Whether each frame is a piece of its own, compressed, rather than all of them in a row."""
+        return self.transfer_syntax not in (*PLAIN, DEFLATED)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The stored type in native byte order, e.g. uint16 for 12 unsigned bits in 16."""
+        return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
+
+
+class PlaneHeader(NamedTuple):
+    """What the header says of one image plane of a series. None stands for no usable value."""
+
+    path: Path
+    frame: int
+    frames: int
+    # Hashes, of 16 hex digits: the texts themselves go no further.
+    instance: str
+    study: str  # of the study and the patient's id together
+    patient: str  # of the issuer and the patient's id; "" where there is none
+    series: str
+    tags: tuple[str, ...]  # of each of SPLIT_TAGS, "" where there is none
+    acquired: float | None  # AcquisitionTime as the number HHMMSS: only its order counts
+    container: str  # of the frames of one file: its name or hashed concatenation; "" where it has one frame
+    localizer: bool
+    color: bool
+    rows: int
+    columns: int
+    position_lps: np.ndarray | None  # [3] in mm: the centre of the first pixel
+    orientation: np.ndarray | None  # unit vectors [2, 3]: along a row, down a column
+    spacing_mm: np.ndarray | None  # distance of rows, distance of columns
+    slope: float  # HU = slope * stored + intercept; NaN where the header has a table instead
+    intercept: float
+    is_rescaled: bool  # the header has both of them, or a table in their place
+    pixels: PixelLayout
+
+    @property
+    def normal(self) -> np.ndarray:
+        """Unit vector [3] of the slice normal, row x column direction; only where there is an orientation."""
+        return np.cross(*np.asarray(self.orientation))
+
+    def is_parallel_to(self, other: PlaneHeader, within: float = SAME_DIRECTION) -> bool:
+        """Tell whether both have the same orientation, or both none."""
+        if self.orientation is None or other.orientation is None:
+            return self.orientation is other.orientation
+        return bool(np.abs(self.orientation - other.orientation).max() < within)
+
+
+class Content(NamedTuple):
+    """What one DICOM file is."""
+
+    kind: str  # in the standard's words
+    planes: list[PlaneHeader]  # in the file's order; none where it is no part of a volume
+    head: bytes = b""  # the file's first bytes, if all of this follows from them
+
+
+def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
+    """Return the position of each plane along the slice normal of the first, mm [n]; of axial scans the patient's z."""
+    return np.array([plane.position_lps for plane in planes]) @ planes[0].normal
+
+
+def differing(planes: Sequence[PlaneHeader]) -> str:
+    """Return which of SPLIT_TAGS take some values, each in several planes: "AcquisitionNumber (2 values)", or ""."""
+    counts = {name: Counter(plane.tags[n] for plane in planes) for n, name in enumerate(SPLIT_TAGS)}
+    some = {name: len(values) for name, values in counts.items() if len(values) > 1 and min(values.values()) > 1}
+    return ", ".join(f"{name} ({count} values)" for name, count in some.items())
+
+
+# --- a file for pydicom
 
 # An enhanced object with the places of thousands of frames takes a few MB.
 MAX_HEADER_BYTES = 1 << 25
@@ -73,7 +179,7 @@ class DicomFile:
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
-ITEM, ITEM_END, SEQUENCE_END, UNDEFINED = 0xFFFEE000, b"\xfe\xff\x0d\xe0", 0xFFFEE0DD, 0xFFFFFFFF
+ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, b"\xfe\xff\x0d\xe0", 0xFFFEE0DD
 EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH").unpack_from, struct.Struct("<HHL").unpack_from
 META = {0x00020002: ("MediaStorageSOPClassUID", "UI"), 0x00020010: ("TransferSyntaxUID", "UI")}
 NUMBERS = {"US": "<H", "SS": "<h"}
@@ -186,7 +292,7 @@ def _elements(
                 return found, start
             raise _Unusual
         last = tag
-        if length == UNDEFINED:
+        if length == UNDEFINED_LENGTH:
             if vr not in (b"SQ", b"") or tag in wanted:
                 raise _Unusual
             at = _after_items(data, at, implicit)
@@ -222,14 +328,14 @@ def _after_items(data: bytes, at: int, implicit: bool) -> int:
             return at
         if tag != ITEM:
             raise _Unusual
-        if length != UNDEFINED:
+        if length != UNDEFINED_LENGTH:
             at += length
             continue
         while data[at : at + 4] != ITEM_END:
             _, vr, length, at = _begin(data, at, implicit)
-            if length == UNDEFINED and vr not in (b"SQ", b""):
+            if length == UNDEFINED_LENGTH and vr not in (b"SQ", b""):
                 raise _Unusual
-            at = _after_items(data, at, implicit) if length == UNDEFINED else at + length
+            at = _after_items(data, at, implicit) if length == UNDEFINED_LENGTH else at + length
         at += 8
 
 

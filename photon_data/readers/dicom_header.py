@@ -30,16 +30,18 @@ from photon_data.errors import (
     not_a,
     refusal,
 )
-from photon_data.readers.dicom_file import DicomFile, PlainHeader, plain_header
-from photon_data.readers.dicom_plane import (
+from photon_data.readers.dicom_file import (
     DEFLATED,
     EXPLICIT_BIG,
     EXPLICIT_LITTLE,
     IMPLICIT_LITTLE,
     SPLIT_TAGS,
     Content,
+    DicomFile,
     PixelLayout,
+    PlainHeader,
     PlaneHeader,
+    plain_header,
 )
 
 if TYPE_CHECKING:

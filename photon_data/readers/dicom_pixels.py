@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, refusal
-from photon_data.readers.dicom_file import MAX_HEADER_BYTES, DicomFile
+from photon_data.readers.dicom_file import (
+    EXPLICIT_BIG,
+    MAX_HEADER_BYTES,
+    PLAIN,
+    UNDEFINED_LENGTH,
+    DicomFile,
+    PlaneHeader,
+)
 from photon_data.readers.dicom_header import as_uid, refusing
-from photon_data.readers.dicom_plane import EXPLICIT_BIG, PLAIN, UNDEFINED_LENGTH, PlaneHeader
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from photon_data.readers.dicom_plane import SAME_POSITION_MM, SPLIT_TAGS, PlaneHeader, along_normal
+from photon_data.readers.dicom_file import SAME_POSITION_MM, SPLIT_TAGS, PlaneHeader, along_normal
 
 # How far a slice may lie from its place on the regular grid, as a part of the slice distance: a tenth.
 # Up to a quarter where this is what positions rounded to 0.1 mm make of thin slices.

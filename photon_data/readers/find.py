@@ -23,13 +23,21 @@ from photon_data.bucket import is_url
 from photon_data.errors import Refused, UsageError, first_few, refusal, unreadable
 from photon_data.files import RESERVED
 from photon_data.readers.dicom_cache import kept_files, read_headers
+from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
-from photon_data.readers.dicom_plane import PlaneHeader
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
 from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
-from photon_data.readers.label_maps import is_label_map, is_named_as_one
 from photon_data.readers.object_path import OBJECTS, ObjectPath, judged, place_name, read_heads
-from photon_data.readers.tree import File, Identity, Tree, facts_of, matches, require_readable
+from photon_data.readers.tree import (
+    File,
+    Identity,
+    Tree,
+    facts_of,
+    is_label_map,
+    is_named_as_one,
+    matches,
+    require_readable,
+)
 from photon_data.scan import Source, change_mark
 
 # Suffix -> what finds the file with the voxels, where that can be another one.

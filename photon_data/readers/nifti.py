@@ -6,10 +6,14 @@ Lengths are millimetres where the header names no unit; metres and microns are c
 
 Scaling: HU = slope * stored + intercept. A slope of zero or one that is not finite means "not scaled", intercept
 included (as the standard and nibabel have it); a good slope with an intercept that is not finite is refused.
+
+What is written here is repeatable: neither time nor name is in it, so the same voxels always give the same bytes.
 """
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,10 +23,11 @@ import numpy as np
 from nibabel.quaternions import quat2mat
 
 from photon_data.errors import COPY_AGAIN, EXPORT_AGAIN, Refused, not_a, refusal
+from photon_data.files import write_whole
 from photon_data.readers.header import nifti_data_file
 from photon_data.readers.stream import Compression, Stored, frame, grid_shape, read_head, scan_of, wrong_values
 from photon_data.scan import Change, Scan, Source
-from photon_data.volume import RAS_LPS, Geometry
+from photon_data.volume import RAS_LPS, Geometry, Volume
 
 AFFINES = ("sform", "qform")
 # Values of `affine`: the header must have no affine, since a table gives the grid; a person gives one, whatever it has.
@@ -254,3 +259,40 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray:
     turn = quat2mat([w, *vector])
     sides[2] *= -1 if header["pixdim"][0] < 0 else 1
     return np.column_stack([turn * sides, [float(header[f"qoffset_{axis}"]) for axis in "xyz"]])
+
+
+# --- files of ours
+
+
+def write_int16_nifti(volume: Volume, path: Path) -> None:
+    """Write int16 HU as .nii.gz, axes L, P, S: what the authors' code reads."""
+    write_nifti(path, nifti_header(volume.geometry, "<i2"), volume.numpy().astype("<i2", copy=False), compresslevel=3)
+
+
+def nifti_header(geometry: Geometry, dtype: str, slope: float = 1.0, intercept: float = 0.0) -> bytes:
+    """Return the 352 bytes before the voxels. sform and qform agree; a sheared grid has a sform only."""
+    header = nib.Nifti1Header(endianness="<")
+    header.set_data_shape(geometry.shape_zyx[::-1])
+    header.set_data_dtype(dtype)
+    header.set_sform(geometry.affine_ras, code=1)
+    if geometry.is_orthogonal():
+        header.set_qform(geometry.affine_ras, code=1)
+    else:
+        header["pixdim"][1:4] = geometry.spacing_zyx_mm[::-1]
+    header.set_xyzt_units("mm")
+    header["vox_offset"] = 352
+    header.set_slope_inter(slope, intercept)
+    return header.binaryblock + bytes(4)
+
+
+def write_nifti(path: Path, header: bytes, planes: Iterable[np.ndarray], compresslevel: int = 1) -> None:
+    """Write header and voxels, gzipped if the name ends in .gz; the name appears when the file is complete.
+
+    The gzip stream carries neither time nor file name, so the same voxels always give the same bytes.
+    """
+    with write_whole(path) as temporary, temporary.open("wb") as raw:
+        file = gzip.GzipFile("", "wb", compresslevel, raw, mtime=0) if path.suffix == ".gz" else raw
+        with file:
+            file.write(header)
+            for plane in planes:
+                file.write(plane.tobytes())

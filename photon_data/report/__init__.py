@@ -1,6 +1,7 @@
 """The report of a prepared folder: one HTML page that opens offline and shows in a minute what became of the scans.
 
-This file works out what the page shows; report.html.j2 lays it out.
+This file works out what the page shows, with the remarks on each scan, which `inspect` prints too; report.html.j2 lays
+it out.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ import logging
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from photon_data.errors import first_few
-from photon_data.hounsfield import HISTOGRAM_RANGE
+from photon_data.hounsfield import BELOW_AIR_HU, FAR_BELOW_AIR_HU, HISTOGRAM_RANGE
 from photon_data.picture import AUTO, Window, three_planes
 from photon_data.recipe import Recipe
 from photon_data.records import STATES, VolumeRecord
-from photon_data.remarks import AXES, SMALLEST_CUT_MM, attention, cut_remarks, duplicates, ends_mm, is_hu, other_remarks
 from photon_data.report.page import Chart, Mark, data_url, histogram, hu_profile, render, sparkline, without_folders
-from photon_data.volume import LETTERS, WAYS, Geometry, Volume, body_axes
+from photon_data.volume import ENDS, LETTERS, WAYS, Geometry, Volume, body_axes, tilt_degrees
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def render_report(
     measured = len(measures.extent_lps_mm)
     counts = Counter(record.state for record in records)
     listed = volumes[pictures : pictures + MOST_VOLUME_LINES]
-    changed = changed_lines(records)
+    changed = _changed_lines(records)
     same_content = [(len(group), first_few([record.id for record in group], 10)) for group in duplicates(records)]
     values = {
         "title": title,
@@ -71,15 +71,15 @@ def render_report(
         "recipe": recipe,
         "tools": tools or {},
         "measured": measured,
-        "chapters": summary_charts(measures, recipe) if measured else {},
-        "lost": lost_groups(records),
+        "chapters": _summary_charts(measures, recipe) if measured else {},
+        "lost": _lost_groups(records),
         "changed": changed[:MOST_CHANGED_LINES],
         "changed_left": len(changed[MOST_CHANGED_LINES:]),
         "same_content": same_content[:MOST_DUPLICATE_LINES],
         "same_content_left": len(same_content[MOST_DUPLICATE_LINES:]),
         "masks": len(masks),
         "masks_there": sum(row.is_there for row in masks),
-        "mask_problems": masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
+        "mask_problems": _masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
         "volumes": len(volumes),
         "cards": [_card(_reported(record), open_volume) for record in volumes[:pictures]],
         "lines": listed,
@@ -155,10 +155,10 @@ def _reported(record: VolumeRecord) -> ReportedVolume:
         # Of a tilted scan, that of the box around it.
         extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
     remarks = cut_remarks(record), other, attention(record, other)
-    return ReportedVolume(record, *remarks, spacing, extent, ends_mm(facts, "cut_mm"))
+    return ReportedVolume(record, *remarks, spacing, extent, _ends_mm(facts, "cut_mm"))
 
 
-def summary_charts(measures: Measures, recipe: Recipe) -> dict[str, list[Chart]]:
+def _summary_charts(measures: Measures, recipe: Recipe) -> dict[str, list[Chart]]:
     """Return the charts of all volumes that were measured, by the heading that they stand under."""
     grid_mm = [n * s for n, s in zip(recipe.shape_zyx, recipe.spacing_mm, strict=True)][::-1]
     spacings, extents, cuts = [], [], []
@@ -190,7 +190,7 @@ def _hu_charts(measures: Measures) -> list[Chart]:
     return charts + [histogram(measures.hu[key], name=name, unit="HU") for key, name in names.items()]
 
 
-def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
+def _lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
     """Return the inputs that were refused, or that failed, by code, the most frequent first, and which to list."""
     groups = defaultdict(list)
     for record in records:
@@ -204,7 +204,7 @@ def lost_groups(records: Sequence[VolumeRecord]) -> list[dict[str, Any]]:
     return sorted(lost, key=lambda group: (-group["inputs"], group["state"], group["code"]))
 
 
-def changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, str]]:
+def _changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, str]]:
     """Return (id, code, before, after) of all that was repaired, accepted or overridden, by code and id."""
     there = (record for record in records if record.is_there)
     changes = ((record.id, change) for record in there for change in (record.facts or {}).get("changes", ()))
@@ -212,7 +212,7 @@ def changed_lines(records: Sequence[VolumeRecord]) -> list[tuple[str, str, str, 
     return sorted(lines, key=lambda line: (line[1], line[0]))
 
 
-def masks_that_need_eyes(masks: Sequence[VolumeRecord]) -> list[tuple[str, str, str]]:
+def _masks_that_need_eyes(masks: Sequence[VolumeRecord]) -> list[tuple[str, str, str]]:
     """Return (volume, mask, why) of masks that were refused, or of which nothing is left on the grid."""
     found = []
     for row in masks:
@@ -259,3 +259,129 @@ def _size(count: int) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.3g} {units[0]}"
+
+
+# --- remarks: what a person should know about a prepared (or inspected) scan, in short plain sentences
+
+# World axes by the names they have in `facts`.
+AXES = ("x", "y", "z")
+
+# Less than this is not called cut off.
+SMALLEST_CUT_MM = 1.0
+COARSE_RATIO, COARSE_MM = 3.0, 5.0
+FEW_SLICES = 10
+EMPTY_SHARE_OF_GRID = 0.7
+TILT_DEGREES = 5.0
+# A CT of a body holds air and bone. One without them may be scaled wrongly, or be cut out of a larger scan.
+BONE_HU, AIR_HU = 300, -900
+
+# A remark on anything but what is cut off weighs as much as this many millimetres cut off.
+_REMARK_MM = 50.0
+
+
+def all_remarks(record: VolumeRecord) -> list[str]:
+    """Return remarks on what was measured of one scan, most important first; none where nothing was measured."""
+    return cut_remarks(record) + other_remarks(record)
+
+
+def is_hu(facts: Mapping[str, Any]) -> bool:
+    """Tell whether values are in HU: false where a policy accepted values that cannot be."""
+    return "modality" not in facts.get("policy", {})
+
+
+def cut_remarks(record: VolumeRecord) -> list[str]:
+    """Return a sentence for each axis of the body along which something is cut off.
+
+    "18 mm of the scan lie outside of the grid at its left end", and at its right end where that loses something too.
+    """
+    remarks = []
+    for ends, names in zip(_ends_mm(record.facts or {}, "cut_mm"), ENDS, strict=True):
+        lost = [(mm, name) for mm, name in zip(ends, names, strict=True) if mm >= SMALLEST_CUT_MM]
+        if lost:
+            remark = f"{lost[0][0]:.0f} mm of the scan lie outside of the grid at its {lost[0][1]} end"
+            for mm, name in lost[1:]:
+                amount = "as much" if round(mm) == round(lost[0][0]) else f"{mm:.0f} mm"
+                remark += f", and {amount} at its {name} end"
+            remarks.append(remark)
+    return remarks
+
+
+def other_remarks(record: VolumeRecord) -> list[str]:
+    """Return the remarks on everything but what is cut off: intensities, geometry, how much of the grid is filled."""
+    facts = record.facts or {}
+    return _on_values(facts, in_hu=is_hu(facts)) + _on_geometry(facts) + _on_empty_grid(facts)
+
+
+def attention(record: VolumeRecord, other: list[str]) -> float:
+    """Return how much a volume needs eyes, to sort by: mm cut off, plus 50 for each of the `other_remarks`."""
+    return sum(max(0.0, mm) for ends in _ends_mm(record.facts or {}, "cut_mm") for mm in ends) + _REMARK_MM * len(other)
+
+
+def _ends_mm(facts: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+    """Return "cut_mm" or "pad_mm" as (low end, high end), for the world axes L, P, S; zeros where not measured."""
+    ends = (facts.get(key) or {}).get
+    return [(float(low), float(high)) for low, high in (ends(axis) or (0.0, 0.0) for axis in AXES)]
+
+
+def duplicates(records: Iterable[VolumeRecord]) -> list[list[VolumeRecord]]:
+    """Return the groups, larger ones first, of two or more records whose files have the very same content."""
+    by_content = sorted((r for r in records if r.fingerprint), key=lambda record: str(record.fingerprint))
+    groups = (list(group) for _, group in groupby(by_content, lambda record: record.fingerprint))
+    return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group[0].id))
+
+
+def _on_values(facts: Mapping[str, Any], *, in_hu: bool) -> list[str]:
+    before, after = facts.get("hu_before") or {}, facts.get("hu_after") or {}
+    low, high = before.get("min"), before.get("max")
+    remarks = [f"NaN or infinite voxels were filled: {before['non_finite']:,}"] if before.get("non_finite") else []
+    if low is not None and low == high:
+        return [*remarks, f"all voxels have the same value, {low:g}"]
+    if after.get("min") is not None and after["min"] == after.get("max"):
+        remarks.append(f"all voxels of the prepared volume have the same value, {after['min']:g}")
+    if (padding := facts.get("undeclared_padding_hu")) is not None:
+        remarks.append(f"undeclared padding: {padding:g} HU was made air before it was interpolated")
+    elif in_hu and low is not None and FAR_BELOW_AIR_HU <= low < BELOW_AIR_HU and before.get("p01") == low:
+        remarks.append(f"at least 1 % of the voxels are {low:g} HU: undeclared padding? It reaches into its neighbours")
+    if in_hu and high is not None and high < BONE_HU:
+        remarks.append(f"HU maximum {high:g} is below {BONE_HU}: no bone?")
+    if in_hu and low is not None and low > AIR_HU:
+        remarks.append(f"HU minimum {low:g} is above {AIR_HU}: no air?")
+    return remarks
+
+
+def _on_geometry(facts: Mapping[str, Any]) -> list[str]:
+    if not facts.get("geometry"):
+        return []
+    geometry = Geometry.from_json(facts["geometry"])
+    spacings, remarks = geometry.spacing_zyx_mm, []
+    if slices := facts.get("slices"):
+        missing = sum(count for *_, count in slices["gaps"])
+        found = f"{missing} missing slices were interpolated" if missing else "its slices lie at uneven distances"
+        remarks.append(found)
+    for name, axis in zip(AXES, body_axes(geometry).array_axis, strict=True):
+        spacing, in_plane = spacings[axis], max(spacings[:axis] + spacings[axis + 1 :])
+        if spacing > COARSE_RATIO * in_plane:
+            found = f"over three times the in-plane spacing ({in_plane:.2f} mm)"
+            remarks.append(f"spacing {spacing:.1f} mm along {name} is {found}")
+        elif spacing > COARSE_MM:
+            remarks.append(f"spacing {spacing:.1f} mm along {name} is coarse")
+        if geometry.shape_zyx[axis] < FEW_SLICES:
+            remarks.append(f"only {geometry.shape_zyx[axis]} slices along {name}")
+    if not geometry.is_orthogonal(1e-3):
+        remarks.append("its axes are not perpendicular (tilted gantry?)")
+    if (tilt := tilt_degrees(geometry)) >= TILT_DEGREES:
+        remarks.append(f"its axes are tilted by {tilt:.0f}° against the body's")
+    return remarks
+
+
+def _on_empty_grid(facts: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each axis along which the scan fills little of the grid."""
+    if not facts.get("grid"):
+        return []
+    sizes_zyx_mm = [n * s for n, s in zip(facts["grid"]["shape_zyx"], facts["grid"]["spacing_zyx_mm"], strict=True)]
+    remarks = []
+    for ends, size_mm, way in zip(_ends_mm(facts, "pad_mm"), sizes_zyx_mm[::-1], WAYS, strict=True):
+        empty = sum(max(0.0, mm) for mm in ends)
+        if empty > EMPTY_SHARE_OF_GRID * size_mm:
+            remarks.append(f"the scan covers {size_mm - empty:.0f} of the grid's {size_mm:.0f} mm from {way}")
+    return remarks

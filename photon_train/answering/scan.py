@@ -16,7 +16,7 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import prepare_volume
 from photon_data.private import names_left_out
-from photon_data.questions.manifest import UID
+from photon_data.questions.question import UID
 from photon_data.readers import open_scan
 from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.recipe import Policy, Recipe

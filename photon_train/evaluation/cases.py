@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from photon_data.errors import UsageError
-from photon_data.questions.manifest import SCAN_SUFFIX
-from photon_data.questions.question import LETTERS
+from photon_data.questions.question import LETTERS, SCAN_SUFFIX
 from photon_data.questions.table import VIDEO_TAG
 from photon_train.evaluation.parsing import parse_choice
 from photon_train.rows import Prediction, Row, choices_of, organ_masks_of, plain_row, prompt_of, question_digest

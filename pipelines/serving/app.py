@@ -1,4 +1,4 @@
-"""The routes of `photon serve`. What is allowed in is gate.py's; how answers are made is the engine's."""
+"""The routes of `photon serve`, and its page. What is allowed in is gate.py's; how answers are made is the engine's."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from photon_data.errors import Refused, unforeseen
-from photon_data.export import nifti_header
 from photon_data.files import NO_SPACE
+from photon_data.readers.nifti import nifti_header
 from photon_data.resample import model_grid
 from photon_data.store import open_volume
-from photon_pipelines.serving.asking import Asking, Event, EventStream, failed, submit
-from photon_pipelines.serving.chat import Completion, question_of, read_chat
-from photon_pipelines.serving.figures import Figures
-from photon_pipelines.serving.gate import CLIENT_GONE, ApiError, Gate
-from photon_pipelines.serving.page import Page
+from photon_pipelines.serving.chat import Asking, Completion, Event, EventStream, failed, question_of, read_chat, submit
+from photon_pipelines.serving.gate import CLIENT_GONE, ApiError, Figures, Gate
 from photon_pipelines.serving.upload import receive
 from photon_pipelines.serving.volumes import Stored, UnknownVolume, Volumes
 from photon_train.serving.question import Answer, Engine, Failure, Piece
@@ -326,3 +323,41 @@ async def _error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         error = ApiError(500, f"{unforeseen(error)}; please report it", "internal")
     return Response(error.body(), error.status, error.headers, "application/json")
+
+
+# --- the page
+
+FOLDER = Path(__file__).with_name("static")
+FILE_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+}
+# NiiVue keeps its font in a data: URL. Nothing is inline, and nothing comes from elsewhere.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Page:
+    """The page: files of the package, as they are, read once. What it shows, its scripts ask the API for."""
+
+    def __init__(self) -> None:
+        self._files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in FILE_TYPES}
+
+    async def show(self) -> Response:
+        """Return the page."""
+        return self._response("index.html", {"content-security-policy": POLICY})
+
+    async def file(self, name: str) -> Response:
+        """Return a file of it."""
+        if name not in self._files:
+            remedy = "; make viewer builds it" if name == "niivue.js" else ""
+            raise ApiError(404, f"expected a file of the page, found none of this name{remedy}", "not_found")
+        return self._response(name)
+
+    def _response(self, name: str, headers: dict[str, str] | None = None) -> Response:
+        return Response(self._files[name], 200, headers, FILE_TYPES[Path(name).suffix])

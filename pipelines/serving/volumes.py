@@ -53,7 +53,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Intake:
-    """How uploads become volumes. `ask` runs a job in the isolated process (`take_in` of intake.py)."""
+    """How uploads become volumes. `ask` runs a job in the isolated process (`take_in` of upload.py)."""
 
     ask: Callable[[dict[str, Any], float], dict[str, Any]]
     recipe: Recipe

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from photon_cli.photon import app
 from photon_data.errors import UsageError
-from photon_data.export import nifti_header, write_nifti
 from photon_data.phantom import make_phantoms
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.questions.table import read_values
 from photon_data.readers.find import find_scans
+from photon_data.readers.nifti import nifti_header, write_nifti
 from photon_data.recipe import Recipe
 from photon_data.store import open_volume
 from photon_data.volume import Geometry

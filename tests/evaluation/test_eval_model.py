@@ -9,7 +9,7 @@ from askable import QUESTIONS, TOKENS, blocks, lively_model, store
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
-from photon_data.export import nifti_header, write_nifti
+from photon_data.readers.nifti import nifti_header, write_nifti
 from photon_data.volume import Geometry
 from photon_train import rows as rows_of_files
 from photon_train.rows import read_predictions, unpack_mask

@@ -15,14 +15,13 @@ from photon_cli.photon import app
 from photon_cli.segmentation import segment
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.mask_store import open_masks
+from photon_data.mask_store import open_masks, verify_masks
 from photon_data.phantom import make_phantoms
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import read_records, write_records
 from photon_data.store import open_volume
-from photon_pipelines.masks import verify_masks
 from photon_train.evaluation.results import Settings
 from photon_train.rows import Prediction, pack_mask
 

@@ -17,6 +17,7 @@ from photon_data import Recipe, open_masks, open_volume
 from photon_data.dataset_lock import read_lock
 from photon_data.errors import UsageError
 from photon_data.files import Location, from_jsonl, jsonl_bytes
+from photon_data.mask_store import problems_of, read_rows, write_rows
 from photon_data.prepare_file import prepare_file
 from photon_data.prepare_masks import prepare_masks
 from photon_data.questions.kept import collect, keep_questions
@@ -26,7 +27,6 @@ from photon_data.store import OWN_DIGEST, own_digest
 from photon_pipelines import collection
 from photon_pipelines.export import export_all
 from photon_pipelines.mask_plan import find_masks, plan_masks
-from photon_pipelines.masks import problems_of, read_rows, write_rows
 from photon_pipelines.plan import gather, plan
 from photon_pipelines.prepare import finish
 from photon_pipelines.request import Request

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from mutations import budget, damaged_bytes, damaged_json, damaged_text, sentence_or, write
 
 from photon_data.dataset_lock import read_lock
-from photon_data.questions.label_table import LARGEST_VALUE, read_label_names
-from photon_data.questions.override_table import read_overrides
+from photon_data.override import read_overrides
 from photon_data.readers.find import find_scans
+from photon_data.readers.mask_pattern import LARGEST_VALUE, read_label_names
 from photon_data.recipe import ALGORITHM, chest_ct
 from photon_train.evaluation.imported import join_results, read_results
 from photon_train.evaluation.paired import read_scored

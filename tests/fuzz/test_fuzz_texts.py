@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from photon_data.datasets.combine import read_dataset
 from photon_data.datasets.declare import read_data_manifest
-from photon_data.questions.override_table import rescaling
-from photon_data.questions.question_table import read_questions
+from photon_data.override import rescaling
+from photon_data.questions.question import read_questions
 from photon_data.readers.find import find_scans
 from photon_train.rows import Prediction, read_predictions
 from photon_train.training.config import TrainConfig, read_config, with_values

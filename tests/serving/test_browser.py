@@ -20,7 +20,7 @@ from scans import ct_like
 from photon_data.files import Location
 from photon_data.records import PREPARED, VolumeRecord, store_name, write_records
 from photon_data.store import open_volume
-from photon_pipelines.serving.page import FOLDER
+from photon_pipelines.serving.app import FOLDER
 from photon_train.kept_tokens import token_centres
 from photon_train.serving.question import Draft, Question
 

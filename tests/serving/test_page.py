@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from photon_pipelines.serving.page import FOLDER
+from photon_pipelines.serving.app import FOLDER
 
 OURS = sorted(path for path in FOLDER.iterdir() if path.name not in ("niivue.js", "licences.txt"))
 
@@ -16,7 +16,7 @@ def test_the_page_and_its_files_are_there_and_nothing_else_is(served):
     for name in re.findall(r'(?:src|href)="/page/([^"]+)"', page.text):
         if (FOLDER / name).exists():
             assert served.http.get(f"/page/{name}").content == (FOLDER / name).read_bytes()
-    for name in ("..%2Fpage.py", "%2Fetc%2Fpasswd", "page.py", "", ".", "%00", "static/page.js"):
+    for name in ("..%2Fapp.py", "%2Fetc%2Fpasswd", "app.py", "", ".", "%00", "static/page.js"):
         assert served.http.get(f"/page/{name}").status_code in (404, 307), name
 
 
