@@ -27,8 +27,7 @@ from photon_data.store import open_volume
 from photon_pipelines.child import Child, ChildError, child_of
 from photon_pipelines.serving.app import Draw, Server, ServerSettings
 from photon_pipelines.serving.gate import is_loopback
-from photon_pipelines.serving.upload import Limits
-from photon_pipelines.serving.volumes import Intake, Stored, Volumes, private_folder
+from photon_pipelines.serving.volumes import Intake, Limits, Stored, Volumes, private_folder
 from photon_train.answering.loading import load_predictor
 from photon_train.answering.predictor import Predictor
 from photon_train.overlay import Canvas, write_one

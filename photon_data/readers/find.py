@@ -5,6 +5,7 @@ Each scan gets an id, made from where its files lie: safe in file systems and UR
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -26,26 +27,11 @@ from photon_data.readers.dicom_cache import kept_files, read_headers
 from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
-from photon_data.readers.header import metaimage_data_file, metaimage_text, nifti_data_file, nrrd_data_file, nrrd_text
-from photon_data.readers.object_path import OBJECTS, ObjectPath, judged, place_name, read_heads
-from photon_data.readers.tree import (
-    File,
-    Identity,
-    Tree,
-    facts_of,
-    is_label_map,
-    is_named_as_one,
-    matches,
-    require_readable,
-)
+from photon_data.readers.header import DATA_FILES, SUFFIXES, TEXT_HEADERS, suffix_of
+from photon_data.readers.object_path import NO_PATH, OBJECTS, ObjectPath, judged, place_name, read_heads, walk
+from photon_data.readers.tree import File, Identity, Tree, is_label_map, is_named_as_one, matches
 from photon_data.scan import Source, change_mark
 
-# Suffix -> what finds the file with the voxels, where that can be another one.
-DATA_FILES = {".hdr": nifti_data_file, ".hdr.gz": nifti_data_file, ".nrrd": nrrd_data_file, ".nhdr": nrrd_data_file}
-DATA_FILES |= {".mha": metaimage_data_file, ".mhd": metaimage_data_file}
-SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
-SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
-TEXT_HEADERS = {"nrrd": nrrd_text, "metaimage": metaimage_text}
 # How files that are no scans are counted: by what they are, else by suffix.
 LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
 NOT_INCLUDED, EXCLUDED = "(not in --include)", "(in --exclude)"
@@ -57,11 +43,6 @@ NO_IDS: Mapping[str, str] = MappingProxyType({})
 MAX_ID = 150
 # Digits of the path's hash that tell ids apart: none where the name is free, more while two are still the same.
 DIGITS = (0, 6, 16, 64)
-
-
-def suffix_of(path: Path) -> str | None:
-    """Return the suffix of a file that may hold a scan or masks, None for other files."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 class Found(NamedTuple):
@@ -108,11 +89,13 @@ def find_scans(
     """
     if not root.exists():
         raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
-    tree = Tree(root.absolute(), follow_links=follow_links)
-    search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)
     objects = root.objects if isinstance(root, ObjectPath) else None
-    if objects and headers:
-        objects.remember(Path(headers).with_name(OBJECTS))
+    tree = Tree(root.absolute(), follow_links=follow_links, walk=walk if objects else os.walk)
+    search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)
+    if objects:
+        tree.counts[NO_PATH] += objects.listing.unsafe
+        if headers:
+            objects.remember(Path(headers).with_name(OBJECTS))
     try:
         for folder in tree.folders():
             for _ in folder:
@@ -267,8 +250,10 @@ class _Search:
         facts = []
         for file in files:
             try:
-                facts.append((os.path.relpath(file, self.root), *facts_of(file)))
-                require_readable(file)
+                status = file.stat()
+                facts.append((os.path.relpath(file, self.root), status.st_size, status.st_mtime_ns))
+                if not (isinstance(file, ObjectPath) or os.access(file, os.R_OK)):
+                    raise PermissionError(errno.EACCES, "permission denied")
             except OSError as error:
                 why = why or unreadable(file, error)
         size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), place_name(self.root)

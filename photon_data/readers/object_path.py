@@ -30,6 +30,7 @@ from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched, is_
 from photon_data.scan import change_mark
 
 OBJECTS = "objects"  # the folder of what is kept, in the private one
+NO_PATH = "(name that is no path)"  # as what is left alone is counted
 # Of an object: what is read first, as much as a header takes (dicom_file.py), and what is read at least after that.
 FIRST_BYTES, MORE_BYTES = 1 << 14, 1 << 20
 # Heads in memory: 256 MB. Between a look at a file and its header lie some folders of a series each.
@@ -224,12 +225,12 @@ class ObjectPath(PosixPath):
 
     def stat(self, **_: Any) -> Any:
         """Return what is asked of a file's status; the time is a number that changes with the version."""
-        if entry := self._entry():
-            mark = {"st_mtime_ns": entry.mark, "st_ctime_ns": entry.mark}
-            return SimpleNamespace(st_mode=stat.S_IFREG, st_size=entry.size, st_ino=0, st_dev=0, **mark)
-        if self.is_dir():
-            return SimpleNamespace(st_mode=stat.S_IFDIR, st_size=0, st_ino=0, st_dev=0, st_mtime_ns=0, st_ctime_ns=0)
-        raise FileNotFoundError(2, os.strerror(2), self.name)
+        entry = self._entry()
+        if entry is None and not self.is_dir():
+            raise FileNotFoundError(2, os.strerror(2), self.name)
+        size, mark = entry or (0, 0)
+        same = {"st_dev": 0, "st_ino": hash(str(self)) or 1, "st_mtime_ns": mark, "st_ctime_ns": mark}
+        return SimpleNamespace(st_mode=stat.S_IFREG if entry else stat.S_IFDIR, st_size=size, **same)
 
     lstat = stat
 
@@ -238,19 +239,20 @@ class ObjectPath(PosixPath):
         folders, files = self.objects.folders[self.name_there]
         return (self / name for name in sorted([*folders, *files]))
 
-    def walk_there(self) -> Iterator[tuple[ObjectPath, list[str], list[str]]]:
-        """Yield what os.walk does; names that are removed from the second are not entered."""
-        folders, files = self.objects.folders[self.name_there]
-        names = sorted(folders)
-        yield self, names, files
-        for name in names:
-            yield from (self / name).walk_there()
-
     def open(self, mode: str = "r", buffering: int = -1, *_: Any, **__: Any) -> Any:
         """Return an open file that reads ranges; for bytes alone."""
         assert mode == "rb", "objects are read, and as bytes"
         file = _RangedFile(self.objects, self.name_there, self.stat().st_size)
         return file if buffering == 0 else io.BufferedReader(file, BUFFER_BYTES)
+
+
+def walk(folder: ObjectPath, onerror: object = None) -> Iterator[tuple[ObjectPath, list[str], list[str]]]:
+    """Yield what os.walk does; names that are removed from the second are not entered. A listing has no errors."""
+    folders, files = folder.objects.folders[folder.name_there]
+    names = sorted(folders)
+    yield folder, names, files
+    for name in names:
+        yield from walk(folder / name)
 
 
 def read_heads(paths: Sequence[Path]) -> None:

@@ -5,7 +5,6 @@ Label maps (masks, segmentations) lie beside scans; they are told by name and by
 
 from __future__ import annotations
 
-import errno
 import gzip
 import math
 import os
@@ -17,19 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import nibabel as nib
 import numpy as np
-
-from photon_data.readers.object_path import ObjectPath
 
 HIDDEN_FOLDERS = ("__MACOSX",)
 # What is in a folder that photon-data prepare or export wrote: no raw data.
 OURS = (("dataset.json", "volumes.jsonl"), ("export.json", "volumes"))
 # What a folder holds beside files, as it is counted.
 LINK, BROKEN, SPECIAL = "(link)", "(link to a file that is not there)", "(special file)"
-WRITTEN, NO_PATH = "(prepared or exported folder)", "(name that is no path)"
+WRITTEN = "(prepared or exported folder)"
 
 Identity = tuple[int, int] | str
 
@@ -46,14 +43,13 @@ class Tree:
     """The files below a folder (or the one file it is).
 
     Files that lie there come first, then those that links to files lead to, then those behind links to folders; links
-    go by name. A folder is entered once; one that holds the place where a walk began is not entered by a link.
+    go by name. A folder is entered once; one that holds the place where a walk began is not entered by a link. `walk`
+    goes through a folder, as os.walk does.
     """
 
-    def __init__(self, start: Path, *, follow_links: bool = True) -> None:
-        self.start, self.follow_links = start, follow_links
+    def __init__(self, start: Path, *, follow_links: bool = True, walk: Callable[..., Any] = os.walk) -> None:
+        self.start, self.follow_links, self.walk = start, follow_links, walk
         self.counts: Counter[str] = Counter()  # of what is no file and not followed
-        if isinstance(start, ObjectPath):
-            self.counts[NO_PATH] += start.objects.listing.unsafe
         self.closed: list[tuple[Path, OSError]] = []  # folders that cannot be listed
         self._links: list[Path] = []
         self._entered: set[Identity] = set()
@@ -77,9 +73,8 @@ class Tree:
         def closed(error: OSError) -> None:
             self.closed.append((Path(error.filename), error))
 
-        walk = folder.walk_there() if isinstance(folder, ObjectPath) else os.walk(folder, onerror=closed)
-        for place, folders, names in walk:
-            here = Path(place) if isinstance(place, str) else place
+        for place, folders, names in self.walk(folder, onerror=closed):
+            here = place if isinstance(place, Path) else Path(place)
             identity = _identity(here)
             if by_link and identity in self._entered:
                 folders.clear()
@@ -132,10 +127,9 @@ class Tree:
 
 
 def _is_ours(folder: Path) -> bool:
-    def exists(path: Path) -> bool:
-        return path.exists() if isinstance(path, ObjectPath) else os.path.exists(path)  # noqa: PTH110 - never raises
-
-    return any(all(exists(folder / name) for name in names) for names in OURS)
+    with suppress(OSError):  # of a folder that may not be entered
+        return any(all((folder / name).exists() for name in names) for names in OURS)
+    return False
 
 
 def matches(parts: tuple[str, ...], glob: str) -> bool:
@@ -160,22 +154,8 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _identity_of(path: Path, facts: os.stat_result) -> Identity:
-    if isinstance(path, ObjectPath):
-        return str(path)
     # Some network file systems have no inodes.
     return (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(path)
-
-
-def facts_of(file: Path) -> tuple[int, int]:
-    """Return the size and the time (of an object, its mark) of a file; OSError."""
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def require_readable(file: Path) -> None:
-    """PermissionError for a local file that we may not read."""
-    if not isinstance(file, ObjectPath) and not os.access(file, os.R_OK):
-        raise PermissionError(errno.EACCES, "permission denied")
 
 
 # --- label maps

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -22,25 +22,19 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from photon_data.errors import Refused, UsageError, first_few, refusal
 from photon_data.files import NO_SPACE
 from photon_data.prepare_file import Job, prepare_file
-from photon_data.readers.find import SUFFIXES, find_scans, left_alone
+from photon_data.readers.find import find_scans, left_alone
+from photon_data.readers.header import SUFFIXES
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import REFUSED, NoSpace
 from photon_data.scan import Source
 from photon_pipelines import child
+from photon_pipelines.serving.volumes import Limits
 
 MAX_FIELD_BYTES = 200
 MAX_NAME_BYTES = 200
 # What a name may be to be kept: headers name their data files. Others are numbered.
 PLAIN_NAME = re.compile(r"\w[\w .()+,=@-]{0,199}")
 SUFFIX = re.compile(r"(\.(nii|hdr|img|nrrd|raw|mha|mhd|nhdr|zraw|dcm|ima|dicom|zip))?(\.gz)?$", re.IGNORECASE)
-
-
-class Limits(NamedTuple):
-    """How much an upload may have; what is unpacked from it counts anew."""
-
-    bytes: int
-    files: int
-    seconds: float
 
 
 def place_for(folder: Path, name: str, number: int) -> Path:

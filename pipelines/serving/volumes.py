@@ -20,7 +20,6 @@ from photon_data.recipe import Policy, Recipe
 from photon_data.records import PREPARED, SUFFIX, records_of, store_name
 from photon_data.store import GRIDS, SHARD, read_metadata
 from photon_data.volume import Geometry
-from photon_pipelines.serving.upload import Limits
 
 PREFIX = "vol_"  # of the ids of uploads, which are drawn at random
 FOLDER = "photon-serve-"
@@ -49,6 +48,14 @@ class Stored(NamedTuple):
     def native(self) -> Geometry:
         """The grid of the scan as it came."""
         return Geometry.from_json(self.facts["geometry"])
+
+
+class Limits(NamedTuple):
+    """How much an upload may have; what is unpacked from it counts anew."""
+
+    bytes: int
+    files: int
+    seconds: float
 
 
 @dataclass(frozen=True)
