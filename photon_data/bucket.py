@@ -29,6 +29,7 @@ from photon_data.scan import Source, change_mark
 
 # How often a request is made before it counts as failed, with these pauses between.
 PAUSES_S = (0.5, 2.0, 5.0)
+LONG_S = 60.0  # a request that fails after this is not made again: the store's library has tried by itself
 PIECE_BYTES = 1 << 23  # of an object, in memory at a time
 THREADS = 8  # which fetch the files of one scan
 BATCH = 64  # ranges of one request to the store's library
@@ -62,8 +63,9 @@ class NotFetched(OSError):
 
 
 def is_url(text: str) -> bool:
-    """Tell whether a text names objects of a store, rather than a local path."""
-    return "://" in text
+    """Tell whether a text names objects of a store, rather than a local path ("/data/a://b" is one)."""
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and "/" not in scheme
 
 
 def checked_url(text: str) -> str:
@@ -119,6 +121,15 @@ class Bucket:
             return _entry(self.fs.info(self.at(name)))
 
         return _told(ask)
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is an object of that name now, or a folder with some; OSError as `read`."""
+
+        def ask() -> bool:
+            self.fs.invalidate_cache(self.at(name))
+            return bool(self.fs.exists(self.at(name)))
+
+        return bool(_told(ask))
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Return a range of an object; OSError in our words where the store does not give it."""
@@ -186,11 +197,14 @@ def _told(ask: Callable[[], Any]) -> Any:
 def _again(ask: Callable[[], Any]) -> Any:
     """Return what a request gives, made again after a pause where it fails for a reason that may pass."""
     for pause_s in PAUSES_S:
+        start_s = time.monotonic()
         try:
             return ask()
         except (FileNotFoundError, PermissionError, UsageError):
             raise
         except Exception:
+            if time.monotonic() - start_s > LONG_S:
+                raise
             time.sleep(pause_s)
     return ask()
 
@@ -246,6 +260,7 @@ def _fetch_all(
     files = [folder / name for name in names]
     try:
         bucket = Bucket(root)
+        _ = bucket.fs  # made here: connections of a thread that ends would not be used again
         with ThreadPoolExecutor(THREADS, "fetch") as threads:
             entries = list(threads.map(bucket.entry, names))
             facts = [(name, entry.size, entry.mark) for name, entry in zip(names, entries, strict=True)]
@@ -299,12 +314,13 @@ def scratch_folder() -> Iterator[Path]:
 def _new_folder() -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
-        handle = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a disk that cannot lock
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if folder.exists():  # else it was taken for an abandoned one before it was locked
-            return folder, handle
-        os.close(handle)
+        with suppress(FileNotFoundError):  # it was taken for an abandoned one before it was locked
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a disk that cannot lock
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, handle
+            os.close(handle)
 
 
 @cache

@@ -1,7 +1,8 @@
 """Names that stay at home: the key that makes ids of them, and the file that says which scan has which id.
 
-They lie, with the headers of DICOM files (readers/dicom_cache.py), in a folder beside OUT, never in it: /data/prepared
-has /data/prepared.private. For an object store the folder is in the working directory.
+They lie in a folder beside OUT, never in it, with the headers of DICOM files (readers/dicom_cache.py) and what was read
+of objects (readers/object_path.py): /data/prepared has /data/prepared.private. For an object store the folder is in the
+working directory.
 """
 
 from __future__ import annotations

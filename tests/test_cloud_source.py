@@ -5,8 +5,11 @@ The same tree is searched and prepared as a folder and as a URL.
 
 import os
 import shutil
+import struct
 import tempfile
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -26,7 +29,8 @@ from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.prepare_file import Job
 from photon_data.private import private_folder
-from photon_data.readers.find import find_scans
+from photon_data.readers import object_path
+from photon_data.readers.find import find_one_scan, find_scans
 from photon_data.readers.object_path import source_path
 from photon_data.recipe import Recipe
 from photon_data.records import read_records
@@ -165,6 +169,42 @@ def test_of_dicom_the_search_reads_first_bytes_alone_and_of_nifti_nothing(tmp_pa
     found = find_scans(source_path(url_of(tmp_path / "raw")))
     assert len(found.sources) == 2
     assert sorted(Shop.ranges) == [(f"IM{z}", 0, 1 << 14) for z in range(6)]
+
+
+def test_the_first_bytes_of_a_large_folder_are_in_memory_when_it_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_path, "MOST_HEADS", 16)
+    monkeypatch.setattr(object_path, "PART", 8)
+    monkeypatch.delattr(bucket.Bucket, "read")  # of one object
+    names = [f"IM{z:03d}" for z in range(60)]
+    write_series(tmp_path / "raw", stored_values((60, 128, 128)), names=names)
+    (source,) = find_scans(source_path(url_of(tmp_path / "raw"))).sources
+    assert len(source.files) == 60
+    # Once to see that it is DICOM, once for its header.
+    assert set(Counter(name for name, *_ in Shop.ranges).values()) <= {1, 2}
+
+
+def test_a_series_is_named_by_its_folder_and_key(few):
+    (series,) = (source for source in find_scans(few).sources if source.format == "dicom")
+    named = source_path(f"{url_of(few)}/{series.path}")
+    assert find_one_scan(named).bytes == series.bytes
+    write_scan(few / "two#2.nii.gz", 2)
+    assert find_one_scan(source_path(f"{url_of(few)}/two#2.nii.gz")).path == "two#2.nii.gz"
+    with pytest.raises(UsageError, match=f"found 6 in {url_of(few)},"):
+        find_one_scan(source_path(url_of(few)))
+
+
+def test_what_is_kept_of_a_pair_holds_while_both_files_are_the_same(few, tmp_path):
+    mask = to_sitk(np.zeros((16, 24, 28), np.uint8), frame((16, 24, 28)))
+    sitk.WriteImage(mask, str(few / "masks" / "spleen.hdr"))
+    search = partial(find_scans, source_path(url_of(few)), headers=str(tmp_path / "private" / "dicom-headers"))
+    assert search().ignored["(label map)"] == 2
+    Shop.ranges.clear()
+    assert search().ignored["(label map)"] == 2
+    assert Shop.ranges == []
+    header = bytearray((few / "masks" / "spleen.hdr").read_bytes())
+    header[112:120] = struct.pack("<ff", 1, -5)  # scl_slope, scl_inter: negative values are no labels
+    (few / "masks" / "spleen.hdr").write_bytes(header)
+    assert search().ignored["(label map)"] == 1
 
 
 # --- runs
@@ -325,6 +365,17 @@ def test_what_a_store_says_of_its_errors_is_not_repeated(few, monkeypatch):
         assert "secret" not in str(refused.value)
 
 
+def test_an_id_that_another_scan_may_have_is_told_without_what_the_store_says(few, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("https://key:secret@host/one.nii.gz?signature=secret")
+
+    assert [object_path.is_there(url_of(few), name) for name in ("one.nii.gz", "masks", "gone")] == [True, True, False]
+    monkeypatch.setattr(Shop, "exists", fail)
+    with pytest.raises(OSError, match=r"did not give it \(ValueError\)") as refused:
+        object_path.is_there(url_of(few), "one.nii.gz")
+    assert "secret" not in str(refused.value)
+
+
 def again(path):
     """Write a file again: the store has another version of it, of the same size."""
     os.utime(path, (1, path.stat().st_mtime + 60))
@@ -405,6 +456,30 @@ def test_a_run_that_ends_stops_what_is_fetched_for_it(few, monkeypatch):
     assert len(Shop.ranges) == 1 < one.bytes / 5000
 
 
+def test_a_folder_that_another_process_takes_for_abandoned_is_made_again(scratch, monkeypatch):
+    def taken(*_, **__):
+        folder = make(prefix=bucket.SCRATCH)
+        if len(made) < 1:
+            Path(folder).rmdir()
+        made.append(folder)
+        return folder
+
+    made, make = [], tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", taken)
+    with bucket.scratch_folder() as folder:
+        assert str(folder) == made[1]
+
+
+def test_a_request_that_failed_after_long_is_not_made_again(few, monkeypatch):
+    asked = []
+    (one,) = find_scans(source_path(url_of(few / "one.nii.gz"))).sources
+    Shop.before_read, Shop.failing["one.nii.gz"] = asked.append, TimeoutError()
+    monkeypatch.setattr(bucket, "LONG_S", -1.0)
+    with pytest.raises(bucket.NotFetched, match="TimeoutError"), bucket.source_at_hand(one):
+        pass
+    assert asked == ["one.nii.gz"]
+
+
 def test_what_a_killed_process_left_goes_and_what_another_uses_stays(scratch):
     bucket._remove_abandoned.cache_clear()
     (scratch / f"{bucket.SCRATCH}dead").mkdir()
@@ -424,6 +499,13 @@ def test_a_url_with_more_than_a_place_is_refused_without_repeating_it(url):
     with pytest.raises(UsageError, match="expected a URL like s3://bucket/folder") as refused:
         source_path(url)
     assert "secret" not in str(refused.value)
+
+
+def test_a_local_path_may_look_like_a_url_behind_its_first_folder(tmp_path):
+    write_scan(tmp_path / "s3:" / "bucket" / "one.nii.gz")
+    for place in (f"{tmp_path}/s3://bucket", f"file://{tmp_path}/s3:/bucket"):
+        (one,) = find_scans(source_path(place)).sources
+        assert one.root == f"{tmp_path}/s3:/bucket"
 
 
 def test_names_that_are_no_paths_are_left_alone_and_counted(few, monkeypatch):

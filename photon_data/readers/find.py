@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -28,7 +28,16 @@ from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
 from photon_data.readers.header import DATA_FILES, SUFFIXES, TEXT_HEADERS, suffix_of
-from photon_data.readers.object_path import NO_PATH, OBJECTS, ObjectPath, judged, place_name, read_heads, walk
+from photon_data.readers.object_path import (
+    NO_PATH,
+    ObjectPath,
+    is_there,
+    judged,
+    parts_at_hand,
+    place_name,
+    source_path,
+    walk,
+)
 from photon_data.readers.tree import File, Identity, Tree, is_label_map, is_named_as_one, matches
 from photon_data.scan import Source, change_mark
 
@@ -95,7 +104,7 @@ def find_scans(
     if objects:
         tree.counts[NO_PATH] += objects.listing.unsafe
         if headers:
-            objects.remember(Path(headers).with_name(OBJECTS))
+            objects.remember(Path(headers).parent)
     try:
         for folder in tree.folders():
             for _ in folder:
@@ -119,9 +128,9 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
 
     "FOLDER#KEY" as path is FOLDER with "#KEY" as series. Names are those that the error lists, ids, or keys alone.
     """
-    folder, mark, key = str(path).rpartition("#")
-    if mark and series is None and not path.exists() and Path(folder).exists():
-        return find_one_scan(Path(folder), f"#{key}")
+    folder, mark, key = (place := place_name(path)).rpartition("#")
+    if mark and series is None and not is_there(place, "") and is_there(folder, ""):
+        return find_one_scan(source_path(folder), f"#{key}")
     sources, ignored = find_scans(path)
     found = [one for one in sources if series in (None, one.path, one.id, one.path.rpartition("#")[2])]
     if series and not found:
@@ -137,7 +146,7 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
         others = f" (files left alone: {left_alone(ignored)})" if ignored else ""
         wanted = f"one scan {series!r}" if series else "one scan"
         remedy = "name one: --series NAME" if len(sources) > 1 else "give the path of one"
-        raise UsageError(f"expected {wanted}, found {len(found)} in {path}{names}{others}; {remedy}")
+        raise UsageError(f"expected {wanted}, found {len(found)} in {place}{names}{others}; {remedy}")
     (one,) = found
     return replace(one, id=f"s{one.path.rpartition('#')[2]}", hidden=True) if one.format == "dicom" else one
 
@@ -190,12 +199,11 @@ class _Search:
 
     def _dicom_among(self, files: Sequence[Path]) -> set[Path]:
         """Return the files that are DICOM, as it seems: threads look into those that their names do not tell."""
-        kept = kept_files(files, self.headers)
-        others = [path for path in files if path not in kept and not self._left_out(path)]
-        read_heads(others)
-        return kept | {
-            path for path, is_one in zip(others, self.threads.map(may_be_dicom, others), strict=True) if is_one
-        }
+        found = kept_files(files, self.headers)
+        others = [path for path in files if path not in found and not self._left_out(path)]
+        for part in parts_at_hand(others):
+            found |= {path for path, is_one in zip(part, self.threads.map(may_be_dicom, part), strict=True) if is_one}
+        return found
 
     def add_closed_folders(self) -> None:
         """Add a source for each folder that cannot be listed."""
@@ -327,7 +335,9 @@ def group_series(files: Sequence[Path], headers: str = "") -> Grouped:
     require_pydicom()
     by_series, aside = dict[str, list[PlaneHeader]](), Counter[str]()
     unread: list[tuple[Path, Refused]] = []
-    for path, content, error in read_headers(sorted(files), read_planes, headers, trust=True):
+    parts = parts_at_hand(sorted(files), partial(kept_files, cache=headers))
+    read = chain.from_iterable(read_headers(part, read_planes, headers, trust=True) for part in parts)
+    for path, content, error in read:
         if error:
             unread.append((path, unreadable(path, error) if isinstance(error, OSError) else error))
         elif content.planes:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PosixPath
@@ -35,6 +35,7 @@ NO_PATH = "(name that is no path)"  # as what is left alone is counted
 FIRST_BYTES, MORE_BYTES = 1 << 14, 1 << 20
 # Heads in memory: 256 MB. Between a look at a file and its header lie some folders of a series each.
 MOST_HEADS = 1 << 14
+PART = MOST_HEADS // 16  # of the objects of one folder: as many threads look at folders
 # Text headers and the beginnings of other files are kept if no more of them was asked for.
 BUFFER_BYTES, KEPT_BYTES = 1 << 10, 1 << 12
 
@@ -56,12 +57,8 @@ def place_name(path: Path) -> str:
 
 
 def is_there(root: str, path: str) -> bool:
-    """Tell whether there is a file or a folder of that name in a source folder, or under a URL."""
-    if not is_url(root):
-        return Path(root, path).exists()
-    bucket = Bucket(root)
-    bucket.fs.invalidate_cache()
-    return bool(bucket.fs.exists(bucket.at(path)))
+    """Tell whether there is a file or a folder of that name in a source folder, or under a URL; OSError."""
+    return Bucket(root).exists(path) if is_url(root) else Path(root, path).exists()
 
 
 class Objects:
@@ -69,7 +66,7 @@ class Objects:
 
     def __init__(self, url: str) -> None:
         self.url, self.bucket = url, Bucket(url)  # of the listing, once there is one
-        self.folders: dict[str, tuple[set[str], list[str]]] = {}
+        # The first bytes of an object; True or False for what `judged` was told, the entry being that of all files.
         self.known: dict[str, tuple[Entry, bytes | bool]] = {}
         self.place: Path | None = None  # where what is known is kept
         self._heads: OrderedDict[str, bytes] = OrderedDict()
@@ -77,32 +74,39 @@ class Objects:
 
     @cached_property
     def listing(self) -> Listing:
-        """The listing, made when it is first needed; with it, the folders that the names say there are."""
+        """The listing, made when it is first needed."""
         found = Bucket(self.url).listing()
-        self.bucket, self.folders = Bucket(found.url), {"": (set(), [])}
-        for name in found.entries:
-            folder, _, file = name.rpartition("/")
-            self._folder(folder)[1].append(file)
+        self.bucket = Bucket(found.url)
         return found
+
+    @cached_property
+    def folders(self) -> dict[str, tuple[set[str], list[str]]]:
+        """The folders that the names of the listing say there are: the folders and the files directly in each."""
+        folders: dict[str, tuple[set[str], list[str]]] = {"": (set(), [])}
+
+        def folder_of(name: str) -> tuple[set[str], list[str]]:
+            if name not in folders:
+                folders[name] = (set(), [])
+                parent, _, own = name.rpartition("/")
+                folder_of(parent)[0].add(own)
+            return folders[name]
+
+        for name in self.listing.entries:
+            folder, _, file = name.rpartition("/")
+            folder_of(folder)[1].append(file)
+        return folders
 
     @cached_property
     def prefix(self) -> str:
         """What every path below the URL begins with, as a path says it."""
         return str(PosixPath(self.listing.url))
 
-    def _folder(self, name: str) -> tuple[set[str], list[str]]:
-        if name not in self.folders:
-            self.folders[name] = (set(), [])
-            parent, _, own = name.rpartition("/")
-            self._folder(parent)[0].add(own)
-        return self.folders[name]
-
     def read_heads(self, names: Iterable[str]) -> None:
         """Read the first bytes of many objects at once, for those that open them next."""
         entries = self.listing.entries
         names = [one for one in names if one not in self._heads and self._kept(one) is None and entries[one].size]
-        for start in range(0, len(names), MOST_HEADS // 16):
-            part = names[start : start + MOST_HEADS // 16]
+        for start in range(0, len(names), PART):
+            part = names[start : start + PART]
             stops = [min(FIRST_BYTES, entries[name].size) for name in part]
             for name, head in self.bucket.heads(part, stops).items():
                 self._keep_head(name, head)
@@ -135,34 +139,38 @@ class Objects:
                 self.known[name] = (self.listing.entries[name], head[:stop])
 
     def judged(self, names: Sequence[str], look: Callable[[Sequence[Path]], bool]) -> bool:
-        """Return what `look` says of local copies of objects; what it said is kept."""
-        if isinstance(kept := self._kept(names[-1]), bool):
-            return kept
+        """Return what `look` says of local copies of objects; what it said is kept, under the first of them."""
         entries = [self.listing.entries[name] for name in names]
         facts = [(name, *entry) for name, entry in zip(names, entries, strict=True)]
-        listed = sum(entry.size for entry in entries), change_mark(facts)
+        listed = Entry(sum(entry.size for entry in entries), change_mark(facts))
+        known, kept = self.known.get(names[0], (None, None))
+        if known == listed and isinstance(kept, bool):
+            return kept
         with fetched(self.listing.url, names, listed) as files:
             said = look(files)
-        self.known[names[-1]] = (entries[-1], said)
+        self.known[names[0]] = (listed, said)
         return said
 
     def _kept(self, name: str) -> bytes | bool | None:
         entry, said = self.known.get(name, (None, None))
         return said if entry is not None and entry == self.listing.entries.get(name) else None
 
-    def remember(self, folder: Path) -> None:
-        """Read what earlier runs kept in a folder, and keep what this one reads there; see `keep`."""
-        self.place = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+    def remember(self, private: Path) -> None:
+        """Read what earlier runs kept in the private folder, and keep what this one reads there; see `keep`."""
+        self.place = private / OBJECTS / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         with suppress(OSError, ValueError, TypeError, AttributeError, zlib.error):
             for name, (size, mark, said) in json.loads(zlib.decompress(self.place.read_bytes())).items():
                 self.known[name] = (Entry(size, mark), said if isinstance(said, bool) else base64.b64decode(said))
 
     def keep(self) -> None:
-        """Write what was read and is still there, for its owner only; let go of all. A full disk keeps nothing."""
+        """Write what was read of objects that are still there, for its owner only; let go of all.
+
+        A full disk keeps nothing.
+        """
         rows = {
             name: [*entry, said if isinstance(said, bool) else base64.b64encode(said).decode("ascii")]
             for name, (entry, said) in self.known.items()
-            if self.listing.entries.get(name) == entry
+            if name in self.listing.entries
         }
         if self.place and rows:
             with suppress(OSError):
@@ -170,8 +178,9 @@ class Objects:
                     private.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self.place.touch(mode=0o600)
                 self.place.write_bytes(zlib.compress(json.dumps(rows).encode(), 1))
-        self.known, self._heads, self.folders = {}, OrderedDict(), {}
-        del self.listing, self.prefix  # a listing of millions takes memory; who asks again is told of now
+        self.known, self._heads = {}, OrderedDict()
+        for name in ("listing", "folders", "prefix"):  # those of millions take memory; who asks again is told of now
+            self.__dict__.pop(name, None)
 
 
 class ObjectPath(PosixPath):
@@ -205,7 +214,7 @@ class ObjectPath(PosixPath):
 
     def is_dir(self, **_: Any) -> bool:
         """Tell whether there are objects below that name."""
-        return self.objects.listing is not None and self.name_there in self.objects.folders
+        return self.name_there in self.objects.folders
 
     def exists(self, **_: Any) -> bool:
         """Tell whether it is either."""
@@ -255,10 +264,23 @@ def walk(folder: ObjectPath, onerror: object = None) -> Iterator[tuple[ObjectPat
         yield from walk(folder / name)
 
 
-def read_heads(paths: Sequence[Path]) -> None:
-    """Read the first bytes of objects of one listing, which are opened next, at once; nothing for local files."""
-    if paths and isinstance(paths[0], ObjectPath):
-        paths[0].objects.read_heads(path.name_there for path in paths if isinstance(path, ObjectPath))
+def parts_at_hand(
+    paths: Sequence[Path], kept: Callable[[Sequence[Path]], Collection[Path]] = lambda _: ()
+) -> Iterator[Sequence[Path]]:
+    """Yield paths that are opened next, in parts: of objects, the first bytes of a part are in memory then.
+
+    Those that are `kept` are not opened. Local files are one part.
+    """
+    if not (paths and isinstance(paths[0], ObjectPath)):
+        yield paths
+        return
+    there = kept(paths)
+    size = PART if sum(path not in there for path in paths) > PART else len(paths)
+    for start in range(0, len(paths), size):
+        part = paths[start : start + size]
+        opened = (path for path in part if isinstance(path, ObjectPath) and path not in there)
+        paths[0].objects.read_heads(path.name_there for path in opened)
+        yield part
 
 
 def judged(files: Sequence[Path], look: Callable[[Sequence[Path]], bool]) -> bool:
