@@ -172,7 +172,8 @@ def print_result(request: Request, result: Result) -> None:
     codes = Counter((record.code, record.accept) for record in result.records if not record.is_there)
     for (code, accept), count in codes.most_common():
         print_lines([f"  {count} x {code}" + (f" (--accept {accept} would let them pass)" if accept else "")])
-    if remembered := sum(not record.is_there and record.seconds is None for record in result.records):
+    # What was not fetched has no time either, and no key: the next run tries again.
+    if remembered := sum(not one.is_there and one.seconds is None and bool(one.key) for one in result.records):
         console.print(f"{remembered} of them were not read again: nothing changed since (--retry-failed reads them)")
     if there := [record.id for record in kept if record.is_there]:
         console.print(f"{len(there)} volumes of earlier runs were kept, {min(there)} first")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,10 +78,13 @@ def checked_url(text: str) -> str:
 
 
 class Bucket:
-    """The objects below a URL; UsageError, when they are first asked for, where its library is not installed."""
+    """The objects below a URL; UsageError, when they are first asked for, where its library is not installed.
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    Where the work does not go on, what fails is not asked for again, and `fetch` ends early.
+    """
+
+    def __init__(self, url: str, goes_on: Callable[[], bool] = lambda: True) -> None:
+        self.url, self.goes_on = url, goes_on
 
     @cached_property
     def fs(self) -> AbstractFileSystem:
@@ -98,10 +101,10 @@ class Bucket:
         top = str(fs._strip_protocol(url)).strip("/")  # what is found has keys of this form
         try:
             fs.invalidate_cache()
-            found = _again(lambda: fs.find(self.url, detail=True))
+            found = _again(lambda: fs.find(self.url, detail=True), self.goes_on)
             if [key.strip("/") for key in found] == [top]:  # the URL is one object: its data file lies beside it
                 url, top = url.rpartition("/")[0], top.rpartition("/")[0]
-                found = {one["name"]: one for one in _again(lambda: fs.ls(url, detail=True))}
+                found = {one["name"]: one for one in _again(lambda: fs.ls(url, detail=True), self.goes_on)}
             fs.invalidate_cache()  # it takes memory
         except Exception as error:
             remedy = "check the URL, and the credentials that the store's own tools read"
@@ -120,7 +123,7 @@ class Bucket:
             self.fs.invalidate_cache(self.at(name))
             return _entry(self.fs.info(self.at(name)))
 
-        return _told(ask)
+        return _told(ask, self.goes_on)
 
     def exists(self, name: str) -> bool:
         """Tell whether there is an object of that name now, or a folder with some; OSError as `read`."""
@@ -129,7 +132,7 @@ class Bucket:
             self.fs.invalidate_cache(self.at(name))
             return bool(self.fs.exists(self.at(name)))
 
-        return bool(_told(ask))
+        return bool(_told(ask, self.goes_on))
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Return a range of an object; OSError in our words where the store does not give it."""
@@ -139,7 +142,7 @@ class Bucket:
                 raise OSError(errno.EIO, "another length than the store said")
             return data
 
-        return _told(ask)
+        return _told(ask, self.goes_on)
 
     def heads(self, names: Sequence[str], stops: Sequence[int]) -> dict[str, bytes]:
         """Return the first bytes of objects, many at a time; those that cannot be had now are not in it."""
@@ -151,15 +154,15 @@ class Bucket:
             found = {name: head for name, head, stop in pairs if isinstance(head, bytes) and len(head) == stop}
         return found
 
-    def fetch(self, name: str, entry: Entry, path: Path, goes_on: Callable[[], bool] = lambda: True) -> None:
+    def fetch(self, name: str, entry: Entry, path: Path) -> None:
         """Write an object to a new local file, a piece in memory at a time; NotFetched, OSError.
 
         It ends early, with a file that is too short, where the work does not go on.
         """
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with path.open("xb", buffering=0) as file:
+        with path.open("xb") as file:  # buffered: a raw write of a piece may end early, without an error
             for start in range(0, entry.size, PIECE_BYTES):
-                if not goes_on():
+                if not self.goes_on():
                     return
                 file.write(self.read(name, start, min(start + PIECE_BYTES, entry.size)))
         if entry.size > PIECE_BYTES and self.entry(name) != entry:  # its pieces may be of two versions
@@ -180,10 +183,10 @@ def _is_path(name: str) -> bool:
     return "\0" not in name and all(part not in ("", ".", "..") and size <= MAX_NAME_BYTES for part, size in parts)
 
 
-def _told(ask: Callable[[], Any]) -> Any:
+def _told(ask: Callable[[], Any], goes_on: Callable[[], bool]) -> Any:
     """Return what a request gives; OSError with an errno and our words, whatever the store's library raises."""
     try:
-        return _again(ask)
+        return _again(ask, goes_on)
     except UsageError:
         raise
     except FileNotFoundError:
@@ -194,7 +197,7 @@ def _told(ask: Callable[[], Any]) -> Any:
         raise OSError(errno.EIO, f"the store did not give it ({_name_of(error)})") from None
 
 
-def _again(ask: Callable[[], Any]) -> Any:
+def _again(ask: Callable[[], Any], goes_on: Callable[[], bool]) -> Any:
     """Return what a request gives, made again after a pause where it fails for a reason that may pass."""
     for pause_s in PAUSES_S:
         start_s = time.monotonic()
@@ -203,7 +206,7 @@ def _again(ask: Callable[[], Any]) -> Any:
         except (FileNotFoundError, PermissionError, UsageError):
             raise
         except Exception:
-            if time.monotonic() - start_s > LONG_S:
+            if time.monotonic() - start_s > LONG_S or not goes_on():
                 raise
             time.sleep(pause_s)
     return ask()
@@ -259,7 +262,7 @@ def _fetch_all(
 ) -> list[Path]:
     files = [folder / name for name in names]
     try:
-        bucket = Bucket(root)
+        bucket = Bucket(root, goes_on)
         _ = bucket.fs  # made here: connections of a thread that ends would not be used again
         with ThreadPoolExecutor(THREADS, "fetch") as threads:
             entries = list(threads.map(bucket.entry, names))
@@ -268,7 +271,7 @@ def _fetch_all(
                 raise _changed()
             if listed[0] > (free := shutil.disk_usage(folder).free):
                 raise _no_space(folder, f"{free:,} bytes free for {listed[0]:,} of this scan")
-            list(threads.map(partial(bucket.fetch, goes_on=goes_on), names, entries, files))
+            list(threads.map(bucket.fetch, names, entries, files))
     except (NotFetched, UsageError):
         raise
     except FileNotFoundError:

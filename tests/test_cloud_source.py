@@ -4,6 +4,7 @@ The same tree is searched and prepared as a folder and as a URL.
 """
 
 import os
+import resource
 import shutil
 import struct
 import tempfile
@@ -442,6 +443,18 @@ def test_a_scratch_disk_that_is_too_small_fails_the_scan_with_a_sentence(few, tm
     assert all("10 bytes free" in row.reason and "TMPDIR" in row.reason for row in rows)
 
 
+def test_a_write_that_ends_early_fails_the_scan(few):
+    (one,) = find_scans(source_path(url_of(few / "one.nii.gz"))).sources
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(bucket.NotFetched, match="File too large"):  # noqa: PT012 - the limit is for the block alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (one.bytes - 1, limits[1]))
+        try:
+            with bucket.source_at_hand(one):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_child_that_is_killed_leaves_no_copy(few, tmp_path):
     result = go(url_of(few), tmp_path / "out", timeout_s=0.01, include=["one.nii.gz"])
     assert [row.code for row in result.records] == ["timeout"]  # the fixture looks for copies
@@ -454,6 +467,19 @@ def test_a_run_that_ends_stops_what_is_fetched_for_it(few, monkeypatch):
     job = Job(one, str(few / "out"), SMALL).to_json()
     assert child.run_isolated(job, 60, 0, "a run", module="nothing") == {"unable": "the run has ended"}
     assert len(Shop.ranges) == 1 < one.bytes / 5000
+
+
+def test_what_fails_when_a_run_has_ended_is_not_asked_for_again(few):
+    (one,) = find_scans(source_path(url_of(few / "one.nii.gz"))).sources
+    asked = []
+
+    def end(name):
+        asked.append(name)
+        child.end_children("another run")
+
+    Shop.before_read, Shop.failing["one.nii.gz"] = end, TimeoutError()
+    child.run_isolated(Job(one, str(few / "out"), SMALL).to_json(), 60, 0, "another run", module="nothing")
+    assert asked == ["one.nii.gz"]
 
 
 def test_a_folder_that_another_process_takes_for_abandoned_is_made_again(scratch, monkeypatch):
@@ -549,6 +575,13 @@ def test_commands_read_a_url_and_say_what_they_do_not_read(few, tmp_path):
     manifest.write_text(f"datasets:\n  a: {{adapter: folder, root: {url}}}\n")
     code, said = run("prepare", "--manifest", manifest, out)
     assert (code, "expected local paths" in said) == (2, True), said
+
+
+def test_what_was_not_fetched_is_not_told_as_known(few, tmp_path):
+    options = ("--workers", "1", "--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28")
+    Shop.failing["one.nii.gz"] = TimeoutError()
+    code, said = run("prepare", url_of(few), tmp_path / "out", *options, "--include", "one.nii.gz")
+    assert (code, "1 x fetch" in said, "not read again" in said) == (1, True, False), said
 
 
 def test_a_store_whose_library_is_missing_is_told_with_the_extra(tmp_path, monkeypatch):
