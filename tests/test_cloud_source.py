@@ -446,7 +446,7 @@ def test_a_scratch_disk_that_is_too_small_fails_the_scan_with_a_sentence(few, tm
 def test_a_write_that_ends_early_fails_the_scan(few):
     (one,) = find_scans(source_path(url_of(few / "one.nii.gz"))).sources
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(bucket.NotFetched, match="File too large"):  # noqa: PT012 - the limit is for the block alone
+    with pytest.raises(bucket.NotFetched, match="File too large"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (one.bytes - 1, limits[1]))
         try:
             with bucket.source_at_hand(one):

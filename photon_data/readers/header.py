@@ -89,6 +89,8 @@ def _beside(header: Path, reference: str) -> Path:
     return header.parent / reference
 
 
+# --- suffixes
+
 SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
 SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 # Suffix -> what finds the file with the voxels, where that can be another one.
