@@ -1,7 +1,8 @@
 """A path below a URL, by which the search of find.py looks at objects as it looks at local files.
 
-Names, sizes and versions come from one listing, bytes by ranges: the first kilobytes of an object once, more where a
-reader asks for more. So a bucket and a folder with the same names give the same scans, ids and refusals.
+Names, sizes and versions come from one listing, bytes by ranges: the first kilobytes of an object once (in a folder of
+more than MOST_HEADS twice), more where a reader asks for more. So a bucket and a folder with the same names give the
+same scans, ids and refusals.
 
 What was read of files that are no DICOM is kept in the private folder beside OUT: a run with nothing to do reads
 nothing. (Headers of DICOM are kept as local ones are, see dicom_cache.py.)
@@ -27,16 +28,15 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
 from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched, is_url
+from photon_data.readers.dicom_file import FIRST_BYTES, MORE_BYTES
 from photon_data.scan import change_mark
 
 OBJECTS = "objects"  # the folder of what is kept, in the private one
-NO_PATH = "(name that is no path)"  # as what is left alone is counted
-# Of an object: what is read first, as much as a header takes (dicom_file.py), and what is read at least after that.
-FIRST_BYTES, MORE_BYTES = 1 << 14, 1 << 20
+NO_PATH = "(name that is no path)"  # how such objects are counted among what is left alone
 # Heads in memory: 256 MB. Between a look at a file and its header lie some folders of a series each.
 MOST_HEADS = 1 << 14
-PART = MOST_HEADS // 16  # of the objects of one folder: as many threads look at folders
-# Text headers and the beginnings of other files are kept if no more of them was asked for.
+PART = MOST_HEADS // 16  # of the heads of one folder, since several are looked at at a time
+# What a buffer asks for; and how far an object may have been read of which that beginning is kept.
 BUFFER_BYTES, KEPT_BYTES = 1 << 10, 1 << 12
 
 
