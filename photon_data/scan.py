@@ -28,7 +28,7 @@ class Source:
     id: str  # names the volume everywhere
     path: str  # relative to the source folder, with "/", for people and tables
     # Of one NIfTI, a header and its data file, or the slices of a DICOM series, see `names_below`. A run holds those of
-    # every scan, and a Path takes five times as much.
+    # every scan, and a Path takes four times as much.
     names: tuple[str, ...]
     format: str
     bytes: int

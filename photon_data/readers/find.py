@@ -108,7 +108,7 @@ def find_scans(
         if objects:
             objects.keep()
     pairs, ignored = sorted(search.sources, key=lambda pair: pair[0].path), search.counts()
-    del tree, search  # what they know of every file takes as much as the sources
+    del tree, search  # what they know of every file takes memory
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
     sources = [replace(source, id=id, hidden=hidden) for id, (_, source) in zip(ids, pairs, strict=True)]
