@@ -24,7 +24,7 @@ def prepare(scan: str, out: str) -> str:
     """
     path = Path(scan)
     status = path.stat()
-    source = Source(path.name.partition(".")[0], path.name, (path,), "nifti", status.st_size, status.st_mtime_ns)
+    source = Source(path.name.partition(".")[0], path.name, (str(path),), "nifti", status.st_size, status.st_mtime_ns)
     return _store(source, out)
 
 

@@ -23,7 +23,7 @@ from photon_data.readers.find import find_scans
 from photon_data.readers.nifti import write_int16_nifti
 from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord, read_records
-from photon_data.scan import MaskFile, Source
+from photon_data.scan import MaskFile, Source, names_below
 from photon_data.store import is_store, open_volume, read_metadata
 from photon_train.kept_tokens import MaskFolder
 
@@ -91,7 +91,7 @@ def _segmented(command: str, volume: VolumeRecord, place: str, out: Location, to
         words = [command, "-i", str(scan), "-o", str(masks), *OPTIONS]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         sources = find_scans(masks, label_maps=True).sources if masks.is_dir() else []
-        files = tuple(file for source in sources for file in source.files)
+        files = names_below("", (file for source in sources for file in source.files))
         problem = None
         if done.returncode or not files:
             said = (done.stderr.strip() or done.stdout.strip())[-LAST_WORDS:]

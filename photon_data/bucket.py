@@ -25,7 +25,7 @@ from fsspec import AbstractFileSystem
 
 from photon_data.errors import UsageError
 from photon_data.files import MAX_NAME_BYTES, NO_SPACE, Location
-from photon_data.scan import Source, change_mark
+from photon_data.scan import Source, change_mark, names_below
 
 # How often a request is made before it counts as failed, with these pauses between.
 PAUSES_S = (0.5, 2.0, 5.0)
@@ -241,8 +241,8 @@ def source_at_hand(source: Source) -> Iterator[Source]:
     if not is_url(source.root) or source.problem:
         yield source
         return
-    with fetched(source.root, [*map(str, source.files)], (source.bytes, source.mtime_ns)) as files:
-        yield replace(source, files=tuple(files), headers="")
+    with fetched(source.root, source.names, (source.bytes, source.mtime_ns)) as files:
+        yield replace(source, names=names_below(source.root, files), headers="")
 
 
 @contextmanager

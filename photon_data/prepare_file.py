@@ -84,7 +84,7 @@ class Job:
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back."""
         data = asdict(self)
-        data["source"]["files"] = [str(file) for file in self.source.files]
+        data["source"] = self.source.to_json()
         data["stated"] = self.stated and self.stated.to_json()
         return data
 
@@ -92,7 +92,7 @@ class Job:
     def from_json(cls, data: dict[str, Any]) -> Job:
         """Return the Job that `to_json` wrote."""
         parts = {
-            "source": Source(**{**data["source"], "files": tuple(map(Path, data["source"]["files"]))}),
+            "source": Source.from_json(data["source"]),
             "recipe": Recipe.from_json(data["recipe"]),
             "policy": Policy(**data["policy"]),
             "rescale": data["rescale"] and Rescale(*data["rescale"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -28,7 +28,7 @@ from photon_data.readers.mask_pattern import LARGEST_VALUE
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import MASKS, PREPARED, UNCHANGED, VolumeRecord, record_of, recorded, store_name
 from photon_data.resample import aligned_axes, grid_to_native, model_grid
-from photon_data.scan import MaskFile, Source
+from photon_data.scan import MaskFile, Source, names_below
 from photon_data.store import is_whole, read_metadata
 from photon_data.volume import Geometry
 
@@ -60,7 +60,7 @@ class MaskJob:
         """Return the plain dict that `from_json` reads back."""
         return {
             **vars(self),
-            "source": {**asdict(self.source), "files": list(map(str, self.source.files))},
+            "source": self.source.to_json(),
             "masks": [[mask.name, list(map(str, mask.files))] for mask in self.masks],
             "labels": list(self.labels.items()),
             "volume": self.volume.to_json(),
@@ -72,7 +72,7 @@ class MaskJob:
     def from_json(cls, data: dict[str, Any]) -> MaskJob:
         """Return the MaskJob that `to_json` wrote."""
         parts: dict[str, Any] = {
-            "source": Source(**{**data["source"], "files": tuple(map(Path, data["source"]["files"]))}),
+            "source": Source.from_json(data["source"]),
             "masks": tuple(MaskFile(name, tuple(map(Path, files))) for name, files in data["masks"]),
             "labels": dict(data["labels"]),
             "volume": VolumeRecord.from_json(data["volume"]),
@@ -197,7 +197,7 @@ class LabelMap(NamedTuple):
 def read_mask(mask: MaskFile, policy: Policy) -> LabelMap:
     """Return the values of a mask file on its own grid; Refused unless they are few and whole, from 0 on."""
     path = mask.files[0]
-    source = Source("", path.name, mask.files, SUFFIXES[suffix_of(path) or ".nii"], 0, 0)
+    source = Source("", path.name, names_below("", mask.files), SUFFIXES[suffix_of(path) or ".nii"], 0, 0)
     scan = open_scan(source, policy)
     array, counts = np.zeros(scan.geometry.shape_zyx, np.uint8), np.zeros(LARGEST_VALUE + 1, np.int64)
     for z, plane in enumerate(scan.planes()):

@@ -257,7 +257,7 @@ def recorded(work: SomeWork, do: Callable[[SomeWork], VolumeRecord]) -> VolumeRe
         record = do(work)
     except Refused as refused:
         # The record has the file's name already. An unreadable folder has no files.
-        name = f"{work.source.files[0].name}: " if work.source.files else ""
+        name = f"{work.source.files[0].name}: " if work.source.names else ""
         reason = refused.message.removeprefix(name)
         record = record_of(work, REFUSED, code=refused.code, reason=reason, accept=refused.accept or None)
     except Exception as error:  # the edge of a work item: whatever it was costs this file only, and is recorded

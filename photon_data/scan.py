@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +27,9 @@ class Source:
 
     id: str  # names the volume everywhere
     path: str  # relative to the source folder, with "/", for people and tables
-    # One NIfTI, a header and its data file, or the slices of a DICOM series by name; absolute, or relative to a URL.
-    files: tuple[Path, ...]
+    # Of one NIfTI, a header and its data file, or the slices of a DICOM series, see `names_below`. A run holds those of
+    # every scan, and a Path takes four times as much.
+    names: tuple[str, ...]
     format: str
     bytes: int
     mtime_ns: int  # of several files: a number that changes with the name, size or time of any of them
@@ -37,6 +39,32 @@ class Source:
     patient: str = ""  # a hash that tells patients apart, where headers say; of a hidden source, a keyed one
     hidden: bool = False  # its names may be a patient's: only the private file has them
     headers: str = ""  # the folder where the search kept the headers of a DICOM series, see readers/dicom_cache.py
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its files, made anew: absolute, but relative to a URL unless they were fetched."""
+        folder = "" if "://" in self.root else self.root
+        return tuple(Path(folder, name) for name in self.names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dict that `from_json` reads back, with the whole paths of files."""
+        data = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "names"}
+        return {**data, "files": list(map(str, self.files))}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Source:
+        """Return the Source that `to_json` wrote."""
+        files, facts = data["files"], {name: value for name, value in data.items() if name != "files"}
+        return cls(names=names_below(data["root"], files), **facts)
+
+
+def names_below(root: str, files: Iterable[str | Path]) -> tuple[str, ...]:
+    """Return files as texts: relative to `root`, the folder or URL of a Source; whole where they do not lie below it.
+
+    ["/raw/a/b.nii", "/else/c.nii"] below "/raw" -> ("a/b.nii", "/else/c.nii")
+    """
+    start = os.path.join(root, "")  # noqa: PTH118 - a text: of "" it is "", of "/" it is "/"
+    return tuple(str(file).removeprefix(start) for file in files)
 
 
 def change_mark(facts: Sequence[tuple[str, int, int]]) -> int:

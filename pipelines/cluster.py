@@ -128,14 +128,14 @@ def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -
 
 def _needs_of_jobs(jobs: Sequence[Work], hold: Hold | None) -> Needs:
     """Return what workers must see: a file below each source folder, and OUT."""
-    sources = {job.source.root: job.source for job in jobs if job.source.files}
+    sources = {job.source.root: job.source for job in jobs if job.source.names}
     there = tuple(need for one in sources.values() if (need := _needed_file(one)))
     return Needs(there, hold.out.at(""), hold.token) if hold else Needs(there)
 
 
 def _needed_file(source: Source) -> tuple[str, int, str] | None:
     """Return the path or the URL of a file of a source, its size, and its name in a sentence; None if it is gone."""
-    place = f"{source.root}/{source.files[0]}" if is_url(source.root) else str(source.files[0])
+    place = f"{source.root}/{source.names[0]}" if is_url(source.root) else str(source.files[0])
     try:
         return place, _size_of(place), "a file of SOURCE" if source.hidden else place
     except Exception as error:

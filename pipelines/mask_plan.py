@@ -16,7 +16,7 @@ from photon_data.prepare_masks import MaskJob, masks_there, prepare_masks
 from photon_data.readers.mask_pattern import Folders, claimed_twice, common_words, masks_of, place_of
 from photon_data.recipe import Policy
 from photon_data.records import FAILED, REFUSED, VolumeRecord
-from photon_data.scan import MaskFile, MaskPattern, Source, change_mark
+from photon_data.scan import MaskFile, MaskPattern, Source, change_mark, names_below
 from photon_pipelines.request import Request
 
 NO_MASK = "no-mask"  # the code of a scan for which the pattern finds nothing
@@ -75,9 +75,9 @@ def _found(job: Job, pattern: MaskPattern, common: set[str], folders: Folders) -
         why = unreadable(Path(error.filename or place), error)
     if not masks and why is None:
         why = Refused(NO_MASK, f"expected masks by --masks {pattern.text}, found none; add them, or leave the scan out")
-    files = tuple(file for mask in masks for file in mask.files)
+    names = names_below(source.root, (file for mask in masks for file in mask.files))
     size, mark, path = sum(size for _, size, _ in facts), change_mark(facts), os.path.relpath(place, source.root)
-    made = Source(source.id, path, files, FOLDER, size, mark, root=source.root, hidden=source.hidden)
+    made = Source(source.id, path, names, FOLDER, size, mark, root=source.root, hidden=source.hidden)
     made = replace(made, problem=why.message, code=why.code) if why else made
     return FoundMasks(made, tuple(masks), pattern, job.policy)
 

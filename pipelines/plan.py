@@ -289,13 +289,13 @@ def _gather_datasets(request: Request, callback: Callback) -> Gathered:
 
 def jobs_of(request: Request, combined: Collection) -> list[Job]:
     """Return a job for every volume of combined data sets."""
-    jobs, recipes = [], {entry.name: recipe_of(entry) for entry in request.datasets}
-    out, largest = request.out.at(""), request.policy.max_voxels
+    jobs, how, out = [], {}, request.out.at("")
+    for entry in request.datasets:
+        recipe, policy = recipe_of(entry)
+        how[entry.name] = recipe, replace(policy, max_voxels=request.policy.max_voxels)
     for volume in combined.volumes:
-        recipe, policy = recipes[volume.dataset.name]
-        policy = replace(policy, max_voxels=largest)
         source = volume.source if volume.source.hidden else replace(volume.source, patient="")
-        jobs.append(Job(source, out, recipe, policy, volume.rescale, volume.table_grid, request.overwrite))
+        jobs.append(Job(source, out, *how[volume.dataset.name], volume.rescale, volume.table_grid, request.overwrite))
     return jobs
 
 

@@ -147,7 +147,7 @@ def found_in(root, **options):
     folder = sources[0].root.removeprefix("shop://")
     same = {"root": "", "mtime_ns": 0, "headers": ""}
     names = [tuple(os.path.relpath(folder / file, folder) for file in source.files) for source in sources]
-    return [(replace(source, files=(), **same), name) for source, name in zip(sources, names, strict=True)], ignored
+    return [(replace(source, names=(), **same), name) for source, name in zip(sources, names, strict=True)], ignored
 
 
 @pytest.mark.parametrize("options", [{}, {"id_from": "hash"}, {"exclude": ["itk", "*.dcm"]}, {"label_maps": True}])

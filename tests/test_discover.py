@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import json
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ from photon_data.prepare_file import fingerprint
 from photon_data.readers import find, open_scan
 from photon_data.readers.dicom_series import Series, Stack
 from photon_data.readers.find import Grouped, Named, assign_ids, find_one_scan, find_scans
+from photon_data.scan import Source, names_below
 
 NOBODY = 65534
 NIFTI = nib.Nifti1Image(np.zeros((2, 3, 4), "i2"), np.eye(4)).to_bytes()
@@ -87,6 +89,26 @@ def test_every_format_is_found_in_any_case_sorted_and_the_rest_is_counted(tmp_pa
     assert found.ignored == {"(DICOMDIR)": 1, "(no suffix)": 1, "(other)": 1, ".img": 1, ".pdf": 1, ".txt": 2}
     assert {source.path: len(source.files) for source in found.sources}["c.hdr"] == 2
     assert all(file.is_absolute() for source in found.sources for file in source.files)
+
+
+@pytest.mark.parametrize(
+    ("root", "files", "names"),
+    [
+        ("/raw", ["/raw/a/b.nii", "/raw2/c.nii"], ("a/b.nii", "/raw2/c.nii")),
+        ("/raw", ["/raw/a/../../d.raw"], ("a/../../d.raw",)),  # behind a link, ".." is not the folder before it
+        ("/", ["/b.nii"], ("b.nii",)),
+        ("", ["/raw/b.nii"], ("/raw/b.nii",)),
+        ("s3://bucket/raw", ["a/b.nii"], ("a/b.nii",)),
+        ("s3://bucket/raw", ["/tmp/fetched/a/b.nii"], ("/tmp/fetched/a/b.nii",)),
+    ],
+)
+def test_files_are_held_as_names_and_found_again_also_outside_of_the_root(root, files, names):
+    source = Source("id", "b.nii", names_below(root, map(Path, files)), "nifti", 1, 2, root=root)
+    assert source.names == names
+    assert source.files == tuple(map(Path, files))
+    data = json.loads(json.dumps(source.to_json()))
+    assert data["files"] == files and "names" not in data
+    assert Source.from_json(data) == source
 
 
 def test_pairs_are_told_apart_in_any_case(tmp_path):

@@ -10,7 +10,7 @@ import photon_data
 from photon_data.prepare_file import Job, prepare_file
 from photon_data.prepare_masks import MaskJob, prepare_masks
 from photon_data.readers.find import find_one_scan
-from photon_data.scan import MaskFile, Source
+from photon_data.scan import MaskFile, Source, names_below
 
 RECIPE = photon_data.Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
 
@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
     record = prepare_file(Job(find_one_scan(tmp_path), str(tmp_path), RECIPE))
     ones = np.ones((16, 24, 28), np.uint8)
     liver = MaskFile("liver", (write_scan(tmp_path / "liver.nii.gz", spacing_mm=(2.0, 1.125, 0.875), array=ones),))
-    files = Source("a", "liver.nii.gz", liver.files, "masks", 0, 0)
+    files = Source("a", "liver.nii.gz", names_below("", liver.files), "masks", 0, 0)
     assert prepare_masks(MaskJob(files, (liver,), {}, record, str(tmp_path), RECIPE)).is_there
     (tmp_path / record.store).rename(tmp_path / "a.ome.zarr")
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ import pytest
 from photon_data import report
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord, append_record, read_records, write_records
 from photon_data.volume import Geometry
@@ -83,6 +84,23 @@ def test_a_record_takes_under_two_kilobytes_and_says_what_it_was_made_from():
     assert taken / len(records) < 2000
     assert records[0].row() == json.loads(row)
     assert pickle.loads(pickle.dumps(records[0])) == records[0]  # noqa: S301 - as Dask does
+
+
+def test_a_scan_that_was_found_takes_under_600_bytes_with_its_files(tmp_path):
+    taken = {}
+    for count in (1, 10, 210):  # of the first one, what is looked up once
+        folder = tmp_path / f"{count:03d}"
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"scan_{number:06d}.nii.gz").write_bytes(b"x")
+        gc.collect()
+        tracemalloc.start()
+        found = find_scans(folder)
+        gc.collect()
+        taken[count], _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(found.sources) == count
+    assert (taken[210] - taken[10]) / 200 < 600, taken
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from photon_data.files import Location
 from photon_data.readers.find import find_scans
 from photon_data.readers.mask_pattern import Folders, common_words, masks_of, scans_alone, usual_pattern
 from photon_data.recipe import Recipe
-from photon_data.scan import MaskPattern, Source
+from photon_data.scan import MaskPattern, Source, names_below
 from photon_pipelines.mask_plan import find_masks
 from photon_pipelines.plan import gather
 from photon_pipelines.request import Request
@@ -29,7 +29,7 @@ def touch(root, *names):
 
 
 def scan_at(root, path, format="nifti", id="v1", hidden=False):
-    return Source(id, path, (root / path.partition("#")[0],), format, 0, 0, root=str(root), hidden=hidden)
+    return Source(id, path, (path.partition("#")[0],), format, 0, 0, root=str(root), hidden=hidden)
 
 
 def found(root, pattern, path, **more):
@@ -116,9 +116,9 @@ def test_a_mask_called_after_a_patient_whom_headers_alone_name_gets_a_number(tmp
     def edit(ds, z):
         ds.SpecificCharacterSet, (ds.PatientName, ds.PatientID) = "ISO_IR 192", persons[z % len(persons)]
 
-    files = tuple(write_series(tmp_path / "a1", stored_values((2, 4, 4)), edit=edit))
+    files = write_series(tmp_path / "a1", stored_values((2, 4, 4)), edit=edit)
     touch(tmp_path, *(f"a1/seg/{name}.nii.gz" for name in [*told, *others]))
-    source = replace(scan_at(tmp_path, "a1#1a", "dicom", hidden=True), files=files)
+    source = replace(scan_at(tmp_path, "a1#1a", "dicom", hidden=True), names=names_below(str(tmp_path), files))
     pattern = MaskPattern("{folder}/seg/*.nii.gz")
     names = {mask.files[0].name.removesuffix(".nii.gz"): mask.name for mask in masks_of(pattern, source)}
     assert {name: names[name] for name in others} == {name: name for name in others}

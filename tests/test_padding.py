@@ -18,7 +18,7 @@ from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import VolumeRecord
 from photon_data.report import other_remarks
-from photon_data.scan import Rescale, Source
+from photon_data.scan import Rescale, Source, names_below
 
 SHAPE = (12, 40, 44)
 RECIPE = Recipe(shape_zyx=(30, 36, 40), model_shape_zyx=(14, 28, 28))
@@ -246,7 +246,7 @@ def test_a_store_with_declared_padding_made_before_undeclared_was_looked_for_is_
     array = np.where(CIRCLE, -1200, body())
     array[0, :6, :6] = -2000  # far below air: padding of every version
     nibabel.save(nibabel.Nifti1Image(array.T.astype(np.int16), np.diag([-1.3, -1.2, 2.7, 1.0])), tmp_path / "a.nii")
-    job = Job(Source("a", "a.nii", (tmp_path / "a.nii",), "nifti", 1, 1), str(tmp_path / "out"), RECIPE)
+    job = Job(Source("a", "a.nii", (str(tmp_path / "a.nii"),), "nifti", 1, 1), str(tmp_path / "out"), RECIPE)
     with monkeypatch.context() as earlier:
         earlier.setattr("photon_data.hounsfield.Probe.undeclared_padding", lambda probe: None)
         earlier.setattr("photon_data.prepare_file.lacks_undeclared", lambda facts, recipe: False)
@@ -259,8 +259,8 @@ def test_a_store_with_declared_padding_made_before_undeclared_was_looked_for_is_
 
 def test_a_padded_scan_is_unchanged_when_it_is_prepared_again(tmp_path):
     series(tmp_path / "raw", body(), 63536, **{VALUE: 63536})
-    files = tuple(sorted((tmp_path / "raw").iterdir()))
-    job = Job(Source("a", "a", files, "dicom", 1, 1), str(tmp_path / "out"), RECIPE)
+    names = names_below("", sorted((tmp_path / "raw").iterdir()))
+    job = Job(Source("a", "a", names, "dicom", 1, 1), str(tmp_path / "out"), RECIPE)
     first, second = prepare_file(job), prepare_file(job)
     assert (first.state, second.state) == ("prepared", "unchanged")
     series(tmp_path / "raw", body(), 4, intercept=-1200)  # as -1196 HU that nobody declares

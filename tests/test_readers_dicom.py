@@ -34,13 +34,13 @@ from photon_data.readers.dicom import open_series
 from photon_data.readers.dicom_series import SCOUT
 from photon_data.readers.find import find_scans, group_series
 from photon_data.recipe import Policy
-from photon_data.scan import Source
+from photon_data.scan import Source, names_below
 
 SHUFFLED = ["q.dcm", "b.dcm", "z.dcm", "a.dcm", "m.dcm", "c.dcm", "k.dcm"]
 
 
 def source_of(files):
-    return Source("id", "folder", tuple(files), "dicom", 0, 0)
+    return Source("id", "folder", names_below("", files), "dicom", 0, 0)
 
 
 def open_files(files, max_voxels=10**9):

@@ -39,7 +39,7 @@ from photon_data.readers.object_path import (
     walk,
 )
 from photon_data.readers.tree import File, Identity, Tree, is_label_map, is_named_as_one, matches
-from photon_data.scan import Source, change_mark
+from photon_data.scan import Source, change_mark, names_below
 
 # How files that are no scans are counted: by what they are, else by suffix.
 LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
@@ -116,11 +116,12 @@ def find_scans(
         search.threads.shutdown(cancel_futures=True)
         if objects:
             objects.keep()
-    pairs = sorted(search.sources, key=lambda pair: pair[0].path)
+    pairs, ignored = sorted(search.sources, key=lambda pair: pair[0].path), search.counts()
+    del tree, search  # what they know of every file takes memory
     ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
     hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
     sources = [replace(source, id=id, hidden=hidden) for id, (_, source) in zip(ids, pairs, strict=True)]
-    return Found(sources, search.counts())
+    return Found(sources, ignored)
 
 
 def find_one_scan(path: Path, series: str | None = None) -> Source:
@@ -265,10 +266,9 @@ class _Search:
             except OSError as error:
                 why = why or unreadable(file, error)
         size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), place_name(self.root)
-        if is_url(root):
-            files = [Path(os.path.relpath(file, self.root)) for file in files]
+        names = names_below(root, [os.path.relpath(file, self.root) for file in files] if is_url(root) else files)
         headers = self.headers if file_format == "dicom" else ""
-        source = Source("", path, tuple(files), file_format, size, mark, root=root, patient=patient, headers=headers)
+        source = Source("", path, names, file_format, size, mark, root=root, patient=patient, headers=headers)
         if why:
             source = replace(source, problem=why.message, code=why.code)
         self.sources.append((Named(path, words), source))
@@ -280,8 +280,8 @@ class _Search:
                 data = DATA_FILES[suffix](path)
             if data != path and data.is_symlink() and not self.tree.follow_links:
                 why = refusal("data-file", path.name, "a data file", "a link to one", "leave out --no-follow-links")
-        self.data_files.add(data)
         files, file_format = [path] if data == path else [path, data], SUFFIXES[suffix]
+        self.data_files.update(files[1:])
         is_one_file = path == self.tree.start  # somebody points at it
         name, text_of = "/".join(parts), TEXT_HEADERS.get(file_format)
         look = partial(is_label_map, name, text_of=text_of)

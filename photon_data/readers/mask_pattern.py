@@ -137,8 +137,8 @@ def scans_alone(sources: Sequence[Source], pattern: MaskPattern) -> tuple[list[S
 
     UsageError where two are masks of each other: which of them is the scan?
     """
-    by_file = {source.files[0]: source for source in sources if source.files}
-    scans = [source for source in sources if source.files]
+    scans = [source for source in sources if source.names]
+    by_file = {source.files[0]: source for source in scans}
     folders = Folders()
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda source: _mask_paths(pattern, source, folders), scans))

@@ -265,7 +265,7 @@ def _one_scan(folder: Path, series: str) -> Source:
     if not found.sources:
         others = left_alone(found.ignored)
         raise refusal("no-scan", "", "a scan (NIfTI, NRRD, MetaImage or DICOM)", f"none among {others}", "send one")
-    keys = [f"{_key(source)} ({len(source.files)} files)" for source in found.sources if source.format == "dicom"]
+    keys = [f"{_key(source)} ({len(source.names)} files)" for source in found.sources if source.format == "dicom"]
     names = f": {first_few(keys, 20)}" if len(keys) == len(found.sources) else ""
     remedy = "say which: the field series with one of these" if names else "send one at a time"
     raise refusal("several-scans", "", "one scan", f"{len(sources)} of {len(found.sources)}{names}", remedy)
