@@ -99,13 +99,13 @@ class Scheduled(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """The chosen positions of every row, in order, against the right edge.
+    """The chosen positions of every row, in order, against the right edge or, where no cache goes on, the left one.
 
-    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b]
+    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b] or [a b d], [b - -]
     """
 
     index_BM: Tensor  # int64, position in the row before (any position in an empty slot)
-    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots, on the left of shorter rows
+    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots of shorter rows
     place_BL: Tensor  # int64, where in the new row each token stands; of one that is not in it, the last one before it
 
     def __call__(self, x_BL: Tensor, dim: int = 1) -> Tensor:
@@ -116,17 +116,18 @@ class Gather(NamedTuple):
         return x_BL.gather(dim, index)
 
 
-def gather_of(mask_BL: Tensor, longest: int | None = None) -> Gather:
-    """Return the gather that packs the True positions of each row together.
+def gather_of(mask_BL: Tensor, longest: int | None = None, *, to_left: bool = False) -> Gather:
+    """Return the gather that packs the True positions of each row together, against the right edge or the left one.
 
     longest: how many the longest row has. Where the host does not know it, it waits for the device.
     """
     rank_BL = mask_BL.cumsum(1)
     count_B1 = rank_BL[:, -1:]
     longest = int(count_B1.max()) if longest is None else longest
-    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
-    index_BM = order_BL[:, mask_BL.shape[1] - longest :]
-    return Gather(index_BM, mask_BL.gather(1, index_BM), longest - 1 - (count_B1 - rank_BL))
+    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True, descending=to_left)
+    index_BM = order_BL[:, :longest] if to_left else order_BL[:, mask_BL.shape[1] - longest :]
+    place_BL = rank_BL - 1 if to_left else longest - 1 - (count_B1 - rank_BL)
+    return Gather(index_BM, mask_BL.gather(1, index_BM), place_BL)
 
 
 def everything(mask_BL: Tensor) -> Gather:
