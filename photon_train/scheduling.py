@@ -39,11 +39,21 @@ class SchedulingInputs(NamedTuple):
     drops: bool = True  # whether tokens may be dropped: not before the hard phase, nor by `none`
     question_tokens: int | None = None  # of the longest question, where the host knows it
     chosen: Selection | None = None  # what a scheduler before the decoder has decided
+    scores: list[Scores] | None = None  # of ITS, where layer its has run: what is computed again for gradients needs none
 
     @property
     def detached_B(self) -> Tensor:
         """bool[B], True where p gets no gradient."""
         return self.perturbed_B | self.flip_B
+
+
+class Scores(NamedTuple):
+    """What ITS measures of a batch, without gradients."""
+
+    score_BL: Tensor  # float32, u
+    saliency_BL: Tensor  # float32, rho in [0, 1]
+    features_BF: Tensor  # float32, descriptors of both
+    decided_B1: Tensor  # bool, False where all scores of a row are equal
 
 
 class SchedulerContext(NamedTuple):
@@ -209,6 +219,7 @@ def scheduling_inputs(
         loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
         drops=not is_passive(config, phase) and phase is not Phase.SOFT,
         prompt_BL=torch.ones_like(visual_BL) if attention_mask is None else attention_mask.bool(),
+        scores=[],
     )
 
 
@@ -259,24 +270,27 @@ def its(context: SchedulerContext) -> Selection:
     """
     visual_BL, config = context.inputs.visual_BL, context.config
     assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
-    # Autocast would round products of float32 to bfloat16.
-    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
-        q_BHLd, k_BKLd = context.rotated_qk()
-        question_BL, longest, floor = (
-            context.inputs.question_BL,
-            context.inputs.question_tokens,
-            config.centrality_floor,
-        )
-        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, floor, longest)
-        saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
-        features_BF = descriptors(score_BL, saliency_BL, visual_BL)
-        low_B1, high_B1 = _extremes(score_BL, visual_BL)
+    known = [] if context.inputs.scores is None else context.inputs.scores
+    if not known:
+        known.append(_scores(context))
+    score_BL, saliency_BL, features_BF, decided_B1 = known[0]
     threshold_B = context.predictor(features_BF)
-    decided_B1 = high_B1 - low_B1 > config.saliency_epsilon
     p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / config.keep_temperature)
     p_BL = torch.where(visual_BL & decided_B1, p_BL, 1.0)
     keep_BL = visual_BL & ((p_BL > config.keep_probability) | ~decided_B1)
     return Selection(score_BL, saliency_BL, p_BL, keep_BL, torch.where(decided_B1[:, 0], threshold_B, math.nan))
+
+
+def _scores(context: SchedulerContext) -> Scores:
+    inputs, config, visual_BL = context.inputs, context.config, context.inputs.visual_BL
+    # Autocast would round products of float32 to bfloat16.
+    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
+        how = (inputs.question_BL, visual_BL, config.centrality_floor, inputs.question_tokens)
+        score_BL = instruction_scores(*context.rotated_qk(), *how)
+        saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
+        low_B1, high_B1 = _extremes(score_BL, visual_BL)
+        decided_B1 = high_B1 - low_B1 > config.saliency_epsilon
+        return Scores(score_BL, saliency_BL, descriptors(score_BL, saliency_BL, visual_BL), decided_B1)
 
 
 def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: PhotonConfig) -> Tensor:

@@ -162,6 +162,14 @@ def test_gather_packs_to_the_right() -> None:
     assert gather(x)[gather.mask_BM].tolist() == [10, 11, 13, 21]
 
 
+def test_gather_packs_to_the_left_where_asked() -> None:
+    gather = gather_of(torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool(), to_left=True)
+    x = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
+    assert gather.mask_BM.tolist() == [[True, True, True], [True, False, False]]
+    assert gather(x)[gather.mask_BM].tolist() == [10, 11, 13, 21]
+    assert gather.place_BL[0, [0, 1, 3]].tolist() == [0, 1, 2] and gather.place_BL[1, 1] == 0
+
+
 def test_descriptors_of_a_row_are_those_torch_computes_on_it_alone() -> None:
     torch.manual_seed(0)
     u, visual = torch.randn(2, 30) * 4, torch.rand(2, 30) > 0.4
