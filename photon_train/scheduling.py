@@ -361,32 +361,39 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     rho: mean, biased std, min, max, lower quartile, median; u: mean, std, min, max; sign(u) log1p|u|: mean, max.
     """
     log_BL = score_BL.sign() * score_BL.abs().log1p()
-    columns = [*mean_std(saliency_BL, visual_BL), *_extremes(saliency_BL, visual_BL)]
-    columns += [_quantile(saliency_BL, visual_BL, q) for q in (0.25, 0.5)]
-    columns += [*mean_std(score_BL, visual_BL), *_extremes(score_BL, visual_BL)]
-    columns += [mean_std(log_BL, visual_BL)[0], _extremes(log_BL, visual_BL)[1]]
+    x_3BL = torch.stack([saliency_BL, score_BL, log_BL])
+    mean, std = mean_std(x_3BL, visual_BL)
+    low, high = _extremes(x_3BL, visual_BL)
+    columns = [mean[0], std[0], low[0], high[0], *_quantiles(saliency_BL, visual_BL, 0.25, 0.5)]
+    columns += [mean[1], std[1], low[1], high[1], mean[2], high[2]]
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
 
 
 def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
-    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
-    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
-    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
+    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none.
+
+    x may be of several such batches, [..., B, L]; so are the results then.
+    """
+    count_B1 = mask_BL.sum(-1, keepdim=True).clamp_min(1)
+    mean_B1 = (x_BL * mask_BL).sum(-1, keepdim=True) / count_B1
+    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(-1, keepdim=True) / count_B1
     return mean_B1, variance_B1.sqrt()
 
 
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    low_B1 = x_BL.masked_fill(~mask_BL, torch.inf).amin(1, keepdim=True)
-    high_B1 = x_BL.masked_fill(~mask_BL, -torch.inf).amax(1, keepdim=True)
-    empty_B1 = ~mask_BL.any(1, keepdim=True)
+    """Return least and largest [B, 1] of the same; 0 where there are none."""
+    hidden_BL = ~mask_BL
+    empty_B1 = hidden_BL.all(-1, keepdim=True)
+    low_B1 = x_BL.masked_fill(hidden_BL, torch.inf).amin(-1, keepdim=True)
+    high_B1 = x_BL.masked_fill(hidden_BL, -torch.inf).amax(-1, keepdim=True)
     return low_B1.masked_fill(empty_B1, 0.0), high_B1.masked_fill(empty_B1, 0.0)
 
 
-def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
-    """Return the linearly interpolated quantile, as torch.quantile, of the masked entries of each row."""
+def _quantiles(x_BL: Tensor, mask_BL: Tensor, *shares: float) -> list[Tensor]:
+    """Return the linearly interpolated quantiles [B, 1], as torch.quantile, of the masked entries of each row."""
     sorted_BL = x_BL.masked_fill(~mask_BL, torch.inf).sort(1).values
-    rank_B1 = q * (mask_BL.sum(1, keepdim=True) - 1).clamp_min(0).float()
-    below_B1 = sorted_BL.gather(1, rank_B1.floor().long())
-    above_B1 = sorted_BL.gather(1, rank_B1.ceil().long())
-    return torch.lerp(below_B1, above_B1, rank_B1 - rank_B1.floor())
+    last_B1 = (mask_BL.sum(1, keepdim=True) - 1).clamp_min(0).float()
+    ranks = [share * last_B1 for share in shares]
+    below = [sorted_BL.gather(1, rank_B1.floor().long()) for rank_B1 in ranks]
+    above = [sorted_BL.gather(1, rank_B1.ceil().long()) for rank_B1 in ranks]
+    return [torch.lerp(low, high, rank_B1.frac()) for low, high, rank_B1 in zip(below, above, ranks, strict=True)]

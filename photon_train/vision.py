@@ -58,26 +58,28 @@ class SpanAttention(Qwen2_5_VLVisionAttention):
 
     def forward(self, hidden_states: Tensor, spans: Spans, rotation: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return float[P, D], of patches in the order of the layout."""
-        qkv_P3Hd = rotate(self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)), *rotation)
+        qk_P2Hd, v_P1Hd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=1)
+        qk_P2Hd = rotate(qk_P2Hd, *rotation)
         if spans.order_P is not None:
-            qkv_P3Hd = qkv_P3Hd.index_select(0, spans.order_P)
-        out_PD = self._attend(qkv_P3Hd, spans, kwargs)
+            qk_P2Hd, v_P1Hd = (x.index_select(0, spans.order_P) for x in (qk_P2Hd, v_P1Hd))
+        out_PD = self._attend((*qk_P2Hd.unbind(1), v_P1Hd.squeeze(1)), spans, kwargs)
         return self.proj(out_PD if spans.back_P is None else out_PD.index_select(0, spans.back_P))
 
-    def _attend(self, qkv_P3Hd: Tensor, spans: Spans, kwargs: dict[str, Any]) -> Tensor:
+    def _attend(self, parts_PHd: tuple[Tensor, ...], spans: Spans, kwargs: dict[str, Any]) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {"attention_mask": None, "scaling": self.scaling, "dropout": 0.0, "is_causal": False, **kwargs}
         if is_flash_attention_requested(self.config):  # all spans in one call
             longest = max(length for _, length in spans.runs)
             options |= {f"cu_seq_lens_{x}": spans.ends for x in "qk"} | {f"max_length_{x}": longest for x in "qk"}
-            out_1PHd, _ = attend(self, *(x.transpose(0, 1)[None] for x in qkv_P3Hd.unbind(1)), **options)
+            out_1PHd, _ = attend(self, *(x_PHd.transpose(0, 1)[None] for x_PHd in parts_PHd), **options)
             return out_1PHd[0].flatten(1)
         outputs = []
-        of_runs = qkv_P3Hd.split([count * length for count, length in spans.runs])
-        for (count, length), run_P3Hd in zip(spans.runs, of_runs, strict=True):
-            qkv = (x.transpose(1, 2) for x in run_P3Hd.unflatten(0, (count, length)).unbind(2))
+        sizes = [count * length for count, length in spans.runs]
+        of_runs = [x_PHd.split(sizes) if len(sizes) > 1 else (x_PHd,) for x_PHd in parts_PHd]
+        for (count, length), *run in zip(spans.runs, *of_runs, strict=True):
+            qkv = (x_PHd.unflatten(0, (count, length)).transpose(1, 2) for x_PHd in run)
             outputs.append(attend(self, *qkv, **options)[0].reshape(count * length, -1))
-        return torch.cat(outputs)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class PatchEmbedding(Qwen2_5_VisionPatchEmbed):
@@ -121,7 +123,7 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         layout = layout_of(grids, self._sizes, hidden_states.device)
         h_PD = self.patch_embed(hidden_states).index_select(0, layout.order_P)
         cos_Pd, sin_Pd = self.rotary_pos_emb(h_PD, layout.position_P2)  # float32, as the published weights were trained
-        rotation = _of_qkv(cos_Pd, 1.0), _of_qkv(signed(sin_Pd), 0.0)
+        rotation = (cos_Pd[:, None, None], signed(sin_Pd)[:, None, None])
         for number, block in enumerate(self.blocks):
             spans = layout.slabs if number in self.fullatt_block_indexes else layout.windows
             h_PD = block(h_PD, None, spans=spans, rotation=rotation, **kwargs)
@@ -140,13 +142,8 @@ class PhotonVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         h_PD = given["hidden_states"]
         back_P = layout_of(tuple(map(tuple, grid_thw.tolist())), self._sizes, h_PD.device).order_P.argsort()
         qkv_P3Hd = attention.qkv(h_PD).unflatten(-1, (3, attention.num_heads, -1))
-        q_PHd, k_PHd, _ = rotate(qkv_P3Hd, *given["rotation"]).unbind(1)
+        q_PHd, k_PHd = rotate(qkv_P3Hd[:, :2], *given["rotation"]).unbind(1)
         return q_PHd[back_P], k_PHd[back_P], qkv_P3Hd[:, 1][back_P]
-
-
-def _of_qkv(x_Pd: Tensor, of_v: float) -> Tensor:
-    """Return [P, 3, 1, d], x for q and k. What turns v by no angle costs less than to cut v off and put it back."""
-    return F.pad(x_Pd[:, None, None].expand(-1, 2, 1, -1), (0, 0, 0, 0, 0, 1), value=of_v)
 
 
 @lru_cache(maxsize=64)
