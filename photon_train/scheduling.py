@@ -39,7 +39,7 @@ class SchedulingInputs(NamedTuple):
     drops: bool = True  # whether tokens may be dropped: not before the hard phase, nor by `none`
     question_tokens: int | None = None  # of the longest question, where the host knows it
     chosen: Selection | None = None  # what a scheduler before the decoder has decided
-    scores: list[Scores] | None = None  # of ITS, where layer its has run: what is computed again for gradients needs none
+    scores: list[Scores] | None = None  # of ITS, once layer its has run: computed again for gradients, it finds them
 
     @property
     def detached_B(self) -> Tensor:
@@ -285,8 +285,9 @@ def _scores(context: SchedulerContext) -> Scores:
     inputs, config, visual_BL = context.inputs, context.config, context.inputs.visual_BL
     # Autocast would round products of float32 to bfloat16.
     with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
-        how = (inputs.question_BL, visual_BL, config.centrality_floor, inputs.question_tokens)
-        score_BL = instruction_scores(*context.rotated_qk(), *how)
+        q_BHLd, k_BKLd = context.rotated_qk()
+        longest, floor = inputs.question_tokens, config.centrality_floor
+        score_BL = instruction_scores(q_BHLd, k_BKLd, inputs.question_BL, visual_BL, floor, longest)
         saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
         low_B1, high_B1 = _extremes(score_BL, visual_BL)
         decided_B1 = high_B1 - low_B1 > config.saliency_epsilon
@@ -362,18 +363,14 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     """
     log_BL = score_BL.sign() * score_BL.abs().log1p()
     x_3BL = torch.stack([saliency_BL, score_BL, log_BL])
-    mean, std = mean_std(x_3BL, visual_BL)
-    low, high = _extremes(x_3BL, visual_BL)
+    (mean, std), (low, high) = mean_std(x_3BL, visual_BL), _extremes(x_3BL, visual_BL)
     columns = [mean[0], std[0], low[0], high[0], *_quantiles(saliency_BL, visual_BL, 0.25, 0.5)]
     columns += [mean[1], std[1], low[1], high[1], mean[2], high[2]]
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
 
 
 def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none.
-
-    x may be of several such batches, [..., B, L]; so are the results then.
-    """
+    """Return mean and biased standard deviation [..., B, 1] of the masked x[..., B, L]; 0 where a row has none."""
     count_B1 = mask_BL.sum(-1, keepdim=True).clamp_min(1)
     mean_B1 = (x_BL * mask_BL).sum(-1, keepdim=True) / count_B1
     variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(-1, keepdim=True) / count_B1
@@ -381,7 +378,7 @@ def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return least and largest [B, 1] of the same; 0 where there are none."""
+    """Return least and largest [..., B, 1] of the same; 0 where a row has none."""
     hidden_BL = ~mask_BL
     empty_B1 = hidden_BL.all(-1, keepdim=True)
     low_B1 = x_BL.masked_fill(hidden_BL, torch.inf).amin(-1, keepdim=True)
