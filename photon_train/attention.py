@@ -1,7 +1,7 @@
 """Attention of the decoder: positions, rotation and norms, in fewer kernels than the stock ones, with the same weights.
 
-Legend: B rows, L tokens of a padded row, D hidden size, H query heads, K key heads, E = H + K, d head_dim; axis 3 is
-(t, h, w).
+Legend: B rows, L tokens of a padded row, X = B L, D hidden size, H query heads, K key heads, E = H + K, d head_dim;
+axis 3 is (t, h, w).
 """
 
 from __future__ import annotations
@@ -81,30 +81,32 @@ class PhotonAttention(Qwen2_5_VLAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return h_BLD and, of some back ends, the weights."""
         q_BHLd, k_BKLd = self.rotated_qk(hidden_states, position_embeddings)
-        v_BKLd = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        rows = hidden_states.shape[:2]
+        v_BKLd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim).transpose(1, 2)
         cache: Any = past_key_values if shared is None else shared
         if cache is not None:
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         out_BLHd, weights = attend(self, q_BHLd, k_BKLd, v_BKLd, attention_mask, **options, **kwargs)
-        return self.o_proj(out_BLHd.flatten(2)), weights
+        return self.o_proj(out_BLHd.reshape(rows.numel(), -1)).view_as(hidden_states), weights
 
     def rotated_qk(self, normed_BLD: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
         """Return q[B, H, L, d] and k[B, K, L, d]."""
-        qk_BLE = torch.cat([self.q_proj(normed_BLD), self.k_proj(normed_BLD)], dim=-1)
-        qk_BELd = rotate(qk_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), *rotation)
-        q_BHLd, k_BKLd = qk_BELd.split([self.num_heads, self.num_key_value_heads], dim=1)
-        return q_BHLd, k_BKLd
+        normed_XD = normed_BLD.flatten(0, 1)
+        qk_XE = torch.cat([self.q_proj(normed_XD), self.k_proj(normed_XD)], dim=-1)
+        qk_BLEd = rotate(qk_XE.view(*normed_BLD.shape[:2], -1, self.head_dim), *rotation)
+        q_BLHd, k_BLKd = qk_BLEd.split([self.num_heads, self.num_key_value_heads], dim=2)
+        return q_BLHd.transpose(1, 2), k_BLKd.transpose(1, 2)
 
 
 class PhotonRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
-    """What `rotate` takes for queries and keys [B, H, L, d] at positions [3, B, L]."""
+    """What `rotate` takes for queries and keys [B, L, H, d] at positions [3, B, L]."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and signed sin, [B, 1, L, d] in the dtype of x."""
+        """Return cos and signed sin, [B, L, 1, d] in the dtype of x."""
         cos_BLd, sin_BLd = super().forward(x, position_ids)
-        return cos_BLd[:, None], signed(sin_BLd)[:, None]
+        return cos_BLd[:, :, None], signed(sin_BLd)[:, :, None]
 
 
 def signed(sin: Tensor) -> Tensor:
@@ -124,17 +126,19 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Three kernels each way, and a cast where dtypes differ; backwards it rotates by the opposite angle."""
+    """Three kernels each way, of which the last one rounds to x's dtype; backwards it rotates by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, signed_sin)
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)
+        rolled = x.roll(x.shape[-1] // 2, -1)
+        return torch.addcmul(x * cos, rolled, signed_sin, out=rolled)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         cos, signed_sin = ctx.saved_tensors
-        return torch.addcmul(g * cos, g.roll(g.shape[-1] // 2, -1), signed_sin, value=-1).to(g.dtype), None, None
+        rolled = g.roll(g.shape[-1] // 2, -1)
+        return torch.addcmul(g * cos, rolled, signed_sin, value=-1, out=rolled), None, None
 
 
 def fuse_norms(module: nn.Module) -> None:

@@ -4,9 +4,9 @@
 is what the questions on one volume share: every token up to the end of the last volume, computed through layer its,
 or through all layers where no question decides which tokens stay.
 
-Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge), N visual tokens of
-the batch, D hidden size, P tokens of a shared prefix, H query heads, K key heads in k and v, d head_dim; axis 3 is
-(t, h, w).
+Legend: B rows, L tokens of a padded row, M tokens after pruning (packed to the right edge; in training, to the left
+one), N visual tokens of the batch, D hidden size, P tokens of a shared prefix, H query heads, K key heads in k and v,
+d head_dim; axis 3 is (t, h, w).
 """
 
 from __future__ import annotations
@@ -176,12 +176,14 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         for layer in layers[its + 1 : through]:
             h_BLD = layer(h_BLD, **attend)
         h_BLD = h_BLD if prefix is None else prefix.before(h_BLD)
-        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL)
+        # Behind the tokens of a row, empty slots need no mask: causal attention does not see them.
+        to_left = self.training and cache is None
+        h_BMD, scheduled = self._drop(h_BLD, selection, scheduling, mask_BL, to_left)
         if through < len(layers):
             if scheduling.drops:
                 _prune_cache(cache, scheduled.kept, layers=through)
                 position_3BL = _of_kept(scheduled, position_3BL)
-                mask_BL = scheduled.kept.mask_BM if len(h_BMD) > 1 else None  # a single row has no empty slot
+                mask_BL = None if to_left or len(h_BMD) == 1 else scheduled.kept.mask_BM  # one row has no empty slot
             shared = SharedKeys() if cache is None and mask_BL is not None else None
             attend = self._attend(h_BMD, mask_BL, position_3BL, cache, shared, through) | kwargs
             for layer in layers[through:]:
@@ -254,7 +256,12 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": cache, "shared": shared}
 
     def _drop(
-        self, h_BLD: Tensor, selection: Selection, scheduling: SchedulingInputs, mask_BL: Tensor | None
+        self,
+        h_BLD: Tensor,
+        selection: Selection,
+        scheduling: SchedulingInputs,
+        mask_BL: Tensor | None,
+        to_left: bool = False,
     ) -> tuple[Tensor, Scheduled]:
         """Return the hidden states h_BMD of the tokens that stay, and what was scheduled. M is L if all do."""
         visual_BL = scheduling.visual_BL
@@ -269,7 +276,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
                 h_BLD = h_BLD * p_BL[..., None].to(h_BLD.dtype)
             return h_BLD, Scheduled(selection, flipped_B, mask_BL, everything(mask_BL))
         keep_BL = mask_BL & (selection.keep_BL ^ (visual_BL & flipped_B[:, None]) | ~visual_BL)
-        kept = gather_of(keep_BL)
+        kept = gather_of(keep_BL, to_left=to_left)
         h_BMD = prune(h_BLD, p_BL, visual_BL, kept, self.photon_config, scheduling.loss_scale_B)
         return h_BMD, Scheduled(selection, flipped_B, keep_BL, kept)
 

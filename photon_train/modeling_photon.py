@@ -307,7 +307,7 @@ class PhotonForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             raise ValueError("expected a row with a whole volume, found no <|vision_end|> or no patches; pass both")
         patches_PX = patches_PX.to(self.device)
         grid_thw, text, scheduled = volumes["video_grid_thw"], self.model.language_model, None
-        rows = scheduling_inputs(self.config, phase, ids_1P)
+        rows = scheduling_inputs(self.config, phase, ids_1P, question_BL=torch.zeros_like(ids_1P))  # they come later
         encoded = self.model.get_video_features(patches_PX, grid_thw, chooses=rows.drops, return_dict=True)
         h_1PD, chosen = self.model.embed(ids_1P, encoded, checked=position_31P is not None)
         if position_31P is None:

@@ -39,11 +39,21 @@ class SchedulingInputs(NamedTuple):
     drops: bool = True  # whether tokens may be dropped: not before the hard phase, nor by `none`
     question_tokens: int | None = None  # of the longest question, where the host knows it
     chosen: Selection | None = None  # what a scheduler before the decoder has decided
+    scores: list[Scores] | None = None  # of ITS, once layer its has run: computed again for gradients, it finds them
 
     @property
     def detached_B(self) -> Tensor:
         """bool[B], True where p gets no gradient."""
         return self.perturbed_B | self.flip_B
+
+
+class Scores(NamedTuple):
+    """What ITS measures of a batch, without gradients."""
+
+    score_BL: Tensor  # float32, u
+    saliency_BL: Tensor  # float32, rho in [0, 1]
+    features_BF: Tensor  # float32, descriptors of both
+    decided_B1: Tensor  # bool, False where all scores of a row are equal
 
 
 class SchedulerContext(NamedTuple):
@@ -99,13 +109,13 @@ class Scheduled(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """The chosen positions of every row, in order, against the right edge.
+    """The chosen positions of every row, in order, against the right edge or, where no cache goes on, the left one.
 
-    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b]
+    [1 1 0 1], [0 1 0 0] on [a b c d] -> [a b d], [- - b] or [a b d], [b - -]
     """
 
     index_BM: Tensor  # int64, position in the row before (any position in an empty slot)
-    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots, on the left of shorter rows
+    mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots of shorter rows
     place_BL: Tensor  # int64, where in the new row each token stands; of one that is not in it, the last one before it
 
     def __call__(self, x_BL: Tensor, dim: int = 1) -> Tensor:
@@ -116,17 +126,18 @@ class Gather(NamedTuple):
         return x_BL.gather(dim, index)
 
 
-def gather_of(mask_BL: Tensor, longest: int | None = None) -> Gather:
-    """Return the gather that packs the True positions of each row together.
+def gather_of(mask_BL: Tensor, longest: int | None = None, *, to_left: bool = False) -> Gather:
+    """Return the gather that packs the True positions of each row together, against the right edge or the left one.
 
     longest: how many the longest row has. Where the host does not know it, it waits for the device.
     """
     rank_BL = mask_BL.cumsum(1)
     count_B1 = rank_BL[:, -1:]
     longest = int(count_B1.max()) if longest is None else longest
-    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
-    index_BM = order_BL[:, mask_BL.shape[1] - longest :]
-    return Gather(index_BM, mask_BL.gather(1, index_BM), longest - 1 - (count_B1 - rank_BL))
+    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True, descending=to_left)
+    index_BM = order_BL[:, :longest] if to_left else order_BL[:, mask_BL.shape[1] - longest :]
+    place_BL = rank_BL - 1 if to_left else longest - 1 - (count_B1 - rank_BL)
+    return Gather(index_BM, mask_BL.gather(1, index_BM), place_BL)
 
 
 def everything(mask_BL: Tensor) -> Gather:
@@ -208,6 +219,7 @@ def scheduling_inputs(
         loss_scale_B=torch.ones(len(input_ids), device=input_ids.device),
         drops=not is_passive(config, phase) and phase is not Phase.SOFT,
         prompt_BL=torch.ones_like(visual_BL) if attention_mask is None else attention_mask.bool(),
+        scores=[],
     )
 
 
@@ -258,24 +270,28 @@ def its(context: SchedulerContext) -> Selection:
     """
     visual_BL, config = context.inputs.visual_BL, context.config
     assert context.predictor is not None, "the configuration allows 'its' with a predictor only"
-    # Autocast would round products of float32 to bfloat16.
-    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
-        q_BHLd, k_BKLd = context.rotated_qk()
-        question_BL, longest, floor = (
-            context.inputs.question_BL,
-            context.inputs.question_tokens,
-            config.centrality_floor,
-        )
-        score_BL = instruction_scores(q_BHLd, k_BKLd, question_BL, visual_BL, floor, longest)
-        saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
-        features_BF = descriptors(score_BL, saliency_BL, visual_BL)
-        low_B1, high_B1 = _extremes(score_BL, visual_BL)
+    known = [] if context.inputs.scores is None else context.inputs.scores
+    if not known:
+        known.append(_scores(context))
+    score_BL, saliency_BL, features_BF, decided_B1 = known[0]
     threshold_B = context.predictor(features_BF)
-    decided_B1 = high_B1 - low_B1 > config.saliency_epsilon
     p_BL = torch.sigmoid((saliency_BL - threshold_B[:, None]) / config.keep_temperature)
     p_BL = torch.where(visual_BL & decided_B1, p_BL, 1.0)
     keep_BL = visual_BL & ((p_BL > config.keep_probability) | ~decided_B1)
     return Selection(score_BL, saliency_BL, p_BL, keep_BL, torch.where(decided_B1[:, 0], threshold_B, math.nan))
+
+
+def _scores(context: SchedulerContext) -> Scores:
+    inputs, config, visual_BL = context.inputs, context.config, context.inputs.visual_BL
+    # Autocast would round products of float32 to bfloat16.
+    with torch.no_grad(), torch.autocast(visual_BL.device.type, enabled=False):
+        q_BHLd, k_BKLd = context.rotated_qk()
+        longest, floor = inputs.question_tokens, config.centrality_floor
+        score_BL = instruction_scores(q_BHLd, k_BKLd, inputs.question_BL, visual_BL, floor, longest)
+        saliency_BL = min_max(score_BL, visual_BL, config.saliency_epsilon)
+        low_B1, high_B1 = _extremes(score_BL, visual_BL)
+        decided_B1 = high_B1 - low_B1 > config.saliency_epsilon
+        return Scores(score_BL, saliency_BL, descriptors(score_BL, saliency_BL, visual_BL), decided_B1)
 
 
 def foreground_share(visual_BL: Tensor, patches_PX: Tensor | None, config: PhotonConfig) -> Tensor:
@@ -346,32 +362,35 @@ def descriptors(score_BL: Tensor, saliency_BL: Tensor, visual_BL: Tensor) -> Ten
     rho: mean, biased std, min, max, lower quartile, median; u: mean, std, min, max; sign(u) log1p|u|: mean, max.
     """
     log_BL = score_BL.sign() * score_BL.abs().log1p()
-    columns = [*mean_std(saliency_BL, visual_BL), *_extremes(saliency_BL, visual_BL)]
-    columns += [_quantile(saliency_BL, visual_BL, q) for q in (0.25, 0.5)]
-    columns += [*mean_std(score_BL, visual_BL), *_extremes(score_BL, visual_BL)]
-    columns += [mean_std(log_BL, visual_BL)[0], _extremes(log_BL, visual_BL)[1]]
+    x_3BL = torch.stack([saliency_BL, score_BL, log_BL])
+    (mean, std), (low, high) = mean_std(x_3BL, visual_BL), _extremes(x_3BL, visual_BL)
+    columns = [mean[0], std[0], low[0], high[0], *_quantiles(saliency_BL, visual_BL, 0.25, 0.5)]
+    columns += [mean[1], std[1], low[1], high[1], mean[2], high[2]]
     return torch.cat(columns, dim=1).masked_fill(~visual_BL.any(1, keepdim=True), 0.0)
 
 
 def mean_std(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased standard deviation [B, 1] of the masked entries of each row; 0 where there are none."""
-    count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1)
-    mean_B1 = (x_BL * mask_BL).sum(1, keepdim=True) / count_B1
-    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(1, keepdim=True) / count_B1
+    """Return mean and biased standard deviation [..., B, 1] of the masked x[..., B, L]; 0 where a row has none."""
+    count_B1 = mask_BL.sum(-1, keepdim=True).clamp_min(1)
+    mean_B1 = (x_BL * mask_BL).sum(-1, keepdim=True) / count_B1
+    variance_B1 = ((x_BL - mean_B1).square() * mask_BL).sum(-1, keepdim=True) / count_B1
     return mean_B1, variance_B1.sqrt()
 
 
 def _extremes(x_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    low_B1 = x_BL.masked_fill(~mask_BL, torch.inf).amin(1, keepdim=True)
-    high_B1 = x_BL.masked_fill(~mask_BL, -torch.inf).amax(1, keepdim=True)
-    empty_B1 = ~mask_BL.any(1, keepdim=True)
+    """Return least and largest [..., B, 1] of the same; 0 where a row has none."""
+    hidden_BL = ~mask_BL
+    empty_B1 = hidden_BL.all(-1, keepdim=True)
+    low_B1 = x_BL.masked_fill(hidden_BL, torch.inf).amin(-1, keepdim=True)
+    high_B1 = x_BL.masked_fill(hidden_BL, -torch.inf).amax(-1, keepdim=True)
     return low_B1.masked_fill(empty_B1, 0.0), high_B1.masked_fill(empty_B1, 0.0)
 
 
-def _quantile(x_BL: Tensor, mask_BL: Tensor, q: float) -> Tensor:
-    """Return the linearly interpolated quantile, as torch.quantile, of the masked entries of each row."""
+def _quantiles(x_BL: Tensor, mask_BL: Tensor, *shares: float) -> list[Tensor]:
+    """Return the linearly interpolated quantiles [B, 1], as torch.quantile, of the masked entries of each row."""
     sorted_BL = x_BL.masked_fill(~mask_BL, torch.inf).sort(1).values
-    rank_B1 = q * (mask_BL.sum(1, keepdim=True) - 1).clamp_min(0).float()
-    below_B1 = sorted_BL.gather(1, rank_B1.floor().long())
-    above_B1 = sorted_BL.gather(1, rank_B1.ceil().long())
-    return torch.lerp(below_B1, above_B1, rank_B1 - rank_B1.floor())
+    last_B1 = (mask_BL.sum(1, keepdim=True) - 1).clamp_min(0).float()
+    ranks = [share * last_B1 for share in shares]
+    below = [sorted_BL.gather(1, rank_B1.floor().long()) for rank_B1 in ranks]
+    above = [sorted_BL.gather(1, rank_B1.ceil().long()) for rank_B1 in ranks]
+    return [torch.lerp(low, high, rank_B1.frac()) for low, high, rank_B1 in zip(below, above, ranks, strict=True)]

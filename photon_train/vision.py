@@ -58,15 +58,14 @@ class SpanAttention(Qwen2_5_VLVisionAttention):
 
     def forward(self, hidden_states: Tensor, spans: Spans, rotation: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return float[P, D], of patches in the order of the layout."""
-        qkv_P3Hd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-        qk_P2Hd = rotate(qkv_P3Hd[:, :2], *rotation)
-        parts: Any = (*qk_P2Hd.unbind(1), qkv_P3Hd[:, 2])
+        qk_P2Hd, v_P1Hd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=1)
+        qk_P2Hd = rotate(qk_P2Hd, *rotation)
         if spans.order_P is not None:
-            parts = [x_PHd.index_select(0, spans.order_P) for x_PHd in parts]
-        out_PD = self._attend(parts, spans, kwargs)
+            qk_P2Hd, v_P1Hd = (x.index_select(0, spans.order_P) for x in (qk_P2Hd, v_P1Hd))
+        out_PD = self._attend((*qk_P2Hd.unbind(1), v_P1Hd.squeeze(1)), spans, kwargs)
         return self.proj(out_PD if spans.back_P is None else out_PD.index_select(0, spans.back_P))
 
-    def _attend(self, parts_PHd: Any, spans: Spans, kwargs: dict[str, Any]) -> Tensor:
+    def _attend(self, parts_PHd: tuple[Tensor, ...], spans: Spans, kwargs: dict[str, Any]) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {"attention_mask": None, "scaling": self.scaling, "dropout": 0.0, "is_causal": False, **kwargs}
         if is_flash_attention_requested(self.config):  # all spans in one call
@@ -75,11 +74,12 @@ class SpanAttention(Qwen2_5_VLVisionAttention):
             out_1PHd, _ = attend(self, *(x_PHd.transpose(0, 1)[None] for x_PHd in parts_PHd), **options)
             return out_1PHd[0].flatten(1)
         outputs = []
-        of_runs = [x_PHd.split([count * length for count, length in spans.runs]) for x_PHd in parts_PHd]
-        for (count, _), *run in zip(spans.runs, *of_runs, strict=True):
-            out, _ = attend(self, *(x_PHd.unflatten(0, (count, -1)).transpose(1, 2) for x_PHd in run), **options)
-            outputs.append(out.flatten(0, 1).flatten(1))
-        return torch.cat(outputs)
+        sizes = [count * length for count, length in spans.runs]
+        of_runs = [x_PHd.split(sizes) if len(sizes) > 1 else (x_PHd,) for x_PHd in parts_PHd]
+        for (count, length), *run in zip(spans.runs, *of_runs, strict=True):
+            qkv = (x_PHd.unflatten(0, (count, length)).transpose(1, 2) for x_PHd in run)
+            outputs.append(attend(self, *qkv, **options)[0].reshape(count * length, -1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class PatchEmbedding(Qwen2_5_VisionPatchEmbed):

@@ -9,6 +9,7 @@ import torch
 from golden import Golden
 from torch.testing import assert_close
 
+from photon_train.attention import rotate, signed
 from photon_train.configuration_photon import SCHEDULER_NAMES, Phase, PhotonConfig, phase_at
 from photon_train.losses import answer_losses
 from photon_train.pruners import SCHEDULERS
@@ -160,6 +161,26 @@ def test_gather_packs_to_the_right() -> None:
     x = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
     assert gather.mask_BM.tolist() == [[True, True, True], [False, False, True]]
     assert gather(x)[gather.mask_BM].tolist() == [10, 11, 13, 21]
+
+
+def test_gather_packs_to_the_left_where_asked() -> None:
+    gather = gather_of(torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool(), to_left=True)
+    x = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
+    assert gather.mask_BM.tolist() == [[True, True, True], [True, False, False]]
+    assert gather(x)[gather.mask_BM].tolist() == [10, 11, 13, 21]
+    assert gather.place_BL[0, [0, 1, 3]].tolist() == [0, 1, 2] and gather.place_BL[1, 1] == 0
+
+
+def test_rotation_turns_pairs_by_their_angle_has_that_gradient_and_rounds_once() -> None:
+    angle_L1d = torch.tensor([[[0.3, 1.1] * 2], [[-0.7, 2.0] * 2]], dtype=torch.float64)
+    cos, sin = angle_L1d.cos(), signed(angle_L1d.sin())
+    x_LHd = torch.arange(1.0, 25.0, dtype=torch.float64).view(2, 3, 4).requires_grad_()
+    turned = torch.complex(*x_LHd.chunk(2, -1)) * torch.exp(1j * angle_L1d[..., :2])
+    assert_close(rotate(x_LHd, cos, sin), torch.cat([turned.real, turned.imag], -1))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x_LHd)
+    assert torch.autograd.gradcheck(lambda x: rotate(x[:, :2], cos, sin), x_LHd)
+    rough = x_LHd.detach().bfloat16()
+    assert rotate(rough, cos.float(), sin.float()).equal(rotate(rough.float(), cos.float(), sin.float()).bfloat16())
 
 
 def test_descriptors_of_a_row_are_those_torch_computes_on_it_alone() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from answers import put
 
-from photon_train import PhotonForConditionalGeneration, PhotonProcessor
+from photon_train import PhotonForConditionalGeneration, PhotonProcessor, scheduling
 from photon_train.rows import read_train_rows
+from photon_train.scheduling import descriptors
 from photon_train.training.batches import MicroBatches
 from photon_train.training.config import TrainConfig
 from photon_train.training.plan import MicroBatch
@@ -56,7 +57,11 @@ def test_sharing_a_volume_changes_neither_loss_nor_gradients(model, models, mani
 
 
 @pytest.mark.parametrize("step", [0, 15, 25])  # dense, soft, hard
-def test_gradient_checkpointing_on_a_shared_volume_changes_neither_loss_nor_gradients(models, manifest, step):
+def test_gradient_checkpointing_on_a_shared_volume_changes_neither_loss_nor_gradients_and_scores_once(
+    models, manifest, step, monkeypatch
+):
+    measured = []
+    monkeypatch.setattr(scheduling, "descriptors", lambda *a: measured.append(0) or descriptors(*a))
     model = PhotonForConditionalGeneration.from_pretrained(models / "s2").train()
     model.config.soft_start, model.config.hard_start, model.config.flip_start = 10, 20, 30
     rows = read_train_rows([manifest])
@@ -65,7 +70,9 @@ def test_gradient_checkpointing_on_a_shared_volume_changes_neither_loss_nor_grad
     plain, expected = losses(model, batch, step=step, total_steps=40)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
+    measured.clear()
     again, found = losses(model, batch, step=step, total_steps=40)
+    assert len(measured) == 1
     for part in ("loss", "ce", "band", "robustness", "flip"):
         torch.testing.assert_close(getattr(again, part), getattr(plain, part), rtol=1e-6, atol=1e-7)
     assert found.keys() == expected.keys()
