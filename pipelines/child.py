@@ -163,6 +163,7 @@ def run_isolated(
     """
     if run in _ended:
         return {UNABLE: "the run has ended"}
+    start_s = time.perf_counter()
     child = _children.setdefault((run, threading.get_ident()), child_of(module, address_space_bytes))
     try:
         with files_at_hand(job, lambda: run not in _ended) as job:
@@ -170,7 +171,7 @@ def run_isolated(
                 return {UNABLE: "the run has ended"}
             return child.ask({**job, "holder": holder} if holder else job, timeout_s)
     except (ChildError, NotFetched) as error:
-        return {DIED: [error.code, error.message]}
+        return {DIED: [error.code, error.message, round(time.perf_counter() - start_s, 3)]}
     except Exception as error:  # no process can be started, say
         return {UNABLE: f"{type(error).__name__}: {error}"}
 

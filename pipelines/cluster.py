@@ -120,8 +120,8 @@ def prepared(jobs: list[SomeWork], workers: Workers, hold: Hold | None = None) -
     with contextlib.closing(execute(jobs, task, workers, _needs_of_jobs(jobs, hold))) as finished:
         for job, reply in finished:
             if DIED in reply:
-                code, reason = reply[DIED]
-                yield record_of(job, FAILED, code=code, reason=reason)
+                code, reason, seconds = reply[DIED]
+                yield record_of(job, FAILED, code=code, reason=reason, seconds=seconds)
             else:
                 yield VolumeRecord.from_json(reply)
 
@@ -152,7 +152,7 @@ def _size_of(place: str) -> int:
 def execute(
     jobs: list[SomeJob], task: Task, workers: Workers, needs: Needs | None = None
 ) -> Generator[tuple[SomeJob, Reply], None, None]:
-    """Yield (job, reply) of every job as it ends; {DIED: [code, reason]} is the reply of one that killed its process.
+    """Yield (job, reply) of every job as it ends; {DIED: [code, reason, seconds]} of one whose process died.
 
     The last of the list starts first; two jobs are in flight for each thread that the cluster has at the moment. The
     list is used up: a job takes memory until it is done. When the loop ends, what still runs for it is ended. Raises
@@ -342,7 +342,7 @@ def _reply(future: Future) -> Reply:
     if future.status == "error":
         if isinstance(error := future.exception(), KilledWorker):
             reason = "its Dask worker was lost, more than once, or refused it; run the same command again"
-            return {DIED: ["worker-lost", reason]}
+            return {DIED: ["worker-lost", reason, None]}
         found = f"{type(error).__name__}: {error}"
     else:
         reply: Reply = future.result()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from photon_cli.data import app
 from photon_cli.terminal import errors_as_exit_codes
+from photon_pipelines.child import Child, ChildError
 
 SMALL = ["--set", "shape_zyx=40,32,32", "--set", "model_shape_zyx=14,28,28", "--workers", "1"]
 
@@ -44,6 +45,17 @@ def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path)
     code, text = cli("verify", out)
     assert code == 1
     assert "one.ome.zarr/model/zarr.json: missing" in text
+
+
+def test_a_scan_that_took_too_long_is_told_as_known_by_the_next_run_only(raw, tmp_path, monkeypatch):
+    def take_too_long(self, job, timeout_s):
+        raise ChildError("timeout", "expected it to be done, found that it is not; raise --timeout")
+
+    monkeypatch.setattr(Child, "ask", take_too_long)
+    for is_known in (False, True):
+        code, text = cli("prepare", raw, tmp_path / "out", *SMALL)
+        assert (code, "1 x timeout" in text) == (1, True)
+        assert ("1 of them were not read again" in text) == is_known
 
 
 @pytest.mark.parametrize(
