@@ -245,7 +245,7 @@ def show(
 ) -> None:
     """Write a picture of a volume: three planes, orientation letters, scale."""
     with errors_as_exit_codes():
-        from photon_data.bucket import is_url, source_at_hand
+        from photon_data.bucket import source_at_hand
         from photon_data.files import Location, write_whole
         from photon_data.picture import three_planes
         from photon_data.private import names_left_out
@@ -253,6 +253,7 @@ def show(
         from photon_data.readers.find import find_one_scan
         from photon_data.readers.object_path import source_path
         from photon_data.records import SUFFIX
+        from photon_data.scan import is_url
         from photon_data.store import ROOT, is_store, open_volume
 
         if is_store(volume) and (not is_url(volume) or Location(volume).exists(ROOT)):

@@ -25,7 +25,7 @@ from fsspec import AbstractFileSystem
 
 from photon_data.errors import UsageError
 from photon_data.files import MAX_NAME_BYTES, NO_SPACE, Location
-from photon_data.scan import Source, change_mark, names_below
+from photon_data.scan import Source, change_mark, is_url, names_below
 
 # How often a request is made before it counts as failed, with these pauses between.
 PAUSES_S = (0.5, 2.0, 5.0)
@@ -60,12 +60,6 @@ class NotFetched(OSError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(errno.EIO, message)
         self.code, self.message = code, message
-
-
-def is_url(text: str) -> bool:
-    """Tell whether a text names objects of a store, rather than a local path ("/data/a://b" is one)."""
-    scheme, mark, _ = text.partition("://")
-    return bool(mark) and "/" not in scheme
 
 
 def checked_url(text: str) -> str:

@@ -43,7 +43,7 @@ class Source:
     @property
     def files(self) -> tuple[Path, ...]:
         """Its files, made anew: absolute, but relative to a URL unless they were fetched."""
-        folder = "" if "://" in self.root else self.root
+        folder = "" if is_url(self.root) else self.root
         return tuple(Path(folder, name) for name in self.names)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +56,12 @@ class Source:
         """Return the Source that `to_json` wrote."""
         files, facts = data["files"], {name: value for name, value in data.items() if name != "files"}
         return cls(names=names_below(data["root"], files), **facts)
+
+
+def is_url(text: str) -> bool:
+    """Tell whether a text names objects of a store, rather than a local path ("/data/a://b" is one)."""
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and "/" not in scheme
 
 
 def names_below(root: str, files: Iterable[str | Path]) -> tuple[str, ...]:

@@ -23,12 +23,12 @@ from distributed import Client, Future, KilledWorker, LocalCluster, get_worker
 from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
-from photon_data.bucket import Bucket, is_url
+from photon_data.bucket import Bucket
 from photon_data.errors import UsageError
 from photon_data.files import Location
 from photon_data.lock import Hold, is_held_by
 from photon_data.records import DIED, FAILED, OUT_FULL, UNABLE, NoSpace, SomeWork, VolumeRecord, Work, record_of
-from photon_data.scan import Source
+from photon_data.scan import Source, is_url
 from photon_pipelines.child import end_children, run_isolated
 
 # A worker needs about 0.4 GB for axis-aligned scans and 1.5 GB for oblique or float ones.

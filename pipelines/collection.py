@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from photon_data.bucket import is_url, source_at_hand
+from photon_data.bucket import source_at_hand
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint, is_safe
 from photon_data.mask_store import id_at, read_rows
@@ -32,7 +32,7 @@ from photon_data.records import (
     records_of,
     store_names,
 )
-from photon_data.scan import Source
+from photon_data.scan import Source, is_url
 from photon_data.store import read_metadata
 
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from photon_data.bucket import is_url
 from photon_data.datasets.base import ID_FROM, DataSet
 from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.errors import UsageError, first_few, nearest_name
@@ -36,7 +35,7 @@ from photon_data.records import (
     read_records,
     store_names,
 )
-from photon_data.scan import Source
+from photon_data.scan import Source, is_url
 from photon_data.store import is_whole, read_metadata
 from photon_pipelines.collection import (
     deep_ids,

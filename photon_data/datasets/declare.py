@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from photon_data.bucket import is_url
 from photon_data.datasets.base import UNPACK, DataSet, RecipeChoice, Share, Wording
 from photon_data.errors import UsageError, nearest_name
 from photon_data.questions.question import NAMES, PROMPTS
 from photon_data.readers.mask_pattern import read_label_names
-from photon_data.scan import MaskPattern
+from photon_data.scan import MaskPattern, is_url
 from photon_data.yaml_text import read_yaml, value_of
 
 T = TypeVar("T")

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from photon_data.bucket import is_url
 from photon_data.errors import Refused, UsageError, first_few, refusal, unreadable
 from photon_data.files import RESERVED
 from photon_data.readers.dicom_cache import kept_files, read_headers
@@ -39,7 +38,7 @@ from photon_data.readers.object_path import (
     walk,
 )
 from photon_data.readers.tree import File, Identity, Tree, is_label_map, is_named_as_one, matches
-from photon_data.scan import Source, change_mark, names_below
+from photon_data.scan import Source, change_mark, is_url, names_below
 
 # How files that are no scans are counted: by what they are, else by suffix.
 LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
@@ -97,7 +96,7 @@ def find_scans(
     UsageError where there is no `root`, or for an unknown `id_from`.
     """
     if not root.exists():
-        raise UsageError(f"expected a folder or a file with scans, but there is no {root}; check the path")
+        raise UsageError(f"expected a folder or a file with scans, but there is no {place_name(root)}; check the path")
     objects = root.objects if isinstance(root, ObjectPath) else None
     tree = Tree(root.absolute(), follow_links=follow_links, walk=walk if objects else os.walk)
     search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)

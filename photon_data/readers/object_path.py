@@ -27,9 +27,9 @@ from pathlib import Path, PosixPath
 from types import SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
 
-from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched, is_url
+from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched
 from photon_data.readers.dicom_file import FIRST_BYTES, MORE_BYTES
-from photon_data.scan import change_mark
+from photon_data.scan import change_mark, is_url
 
 OBJECTS = "objects"  # the folder of what is kept, in the private one
 NO_PATH = "(name that is no path)"  # how such objects are counted among what is left alone
