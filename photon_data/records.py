@@ -220,6 +220,34 @@ class VolumeRecord:
 FIELDS = tuple(field.name for field in fields(VolumeRecord))
 
 
+class _Packed:
+    """A field of VolumeRecord that takes and gives a SHA-256 as text, with "sha256:" or without, and holds its bytes.
+
+    It stands before the member that `slots` made, which holds any other value as it is. A run holds five of these for
+    every scan, and the text takes 48 bytes more.
+    """
+
+    TEXT = re.compile("(sha256:)?([0-9a-f]{64})")
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __get__(self, record: VolumeRecord | None, owner: type | None = None) -> Any:
+        value = self.held.__get__(record, owner)
+        if type(value) is not bytes:
+            return value
+        return ("sha256:" if value[:-32] else "") + value[-32:].hex()
+
+    def __set__(self, record: VolumeRecord, value: Any) -> None:
+        if type(value) is str and (match := self.TEXT.fullmatch(value)):
+            value = (b":" if match[1] else b"") + bytes.fromhex(match[2])
+        self.held.__set__(record, value)
+
+
+for _name in ("fingerprint", "key", "store_sha256", "arrays_sha256", "model_sha256"):
+    setattr(VolumeRecord, _name, _Packed(getattr(VolumeRecord, _name)))
+
+
 class NoSpace(OSError):
     """The output is full: nothing more can be prepared, and this says so to the whole run."""
 

@@ -396,7 +396,7 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"
     st.sampled_from(["path", "name"]),
 )
 def test_ids_are_always_safe_and_never_alike(places, id_from):
-    scans = list({"/".join(words): Named("/".join(words), tuple(words)) for words in places}.values())
+    scans = list({"/".join(words): Named("/".join(words), "/".join(words)) for words in places}.values())
     names = assign_ids(scans, id_from)
     assert len({name.casefold() for name in names}) == len(scans)
     assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}", name) for name in names)
@@ -404,7 +404,7 @@ def test_ids_are_always_safe_and_never_alike(places, id_from):
 
 def test_an_id_made_to_look_like_another_ones_hash_is_told_apart():
     mimic = f"x-{hash_of('x.nii')}"
-    scans = [Named("x.nii", ("x",)), Named("x.mha", ("x",)), Named(f"{mimic}.nii", (mimic,))]
+    scans = [Named("x.nii", "x"), Named("x.mha", "x"), Named(f"{mimic}.nii", mimic)]
     assert len(set(assign_ids(scans, "path"))) == 3
 
 

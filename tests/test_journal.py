@@ -19,6 +19,7 @@ from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.records import VolumeRecord, append_record, read_records, write_records
 from photon_data.volume import Geometry
+from photon_pipelines.plan import gather
 from photon_pipelines.prepare import finish
 from photon_pipelines.request import Request
 from photon_pipelines.verify import verify_output
@@ -101,6 +102,23 @@ def test_a_scan_that_was_found_takes_under_600_bytes_with_its_files(tmp_path):
         tracemalloc.stop()
         assert len(found.sources) == count
     assert (taken[210] - taken[10]) / 200 < 600, taken
+
+
+def test_a_scan_takes_under_two_kilobytes_while_the_next_run_looks_for_it_again(tmp_path):
+    raw, out, rng, peaks = tmp_path / "raw", Location(str(tmp_path / "out")), random.Random(0), []
+    (raw / "a").mkdir(parents=True)
+    for count in (1, 400, 1200):  # of the first one, what is looked up once
+        rows = [measured(rng, number) | {"root": str(raw)} for number in range(count)]
+        write_records(out, [VolumeRecord.from_json(row) for row in rows])
+        for row in rows:
+            (raw / row["source"]).touch()
+        gc.collect()
+        tracemalloc.start()
+        gathered = gather(Request(raw, out, Recipe()))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [job.source.id for job in gathered.jobs] == [row["id"] for row in rows]
+    assert (peaks[2] - peaks[1]) / 800 < 2000, peaks
 
 
 @pytest.mark.slow

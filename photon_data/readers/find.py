@@ -115,11 +115,12 @@ def find_scans(
         search.threads.shutdown(cancel_futures=True)
         if objects:
             objects.keep()
-    pairs, ignored = sorted(search.sources, key=lambda pair: pair[0].path), search.counts()
+    sources, ignored = sorted(search.sources, key=lambda source: source.path), search.counts()
     del tree, search  # what they know of every file takes memory
-    ids = assign_ids([named for named, _ in pairs], id_from, id_prefix, known_ids)
+    ids = assign_ids([Named(source.path, source.id) for source in sources], id_from, id_prefix, known_ids)
     hidden = id_from == "hash"  # whoever does not want names in ids wants them nowhere
-    sources = [replace(source, id=id, hidden=hidden) for id, (_, source) in zip(ids, pairs, strict=True)]
+    for number, id in enumerate(ids):  # one by one: two of each would take more memory than all else
+        sources[number] = replace(sources[number], id=id, hidden=hidden)
     return Found(sources, ignored)
 
 
@@ -152,7 +153,7 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
 
 
 class _Search:
-    """What has been found so far: sources that still lack an id, what ids are made from, and what is left alone."""
+    """What has been found: sources, which have what their ids are made from as ids, and what is left alone."""
 
     def __init__(
         self, tree: Tree, include: Sequence[str], exclude: Sequence[str], label_maps: bool, headers: str
@@ -162,7 +163,7 @@ class _Search:
         self.threads = ThreadPoolExecutor(THREADS, "headers")
         self.grouping: deque[tuple[list[Path], Future[Grouped]]] = deque()
         self.root = tree.start if tree.start.is_dir() else tree.start.parent
-        self.sources: list[tuple[Named, Source]] = []
+        self.sources: list[Source] = []
         self.series: dict[str, list[Series]] = {}
         self.leftover: dict[Path, str] = {}  # how each is counted
         self.unclaimed: dict[Identity, Path] = {}  # those of them that lie in the tree: a link may say what they are
@@ -170,11 +171,13 @@ class _Search:
         self.data_files: set[Path] = set()
         self.ignored: Counter[str] = Counter()
 
-    def add_folder(self, files: Sequence[File]) -> None:
-        """Add the scans among the files of one folder, or among those that links lead to."""
+    def add_folder(self, files: list[File]) -> None:
+        """Add the scans among the files of one folder, or among those that links lead to; `files` are used up."""
         slices: dict[Path, list[Path]] = {}
         dicom = self._dicom_among([path for path, *_ in files if not suffix_of(path)])
-        for path, identity, by_link in files:
+        files.reverse()
+        while files:
+            path, identity, by_link = files.pop()
             if by_link and identity in self.taken:
                 continue
             if reason := self._left_out(path):
@@ -210,7 +213,8 @@ class _Search:
         for folder, error in self.tree.closed:
             parts = self._parts(folder)
             problem = f"expected a folder that can be listed, found: {error.strerror}; change its permissions"
-            self._add(parts or (self.root.name,), "/".join(parts) or ".", [], "folder", Refused("unreadable", problem))
+            path = "/".join(parts)
+            self._add(path or self.root.name, path or ".", [], "folder", Refused("unreadable", problem))
 
     def add_series(self) -> None:
         """Add the DICOM series. One that lies in several folders is grouped again as a whole."""
@@ -220,9 +224,9 @@ class _Search:
             for series in parts if len(parts) == 1 else self._regrouped(parts):
                 self.ignored += series.aside
                 for key, members, patient in series.stacks:
-                    words = self._parts(common_folder(members))
-                    named = (*words[:-1], f"{words[-1]}__s{key}") if words else (f"s{key}",)
-                    self._add(named, "/".join(words) + f"#{key}", members, "dicom", patient=patient)
+                    folder = "/".join(self._parts(common_folder(members)))
+                    name = f"{folder}__s{key}" if folder else f"s{key}"
+                    self._add(name, f"{folder}#{key}", members, "dicom", patient=patient)
 
     def counts(self) -> dict[str, int]:
         """Return how many files were left alone, by kind or suffix; data files of headers belong to their scans."""
@@ -248,7 +252,7 @@ class _Search:
 
     def _add(
         self,
-        words: tuple[str, ...],
+        name: str,
         path: str,
         files: list[Path],
         file_format: str,
@@ -266,11 +270,12 @@ class _Search:
                 why = why or unreadable(file, error)
         size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), place_name(self.root)
         names = names_below(root, [os.path.relpath(file, self.root) for file in files] if is_url(root) else files)
+        names = (path,) if names == (path,) else names  # the same text once
         headers = self.headers if file_format == "dicom" else ""
-        source = Source("", path, names, file_format, size, mark, root=root, patient=patient, headers=headers)
+        source = Source(name, path, names, file_format, size, mark, root=root, patient=patient, headers=headers)
         if why:
             source = replace(source, problem=why.message, code=why.code)
-        self.sources.append((Named(path, words), source))
+        self.sources.append(source)
 
     def _add_file(self, path: Path, suffix: str) -> None:
         data, parts, why = path, self._parts(path), None
@@ -289,7 +294,7 @@ class _Search:
         ):
             self.ignored[LABEL_MAP] += 1
             return
-        self._add((*parts[:-1], path.name[: -len(suffix)]), name, files, file_format, why)
+        self._add(name[: -len(suffix)], name, files, file_format, why)
 
     def _add_grouped(self) -> None:
         """Keep the series of the folder that was looked at first; add its files that are unreadable or damaged."""
@@ -298,7 +303,7 @@ class _Search:
         try:
             grouped = future.result()
         except Refused as refused:
-            self._add((*parts, "s"), "/".join(parts) + "#", files, "dicom", refused)
+            self._add("/".join((*parts, "s")), "/".join(parts) + "#", files, "dicom", refused)
             return
         for series in grouped.series:
             # Files without a series' UID belong together in one folder at most.
@@ -313,8 +318,8 @@ class _Search:
 
     def _add_unreadable(self, grouped: Grouped) -> None:
         for path, why in grouped.unreadable:
-            parts = self._parts(path)
-            self._add(parts, "/".join(parts), [path], "dicom", why)
+            name = "/".join(self._parts(path))
+            self._add(name, name, [path], "dicom", why)
         self.ignored += grouped.aside
 
 
@@ -347,10 +352,10 @@ def group_series(files: Sequence[Path], headers: str = "") -> Grouped:
 
 
 class Named(NamedTuple):
-    """What an id is made from: the path relative to the source, and its words without the scan's suffix."""
+    """What an id is made from: the path relative to the source, and the same without the scan's suffix."""
 
     path: str
-    words: tuple[str, ...]
+    name: str
 
 
 def assign_ids(
@@ -369,13 +374,16 @@ def assign_ids(
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")
     if id_from == "hash":
         return [known_ids.get(scan.path, f"{id_prefix}v{_digest(scan.path)[:12]}") for scan in scans]
-    plain = [id_prefix + "__".join(scan.words if id_from == "path" else scan.words[-1:]) for scan in scans]
+    names = [scan.name if id_from == "path" else scan.name.rpartition("/")[2] for scan in scans]
+    plain = [id_prefix + name.replace("/", "__") for name in names]
+    del names
     levels = [int(name != _id(name) or bool(RESERVED.fullmatch(name))) for name in plain]
     here = {scan.path for scan in scans}
     gone = [known for path, known in known_ids.items() if path not in here]
+    del here
     while True:
-        made = [_id(name, scan.path, DIGITS[n]) for name, scan, n in zip(plain, scans, levels, strict=True)]
-        ids = [known_ids.get(scan.path, name) for scan, name in zip(scans, made, strict=True)]
+        made = zip(plain, scans, levels, strict=True)
+        ids = [known_ids.get(scan.path) or _id(name, scan.path, DIGITS[level]) for name, scan, level in made]
         times = Counter(name.casefold() for name in [*ids, *gone])
         named = zip(scans, ids, strict=True)
         shared = [times[name.casefold()] > 1 and scan.path not in known_ids for scan, name in named]

@@ -28,14 +28,15 @@ OURS = (("dataset.json", "volumes.jsonl"), ("export.json", "volumes"))
 LINK, BROKEN, SPECIAL = "(link)", "(link to a file that is not there)", "(special file)"
 WRITTEN = "(prepared or exported folder)"
 
-Identity = tuple[int, int] | str
+# Device and inode as one number: a run holds one for every file, and two take three times as much. Else a whole path.
+Identity = int | str
 
 
 class File(NamedTuple):
     """One file of a tree."""
 
     path: Path  # as it was reached
-    identity: Identity | None  # device and inode; None where the system does not tell them
+    identity: Identity | None  # None of a file that cannot be looked at
     by_link: bool
 
 
@@ -85,7 +86,7 @@ class Tree:
             ours = [name for name in folders if _is_ours(here / name)]
             self.counts[WRITTEN] += len(ours)
             folders[:] = sorted(n for n in folders if n not in links and n not in ours and not is_hidden(n))
-            visible = [here / name for name in sorted(names + links) if not is_hidden(name)]
+            visible = (here / name for name in sorted(names + links) if not is_hidden(name))
             yield [file for path in visible if (file := self._file(path, by_link=by_link))]
 
     def _file(self, path: Path, *, by_link: bool) -> File | None:
@@ -155,7 +156,7 @@ def _identity(path: Path) -> Identity | None:
 
 def _identity_of(path: Path, facts: os.stat_result) -> Identity:
     # Some network file systems have no inodes.
-    return (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(path)
+    return facts.st_dev << 64 | facts.st_ino if facts.st_ino else os.path.realpath(path)
 
 
 # --- label maps
