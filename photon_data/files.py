@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +53,9 @@ def refuse_unsafe(name: str, what: str) -> str:
 # A longer line is no row of ours: nobody should read it to find that out.
 MAX_ROW_BYTES = 1 << 26
 
+# A run asks it of one folder for every file.
+_protocol = lru_cache(64)(get_protocol)
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -77,25 +81,28 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Whether files here can be renamed, synced and locked."""
-        return get_protocol(self.url) in ("file", "local")
+        return _protocol(self.url) in ("file", "local")
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes find here what this one wrote: fsspec's memory belongs to one process."""
-        return get_protocol(self.url) != "memory"
+        return _protocol(self.url) != "memory"
 
     @property
     def path(self) -> Path:
         """The absolute local folder; ValueError for a remote one."""
         if not self.is_local:
             raise ValueError(f"expected a local folder, found {self.url}")
-        return Path(os.path.abspath(self.url.removeprefix("file://")))  # noqa: PTH100 - resolve() would follow links
+        return self._below("")
+
+    def _below(self, name: str) -> Path:
+        return Path(os.path.abspath(self.url.removeprefix("file://")), name)  # noqa: PTH100 - resolve() follows links
 
     def at(self, name: str) -> str:
         """Return the path or URL of `name`, in the form that opens it elsewhere; of the folder itself for ""."""
         if name:
             self._refuse_unsafe(name)
-        return str(self.path / name) if self.is_local else f"{self.url.rstrip('/')}/{name}"
+        return str(self._below(name)) if self.is_local else f"{self.url.rstrip('/')}/{name}"
 
     def place(self, name: str) -> Path:
         """Return the local path to write `name` to; UsageError where a link on the way leads out of the folder."""
@@ -116,7 +123,7 @@ class Location:
         """Tell whether there is a file or folder of that name."""
         if not is_safe(name):
             return False
-        return (self.path / name).exists() if self.is_local else bool(self.fs.exists(self.at(name)))
+        return self._below(name).exists() if self.is_local else bool(self.fs.exists(self.at(name)))
 
     def read(self, name: str, most: int | None = None) -> bytes | None:
         """Return the content of a file, or its first bytes; None if there is no such file."""
@@ -125,7 +132,7 @@ class Location:
         try:
             if not self.is_local:
                 return self.fs.cat_file(self.at(name), end=most)
-            with (self.path / name).open("rb") as file:
+            with self._below(name).open("rb") as file:
                 return file.read(-1 if most is None else most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
@@ -135,7 +142,7 @@ class Location:
         if not is_safe(name):
             return
         try:
-            file = (self.path / name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
+            file = self._below(name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return
         with file:
@@ -147,7 +154,8 @@ class Location:
             return None
         try:
             if self.is_local:
-                return (self.path / name).stat().st_size if (self.path / name).is_file() else None
+                path = self._below(name)
+                return path.stat().st_size if path.is_file() else None
             self.fs.invalidate_cache(self.at(name))  # another process may have changed what a listing said
             found = self.fs.info(self.at(name))
             if found["type"] != "file":
@@ -162,7 +170,7 @@ class Location:
         if not self.is_local:
             return self.size(name)
         try:
-            found = (self.path / name).stat()
+            found = self._below(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return found.st_size, found.st_ino, found.st_mtime_ns
@@ -175,7 +183,7 @@ class Location:
         if not is_safe(name):
             return None
         try:
-            with (self.path / name).open("rb", buffering=0) as file:
+            with self._below(name).open("rb", buffering=0) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None

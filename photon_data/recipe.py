@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, get_type_hints
 
 from photon_data.errors import UsageError, name_hint
@@ -60,7 +61,7 @@ class Recipe:
         _check(self.centre in ("scan", "body"), "centre", "scan or body", self.centre)
         _check("<video>" not in self.instruction, "instruction", "text without a literal <video>", self.instruction)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Sixteen hex digits that differ between recipes that can give different bytes."""
         settings = {k: v for k, v in self.to_json().items() if k not in WITHOUT_DIGEST} | EARLIER
