@@ -13,7 +13,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,9 +52,6 @@ def refuse_unsafe(name: str, what: str) -> str:
 # A longer line is no row of ours: nobody should read it to find that out.
 MAX_ROW_BYTES = 1 << 26
 
-# A run asks it of one folder for every file.
-_protocol = lru_cache(64)(get_protocol)
-
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -81,12 +77,12 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Whether files here can be renamed, synced and locked."""
-        return _protocol(self.url) in ("file", "local")
+        return get_protocol(self.url) in ("file", "local")
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes find here what this one wrote: fsspec's memory belongs to one process."""
-        return _protocol(self.url) != "memory"
+        return get_protocol(self.url) != "memory"
 
     @property
     def path(self) -> Path:

@@ -195,8 +195,7 @@ class _Search:
                 self.taken.add(identity)
                 self.leftover.pop(self.unclaimed.get(identity, path), None)
         for files_of_folder in slices.values():
-            future = self.threads.submit(group_series, files_of_folder, self.headers)
-            self.grouping.append((files_of_folder, future))
+            self.grouping.append((files_of_folder, self.threads.submit(group_series, files_of_folder, self.headers)))
         while len(self.grouping) > 4 * THREADS:
             self._add_grouped()
 
@@ -211,9 +210,8 @@ class _Search:
     def add_closed_folders(self) -> None:
         """Add a source for each folder that cannot be listed."""
         for folder, error in self.tree.closed:
-            parts = self._parts(folder)
             problem = f"expected a folder that can be listed, found: {error.strerror}; change its permissions"
-            path = "/".join(parts)
+            path = "/".join(self._parts(folder))
             self._add(path or self.root.name, path or ".", [], "folder", Refused("unreadable", problem))
 
     def add_series(self) -> None:
@@ -270,15 +268,13 @@ class _Search:
                 why = why or unreadable(file, error)
         size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), place_name(self.root)
         names = names_below(root, [os.path.relpath(file, self.root) for file in files] if is_url(root) else files)
-        names = (path,) if names == (path,) else names  # the same text once
+        names = (path,) if names == (path,) else names  # one text, not two
         headers = self.headers if file_format == "dicom" else ""
         source = Source(name, path, names, file_format, size, mark, root=root, patient=patient, headers=headers)
-        if why:
-            source = replace(source, problem=why.message, code=why.code)
-        self.sources.append(source)
+        self.sources.append(replace(source, problem=why.message, code=why.code) if why else source)
 
     def _add_file(self, path: Path, suffix: str) -> None:
-        data, parts, why = path, self._parts(path), None
+        data, name, why = path, "/".join(self._parts(path)), None
         if suffix in DATA_FILES:
             with suppress(Refused, OSError):  # opening the source says what is wrong with it
                 data = DATA_FILES[suffix](path)
@@ -287,7 +283,7 @@ class _Search:
         files, file_format = [path] if data == path else [path, data], SUFFIXES[suffix]
         self.data_files.update(files[1:])
         is_one_file = path == self.tree.start  # somebody points at it
-        name, text_of = "/".join(parts), TEXT_HEADERS.get(file_format)
+        text_of = TEXT_HEADERS.get(file_format)
         look = partial(is_label_map, name, text_of=text_of)
         if not (self.label_maps or is_one_file or why) and (
             look(files) if text_of or not is_named_as_one(name) else judged(files, look)
@@ -374,13 +370,10 @@ def assign_ids(
         raise UsageError(f"expected ids from path, name or hash, found {id_from!r}; choose one of them")
     if id_from == "hash":
         return [known_ids.get(scan.path, f"{id_prefix}v{_digest(scan.path)[:12]}") for scan in scans]
-    names = [scan.name if id_from == "path" else scan.name.rpartition("/")[2] for scan in scans]
-    plain = [id_prefix + name.replace("/", "__") for name in names]
-    del names
+    start = 0 if id_from == "path" else -1
+    plain = [id_prefix + "__".join(scan.name.split("/")[start:]) for scan in scans]
     levels = [int(name != _id(name) or bool(RESERVED.fullmatch(name))) for name in plain]
-    here = {scan.path for scan in scans}
-    gone = [known for path, known in known_ids.items() if path not in here]
-    del here
+    gone = [known_ids[path] for path in known_ids.keys() - {scan.path for scan in scans}]
     while True:
         made = zip(plain, scans, levels, strict=True)
         ids = [known_ids.get(scan.path) or _id(name, scan.path, DIGITS[level]) for name, scan, level in made]
