@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,8 +151,8 @@ class Location:
             return None
         try:
             if self.is_local:
-                path = self._below(name)
-                return path.stat().st_size if path.is_file() else None
+                facts = self._below(name).stat()
+                return facts.st_size if stat.S_ISREG(facts.st_mode) else None
             self.fs.invalidate_cache(self.at(name))  # another process may have changed what a listing said
             found = self.fs.info(self.at(name))
             if found["type"] != "file":
