@@ -212,3 +212,10 @@ def test_the_time_to_read_a_loop_is_linear(name):
             start = time.process_time()
             READERS[name]((loop * (size // len(loop) + 1))[:size])
             assert time.process_time() - start < most_s, (name, loop, size)
+
+
+def test_the_time_to_read_a_choice_of_20000_is_linear_in_them():
+    choices = (*(f"segment {number}" for number in range(20_000)), "segment 7")
+    start = time.process_time()
+    assert [parse_choice(text, choices) for text in ("segment 19", "segment 7")] == [19, None]
+    assert time.process_time() - start < 5
