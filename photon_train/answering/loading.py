@@ -82,7 +82,7 @@ def _ends_of(config: GenerationConfig) -> GenerationConfig:
     ids = ends if isinstance(ends, list) else [ends]
     if not ids or not all(type(id) is int and id >= 0 for id in ids):
         raise ValueError(f"expected token ids as eos_token_id, found {ends!r:.60}")
-    return GenerationConfig(eos_token_id=ids, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
+    return GenerationConfig(eos_token_id=ends, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
 
 
 def _check_model_folder(model: str) -> None:
