@@ -110,6 +110,17 @@ def test_resume_of_a_damaged_checkpoint_is_misuse_and_of_a_whole_one_is_not(run,
     assert (code, "state.json: expected step" in text) == (2, True)
 
 
+@pytest.mark.parametrize("log", [b"[" * 100_000 + b"\n", b"\xff\xfe\n", b"[1]\n", b'{"step": "2"}\n'])
+def test_a_damaged_log_is_named_and_a_last_line_that_was_cut_is_not(run, settings, log):
+    path = run / "log.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + log)
+    code, text = resume(run, settings)
+    assert (code, "log.jsonl: expected a line of JSON for each step" in text) == (2, True), text
+    path.write_bytes(whole + log[:4].strip())
+    assert resume(run, settings)[0] == (2 if b"\xff" in log else 0)
+
+
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_is_said_to_be_less_checked(run, caplog):
     (run / "checkpoint-2" / "digests.json").unlink()
     assert newest_whole(run) == run / "checkpoint-2"
