@@ -354,12 +354,15 @@ def _check_whole(checkpoint: Path) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the position of the run that a checkpoint was made at. Raises ValueError for anything else."""
-    expected = {"step": int, "epoch": int, "step_in_epoch": int, "rows": str, "settings": dict}
+    expected = ("step", "epoch", "step_in_epoch", "rows", "settings")
     try:
         state = from_json((checkpoint / STATE).read_bytes())
-        if all(type(state[name]) is kind for name, kind in expected.items()):
+        best, phases = {"step": 0, "value": 0.0, "waited": 0} | state.get("best", {}), state.get("phases", {})
+        counts = [*(state[name] for name in expected[:3]), best["step"], best["waited"], *phases.values()]
+        kinds = isinstance(state["rows"], str), isinstance(state["settings"], dict), isinstance(best["value"], int | float)
+        if all(kinds) and all(type(n) is int and n >= 0 for n in counts) and {*phases} <= {"soft", "hard", "flip"}:
             return dict(state)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{checkpoint / STATE}: expected {', '.join(expected)}, found something else; copy it again")
 
