@@ -355,15 +355,14 @@ def _check_whole(checkpoint: Path) -> None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the position of the run that a checkpoint was made at. Raises ValueError for anything else."""
     expected = ("step", "epoch", "step_in_epoch", "rows", "settings")
-    try:
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
         state = from_json((checkpoint / STATE).read_bytes())
         best, phases = {"step": 0, "value": 0.0, "waited": 0} | state.get("best", {}), state.get("phases", {})
         counts = [*(state[name] for name in expected[:3]), best["step"], best["waited"], *phases.values()]
-        kinds = isinstance(state["rows"], str), isinstance(state["settings"], dict), isinstance(best["value"], int | float)
-        if all(kinds) and all(type(n) is int and n >= 0 for n in counts) and {*phases} <= {"soft", "hard", "flip"}:
+        kinds = (state["rows"], str), (state["settings"], dict), (best["value"], int | float)
+        is_sound = all(isinstance(*kind) for kind in kinds) and {*phases} <= {"soft", "hard", "flip"}
+        if is_sound and all(type(count) is int and count >= 0 for count in counts):
             return dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
     raise ValueError(f"{checkpoint / STATE}: expected {', '.join(expected)}, found something else; copy it again")
 
 

@@ -93,7 +93,7 @@ def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _moments(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
-    """Return {weight: {key: tensor}} of a file of moments; UsageError where they are not those of weights like these."""
+    """Return {weight: {key: tensor}} of a file of moments; UsageError where they are not those of such weights."""
     state: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in load_file(file).items():
         name, _, key_of_weight = key.partition("|")

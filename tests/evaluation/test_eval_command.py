@@ -110,7 +110,7 @@ def test_a_second_evaluation_into_a_folder_is_misuse(files):
 
 def test_a_full_disk_ends_an_evaluation_with_exit_code_3_and_what_was_there_stays(files, monkeypatch):
     assert ask(files)[0] == 0
-    before = {path.name: path.read_bytes() for path in (files / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (files / "out").glob("[!.]*")}
 
     def full(path, temporary=None):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -119,7 +119,7 @@ def test_a_full_disk_ends_an_evaluation_with_exit_code_3_and_what_was_there_stay
         disk.setattr("photon_data.files.write_whole", full)
         code, text = ask(files, predictions=("other.jsonl",))
     assert (code, "Stopped: No space left on device. What is done is kept." in text) == (3, True)
-    assert {path.name: path.read_bytes() for path in (files / "out").iterdir()} == before
+    assert {path: path.read_bytes() for path in (files / "out").glob("[!.]*")} == before
     assert ask(files, predictions=("other.jsonl",))[0] == 0
 
 

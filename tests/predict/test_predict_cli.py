@@ -143,7 +143,7 @@ def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_
 def test_a_disk_that_fills_up_ends_predict_with_exit_code_3_and_the_same_command_goes_on(
     model_dir, manifest, tmp_path, monkeypatch
 ):
-    words = ["predict", "--model", model_dir, "--data", manifest, *FAST, "--questions-per-batch", "1", "--output"]
+    words = ["--model", model_dir, "--data", manifest, *FAST, "--questions-per-batch", "1", "--output"]
     append = _PredictionFile.append
 
     def until_full(file, predictions):

@@ -203,7 +203,6 @@ def test_a_generation_config_that_turns_the_cache_off_is_not_obeyed(model_dir, t
     assert cli("predict", "--model", place, scan, QUESTIONS[0], *FAST, *COARSE)[0] == 0
 
 
-
 @pytest.mark.parametrize(
     "own", [{"stop_strings": ["a"]}, {"cache_implementation": "static"}, {"num_beams": 10**6, "max_new_tokens": 10**12}]
 )
