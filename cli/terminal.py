@@ -21,7 +21,7 @@ from rich.segment import Segment
 from rich.text import Text
 from typer import Argument, Context, Option
 
-from photon_data.errors import Refused, UsageError
+from photon_data.errors import Refused, UsageError, is_out_of_memory
 
 # Exit codes.
 OK = 0  # everything that was requested is there
@@ -129,6 +129,10 @@ def errors_as_exit_codes() -> Iterator[None]:
         fail(f"expected the extra `{extra}`, found that {name} is not installed; pip install 'photon-ct[{extra}]'")
     except KeyboardInterrupt:
         fail("Interrupted. What is done is kept; the same command goes on from here.", INTERRUPTED)
+    except (MemoryError, RuntimeError, SystemError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("Stopped: memory did not suffice. What is done is kept; free some, or ask for less at a time.", STOPPED)
     except OSError as error:
         if error.errno in NO_SPACE:
             fail(f"Stopped: {error.strerror}. What is done is kept.", STOPPED)

@@ -175,7 +175,8 @@ def name_hint(name: str, known: Iterable[str]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory did not suffice: Python's own, or in the words of a C++ library."""
-    words = ("bad_alloc", "failed to allocate", "unable to allocate", "cannot allocate memory", "out of memory")
+    words = ["bad_alloc", "failed to allocate", "unable to allocate", "cannot allocate memory", "out of memory"]
+    words += ["not enough memory"]
     is_library = isinstance(error, RuntimeError | OSError | SystemError)
     return isinstance(error, MemoryError) or (is_library and any(word in str(error).lower() for word in words))
 

@@ -354,13 +354,15 @@ def _check_whole(checkpoint: Path) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the position of the run that a checkpoint was made at. Raises ValueError for anything else."""
-    expected = {"step": int, "epoch": int, "step_in_epoch": int, "rows": str, "settings": dict}
-    try:
+    expected = ("step", "epoch", "step_in_epoch", "rows", "settings")
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
         state = from_json((checkpoint / STATE).read_bytes())
-        if all(type(state[name]) is kind for name, kind in expected.items()):
+        best, phases = {"step": 0, "value": 0.0, "waited": 0} | state.get("best", {}), state.get("phases", {})
+        counts = [*(state[name] for name in expected[:3]), best["step"], best["waited"], *phases.values()]
+        kinds = (state["rows"], str), (state["settings"], dict), (best["value"], int | float)
+        is_sound = all(isinstance(*kind) for kind in kinds) and {*phases} <= {"soft", "hard", "flip"}
+        if is_sound and all(type(count) is int and count >= 0 for count in counts):
             return dict(state)
-    except (ValueError, KeyError, TypeError):
-        pass
     raise ValueError(f"{checkpoint / STATE}: expected {', '.join(expected)}, found something else; copy it again")
 
 

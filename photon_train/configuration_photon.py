@@ -22,6 +22,7 @@ SCHEDULER_NAMES = ("its", "none", "random", "uniform", "foreground", "fastv", *B
 IGNORED = -100  # the label of what is not to be learned
 INTENSITIES = ("minmax", "window")
 PERTURBATIONS = ("shuffle_patches", "shuffle_voxels", "keep_patches", "keep_voxels", "noise", "zeros")
+MOST_LAYERS = 1000
 ABOVE_0 = (
     *("centrality_floor", "saliency_epsilon", "threshold_max", "keep_temperature", "flip_epsilon"),
     *("sgp_sigma_floor", "sgp_z_clip", "sgp_beta", "sgp_scale_floor", "sgp_scale_max"),
@@ -199,6 +200,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
         for name, choices in (("scheduler", SCHEDULER_NAMES), ("intensity", INTENSITIES)):
             expect(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         expect("stage", self.stage in (1, 2), "1 or 2")
+        for where, name in ((self.text_config, "num_hidden_layers"), (self.vision_config, "depth")):
+            if not getattr(where, name) <= MOST_LAYERS:  # they are made before there is a look at the weights
+                raise ValueError(f"{name}: expected at most {MOST_LAYERS:,} layers, found {getattr(where, name):,}")
         slides, last = self.text_config.use_sliding_window, self.text_config.num_hidden_layers - 1
         expect("use_sliding_window", not slides, "False: every layer attends to all tokens that were kept")
         expect("its_layer", 0 <= self.its_layer < max(last, 1), f"a layer from 0 to {last - 1}")

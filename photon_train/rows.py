@@ -22,7 +22,7 @@ from photon_data.json_text import fields_of, from_json
 from photon_data.questions.table import VIDEO_TAG, read_text, read_values, volume_id_of
 
 Row = Mapping[str, Any]
-MOST_TOKENS = 1 << 31
+MOST_TOKENS, MOST_MEASURED = 1 << 31, 10**12
 
 
 class TrainRow(NamedTuple):
@@ -242,6 +242,9 @@ class Prediction:
             raise ValueError("expected `id` in UTF-8 and `kept` in hexadecimal digits, found others") from None
         if not 0 <= self.kept_tokens <= self.visual_tokens <= MOST_TOKENS or not 0 <= self.text_tokens <= MOST_TOKENS:
             raise ValueError(f"expected 0 <= `kept_tokens` <= `visual_tokens` < {MOST_TOKENS:,}, found other numbers")
+        measured = (*self.seconds.values(), self.peak_memory_mib)
+        if not all(0 <= value <= MOST_MEASURED for value in measured):  # their sums, too, are finite
+            raise ValueError(f"expected 0 <= `seconds`, `peak_memory_mib` < {MOST_MEASURED:,}, found other numbers")
         if kept and len(kept) != (self.visual_tokens + 7) // 8:
             raise ValueError(f"expected `kept` of {self.visual_tokens} tokens, found {8 * len(kept)} bits")
 

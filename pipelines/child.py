@@ -189,7 +189,9 @@ def end_children(run: str) -> None:
 def main(address_space_bytes: int, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Answer jobs by `work` until stdin ends or the parent is gone; `address_space_bytes` > 0 limits this process."""
     if address_space_bytes > 0 and sys.platform == "linux":  # macOS has the limit, and refuses to set it
-        resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)  # of the shell or the batch system; nobody may raise it
+        limit = address_space_bytes if most == resource.RLIM_INFINITY else min(address_space_bytes, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a C library prints must not look like a reply

@@ -174,6 +174,8 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
     with exclusive(out):
         ids, records, request = set(going), read_records(out), _request_of(out)
         questions = kept_questions(out)
+        hidden = any(record.hidden for record in records)
+        _write_dataset(request, [], records, manifests=None, hidden=hidden)  # what it records is about to change
         for name, own in questions.items():
             questions[name] = [question for question in own if question.volume not in ids]
             keep_questions(out, name, questions[name])
@@ -182,7 +184,7 @@ def prune(out: Location, going: Iterable[str], *, for_good: bool) -> Result:
         if out.exists(INSPECTED):
             inspected = read_records(out, INSPECTED)
             out.write_rows(INSPECTED, (record.row() for record in inspected if record.id not in ids))
-        if any(record.hidden for record in records) and not any(record.hidden for record in rows):
+        if hidden and not any(record.hidden for record in rows):
             save_names(out, ())  # write_records has nobody to name
         forget(out, ids)
         for place in store_names(out):

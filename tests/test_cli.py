@@ -47,6 +47,19 @@ def test_exit_codes_tell_success_partial_failure_and_misuse_apart(raw, tmp_path)
     assert "one.ome.zarr/model/zarr.json: missing" in text
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: not enough memory: you")],
+)
+def test_memory_that_does_not_suffice_stops_a_command_with_a_sentence(capsys, error):
+    with pytest.raises(typer.Exit) as ended, errors_as_exit_codes():
+        raise error
+    assert ended.value.exit_code == 3
+    assert capsys.readouterr().err.startswith("Stopped: memory did not suffice.")
+    with pytest.raises(RuntimeError, match="another"), errors_as_exit_codes():
+        raise RuntimeError("another")
+
+
 def test_a_scan_that_took_too_long_is_told_as_known_by_the_next_run_only(raw, tmp_path, monkeypatch):
     def take_too_long(self, job, timeout_s):
         raise ChildError("timeout", "expected it to be done, found that it is not; raise --timeout")

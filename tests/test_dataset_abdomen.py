@@ -1,5 +1,7 @@
 """DeepTumorVQA v1 and v2 and AbdomenAtlas 3.0, on invented rows under their published headers."""
 
+import time
+
 import pytest
 from published import collected, declare, write_csv, write_json, write_v2
 
@@ -125,10 +127,21 @@ def test_a_question_without_some_keys_has_no_text_there(tumors):
         ("Ratio of A: and B?\nA: 1:2\nB: 2:1", ["1:2", "2:1"]),
         ("No choices here", []),
         ("Only one? A: yes", []),
+        ("Is A: or B: larger? A: a B: b  C: c\nD: A: d", ["a", "b", "c", "A: d"]),
+        ("Which? A: a B: b D: d C: c", ["a", "b", "d C: c"]),
+        ("Which? A: B: b", []),
+        ("Which? B: b A: a", []),
     ],
 )
 def test_choices_are_taken_out_of_the_text(text, choices):
     assert parse_choices(text) == choices
+
+
+@pytest.mark.parametrize("loop", [" A: ", " A: x  ", " A: x B: ", " B: "])
+def test_choices_of_a_text_that_repeats_its_letters_are_looked_for_once(loop):
+    start = time.process_time()
+    parse_choices(loop * (400_000 // len(loop)) + "!")
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A child that dies in any way costs its own job; the next one finds a new child."""
 
+import sys
+
 import pytest
 
 from photon_pipelines.child import Child, ChildError
@@ -52,3 +54,21 @@ def test_a_child_that_dies_is_named_and_replaced(child, do, code, said):
 
 def test_a_long_reply_arrives_whole(child):
     assert len(child.ask({"do": "long"}, 20)["padding"]) == 200_000
+
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, ({hard}, {hard}))
+from photon_pipelines.child import main
+main({asked}, lambda job: {{"limit": resource.getrlimit(resource.RLIMIT_AS)[0]}})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has no such limit")
+@pytest.mark.parametrize(("hard", "asked", "limit"), [(8 << 30, 16 << 30, 8 << 30), (16 << 30, 8 << 30, 8 << 30)])
+def test_a_limit_of_the_shell_that_is_below_the_limit_of_a_child_holds(hard, asked, limit):
+    child = Child("-c", LIMITED.format(hard=hard, asked=asked))
+    try:
+        assert child.ask({}, 20) == {"limit": limit}
+    finally:
+        child.kill()

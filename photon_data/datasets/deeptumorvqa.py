@@ -42,7 +42,8 @@ NEEDED = ("qid", "image_id", "question", "answer", "mc_question", "correct_optio
 KEPT = ("spacing", "shape", "sex", "age", "scanner", "contrast", "lesion")
 # Files without a column `split` are one split, by their name.
 BY_NAME = {"test": "test", "train": "train", "val": "validation"}
-CHOICES = re.compile(r"(?s)(?:^|.*\s)A:\s(?P<A>.*?)\s+B:\s(?P<B>.*?)(?:\s+C:\s(?P<C>.*?))?(?:\s+D:\s(?P<D>.*?))?\s*")
+MARK = re.compile(r"(?<!\S)([A-D]):\s")
+BEHIND = {"A": "B", "B": "CD", "C": "D", "D": ""}  # the letters that end the text of a choice
 
 
 def read(entry: DataSet, on_file: OnFile) -> tuple[FoundVolumes, list[Question]]:
@@ -112,8 +113,14 @@ def parse_choices(text: str) -> list[str]:
 
     "How large? A: small B: 2 to 4 cm C: large" -> ["small", "2 to 4 cm", "large"]
     """
-    match = CHOICES.fullmatch(text)
-    choices = [choice.strip() for choice in match.groups() if choice is not None] if match else []
+    marks = [*MARK.finditer(text)]
+    last_b = max((mark.start() for mark in marks if mark[1] == "B"), default=0)
+    parts = [mark for mark in marks if mark[1] == "A" and mark.end() < last_b][-1:]
+    for mark in marks if parts else ():
+        if mark[1] in BEHIND[parts[-1][1]] and mark.start() > parts[-1].end():
+            parts.append(mark)
+    ends = [*(part.start() for part in parts[1:]), len(text)]
+    choices = [text[part.end() : end].strip() for part, end in zip(parts, ends, strict=True)] if parts else []
     return choices if all(choices) else []
 
 

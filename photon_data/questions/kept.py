@@ -6,17 +6,17 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from photon_data.errors import UsageError, first_few
-from photon_data.files import Location, is_safe, refuse_unsafe
-from photon_data.json_text import fields_of
+from photon_data.files import Location, digest_of, is_safe, refuse_unsafe
+from photon_data.json_text import fields_of, from_json
 from photon_data.questions.manifest import EXTRA_COLUMNS, NO_CHOICES, digests, manifest_names
 from photon_data.questions.question import UNKNOWN, Question
 from photon_data.questions.splits import ALL, leaks_of, refuse_leaks
 from photon_data.questions.table import VIDEO_TAG
-from photon_data.records import Rows, Work, read_again
+from photon_data.records import DATASET, DATASET_DIGEST, Rows, Work, read_again
 
 FOLDER, SUFFIX = "questions", ".jsonl"
 
@@ -32,19 +32,32 @@ def keep_questions(out: Location, name: str, questions: Iterable[Question]) -> N
     out.write_rows(file_of(name), rows)
 
 
-def kept_questions(out: Location) -> dict[str, list[Question]]:
-    """Return the questions that `out` holds, by data set; UsageError for a file that cannot be read.
+def kept_questions(out: Location, anew: Container[str] = ()) -> dict[str, list[Question]]:
+    """Return the questions that `out` holds, by data set; UsageError for a file that cannot be read or has changed.
 
-    A folder of an earlier version has no such files: its manifests have the questions.
+    dataset.json says what was written, while it is sound and the run before has ended. Those `anew` are not compared:
+    they are written again. A folder of an earlier version has no such files: its manifests have the questions.
     """
-    found = {}
+    found, recorded = {}, _recorded(out)
     for name in _names(out):
+        file = file_of(name)
         try:
-            found[name] = [Question(**fields_of(Question, row)) for row in out.rows(file_of(name))]
+            if name not in anew and file in recorded and recorded[file] != out.sha256(file):
+                raise ValueError(f"it differs from what {DATASET} records")
+            found[name] = [Question(**fields_of(Question, row)) for row in out.rows(file)]
         except ValueError as error:
             remedy = "bring it back, or remove it and prepare its data set again"
-            raise UsageError(f"{out.at(file_of(name))} is damaged: {error}; {remedy}") from None
+            raise UsageError(f"{out.at(file)} is damaged: {error}; {remedy}") from None
     return found or _questions_of_manifests(out)
+
+
+def _recorded(out: Location) -> dict[str, Any]:
+    """Return {name: SHA-256} of what the last run wrote; {} where nothing sound says so, or a run has not ended."""
+    try:
+        dataset = from_json(out.read(DATASET) or b"")
+        return dict(dataset["manifests"]) if dataset[DATASET_DIGEST] == digest_of(dataset, DATASET_DIGEST) else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def collect(
@@ -54,7 +67,7 @@ def collect(
 
     UsageError for a name or a question's id that two data sets have, and for leaks.
     """
-    kept, roots = kept_questions(out), {work.source.root for work in works}
+    kept, roots = kept_questions(out, own), {work.source.root for work in works}
     own_again = own.keys() & kept.keys()
     known = read_again(out, rows).records if own_again else []
     ids = {work.source.id for work in works} | {record.id for record in known if record.root in roots}

@@ -15,6 +15,7 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
 from photon_data.errors import UsageError
 from photon_data.json_text import from_json
@@ -64,6 +65,7 @@ def load_predictor(
     _check_model_folder(model)
     with loading(model):
         loaded = PhotonForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, name), **options)
+        loaded.generation_config = _ends_of(loaded.generation_config)
         tokenizer = PhotonProcessor.from_pretrained(model, **options).tokenizer
     if adapter:
         with loading(adapter):
@@ -72,6 +74,15 @@ def load_predictor(
     predictor = Predictor(ready, PhotonProcessor(tokenizer, loaded.config), settings)
     predictor.batch = _rows_that_fit(loaded.config, settings, place, loaded.dtype) if batch is None else batch
     return predictor
+
+
+def _ends_of(config: GenerationConfig) -> GenerationConfig:
+    """Return which tokens end an answer, and nothing else of a model's own settings. Raises ValueError without any."""
+    ends = config.eos_token_id
+    ids = ends if isinstance(ends, list) else [ends]
+    if not ids or not all(type(id) is int and id >= 0 for id in ids):
+        raise ValueError(f"expected token ids as eos_token_id, found {ends!r:.60}")
+    return GenerationConfig(eos_token_id=ends, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
 
 
 def _check_model_folder(model: str) -> None:

@@ -28,7 +28,7 @@ from photon_train.scheduling import prefix_length
 
 # A prompt that wants a letter, of a row that has no answer to show it; and 3D-RAD's, which wants "B. No".
 WANTS_LETTER = re.compile(r"\bletter\b", re.IGNORECASE)
-WANTS_LETTERED = re.compile(r"\bChoices: A\. .*\nAnswer:\s*$", re.DOTALL)
+LETTERED, ASKED = re.compile(r"\bChoices: A\. "), "\nAnswer:"  # what a prompt that wants "B. No" has, and ends with
 MOST_READERS = 8
 T = TypeVar("T")
 
@@ -85,7 +85,8 @@ def texts_of_choices(row: Row) -> dict[str, str]:
     if answer in choices or (answer and answer not in (*letters.values(), *lettered.values())):
         return {choice: choice for choice in choices}
     wants_letter = answer in letters.values() if answer else bool(WANTS_LETTER.search(prompt))
-    wants_lettered = answer in lettered.values() if answer else bool(WANTS_LETTERED.search(prompt))
+    ends_so = prompt.rstrip().endswith(ASKED)
+    wants_lettered = answer in lettered.values() if answer else ends_so and bool(LETTERED.search(prompt))
     if (wants_letter or wants_lettered) and len(choices) > len(LETTERS):
         found = f"found {len(choices)}"
         raise UsageError(f"{row.get('id')}: expected at most {len(LETTERS)} choices of a prompt with letters, {found}")

@@ -188,8 +188,8 @@ def _listed(what: str, ids: Sequence[str]) -> str:
 _OPEN_ANSWER = "-. "
 _FORMS: dict[str, Form] = {"number": "number", "yes-no": "yes-no", "measurement": "size"}  # by the row's "answer_type"
 _NUMBER_AND_UNIT = re.compile(r"[-+]?\d+(?:\.\d+)?\s*(?:mm|cm|HU|%|ml|cc|cm\^3)?", re.IGNORECASE)
-
-_SIDES = re.compile(r"[\d.,]+ ?(?:mm|cm)?(?: ?[x×*] ?[\d.,]+ ?(?:mm|cm)?)+(?<=m)", re.IGNORECASE)  # "30x13 mm"
+_SIDE = r"[\d.,]+(?: ?(?:mm|cm))?"
+_SIDES = re.compile(rf"{_SIDE}(?: *[x×*] *{_SIDE})+(?<=m)", re.IGNORECASE)  # "30x13 mm"
 _FIRST_LETTER = re.compile(r"(?<!\w)A ?[.:)]")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -157,9 +157,9 @@ def _spellings(choices: tuple[str, ...], letters: str) -> _Spellings:
     variants += [[words[1:] if words[:1] in (("a",), ("an",), ("the",)) else () for words in variants[0]]]
     owners: dict[tuple[str, ...], int] = {}
     for texts in variants:
-        new = {words for words in texts if words and words not in owners}
-        for words in new:
-            owners[words] = texts.index(words) if texts.count(words) == 1 else _TIE
+        places, times = {words: index for index, words in enumerate(texts)}, Counter(texts)
+        new = {words: index if times[words] == 1 else _TIE for words, index in places.items() if words}
+        owners = new | owners
     both = [i for i, words in enumerate(variants[0]) if words[:1] in (("both",), ("bilateral",))]
     if len(both) == 1 and {("left",), ("right",)} <= {words[:1] for words in variants[0]}:
         owners |= {(word,): both[0] for word in ("both", "bilateral", "bilaterally")}

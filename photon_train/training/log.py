@@ -16,7 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from photon_data.errors import UsageError
 from photon_data.files import Location, write_whole
+from photon_data.json_text import from_json
 from photon_train.costs import peak_memory_mib, peak_tflops
 from photon_train.training.config import OF_ANSWERS
 
@@ -123,10 +125,18 @@ class Log:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's log; a last line that was cut off is left out."""
+    """Return the rows of a run's log; a last line that was cut off is left out. UsageError for a damaged one."""
     path = run / LOG
-    lines = path.read_text().split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        lines = path.read_text().split("\n") if path.is_file() else []
+        rows = [from_json(line) for line in lines[:-1] if line]
+        if not all(type(row["step"]) is int for row in rows):
+            raise TypeError("a step that is no whole number")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{path}: expected a line of JSON for each step, found {error!r:.200}; bring it back, or move it away"
+        ) from None
+    return rows
 
 
 def write_summary(run: Path, steps: int, seconds: float, more: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Weights in float32 are their own copy. One fused kernel updates many weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from photon_data.errors import UsageError
 from photon_train.checkpoint import OPTIMIZER, float32_weights, whole
 
 MASTER = "master"  # of a weight's state: the float32 copy
@@ -91,16 +92,27 @@ def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
         yield part
 
 
+def _moments(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
+    """Return {weight: {key: tensor}} of a file of moments; UsageError where they are not those of such weights."""
+    state: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in load_file(file).items():
+        name, _, key_of_weight = key.partition("|")
+        if name not in shapes or value.shape not in ((), shapes[name]):
+            found = f"{key} of shape {tuple(value.shape)}"
+            raise UsageError(f"{file}: expected moments of the model's weights, found {found}; copy it again")
+        state[name][key_of_weight] = value
+    if len(kinds := {tuple(sorted(own.keys() - {MASTER})) for own in state.values()}) > 1:
+        raise UsageError(f"{file}: expected the same moments of all weights, found {sorted(kinds)}; copy it again")
+    return dict(state)
+
+
 def load_optimizer_state(checkpoint: Path, model: nn.Module, unwrapped: nn.Module, optimizer: Optimizer) -> None:
     """Set the optimizer's state to that of a checkpoint, and the float32 weights of the run to those that it had.
 
     They may have been the model's own then and be copies in the state now, or the other way round: FSDP2 and autocast
     have no copies. A weight that had no state has none again.
     """
-    state: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in load_file(checkpoint / OPTIMIZER).items():
-        name, key_of_weight = key.split("|")
-        state[name][key_of_weight] = value
+    state = _moments(checkpoint / OPTIMIZER, {name: weight.shape for name, weight in unwrapped.named_parameters()})
     masters: dict[str, Any] = {name: own.pop(MASTER) for name, own in state.items() if MASTER in own}
     rounded = {name for name, weight in unwrapped.named_parameters() if weight.dtype != torch.float32} & state.keys()
     masters |= float32_weights(checkpoint, rounded - masters.keys())

@@ -1,5 +1,6 @@
 """`photon eval` as a person meets it: files, exit codes, tables, the page."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -105,6 +106,21 @@ def test_a_second_evaluation_into_a_folder_is_misuse(files):
     assert (code, "another run" in text) == (2, True)
     assert not (files / "out" / "scores.json").exists()
     assert ask(files)[0] == 0
+
+
+def test_a_full_disk_ends_an_evaluation_with_exit_code_3_and_what_was_there_stays(files, monkeypatch):
+    assert ask(files)[0] == 0
+    before = {path: path.read_bytes() for path in (files / "out").glob("[!.]*")}
+
+    def full(path, temporary=None):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as disk:
+        disk.setattr("photon_data.files.write_whole", full)
+        code, text = ask(files, predictions=("other.jsonl",))
+    assert (code, "Stopped: No space left on device. What is done is kept." in text) == (3, True)
+    assert {path: path.read_bytes() for path in (files / "out").glob("[!.]*")} == before
+    assert ask(files, predictions=("other.jsonl",))[0] == 0
 
 
 def test_without_predictions_blind_baselines_are_scored(files):

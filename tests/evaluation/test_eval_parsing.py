@@ -3,10 +3,11 @@ import time
 
 import phrasings
 import pytest
-from answers import case
+from answers import case, row
 from hypothesis import given
 from hypothesis import strategies as st
 
+from photon_train.answering.request import texts_of_choices
 from photon_train.evaluation.choice_metrics import ACCURACIES
 from photon_train.evaluation.parsing import parse_choice, parse_quantity, parse_size, parse_yes_no, said
 from photon_train.evaluation.readings import (
@@ -149,7 +150,7 @@ def test_numbers_and_sizes_are_read_as_a_person_reads_them():
     assert [(text, read and str(read)) for text, read in sizes] == phrasings.SIZES
 
 
-# --- what a model that loops writes
+# --- what a model that loops writes, and a table that is made to hold one up
 
 CHOICES = ("Left lung", "Right lung", "Both lungs", "<3 cm", ">3 cm")
 READERS = {
@@ -164,6 +165,8 @@ READERS = {
     "number_v2": parse_number_v2,
     "collapsed": collapsed,
     "without_punctuation": without_punctuation,
+    "the form of a label": lambda text: case(text, "").form,
+    "the form of a prompt": lambda text: texts_of_choices(row("q", "", YES_NO, question=text)),
 }
 LOOPS = [
     *(
@@ -179,6 +182,8 @@ LOOPS = [
         "1,",
         "1x",
         "1 x ",
+        "1 x",
+        " Choices: A. \nAnswer: ",
     ),
     *(
         f"1{' ' * 50}x",
@@ -207,3 +212,10 @@ def test_the_time_to_read_a_loop_is_linear(name):
             start = time.process_time()
             READERS[name]((loop * (size // len(loop) + 1))[:size])
             assert time.process_time() - start < most_s, (name, loop, size)
+
+
+def test_the_time_to_read_a_choice_of_20000_is_linear_in_them():
+    choices = (*(f"segment {number}" for number in range(20_000)), "segment 7")
+    start = time.process_time()
+    assert [parse_choice(text, choices) for text in ("segment 19", "segment 7")] == [19, None]
+    assert time.process_time() - start < 5

@@ -318,6 +318,17 @@ def test_a_value_of_another_type_is_named(golden: Golden, tmp_path: Path, field:
         PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, weights), **field)
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "depth"])
+def test_a_config_of_layers_without_end_is_refused_before_they_are_made(golden: Golden, tmp_path: Path, name) -> None:
+    config, weights = published(golden, "s1")
+    if name == "depth":
+        config = {**config, "vision_config": {**config["vision_config"], name: 10**5}}
+    else:
+        config = {**config, name: 10**5, "layer_types": ["full_attention"] * 10**5}
+    with pytest.raises(ValueError, match=f"{name}: expected at most 1,000 layers, found 100,000"):
+        PhotonForConditionalGeneration.from_pretrained(write(tmp_path / "m", config, weights))
+
+
 def test_weights_without_a_config_are_no_model(golden: Golden, tmp_path: Path) -> None:
     path = write(tmp_path / "m", *published(golden, "s1"))
     (path / "config.json").unlink()

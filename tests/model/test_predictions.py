@@ -41,6 +41,8 @@ def test_a_line_that_is_no_prediction_is_named(tmp_path, line):
         ({"kept_tokens": 2, "visual_tokens": 1}, "expected 0 <= `kept_tokens` <= `visual_tokens`"),
         ({"threshold": float("nan")}, "as `threshold`"),
         ({"seconds": {"read": "1"}}, "as `seconds`"),
+        ({"seconds": {"read": 1e308, "answer": 1e308}}, "expected 0 <= `seconds`, `peak_memory_mib` <"),
+        ({"peak_memory_mib": float("inf")}, "expected 0 <= `seconds`, `peak_memory_mib` <"),
         ({"kept": ["c1"]}, "expected a text as `kept`"),
     ],
 )

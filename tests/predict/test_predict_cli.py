@@ -1,5 +1,6 @@
 """`photon predict` as a person meets it."""
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from photon_cli.photon import app
 from photon_cli.terminal import plain
 from photon_data.stored_array import StoredArray
+from photon_train.answering.manifest import _PredictionFile
 from photon_train.rows import read_predictions
 
 FAST = ["--device", "cpu", "--max-new-tokens", "5"]
@@ -136,6 +138,29 @@ def test_a_manifest_is_answered_gone_on_with_and_shown(model_dir, manifest, tmp_
     assert code == 0 and "4 rows, 4 of them answered before" in text
     code, text = cli(*words, "--scheduler", "random")
     assert code == 2 and "scheduler was 'its' and is 'random'" in text
+
+
+def test_a_disk_that_fills_up_ends_predict_with_exit_code_3_and_the_same_command_goes_on(
+    model_dir, manifest, tmp_path, monkeypatch
+):
+    words = ["--model", model_dir, "--data", manifest, *FAST, "--questions-per-batch", "1", "--output"]
+    append = _PredictionFile.append
+
+    def until_full(file, predictions):
+        if not file.done:
+            return append(file, predictions)
+        file.lines.write('{"id": "ha')  # what was room for
+        file.lines.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(_PredictionFile, "append", until_full)
+        code, text = cli(*words, tmp_path / "p.jsonl")
+    assert (code, "Stopped: No space left on device. What is done is kept." in text) == (3, True), text
+    assert (tmp_path / "p.jsonl").read_text().endswith('{"id": "ha')
+    assert [cli(*words, tmp_path / name)[0] for name in ("p.jsonl", "whole.jsonl")] == [0, 0]
+    found, whole = ({p.id: p.response for p in read_predictions(tmp_path / f)} for f in ("p.jsonl", "whole.jsonl"))
+    assert found == whole and len(found) > 1
 
 
 def test_for_an_overlay_a_store_is_not_read_whole_again(model_dir, manifest, tmp_path, monkeypatch):

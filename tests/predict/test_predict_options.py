@@ -19,6 +19,8 @@ from raw import ct_like, write_scan
 from typer.testing import CliRunner
 
 from photon_cli.photon import app
+from photon_train.answering.generation import AnswerSettings
+from photon_train.answering.loading import load_predictor
 from photon_train.answering.manifest import predict_rows
 from photon_train.rows import read_predictions
 
@@ -199,3 +201,19 @@ def test_a_generation_config_that_turns_the_cache_off_is_not_obeyed(model_dir, t
     assert code == 0, text
     scan = write_scan(tmp_path / "case.nii.gz", array=ct_like((30, 40, 44)), spacing_mm=(9.0, 7.0, 6.5))
     assert cli("predict", "--model", place, scan, QUESTIONS[0], *FAST, *COARSE)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "own", [{"stop_strings": ["a"]}, {"cache_implementation": "static"}, {"num_beams": 10**6, "max_new_tokens": 10**12}]
+)
+def test_of_a_generation_config_only_the_ends_of_answers_are_taken(model_dir, tmp_path, own):
+    place = broken(model_dir, tmp_path, lambda place, config: None)
+    settings = json.loads((place / "generation_config.json").read_text())
+    (place / "generation_config.json").write_text(json.dumps(settings | own))
+    loaded = load_predictor(str(place), AnswerSettings(max_new_tokens=2), device="cpu").model.generation_config
+    assert [getattr(loaded, name) for name in own] == [None] * len(own)
+    code, text = cli("predict", "--model", place, store(tmp_path, "v", 0), QUESTIONS[0], *FAST)
+    assert code == 0, text
+    (place / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": "the end"}))
+    code, text = cli("predict", "--model", place, store(tmp_path, "v", 0), QUESTIONS[0], *FAST)
+    assert (code, "token ids as eos_token_id, found 'the end'" in text) == (2, True), text

@@ -110,6 +110,61 @@ def test_resume_of_a_damaged_checkpoint_is_misuse_and_of_a_whole_one_is_not(run,
     assert (code, "state.json: expected step" in text) == (2, True)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"step": -5}, {"epoch": -1}, {"step": True}, {"step_in_epoch": 1.5}, {"rows": None}, {"settings": []}),
+        *({"phases": "soft"}, {"phases": {"soft": "1"}}, {"phases": {"harder": 1}}),
+        *({"best": None}, {"best": {"step": "2"}}, {"best": {"value": "high"}}),
+    ],
+)
+def test_a_position_without_digests_that_no_run_has_is_refused(run, more):
+    state = run / "checkpoint-2" / "state.json"
+    (run / "checkpoint-2" / "digests.json").unlink()
+    assert newest_whole(run) == run / "checkpoint-2"
+    state.write_text(json.dumps(json.loads(state.read_text()) | more))
+    with pytest.raises(UsageError, match=r"state\.json: expected step"):
+        newest_whole(run)
+
+
+def without_bar(moments, first):
+    return {first.replace("|", "."): moments[first]}
+
+
+def reshaped(moments, first):
+    return moments | {first: torch.zeros(2, 3, 5)}
+
+
+def of_another_model(moments, first):
+    return moments | {f"more.{first}": moments[first].clone()}
+
+
+def without_one(moments, first):
+    return {name: value for name, value in moments.items() if name != first}
+
+
+@pytest.mark.parametrize("change", [without_bar, reshaped, of_another_model, without_one])
+def test_moments_without_digests_that_are_not_those_of_the_weights_are_refused(run, settings, change):
+    path = run / "checkpoint-2" / "optimizer.safetensors"
+    (run / "checkpoint-2" / "digests.json").unlink()
+    moments = load_file(path)
+    first = min(name for name in moments if name.endswith("|exp_avg"))
+    save_file(change(moments, first), path)
+    code, text = resume(run, settings)
+    assert (code, "optimizer.safetensors: expected" in text, "moments" in text) == (2, True, True), text
+
+
+@pytest.mark.parametrize("log", [b"[" * 100_000 + b"\n", b"\xff\xfe\n", b"[1]\n", b'{"step": "2"}\n'])
+def test_a_damaged_log_is_named_and_a_last_line_that_was_cut_is_not(run, settings, log):
+    path = run / "log.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + log)
+    code, text = resume(run, settings)
+    assert (code, "log.jsonl: expected a line of JSON for each step" in text) == (2, True), text
+    path.write_bytes(whole + log[:4].strip())
+    assert resume(run, settings)[0] == (2 if b"\xff" in log else 0)
+
+
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_is_said_to_be_less_checked(run, caplog):
     (run / "checkpoint-2" / "digests.json").unlink()
     assert newest_whole(run) == run / "checkpoint-2"
