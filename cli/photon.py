@@ -127,6 +127,7 @@ def predict(
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
     dtype: terminal.Dtype = "auto",
+    compile: terminal.Compile = False,
     revision: terminal.Revision = None,
     shard: Annotated[str | None, Option(help="I/N: only part I of N, from 0; torchrun sets it itself.")] = None,
     overlay: Annotated[Path | None, Option(help="Folder for what was kept: a picture and NIfTI per question.")] = None,
@@ -166,7 +167,7 @@ def predict(
         overlays = body.overlays_of(overlay, window, at, masks)
         answers = AnswerSettings(max_new_tokens, sample, temperature, top_p, seed, choices, samples)
         chosen = {"device": device, "scheduler": scheduler, "keep_ratio": keep_ratio, "adapter": adapter}
-        load = body.loader(model, answers, dtype, revision, batch=body.batch_of(batch), **chosen)
+        load = body.loader(model, answers, dtype, revision, batch=body.batch_of(batch), compile=compile, **chosen)
         if output:
             is_complete = body.predict_rows(load, device, data, output, shard, overlays)
         else:
@@ -343,6 +344,7 @@ def serve(
     keep_ratio: terminal.KeepRatio = None,
     device: terminal.Device = "auto",
     dtype: terminal.Dtype = "auto",
+    compile: terminal.Compile = False,
     revision: terminal.Revision = None,
     adapter: terminal.Adapter = None,
     recipe: terminal.RecipeName = "chest_ct",
@@ -351,7 +353,7 @@ def serve(
     """Answer questions over HTTP, in the form of OpenAI's API: upload a scan once, ask many times."""
     limits = (max_volumes, cache_gb, max_upload_gb, max_waiting, timeout, upload_timeout, memory)
     load = {"scheduler": scheduler, "keep_ratio": keep_ratio, "device": device, "dtype": dtype}
-    load |= {"revision": revision, "adapter": adapter}
+    load |= {"revision": revision, "adapter": adapter, "compile": compile}
     with errors_as_exit_codes():
         from photon_cli import serve as body
 

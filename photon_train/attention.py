@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     ALL_ATTENTION_FUNCTIONS,
     Qwen2_5_VLAttention,
@@ -21,6 +21,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     eager_attention_forward,
 )
 
+from photon_data.errors import UsageError
 from photon_train.configuration_photon import PhotonConfig
 
 
@@ -68,14 +69,14 @@ def causal_mask(mask_BT: Tensor | None, h_BLD: Tensor, before: int, *, can_be_no
 
 
 class PhotonAttention(Qwen2_5_VLAttention):
-    """The stock attention in fewer calls; `shared` stands in for a cache."""
+    """The stock attention in fewer calls; `shared` stands in for a cache, as may this layer's own part of one."""
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | CacheLayerMixin | None = None,
         shared: SharedKeys | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +85,9 @@ class PhotonAttention(Qwen2_5_VLAttention):
         rows = hidden_states.shape[:2]
         v_BKLd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim).transpose(1, 2)
         cache: Any = past_key_values if shared is None else shared
-        if cache is not None:
+        if isinstance(cache, CacheLayerMixin):  # what is compiled must not look at its number
+            k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd)
+        elif cache is not None:
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
@@ -147,6 +150,15 @@ def fuse_norms(module: nn.Module) -> None:
         for name, norm in list(parent.named_children()):
             if isinstance(norm, Qwen2_5_VLRMSNorm):
                 setattr(parent, name, nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon))
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something small; UsageError where torch cannot compile for the device."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of dynamo, of inductor, of the compiler's process
+        found = f"found {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UsageError(f"compile: expected a compiler that torch can use, {found}; leave compile out") from error
 
 
 def rope_index(

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from photon_train.attention import check_compiler
 from photon_train.scheduling import Scheduled
 
 # Nothing is left to the generation config of the model; Qwen's own penalty depends on the padding.
@@ -232,6 +234,25 @@ class _FixedLayer(DynamicLayer):
             return self.keys.shape[-2], 0
         begun = super().get_seq_length()
         return begun + (self.room if begun and query_length == 1 else query_length), 0
+
+
+def compile_decoding(model: Any) -> None:
+    """Have torch compile the decoder's layers for tokens that follow on a FixedCache; UsageError where it cannot.
+
+    A kind of layer is compiled for one row, and for several, when they first come, for any number of layers, lengths
+    and rows: a layer is given its part of the cache and does not look at its number.
+    """
+    check_compiler(model.device)
+    for number, layer in enumerate(model.model.language_model.layers):
+        layer.forward = partial(_layer, number, layer.forward, torch.compile(layer.forward, dynamic=True))
+
+
+def _layer(number: int, plain: Any, compiled: Any, h_BLD: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+    """Return what a layer returns: compiled, once the length of its cache is fixed."""
+    own: Any = past_key_values.layers[number] if isinstance(past_key_values, FixedCache) else None
+    if own is None or own.filled is None:
+        return plain(h_BLD, past_key_values=past_key_values, **kwargs)
+    return compiled(h_BLD, past_key_values=own, **kwargs)
 
 
 def _with_room(x_BKMd: Tensor, room: int) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from photon_data.errors import UsageError
 from photon_data.json_text import from_json
-from photon_train.answering.generation import AnswerSettings
+from photon_train.answering.generation import AnswerSettings, compile_decoding
 from photon_train.answering.predictor import Predictor
 from photon_train.checkpoint import ADAPTER, STATE, check_digests, checkpoints, loading, read_state
 from photon_train.configuration_photon import PhotonConfig
@@ -48,13 +48,14 @@ def load_predictor(
     revision: str | None = None,
     adapter: str | None = None,
     batch: int | None = BATCH,
+    compile: bool = False,
     **photon: Any,
 ) -> Predictor:
     """Return the model of a directory or hub id, ready to answer; `photon`: settings of PhotonConfig, None for its own.
 
     device: auto (a GPU if there is one), cpu, cuda, cuda:1. dtype: auto (bfloat16 on a GPU, else float32), float32, ...
     adapter: a checkpoint of a LoRA run, whose updates are added to the weights. batch: so many questions are answered
-    together; None: as many as there is memory for. UsageError for what cannot be loaded.
+    together; None: as many as there is memory for. compile: `compile_decoding`. UsageError for what cannot be loaded.
     """
     place = _device(device)
     if dtype not in DTYPES:
@@ -71,6 +72,8 @@ def load_predictor(
         with loading(adapter):
             _add_adapter(loaded, Path(adapter))
     ready = loaded.eval().to(place)
+    if compile:
+        compile_decoding(ready)
     predictor = Predictor(ready, PhotonProcessor(tokenizer, loaded.config), settings)
     predictor.batch = _rows_that_fit(loaded.config, settings, place, loaded.dtype) if batch is None else batch
     return predictor

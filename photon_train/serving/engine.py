@@ -1,7 +1,8 @@
 """One model, many clients: a queue, a thread that answers, and the prefixes of the volumes that were asked about.
 
-Questions that wait for one volume are answered in one batch, on one encoding of it. Volumes take turns. A question that
-fails costs itself. How an answer is made is `photon_train/answering/predictor.py`'s, so it is that of `photon predict`.
+Questions that wait for one volume are answered in one batch, on one encoding of it; those that wait for other encoded
+volumes fill it up. Volumes take turns. A question that fails costs itself. How an answer is made is
+`photon_train/answering/predictor.py`'s, so it is that of `photon predict`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +23,7 @@ from photon_data.errors import unforeseen
 from photon_train.answering.predictor import Encoded, Predictor, Reply, settings_of
 from photon_train.answering.request import Request, RequestGroup, request_of
 from photon_train.prefix import Prefix, PrefixCache
+from photon_train.pruners import OWN_NUMBER
 from photon_train.rows import text_before_volumes
 from photon_train.serving.question import Answer, Busy, Closing, Draft, Failure, OnEvent, Piece, Question, following
 
@@ -33,6 +37,7 @@ class Ticket:
 
     def __init__(self, engine: Engine, question: Question, request: Request, on_event: OnEvent) -> None:
         self.engine, self.question, self.request, self._on_event = engine, question, request, on_event
+        self.group = RequestGroup(tuple(request.row.get("videos") or ()), [request])
         self.is_cancelled = self.is_done = False
         self.drafts: list[Draft] = []
         text = text_before_volumes(request.row) if question.contents else ()
@@ -54,6 +59,13 @@ class Ticket:
             except Exception as error:  # the listener's fault must not end the engine
                 logger.warning("a listener failed: %s", unforeseen(error))
                 self.is_cancelled = True
+
+
+class _Shared(NamedTuple):
+    """What the tickets of a key share in a batch."""
+
+    encoded: Encoded
+    cached_tokens: int  # of the prompt, computed before
 
 
 class Engine:
@@ -98,11 +110,15 @@ class Engine:
         """Take a cancelled ticket out of the queue; one that is being answered ends at its next token."""
         with self._changed:
             self._counts["left"] += 1
-            queue = self._waiting.get(ticket.question.contents, [])
-            if ticket in queue:
-                queue.remove(ticket)
-                if not queue:
-                    del self._waiting[ticket.question.contents]
+            self._take(ticket)
+
+    def _take(self, ticket: Ticket) -> None:
+        """Take a ticket out of the queue, if it is there. The others of its volume keep their turn."""
+        queue = self._waiting.get(ticket.question.contents, [])
+        if ticket in queue:
+            queue.remove(ticket)
+            if not queue:
+                del self._waiting[ticket.question.contents]
 
     def forget(self, content: str) -> None:
         """Remove the prefixes of a volume, those in use as soon as they are not."""
@@ -178,43 +194,57 @@ class Engine:
             return self._answering
 
     def _answer_with(self, tickets: list[Ticket]) -> None:
-        """Answer the ticket, with those that wait for the same prefix by the time that it is encoded."""
-        (first,) = tickets
-        seconds = {"read": 0.0, "encode": 0.0}
-        if not first.question.contents:
+        """Answer the ticket, with those that can be answered in one batch by the time that its prefix is there."""
+        with ExitStack() as pins:
+            shared = {tickets[0].key: self._pinned(tickets[0], pins)}
             self._join(tickets)
-            self._answer(tickets, Encoded(None, seconds), 0)
-            return
+            for ticket in tickets:
+                try:
+                    shared[ticket.key] = shared.get(ticket.key) or self._pinned(ticket, pins)
+                except Exception as error:  # a volume that was forgotten since, and cannot be read again
+                    self._fail(ticket, error)
+            self._answer([ticket for ticket in tickets if ticket.key in shared], shared)
+
+    def _pinned(self, ticket: Ticket, pins: ExitStack) -> _Shared:
+        """Return what is shared with the ticket; its prefix stays until `pins` end. Raises what encoding raises."""
+        seconds = {"read": 0.0, "encode": 0.0}
+        if not ticket.group.videos:
+            return _Shared(Encoded(None, seconds), 0)
 
         def encode() -> Prefix:
-            encoded = self.predictor.encode(RequestGroup(tuple(first.request.row["videos"]), [first.request]))
+            encoded = self.predictor.encode(ticket.group)
             seconds.update(encoded.seconds_each)
             assert encoded.prefix is not None, "there are volumes"
             return encoded.prefix
 
         misses = self.prefixes.misses
-        with self.prefixes.pinned(first.key, encode) as prefix:
-            self._join(tickets)
-            self._answer(tickets, Encoded(prefix, seconds), prefix.length if misses == self.prefixes.misses else 0)
+        prefix = pins.enter_context(self.prefixes.pinned(ticket.key, encode))
+        return _Shared(Encoded(prefix, seconds), prefix.length if misses == self.prefixes.misses else 0)
 
     def _join(self, tickets: list[Ticket]) -> None:
-        """Add the waiting tickets that can be answered in one batch with the first."""
-        first = tickets[0]
-        with self._changed:
-            queue = self._waiting.get(first.question.contents, [])
-            most = 0 if first.question.samples else self.predictor.batch - 1
-            same = [other for other in queue if other.key == first.key and not other.question.samples][:most]
-            tickets += same
-            rest = [other for other in queue if other not in same]
-            if rest:
-                self._waiting[first.question.contents] = rest
-            else:
-                self._waiting.pop(first.question.contents, None)
+        """Add the waiting tickets that can be answered in one batch with the first: its own, then others by turn.
 
-    def _answer(self, tickets: list[Ticket], encoded: Encoded, cached_tokens: int) -> None:
+        Where its own fill half a batch they stay alone: they copy one prefix, others one for each row.
+        """
+        first, batch = tickets[0], 1 if tickets[0].question.samples else self.predictor.batch
+        with self._changed:
+            waiting = [ticket for queue in self._waiting.values() for ticket in queue if not ticket.question.samples]
+            found = [ticket for ticket in waiting if ticket.key == first.key]
+            if 1 + len(found) < batch // 2:
+                found += [ticket for ticket in waiting if ticket.key != first.key and self._can_join(first, ticket)]
+            tickets += found[: batch - 1]
+            for ticket in tickets[1:]:
+                self._take(ticket)
+
+    def _can_join(self, first: Ticket, other: Ticket) -> bool:
+        """Return whether the prefix of the other is there, and of the length of the first's."""
+        is_of_one_length = str(self.predictor.model.config.scheduler) not in OWN_NUMBER
+        return is_of_one_length and other.group.shape == first.group.shape and other.key in self.prefixes
+
+    def _answer(self, tickets: list[Ticket], shared: Mapping[Any, _Shared]) -> None:
         """Answer tickets in one batch; where they fail together, each half is tried."""
         try:
-            self._answer_batch(tickets, encoded, cached_tokens)
+            self._answer_batch(tickets, shared)
             return
         except Exception as error:
             has_room = isinstance(error, torch.OutOfMemoryError) and self.prefixes.clear() > 0
@@ -225,9 +255,9 @@ class Engine:
             torch.cuda.empty_cache()
         half = (len(tickets) + 1) // 2
         for part in filter(None, (tickets[:half], tickets[half:])):
-            self._answer(part, encoded, cached_tokens)
+            self._answer(part, shared)
 
-    def _answer_batch(self, tickets: list[Ticket], encoded: Encoded, cached_tokens: int) -> None:
+    def _answer_batch(self, tickets: list[Ticket], shared: Mapping[Any, _Shared]) -> None:
         tickets = [ticket for ticket in tickets if not (ticket.is_cancelled or ticket.is_done)]
         if not tickets:
             return
@@ -235,11 +265,12 @@ class Engine:
             ticket.drafts = ticket.drafts or self._drafts(ticket)
             for draft in ticket.drafts:
                 draft.restart()
-        question, requests = tickets[0].question, list[Request]()
+        question, requests, encoded = tickets[0].question, list[Request](), list[Encoded]()
         for ticket in tickets:
             for _ in ticket.drafts:  # with the ids of `photon predict`, which what is drawn depends on
                 named = {**ticket.request.row, "id": f"q{len(requests) + 1}"}
                 requests.append(ticket.request._replace(row=named))
+                encoded.append(shared[ticket.key].encoded)
         settings = replace(
             self.predictor.settings,
             max_new_tokens=max(ticket.question.max_tokens for ticket in tickets),
@@ -258,7 +289,7 @@ class Engine:
             if error := next((reply.prediction.error for reply in own if reply.prediction.error), ""):
                 self._fail(ticket, error)
             else:
-                self._finish(ticket, own[0], cached_tokens)
+                self._finish(ticket, own[0], shared[ticket.key].cached_tokens)
 
     def _drafts(self, ticket: Ticket) -> list[Draft]:
         question, tokenizer = ticket.question, self.predictor.processor.tokenizer

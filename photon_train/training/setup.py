@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
+from photon_train.attention import check_compiler
 from photon_train.checkpoint import (
     ADAPTER,
     checkpoints,
@@ -305,11 +306,7 @@ def compile_mlps(model: nn.Module, device: torch.device) -> None:
     Each kind is compiled once, for any number of tokens: nothing in an MLP depends on its layer. What surrounds it
     does, and would be compiled for every layer.
     """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # of dynamo, of inductor, of the compiler's process
-        found = f"found {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UsageError(f"compile: expected a compiler that torch can use, {found}; leave compile out") from error
+    check_compiler(device)
     for name, module in model.named_modules():
         if name.endswith(".mlp"):
             module.compile(dynamic=True)

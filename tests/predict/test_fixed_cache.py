@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from askable import QUESTIONS, blocks, predictor, row
+from askable import QUESTIONS, blocks, lively_model, predictor, row
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
+from photon_data.errors import UsageError
 from photon_train.answering.generation import FixedCache
 from photon_train.answering.request import group_rows
 
@@ -41,3 +43,33 @@ def test_from_the_first_step_on_nothing_grows_and_nothing_moves(model):
     assert [shape[2] for _, shape in steps[0]] == [kept + 9] * len(cache.layers)
     assert kept < prefix.length + len(suffixes[0])
     assert cache.get_seq_length() == kept + 8
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_answers_in_as_many_graphs_for_any_layers_rows_and_lengths(tmp_path):
+    graphs = []
+    for layers in (4, 7):
+        place = lively_model(tmp_path / f"{layers}", num_hidden_layers=layers)
+        torch._dynamo.reset()
+        counters.clear()
+        plain, compiled = predictor(place), predictor(place, compile=True)
+        for count in (1, 2, 5, 1, 3):
+            volume = blocks(count)
+            rows = [row(f"{i}", f"{QUESTIONS[i % 4]} {i}", volume) for i in range(count)]
+            (group,), _ = group_rows(rows, plain.processor)
+            expected, found = (model.answer(model.encode(group), group.requests) for model in (plain, compiled))
+            for one, other in zip([r.prediction for r in found], [r.prediction for r in expected], strict=True):
+                assert (one.response, one.kept) == (other.response, other.kept)
+                assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [5, 5]  # the trial; two kinds of layers, each for one row and for several
+
+
+def test_where_torch_cannot_compile_a_model_is_refused(model_dir, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(
+        UsageError, match=r"expected a compiler that torch can use, found \w+: \w.*; leave compile out$"
+    ):
+        predictor(model_dir, compile=True)

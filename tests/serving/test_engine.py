@@ -132,11 +132,62 @@ def test_questions_that_wait_for_one_volume_are_one_batch_and_volumes_take_turns
     while len(finished) < 22:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    # Sixteen at most are a batch: four of the first volume come behind the others' turn.
-    assert [name for name, _ in finished] == ["a"] * 16 + ["b", "c"] + ["a"] * 4
+    # Sixteen at most are a batch: four of the first volume, which is encoded, join the one whose turn is next.
+    assert [name for name, _ in finished] == ["a"] * 16 + ["b"] + ["a"] * 4 + ["c"]
     assert [n for name, n in finished if name == "a"] == list(range(20))
     rows = [count for count, length in lowest if length > 1]  # passes over more than one token: prefixes, prompts
-    assert rows == [1, 16, 1, 1, 1, 1, 4]
+    assert rows == [1, 16, 1, 5, 1, 1]
+
+
+def test_questions_on_volumes_that_are_encoded_share_a_batch_and_are_answered_as_by_predict(engine, model_dir, places):
+    for place in places[:3]:
+        Asked(engine, about(place, "Warm")).answer()
+    texts = {(v, q): f"{QUESTIONS[q]} {v}" for v in range(3) for q in range(2)}
+    rows = {key: row(f"{key}", text, places[key[0]]) for key, text in texts.items()}
+    expected = predicted(model_dir, list(rows.values()))
+    drawing = AnswerSettings(max_new_tokens=6, sample=True, temperature=2.0, seed=7)
+    drawn_alone = predicted(model_dir, [row("q1", QUESTIONS[0], places[1])], drawing)["q1"]
+    before, (_, lowest) = engine.predictor.encodings, counted(engine)
+    with Held(engine):
+        lowest.clear()
+        asked = {key: Asked(engine, about(places[key[0]], text, streams=key[1] > 0)) for key, text in texts.items()}
+        drawn = Asked(engine, about(places[1], QUESTIONS[0], temperature=2.0, seed=7))
+        gone = Asked(engine, about(places[2], QUESTIONS[3]))
+        lost = Asked(engine, about("/lost.ome.zarr", QUESTIONS[0]))
+        anew = Asked(engine, about(places[3], QUESTIONS[0]))
+        gone.ticket.cancel()
+    for key, one in asked.items():
+        *pieces, answer = one.all()
+        same = expected[f"{key}"]
+        assert (answer.texts[0].text, answer.prediction.kept) == (same.response, same.kept)
+        assert answer.prediction.threshold == pytest.approx(same.threshold)
+        assert "".join(piece.text for piece in pieces) == (same.response if key[1] else "")
+        assert answer.cached_tokens > TOKENS
+    assert drawn.answer().texts[0].text == drawn_alone.response
+    assert isinstance(lost.all()[-1], Failure) and anew.answer().cached_tokens == 0 and gone.events.empty()
+    assert engine.predictor.encodings == before + 1
+    # Six together, the one that is drawn, the new volume and its question.
+    assert [count for count, length in lowest if length > 1] == [6, 1, 1, 1]
+    assert not any(entry.users for entry in engine.prefixes._entries.values())
+
+
+def test_a_volume_that_is_lost_while_its_question_joins_a_batch_costs_itself(engine, places, monkeypatch):
+    for place in places[:2]:
+        Asked(engine, about(place, "Warm")).answer()
+    join, gone = engine._join, f"content of {places[1]}"
+
+    def join_then_lose(tickets):
+        join(tickets)
+        engine.forget(gone)
+
+    monkeypatch.setattr(engine, "_join", join_then_lose)
+    with Held(engine):
+        first = Asked(engine, about(places[0], QUESTIONS[0]))
+        lost = Asked(engine, replace(about("/lost.ome.zarr", QUESTIONS[1]), contents=(gone,)))
+        last = Asked(engine, about(places[0], QUESTIONS[2]))
+    assert isinstance(lost.all()[-1], Failure)
+    assert first.answer().texts[0].text and last.answer().texts[0].text
+    assert engine.figures()["batches"] == 4  # two to warm, that of the one that held the engine, and one for all
 
 
 def test_other_text_before_a_volume_or_other_content_under_its_name_is_encoded_anew(engine, places):
