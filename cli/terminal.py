@@ -275,7 +275,7 @@ Batch = Annotated[
 Adapter = Annotated[str | None, Option(help="A checkpoint of a LoRA run; --model is what it was trained on.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
-Compile = Annotated[bool, Option("--compile", help="Have torch compile decoding: faster tokens, after a while.")]
+Compile = Annotated[bool, Option("--compile", help="Have torch compile decoding; it does not pay on a CPU.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")]
 SchedulerName = Annotated[str | None, Option(help="its, none, random, fastv, ... (docs/model.md); else the model's.")]
 KeepRatio = Annotated[float | None, Option(help="Share of tokens kept, for all but its, none, nucleus.")]
