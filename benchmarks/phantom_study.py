@@ -183,8 +183,7 @@ def train(model: Any, data: Data, processor: PhotonProcessor, run: TrainConfig, 
     probe = nn.Linear(model.config.text_config.hidden_size, 1) if run.stage == "s1" else None
     if probe:
         groups.append({"params": [*probe.parameters()], "module": "language_model", "weight_decay": 0.0})
-        layer = model.model.language_model.layers[model.config.its_layer]
-        hook = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+        hook = model.model.language_model.layers[1].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, run.adam_beta2))
     model.train()
     for step, questions in zip(range(steps), batches(data.questions["train"], seed), strict=False):
@@ -250,6 +249,7 @@ def _answer_ids(question: Question, choice: str, processor: PhotonProcessor) -> 
 def under(scheduler: str, share: float) -> dict[str, Any]:
     """Return the settings that keep about this share: ITS by its band, nucleus by its mass, the others exactly."""
     settings: dict[str, Any] = {"scheduler": scheduler, "keep_ratio": share, "nucleus_mass": share}
+    settings["foreground_level"] = 0.01  # of the window: 10 HU, all tissue but lungs and fat
     settings |= {"soft_start": 0.1, "hard_start": 0.3, "flip_start": 0.9}
     return settings | {"band_low": 0.6 * share, "band_high": share, "initial_threshold": 0.45}
 
@@ -300,10 +300,11 @@ def dense_model(seed: int, data: Data, processor: PhotonProcessor, folder: Path,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of models and results; what is there is not made again")
-    parser.add_argument("--volumes", type=int, default=1440)
+    parser.add_argument("--volumes", type=int, default=1200)
     parser.add_argument("--dense-steps", type=int, default=2000, help="with all tokens, for each seed")
-    parser.add_argument("--steps", type=int, default=200, help="under each scheduler, for each seed and share")
+    parser.add_argument("--steps", type=int, default=250, help="under each scheduler, for each seed and share")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--its-layer", type=int, default=0, help="after which tokens are dropped")
     parser.add_argument("--keeps", default="0.25,0.04")
     parser.add_argument("--schedulers", default=",".join(SCHEDULER_NAMES))
     args = parser.parse_args()
@@ -314,7 +315,7 @@ def main() -> None:
     processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer).config)
     data = make_data(args.volumes, processor)
     args.folder.mkdir(parents=True, exist_ok=True)
-    file, settings = args.folder / "results.jsonl", [args.volumes, args.dense_steps, args.steps]
+    file, settings = args.folder / "results.jsonl", [args.volumes, args.dense_steps, args.steps, args.its_layer]
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if line["settings"] == settings]
     print_place("torch", "transformers")
@@ -325,7 +326,8 @@ def main() -> None:
                 place = {"settings": settings, "seed": seed, "scheduler": scheduler, "share": share}
                 if any(place.items() <= line.items() for line in lines):
                     continue
-                model = PhotonForConditionalGeneration.from_pretrained(dense, stage=2, **under(scheduler, share))
+                chosen = under(scheduler, share) | {"its_layer": args.its_layer}
+                model = PhotonForConditionalGeneration.from_pretrained(dense, stage=2, **chosen)
                 train(model, data, processor, tiny_s2(), args.steps, seed)
                 result = score(model, data, processor, "test")
                 lines.append({**place, "result": result})
