@@ -39,10 +39,10 @@ from photon_train.evaluation.metric import draw_patients, estimate_of
 from photon_train.kept_tokens import token_boxes
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.scheduling import visual_mask
+from photon_train.scheduling import question_mask, visual_mask
 from photon_train.tiny import byte_tokenizer, phantom_texts, tiny_config
 from photon_train.training.config import TrainConfig, tiny_s1, tiny_s2
-from photon_train.training.grounding import grounding_losses
+from photon_train.training.grounding import grounding_losses, question_scores
 from photon_train.training.setup import choose_trained, parameter_groups, set_learning_rates
 
 # Voxels of 10 x 5 x 5 mm in patches of 7: as many tokens as in the demo, for an eighth of the voxels.
@@ -88,10 +88,11 @@ class Result(NamedTuple):
     evidence: float
 
 
-def fresh_model(seed: int, tokenizer: Any) -> PhotonForConditionalGeneration:
+def fresh_model(seed: int, tokenizer: Any, its_layer: int) -> PhotonForConditionalGeneration:
     """Return the tiny model of these patches and no threshold predictor, with random weights as `tiny` draws them."""
     torch.manual_seed(seed)
-    config = tiny_config(tokenizer, stage=1, model_shape_zyx=SHAPE, intensity="window", window_hu=WINDOW_HU)
+    settings: dict[str, Any] = {"model_shape_zyx": SHAPE, "intensity": "window", "window_hu": WINDOW_HU}
+    config = tiny_config(tokenizer, stage=1, its_layer=its_layer, **settings)
     vision = config.vision_config
     vision.patch_size = vision.temporal_patch_size = PATCH
     vision.window_size = 4 * PATCH * vision.spatial_merge_size
@@ -175,15 +176,16 @@ def batches(questions: Sequence[Question], seed: int) -> Iterator[list[Question]
         ]
 
 
-def train(model: Any, data: Data, processor: PhotonProcessor, run: TrainConfig, steps: int, seed: int) -> float:
+def train(
+    model: Any, data: Data, processor: PhotonProcessor, run: TrainConfig, steps: int, seed: int, scores: bool = False
+) -> float:
     """Train the model, with phases in stage 2, shown where lesions are in stage 1; return its last losses' mean."""
     torch.manual_seed(seed)
     choose_trained(model, run)
-    groups, losses, hidden = parameter_groups(model, run), list[float](), list[Tensor]()
-    probe = nn.Linear(model.config.text_config.hidden_size, 1) if run.stage == "s1" else None
-    if probe:
-        groups.append({"params": [*probe.parameters()], "module": "language_model", "weight_decay": 0.0})
-        hook = model.model.language_model.layers[1].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    groups, losses = parameter_groups(model, run), list[float]()
+    teacher = Teacher(model, data, scores) if run.stage == "s1" else None
+    if teacher:
+        groups.append({"params": [*teacher.probe.parameters()], "module": "language_model", "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, run.adam_beta2))
     model.train()
     for step, questions in zip(range(steps), batches(data.questions["train"], seed), strict=False):
@@ -191,24 +193,43 @@ def train(model: Any, data: Data, processor: PhotonProcessor, run: TrainConfig, 
         phase = {"step": step, "total_steps": steps} if run.stage == "s2" else {}
         loss = model(**inputs, **phase).loss
         losses.append(loss.item())
-        if probe:
-            lesions_BV = torch.stack([evidence_of(data, one.volume) for one in questions])
-            loss = loss + pointing_loss(probe(hidden.pop())[..., 0], inputs, lesions_BV, model.config)
+        if teacher:
+            loss = loss + teacher.loss(inputs, questions)
         set_learning_rates(optimizer, run, step, steps)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if probe:
-        hook.remove()
+    if teacher:
+        teacher.hook.remove()
     return float(np.mean(losses[-20:]))
 
 
-def pointing_loss(score_BL: Tensor, inputs: dict[str, Any], lesions_BV: Tensor, config: Any) -> Tensor:
-    """Return the mean cross entropy of the scores' softmax over visual tokens with where the volume's lesions are."""
-    visual_BL = visual_mask(inputs["input_ids"], config)
-    lesions_BL = torch.zeros_like(score_BL).masked_scatter(visual_BL, lesions_BV)
-    return grounding_losses(score_BL, visual_BL, lesions_BL).mean()
+class Teacher:
+    """Shows a model where all lesions are, by a probe on its visual tokens; or the asked ones, by the scores of its."""
+
+    def __init__(self, model: Any, data: Data, scores: bool) -> None:
+        self.config, self.data, self.scores = model.config, data, scores
+        self.probe = nn.Linear(model.config.text_config.hidden_size, 1)
+        self.layer = model.model.language_model.layers[model.config.its_layer if scores else 1]
+        self.hook = self.layer.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer.training:
+            self.hidden_BLD, self.positions = args[0], kwargs["position_embeddings"]
+
+    def loss(self, inputs: dict[str, Any], questions: Sequence[Question]) -> Tensor:
+        """Return the mean cross entropy of softmax over visual tokens with where the lesions are."""
+        visual_BL = visual_mask(inputs["input_ids"], self.config)
+        if self.scores:
+            question_BL = question_mask(inputs["input_ids"], self.config) & inputs["attention_mask"].bool()
+            q_BHLd, k_BKLd = self.layer.rotated_qk(self.hidden_BLD, self.positions)
+            score_BL = question_scores(q_BHLd, k_BKLd, question_BL, visual_BL)
+        else:
+            score_BL = self.probe(self.hidden_BLD)[..., 0]
+        shown = [evidence_of(self.data, one.volume, one.lesions if self.scores else LESIONS) for one in questions]
+        lesions_BL = torch.zeros_like(score_BL).masked_scatter(visual_BL, torch.stack(shown))
+        return grounding_losses(score_BL, visual_BL, lesions_BL).mean()
 
 
 def evidence_of(data: Data, volume: int, names: Sequence[str] = LESIONS) -> Tensor:
@@ -263,7 +284,10 @@ def estimate(questions: Sequence[Question], value_by_id: Mapping[str, float]) ->
 
 
 def print_results(data: Data, lines: Sequence[dict[str, Any]]) -> None:
-    """Print accuracy by kind, and how much less it is than that of `its` at the same share, question by question."""
+    """Print accuracy by kind, and by how much `its` is better, question by question.
+
+    That is the run of `its` that kept most nearly as many tokens, which it decides itself.
+    """
     by_place: dict[tuple[str, float], list[Result]] = {}
     for line in lines:
         by_place.setdefault((line["scheduler"], line["share"]), []).append(Result(*line["result"]))
@@ -271,24 +295,27 @@ def print_results(data: Data, lines: Sequence[dict[str, Any]]) -> None:
         place: {id: float(np.mean([result.right[id] for result in results])) for id in results[0].right}
         for place, results in by_place.items()
     }
+    parts = {place: np.mean([(one.kept, one.evidence) for one in own], axis=0) for place, own in by_place.items()}
     rows, test = [], data.questions["test"]
-    for (scheduler, share), results in sorted(by_place.items(), key=lambda item: -item[0][1]):
-        own, its = means[scheduler, share], means.get(("its", share))
+    for (scheduler, share), own in sorted(means.items(), key=lambda item: -item[0][1]):
+        kept, evidence = parts[scheduler, share]
         cells = [estimate([one for one in test if one.kind == kind], own) for kind in KINDS]
-        less = estimate(test, {id: its[id] - own[id] for id in own}) if its and its != own else ""
-        parts = [f"{np.mean([getattr(one, part) for one in results]):.1%}" for part in ("kept", "evidence")]
-        rows.append([scheduler, f"{share:.0%}", *parts, *cells, estimate(test, own), less])
+        rivals = [place for place in means if place[0] == "its" != scheduler]
+        nearest = min(rivals, key=lambda place: abs(math.log(parts[place][0] / kept)), default=None)
+        less = estimate(test, {id: means[nearest][id] - own[id] for id in own}) if nearest else ""
+        rows.append([scheduler, f"{share:.0%}", f"{kept:.1%}", f"{evidence:.0%}", *cells, estimate(test, own), less])
     header = ["scheduler", "asked to keep", "kept", "lesion kept", *KINDS, "all", "its minus this"]
     print(f"seeds: {len({line['seed'] for line in lines})}, test questions: {len(test)}\n")
     print_table(header, rows)
 
 
-def dense_model(seed: int, data: Data, processor: PhotonProcessor, folder: Path, steps: int) -> Path:
+def dense_model(seed: int, data: Data, processor: PhotonProcessor, args: argparse.Namespace) -> Path:
     """Return the folder of the model that has learned with all tokens; train it if it is not there."""
-    path = folder / f"dense-{steps}-{seed}"
+    taught = f"-layer-{args.its_layer}" if args.teach_scores else ""
+    path = Path(args.folder) / f"dense-{args.dense_steps}{taught}-{seed}"
     if not path.exists():
-        model = fresh_model(seed, processor.tokenizer)
-        loss = train(model, data, processor, replace(tiny_s1(), lr_patch_embedding=2e-4), steps, seed)
+        model, run = fresh_model(seed, processor.tokenizer, args.its_layer), replace(tiny_s1(), lr_patch_embedding=2e-4)
+        loss = train(model, data, processor, run, args.dense_steps, seed, args.teach_scores)
         right = score(model, data, processor, "val").right
         each = [estimate([one for one in data.questions["val"] if one.kind == kind], right) for kind in KINDS]
         numbers = ", ".join(f"{kind} {one}" for kind, one in zip(KINDS, each, strict=True))
@@ -305,6 +332,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="under each scheduler, for each seed and share")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--its-layer", type=int, default=0, help="after which tokens are dropped")
+    parser.add_argument("--teach-scores", action="store_true", help="of its, where the asked lesions are; no probe")
     parser.add_argument("--keeps", default="0.25,0.04")
     parser.add_argument("--schedulers", default=",".join(SCHEDULER_NAMES))
     args = parser.parse_args()
@@ -312,15 +340,18 @@ def main() -> None:
     disable_progress_bar()
     begun = time.monotonic()
     tokenizer = byte_tokenizer([*phantom_texts(), *COMPARISONS])
-    processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer).config)
+    processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer, args.its_layer).config)
     data = make_data(args.volumes, processor)
     args.folder.mkdir(parents=True, exist_ok=True)
-    file, settings = args.folder / "results.jsonl", [args.volumes, args.dense_steps, args.steps, args.its_layer]
+    file, settings = (
+        args.folder / "results.jsonl",
+        [args.volumes, args.dense_steps, args.steps, args.its_layer, args.teach_scores],
+    )
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if line["settings"] == settings]
     print_place("torch", "transformers")
     for seed in range(args.seeds):
-        dense = dense_model(seed, data, processor, args.folder, args.dense_steps)
+        dense = dense_model(seed, data, processor, args)
         for scheduler in args.schedulers.split(","):
             for share in [float(keep) for keep in args.keeps.split(",")] if scheduler != "none" else [1.0]:
                 place = {"settings": settings, "seed": seed, "scheduler": scheduler, "share": share}
