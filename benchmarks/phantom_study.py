@@ -1,14 +1,15 @@
 """Does it matter which tokens are kept? The tiny model under each scheduler, on phantoms whose evidence is small.
 
-    python benchmarks/phantom_study.py study                 about an hour of a core; the same again goes on from there
-    python benchmarks/phantom_study.py more --keeps 0.5,0.12,0.08 --seeds 2
+    python benchmarks/phantom_study.py study          half an hour of a quiet core; the same again goes on from there
+    python benchmarks/phantom_study.py study --keeps 0.5,0.12,0.08 --seeds 2
 
 A lesion fills about a sixth of one visual token of 125. The questions: is there one, on which side, how large is it,
 and which of two is larger. For each seed a model learns them with all tokens. It starts from nothing, so it is shown
 where lesions are: a linear probe on the visual tokens, thrown away afterwards, learns to point at them. No score that a
-scheduler reads is taught. From there it goes on under every scheduler at every share of tokens, through the curriculum,
-on the same batches. Then the choice that it holds most likely is scored on phantoms of other patients; val is for
-choosing settings. Accuracy in points, the mean over seeds; intervals by patient, with all seeds of a question together.
+scheduler reads is taught (--teach-scores: those of `its` are, as grounding does, and there is no probe). From there it
+goes on under every scheduler at every share of tokens, through the curriculum, on the same batches. Then the choice
+that it holds most likely is scored on phantoms of other patients; val is for choosing settings. Accuracy in points, the
+mean over seeds; intervals by patient, with all seeds of a question together.
 """
 
 from __future__ import annotations
@@ -295,16 +296,16 @@ def print_results(data: Data, lines: Sequence[dict[str, Any]]) -> None:
         place: {id: float(np.mean([result.right[id] for result in results])) for id in results[0].right}
         for place, results in by_place.items()
     }
-    parts = {place: np.mean([(one.kept, one.evidence) for one in own], axis=0) for place, own in by_place.items()}
+    kept = {place: float(np.mean([one.kept for one in own])) for place, own in by_place.items()}
     rows, test = [], data.questions["test"]
-    for (scheduler, share), own in sorted(means.items(), key=lambda item: -item[0][1]):
-        kept, evidence = parts[scheduler, share]
+    for place, own in sorted(means.items(), key=lambda item: -item[0][1]):
+        evidence = ", ".join(f"{one.evidence:.0%}" for one in by_place[place])
         cells = [estimate([one for one in test if one.kind == kind], own) for kind in KINDS]
-        rivals = [place for place in means if place[0] == "its" != scheduler]
-        nearest = min(rivals, key=lambda place: abs(math.log(parts[place][0] / kept)), default=None)
+        rivals = [other for other in means if other[0] == "its" != place[0]]
+        nearest = min(rivals, key=lambda other: abs(math.log(kept[other] / kept[place])), default=None)
         less = estimate(test, {id: means[nearest][id] - own[id] for id in own}) if nearest else ""
-        rows.append([scheduler, f"{share:.0%}", f"{kept:.1%}", f"{evidence:.0%}", *cells, estimate(test, own), less])
-    header = ["scheduler", "asked to keep", "kept", "lesion kept", *KINDS, "all", "its minus this"]
+        rows.append([place[0], f"{place[1]:.0%}", f"{kept[place]:.1%}", evidence, *cells, estimate(test, own), less])
+    header = ["scheduler", "asked to keep", "kept", "lesion kept, by seed", *KINDS, "all", "its minus this"]
     print(f"seeds: {len({line['seed'] for line in lines})}, test questions: {len(test)}\n")
     print_table(header, rows)
 
