@@ -1,25 +1,27 @@
 """Does it matter which tokens are kept? The tiny model under each scheduler, on phantoms whose evidence is small.
 
-    python benchmarks/phantom_study.py                                   about half an hour on a quiet core
-    python benchmarks/phantom_study.py --volumes 960 --dense-steps 6000 --steps 1500 --keeps 0.5,0.25,0.12,0.04
+    python benchmarks/phantom_study.py study          half an hour of a quiet core; the same again goes on from there
+    python benchmarks/phantom_study.py study --keeps 0.5,0.12,0.08 --seeds 2
 
 A lesion fills about a sixth of one visual token of 125. The questions: is there one, on which side, how large is it,
-and which of two is larger. For each seed a model learns them with all tokens (and, from masks, where organs are: it
-starts from nothing). From there it goes on under every scheduler at every share of tokens, through the curriculum, on
-the same batches. Then the choice that it holds most likely is scored on phantoms of other patients. Accuracy in points,
-the mean over seeds; intervals by patient, with all seeds of a question together. Volumes are painted on the model grid.
+and which of two is larger. For each seed a model learns them with all tokens. It starts from nothing, so it is shown
+where lesions are: a linear probe on the visual tokens, thrown away afterwards, learns to point at them. No score that a
+scheduler reads is taught (--teach-scores: those of `its` are, as grounding does, and there is no probe). From there it
+goes on under every scheduler at every share of tokens, through the curriculum, on the same batches. Then the choice
+that it holds most likely is scored on phantoms of other patients; val is for choosing settings. Accuracy in points, the
+mean over seeds; intervals by patient, with all seeds of a question together.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +31,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from photon_data.phantom import CROP_MM, Phantom, draw_phantom, paint
-from photon_data.phantom.plan import seeded
+from photon_data.phantom.plan import SMALL_FINDINGS, seeded
 from photon_data.phantom.questions import COMPARISONS
 from photon_data.volume import Geometry
-from photon_train.answering.predictor import score_choices
+from photon_train.answering.generation import score_choices
 from photon_train.configuration_photon import IGNORED, SCHEDULER_NAMES
 from photon_train.evaluation.metric import draw_patients, estimate_of
 from photon_train.kept_tokens import token_boxes
@@ -46,41 +48,58 @@ from photon_train.training.setup import choose_trained, parameter_groups, set_le
 
 # Voxels of 10 x 5 x 5 mm in patches of 7: as many tokens as in the demo, for an eighth of the voxels.
 SHAPE, PATCH, TOKENS_ZYX = (35, 70, 70), 7, (5, 5, 5)
-KINDS = ("existence", "side", "size", "comparison")
-ROWS_PER_STEP = 8
+# In the window of soft tissue and bone a patch of air is 0 and a lesion 1: with each volume's own minimum and maximum,
+# every token would tell by its brightness whether there is a lesion anywhere.
+WINDOW_HU = (0.0, 1000.0)
+ROWS_PER_STEP = {"existence": 2, "side": 3, "size": 2, "comparison": 1}
+KINDS, LESIONS = tuple(ROWS_PER_STEP), tuple(finding.name for finding in SMALL_FINDINGS)
+ROWS_AT_ONCE = 16  # in scoring
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a phantom: its volume's number, what is asked, and the share of its organs in each token."""
+    """A row of a phantom: its volume's number, what is asked, and the lesions whose evidence decides."""
 
     volume: int
     patient: str
-    kind: str
     row: dict[str, Any]
     answer: str
     choices: tuple[str, ...]
-    share_V: Tensor
+    kind: str
+    lesions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Patches float16[500, 343] of each volume, and the questions about them by split."""
+    """Patches float16[500, 343] and lesions of each volume, and the questions about them by split.
+
+    lesions: of each that the volume shows, its voxels in each token, float32[V].
+    """
 
     patches: list[Tensor]
+    lesions: list[dict[str, Tensor]]
     questions: dict[str, list[Question]]
 
 
-def fresh_model(seed: int, tokenizer: Any) -> PhotonForConditionalGeneration:
+class Result(NamedTuple):
+    """What a model got right (1 or 0), by question, and the mean share of tokens and of the asked lesions it kept."""
+
+    right: dict[str, float]
+    kept: float
+    evidence: float
+
+
+def fresh_model(seed: int, tokenizer: Any, its_layer: int) -> PhotonForConditionalGeneration:
     """Return the tiny model of these patches and no threshold predictor, with random weights as `tiny` draws them."""
     torch.manual_seed(seed)
-    config = tiny_config(tokenizer, stage=1, model_shape_zyx=SHAPE)
+    settings: dict[str, Any] = {"model_shape_zyx": SHAPE, "intensity": "window", "window_hu": WINDOW_HU}
+    config = tiny_config(tokenizer, stage=1, its_layer=its_layer, **settings)
     vision = config.vision_config
     vision.patch_size = vision.temporal_patch_size = PATCH
     vision.window_size = 4 * PATCH * vision.spatial_merge_size
     model = PhotonForConditionalGeneration(config)
     with torch.no_grad():
-        model.model.visual.patch_embed.proj.weight.normal_(0, 0.03)
+        model.model.visual.patch_embed.proj.weight.normal_(0, 0.06)
         for name, parameter in model.model.visual.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
@@ -89,25 +108,25 @@ def fresh_model(seed: int, tokenizer: Any) -> PhotonForConditionalGeneration:
 
 def make_data(volumes: int, processor: PhotonProcessor) -> Data:
     """Return so many phantoms, painted on the model grid, with their closed questions."""
-    patches, questions = list[Tensor](), dict[str, list[Question]](train=[], val=[], test=[])
+    data = Data([], [], {"train": [], "val": [], "test": []})
     for number in range(volumes):
         phantom = draw_phantom(0, number, small=True)
-        hu_zyx, masks = painted(phantom)
-        patches.append(processor.patches(hu_zyx)[0].half())
+        hu_zyx, lesions = painted(phantom)
+        data.patches.append(processor.patches(hu_zyx)[0].half())
+        data.lesions.append(lesions)
         for line in phantom.questions:
             if line["choices"]:
                 message = {"role": "user", "content": f"<video>{line['question']}"}
                 row = {"id": line["id"], "messages": [message], "videos": [None]}
-                share_V = sum(masks[name] for name in line["organ_masks"])
-                share_V = torch.from_numpy(share_V / share_V.sum()).float()
-                about = (number, line["patient"], line["kind"], row)
-                one = Question(*about, line["answer"], tuple(line["choices"]), share_V)
-                questions[line["split"]].append(one)
-    return Data(patches, questions)
+                asked = tuple(lesions) if line["kind"] == "comparison" else (line["lesion"],)
+                answers = (line["answer"], tuple(line["choices"]))
+                one = Question(number, line["patient"], row, *answers, line["kind"], asked)
+                data.questions[line["split"]].append(one)
+    return data
 
 
-def painted(phantom: Phantom) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return int16 HU on the model grid, and the voxels of each structure in each token."""
+def painted(phantom: Phantom) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Return int16 HU on the model grid, and how many voxels of each lesion lie in each token."""
     spacing = tuple(CROP_MM / n for n in SHAPE)
     grid = Geometry.axis_aligned(SHAPE, spacing, phantom.scan.geometry.centre_lps)
     labels = paint(phantom.layers, grid)
@@ -117,12 +136,12 @@ def painted(phantom: Phantom) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     cells = Geometry.axis_aligned(TOKENS_ZYX, tuple(CROP_MM / n for n in TOKENS_ZYX), grid.centre_lps)
     boxes = [np.arange(n) * side // n for n, side in zip(SHAPE, TOKENS_ZYX, strict=True)]
     tokens = token_boxes(cells)[np.ix_(*boxes)]
-    masks: dict[str, np.ndarray] = {}
+    lesions = {}
     for value, layer in enumerate(phantom.layers, start=1):
-        for name in {layer.structure, layer.within} - {""}:
-            counts_V = np.bincount(tokens[labels == value], minlength=cells.shape_zyx[0] ** 3)
-            masks[name] = masks.get(name, 0) + counts_V
-    return hu_zyx, masks
+        if layer.within:
+            counts_V = np.bincount(tokens[labels == value], minlength=math.prod(TOKENS_ZYX))
+            lesions[layer.structure] = torch.from_numpy(counts_V).float()
+    return hu_zyx, lesions
 
 
 def batch_of(data: Data, questions: Sequence[Question], processor: PhotonProcessor, answered: bool) -> dict[str, Any]:
@@ -150,66 +169,97 @@ def batch_of(data: Data, questions: Sequence[Question], processor: PhotonProcess
 
 
 def batches(questions: Sequence[Question], seed: int) -> Iterator[list[Question]]:
-    """Yield rows for ever, every kind of question as often as the others."""
-    draw, kinds = np.random.default_rng(seed), [[q for q in questions if q.kind == kind] for kind in KINDS]
+    """Yield rows for ever, of every kind of question its number."""
+    draw, kinds = np.random.default_rng(seed), {kind: [q for q in questions if q.kind == kind] for kind in KINDS}
     while True:
-        yield [own[draw.integers(len(own))] for own in kinds for _ in range(ROWS_PER_STEP // len(KINDS))]
+        yield [
+            kinds[kind][draw.integers(len(kinds[kind]))] for kind, rows in ROWS_PER_STEP.items() for _ in range(rows)
+        ]
 
 
-def train(model: nn.Module, data: Data, processor: PhotonProcessor, run: TrainConfig, steps: int, seed: int) -> float:
-    """Train the model, with phases in stage 2, with grounding in stage 1; return its last losses' mean."""
+def train(
+    model: Any, data: Data, processor: PhotonProcessor, run: TrainConfig, steps: int, seed: int, scores: bool = False
+) -> float:
+    """Train the model, with phases in stage 2, shown where lesions are in stage 1; return its last losses' mean."""
     torch.manual_seed(seed)
     choose_trained(model, run)
-    optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=0.0, betas=(0.9, run.adam_beta2))
-    layer, qk, losses = model.model.language_model.layers[model.config.its_layer], list[Any](), list[float]()
-
-    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        qk[:] = [module.rotated_qk(args[0], kwargs["position_embeddings"])]
-
-    hook = layer.register_forward_pre_hook(record, with_kwargs=True) if run.stage == "s1" else None
+    groups, losses = parameter_groups(model, run), list[float]()
+    teacher = Teacher(model, data, scores) if run.stage == "s1" else None
+    if teacher:
+        groups.append({"params": [*teacher.probe.parameters()], "module": "language_model", "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, run.adam_beta2))
     model.train()
     for step, questions in zip(range(steps), batches(data.questions["train"], seed), strict=False):
         inputs = batch_of(data, questions, processor, answered=True)
         phase = {"step": step, "total_steps": steps} if run.stage == "s2" else {}
         loss = model(**inputs, **phase).loss
         losses.append(loss.item())
-        if hook:
-            loss = loss + grounding(inputs, questions, model.config, qk[0])
+        if teacher:
+            loss = loss + teacher.loss(inputs, questions)
         set_learning_rates(optimizer, run, step, steps)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if hook:
-        hook.remove()
+    if teacher:
+        teacher.hook.remove()
     return float(np.mean(losses[-20:]))
 
 
-def grounding(inputs: dict[str, Any], questions: Sequence[Question], config: Any, qk: Any) -> Tensor:
-    """Return the loss that teaches scores to point at the organs that are asked about."""
-    ids_BL = inputs["input_ids"]
-    visual_BL, question_BL = visual_mask(ids_BL, config), question_mask(ids_BL, config)
-    score_BL = question_scores(*qk, question_BL & inputs["attention_mask"].bool(), visual_BL)
-    share_BV = torch.stack([one.share_V for one in questions])
-    return grounding_losses(score_BL, visual_BL, torch.zeros_like(score_BL).masked_scatter(visual_BL, share_BV)).mean()
+class Teacher:
+    """Shows a model where all lesions are, by a probe on its visual tokens; or the asked ones, by the scores of its."""
+
+    def __init__(self, model: Any, data: Data, scores: bool) -> None:
+        self.config, self.data, self.scores = model.config, data, scores
+        self.probe = nn.Linear(model.config.text_config.hidden_size, 1)
+        self.layer = model.model.language_model.layers[model.config.its_layer if scores else 1]
+        self.hook = self.layer.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer.training:
+            self.hidden_BLD, self.positions = args[0], kwargs["position_embeddings"]
+
+    def loss(self, inputs: dict[str, Any], questions: Sequence[Question]) -> Tensor:
+        """Return the mean cross entropy of softmax over visual tokens with where the lesions are."""
+        visual_BL = visual_mask(inputs["input_ids"], self.config)
+        if self.scores:
+            question_BL = question_mask(inputs["input_ids"], self.config) & inputs["attention_mask"].bool()
+            q_BHLd, k_BKLd = self.layer.rotated_qk(self.hidden_BLD, self.positions)
+            score_BL = question_scores(q_BHLd, k_BKLd, question_BL, visual_BL)
+        else:
+            score_BL = self.probe(self.hidden_BLD)[..., 0]
+        shown = [evidence_of(self.data, one.volume, one.lesions if self.scores else LESIONS) for one in questions]
+        lesions_BL = torch.zeros_like(score_BL).masked_scatter(visual_BL, torch.stack(shown))
+        return grounding_losses(score_BL, visual_BL, lesions_BL).mean()
+
+
+def evidence_of(data: Data, volume: int, names: Sequence[str] = LESIONS) -> Tensor:
+    """Return float32[V], the share of these lesions of a volume that lies in each token; 0 where it shows none."""
+    own = [voxels_V for name, voxels_V in data.lesions[volume].items() if name in names]
+    total_V = sum(own, torch.zeros(math.prod(TOKENS_ZYX)))
+    return total_V / total_V.sum().clamp_min(1)
 
 
 @torch.no_grad()
-def score(model: Any, data: Data, processor: PhotonProcessor) -> tuple[dict[str, float], float]:
-    """Return 1 or 0 by question of the test split, and the mean share of tokens kept."""
+def score(model: Any, data: Data, processor: PhotonProcessor, split: str) -> Result:
+    """Return the result of the model on the questions of a split."""
     model.eval()
-    right, kept, questions = dict[str, float](), list[float](), data.questions["test"]
-    for start in range(0, len(questions), ROWS_PER_STEP):
-        part = questions[start : start + ROWS_PER_STEP]
+    right, kept, evidence, questions = dict[str, float](), list[float](), list[float](), data.questions[split]
+    for start in range(0, len(questions), ROWS_AT_ONCE):
+        part = questions[start : start + ROWS_AT_ONCE]
+        inputs = batch_of(data, part, processor, answered=False)
         ids = [[_answer_ids(one, choice, processor) for choice in one.choices] for one in part]
-        values, scheduled = score_choices(model, batch_of(data, part, processor, answered=False), ids)
-        for one, each in zip(part, values, strict=True):
-            right[one.row["id"]] = float(one.choices[int(np.argmax(each))] == one.answer)
-        share = (
-            1.0 if scheduled is None else scheduled.selection.keep_BL.sum().item() / (math.prod(TOKENS_ZYX) * len(part))
-        )
-        kept += [share] * len(part)
-    return right, float(np.mean(kept))
+        logs, scheduled = score_choices(model, inputs, ids)
+        visual_BL = visual_mask(inputs["input_ids"], model.config)
+        keep_BL = visual_BL if scheduled is None else scheduled.selection.keep_BL
+        keep_BV = keep_BL[visual_BL].view(len(part), -1).float()
+        for one, log_p, keep_V in zip(part, logs, keep_BV, strict=True):
+            best = int(np.argmax([sum(each) for each in log_p]))
+            right[one.row["id"]] = float(one.choices[best] == one.answer)
+            kept.append(keep_V.mean().item())
+            evidence_V = evidence_of(data, one.volume, one.lesions)
+            evidence += [(keep_V * evidence_V).sum().item()] if evidence_V.any() else []
+    return Result(right, float(np.mean(kept)), float(np.mean(evidence)))
 
 
 def _answer_ids(question: Question, choice: str, processor: PhotonProcessor) -> Tensor:
@@ -221,63 +271,103 @@ def _answer_ids(question: Question, choice: str, processor: PhotonProcessor) -> 
 def under(scheduler: str, share: float) -> dict[str, Any]:
     """Return the settings that keep about this share: ITS by its band, nucleus by its mass, the others exactly."""
     settings: dict[str, Any] = {"scheduler": scheduler, "keep_ratio": share, "nucleus_mass": share}
+    settings["foreground_level"] = 0.01  # of the window: 10 HU, all tissue but lungs and fat
     settings |= {"soft_start": 0.1, "hard_start": 0.3, "flip_start": 0.9}
     return settings | {"band_low": 0.6 * share, "band_high": share, "initial_threshold": 0.45}
 
 
-def estimate(data: Data, by_seed: Sequence[dict[str, float]], kinds: Sequence[str]) -> str:
-    """Return the accuracy with its interval by patient, all seeds of a question together."""
-    questions = [one for one in data.questions["test"] if one.kind in kinds]
-    means = [float(np.mean([right[one.row["id"]] for right in by_seed])) for one in questions]
-    patients = draw_patients([one.patient for one in questions], 1000, seed=0)
-    (mean_W,) = patients.means([(mean,) for mean in means], [one.patient for one in questions])
-    value, low, high = estimate_of(mean_W)
+def estimate(questions: Sequence[Question], value_by_id: Mapping[str, float]) -> str:
+    """Return the mean in points with its interval by patient."""
+    patients = [one.patient for one in questions]
+    values = [(value_by_id[one.row["id"]],) for one in questions]
+    value, low, high = estimate_of(draw_patients(patients, 1000, seed=0).means(values, patients)[0])
     return f"{value:.0f} ({low:.0f} to {high:.0f})"
+
+
+def print_results(data: Data, lines: Sequence[dict[str, Any]]) -> None:
+    """Print accuracy by kind, and by how much `its` is better, question by question.
+
+    That is the run of `its` that kept most nearly as many tokens, which it decides itself.
+    """
+    by_place: dict[tuple[str, float], list[Result]] = {}
+    for line in lines:
+        by_place.setdefault((line["scheduler"], line["share"]), []).append(Result(*line["result"]))
+    means = {
+        place: {id: float(np.mean([result.right[id] for result in results])) for id in results[0].right}
+        for place, results in by_place.items()
+    }
+    kept = {place: float(np.mean([one.kept for one in own])) for place, own in by_place.items()}
+    rows, test = [], data.questions["test"]
+    for place, own in sorted(means.items(), key=lambda item: -item[0][1]):
+        evidence = ", ".join(f"{one.evidence:.0%}" for one in by_place[place])
+        cells = [estimate([one for one in test if one.kind == kind], own) for kind in KINDS]
+        rivals = [other for other in means if other[0] == "its" != place[0]]
+        nearest = min(rivals, key=lambda other: abs(math.log(kept[other] / kept[place])), default=None)
+        less = estimate(test, {id: means[nearest][id] - own[id] for id in own}) if nearest else ""
+        rows.append([place[0], f"{place[1]:.0%}", f"{kept[place]:.1%}", evidence, *cells, estimate(test, own), less])
+    header = ["scheduler", "asked to keep", "kept", "lesion kept, by seed", *KINDS, "all", "its minus this"]
+    print(f"seeds: {len({line['seed'] for line in lines})}, test questions: {len(test)}\n")
+    print_table(header, rows)
+
+
+def dense_model(seed: int, data: Data, processor: PhotonProcessor, args: argparse.Namespace) -> Path:
+    """Return the folder of the model that has learned with all tokens; train it if it is not there."""
+    taught = f"-layer-{args.its_layer}" if args.teach_scores else ""
+    path = Path(args.folder) / f"dense-{args.dense_steps}{taught}-{seed}"
+    if not path.exists():
+        model, run = fresh_model(seed, processor.tokenizer, args.its_layer), replace(tiny_s1(), lr_patch_embedding=2e-4)
+        loss = train(model, data, processor, run, args.dense_steps, seed, args.teach_scores)
+        right = score(model, data, processor, "val").right
+        each = [estimate([one for one in data.questions["val"] if one.kind == kind], right) for kind in KINDS]
+        numbers = ", ".join(f"{kind} {one}" for kind, one in zip(KINDS, each, strict=True))
+        print(f"seed {seed}, all tokens, val: {numbers}; loss {loss:.3f}", flush=True)
+        model.save_pretrained(path)
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--volumes", type=int, default=240)
-    parser.add_argument("--dense-steps", type=int, default=800, help="with all tokens, for each seed")
-    parser.add_argument("--steps", type=int, default=150, help="under each scheduler, for each seed and share")
+    parser.add_argument("folder", type=Path, help="of models and results; what is there is not made again")
+    parser.add_argument("--volumes", type=int, default=1200)
+    parser.add_argument("--dense-steps", type=int, default=2000, help="with all tokens, for each seed")
+    parser.add_argument("--steps", type=int, default=250, help="under each scheduler, for each seed and share")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--its-layer", type=int, default=0, help="after which tokens are dropped")
+    parser.add_argument("--teach-scores", action="store_true", help="of its, where the asked lesions are; no probe")
     parser.add_argument("--keeps", default="0.25,0.04")
     parser.add_argument("--schedulers", default=",".join(SCHEDULER_NAMES))
     args = parser.parse_args()
     set_verbosity_error()  # the fresh threshold predictor is no news
     disable_progress_bar()
-    keeps, begun = [float(keep) for keep in args.keeps.split(",")], time.monotonic()
-    found: dict[tuple[str, float], list[tuple[dict[str, float], float]]] = {}
-    with TemporaryDirectory(prefix="photon-") as name:
-        folder = Path(name)
-        tokenizer = byte_tokenizer([*phantom_texts(), *COMPARISONS])
-        processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer).config)
-        data = make_data(args.volumes, processor)
-        numbers = ", ".join(f"{len(own)} {split}" for split, own in data.questions.items())
-        print(f"questions: {numbers}; {time.monotonic() - begun:.0f} s", flush=True)
-        for seed in range(args.seeds):
-            model = fresh_model(seed, tokenizer)
-            loss = train(model, data, processor, tiny_s1(), args.dense_steps, seed)
-            model.save_pretrained(folder / f"dense-{seed}")
-            right, _ = score(model, data, processor)
-            print(f"seed {seed}, dense: loss {loss:.3f}, {100 * np.mean([*right.values()]):.1f} points", flush=True)
-            for scheduler in args.schedulers.split(","):
-                for share in keeps if scheduler != "none" else [1.0]:
-                    dense = folder / f"dense-{seed}"
-                    pruned = PhotonForConditionalGeneration.from_pretrained(dense, stage=2, **under(scheduler, share))
-                    train(pruned, data, processor, tiny_s2(), args.steps, seed)
-                    found.setdefault((scheduler, share), []).append(score(pruned, data, processor))
-                    right, kept = found[scheduler, share][-1]
-                    points = 100 * np.mean([*right.values()])
-                    took = f"{time.monotonic() - begun:.0f} s"
-                    print(f"seed {seed}, {scheduler} {share}: {points:.1f} points, {kept:.1%} kept, {took}", flush=True)
+    begun = time.monotonic()
+    tokenizer = byte_tokenizer([*phantom_texts(), *COMPARISONS])
+    processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer, args.its_layer).config)
+    data = make_data(args.volumes, processor)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    file, settings = (
+        args.folder / "results.jsonl",
+        [args.volumes, args.dense_steps, args.steps, args.its_layer, args.teach_scores],
+    )
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [line for line in lines if line["settings"] == settings]
     print_place("torch", "transformers")
-    rows = []
-    for (scheduler, share), results in found.items():
-        rights, kepts = zip(*results, strict=True)
-        cells = [estimate(data, rights, [kind]) for kind in KINDS] + [estimate(data, rights, KINDS)]
-        rows.append([scheduler, f"{share:.0%}", f"{np.mean(kepts):.1%}", *cells])
-    print_table(["scheduler", "asked to keep", "kept", *KINDS, "all"], rows)
+    for seed in range(args.seeds):
+        dense = dense_model(seed, data, processor, args)
+        for scheduler in args.schedulers.split(","):
+            for share in [float(keep) for keep in args.keeps.split(",")] if scheduler != "none" else [1.0]:
+                place = {"settings": settings, "seed": seed, "scheduler": scheduler, "share": share}
+                if any(place.items() <= line.items() for line in lines):
+                    continue
+                chosen = under(scheduler, share) | {"its_layer": args.its_layer}
+                model = PhotonForConditionalGeneration.from_pretrained(dense, stage=2, **chosen)
+                train(model, data, processor, tiny_s2(), args.steps, seed)
+                result = score(model, data, processor, "test")
+                lines.append({**place, "result": result})
+                with file.open("a") as out:
+                    out.write(json.dumps(lines[-1]) + "\n")
+                points, took = 100 * np.mean([*result.right.values()]), time.monotonic() - begun
+                print(f"seed {seed}, {scheduler} {share}: {points:.1f} points, {took:.0f} s", flush=True)
+        print_results(data, lines)
 
 
 if __name__ == "__main__":
