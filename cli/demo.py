@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +27,7 @@ from photon_cli.terminal import console, fail
 from photon_data.files import write_whole
 from photon_data.json_text import from_json
 from photon_data.questions.table import read_values
-from photon_data.report.page import data_url, render
+from photon_data.report.page import Chart, ForestRow, ScatterPoint, data_url, forest_plot, render, scatter_plot
 from photon_pipelines.child import ENVIRONMENT
 
 ENTRIES = {"photon-data": "photon_cli.data", "photon": "photon_cli.photon"}
@@ -49,6 +49,11 @@ TOGETHER = "--set=groups_per_forward=8"  # all of a step
 # Steps of the model after which another comes, and the name of the logs of what waits for that.
 FOLLOWED, NEXT, SUFFIXES = ("init", "s1", "s2"), "next", ("txt", "err")
 SCHEDULERS = "its,none,random,uniform,foreground"
+EDITS = {
+    "erase=asked": "organ asked about erased",
+    "erase=other": "as much of others erased",
+    "blind": "the mean of all volumes",
+}
 MODEL_SHAPE = "70,140,140"
 GRID = ("spacing_mm=2,2,2", "shape_zyx=182,182,182", f"model_shape_zyx={MODEL_SHAPE}")
 
@@ -153,11 +158,13 @@ class Demo:
             "data": manifests / "test.jsonl",
             "train": manifests / "train.jsonl",
             "masks": self.folder / "easy" / "masks",
-            "schedulers": SCHEDULERS,
             "max_new_tokens": 8,
-            "output": self.folder / "scores",
         }
-        yield _step("eval", "scored it beside other ways to drop tokens", "photon eval vqa", **scored)
+        did, where = "scored it beside other ways to drop tokens", {"output": self.folder / "scores"}
+        yield _step("eval", did, "photon eval vqa", **scored, schedulers=SCHEDULERS, **where)
+        did, where = "asked it again about scans without the organ", {"output": self.folder / "looks"}
+        edits = {"schedulers": "its", "counterfactual": "erase=asked,other"}
+        yield _step("looks", did, "photon eval vqa", **scored, **edits, **where)
 
     def _asking(self) -> Iterator[Step]:
         """Yield what asks the model about one of those scans."""
@@ -247,6 +254,7 @@ def _read(path: Path) -> dict[str, Any]:
 def write_page(folder: Path) -> Path:
     """Write index.html, which holds its pictures and leads to the other pages; return its path."""
     prepared, scores = _read(folder / "prepared/dataset.json"), _read(folder / "scores/scores.json")
+    looks = _read(folder / "looks/scores.json")
     asked, rows = _read(folder / LOGS / "predict.txt"), read_values(folder / "easy/questions.jsonl")
     of_scan = {row["lesion"].replace("_", " "): row for row in rows if row["volume"] == asked["volume_id"]}
     values = {
@@ -257,7 +265,8 @@ def write_page(folder: Path) -> Path:
             (name, _read(folder / name / "summary.json"), _picture(folder / name / "curves.png"))
             for name in ("s1", "s2")
         ],
-        "trade_offs": scores["trade_offs"],
+        "trade_offs": [(trade["points"], _trade_off(trade["points"])) for trade in scores["trade_offs"]],
+        "moved": _moved(looks["counterfactuals"]["moved"]),
         "blind": scores["predictions"][0]["scores"][0]["baselines"]["best_constant"],
         "questions": scores["questions"],
         "patients": scores["patients"],
@@ -272,6 +281,23 @@ def write_page(folder: Path) -> Path:
     with write_whole(folder / PAGE) as temporary:
         temporary.write_bytes(render(Path(__file__).with_name("demo.html.j2"), values, {}))
     return folder / PAGE
+
+
+def _trade_off(points: Sequence[Mapping[str, Any]]) -> Chart:
+    drawn = [ScatterPoint(one["name"], one["kept_share"], *_estimate(one["estimate"])) for one in points]
+    words = "right answers of 100, against the share of visual tokens kept; line: 95 % interval"
+    return scatter_plot(drawn, name="What dropping tokens costs", words=words, across="share of visual tokens kept")
+
+
+def _moved(edits: Sequence[Mapping[str, Any]]) -> Chart:
+    rows = [ForestRow(EDITS[one["edit"]], *_estimate(one["moved"]), {}) for one in edits]
+    words = "answers of 100 that are others than before where the volume is edited; line: 95 % interval"
+    return forest_plot(rows, name="Whether it looks", words=words)
+
+
+def _estimate(found: Mapping[str, Any]) -> tuple[float, float | None, float | None]:
+    low, high = found["interval"] or (None, None)
+    return found["value"], low, high
 
 
 def _picture(path: Path) -> str:

@@ -56,4 +56,5 @@ def test_the_whole_product_runs_on_scans_that_it_makes_itself_and_a_second_call_
     page = (tmp_path / "index.html").read_text("utf-8")
     assert all(f"<h2>{heading}" in page for heading in ("What was prepared", "How it trained", "What it answers"))
     assert page.count("data:image/png") == 5, "a scan, two runs, two questions"
+    assert page.count("<svg") == 2 and "organ asked about erased" in page, "the trade-off, and whether it looks"
     assert not list((tmp_path / "logs").glob("next.*"))
