@@ -313,7 +313,7 @@ def print_results(data: Data, lines: Sequence[dict[str, Any]]) -> None:
 def dense_model(seed: int, data: Data, processor: PhotonProcessor, args: argparse.Namespace) -> Path:
     """Return the folder of the model that has learned with all tokens; train it if it is not there."""
     taught = f"-layer-{args.its_layer}" if args.teach_scores else ""
-    path = Path(args.folder) / f"dense-{args.dense_steps}{taught}-{seed}"
+    path = Path(args.folder) / f"dense-{args.volumes}-{args.dense_steps}{taught}-{seed}"
     if not path.exists():
         model, run = fresh_model(seed, processor.tokenizer, args.its_layer), replace(tiny_s1(), lr_patch_embedding=2e-4)
         loss = train(model, data, processor, run, args.dense_steps, seed, args.teach_scores)
@@ -344,10 +344,8 @@ def main() -> None:
     processor = PhotonProcessor(tokenizer, fresh_model(0, tokenizer, args.its_layer).config)
     data = make_data(args.volumes, processor)
     args.folder.mkdir(parents=True, exist_ok=True)
-    file, settings = (
-        args.folder / "results.jsonl",
-        [args.volumes, args.dense_steps, args.steps, args.its_layer, args.teach_scores],
-    )
+    file = args.folder / "results.jsonl"
+    settings = [args.volumes, args.dense_steps, args.steps, args.its_layer, args.teach_scores]
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if line["settings"] == settings]
     print_place("torch", "transformers")

@@ -47,3 +47,15 @@ def there() -> Iterator[Callable[..., Any]]:
 
     with elsewhere() as call:
         yield call
+
+
+@pytest.fixture
+def without_compiler() -> Iterator[None]:
+    """No C++ compiler for torch, and nothing that it has compiled before; afterwards all is as it was."""
+    import torch._dynamo  # late, too
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}):
+        yield
+    torch._dynamo.reset()

@@ -65,10 +65,7 @@ def test_compiled_decoding_gives_the_same_answers_in_as_many_graphs_for_any_laye
     assert graphs == [5, 5]  # the trial; two kinds of layers, each for one row and for several
 
 
-def test_where_torch_cannot_compile_a_model_is_refused(model_dir, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_where_torch_cannot_compile_a_model_is_refused(model_dir, without_compiler):
     with pytest.raises(
         UsageError, match=r"expected a compiler that torch can use, found \w+: \w.*; leave compile out$"
     ):

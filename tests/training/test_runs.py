@@ -136,10 +136,7 @@ def test_compiled_mlps_give_the_same_losses_and_are_compiled_once_for_any_number
     assert graphs[0] == graphs[1] > 3  # the trial, a vision block's, the merger's, a layer's
 
 
-def test_where_torch_cannot_compile_a_run_says_so_before_its_first_step(config, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_where_torch_cannot_compile_a_run_says_so_before_its_first_step(config, without_compiler):
     with pytest.raises(
         UsageError, match=r"expected a compiler that torch can use, found \w+: \w.*; leave compile out$"
     ):
