@@ -26,7 +26,18 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from photon_data.errors import UsageError
 from photon_data.files import Location, digest_of, is_safe, write_whole
 from photon_data.json_text import from_json
-from photon_data.stored_array import CHECKSUMS, ROOT, Layout, checked_file, checksums, open_array, what_is_lost
+from photon_data.stored_array import (
+    CHECKSUMS,
+    ROOT,
+    SEPARATOR,
+    SEPARATORS,
+    Layout,
+    checked_file,
+    checksums,
+    open_array,
+    shard_name,
+    what_is_lost,
+)
 from photon_data.volume import Geometry, Prepared, Volume
 
 # Our metadata stand beside "ome", under this key.
@@ -37,7 +48,6 @@ METADATA = ("format", "id", "key", "fingerprint", "recipe", "digest", "facts", "
 OWN_DIGEST = "attributes_sha256"
 # Root metadata take some 20 kB. More is none of ours, and is not read to find that out.
 MAX_ROOT_BYTES = 1 << 24
-SHARD = "0/c/0/0/0"  # the one file of voxels of an image group
 GRIDS = {"volume": "", "model": "model/", "full": "full/"}
 # What is written by each value of --grids.
 WRITTEN = {"volume": ("volume", "model"), "full": ("volume", "model", "full"), "model": ("model",)}
@@ -119,11 +129,11 @@ def _write_array(array: np.ndarray, folder: Path, name: str, fill: int) -> tuple
             Crc32cCodec(),
         ],
         dimension_names=("c", "z", "y", "x")[-array.ndim :],
+        chunk_key_encoding={"name": "default", "separator": SEPARATOR},
         fill_value=fill,
         config={"write_empty_chunks": True},
     )
-    shard = "/".join([name, "c", *("0" * array.ndim)])
-    (folder / shard).parent.mkdir(parents=True)
+    shard = f"{name}/{shard_name(array.ndim)}"
     facts = _write_shard(array, chunk, folder / shard)
     return shard, facts, checksums(Layout(array.shape, chunk, array.dtype), folder / shard)
 
@@ -250,6 +260,12 @@ def model_digest(metadata: dict[str, Any]) -> str:
     """Return a hash of the model grid, which every store has: it does not depend on which other grids there are."""
     files = {name: facts for name, facts in metadata["files"].items() if name.startswith(GRIDS["model"])}
     return arrays_digest({"files": files})
+
+
+def voxels_sha256(metadata: dict[str, Any], grid: str) -> str | None:
+    """Return the SHA-256 of the one file that holds the voxels of a grid; None where the store has no such grid."""
+    names = [f"{GRIDS[grid]}0/{shard_name(3, separator)}" for separator in SEPARATORS]
+    return next((metadata["files"][name]["sha256"] for name in names if name in metadata["files"]), None)
 
 
 def grids_of(metadata: dict[str, Any]) -> list[str]:

@@ -29,6 +29,9 @@ LARGEST_VOXELS = 4_000_000_000
 CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
 CHAINS = (["bytes", "blosc", "crc32c"], ["bytes", "crc32c"])  # of a chunk and of the index
 BLOSC_HEADER = 16
+# Between the parts of the name of the one shard. "/" made a folder of each part, in stores of earlier versions.
+SEPARATOR = "."
+SEPARATORS = (SEPARATOR, "/")
 
 
 class Layout(NamedTuple):
@@ -42,6 +45,11 @@ class Layout(NamedTuple):
     def counts(self) -> tuple[int, ...]:
         """How many chunks there are along each axis."""
         return tuple(math.ceil(n / c) for n, c in zip(self.shape, self.chunk, strict=True))
+
+
+def shard_name(ndim: int, separator: str = SEPARATOR) -> str:
+    """Return the name of the one shard of an array below its folder: "c.0.0.0" of three dimensions."""
+    return separator.join(["c", *("0" * ndim)])
 
 
 def checksums(layout: Layout, shard: Path) -> str:
@@ -173,19 +181,18 @@ def open_array(
     UsageError where a file of it is not as the store's `metadata` record it.
     """
     ndim = 3 if dtype == "int16" else 4
-    content = checked_file(location, metadata, f"{place}0/{ROOT}")
-    shard = "/".join([f"{place}0", "c", *("0" * ndim)])
+    described = from_json(checked_file(location, metadata, f"{place}0/{ROOT}"))
+    check_array(described, location.url, ndim, dtype)
+    try:
+        layout, separator = _layout(described), _separator(described)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise not_whole(location, f"{place}0/{ROOT}, which describes no array of ours ({str(error)[:200]})") from None
+    shard = f"{place}0/{shard_name(ndim, separator)}"
     state = location.state(shard)
     if verify == "full":
         checked_file(location, metadata, shard)
     elif lost := what_is_lost(metadata, shard, location.size(shard)):
         raise not_whole(location, f"{shard} {lost}")
-    described = from_json(content)
-    check_array(described, location.url, ndim, dtype)
-    try:
-        layout = _layout(described)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise not_whole(location, f"{place}0/{ROOT}, which describes no array of ours ({str(error)[:200]})") from None
     bound = metadata[CHECKSUMS].get(shard)
     if bound and location.is_local and verify == "quick" and checksums(layout, location.path / shard) != bound:
         raise not_whole(location, f"{shard}, whose checksums have changed")
@@ -205,6 +212,15 @@ def _layout(described: dict[str, Any]) -> Layout:
     if (names, shard, inner.get("index_location", "end"), orders) != (CHAINS, whole, "end", {"little"}):
         raise ValueError("another order of its parts")
     return layout
+
+
+def _separator(described: dict[str, Any]) -> str:
+    """Return what stands between the parts of a shard's name; ValueError for names of another kind."""
+    encoding = described["chunk_key_encoding"]
+    separator = encoding.get("configuration", {}).get("separator", "/")
+    if encoding["name"] != "default" or separator not in SEPARATORS:
+        raise ValueError("another way to name its parts")
+    return str(separator)
 
 
 def check_array(metadata: dict[str, Any], path: str | Path, ndim: int = 3, dtype: str = "int16") -> None:

@@ -90,11 +90,11 @@ def stores_of(tmp_path):
 
 def test_the_grids_that_stores_share_have_the_same_bytes(tmp_path):
     stores = stores_of(tmp_path)
-    for file in ("0/zarr.json", "0/c/0/0/0", "model/zarr.json", "model/0/zarr.json", "model/0/c/0/0/0"):
+    for file in ("0/zarr.json", "0/c.0.0.0", "model/zarr.json", "model/0/zarr.json", "model/0/c.0.0.0"):
         assert (stores["full"] / file).read_bytes() == (stores["volume"] / file).read_bytes()
     names = {path.relative_to(stores["model"]).as_posix() for path in stores["model"].rglob("*") if path.is_file()}
-    assert names == {"model/0/c/0/0/0", "model/0/zarr.json", "model/zarr.json", "zarr.json"}
-    assert (stores["model"] / "model/0/c/0/0/0").read_bytes() == (stores["full"] / "model/0/c/0/0/0").read_bytes()
+    assert names == {"model/0/c.0.0.0", "model/0/zarr.json", "model/zarr.json", "zarr.json"}
+    assert (stores["model"] / "model/0/c.0.0.0").read_bytes() == (stores["full"] / "model/0/c.0.0.0").read_bytes()
     for store in stores.values():
         assert list(verify_store(Location(str(store.parent)), store.name)) == []
 
@@ -139,11 +139,11 @@ def test_a_changed_grids_adds_what_is_missing_and_says_so_and_the_next_run_goes_
         return [(out / "volumes" / f"s{n}.ome.zarr" / file).read_bytes() for n in range(2)]
 
     prepare()
-    before = bytes_of("0/c/0/0/0")
+    before = bytes_of("0/c.0.0.0")
     dry = run("prepare", source, out, *SETTINGS, "--grids", "full", "--dry-run")
     assert "2 stores lack a grid of --grids full" in dry[1]
     assert "2 stores lack a grid of --grids full and are made again, s0 first" in prepare("--grids", "full")
-    assert bytes_of("0/c/0/0/0") == before
+    assert bytes_of("0/c.0.0.0") == before
     assert open_volume(out / "volumes/s0.ome.zarr", "full", id="s0").geometry.shape_zyx == (22, 30, 27)
     write_scan(source / "s2.nii.gz", 2, (16, 40, 44))
     assert "lack a grid" not in prepare()

@@ -362,7 +362,7 @@ def test_masks_that_are_swapped_emptied_or_without_a_volume_are_noticed(tmp_path
     assert problems(tmp_path) != []
     assert {row.id: row.state for row in run(tmp_path).masks} == {"a": "prepared", "b": "unchanged"}
     assert bytes_below(masks) == bytes_below(whole)
-    (masks / "a.ome.zarr/0/c/0/0/0/0").write_bytes(b"")
+    (masks / "a.ome.zarr/0/c.0.0.0.0").write_bytes(b"")
     with pytest.raises(UsageError, match="expected a whole store"):
         open_masks(store(tmp_path))
     assert problems(tmp_path) != []

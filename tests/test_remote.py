@@ -51,7 +51,7 @@ def test_an_object_store_holds_what_a_folder_does_and_is_gone_on_with(source, ou
     go(source, folder)
     for seed in range(3):
         name = f"volumes/s{seed}.ome.zarr"
-        assert out.read(f"{name}/0/c/0/0/0") == folder.read(f"{name}/0/c/0/0/0")
+        assert out.read(f"{name}/0/c.0.0.0") == folder.read(f"{name}/0/c.0.0.0")
         assert np.array_equal(open_volume(out.at(name), "model").numpy(), open_volume(folder.at(name), "model").numpy())
     assert list(verify_output(out)) == []
     manifest = [json.loads(line) for line in (out.read("manifests/all.jsonl") or b"").decode().splitlines()]

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from raw import write_scan
 from scans import as_scan, ct_like, frame, rotated
 
 from photon_data import open_volume
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.prepare_file import prepare_volume
+from photon_data.prepare_file import Job, prepare_file, prepare_volume
+from photon_data.readers.find import find_scans
 from photon_data.recipe import Recipe
 from photon_data.store import (
     CHECKSUMS,
@@ -24,6 +26,7 @@ from photon_data.store import (
     own_digest,
     read_metadata,
     verify_store,
+    voxels_sha256,
     write_store,
 )
 from photon_data.stored_array import open_array
@@ -78,10 +81,64 @@ def test_what_was_written_is_read_back_to_the_voxel_and_the_millimetre(out, prep
     assert np.allclose(found.geometry.corners_lps(), expected.geometry.corners_lps(), atol=1e-9)
 
 
-def test_a_volume_is_two_files_of_data_and_four_of_metadata(out):
+def test_a_volume_is_two_files_of_data_and_four_of_metadata_in_ten_inodes(out):
     names = [path.relative_to(out.path / NAME).as_posix() for path in files(out.path / NAME)]
-    shards = ["0/c/0/0/0", "0/zarr.json", "model/0/c/0/0/0", "model/0/zarr.json"]
+    shards = ["0/c.0.0.0", "0/zarr.json", "model/0/c.0.0.0", "model/0/zarr.json"]
     assert names == sorted([*shards, "model/zarr.json", "zarr.json"])
+    assert 1 + len(list((out.path / NAME).rglob("*"))) == 10
+
+
+def in_nested_folders(store: Path):
+    """Lay a store out as earlier versions did: a folder for each part of the name of its shard, as zarr does itself."""
+
+    def changed(ours):
+        for array in (store / "0", store / "model/0"):
+            name, before = array.relative_to(store).as_posix(), array / "c.0.0.0"
+            (array / "c/0/0").mkdir(parents=True)
+            before.rename(array / "c/0/0/0")
+            described = json.loads((array / "zarr.json").read_text())
+            described["chunk_key_encoding"]["configuration"]["separator"] = "/"
+            (array / "zarr.json").write_text(json.dumps(described))
+            recorded(store, f"{name}/zarr.json")(ours)
+            for part in ("files", CHECKSUMS):
+                ours[part][f"{name}/c/0/0/0"] = ours[part].pop(f"{name}/c.0.0.0")
+
+    rewritten(store, changed)
+
+
+def test_a_store_that_an_earlier_version_laid_out_in_nested_folders_is_read_verified_and_named_alike(out, prepared):
+    now = read_metadata(out, NAME)
+    in_nested_folders(out.path / NAME)
+    metadata = read_metadata(out, NAME)
+    assert 1 + len(list((out.path / NAME).rglob("*"))) == 16
+    assert list(verify_store(out, NAME, metadata["sha256"])) == [] and is_whole(out, NAME, metadata)
+    for grid in ("volume", "model"):
+        expected = getattr(prepared, grid).array_zyx
+        assert voxels_sha256(metadata, grid) == voxels_sha256(now, grid)
+        for verify in ("quick", "full"):
+            found = open_volume(out.path / NAME, grid, verify=verify)
+            assert np.array_equal(found.numpy(), expected) and np.array_equal(found.array_zyx[5], expected[5])
+    (out.path / NAME / "model/0/c/0/0/0").write_bytes(b"")
+    assert not is_whole(out, NAME, metadata)
+    with pytest.raises(UsageError, match=r"whole store, found .*model/0/c/0/0/0 of 0 bytes"):
+        open_volume(out.path / NAME, "model")
+
+
+def test_a_store_in_nested_folders_is_not_made_again(tmp_path):
+    job = Job(find_scans(write_scan(tmp_path / "a.nii.gz")).sources[0], str(tmp_path), RECIPE)
+    assert prepare_file(job).state == "prepared"
+    in_nested_folders(tmp_path / job.place)
+    assert prepare_file(job).state == "unchanged"
+    assert (tmp_path / job.place / "0/c/0/0/0").exists()
+
+
+@pytest.mark.parametrize("encoding", [{"name": "v2"}, {"name": "default", "configuration": {"separator": "-"}}, None])
+def test_an_array_whose_shard_is_named_in_another_way_is_none_of_ours(out, encoding):
+    path = out.path / NAME / "0/zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chunk_key_encoding": encoding}))
+    rewritten(out.path / NAME, recorded(out.path / NAME, "0/zarr.json"))
+    with pytest.raises(UsageError, match="describes no array of ours"):
+        open_volume(out.path / NAME)
 
 
 def test_ome_zarr_models_accepts_both_image_groups(out):
@@ -153,7 +210,7 @@ def test_a_flipped_bit_is_found_in_every_file_wherever_it_is(out, position):
 
 
 def test_a_flipped_bit_in_a_shard_is_an_error_when_read_not_another_voxel(out):
-    shard = out.path / NAME / "0/c/0/0/0"
+    shard = out.path / NAME / "0/c.0.0.0"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -162,7 +219,7 @@ def test_a_flipped_bit_in_a_shard_is_an_error_when_read_not_another_voxel(out):
 
 
 def test_missing_and_surplus_files_are_found(out):
-    (out.path / NAME / "0/c/0/0/0").unlink()
+    (out.path / NAME / "0/c.0.0.0").unlink()
     (out.path / NAME / "notes.txt").write_text("x")
     problems = list(verify_store(out, NAME))
     assert [problem.split(": ")[1].split(" where")[0] for problem in problems] == ["missing", "not part of the store"]
@@ -292,7 +349,7 @@ def grown(path: Path):
 
 @pytest.mark.parametrize("harm", [Path.unlink, emptied, cut, grown, replaced_by_a_folder])
 @pytest.mark.parametrize(("grid", "folder"), [("volume", ""), ("model", "model/")])
-@pytest.mark.parametrize("part", ["0/c/0/0/0", "0/zarr.json"])
+@pytest.mark.parametrize("part", ["0/c.0.0.0", "0/zarr.json"])
 def test_a_part_that_is_missing_or_of_another_size_is_named_when_its_grid_is_read(out, harm, grid, folder, part):
     harm(out.path / NAME / f"{folder}{part}")
     said = rf"whole store, found .*{folder}{part} .*were written; prepare it or copy|expected whole metadata.*again"
@@ -307,10 +364,10 @@ def test_a_part_that_an_object_store_lost_is_named_when_it_is_read_and_makes_the
     out = Location("memory://bucket/lost")
     metadata = write_store(prepared, out, NAME, IDENTITY)
     assert is_whole(out, NAME, metadata)
-    out.remove(f"{NAME}/model/0/c/0/0/0")
+    out.remove(f"{NAME}/model/0/c.0.0.0")
     if content is not None:
-        out.write(f"{NAME}/model/0/c/0/0/0", content)
-    with pytest.raises(UsageError, match=r"whole store, found .*model/0/c/0/0/0 (missing|of [\d,]+ bytes) where"):
+        out.write(f"{NAME}/model/0/c.0.0.0", content)
+    with pytest.raises(UsageError, match=r"whole store, found .*model/0/c.0.0.0 (missing|of [\d,]+ bytes) where"):
         open_volume(out.at(NAME), "model")
     assert np.array_equal(open_volume(out.at(NAME)).numpy(), prepared.volume.array_zyx)
     assert not is_whole(out, NAME, metadata)
@@ -318,9 +375,9 @@ def test_a_part_that_an_object_store_lost_is_named_when_it_is_read_and_makes_the
 
 def test_a_store_whose_list_lost_the_voxels_is_damaged(out):
     rewritten(
-        out.path / NAME, lambda ours: ours["files"].update({"model/0/c/0/0/1": ours["files"].pop("model/0/c/0/0/0")})
+        out.path / NAME, lambda ours: ours["files"].update({"model/0/c.0.0.1": ours["files"].pop("model/0/c.0.0.0")})
     )
-    (out.path / NAME / "model/0/c/0/0/0").rename(out.path / NAME / "model/0/c/0/0/1")
+    (out.path / NAME / "model/0/c.0.0.0").rename(out.path / NAME / "model/0/c.0.0.1")
     with pytest.raises(UsageError, match="expected whole metadata"):
         open_volume(out.path / NAME, "model")
 

@@ -26,7 +26,7 @@ from photon_data.stored_array import Layout, decoded
 RECIPE = Recipe(shape_zyx=(12, 10, 14), model_shape_zyx=(6, 8, 8), spacing_mm=(1.5, 1.0, 0.8))
 GRIDS = ("volume", "model")
 METADATA = {"zarr.json": GRIDS, "0/zarr.json": GRIDS[:1], "model/zarr.json": GRIDS[1:], "model/0/zarr.json": GRIDS[1:]}
-SHARDS = {"volume": "0/c/0/0/0", "model": "model/0/c/0/0/0"}
+SHARDS = {"volume": "0/c.0.0.0", "model": "model/0/c.0.0.0"}
 
 
 def identity(id):
@@ -139,7 +139,7 @@ def test_a_store_under_another_ones_name_is_refused_by_name_and_read_without_one
     assert np.array_equal(open_volume(two[0]).numpy(), prepared_of(1).volume.array_zyx)
 
 
-@pytest.mark.parametrize("part", ["0/c/0/0/0", "0", "model", "model/0/c/0/0/0"])
+@pytest.mark.parametrize("part", ["0/c.0.0.0", "0", "model", "model/0/c.0.0.0"])
 def test_parts_of_two_stores_do_not_mix(two, part):
     swap(*(store / part for store in two))
     for store in two:
@@ -226,7 +226,7 @@ def test_a_damaged_chunk_is_named_when_it_is_read_and_others_are_read(two):
     state = shard.stat()
     shard.write_bytes(content)
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(UsageError, match=r"found .*0/c/0/0/0 damaged \(.*checksum"):
+    with pytest.raises(UsageError, match=r"found .*0/c.0.0.0 damaged \(.*checksum"):
         open_volume(two[0]).numpy()
     assert open_volume(two[0], "model").numpy().any()
 
@@ -270,7 +270,7 @@ def test_an_object_store_is_held_to_the_same(monkeypatch):
     out.write(f"{name}/model/0/zarr.json", content.replace(b'"little"', b'"litt1e"'))
     with pytest.raises(UsageError, match=r"model/0/zarr\.json, whose bytes have changed"):
         open_volume(urls[0], "model")
-    out.remove(f"{name}/0/c/0/0/0")
+    out.remove(f"{name}/0/c.0.0.0")
     with pytest.raises(UsageError, match="found it lost"):
         volume.numpy()
     root = out.read("volumes/s1.ome.zarr/zarr.json")

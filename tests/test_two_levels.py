@@ -110,13 +110,13 @@ def test_verify_and_export_say_with_workers_what_they_say_without(raw, tmp_path,
     for id in ("s0", "s1", "s2"):
         here, there = (tmp_path / name / "volumes" / f"{id}.nii.gz" for name in ("here", "there"))
         assert here.read_bytes() == there.read_bytes()
-    shard = out / "volumes" / "s1.ome.zarr" / "0" / "c" / "0" / "0" / "0"
+    shard = out / "volumes" / "s1.ome.zarr" / "0" / "c.0.0.0"
     content = bytearray(shard.read_bytes())
     content[9] ^= 1
     shard.write_bytes(content)
     location, seen = Location(str(out)), []
     here = sorted(verify_output(location))
-    assert [problem.partition(":")[0] for problem in here] == ["volumes/s1.ome.zarr/0/c/0/0/0"]
+    assert [problem.partition(":")[0] for problem in here] == ["volumes/s1.ome.zarr/0/c.0.0.0"]
     found = sorted(verify_output(location, lambda done, total: seen.append((done, total)), workers=Workers(2)))
     assert found == here
     assert seen == [(1, 3), (2, 3), (3, 3)]

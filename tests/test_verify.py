@@ -103,7 +103,7 @@ def deep_json(path: Path):
 @pytest.mark.parametrize(
     ("harm", "name"),
     [
-        (folder_in_place, "volumes/s0.ome.zarr/0/c/0/0/0"),
+        (folder_in_place, "volumes/s0.ome.zarr/0/c.0.0.0"),
         (deep_json, "volumes/s0.ome.zarr/zarr.json"),
         (folder_in_place, "volumes/s0.ome.zarr/zarr.json"),
         (shutil.rmtree, "volumes/s0.ome.zarr"),
@@ -131,12 +131,12 @@ def test_an_error_of_the_disk_costs_one_file(out, monkeypatch):
     open_ = Path.open
 
     def failing(path, *more, **options):
-        if path.match("s1.ome.zarr/0/c/0/0/0"):
+        if path.match("s1.ome.zarr/0/c.0.0.0"):
             raise OSError(5, "Input/output error")
         return open_(path, *more, **options)
 
     monkeypatch.setattr(Path, "open", failing)
-    assert problems(out) == ["volumes/s1.ome.zarr/0/c/0/0/0: cannot be read (Input/output error)"]
+    assert problems(out) == ["volumes/s1.ome.zarr/0/c.0.0.0: cannot be read (Input/output error)"]
 
 
 def test_what_was_not_checked_is_said(out):
@@ -166,7 +166,7 @@ def test_a_scan_of_the_same_size_and_time_is_made_again_where_its_content_is_che
         code, text = run("prepare", source, out, *SETTINGS, "--include", "plain.nii", *more)
         assert code == 0, text
         counts = json.loads((out / "dataset.json").read_text())["counts"]
-        return counts["prepared"], counts["unchanged"], (out / "volumes/plain.ome.zarr/0/c/0/0/0").read_bytes()
+        return counts["prepared"], counts["unchanged"], (out / "volumes/plain.ome.zarr/0/c.0.0.0").read_bytes()
 
     first = prepare()
     state, content = scan.stat(), bytearray(scan.read_bytes())

@@ -18,7 +18,7 @@ from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import PREPARED, SUFFIX, records_of, store_name
-from photon_data.store import GRIDS, SHARD, read_metadata
+from photon_data.store import read_metadata, voxels_sha256
 from photon_data.volume import Geometry
 
 PREFIX = "vol_"  # of the ids of uploads, which are drawn at random
@@ -89,7 +89,7 @@ class Volumes:
             place, uploaded = self._uploads.get(id), id in self._uploads
         place = place or self._prepared.get(id)
         metadata = read_metadata(Location(place), "") if place else None
-        voxels = metadata and metadata["files"].get(f"{GRIDS['model']}{SHARD}", {}).get("sha256")
+        voxels = metadata and voxels_sha256(metadata, "model")
         if not (place and metadata and voxels):
             raise UnknownVolume("expected the id of a volume that is there, found none; /v1/volumes lists them")
         return Stored(id, place, f"{voxels} {metadata['digest']}", metadata["facts"], uploaded)

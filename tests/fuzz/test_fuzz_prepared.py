@@ -124,7 +124,7 @@ def test_damaged_lists_of_a_prepared_folder_are_told_and_nothing_is_written_else
 
 
 METADATA = ["zarr.json", "0/zarr.json", "model/zarr.json", "model/0/zarr.json"]
-PARTS = [*METADATA, "0/c/0/0/0", "model/0/c/0/0/0"]
+PARTS = [*METADATA, "0/c.0.0.0", "model/0/c.0.0.0"]
 
 
 @budget(80)

@@ -316,7 +316,7 @@ def damaged(rows, stores, tmp_path):
     """A manifest in which volume d's copy has a flipped bit, which its checksum tells."""
     target = tmp_path / "damaged.ome.zarr"
     shutil.copytree(stores["d"], target)
-    shard = target / "model/0/c/0/0/0"
+    shard = target / "model/0/c.0.0.0"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 8
     shard.write_bytes(content)
