@@ -12,7 +12,7 @@
 #include <string.h>
 
 /* Raised with every change of what a function takes or gives; interpolate.py takes no extension of another one. */
-#define VERSION 1
+#define VERSION 2
 
 /* Loops are compiled twice where the loader can choose: wider registers, the same results. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -404,7 +404,7 @@ TRILINEAR(trilinear_float, float)
 
 static void affine_row(const Py_buffer *in, const Line *lines, Block *k, Py_ssize_t n, short *restrict out)
 {
-    Py_ssize_t from = 0, to = n, sy = in->shape[2], sz = in->shape[1] * sy;
+    Py_ssize_t from = 0, to = n, sy = in->strides[1] / in->itemsize, sz = in->strides[0] / in->itemsize;
     for (int a = 0; a < 3; a++) {
         const Line *l = &lines[a];
         Py_ssize_t enters = reaches(l, l->step < 0 ? l->end : l->first, n);
@@ -434,15 +434,16 @@ static PyObject *affine(PyObject *self, PyObject *args)
                           &m[1][1], &m[1][2], &m[1][3], &m[2][0], &m[2][1], &m[2][2], &m[2][3], &rim, &k.slope,
                           &k.intercept, &k.floor, &k.ceiling, &target))
         return NULL;
-    Py_buffer *in = get(&b, source, 3, 0, PyBUF_C_CONTIGUOUS);
+    Py_buffer *in = get(&b, source, 3, 0, PyBUF_STRIDES);
     Py_buffer *out = in ? get(&b, target, 3, sizeof(short), PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) : NULL;
     if (!out)
         goto failed;
     int known = is_one_of("hHf", in);
     for (int a = 0; a < 3; a++)
-        known = known && in->shape[a] >= 2 && in->shape[a] < (1 << 30);
-    if (!known) {
-        PyErr_SetString(PyExc_ValueError, "expected int16, uint16 or float32, two voxels or more along each axis");
+        known = known && in->shape[a] >= 2 && in->shape[a] < (1 << 30) && in->strides[a] % in->itemsize == 0;
+    if (!known || in->strides[2] != in->itemsize) {
+        PyErr_SetString(PyExc_ValueError,
+                        "expected whole rows of int16, uint16 or float32, two voxels or more along each axis");
         goto failed;
     }
     Py_ssize_t nz = out->shape[0], ny = out->shape[1], nx = out->shape[2], down = (ny + TILE - 1) / TILE;

@@ -17,7 +17,7 @@ except ImportError:  # installed without a compiler
 
 VARIABLE = "PHOTON_KERNELS"
 # What a function of the C code takes and gives; an extension of an earlier checkout is not used.
-VERSION = 1
+VERSION = 2
 # Integers and floats of C. Others become float32 before.
 TYPES = "bBhHiIlLqQfd"
 # A voxel exactly on the outer face of a scan falls the same way on every machine, which rounds its index by less.
@@ -127,18 +127,30 @@ def resize(array: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
     return out
 
 
+def roomy(shape_zyx: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array for `affine` to read: not filled, with room for eight values after each row.
+
+    Rows of 512 values all begin at the same few places of a cache, where they push out one another. With the room,
+    `affine` takes up to a third less time; no measured scan took more.
+    """
+    return np.empty((*shape_zyx[:-1], shape_zyx[-1] + 8), dtype)[..., : shape_zyx[-1]]
+
+
 def affine(
     array: np.ndarray, matrix: np.ndarray, slope: float, intercept: float, window: tuple[float, float], out: np.ndarray
 ) -> None:
     """Write into the voxels of the int16 array `out` [z, y, x] what lies at matrix [3, 4] @ (z, y, x, 1) in `array`.
 
-    `array` is int16, uint16 or float32, with at least two voxels along each axis. Trilinear in float64, rescaled,
+    `array` is int16, uint16 or float32, with at least two voxels along each axis; between its rows may be room
+    (`roomy`). Trilinear in float64, rescaled,
     rounded to nearest and clipped. Native index i covers [i - 0.5, i + 0.5), as in ITK: in the outer half voxel the
     edge value is repeated. Voxels of `out` beyond are left as they are.
     """
     if c := compiled():
         return c.affine(array, tuple(matrix.ravel().tolist()), RIM_VOXELS, slope, intercept, *window, out)
-    flat, strides = array.ravel(), (array.shape[1] * array.shape[2], array.shape[2], 1)
+    strides = [stride // array.itemsize for stride in array.strides]
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True))
+    flat = np.lib.stride_tricks.as_strided(array, (reach,), (array.itemsize,), writeable=False)
     y, x = np.ogrid[: out.shape[1], : out.shape[2]]
     for z in range(len(out)):
         inside, at, weights = np.ones(out.shape[1:], bool), np.zeros(out.shape[1:], np.intp), []

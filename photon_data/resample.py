@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from photon_data.errors import refusal
-from photon_data.interpolate import Interpolator, affine, axis_map, between, gaussian, resize, smoothed
+from photon_data.interpolate import Interpolator, affine, axis_map, between, gaussian, resize, roomy, smoothed
 from photon_data.recipe import Recipe
 from photon_data.volume import Geometry, Volume
 
@@ -268,7 +268,7 @@ def _resample_whole(planes: Iterator[np.ndarray], native: Geometry, grid: Geomet
     for k, plane in enumerate(planes):
         if k == 0:
             kept = plane.dtype if plane.dtype == np.uint16 else np.promote_types(plane.dtype, np.int16)
-            whole = np.empty(last - first, kept if kept.itemsize == 2 else np.float32)
+            whole = roomy(tuple(last - first), kept if kept.itemsize == 2 else np.dtype(np.float32))
         if first[0] <= k < last[0]:
             whole[k - first[0]] = plane[part[1:]]
     matrix[:, 3] -= first

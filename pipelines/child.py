@@ -222,6 +222,7 @@ def _end_with_stdin() -> None:
 def single_threaded() -> None:
     """Use one core per job: parallelism comes from jobs, and bytes must not depend on the number of threads."""
     import numcodecs.blosc
+    import numpy.ma  # noqa: F401  (numpy does at its first percentile: amid buffers, it parts what they leave, 25 MB)
     import zarr
 
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # its import costs 90 MB, and few scans need it
