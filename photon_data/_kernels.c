@@ -121,11 +121,10 @@ WIDE static void sample(const float *row, const int *low, const int *high, const
     }
 }
 
-/* Round to nearest, ties to even, as rint does: the sum has no room for fractions. Values beyond int16 are cut first. */
+/* Round to nearest, ties to even, as rint does: the sum has no room for fractions. Values that are too large for that
+   stay beyond int16, hence beyond every window. */
 static inline float nearest(float v)
 {
-    v = v < -40000.0f ? -40000.0f : v;
-    v = v > 40000.0f ? 40000.0f : v;
     return (v + 12582912.0f) - 12582912.0f;
 }
 
@@ -354,6 +353,15 @@ WIDE static void along(const Line *l, Py_ssize_t from, Py_ssize_t n, int *restri
 {
     double start = l->start, step = l->step, last = l->last;
     int most = (int)last - 1, first = (int)from;
+    double ends[2] = {start + step * (double)first, start + step * (double)(first + (int)n - 1)};
+    if (ends[0] >= 0 && ends[1] >= 0 && ends[0] < last && ends[1] < last) { /* nothing to cut, and less to do */
+        for (int i = 0; i < (int)n; i++) {
+            double p = start + step * (double)(first + i);
+            low[i] = (int)p;
+            weight[i] = p - (double)(int)p;
+        }
+        return;
+    }
     for (int i = 0; i < (int)n; i++) {
         double p = start + step * (double)(first + i);
         p = p < 0 ? 0 : p;
@@ -373,38 +381,59 @@ typedef struct {
 } Block;
 
 #define MIX(a, b, w) ((a) + (w) * ((b) - (a)))
-#define TRILINEAR(name, T) \
+/* Two neighbours in a row, as they are read at once: the value of the first, and the second less the first. Both are
+   whole numbers below 2^17, which a double holds. */
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define SWAP(v) ((v) << 16 | (v) >> 16)
+#else
+#define SWAP(v) (v)
+#endif
+#define SHORT(v) ((int32_t)(SWAP(v) << 16) >> 16)
+#define SHORT_STEP(v) (((int32_t)SWAP(v) >> 16) - SHORT(v))
+#define USHORT(v) ((int32_t)(SWAP(v) & 0xffff))
+#define USHORT_STEP(v) ((int32_t)(SWAP(v) >> 16) - USHORT(v))
+#define FLOAT(v) ((v).first)
+#define FLOAT_STEP(v) ((double)(v).second - (double)(v).first)
+typedef struct { float first, second; } Floats;
+
+#define TRILINEAR(name, T, Place, Pair, FIRST, STEP) \
     WIDE static void name(const T *volume, Py_ssize_t sz, Py_ssize_t sy, const Block *k, Py_ssize_t n, short *restrict out) \
     { \
-        struct { T low, high; } v[4][BLOCK]; \
+        Pair v[4][BLOCK]; \
+        Place place[BLOCK]; \
+        for (Py_ssize_t i = 0; i < n; i++) \
+            place[i] = k->low[0][i] * (Place)sz + k->low[1][i] * (Place)sy + k->low[2][i]; \
         for (Py_ssize_t i = 0; i < n; i++) { \
-            const T *at = volume + k->low[0][i] * sz + k->low[1][i] * sy + k->low[2][i]; \
-            memcpy(&v[0][i], at, 2 * sizeof(T)); \
-            memcpy(&v[1][i], at + sy, 2 * sizeof(T)); \
-            memcpy(&v[2][i], at + sz, 2 * sizeof(T)); \
-            memcpy(&v[3][i], at + sz + sy, 2 * sizeof(T)); \
+            const T *at = volume + place[i]; \
+            memcpy(&v[0][i], at, sizeof(Pair)); \
+            memcpy(&v[1][i], at + sy, sizeof(Pair)); \
+            memcpy(&v[2][i], at + sz, sizeof(Pair)); \
+            memcpy(&v[3][i], at + sz + sy, sizeof(Pair)); \
         } \
         for (Py_ssize_t i = 0; i < n; i++) { \
-            double wz = k->weight[0][i], wy = k->weight[1][i], wx = k->weight[2][i]; \
-            double a = MIX((double)v[0][i].low, (double)v[0][i].high, wx), b = MIX((double)v[1][i].low, (double)v[1][i].high, wx); \
-            double c = MIX((double)v[2][i].low, (double)v[2][i].high, wx), d = MIX((double)v[3][i].low, (double)v[3][i].high, wx); \
-            double low = MIX(a, b, wy), high = MIX(c, d, wy); \
+            double wz = k->weight[0][i], wy = k->weight[1][i], wx = k->weight[2][i], row[4]; \
+            for (int j = 0; j < 4; j++) \
+                row[j] = (double)FIRST(v[j][i]) + wx * (double)STEP(v[j][i]); \
+            double low = MIX(row[0], row[1], wy), high = MIX(row[2], row[3], wy); \
             double hu = MIX(low, high, wz) * k->slope + k->intercept; \
-            hu = hu < -40000.0 ? -40000.0 : hu; \
-            hu = hu > 40000.0 ? 40000.0 : hu; \
             hu = (hu + 6755399441055744.0) - 6755399441055744.0; \
             hu = hu < k->floor ? k->floor : hu; \
             hu = hu > k->ceiling ? k->ceiling : hu; \
             out[i] = (short)(int)hu; \
         } \
     }
-TRILINEAR(trilinear_short, short)
-TRILINEAR(trilinear_ushort, unsigned short)
-TRILINEAR(trilinear_float, float)
+TRILINEAR(trilinear_short, short, int32_t, uint32_t, SHORT, SHORT_STEP)
+TRILINEAR(trilinear_ushort, unsigned short, int32_t, uint32_t, USHORT, USHORT_STEP)
+TRILINEAR(trilinear_float, float, int32_t, Floats, FLOAT, FLOAT_STEP)
+/* The same of scans of more values than 32 bits count. */
+TRILINEAR(large_short, short, int64_t, uint32_t, SHORT, SHORT_STEP)
+TRILINEAR(large_ushort, unsigned short, int64_t, uint32_t, USHORT, USHORT_STEP)
+TRILINEAR(large_float, float, int64_t, Floats, FLOAT, FLOAT_STEP)
 
 static void affine_row(const Py_buffer *in, const Line *lines, Block *k, Py_ssize_t n, short *restrict out)
 {
     Py_ssize_t from = 0, to = n, sy = in->strides[1] / in->itemsize, sz = in->strides[0] / in->itemsize;
+    int large = (int64_t)sz * in->shape[0] + (int64_t)sy * in->shape[1] > INT32_MAX;
     for (int a = 0; a < 3; a++) {
         const Line *l = &lines[a];
         Py_ssize_t enters = reaches(l, l->step < 0 ? l->end : l->first, n);
@@ -417,9 +446,9 @@ static void affine_row(const Py_buffer *in, const Line *lines, Block *k, Py_ssiz
         for (int a = 0; a < 3; a++)
             along(&lines[a], x, m, k->low[a], k->weight[a]);
         switch (in->format[0]) {
-        case 'h': trilinear_short(in->buf, sz, sy, k, m, out + x); break;
-        case 'H': trilinear_ushort(in->buf, sz, sy, k, m, out + x); break;
-        default: trilinear_float(in->buf, sz, sy, k, m, out + x);
+        case 'h': (large ? large_short : trilinear_short)(in->buf, sz, sy, k, m, out + x); break;
+        case 'H': (large ? large_ushort : trilinear_ushort)(in->buf, sz, sy, k, m, out + x); break;
+        default: (large ? large_float : trilinear_float)(in->buf, sz, sy, k, m, out + x);
         }
     }
 }
@@ -440,7 +469,8 @@ static PyObject *affine(PyObject *self, PyObject *args)
         goto failed;
     int known = is_one_of("hHf", in);
     for (int a = 0; a < 3; a++)
-        known = known && in->shape[a] >= 2 && in->shape[a] < (1 << 30) && in->strides[a] % in->itemsize == 0;
+        known = known && in->shape[a] >= 2 && in->shape[a] < (1 << 30) && in->strides[a] > 0
+            && in->strides[a] % in->itemsize == 0;
     if (!known || in->strides[2] != in->itemsize) {
         PyErr_SetString(PyExc_ValueError,
                         "expected whole rows of int16, uint16 or float32, two voxels or more along each axis");

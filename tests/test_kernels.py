@@ -121,6 +121,34 @@ def test_oblique_scans_are_equal_to_the_bit(monkeypatch, dtype, turn):
     assert all(map(np.array_equal, fast, slow))
 
 
+def test_an_oblique_scan_of_more_values_than_32_bits_count_is_equal_too(monkeypatch, tmp_path):
+    scan = np.memmap(tmp_path / "sparse", np.int16, "w+", shape=(3, 30_000, 40_000))  # 7 GB, of which a page is written
+    scan[1:, 29_990:, 39_990:] = np.random.default_rng(0).integers(-1000, 1000, (2, 10, 10))
+    matrix = np.array([[0.1, 0.02, 0.01, 1.2], [0.03, 0.9, 0.1, 29_991.5], [0.02, 0.1, 0.8, 39_990.2]])
+
+    def corner():
+        out = np.full((6, 7, 8), 7, np.int16)
+        interpolate.affine(scan, matrix, 1.0, 0.0, (-1000.0, 1000.0), out)
+        return out
+
+    in_c, in_numpy = both(monkeypatch, corner)
+    assert np.array_equal(in_c, in_numpy) and len(np.unique(in_c)) > 100
+
+
+@pytest.mark.parametrize("turn", [(0, 0, 0), TURNS[0]])
+def test_values_far_beyond_int16_are_cut_to_the_window(monkeypatch, turn):
+    array = np.random.default_rng(1).choice([-3e38, -1e10, -4.3e6, -33000.0, 40.4, 33000.0, 8.4e6, 1e12], (12, 21, 25))
+    native = rotated(frame(array.shape, spacing_mm=(1.5, 1.0, 1.1)), turn)
+    values = Values(1.0, 0.0, (-32768.0, 32767.0), -1000.0)
+
+    def on_grid():
+        return resample(iter(array.astype(np.float32)), native, target_grid(native, SMALL), values, antialias=False)
+
+    in_c, in_numpy = both(monkeypatch, on_grid)
+    assert np.array_equal(in_c, in_numpy)
+    assert (in_c.min(), in_c.max()) == (-32768, 32767)
+
+
 @pytest.mark.parametrize("antialias", [False, True])
 def test_scans_with_uneven_slices_and_one_slice_and_off_the_grid_are_equal_too(monkeypatch, antialias):
     array, native = ct_like((9, 30, 33)), frame((17, 30, 33))
