@@ -64,6 +64,11 @@ def is_url(text: str) -> bool:
     return bool(mark) and "/" not in scheme
 
 
+def place_name(path: Path) -> str:
+    """Return the URL of an object or a folder of objects (see readers/object_path.py), the path of a local one."""
+    return str(getattr(path, "url", path))
+
+
 def names_below(root: str, files: Iterable[str | Path]) -> tuple[str, ...]:
     """Return files as texts: relative to `root`, the folder or URL of a Source; whole where they do not lie below it.
 

@@ -36,7 +36,7 @@ from photon_data.questions.kept import (
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import UNKNOWN, Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.readers.object_path import place_name, source_path
+from photon_data.readers.object_path import source_path
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
@@ -54,6 +54,7 @@ from photon_data.records import (
     write_records,
 )
 from photon_data.report import NO_PICTURE, render_report
+from photon_data.scan import place_name
 from photon_data.store import open_volume
 from photon_pipelines.cluster import Workers, prepared
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
