@@ -30,7 +30,7 @@ class Source:
     # Of one NIfTI, a header and its data file, or the slices of a DICOM series, see `names_below`. A run holds those of
     # every scan, and a Path takes four times as much.
     names: tuple[str, ...]
-    format: str
+    format: str  # by its suffix, see SUFFIXES; "dicom" by its content; "folder" of one that cannot be listed
     bytes: int
     mtime_ns: int  # of several files: a number that changes with the name, size or time of any of them
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
@@ -56,6 +56,15 @@ class Source:
         """Return the Source that `to_json` wrote."""
         files, facts = data["files"], {name: value for name, value in data.items() if name != "files"}
         return cls(names=names_below(data["root"], files), **facts)
+
+
+SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
+SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
+
+
+def suffix_of(path: Path) -> str | None:
+    """Return the suffix of a file that may hold a scan or masks, None for other files."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def is_url(text: str) -> bool:

@@ -26,9 +26,9 @@ from photon_data.readers.dicom_cache import kept_files, read_headers
 from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
-from photon_data.readers.header import DATA_FILES, SUFFIXES, TEXT_HEADERS, suffix_of
+from photon_data.readers.header import DATA_FILES, TEXT_HEADERS
 from photon_data.readers.tree import File, Identity, Tree, access_to, is_label_map, is_named_as_one, matches
-from photon_data.scan import Source, change_mark, is_url, names_below, place_name
+from photon_data.scan import SUFFIXES, Source, change_mark, is_url, names_below, place_name, suffix_of
 
 # How files that are no scans are counted: by what they are, else by suffix.
 LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
