@@ -18,8 +18,7 @@ from photon_cli.terminal import ProgressBar, console, print_lines, print_table
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, Location, jsonl_bytes, write_whole
 from photon_data.lock import exclusive
-from photon_data.questions.table import read_values, volume_id_of
-from photon_data.recipe import Recipe
+from photon_data.questions.table import read_values
 from photon_train.answering.scan import open_input
 from photon_train.evaluation.baselines import CONSTANT, MAJORITY
 from photon_train.evaluation.cases import Answered, Answering, grouped, scored_row
@@ -55,7 +54,7 @@ from photon_train.evaluation.results import (
 from photon_train.evaluation.text_metrics import LabelTable, read_labels
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_by_volume, volumes_with_masks
 from photon_train.overlay import PICTURE, Canvas, folders_of, picture
-from photon_train.rows import Row, read_predictions, read_rows, unpack_mask
+from photon_train.rows import Row, read_predictions, read_rows, unpack_mask, volume_id_of
 
 
 def answered_before(predictions: Sequence[Path], model: str | None) -> Answering:
@@ -124,7 +123,8 @@ def score(
             masks=counted,
             questions=questions,
         )
-        evaluation = replace(evaluation, counterfactuals=_counterfactuals(named, questions, settings))
+        if any(one.on_edited for one in files):
+            evaluation = replace(evaluation, counterfactuals=_counterfactuals(named, questions, settings))
         if not answers_now:
             held.enter_context(exclusive(Location(str(output))))
         pictures = _pictures(evaluation, rows, overlays, output / "overlays") if overlays else {}
@@ -239,7 +239,7 @@ def _pictures(
     fitting = [case for case in cases if case.prediction.visual_tokens == prod(tokens_zyx)]
     for (volume, id), group in grouped(fitting, lambda case: volumes[case.id]).items():
         try:
-            scan = open_input(volume, Recipe(), id=id)
+            scan = open_input(volume, id=id)
             canvas = Canvas(scan.volume, scan.native, tokens_zyx)
             for case in group:
                 keep_V = unpack_mask(case.prediction.kept, case.prediction.visual_tokens)

@@ -24,9 +24,9 @@ from photon_data.override import proposed_rows, proposed_table
 from photon_data.questions.kept import collect
 from photon_data.questions.splits import leaks_of, refuse_leaks
 from photon_data.readers.find import left_alone
-from photon_data.readers.object_path import place_name
 from photon_data.records import READY, VolumeRecord
 from photon_data.report import all_remarks, duplicates
+from photon_data.scan import place_name
 from photon_data.store import WRITTEN
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Workers

@@ -252,16 +252,16 @@ def evaluate(
     with errors_as_exit_codes():
         from photon_cli import eval as body
         from photon_train.evaluation.cases import Answering
-        from photon_train.evaluation.counterfactual import edits_of
         from photon_train.evaluation.results import Settings
 
         answering: Answering
-        edits = edits_of(counterfactual, bool(masks))
         if model:
             from photon_cli.benchmark import answer_benchmark
             from photon_cli.predict import batch_of, loader
             from photon_train.answering.generation import AnswerSettings
+            from photon_train.evaluation.counterfactual import edits_of
 
+            edits = edits_of(counterfactual, bool(masks))
             answers = AnswerSettings(max_new_tokens, choices=choices)
             load = loader(model, answers, dtype, revision, batch=batch_of(batch), device=device, adapter=adapter)
             answering = answer_benchmark(load, schedulers, keep, output / "predictions", edits, masks)

@@ -23,8 +23,7 @@ from photon_cli.terminal import ProgressBar, console, numbers, print_lines, wind
 from photon_data.errors import UsageError
 from photon_data.files import NO_SPACE, write_whole
 from photon_data.picture import AUTO, resolve_window
-from photon_data.questions.table import VIDEO_TAG, volume_id_of
-from photon_data.recipe import Recipe
+from photon_data.questions.table import VIDEO_TAG
 from photon_train.answering import manifest
 from photon_train.answering.generation import AnswerSettings
 from photon_train.answering.loading import load_predictor
@@ -34,7 +33,7 @@ from photon_train.answering.request import RequestGroup
 from photon_train.answering.scan import ScanInput, open_input
 from photon_train.kept_tokens import CountedMask, MaskFolder, counted_masks
 from photon_train.overlay import ASKED, Canvas, View, folders_of, write_overlay
-from photon_train.rows import Row, plain_row, prompt_of, read_rows
+from photon_train.rows import Row, plain_row, prompt_of, read_rows, volume_id_of
 
 RECALL = "recall.json"
 SHOWN_FAILURES = 10
@@ -259,7 +258,7 @@ def _write_overlays(overlays: Overlays, predictor: Predictor, group: RequestGrou
     """Write what was kept of each volume of a group; a volume with masks has their recall beside it."""
     titles = {one.id: prompt_of(one.row).replace(VIDEO_TAG, "").strip() for one in group.requests}
     for number, video in enumerate(group.videos):
-        scan = open_input(str(video), Recipe(), id=volume_id_of(group.requests[0].row))
+        scan = open_input(str(video), id=volume_id_of(group.requests[0].row))
         home = MaskFolder(overlays.masks) if overlays.masks else None
         masks = home and home.has(scan.id) and (home.out.url if home.is_prepared else home.out.at(scan.id))
         of_volume = overlays._replace(masks=masks or None)

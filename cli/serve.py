@@ -33,7 +33,7 @@ from photon_train.answering.predictor import Predictor
 from photon_train.overlay import Canvas, write_one
 from photon_train.serving.engine import Engine
 
-INTAKE = "photon_pipelines.serving.upload"
+INTAKE = "photon_pipelines.serving.intake"
 SHORTEST_KEY = 16
 MAX_FILES = 20_000
 MAX_CONNECTIONS = 1024

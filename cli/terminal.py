@@ -370,8 +370,9 @@ def source_and_out(paths: Sequence[str] | None, manifest: Path | None, usage: st
     if manifest:
         return Path(source), out
     from photon_data.readers.object_path import ObjectPath, source_path
+    from photon_data.scan import is_url
 
-    path = source_path(source)
+    path = source_path(source) if is_url(source) else Path(source)
     if not isinstance(path, ObjectPath) and not path.exists():
         raise UsageError(f"expected a folder or a file, but {source} does not exist")
     return path, out

@@ -46,7 +46,8 @@ def train_config(stage: str, file: Path | None, settings: Sequence[str], given: 
 def dry_run(config: TrainConfig) -> None:
     """Make one step of the run, and describe it."""
     with _stopped_as_exit_codes(config):
-        if description := loop.dry_run(config, grounding_of(config.grounding), _answering_of(config)):
+        grounding = grounding_of(config.grounding) if config.grounding else None
+        if description := loop.dry_run(config, grounding, _answering_of(config)):
             console.print(description, soft_wrap=True)
 
 

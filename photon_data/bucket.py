@@ -218,10 +218,10 @@ def files_at_hand(job: dict[str, Any], goes_on: Callable[[], bool] = lambda: Tru
     """Yield a job, as JSON, with local files in place of the objects of its source; NotFetched.
 
     They lie in a folder of TMPDIR that its owner alone can enter, by the names that they have below SOURCE. It is gone
-    after the block. A job whose files are local, or of a scan that is not read, is yielded as it is.
+    after the block. A job of a scan that is not read is yielded as it is.
     """
-    source = job.get("source") or {}
-    if not is_url(source.get("root") or "") or source.get("problem"):
+    source = job["source"]
+    if source.get("problem"):
         yield job
         return
     listed = source["bytes"], source["mtime_ns"]

@@ -23,12 +23,11 @@ from photon_data.lock import refuse_taken
 from photon_data.mask_store import Box, Label, Layers, belongs_to, box_of, write_masks
 from photon_data.private import without_names
 from photon_data.readers import open_scan
-from photon_data.readers.header import SUFFIXES, suffix_of
 from photon_data.readers.mask_pattern import LARGEST_VALUE
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import MASKS, PREPARED, UNCHANGED, VolumeRecord, record_of, recorded, store_name
 from photon_data.resample import aligned_axes, grid_to_native, model_grid
-from photon_data.scan import MaskFile, Source, names_below
+from photon_data.scan import SUFFIXES, MaskFile, Source, names_below, suffix_of
 from photon_data.store import is_whole, read_metadata
 from photon_data.volume import Geometry
 

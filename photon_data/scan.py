@@ -30,7 +30,7 @@ class Source:
     # Of one NIfTI, a header and its data file, or the slices of a DICOM series, see `names_below`. A run holds those of
     # every scan, and a Path takes four times as much.
     names: tuple[str, ...]
-    format: str
+    format: str  # by its suffix, see SUFFIXES; "dicom" by its content; "folder" of one that cannot be listed
     bytes: int
     mtime_ns: int  # of several files: a number that changes with the name, size or time of any of them
     problem: str | None = None  # set where the search found that it cannot become a volume (an unreadable file, say)
@@ -58,10 +58,24 @@ class Source:
         return cls(names=names_below(data["root"], files), **facts)
 
 
+SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
+SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
+
+
+def suffix_of(path: Path) -> str | None:
+    """Return the suffix of a file that may hold a scan or masks, None for other files."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
 def is_url(text: str) -> bool:
     """Tell whether a text names objects of a store, rather than a local path ("/data/a://b" is one)."""
     scheme, mark, _ = text.partition("://")
     return bool(mark) and "/" not in scheme
+
+
+def place_name(path: Path) -> str:
+    """Return the URL of an object or a folder of objects (see readers/object_path.py), the path of a local one."""
+    return str(getattr(path, "url", path))
 
 
 def names_below(root: str, files: Iterable[str | Path]) -> tuple[str, ...]:

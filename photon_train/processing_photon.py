@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature
 
-from photon_data.questions.table import VIDEO_TAG, volume_id_of
+from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, open_volume
 from photon_train.checkpoint import write_digests
 from photon_train.configuration_photon import IGNORED, PhotonConfig, hub_options
+from photon_train.rows import volume_id_of
 from photon_train.scheduling import ROLE_LINE, prefix_length, question_mask, visual_mask
 
 VOLUME_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"

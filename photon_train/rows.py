@@ -19,7 +19,7 @@ import numpy as np
 from photon_data.errors import UsageError, first_few
 from photon_data.files import jsonl_bytes
 from photon_data.json_text import fields_of, from_json
-from photon_data.questions.table import VIDEO_TAG, read_text, read_values, volume_id_of
+from photon_data.questions.table import VIDEO_TAG, read_text, read_values
 
 Row = Mapping[str, Any]
 MOST_TOKENS, MOST_MEASURED = 1 << 31, 10**12
@@ -53,6 +53,12 @@ def prefix_of(row: Row) -> tuple[Any, ...]:
     if id_ := volume_id_of(row):
         volumes = ((*volumes, id_),)
     return volumes, *text_before_volumes(row)
+
+
+def volume_id_of(row: Row) -> str | None:
+    """Return the id that the store of a row must have; None where it names none, or several stores."""
+    id = row.get("volume_id")
+    return str(id) if id and len(row.get("videos") or ()) == 1 else None
 
 
 def text_before_volumes(row: Row) -> tuple[tuple[str, str], ...]:

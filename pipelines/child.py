@@ -16,10 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from photon_data.bucket import NotFetched, files_at_hand
 from photon_data.records import DIED, OUT_FULL, UNABLE, NoSpace
+from photon_data.scan import is_url
 
 # Without these, glibc returns every large buffer to the kernel and faults it in again: 1.8 s instead of 1.0 s per scan.
 ENVIRONMENT = {
@@ -166,7 +168,8 @@ def run_isolated(
     start_s = time.perf_counter()
     child = _children.setdefault((run, threading.get_ident()), child_of(module, address_space_bytes))
     try:
-        with files_at_hand(job, lambda: run not in _ended) as job:
+        of_url = is_url((job.get("source") or {}).get("root") or "")
+        with files_at_hand(job, lambda: run not in _ended) if of_url else nullcontext(job) as job:
             if run in _ended:  # while they were fetched
                 return {UNABLE: "the run has ended"}
             return child.ask({**job, "holder": holder} if holder else job, timeout_s)

@@ -19,7 +19,7 @@ from photon_data.mask_store import id_at, read_rows
 from photon_data.mask_store import orphans as masks_alone
 from photon_data.private import HEADERS, KEYED, private_folder, read_key
 from photon_data.readers.find import find_scans
-from photon_data.readers.object_path import is_there, place_name, source_path
+from photon_data.readers.object_path import is_there, source_path
 from photon_data.records import (
     MANY,
     PRUNED,
@@ -32,7 +32,7 @@ from photon_data.records import (
     records_of,
     store_names,
 )
-from photon_data.scan import Source, is_url
+from photon_data.scan import Source, is_url, place_name
 from photon_data.store import read_metadata
 
 

@@ -21,7 +21,6 @@ from photon_data.questions.question import PROMPTS, UNKNOWN, Question, by_name, 
 from photon_data.questions.splits import Count, assign_splits, leaks_of, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
-from photon_data.readers.object_path import place_name
 from photon_data.records import (
     FAILED,
     INSPECTED,
@@ -35,7 +34,7 @@ from photon_data.records import (
     read_records,
     store_names,
 )
-from photon_data.scan import Source, is_url
+from photon_data.scan import Source, is_url, place_name
 from photon_data.store import is_whole, read_metadata
 from photon_pipelines.collection import (
     deep_ids,

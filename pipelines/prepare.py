@@ -22,6 +22,7 @@ from photon_data.files import Location, digest_of
 from photon_data.json_text import from_json
 from photon_data.lock import Hold, exclusive
 from photon_data.mask_store import FOLDER as MASK_STORES
+from photon_data.mask_store import ROWS as MASK_ROWS
 from photon_data.mask_store import forget, id_at, read_rows, write_rows
 from photon_data.private import keep_key, save_names
 from photon_data.questions.kept import (
@@ -36,7 +37,7 @@ from photon_data.questions.kept import (
 from photon_data.questions.manifest import Manifests, Unmatched, build, write
 from photon_data.questions.question import UNKNOWN, Question
 from photon_data.questions.splits import count, leaks, refuse_leaks
-from photon_data.readers.object_path import place_name, source_path
+from photon_data.readers.object_path import source_path
 from photon_data.recipe import Recipe
 from photon_data.records import (
     DATASET,
@@ -54,6 +55,7 @@ from photon_data.records import (
     write_records,
 )
 from photon_data.report import NO_PICTURE, render_report
+from photon_data.scan import place_name
 from photon_data.store import open_volume
 from photon_pipelines.cluster import Workers, prepared
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
@@ -135,7 +137,7 @@ def _write_report(
     A page on which a picture is missing is always made again.
     """
     out, there = request.out, {record.id for record in rows if record.is_there}
-    masks = [row for row in read_rows(out) if row.id in there]
+    masks = [row for row in read_rows(out) if row.id in there] if out.exists(MASK_ROWS) else []
     title, source = out.at("").rstrip("/").rpartition("/")[2], "" if hidden else request.source.name
     made_from = hashlib.sha256(repr([request.recipe, request.pictures, title, source, versions]).encode())
     for row in (*rows, *masks):

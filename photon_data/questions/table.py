@@ -8,7 +8,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -32,12 +32,6 @@ AMBIGUOUS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 MAX_BYTES, MAX_CELL = 2 << 30, 1 << 24
 # Rows of parquet that are decoded at a time: a few bytes of it can stand for any number of values.
 PARQUET_ROWS = 1024
-
-
-def volume_id_of(row: Mapping[str, Any]) -> str | None:
-    """Return the id that the store of a manifest's row must have; None where it names none, or several stores."""
-    id = row.get("volume_id")
-    return str(id) if id and len(row.get("videos") or ()) == 1 else None
 
 
 class TableRow(NamedTuple):

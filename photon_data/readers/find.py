@@ -26,19 +26,9 @@ from photon_data.readers.dicom_cache import kept_files, read_headers
 from photon_data.readers.dicom_file import PlaneHeader
 from photon_data.readers.dicom_header import may_be_dicom, read_planes, require_pydicom
 from photon_data.readers.dicom_series import NO_UID, Series, common_folder, series_of
-from photon_data.readers.header import DATA_FILES, SUFFIXES, TEXT_HEADERS, suffix_of
-from photon_data.readers.object_path import (
-    NO_PATH,
-    ObjectPath,
-    is_there,
-    judged,
-    parts_at_hand,
-    place_name,
-    source_path,
-    walk,
-)
-from photon_data.readers.tree import File, Identity, Tree, is_label_map, is_named_as_one, matches
-from photon_data.scan import Source, change_mark, is_url, names_below
+from photon_data.readers.header import DATA_FILES, TEXT_HEADERS
+from photon_data.readers.tree import File, Identity, Tree, access_to, is_label_map, is_named_as_one, matches
+from photon_data.scan import SUFFIXES, Source, change_mark, is_url, names_below, place_name, suffix_of
 
 # How files that are no scans are counted: by what they are, else by suffix.
 LABEL_MAP, DIRECTORY, NO_IMAGE = "(label map)", "(DICOMDIR)", "(DICOM without image)"
@@ -97,13 +87,9 @@ def find_scans(
     """
     if not root.exists():
         raise UsageError(f"expected a folder or a file with scans, but there is no {place_name(root)}; check the path")
-    objects = root.objects if isinstance(root, ObjectPath) else None
-    tree = Tree(root.absolute(), follow_links=follow_links, walk=walk if objects else os.walk)
+    tree = Tree(root.absolute(), follow_links=follow_links)
     search, seen = _Search(tree, include, exclude, label_maps, headers), count(1)
-    if objects:
-        tree.counts[NO_PATH] += objects.listing.unsafe
-        if headers:
-            objects.remember(Path(headers).parent)
+    tree.counts += tree.access.begin(headers)
     try:
         for folder in tree.folders():
             for _ in folder:
@@ -113,8 +99,7 @@ def find_scans(
         search.add_series()
     finally:  # also where somebody stops it
         search.threads.shutdown(cancel_futures=True)
-        if objects:
-            objects.keep()
+        tree.access.end()
     sources, ignored = sorted(search.sources, key=lambda source: source.path), search.counts()
     del tree, search  # what they know of every file takes memory
     ids = assign_ids([Named(source.path, source.id) for source in sources], id_from, id_prefix, known_ids)
@@ -129,9 +114,9 @@ def find_one_scan(path: Path, series: str | None = None) -> Source:
 
     "FOLDER#KEY" as path is FOLDER with "#KEY" as series. Names are those that the error lists, ids, or keys alone.
     """
-    folder, mark, key = (place := place_name(path)).rpartition("#")
-    if mark and series is None and not is_there(place, "") and is_there(folder, ""):
-        return find_one_scan(source_path(folder), f"#{key}")
+    access, (folder, mark, key) = access_to(path), (place := place_name(path)).rpartition("#")
+    if mark and series is None and not access.is_there(place) and access.is_there(folder):
+        return find_one_scan(access.path_of(folder), f"#{key}")
     sources, ignored = find_scans(path)
     found = [one for one in sources if series in (None, one.path, one.id, one.path.rpartition("#")[2])]
     if series and not found:
@@ -201,9 +186,9 @@ class _Search:
 
     def _dicom_among(self, files: Sequence[Path]) -> set[Path]:
         """Return the files that are DICOM, as it seems: threads look into those that their names do not tell."""
-        found = kept_files(files, self.headers)
+        found = kept_files(files, self.headers) if files and self.headers else set()
         others = [path for path in files if path not in found and not self._left_out(path)]
-        for part in parts_at_hand(others):
+        for part in self.tree.access.parts(others):
             found |= {path for path, is_one in zip(part, self.threads.map(may_be_dicom, part), strict=True) if is_one}
         return found
 
@@ -262,7 +247,7 @@ class _Search:
             try:
                 status = file.stat()
                 facts.append((os.path.relpath(file, self.root), status.st_size, status.st_mtime_ns))
-                if not (isinstance(file, ObjectPath) or os.access(file, os.R_OK)):
+                if not self.tree.access.may_read(file):
                     raise PermissionError(errno.EACCES, "permission denied")
             except OSError as error:
                 why = why or unreadable(file, error)
@@ -286,7 +271,7 @@ class _Search:
         text_of = TEXT_HEADERS.get(file_format)
         look = partial(is_label_map, name, text_of=text_of)
         if not (self.label_maps or is_one_file or why) and (
-            look(files) if text_of or not is_named_as_one(name) else judged(files, look)
+            look(files) if text_of or not is_named_as_one(name) else self.tree.access.judged(files, look)
         ):
             self.ignored[LABEL_MAP] += 1
             return
@@ -335,7 +320,7 @@ def group_series(files: Sequence[Path], headers: str = "") -> Grouped:
     require_pydicom()
     by_series, aside = dict[str, list[PlaneHeader]](), Counter[str]()
     unread: list[tuple[Path, Refused]] = []
-    parts = parts_at_hand(sorted(files), partial(kept_files, cache=headers))
+    parts = access_to(files[0]).parts(sorted(files), partial(kept_files, cache=headers))
     read = chain.from_iterable(read_headers(part, read_planes, headers, trust=True) for part in parts)
     for path, content, error in read:
         if error:

@@ -1,4 +1,4 @@
-"""What a file's suffix says it is; headers that are lines of text, and headers whose voxels lie in another file.
+"""Headers that are lines of text, and headers whose voxels lie in another file.
 
 That file (or a link to it) lies in the header's folder. Refused "data-file" where it is missing, outside of it, or one
 of several.
@@ -89,16 +89,7 @@ def _beside(header: Path, reference: str) -> Path:
     return header.parent / reference
 
 
-# --- suffixes
-
-SUFFIXES = dict.fromkeys((".nii.gz", ".hdr.gz", ".nii", ".hdr"), "nifti")
-SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage"}
 # Suffix -> what finds the file with the voxels, where that can be another one.
 DATA_FILES = {".hdr": nifti_data_file, ".hdr.gz": nifti_data_file, ".nrrd": nrrd_data_file, ".nhdr": nrrd_data_file}
 DATA_FILES |= {".mha": metaimage_data_file, ".mhd": metaimage_data_file}
 TEXT_HEADERS = {"nrrd": nrrd_text, "metaimage": metaimage_text}
-
-
-def suffix_of(path: Path) -> str | None:
-    """Return the suffix of a file that may hold a scan or masks, None for other files."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)

@@ -29,8 +29,8 @@ from photon_data.json_text import from_json
 from photon_data.private import words_of
 from photon_data.questions.table import read_text, read_values
 from photon_data.readers.dicom_header import names_in
-from photon_data.readers.header import DATA_FILES, suffix_of
-from photon_data.scan import MaskFile, MaskPattern, Source
+from photon_data.readers.header import DATA_FILES
+from photon_data.scan import MaskFile, MaskPattern, Source, suffix_of
 from photon_data.yaml_text import read_yaml, value_of
 
 # nnU-Net numbers the channels of a case: case_0000.nii.gz has the label map case.nii.gz.

@@ -19,7 +19,7 @@ import stat
 import tempfile
 import threading
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from photon_data.bucket import Bucket, Entry, Listing, checked_url, fetched
 from photon_data.readers.dicom_file import FIRST_BYTES, MORE_BYTES
+from photon_data.readers.tree import Access
 from photon_data.scan import change_mark, is_url
 
 OBJECTS = "objects"  # the folder of what is kept, in the private one
@@ -51,17 +52,12 @@ def source_path(text: str | Path) -> Path:
     return path
 
 
-def place_name(path: Path) -> str:
-    """Return the URL of an object or a folder of objects, the path of a local one."""
-    return path.url if isinstance(path, ObjectPath) else str(path)
-
-
 def is_there(root: str, path: str) -> bool:
     """Tell whether there is a file or a folder of that name in a source folder, or under a URL; OSError."""
     return Bucket(root).exists(path) if is_url(root) else Path(root, path).exists()
 
 
-class Objects:
+class Objects(Access):
     """What lies below a URL, and what was read of it so far."""
 
     def __init__(self, url: str) -> None:
@@ -101,6 +97,44 @@ class Objects:
         """What every path below the URL begins with, as a path says it."""
         return str(PosixPath(self.listing.url))
 
+    def walk(self, folder: ObjectPath, onerror: Any = None) -> Iterator[tuple[ObjectPath, list[str], list[str]]]:
+        """Yield what os.walk does; a listing has no errors."""
+        folders, files = self.folders[folder.name_there]
+        names = sorted(folders)
+        yield folder, names, files
+        for name in names:
+            yield from self.walk(folder / name)
+
+    def begin(self, headers: str) -> Counter[str]:
+        """Read what earlier runs kept beside this folder of headers, if there is one; names that are no paths count."""
+        unsafe = self.listing.unsafe
+        if headers:
+            self.remember(Path(headers).parent)
+        return Counter({NO_PATH: unsafe})
+
+    def may_read(self, file: Path) -> bool:
+        """Return True: a store says no when it is asked for the bytes."""
+        return True
+
+    def is_there(self, place: str) -> bool:
+        """Tell whether there is an object, or a folder of some, at this URL; OSError."""
+        return Bucket(place).exists("")
+
+    def path_of(self, place: str) -> Path:
+        """Return the path of a URL."""
+        return source_path(place)
+
+    def parts(
+        self, paths: Sequence[Path], kept: Callable[[Sequence[Path]], Collection[Path]] = lambda _: ()
+    ) -> Iterator[Sequence[Path]]:
+        """Yield paths that are opened next, in parts of which the first bytes are in memory then."""
+        there = kept(paths)
+        size = PART if sum(path not in there for path in paths) > PART else max(len(paths), 1)
+        for start in range(0, len(paths), size):
+            part = paths[start : start + size]
+            self.read_heads(path.name_there for path in part if isinstance(path, ObjectPath) and path not in there)
+            yield part
+
     def read_heads(self, names: Iterable[str]) -> None:
         """Read the first bytes of many objects at once, for those that open them next."""
         entries = self.listing.entries
@@ -138,7 +172,13 @@ class Objects:
             elif head is not None and not (known and isinstance(known[1], bytes) and len(known[1]) >= stop):
                 self.known[name] = (self.listing.entries[name], head[:stop])
 
-    def judged(self, names: Sequence[str], look: Callable[[Sequence[Path]], bool]) -> bool:
+    def judged(self, files: Sequence[Path], look: Callable[[Sequence[Path]], bool]) -> bool:
+        """Return what `look` says of local copies of objects, which are fetched for it, whole, once."""
+        with suppress(Exception):  # what cannot be looked at is none of what it looks for: opening it says why
+            return self._said([file.name_there for file in files if isinstance(file, ObjectPath)], look)
+        return False
+
+    def _said(self, names: Sequence[str], look: Callable[[Sequence[Path]], bool]) -> bool:
         """Return what `look` says of local copies of objects; what it said is kept, under the first of them."""
         entries = [self.listing.entries[name] for name in names]
         facts = [(name, *entry) for name, entry in zip(names, entries, strict=True)]
@@ -156,13 +196,13 @@ class Objects:
         return said if entry is not None and entry == self.listing.entries.get(name) else None
 
     def remember(self, private: Path) -> None:
-        """Read what earlier runs kept in the private folder, and keep what this one reads there; see `keep`."""
+        """Read what earlier runs kept in the private folder, and keep what this one reads there; see `end`."""
         self.place = private / OBJECTS / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         with suppress(OSError, ValueError, TypeError, AttributeError, zlib.error):
             for name, (size, mark, said) in json.loads(zlib.decompress(self.place.read_bytes())).items():
                 self.known[name] = (Entry(size, mark), said if isinstance(said, bool) else base64.b64decode(said))
 
-    def keep(self) -> None:
+    def end(self) -> None:
         """Write what was read of objects that are still there, for its owner only; let go of all.
 
         A full disk keeps nothing.
@@ -253,43 +293,6 @@ class ObjectPath(PosixPath):
         assert mode == "rb", "objects are read, and as bytes"
         file = _RangedFile(self.objects, self.name_there, self.stat().st_size)
         return file if buffering == 0 else io.BufferedReader(file, BUFFER_BYTES)
-
-
-def walk(folder: ObjectPath, onerror: object = None) -> Iterator[tuple[ObjectPath, list[str], list[str]]]:
-    """Yield what os.walk does; names that are removed from the second are not entered. A listing has no errors."""
-    folders, files = folder.objects.folders[folder.name_there]
-    names = sorted(folders)
-    yield folder, names, files
-    for name in names:
-        yield from walk(folder / name)
-
-
-def parts_at_hand(
-    paths: Sequence[Path], kept: Callable[[Sequence[Path]], Collection[Path]] = lambda _: ()
-) -> Iterator[Sequence[Path]]:
-    """Yield paths that are opened next, in parts: of objects, the first bytes of a part are in memory then.
-
-    Those that are `kept` are not opened. Local files are one part.
-    """
-    if not (paths and isinstance(paths[0], ObjectPath)):
-        yield paths
-        return
-    there = kept(paths)
-    size = PART if sum(path not in there for path in paths) > PART else len(paths)
-    for start in range(0, len(paths), size):
-        part = paths[start : start + size]
-        opened = (path for path in part if isinstance(path, ObjectPath) and path not in there)
-        paths[0].objects.read_heads(path.name_there for path in opened)
-        yield part
-
-
-def judged(files: Sequence[Path], look: Callable[[Sequence[Path]], bool]) -> bool:
-    """Return what `look`, which needs local files, says of some: objects are fetched for it, whole, once."""
-    if not isinstance(files[0], ObjectPath):
-        return look(files)
-    with suppress(Exception):  # what cannot be looked at is none of what it looks for: opening it says why
-        return files[0].objects.judged([file.name_there for file in files if isinstance(file, ObjectPath)], look)
-    return False
 
 
 class _RangedFile(io.RawIOBase):

@@ -12,7 +12,7 @@ import re
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +27,53 @@ OURS = (("dataset.json", "volumes.jsonl"), ("export.json", "volumes"))
 # What a folder holds beside files, as it is counted.
 LINK, BROKEN, SPECIAL = "(link)", "(link to a file that is not there)", "(special file)"
 WRITTEN = "(prepared or exported folder)"
+
+
+class Access:
+    """How a search gets at the files of its source: at those of a disk. `Objects` of object_path.py does at a URL's."""
+
+    def walk(self, folder: Any, onerror: Any = None) -> Iterator[tuple[Any, list[str], list[str]]]:
+        """Yield what os.walk does; names that are removed from the second are not entered."""
+        return os.walk(folder, onerror=onerror)
+
+    def begin(self, headers: str) -> Counter[str]:
+        """Begin a search that keeps headers in this folder ("" for none); return what it leaves alone, by kind."""
+        return Counter()
+
+    def end(self) -> None:
+        """End a search."""
+
+    def may_read(self, file: Path) -> bool:
+        """Tell whether the system would let us open a file."""
+        return os.access(file, os.R_OK)
+
+    def parts(
+        self, paths: Sequence[Path], kept: Callable[[Sequence[Path]], Collection[Path]] = lambda _: ()
+    ) -> Iterator[Sequence[Path]]:
+        """Yield paths that are opened next, but for those that are `kept`, in parts that are at hand at a time."""
+        yield paths
+
+    def judged(self, files: Sequence[Path], look: Callable[[Sequence[Path]], bool]) -> bool:
+        """Return what `look`, which needs local files, says of some."""
+        return look(files)
+
+    def is_there(self, place: str) -> bool:
+        """Tell whether there is a file or a folder of that name, see `place_name`."""
+        return Path(place).exists()
+
+    def path_of(self, place: str) -> Path:
+        """Return the path of a place of this kind."""
+        return Path(place)
+
+
+DISK = Access()
+
+
+def access_to(path: Path) -> Access:
+    """Return how the files of a source are got at."""
+    found: Access = getattr(path, "objects", DISK)
+    return found
+
 
 # Device and inode as one number: a run holds one for every file, and two take three times as much. Else a whole path.
 Identity = int | str
@@ -44,12 +91,11 @@ class Tree:
     """The files below a folder (or the one file it is).
 
     Files that lie there come first, then those that links to files lead to, then those behind links to folders; links
-    go by name. A folder is entered once; one that holds the place where a walk began is not entered by a link. `walk`
-    goes through a folder, as os.walk does.
+    go by name. A folder is entered once; one that holds the place where a walk began is not entered by a link.
     """
 
-    def __init__(self, start: Path, *, follow_links: bool = True, walk: Callable[..., Any] = os.walk) -> None:
-        self.start, self.follow_links, self.walk = start, follow_links, walk
+    def __init__(self, start: Path, *, follow_links: bool = True) -> None:
+        self.start, self.follow_links, self.access = start, follow_links, access_to(start)
         self.counts: Counter[str] = Counter()  # of what is no file and not followed
         self.closed: list[tuple[Path, OSError]] = []  # folders that cannot be listed
         self._links: list[Path] = []
@@ -74,7 +120,7 @@ class Tree:
         def closed(error: OSError) -> None:
             self.closed.append((Path(error.filename), error))
 
-        for place, folders, names in self.walk(folder, onerror=closed):
+        for place, folders, names in self.access.walk(folder, onerror=closed):
             here = place if isinstance(place, Path) else Path(place)
             identity = _identity(here)
             if by_link and identity in self._entered:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_data.questions.table import VIDEO_TAG, volume_id_of
+from photon_data.questions.table import VIDEO_TAG
 from photon_data.store import NIFTI, read_metadata
 from photon_data.volume import Volume
 from photon_train.answering.generation import AnswerSettings, generate, score_choices
@@ -34,7 +34,7 @@ from photon_train.costs import peak_memory_mib
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.prefix import Prefix
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Prediction, choices_of, pack_mask
+from photon_train.rows import Prediction, choices_of, pack_mask, volume_id_of
 from photon_train.scheduling import Scheduled, visual_mask
 
 VOLUMES = "pixel_values_videos"

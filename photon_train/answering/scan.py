@@ -41,7 +41,6 @@ def open_scans(
 ) -> list[ScanInput]:
     """Return the scans at places, earlier ones first; `series` is that of the last. Raises what `open_input` does."""
     last = len(places) - 1
-    recipe = recipe or Recipe()
     scans = [open_input(place, recipe, policy, series if i == last else None) for i, place in enumerate(places)]
     if twice := [id for id, count in Counter(scan.id for scan in scans).items() if count > 1]:
         raise UsageError(f"--prior: expected other scans than SCAN, found {twice[0]} twice; leave one out")
@@ -49,7 +48,11 @@ def open_scans(
 
 
 def open_input(
-    place: str, recipe: Recipe, policy: Policy | None = None, series: str | None = None, id: str | None = None
+    place: str,
+    recipe: Recipe | None = None,
+    policy: Policy | None = None,
+    series: str | None = None,
+    id: str | None = None,
 ) -> ScanInput:
     """Return the scan at `place`: a store (path or URL), a NIfTI, NRRD or MetaImage file, or a DICOM series.
 
@@ -63,7 +66,7 @@ def open_input(
         return open_store(place, id)
     start, source = time.perf_counter(), find_one_scan(Path(place), series and _name_of(Path(place), series))
     with names_left_out(source):
-        return _prepared(source, recipe, policy or Policy(), start)
+        return _prepared(source, recipe or Recipe(), policy or Policy(), start)
 
 
 def _name_of(folder: Path, series: str) -> str:

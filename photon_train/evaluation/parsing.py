@@ -15,9 +15,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from string import ascii_uppercase
 from typing import NamedTuple
 
-from photon_data.questions.question import LETTERS
 from photon_train.evaluation.readings import COMPARISON, HAS_NUMBER, Quantity, Size, canonical, quantity_in, size_in
 
 LONGEST = 100_000
@@ -111,7 +111,7 @@ def comparable(text: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1 << 14)
 def parse_choice(response: str, choices: tuple[str, ...]) -> int | None:
     """Return the index of the one choice that a response means, by its letter or its text, or None."""
-    return _read(response, _spellings(choices, LETTERS[: len(choices)]))
+    return _read(response, _spellings(choices, ascii_uppercase[: len(choices)]))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -151,7 +151,7 @@ BRACKETED = re.compile(r" ?\([^()]*\)")
 @lru_cache(maxsize=4096)
 def _spellings(choices: tuple[str, ...], letters: str) -> _Spellings:
     """Return the spellings of choices: in full; without brackets, first letter or article where this tells it apart."""
-    labelled = all(re.match(rf"{re.escape(a)}[.):]", c.strip()) for a, c in zip(LETTERS, choices, strict=False))
+    labelled = all(re.match(rf"{re.escape(a)}[.):]", c.strip()) for a, c in zip(ascii_uppercase, choices, strict=False))
     variants = [[comparable(text) for text in choices], [comparable(BRACKETED.sub("", text)) for text in choices]]
     variants += [[comparable(text.strip()[2:]) for text in choices]] if labelled else []
     variants += [[words[1:] if words[:1] in (("a",), ("an",), ("the",)) else () for words in variants[0]]]

@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from photon_data.questions.table import volume_id_of
 from photon_data.store import NIFTI, open_volume
 from photon_train.attention import rope_index
 from photon_train.configuration_photon import IGNORED, PhotonConfig
 from photon_train.losses import answers_of
 from photon_train.prefix import with_suffixes
 from photon_train.processing_photon import PhotonProcessor
-from photon_train.rows import Row, TrainRow
+from photon_train.rows import Row, TrainRow, volume_id_of
 from photon_train.scheduling import prefix_length, question_mask, visual_mask
 from photon_train.training.config import TrainConfig, worker_count
 from photon_train.training.plan import MicroBatch

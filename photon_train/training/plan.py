@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from photon_data.errors import UsageError, first_few
 from photon_data.files import Location
-from photon_data.questions.table import volume_id_of
 from photon_data.store import NIFTI, is_whole, read_metadata
 from photon_train.configuration_photon import IGNORED
-from photon_train.rows import TrainRow
+from photon_train.rows import TrainRow, volume_id_of
 from photon_train.training.config import TrainConfig, with_values, worker_count
 
 logger = logging.getLogger(__name__)

@@ -60,7 +60,7 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Intake:
-    """How uploads become volumes. `ask` runs a job in the isolated process (`take_in` of upload.py)."""
+    """How uploads become volumes. `ask` runs a job in the isolated process (`take_in` of intake.py)."""
 
     ask: Callable[[dict[str, Any], float], dict[str, Any]]
     recipe: Recipe

@@ -411,8 +411,8 @@ if not begun.exists():
     begun.touch()
     sys.stdin.readline()
     time.sleep(60)
-from photon_pipelines.serving import upload
-upload.main(0)
+from photon_pipelines.serving import intake
+intake.main(0)
 """
 
 

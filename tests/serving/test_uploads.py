@@ -25,7 +25,8 @@ from photon_data.prepare_file import Job, prepare_file
 from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import PREPARED, VolumeRecord, store_name, write_records
-from photon_pipelines.serving.upload import place_for, receive, take_in, unpack_all
+from photon_pipelines.serving.intake import take_in, unpack_all
+from photon_pipelines.serving.upload import place_for, receive
 from photon_pipelines.serving.volumes import Limits, private_folder
 
 SMALL = Limits(1_000_000, 50, 10)
