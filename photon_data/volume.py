@@ -243,11 +243,11 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
     for a in range(n):
         pivot = a + int(np.abs(rows[a:, a]).argmax())
         rows[[a, pivot]] = rows[[pivot, a]]
-        rows[a] /= rows[a, a]
+        rows[a] *= 1 / rows[a, a]  # as OpenBLAS does: a grid that is not oblique gets its digits
         for b in range(n):
             if b != a:
                 rows[b] -= rows[b, a] * rows[a]
-    return rows[:, n:] + 0.0  # no -0.0
+    return rows[:, n:]
 
 
 def _times(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
