@@ -138,9 +138,9 @@ class PreparingBar(ProgressBar, planning.Callback):
         console.print(note, soft_wrap=True)
 
     def on_plan(self, todo: Plan, ignored: Mapping[str, int]) -> None:  # noqa: D102
-        self.total, self.start_s = len(todo.jobs), time.monotonic()
-        self.states = Counter(unchanged=len(todo.done))
-        console.print(f"{self.total + len(todo.done)} scans found, {len(todo.done)} of them done before")
+        self.total, self.before, self.start_s = len(todo.jobs), len(todo.done), time.monotonic()
+        self.states = Counter(unchanged=self.before)
+        console.print(f"{self.total + self.before} scans found, {self.before} of them done before")
         print_lines([f"files left alone: {left_alone(ignored)}"] if ignored else [])
         self.update(description="preparing", total=self.total, completed=0, detail="")
 
@@ -150,12 +150,11 @@ class PreparingBar(ProgressBar, planning.Callback):
         if not record.is_there and record.reason:
             console.print(f"{record.state} {record.name}: {record.reason}", soft_wrap=True)
         minutes = max((time.monotonic() - self.start_s) / 60, 1e-9)
-        done = self.states.total()
-        rate = (done - self.states["unchanged"]) / minutes
+        rate = (self.states.total() - self.states["unchanged"]) / minutes
         states = ", ".join(f"{n} {state}" for state, n in self.states.items() if n)
         detail = f"{states}; {self.done_bytes / 1e6:.0f} MB, {rate:.0f} volumes/min"
         self.update(advance=1, detail=detail)
-        self.line(f"{done} done, {self.total} to do in all: {detail}")
+        self.line(f"{self.states.total() - self.before} of {self.total} done: {detail}")
 
     def on_masks(self, row: VolumeRecord, total: int) -> None:  # noqa: D102
         self.masks_done += 1

@@ -28,7 +28,7 @@ OK = 0  # everything that was requested is there
 PARTIAL = 1  # some inputs were refused or failed (verify: problems were found); the rest is there
 MISUSE = 2  # the command cannot be followed; nothing was written
 STOPPED = 3  # the run could not go on (no space, no workers); what is done is kept
-INTERRUPTED = 130  # Ctrl-C, SIGTERM or SIGHUP; what is done is kept
+INTERRUPTED = 130  # Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; what is done is kept
 
 # What `pip install photon-ct` leaves out -> the extra that has it.
 EXTRAS = {
@@ -93,7 +93,8 @@ def fail(message: str, code: int = MISUSE) -> NoReturn:
 def errors_as_exit_codes() -> Iterator[None]:
     """Turn whatever ends a command early into a sentence and an exit code.
 
-    SIGTERM and SIGHUP (a terminal that is closed) end a command as Ctrl-C does; under nohup, SIGHUP stays ignored.
+    SIGTERM, SIGUSR1 (by which SLURM warns a job of its end) and SIGHUP (a terminal that is closed) end a command as
+    Ctrl-C does; under nohup, SIGHUP stays ignored.
 
     Python drops an exception that is raised while it destroys an object. An interrupt that is lost so comes again, as
     an alarm.
@@ -114,7 +115,8 @@ def errors_as_exit_codes() -> Iterator[None]:
 
     # Dask leaves a time-out behind when it closes; asyncio reports it
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    previous = {sign: signal.signal(sign, signal.default_int_handler) for sign in (signal.SIGTERM, signal.SIGALRM)}
+    ending = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    previous = {sign: signal.signal(sign, signal.default_int_handler) for sign in ending}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     previous_hook, sys.unraisablehook = sys.unraisablehook, unraisable

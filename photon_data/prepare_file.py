@@ -47,7 +47,7 @@ from photon_data.resample import (
 )
 from photon_data.scan import Change, Rescale, Scan, Source, TableGrid
 from photon_data.store import WRITTEN, arrays_digest, grids_of, is_whole, model_digest, read_metadata, write_store
-from photon_data.volume import Geometry, Prepared, Volume
+from photon_data.volume import Geometry, Prepared, Volume, inverse
 
 # Parts of the resume key of a volume with padding, which is set aside before anything is interpolated, and of one in
 # which padding was looked for that no header declares.
@@ -292,7 +292,7 @@ def _facts(
         "geometry": scan.geometry.to_json(),
         "grid": grid.to_json(),
         "grid_to_native_zyx": to_native.tolist(),
-        "native_to_grid_zyx": np.linalg.inv(to_native).tolist(),
+        "native_to_grid_zyx": inverse(to_native).tolist(),
         "cut_mm": cut_mm,
         "pad_mm": pad_mm,
         "padding_voxels": probe.padding,

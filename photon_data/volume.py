@@ -57,7 +57,7 @@ class Geometry:
     def axis_aligned(cls, shape_zyx: Any, spacing_zyx_mm: Any, centre_lps: Any) -> Geometry:
         """Return the grid with identity direction in LPS (ITK's "RAI") whose centre lies at `centre_lps`."""
         steps = np.diag(np.asarray(spacing_zyx_mm, float))[:, ::-1]
-        origin = np.asarray(centre_lps, float) - (np.asarray(shape_zyx) - 1) / 2 @ steps
+        origin = np.asarray(centre_lps, float) - _times((np.asarray(shape_zyx) - 1) / 2, steps)
         return cls.from_arrays(shape_zyx, origin, steps)
 
     @property
@@ -68,7 +68,8 @@ class Geometry:
     @property
     def voxel_ml(self) -> float:
         """Volume of a voxel, of a sheared grid too."""
-        return abs(float(np.linalg.det(np.asarray(self.steps_lps)))) / 1000
+        z, y, x = np.asarray(self.steps_lps)
+        return abs(float((np.cross(z, y) * x).sum())) / 1000
 
     @property
     def centre_lps(self) -> Triple:
@@ -97,11 +98,11 @@ class Geometry:
 
     def world(self, index_zyx: Any) -> np.ndarray:
         """Return the LPS position [..., 3] of (fractional) voxel indices [..., 3] in z, y, x order."""
-        return np.asarray(index_zyx, float) @ np.asarray(self.steps_lps) + np.asarray(self.origin_lps)
+        return _times(np.asarray(index_zyx, float), np.asarray(self.steps_lps)) + np.asarray(self.origin_lps)
 
     def index(self, world_lps: Any) -> np.ndarray:
         """Return the fractional voxel indices [..., 3] (z, y, x) of LPS positions [..., 3]."""
-        return (np.asarray(world_lps, float) - np.asarray(self.origin_lps)) @ np.linalg.inv(np.asarray(self.steps_lps))
+        return _times(np.asarray(world_lps, float) - np.asarray(self.origin_lps), inverse(np.asarray(self.steps_lps)))
 
     def corners_lps(self) -> np.ndarray:
         """Return the eight outer corners [8, 3] of the field of view (voxel edges, not centres)."""
@@ -229,6 +230,30 @@ def position_text(world_axis: int, mm: float) -> str:
     """Return a coordinate with its letter in place of a sign, e.g. -12.34 on axis 2 as "I 12.3 mm"."""
     rounded = round(mm, 4)
     return f"{LETTERS[world_axis][int(rounded >= 0)]} {abs(rounded):.1f} mm"
+
+
+def inverse(matrix: np.ndarray) -> np.ndarray:
+    """Return the inverse [n, n] of a regular matrix, to the same bits on every CPU.
+
+    BLAS and LAPACK have kernels for each kind of CPU, and the last bits of their results differ. Here every product
+    and sum is rounded by itself, in one order.
+    """
+    n = len(matrix)
+    rows = np.hstack([matrix, np.eye(n)])
+    for a in range(n):
+        pivot = a + int(np.abs(rows[a:, a]).argmax())
+        rows[[a, pivot]] = rows[[pivot, a]]
+        rows[a] *= 1 / rows[a, a]  # as OpenBLAS does: a grid that is not oblique gets its digits
+        for b in range(n):
+            if b != a:
+                rows[b] -= rows[b, a] * rows[a]
+    return rows[:, n:]
+
+
+def _times(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return rows [..., 3] @ matrix [3, 3], to the same bits on every CPU; see `inverse`."""
+    first, second, third = (rows[..., a, None] * matrix[a] for a in range(3))
+    return first + second + third
 
 
 def _cosines(geometry: Geometry) -> np.ndarray:

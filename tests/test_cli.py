@@ -256,7 +256,24 @@ def test_other_numbers_of_paths_than_the_command_takes_are_misuse_that_says_whic
     assert list(tmp_path.rglob("volumes.jsonl")) == []
 
 
-INTERRUPTS = [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, (signal.SIGINT,))]
+def test_a_run_that_goes_on_counts_what_it_had_to_do_itself(raw, tmp_path, monkeypatch):
+    assert cli("prepare", raw, tmp_path / "out", *SMALL)[0] == 0
+    for seed in (1, 2):
+        write_scan(raw / f"{seed}.nii.gz", seed)
+    monkeypatch.setattr("photon_cli.terminal.LINE_S", 0)
+    code, text = cli("prepare", raw, tmp_path / "out", *SMALL)
+    assert code == 0
+    assert "3 scans found, 1 of them done before" in text
+    assert "1 of 2 done: 1 unchanged, 1 prepared" in text
+    assert "2 of 2 done: 1 unchanged, 2 prepared" in text
+
+
+INTERRUPTS = [
+    (signal.SIGINT, ()),
+    (signal.SIGTERM, ()),
+    (signal.SIGUSR1, ()),
+    (signal.SIGTERM, (signal.SIGINT,)),
+]
 
 
 class Interrupting:
@@ -269,9 +286,7 @@ class Interrupting:
         signal.raise_signal(self.sign)
 
 
-@pytest.mark.parametrize(
-    ("sign", "ignored"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, (signal.SIGINT,))]
-)
+@pytest.mark.parametrize(("sign", "ignored"), INTERRUPTS)
 def test_an_interrupt_that_arrives_while_an_object_is_destroyed_ends_the_command_all_the_same(sign, ignored, capsys):
     before = {one: signal.signal(one, signal.SIG_IGN) for one in ignored}  # as in a background job of a shell
     try:

@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
+
 import nibabel
 import numpy as np
 import pytest
 from scans import AXIS_ORDERS, frame, rotated, to_sitk
 
-from photon_data.volume import Geometry, Volume
+from photon_data.volume import Geometry, Volume, inverse
 
 GRIDS = [frame((4, 5, 6), AXIS_ORDERS[i]) for i in (0, 5, 13, 22, 38, 47)]
 GRIDS += [rotated(GRIDS[0], (10, 0, 0)), rotated(GRIDS[2], (7, -20, 33))]
@@ -79,3 +83,30 @@ def test_letters_of_orientation_are_nibabels_where_the_axes_are_clear():
     for order in AXIS_ORDERS:
         geometry = rotated(frame((3, 3, 3), order), (10, -15, 20))
         assert geometry.orientation == "".join(nibabel.aff2axcodes(geometry.affine_ras))[::-1]
+
+
+def test_the_frame_of_an_oblique_scan_has_the_same_bits_on_every_cpu():
+    script = """if True:
+        import numpy as np
+        from photon_data.resample import grid_to_native
+        from photon_data.volume import Geometry, inverse
+
+        for seed in range(20):
+            random = np.random.default_rng(seed)
+            scan = Geometry.from_arrays((30, 60, 70), random.normal(size=3), np.eye(3) + random.normal(0, 0.2, (3, 3)))
+            grid = Geometry.axis_aligned((16, 20, 20), (2, 1.1, 0.7), scan.centre_lps)
+            there = grid_to_native(scan, grid)
+            assert np.allclose(inverse(there), np.linalg.inv(there), rtol=1e-9)
+            print(grid, there.tolist(), inverse(there).tolist(), scan.corners_lps().tolist(), scan.voxel_ml)
+    """
+    kernels = ("Nehalem", "Haswell")  # of numpy's BLAS, where that is OpenBLAS on x86: without and with fused sums
+    said = [
+        subprocess.check_output([sys.executable, "-c", script], env={**os.environ, "OPENBLAS_CORETYPE": kernel})
+        for kernel in kernels
+    ]
+    assert said[0] == said[1] != b""
+
+
+def test_the_inverse_is_that_of_hand_arithmetic_rows_exchanged_where_a_pivot_is_0():
+    found = inverse(np.array([[0.0, 2, 0], [4, 0, 0], [1, 0, 8]]))
+    assert found.tolist() == [[0, 0.25, 0], [0.5, 0, 0], [0, -0.03125, 0.125]]

@@ -115,7 +115,7 @@ def stack(planes: Sequence[PlaneHeader], policy: Policy) -> tuple[list[PlaneHead
     depths = np.arange(len(planes)) if slices is None else slices.depths
     # The step from one slice to the next. Less tilt than positions are rounded to is none.
     normal, length = planes[0].normal, positions[-1] - positions[0]
-    straight = (length @ normal) * normal
+    straight = (length * normal).sum() * normal
     step = (straight if np.linalg.norm(length - straight) <= ROUNDING_MM else length) / depths[-1]
     aside = np.linalg.norm(positions - positions[0] - depths[:, None] * step, axis=1)
     if aside.max() > tolerance_mm(float(np.median(np.diff(along)))):

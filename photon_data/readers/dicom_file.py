@@ -109,7 +109,8 @@ class Content(NamedTuple):
 
 def along_normal(planes: Sequence[PlaneHeader]) -> np.ndarray:
     """Return the position of each plane along the slice normal of the first, mm [n]; of axial scans the patient's z."""
-    return np.array([plane.position_lps for plane in planes]) @ planes[0].normal
+    positions = np.array([plane.position_lps for plane in planes])
+    return (positions * planes[0].normal).sum(axis=1)  # no BLAS, see `photon_data.volume.inverse`
 
 
 def differing(planes: Sequence[PlaneHeader]) -> str:

@@ -383,7 +383,8 @@ def _directions(text: str) -> np.ndarray | None:
     if abs(along_row @ down_column) > 0.01 or np.abs(lengths - 1).max() > 0.01:
         return None
     turned = np.cross(down_column, np.cross(along_row, down_column))
-    return _fixed(np.array([turned / np.linalg.norm(turned), down_column / np.linalg.norm(down_column)]))
+    both = np.array([turned, down_column])
+    return _fixed(both / np.linalg.norm(both, axis=1, keepdims=True))  # with an axis, norm takes no BLAS
 
 
 @lru_cache(1024)

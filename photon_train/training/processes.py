@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from multiprocessing.queues import Queue
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -25,6 +26,7 @@ from photon_train.scheduling import ThresholdPredictor
 from photon_train.training.config import TrainConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a cluster that stops a job; one that warns of it
+SENT_ON_S = 5.0  # torchrun sends on what SLURM sends to all processes of a job: a signal so soon is the same one
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -118,13 +120,13 @@ class TrainingInterrupted(Exception):
 
 
 class Interruption:
-    """A context in which the first of SIGNALS only sets `asked`; the second raises KeyboardInterrupt.
+    """A context in which the first of SIGNALS only sets `asked`; one SENT_ON_S later raises KeyboardInterrupt.
 
     Processes that read ahead do as `read_on` says. In a thread that gets no signals nothing is noted.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._asked_s = False, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -137,19 +139,22 @@ class Interruption:
             signal.signal(sign, handler)
 
     def _note(self, sign: int, frame: FrameType | None) -> None:
-        again, self.asked = self.asked, True
-        if again and sign != signal.SIGUSR1:  # which may come every minute
+        if not self.asked:
+            self.asked, self._asked_s = True, time.monotonic()
+        elif sign != signal.SIGUSR1 and time.monotonic() - self._asked_s > SENT_ON_S:  # USR1 may come every minute
             raise KeyboardInterrupt
 
 
 def read_on(worker: int) -> None:
     """Make a process that reads ahead ignore a signal to all of its job: the step still needs it.
 
-    Torch ends such a process by itself; where it does so with SIGTERM, it comes a second time.
+    Torch ends such a process by itself; where it does so with SIGTERM, it comes a second time. What torchrun sends on
+    goes to the group of the process that trains: this one leaves it.
 
     A batch that cannot be sent, for want of open files, ends the process: Python would print why and drop the batch,
     and the run would wait for it for ever.
     """
+    os.setpgid(0, 0)
     for sign in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(sign, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from answers import put
@@ -26,7 +27,7 @@ from photon_train.tiny import tiny
 from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import TrainingStopped, run_steps
-from photon_train.training.processes import check_processes, make_accelerator
+from photon_train.training.processes import Interruption, check_processes, make_accelerator
 from photon_train.training.setup import MODULES, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
@@ -179,7 +180,12 @@ def interrupted(train, log, sign, *, to_all, threads):
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    os.killpg(process.pid, sign) if to_all else process.send_signal(sign)
+    for one in psutil.Process(process.pid).children(recursive=True) if to_all else ():  # as SLURM does
+        one.send_signal(sign)
+    process.send_signal(sign)
+    if to_all:  # torchrun has got it too, and sends it on
+        time.sleep(0.01)  # else it would be the same one to the kernel
+        os.killpg(process.pid, sign)
     said = process.communicate(timeout=120)[0]
     return process.returncode, said
 
@@ -215,6 +221,21 @@ def test_two_processes_of_which_one_is_told_to_end_both_save_and_go_on_to_the_sa
     (last,) = checkpoints(tmp_path / "told")
     assert int(last.name.removeprefix("checkpoint-")) < len(whole)
     _same_log(trained(config, resume=True), whole, 1e-5)
+
+
+def test_a_signal_that_is_sent_on_counts_once_and_a_later_one_ends_the_run_at_once(monkeypatch):
+    with Interruption() as interruption:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            pytest.fail("what was sent on ended the run")
+        assert interruption.asked
+        monkeypatch.setattr("photon_train.training.processes.SENT_ON_S", 0)
+        time.sleep(0.01)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_going_on_where_there_is_no_run_is_refused_unless_asked(config, tmp_path):
