@@ -132,7 +132,7 @@ class Location:
             if not self.is_local:
                 return self.fs.cat_file(self.at(name), end=most)
             with Path(self._below(name)).open("rb") as file:
-                return file.read(-1 if most is None else most)
+                return file.read(-1 if most is None else min(most, os.fstat(file.fileno()).st_size))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -333,6 +333,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _jsonl_line(row: dict[str, Any]) -> bytes:
@@ -356,8 +357,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def digest_of(content: Mapping[str, Any], without: str) -> str:
     """Return the SHA-256 of a JSON object without one key, as JSON with sorted keys and no spaces."""
-    rest = {key: value for key, value in content.items() if key != without}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical({k: v for k, v in content.items() if k != without}).encode()).hexdigest()
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:
