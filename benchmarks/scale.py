@@ -1,11 +1,12 @@
-"""How seconds and memory of `photon-data`, beside the reading of scans, grow with the number of scans.
+"""How CPU seconds and memory of `photon-data`, beside the reading of scans, grow with the number of scans.
 
 Every scan is a stub: a small file, and a job that writes a tiny store in no time. So what is measured is the process
 that plans, collects and reports. Each number of scans has a process of its own. Memory is the highest of that process
 in a phase, above what it had before the first; "kB per scan" is how much of it one more scan takes. An exponent of 1 is
-linear growth, 2 is quadratic.
+linear growth, 2 is quadratic. With `--without jobs`, stores are written beside, not by jobs on Dask; `--without stores`
+ends before the first of them.
 
-python benchmarks/scale.py [--n 4000,16000,50000] [--workers 2]
+python benchmarks/scale.py [--n 4000,16000,50000] [--workers 2] [--without jobs|stores]
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from photon_data.files import Location
 from photon_data.lock import exclusive
 from photon_data.prepare_file import Job, prepare_volume
 from photon_data.recipe import Recipe
-from photon_data.records import PREPARED, store_name
+from photon_data.records import PREPARED, VolumeRecord, read_records, store_name, write_records
 from photon_data.report import render_report
 from photon_data.scan import Scan
 from photon_data.store import OWN_DIGEST, own_digest, read_metadata, write_store
@@ -48,17 +49,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", default="4000,16000")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--without", choices=("jobs", "stores"), default="")
     parser.add_argument("--one", type=int)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.workers)))
+        print(json.dumps(measure(options.one, options.workers, options.without)))
         return
     counts, found = [int(n) for n in options.n.split(",")], []
     for n in counts:
         command = [sys.executable, __file__, "--one", str(n), "--workers", str(options.workers)]
+        command += ["--without", options.without] if options.without else []
         found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1]))
     print_place("photon-ct", "dask", "zarr")
-    header = ["phase", *(f"{n:,}: s" for n in counts), "exponent", *(f"{n:,}: MB" for n in counts), "kB per scan"]
+    header = ["phase", *(f"{n:,}: CPU s" for n in counts), "exponent", *(f"{n:,}: MB" for n in counts), "kB per scan"]
     print_table(header, [_line(phase, counts, [one[phase] for one in found]) for phase in found[0]])
 
 
@@ -72,8 +75,8 @@ def _line(phase: str, counts: list[int], found: list[list[float]]) -> list[str]:
     return [phase, *(f"{s:.1f}" for s in seconds), exponent, *(f"{mb:.0f}" for mb in megabytes), slope]
 
 
-def measure(n: int, workers: int) -> dict[str, tuple[float, float]]:
-    """Return {phase: (seconds, MB above the start)} for n scans."""
+def measure(n: int, workers: int, without: str = "") -> dict[str, tuple[float, float]]:
+    """Return {phase: (CPU seconds, MB above the start)} for n scans."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "raw"), Location(str(Path(folder, "out")))
         for number in range(n):
@@ -86,25 +89,30 @@ def measure(n: int, workers: int) -> dict[str, tuple[float, float]]:
 
         def timed(phase: str, do: Callable[[], Any]) -> Any:
             Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted from here
-            start_s = time.perf_counter()
+            start_s = time.process_time()
             result = do()
-            phases[phase] = time.perf_counter() - start_s, _memory_mb("VmHWM") - start_mb
+            phases[phase] = time.process_time() - start_s, _memory_mb("VmHWM") - start_mb
             return result
 
         with exclusive(out) as hold:
             gathered = timed("find scans", lambda: gather(request))
             todo: Plan = timed("plan", lambda: plan(gathered.jobs, request))
             gathered.jobs.clear()
-            cluster.run_isolated = Stub(template)  # type: ignore[attr-defined]
-            records = timed("run jobs, journal", lambda: prepare._run(todo, hold, Workers(workers), Callback()))
+            if without == "stores":
+                return phases
+            cluster.run_isolated = stub = Stub(template)  # type: ignore[attr-defined]
+            if without == "jobs":
+                write_records(out, (VolumeRecord.from_json(stub(job.to_json())) for job in todo.jobs))
+                records = read_records(out)
+                todo.jobs.clear()
+            else:
+                records = timed("run jobs, journal", lambda: prepare._run(todo, hold, Workers(workers), Callback()))
             timed("report", lambda: report(records))
             timed("all that ends a run", lambda: prepare.finish(request, records, [], {}).states)
             records.clear()
-            gathered = timed("find scans again", lambda: gather(request))
-            todo = timed("plan, all unchanged", lambda: plan(gathered.jobs, request))
-            assert not todo.jobs
-            gathered.jobs.clear()
-            todo.done.clear()
+        for number in ("second", "third"):
+            again = timed(f"the {number} run, whole", lambda: prepare.prepare(request, Workers(workers)).states)
+            assert again["unchanged"] == n
         problems = timed("verify", lambda: sum(1 for _ in verify_output(out)))
         export.open_volume = lambda url, *_, **__: None  # type: ignore
         export.FORMATS["nifti"] = export.Format(".nii.gz", lambda volume, path: path.touch())

@@ -37,7 +37,8 @@ from photon_data.scan import MaskPattern
 from photon_pipelines import collection
 from photon_pipelines import plan as planning
 from photon_pipelines.cluster import Stopped
-from photon_pipelines.plan import Plan, Result
+from photon_pipelines.collection import Result
+from photon_pipelines.plan import Plan
 from photon_pipelines.request import (
     Request,
     request_of_manifest,

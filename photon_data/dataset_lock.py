@@ -66,7 +66,7 @@ def salt_of(out: Location) -> str | None:
 
 
 def _keyed(salt: str, text: str) -> str:
-    return hmac.new(salt.encode(), text.encode(), "sha256").hexdigest()[:32]
+    return hmac.digest(salt.encode(), text.encode(), "sha256").hex()[:32]
 
 
 def read_lock(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from photon_data.json_text import from_json
 # What no part of a name below a folder of ours may hold: control characters, a backslash; a drive letter at its start;
 # a space or a dot at its end, which Windows drops.
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^[A-Za-z]:|[ .]$")
+PLAIN = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # nearly all names, and none that is unsafe but by its length
 MAX_NAME_BYTES = 255
 # Names that Windows keeps for devices, with any suffix: we make none.
 RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
@@ -37,6 +38,8 @@ def is_safe(name: str) -> bool:
 
     "volumes/a.ome.zarr" is one. "../a", "/a", "a//b", "C:a", "a.", "", a backslash and a part of 256 bytes are not.
     """
+    if len(name) <= MAX_NAME_BYTES and PLAIN.fullmatch(name):
+        return True
     # A byte of a file name that is no UTF-8 counts as one.
     parts = [(part, len(part.encode("utf-8", "replace"))) for part in name.split("/")]
     return all(part and not UNSAFE.search(part) and length <= MAX_NAME_BYTES for part, length in parts)
@@ -52,7 +55,6 @@ def refuse_unsafe(name: str, what: str) -> str:
 
 # A longer line is no row of ours: nobody should read it to find that out.
 MAX_ROW_BYTES = 1 << 26
-
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -75,7 +77,7 @@ class Location:
             found = f"{self.url} ({error}); s3 and gs need the extra cloud"
             raise UsageError(f"expected a folder or the URL of an object store, found {found}") from None
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
         """Whether files here can be renamed, synced and locked."""
         return get_protocol(self.url) in ("file", "local")
@@ -90,16 +92,17 @@ class Location:
         """The absolute local folder; ValueError for a remote one."""
         if not self.is_local:
             raise ValueError(f"expected a local folder, found {self.url}")
-        return self._below("")
+        return Path(self._below(""))
 
-    def _below(self, name: str) -> Path:
-        return Path(os.path.abspath(self.url.removeprefix("file://")), name)  # noqa: PTH100 - resolve() follows links
+    def _below(self, name: str) -> str:  # a text: it is made for every file of every store
+        root = os.path.abspath(self.url.removeprefix("file://"))  # noqa: PTH100 - resolve() follows links
+        return os.path.join(root, name) if name else root  # noqa: PTH118
 
     def at(self, name: str) -> str:
         """Return the path or URL of `name`, in the form that opens it elsewhere; of the folder itself for ""."""
         if name:
             self._refuse_unsafe(name)
-        return str(self._below(name)) if self.is_local else f"{self.url.rstrip('/')}/{name}"
+        return self._below(name) if self.is_local else f"{self.url.rstrip('/')}/{name}"
 
     def place(self, name: str) -> Path:
         """Return the local path to write `name` to; UsageError where a link on the way leads out of the folder."""
@@ -118,9 +121,8 @@ class Location:
 
     def exists(self, name: str) -> bool:
         """Tell whether there is a file or folder of that name."""
-        if not is_safe(name):
-            return False
-        return self._below(name).exists() if self.is_local else bool(self.fs.exists(self.at(name)))
+        is_there = Path(self._below(name)).exists if self.is_local else lambda: self.fs.exists(self.at(name))
+        return is_safe(name) and bool(is_there())
 
     def read(self, name: str, most: int | None = None) -> bytes | None:
         """Return the content of a file, or its first bytes; None if there is no such file."""
@@ -129,8 +131,8 @@ class Location:
         try:
             if not self.is_local:
                 return self.fs.cat_file(self.at(name), end=most)
-            with self._below(name).open("rb") as file:
-                return file.read(-1 if most is None else most)
+            with Path(self._below(name)).open("rb") as file:
+                return file.read(-1 if most is None else min(most, os.fstat(file.fileno()).st_size))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -139,7 +141,7 @@ class Location:
         if not is_safe(name):
             return
         try:
-            file = self._below(name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
+            file = (self.path / name).open("rb") if self.is_local else self.fs.open(self.at(name), "rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return
         with file:
@@ -151,7 +153,7 @@ class Location:
             return None
         try:
             if self.is_local:
-                facts = self._below(name).stat()
+                facts = os.stat(self._below(name))  # noqa: PTH116
                 return facts.st_size if stat.S_ISREG(facts.st_mode) else None
             self.fs.invalidate_cache(self.at(name))  # another process may have changed what a listing said
             found = self.fs.info(self.at(name))
@@ -167,7 +169,7 @@ class Location:
         if not self.is_local:
             return self.size(name)
         try:
-            found = self._below(name).stat()
+            found = Path(self._below(name)).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return found.st_size, found.st_ino, found.st_mtime_ns
@@ -180,7 +182,7 @@ class Location:
         if not is_safe(name):
             return None
         try:
-            with self._below(name).open("rb", buffering=0) as file:
+            with Path(self._below(name)).open("rb", buffering=0) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
@@ -324,15 +326,14 @@ def _joined(parts: Iterable[bytes]) -> bytes:
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """Yield the lines of a file; ValueError for one that is longer than any row."""
-    for number in count(1):
-        if len(line := file.readline(MAX_ROW_BYTES + 1)) > MAX_ROW_BYTES:
+    for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), 1):
+        if len(line) > MAX_ROW_BYTES:
             raise ValueError(f"expected at most {MAX_ROW_BYTES:,} bytes on line {number}, found more")
-        if not line:
-            return
         yield line
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _jsonl_line(row: dict[str, Any]) -> bytes:
@@ -356,8 +357,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def digest_of(content: Mapping[str, Any], without: str) -> str:
     """Return the SHA-256 of a JSON object without one key, as JSON with sorted keys and no spaces."""
-    rest = {key: value for key, value in content.items() if key != without}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical({k: v for k, v in content.items() if k != without}).encode()).hexdigest()
 
 
 def from_jsonl(text: str) -> list[dict[str, Any]]:

@@ -356,15 +356,16 @@ def opened(job: Job) -> Scan:
     return job.override.apply(scan) if job.override else scan
 
 
-def already_there(job: Job, content: str) -> VolumeRecord | None:
+def already_there(job: Job, content: str, row: VolumeRecord | None = None) -> VolumeRecord | None:
     """Return the record of a store that was made from just this content and recipe, None if there is none.
 
     Policies may differ, except in the choices that changed this store: those must be equal. It may have more grids.
+    Where `row` records this very store, nothing that the row has is computed again.
     """
     if job.overwrite or not job.write:
         return None
     out, name = Location(job.out), job.place
-    metadata = read_metadata(out, name)
+    metadata = read_metadata(out, name, row and row.store_sha256)
     if metadata is None or not is_whole(out, name, metadata):
         return None
     choices = metadata["facts"].get("policy", {})
@@ -377,6 +378,8 @@ def already_there(job: Job, content: str) -> VolumeRecord | None:
         and not _rescaled_twice(metadata["facts"])
         and job.policy.allows(needed)
     )
+    if row and row.facts == metadata["facts"]:  # packed already
+        metadata["facts"] = row.facts
     return job.record_of_store(UNCHANGED, metadata) if is_same else None
 
 

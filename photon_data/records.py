@@ -103,6 +103,18 @@ class Facts(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(_unpacked(self._packed))
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, or another where there is none: unpacked once, where Mapping's own way asks and catches."""
+        return _unpacked(self._packed).get(key, default)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether two say the same; Mapping's own way looks up every key of both."""
+        if isinstance(other, Facts):
+            return self._packed == other._packed or _unpacked(self._packed) == _unpacked(other._packed)
+        return _unpacked(self._packed) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Facts, (dict(self),)
 
@@ -198,7 +210,7 @@ class VolumeRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back, with what is hidden."""
         data = {name: getattr(self, name) for name in FIELDS}
-        return data | {"facts": None if self.facts is None else dict(self.facts)}
+        return data | {"facts": None if self.facts is None else {**_unpacked(self.facts.packed)}}  # type: ignore[attr-defined]
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:

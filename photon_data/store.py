@@ -218,19 +218,19 @@ def is_store(place: str) -> bool:
     return "://" in place or (Path(place) / ROOT).exists()
 
 
-def read_metadata(out: Location, name: str) -> dict[str, Any] | None:
+def read_metadata(out: Location, name: str, root_sha256: str | None = None) -> dict[str, Any] | None:
     """Return what a store says of itself: METADATA, its size in "bytes" and the "sha256" of its root metadata.
 
     None where it is not there, of another format, or so damaged that it does not say all of this, or differs from its
-    own digest. OSError where it cannot be read.
+    own digest, which is not looked at where they have the hash `root_sha256`. OSError where it cannot be read.
     """
     try:
-        return _metadata(out.read(f"{name}/{ROOT}" if name else ROOT, MAX_ROOT_BYTES))
+        return _metadata(out.read(f"{name}/{ROOT}" if name else ROOT, MAX_ROOT_BYTES), root_sha256)
     except UsageError:
         return None
 
 
-def _metadata(content: bytes | None) -> dict[str, Any]:
+def _metadata(content: bytes | None, root_sha256: str | None = None) -> dict[str, Any]:
     """Return what `read_metadata` does, of the content of a root zarr.json; UsageError says what is wrong with it."""
     other = "none" if content is None else "another one"
     not_ours = UsageError(f"expected a store of photon-data (format {FORMAT}), found {other}")
@@ -243,7 +243,8 @@ def _metadata(content: bytes | None) -> dict[str, Any]:
             raise not_ours
         # Stores of earlier versions have neither of them.
         has_digest = OWN_DIGEST in ours or CHECKSUMS in ours
-        is_changed = has_digest and ours.get(OWN_DIGEST) != own_digest(attributes)
+        is_known = found["sha256"] == root_sha256
+        is_changed = has_digest and not is_known and ours.get(OWN_DIGEST) != own_digest(attributes)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise not_ours from None
     if is_changed:

@@ -1,12 +1,13 @@
 """A prepared folder as a collection, to which every run adds (docs/collection.md).
 
-What it holds, what the next run would do, and what can go (`prepare.prune`); to which scan an id belongs, and where its
-store lies: earlier runs, namesakes, moved scans, withdrawn volumes.
+What it holds, what the next run would do, and what can go (`prepare.prune`); what a run left; to which scan an id
+belongs, and where its store lies: earlier runs, namesakes, moved scans, withdrawn volumes.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -17,13 +18,17 @@ from photon_data.errors import UsageError, first_few
 from photon_data.files import Location, fingerprint, is_safe
 from photon_data.mask_store import id_at, read_rows
 from photon_data.mask_store import orphans as masks_alone
+from photon_data.override import SKIPPED
 from photon_data.private import HEADERS, KEYED, private_folder, read_key
+from photon_data.questions.manifest import Manifests
+from photon_data.questions.splits import Count
 from photon_data.readers.find import find_scans
 from photon_data.readers.object_path import is_there, source_path
 from photon_data.records import (
     MANY,
     PRUNED,
     REFUSED,
+    STATES,
     SUFFIX,
     SomeWork,
     VolumeRecord,
@@ -129,6 +134,42 @@ def to_prune(out: Location, ids: Iterable[str] | None = None) -> dict[str, str]:
     found |= {id: f"refused now: {r.reason}" for id, r in records.items() if not r.is_there and out.exists(r.place)}
     found |= {name.removesuffix(SUFFIX): "no row in volumes.jsonl" for name in orphans}
     return dict.fromkeys(map(id_at, masks_alone(out, records.values())), "masks without a volume") | found
+
+
+# --- what a run left
+
+
+class Result(NamedTuple):
+    """What a run left."""
+
+    records: list[VolumeRecord]  # of its inputs
+    kept: list[VolumeRecord]  # as in the plan
+    manifests: Manifests  # no rows where splits leak
+    counts: list[Count]  # what the questions are, by data set, task and split
+    differences: list[str]  # from the lock of the request
+    left: list[str]  # ids of rows that manifests had before, and have no more
+    leak: str | None  # what several splits have in common; None where they are apart, or where leaks are allowed
+    damaged: Sequence[str]  # the archives that could not be unpacked as a whole, and why
+    masks: Sequence[VolumeRecord] = ()  # what became of the masks of its volumes
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many inputs ended in each state; they add up to all inputs."""
+        return count_states(self.records)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every input has its store and every question its row."""
+        has_stores = all(one.is_there or one.code == SKIPPED for one in [*self.records, *self.masks])
+        is_whole = self.leak is None and not self.damaged and not self.differences
+        has_masks = not any((row.facts or {}).get("refused") for row in self.masks)
+        return has_stores and has_masks and not self.manifests.unmatched and is_whole
+
+
+def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
+    """Return {state: number of records} with every state."""
+    found = Counter(record.state for record in records)
+    return {state: found[state] for state in STATES}
 
 
 # --- whose an id is

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from photon_data.datasets.base import ID_FROM, DataSet
@@ -13,12 +14,12 @@ from photon_data.datasets.combine import Collection, combine, read_dataset
 from photon_data.errors import UsageError, first_few, nearest_name
 from photon_data.files import Location
 from photon_data.hounsfield import HEADER
-from photon_data.override import SKIPPED, read_overrides, rescaling
+from photon_data.override import read_overrides, rescaling
 from photon_data.prepare_file import Job, already_there, recipe_digest
 from photon_data.private import HEADERS, hide_names, private_folder
-from photon_data.questions.manifest import Manifests, Unmatched, refuse_unsound
+from photon_data.questions.manifest import Unmatched, refuse_unsound
 from photon_data.questions.question import PROMPTS, UNKNOWN, Question, by_name, read_questions, with_prompt_style
-from photon_data.questions.splits import Count, assign_splits, leaks_of, refuse_leaks
+from photon_data.questions.splits import assign_splits, leaks_of, refuse_leaks
 from photon_data.readers.find import check_id_prefix, find_scans, left_alone
 from photon_data.readers.mask_pattern import MASKS, scans_alone
 from photon_data.records import (
@@ -26,7 +27,6 @@ from photon_data.records import (
     INSPECTED,
     PRUNED,
     REFUSED,
-    STATES,
     UNCHANGED,
     Rows,
     VolumeRecord,
@@ -88,39 +88,6 @@ class Plan(NamedTuple):
     done: list[VolumeRecord]  # of inputs whose stores exist already, or that were refused before for the same reasons
     kept: list[VolumeRecord]  # of earlier runs, no input of this one: volumes, and refused scans of other sources
     before: list[VolumeRecord]  # earlier records of the jobs' sources; volumes.jsonl has them until the job is done
-
-
-class Result(NamedTuple):
-    """What a run left."""
-
-    records: list[VolumeRecord]  # of its inputs
-    kept: list[VolumeRecord]  # as in the plan
-    manifests: Manifests  # no rows where splits leak
-    counts: list[Count]  # what the questions are, by data set, task and split
-    differences: list[str]  # from the lock of the request
-    left: list[str]  # ids of rows that manifests had before, and have no more
-    leak: str | None  # what several splits have in common; None where they are apart, or where leaks are allowed
-    damaged: Sequence[str]  # the archives that could not be unpacked as a whole, and why
-    masks: Sequence[VolumeRecord] = ()  # what became of the masks of its volumes
-
-    @property
-    def states(self) -> dict[str, int]:
-        """How many inputs ended in each state; they add up to all inputs."""
-        return count_states(self.records)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every input has its store and every question its row."""
-        has_stores = all(one.is_there or one.code == SKIPPED for one in [*self.records, *self.masks])
-        is_whole = self.leak is None and not self.damaged and not self.differences
-        has_masks = not any((row.facts or {}).get("refused") for row in self.masks)
-        return has_stores and has_masks and not self.manifests.unmatched and is_whole
-
-
-def count_states(records: Sequence[VolumeRecord]) -> dict[str, int]:
-    """Return {state: number of records} with every state."""
-    found = Counter(record.state for record in records)
-    return {state: found[state] for state in STATES}
 
 
 def gather(request: Request, callback: Callback | None = None, *, keeps_headers: bool = True) -> Gathered:
@@ -327,9 +294,8 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
         rows = (part.get(job.source.id) for part in earlier)
         return next(filter(None, (_unchanged(job, row, request.retry_failed) for row in rows)), None)
 
-    with ThreadPoolExecutor(16) as threads:
-        found = _mapped(threads, done, jobs)
-        digests = _mapped(threads, lambda record: _digest_of_store(out, record), there)
+    found = _mapped(done, jobs)
+    digests = _mapped(lambda record: _digest_of_store(out, record), there)
     kept = [(record, digest) for record, digest in zip(there, digests, strict=True) if digest]
     foreign = [record.id for record, digest in kept if digest != recipe.digest]
     if foreign:
@@ -343,10 +309,19 @@ def plan(jobs: Sequence[Job], request: Request, rows: Rows | None = None) -> Pla
     return Plan(todo, finished, [*(r for r, _ in kept), *(r for r in refused if r.id not in done_ids)], left)
 
 
-def _mapped(threads: ThreadPoolExecutor, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Return what `do` makes of each item. Many are a task: one takes more memory, and time, than a scan's record."""
-    parts = [items[start : start + 64] for start in range(0, len(items), 64)]
-    return [result for part in threads.map(lambda part: [do(item) for item in part], parts) for result in part]
+def _mapped(do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return what `do` makes of each item. From where it waits for files, threads do it: elsewhere they cost a fifth.
+
+    Many items are a task: one takes more memory, and time, than a scan's record.
+    """
+    found, parts = list[Any](), iter([items[start : start + 64] for start in range(0, len(items), 64)])
+    for part in parts:
+        start_s, start_busy_s = time.perf_counter(), time.thread_time()
+        found += map(do, part)
+        if time.perf_counter() - start_s > 4 * (time.thread_time() - start_busy_s):
+            break
+    with ThreadPoolExecutor(16) as threads:
+        return found + list(chain.from_iterable(threads.map(lambda part: [do(item) for item in part], parts)))
 
 
 def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> VolumeRecord | None:
@@ -362,8 +337,10 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
         is_known = before.key in reasons and not (retry_failed or job.overwrite)
         now = replace(before, root=source.root, source=source.path, hidden=source.hidden, seconds=None)
         return now if is_known else None
-    there = already_there(job, before.fingerprint) if before.fingerprint else None
-    same = there and replace(before, state=UNCHANGED, seconds=None)
+    there = before.fingerprint and already_there(job, before.fingerprint, before)
+    if not there or there == before:
+        return before if there else None
+    same = replace(before, state=UNCHANGED, seconds=None)
     return same if same == there else there  # what is as before takes no memory of its own
 
 

@@ -58,8 +58,9 @@ from photon_data.report import NO_PICTURE, render_report
 from photon_data.scan import place_name
 from photon_data.store import open_volume
 from photon_pipelines.cluster import Workers, prepared
+from photon_pipelines.collection import Result, count_states
 from photon_pipelines.mask_plan import MaskPlan, find_masks, plan_masks
-from photon_pipelines.plan import Callback, Plan, Result, count_states, gather, plan
+from photon_pipelines.plan import Callback, Plan, gather, plan
 from photon_pipelines.request import Request, grids_of, notes_of_grids, paths_of
 from photon_pipelines.unpack import pending, unpack_all
 

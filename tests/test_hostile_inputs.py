@@ -9,6 +9,8 @@ import tarfile
 import time
 import tracemalloc
 import zlib
+from itertools import product
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pyarrow
@@ -90,6 +92,14 @@ def test_a_name_that_leads_out_or_is_none_on_some_system_is_no_file_and_cannot_b
             check_split_names([name])
         with pytest.raises(UsageError):
             store_name(name + "/")
+
+
+def test_of_all_short_names_those_are_safe_whose_every_part_is_a_name_on_windows_and_here():
+    for parts in product("aC1-_./: \\\n", repeat=4):
+        name = "".join(parts)
+        kept = "/".join(part.rstrip(". ") for part in PureWindowsPath(name).parts)  # as Windows makes the file
+        has_drive = any(PureWindowsPath(part).drive for part in name.split("/"))
+        assert is_safe(name) == (kept == name and not has_drive and not {*"\n\\"} & {*name}), name
 
 
 def test_a_lock_that_is_a_link_empties_no_file_elsewhere(tmp_path):

@@ -221,7 +221,7 @@ class _Search:
 
     def _left_out(self, path: Path) -> str:
         """Return how a file is counted that the globs leave out, "" for one that they do not."""
-        parts = self._parts(path)
+        parts = self._parts(path) if self.include or self.exclude else ()
         if self.include and not any(matches(parts, glob) for glob in self.include):
             return NOT_INCLUDED
         return EXCLUDED if any(matches(parts, glob) for glob in self.exclude) else ""
