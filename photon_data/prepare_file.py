@@ -365,7 +365,7 @@ def already_there(job: Job, content: str, row: VolumeRecord | None = None) -> Vo
     if job.overwrite or not job.write:
         return None
     out, name = Location(job.out), job.place
-    metadata = read_metadata(out, name, row and row.store_sha256)
+    metadata = read_metadata(out, name, row.store_sha256 if row else None)
     if metadata is None or not is_whole(out, name, metadata):
         return None
     choices = metadata["facts"].get("policy", {})
