@@ -235,8 +235,8 @@ def prepare_volume(
 
 def _refuse_smaller_than_a_voxel(native: Geometry, recipe: Recipe) -> None:
     """Raise Refused for a scan that is thinner than one voxel of the grid: no voxel centre need lie within it."""
-    extent_mm = np.ptp(native.corners_lps(), axis=0)
-    if (extent_mm < recipe.spacing_mm[::-1]).any():
+    extent_mm = native.extent_lps_mm
+    if any(mm < least for mm, least in zip(extent_mm, recipe.spacing_mm[::-1], strict=True)):
         found = " x ".join(f"{mm:.3g}" for mm in extent_mm) + " mm"
         raise refusal("too-small", "", "at least one voxel of the grid a side", found, "check the spacing")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations, product
+from itertools import combinations, permutations, product
+from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,9 +109,17 @@ class Geometry:
         """Return the eight outer corners [8, 3] of the field of view (voxel edges, not centres)."""
         return self.world(np.array(list(product((0, 1), repeat=3))) * self.shape_zyx - 0.5)
 
+    @property
+    def extent_lps_mm(self) -> Triple:
+        """Size along x, y, z of the box around the field of view."""
+        steps = zip(self.shape_zyx, self.steps_lps, strict=True)
+        along = [[n * abs(mm) for mm in step] for n, step in steps]
+        return _triple(map(sum, zip(*along, strict=True)))
+
     def is_orthogonal(self, tolerance: float = 1e-4) -> bool:
         """Tell whether the axes are perpendicular (cosine below `tolerance`): false for a tilted gantry."""
-        return bool(np.abs(self.direction_xyz.T @ self.direction_xyz - np.eye(3)).max() < tolerance)
+        pairs = combinations(zip(self.steps_lps, self.spacing_zyx_mm, strict=True), 2)
+        return all(abs(sum(map(mul, a, b))) < tolerance * a_mm * b_mm for (a, a_mm), (b, b_mm) in pairs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back, with the derived spacing and orientation for people."""

@@ -110,3 +110,15 @@ def test_the_frame_of_an_oblique_scan_has_the_same_bits_on_every_cpu():
 def test_the_inverse_is_that_of_hand_arithmetic_rows_exchanged_where_a_pivot_is_0():
     found = inverse(np.array([[0.0, 2, 0], [4, 0, 0], [1, 0, 8]]))
     assert found.tolist() == [[0, 0.25, 0], [0.5, 0, 0], [0, -0.03125, 0.125]]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_extent_is_that_of_the_box_around_the_corners(grid):
+    assert grid.extent_lps_mm == pytest.approx(np.ptp(grid.corners_lps(), axis=0))
+
+
+def test_axes_are_perpendicular_up_to_the_tolerance_of_their_cosine():
+    tilted = np.array([[0, 0.3, 2.0], [0, 0.7, 0], [-0.7, 0, 0]])  # a gantry tilted by 8.5 degrees: cosine 0.148
+    assert not Geometry.from_arrays((4, 5, 6), (0, 0, 0), tilted).is_orthogonal(0.148)
+    assert Geometry.from_arrays((4, 5, 6), (0, 0, 0), tilted).is_orthogonal(0.149)
+    assert all(grid.is_orthogonal(1e-9) for grid in GRIDS)

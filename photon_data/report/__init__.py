@@ -151,9 +151,8 @@ def _reported(record: VolumeRecord) -> ReportedVolume:
     spacing = extent = None
     if facts.get("geometry"):
         geometry = Geometry.from_json(facts["geometry"])
-        spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
-        # Of a tilted scan, that of the box around it.
-        extent = tuple(float(mm) for mm in np.ptp(geometry.corners_lps(), axis=0))
+        spacings, extent = geometry.spacing_zyx_mm, geometry.extent_lps_mm
+        spacing = tuple(spacings[axis] for axis in body_axes(geometry).array_axis)
     remarks = cut_remarks(record), other, attention(record, other)
     return ReportedVolume(record, *remarks, spacing, extent, _ends_mm(facts, "cut_mm"))
 
