@@ -24,7 +24,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from photon_data.errors import UsageError
 from photon_train.configuration_photon import PhotonConfig
 
-
 Pair = tuple[Tensor, Tensor]  # keys and values of a layer, each [B or 1, K, L, d]
 
 
