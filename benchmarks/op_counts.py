@@ -170,7 +170,7 @@ _rms_norm.register_autograd(
 
 @contextmanager
 def _fused_rms_norm() -> Any:
-    """Make rms_norm one call each way, as on CUDA where input and weight are of one dtype; compiled, inductor fuses it."""
+    """Make rms_norm one call each way, as on CUDA where input and weight are of one dtype; compiled, it is fused."""
 
     def fused(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         if torch.compiler.is_compiling():

@@ -28,9 +28,7 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     many. Evaluation and answering are not either.
     """
     check_compiler(device)
-    torch._dynamo.config.optimize_ddp = (
-        False  # it cannot cut checkpoints; DDP sends gradients from layer to layer anyway
-    )
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs up, and cannot cut checkpoints
     block, layer = (torch.compile(one, dynamic=True, recompile_limit=MOST_GRAPHS) for one in (_block, _layer))
     for module in model.modules():
         if isinstance(module, Qwen2_5_VLVisionBlock):

@@ -65,7 +65,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
-    """A folder with models of 4 and of 7 layers, and a manifest of volumes whose slabs have windows of three lengths."""
+    """A folder with models of 4 and of 7 layers, and a manifest of volumes whose windows are of three lengths."""
     folder = tmp_path_factory.mktemp("wide")
     for layers in (4, 7):
         tiny(folder / f"{layers}" / "s2", 2, initial_threshold=0.45, num_hidden_layers=layers, **WIDE)

@@ -1,15 +1,13 @@
 """Compiled layers: the losses and gradients of eager ones, in as many graphs for any layers, rows and lengths."""
 
-import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_forwards import CURRICULUM, read, trained_on
-from test_runs import FSDP, TORCHRUN, same_log, trained, with_threads
+from test_runs import FSDP, TORCHRUN, command, same_log, trained, with_threads
 from torch._dynamo.utils import counters
 
 from photon_data.errors import UsageError
@@ -27,8 +25,7 @@ LATER = ([["c0", "c1", "c2"], ["d0", "d1", "d2"], ["a0", "a1", "a2"]], [["d0", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [True, False], ids=["checkpointed", "kept"])
-def test_losses_and_gradients_are_those_of_eager_layers_in_as_many_graphs_for_any_layers_and_batches(wide, again):
+def test_losses_and_gradients_are_those_of_eager_layers_in_as_many_graphs_for_any_layers_and_batches(wide):
     (folder, manifest), graphs = wide, []
     rows = read_train_rows([manifest])
     for layers in (4, 7):
@@ -38,8 +35,7 @@ def test_losses_and_gradients_are_those_of_eager_layers_in_as_many_graphs_for_an
         )
         torch._dynamo.reset()
         counters.clear()
-        settings = TrainConfig(gradient_checkpointing=again, vision_gradient_checkpointing=again)
-        checkpoint_activations(compiled, settings)
+        checkpoint_activations(compiled, TrainConfig())
         compile_layers(compiled, torch.device("cpu"))
         for groups in (*FIRST, *LATER):
             (batch,), processor = read_together(folder / f"{layers}", rows, groups)
@@ -50,7 +46,8 @@ def test_losses_and_gradients_are_those_of_eager_layers_in_as_many_graphs_for_an
                 assert (gradient - expected[1][name]).norm() <= 2e-5 * expected[1][name].norm() + 1e-7, name
             graphs.append(counters["stats"]["unique_graphs"])
         assert not counters["graph_break"]
-    # The trial; blocks within windows and within slabs. Of each, layers of a prefix, of questions, of what stays.
+    # The trial, blocks within windows, within slabs, layers of two prefixes, of their questions, of what stays;
+    # then layers of one prefix, and of questions on it.
     assert graphs == [6, 8, 8, 8] * 2
 
 
@@ -59,34 +56,34 @@ def read_together(models, rows, groups):
     return together(batches, processor), processor
 
 
+@pytest.fixture
+def alike(config, wide):
+    """A run whose groups are all of four questions on one volume, which drops tokens from the first step on."""
+    folder, manifest = wide
+    counts = {"groups_per_step": 2, "questions_per_volume": 4, "max_steps": 3}
+    starts = config.photon | {"soft_start": 0, "hard_start": 0, "flip_start": 1}
+    return replace(config, model=str(folder / "4" / "s2"), data=(str(manifest),), photon=starts, **counts)
+
+
 @pytest.mark.slow
-def test_a_run_has_the_same_losses(config, tmp_path):
-    plain = replace(config, max_steps=4, eval=config.data)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_run_has_the_same_losses_and_is_judged_by_the_same(alike, tmp_path, lora_rank):
+    plain = replace(alike, lora_rank=lora_rank, eval=alike.data)
     compiled = trained(replace(plain, compile=True, output=str(tmp_path / "compiled")))
     same_log(compiled, trained(plain), 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "autocast"])
-def test_low_rank_updates_have_the_same_losses(config, tmp_path, precision):
-    plain = replace(config, max_steps=3, lora_rank=2, precision=precision)
-    compiled = trained(replace(plain, compile=True, output=str(tmp_path / "compiled")))
-    same_log(compiled, trained(plain), 1e-5 if precision == "fp32" else 0.02)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_have_the_losses_of_one_that_is_not_compiled(config, tmp_path, shared):
-    config = replace(config, max_steps=3)
-    one = trained(replace(config, output=str(tmp_path / "one")))
-    (tmp_path / "run.json").write_text(json.dumps(replace(config, compile=True).to_json()))
-    script = [str(Path(__file__).with_name("as_gpus.py")), str(tmp_path / "run.json")]
-    words = ["-m", "photon_cli", "train", "s2", "--config", str(tmp_path / "run.json")]
-    command = [sys.executable, "-m", *TORCHRUN[:-1], *(script if shared else words)]
+def test_two_processes_have_the_losses_of_one_that_is_not_compiled(alike, tmp_path, shared):
+    one = trained(replace(alike, output=str(tmp_path / "one")))
+    words = command(replace(alike, compile=True), tmp_path / "run.json", *TORCHRUN)
+    if shared:
+        words[-6:] = [str(Path(__file__).with_name("as_gpus.py")), str(tmp_path / "run.json")]
     env = with_threads(1) | (FSDP if shared else {})
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    same_log(read_log(Path(config.output)), one, 1e-5)
+    same_log(read_log(Path(alike.output)), one, 1e-5)
 
 
 def test_where_torch_cannot_compile_a_run_says_so_before_its_first_step(config, without_compiler):
