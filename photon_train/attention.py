@@ -104,7 +104,9 @@ class PhotonAttention(Qwen2_5_VLAttention):
         rows = hidden_states.shape[:2]
         v_BKLd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim).transpose(1, 2)
         cache: Any = past_key_values if shared is None else shared
-        cache = cache.of(self.layer_idx) if isinstance(cache, SharedKeys) else cache
+        if isinstance(shared, SharedKeys):
+            number: Any = self.layer_idx
+            cache = shared.of(number)
         if isinstance(cache, CacheLayerMixin | LayerKeys):  # what is compiled must not look at its number
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd)
         elif cache is not None:

@@ -29,32 +29,32 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     """
     check_compiler(device)
     torch._dynamo.config.optimize_ddp = False  # it would cut graphs up, and cannot cut checkpoints
-    block, layer = (torch.compile(one, dynamic=True, recompile_limit=MOST_GRAPHS) for one in (_block, _layer))
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    runs: dict[type, Any] = {
+        Qwen2_5_VLVisionBlock: partial(_run_block, torch.compile(_block, dynamic=True)),
+        Qwen2_5_VLDecoderLayer: partial(_run_layer, torch.compile(_layer, dynamic=True)),
+    }
+    module: Any
     for module in model.modules():
-        if isinstance(module, Qwen2_5_VLVisionBlock):
-            module.forward = partial(_run_block, module, module.forward, block)
-        elif type(module) is Qwen2_5_VLDecoderLayer:
-            module.forward = partial(_run_layer, module, module.forward, layer)
+        if type(module) in runs:
+            module.forward = partial(runs[type(module)], module, module.forward)
 
 
-def _run_block(block: Any, plain: Any, compiled: Any, h_PD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    run = partial(compiled, block) if block.training else plain
-    found: Tensor = run(h_PD, *args, **kwargs)
-    return found
+def _run_block(compiled: Any, block: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    return compiled(block, *args, **kwargs) if block.training else plain(*args, **kwargs)
 
 
 def _run_layer(
+    compiled: Any,
     layer: Any,
     plain: Any,
-    compiled: Any,
     h_BLD: Tensor,
     shared: SharedKeys | None = None,
     past_key_values: Any = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Any:
     if not layer.training or past_key_values is not None:
-        found: Tensor = plain(h_BLD, shared=shared, past_key_values=past_key_values, **kwargs)
-        return found
+        return plain(h_BLD, shared=shared, past_key_values=past_key_values, **kwargs)
     own = LayerKeys() if shared is None else shared.of(layer.self_attn.layer_idx)
     is_prefix = shared is not None and shared.is_prefix
     h_BLD, own.own = compiled(layer, h_BLD, own.before, is_prefix, **kwargs)
