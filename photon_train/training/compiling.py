@@ -41,7 +41,8 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
 
 
 def _run_block(compiled: Any, block: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
-    return compiled(block, *args, **kwargs) if block.training else plain(*args, **kwargs)
+    is_heard = block.attn._forward_pre_hooks  # by `attention_received`: compiled code would not call the hook
+    return compiled(block, *args, **kwargs) if block.training and not is_heard else plain(*args, **kwargs)
 
 
 def _run_layer(

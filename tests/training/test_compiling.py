@@ -51,8 +51,25 @@ def test_losses_and_gradients_are_those_of_eager_layers_in_as_many_graphs_for_an
     assert graphs == [6, 8, 8, 8] * 2
 
 
-def read_together(models, rows, groups):
-    batches, processor = read(models, rows, groups)
+@pytest.mark.slow
+def test_a_block_that_is_listened_to_is_heard(wide):
+    """The `visionzip` scheduler asks the last block of the tower what its tokens receive."""
+    folder, manifest = wide
+    models = [
+        PhotonForConditionalGeneration.from_pretrained(folder / "4" / "s2", scheduler="visionzip", **CURRICULUM).train()
+        for _ in range(2)
+    ]
+    compile_layers(models[1], torch.device("cpu"))
+    rows = read_train_rows([manifest])
+    (batch,), processor = read_together(folder / "4", rows, FIRST[1], scheduler="visionzip")
+    expected, found = (trained_on(model, [batch], 1, DROPS, processor) for model in models)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    blocks = [name for name in found[1] if ".blocks." in name]
+    assert blocks and all((found[1][n] - expected[1][n]).norm() <= 2e-5 * expected[1][n].norm() + 1e-7 for n in blocks)
+
+
+def read_together(models, rows, groups, **settings):
+    batches, processor = read(models, rows, groups, **settings)
     return together(batches, processor), processor
 
 
