@@ -53,12 +53,14 @@ def test_losses_and_gradients_are_those_of_eager_layers_in_as_many_graphs_for_an
 
 @pytest.mark.slow
 def test_a_block_that_is_listened_to_is_heard(wide):
-    """The `visionzip` scheduler asks the last block of the tower what its tokens receive."""
+    """The `visionzip` scheduler asks the last block what its tokens receive; the first has the same code."""
     folder, manifest = wide
     models = [
         PhotonForConditionalGeneration.from_pretrained(folder / "4" / "s2", scheduler="visionzip", **CURRICULUM).train()
         for _ in range(2)
     ]
+    for model in models:
+        model.model.visual.fullatt_block_indexes = [0, 1]
     compile_layers(models[1], torch.device("cpu"))
     rows = read_train_rows([manifest])
     (batch,), processor = read_together(folder / "4", rows, FIRST[1], scheduler="visionzip")
