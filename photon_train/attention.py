@@ -24,26 +24,45 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from photon_data.errors import UsageError
 from photon_train.configuration_photon import PhotonConfig
 
+Pair = tuple[Tensor, Tensor]  # keys and values of a layer, each [B or 1, K, L, d]
+
+
+class LayerKeys:
+    """One layer's part of SharedKeys: what is compiled is given this, for it must not look at the layer's number."""
+
+    def __init__(self, before: Pair | None = None) -> None:
+        self.before = before
+        self.own: Pair | None = None
+
+    def update(self, keys: Tensor, values: Tensor) -> Pair:
+        """Return the keys and values of the prefix and, behind them, those given, which are noted the first time."""
+        self.own = self.own or (keys, values)
+        if self.before is None:
+            return keys, values
+        before = (x.expand(len(keys), -1, -1, -1) for x in self.before)
+        both = [torch.cat(pair, dim=2) for pair in zip(before, (keys, values), strict=True)]
+        return both[0], both[1]
+
 
 class SharedKeys:
     """Stands in for a cache where none is kept: layers attend to the keys of a prefix too, and their own are noted.
 
     The same call gives the same keys again, so that a layer can be recomputed in the backward pass.
+    is_prefix: someone asks for what was noted.
     """
 
-    def __init__(self, before: tuple[tuple[Tensor, Tensor], ...] = ()) -> None:
-        self.before = before
+    def __init__(self, before: tuple[Pair, ...] = (), is_prefix: bool = False) -> None:
+        self.before, self.is_prefix = before, is_prefix
         self.length = before[0][0].shape[2] if before else 0
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, LayerKeys] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the prefix and, behind them, those given."""
-        self.own.setdefault(layer, (keys, values))
-        if not self.before:
-            return keys, values
-        before = (x.expand(len(keys), -1, -1, -1) for x in self.before[layer])
-        both = [torch.cat(pair, dim=2) for pair in zip(before, (keys, values), strict=True)]
-        return both[0], both[1]
+    def of(self, layer: int) -> LayerKeys:
+        """Return the part of a layer, the same one for every call."""
+        return self.layers.setdefault(layer, LayerKeys(self.before[layer] if self.before else None))
+
+    def own(self) -> tuple[Pair, ...]:
+        """Return the keys and values of the layers that have run, in their order."""
+        return tuple(layer.own for layer in self.layers.values() if layer.own is not None)
 
     def get_query_offset(self, layer: int) -> int:
         """Return how many keys stand before the first query; for `create_causal_mask`."""
@@ -77,7 +96,7 @@ class PhotonAttention(Qwen2_5_VLAttention):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | CacheLayerMixin | None = None,
-        shared: SharedKeys | None = None,
+        shared: SharedKeys | LayerKeys | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return h_BLD and, of some back ends, the weights."""
@@ -85,7 +104,10 @@ class PhotonAttention(Qwen2_5_VLAttention):
         rows = hidden_states.shape[:2]
         v_BKLd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim).transpose(1, 2)
         cache: Any = past_key_values if shared is None else shared
-        if isinstance(cache, CacheLayerMixin):  # what is compiled must not look at its number
+        if isinstance(shared, SharedKeys):
+            number: Any = self.layer_idx
+            cache = shared.of(number)
+        if isinstance(cache, CacheLayerMixin | LayerKeys):  # what is compiled must not look at its number
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd)
         elif cache is not None:
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)

@@ -225,7 +225,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
         self, layers: int, h_1PD: Tensor, position_31P: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, Tensor], ...]]:
         """Return what a Prefix holds of so many layers: h_1PD, q and k of the layer that drops, all keys and values."""
-        shared, q_1HPd, k_1KPd = SharedKeys(), None, None
+        shared, q_1HPd, k_1KPd = SharedKeys(is_prefix=True), None, None
         # In training, scores may be asked for from outside of the model, by a hook.
         is_asked = layers < len(self.layers) or self.photon_config.scheduler in BY_QK or torch.is_grad_enabled()
         attend = self._attend(h_1PD, None, position_31P, None, shared)
@@ -234,7 +234,7 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
                 h_1PD, q_1HPd, k_1KPd = layer(h_1PD, with_qk=True, **attend)
             else:
                 h_1PD = layer(h_1PD, **attend)
-        return h_1PD, q_1HPd, k_1KPd, tuple(shared.own.values())
+        return h_1PD, q_1HPd, k_1KPd, shared.own()
 
     def _attend(
         self,

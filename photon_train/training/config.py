@@ -66,7 +66,7 @@ class TrainConfig:
     # process); autocast: weights and residual stream in float32, cast for each use.
     precision: str = "bf16"
     attention: str = "sdpa"
-    compile: bool = False  # torch.compile of the MLPs: fewer kernels, after a minute of compiling; needs a C++ compiler
+    compile: bool = False  # torch.compile of whole layers: fewer calls, after minutes of compiling; needs a compiler
     gradient_checkpointing: bool = True  # compute the language model's activations again in the backward pass
     vision_gradient_checkpointing: bool = True  # and those of the vision tower
     # Folder of masks by volume id: scores learn to point at the masks that a row names in `organ_masks`. For models

@@ -26,7 +26,6 @@ from transformers import AutoTokenizer
 
 from photon_data.errors import UsageError
 from photon_data.files import Location
-from photon_train.attention import check_compiler
 from photon_train.checkpoint import (
     ADAPTER,
     checkpoints,
@@ -39,6 +38,7 @@ from photon_train.configuration_photon import PhotonConfig, phase_starts
 from photon_train.modeling_photon import PhotonForConditionalGeneration
 from photon_train.processing_photon import PhotonProcessor
 from photon_train.rows import TrainRow, read_train_rows
+from photon_train.training.compiling import compile_layers
 from photon_train.training.config import MADE_WITH, TrainConfig, made_with
 from photon_train.training.optimizer import MasterAdamW, load_optimizer_state
 from photon_train.training.plan import (
@@ -185,7 +185,7 @@ def start(
     rounded = any(weight.dtype != torch.float32 for group in groups for weight in group["params"])
     optimizer = MasterAdamW(groups, betas) if rounded else torch.optim.AdamW(groups, lr=1.0, betas=betas, fused=fused)
     if config.compile:
-        compile_mlps(model, accelerator.device)
+        compile_layers(model, accelerator.device)
     if accelerator.is_fsdp2:
         share_apart(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -298,18 +298,6 @@ def checkpoint_activations(model: Any, config: TrainConfig) -> None:
                 module.gradient_checkpointing = enabled
                 # Reentry would lose the gradient of the threshold.
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def compile_mlps(model: nn.Module, device: torch.device) -> None:
-    """Have torch compile the MLPs of vision tower and decoder at their first use; UsageError where it cannot compile.
-
-    Each kind is compiled once, for any number of tokens: nothing in an MLP depends on its layer. What surrounds it
-    does, and would be compiled for every layer.
-    """
-    check_compiler(device)
-    for name, module in model.named_modules():
-        if name.endswith(".mlp"):
-            module.compile(dynamic=True)
 
 
 def module_of(name: str) -> str:

@@ -10,16 +10,18 @@ from photon_data.records import store_name
 from photon_data.store import write_store
 from photon_data.volume import Geometry, Prepared, Volume
 from photon_train.tiny import tiny
+from photon_train.training.config import TrainConfig
 
 SHAPES = {"stored_shape_zyx": (42, 84, 84), "model_shape_zyx": (28, 56, 56)}  # 8 visual tokens
+WIDE = {"stored_shape_zyx": (28, 140, 140), "model_shape_zyx": (28, 140, 140)}  # 10 x 10 patches a slab
 QUESTIONS = {"a": 5, "b": 1, "c": 2, "d": 4, "e": 1, "f": 3}  # per volume
 
 
-def write_volume(out, name, seed):
+def write_volume(out, name, seed, shapes=SHAPES):
     draw = np.random.default_rng(seed)
     grids = [
         Volume(draw.integers(-1000, 1000, shape, dtype=np.int16), Geometry.axis_aligned(shape, (1, 1, 1), (0, 0, 0)))
-        for shape in SHAPES.values()
+        for shape in shapes.values()
     ]
     identity = {"id": name, "key": f"key of {name}", "fingerprint": "sha256:0", "recipe": {}, "digest": "d"}
     write_store(Prepared(grids[0], grids[1], {}), Location(str(out)), store_name(name), identity)
@@ -59,3 +61,47 @@ def models(tmp_path_factory):
     tiny(folder / "s1", 1, **SHAPES)
     tiny(folder / "s2", 2, initial_threshold=0.45, **SHAPES)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """A folder with models of 4 and of 7 layers, and a manifest of volumes whose windows are of three lengths."""
+    folder = tmp_path_factory.mktemp("wide")
+    for layers in (4, 7):
+        tiny(folder / f"{layers}" / "s2", 2, initial_threshold=0.45, num_hidden_layers=layers, **WIDE)
+    rows = [
+        row(f"{name}{i}", f"Question {i} of {name}" + "?" * i, store, answer=("yes", "left lower lobe")[i % 2])
+        for seed, name in enumerate("abcd")
+        for store in [write_volume(folder / "prepared", name, seed, WIDE)]
+        for i in range(4)
+    ]
+    return folder, put(folder / "train.jsonl", rows)
+
+
+@pytest.fixture
+def config(models, manifest, tmp_path):
+    return TrainConfig(
+        stage="s2",
+        model=str(models / "s2"),
+        data=(str(manifest),),
+        output=str(tmp_path / "run"),
+        lr_patch_embedding=1e-4,
+        lr_vision=1e-3,
+        lr_merger=1e-3,
+        lr_language_model=1e-3,
+        lr_threshold=1e-3,
+        groups_per_step=4,
+        questions_per_volume=3,
+        epochs=3,
+        precision="fp32",
+        workers=0,
+        save_every=2,
+        track=(),
+        photon={
+            "soft_start": 1,
+            "hard_start": 2,
+            "flip_start": 3,
+            "flip_probability": 0.5,
+            "robustness_probability": 0.3,
+        },
+    )

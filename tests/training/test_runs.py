@@ -22,9 +22,6 @@ from photon_cli.photon import app
 from photon_data.errors import UsageError
 from photon_train import PhotonForConditionalGeneration
 from photon_train.checkpoint import checkpoints
-from photon_train.configuration_photon import PhotonConfig
-from photon_train.tiny import tiny
-from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import TrainingStopped, run_steps
 from photon_train.training.processes import Interruption, check_processes, make_accelerator
@@ -32,35 +29,6 @@ from photon_train.training.setup import MODULES, module_of, start
 
 LOSSES = ("loss", "ce", "band", "robustness", "flip", "threshold", "eval_loss")
 COMPUTED = ("step", *LOSSES, "keep_ratio", "questions", "phase")
-
-
-@pytest.fixture
-def config(models, manifest, tmp_path):
-    return TrainConfig(
-        stage="s2",
-        model=str(models / "s2"),
-        data=(str(manifest),),
-        output=str(tmp_path / "run"),
-        lr_patch_embedding=1e-4,
-        lr_vision=1e-3,
-        lr_merger=1e-3,
-        lr_language_model=1e-3,
-        lr_threshold=1e-3,
-        groups_per_step=4,
-        questions_per_volume=3,
-        epochs=3,
-        precision="fp32",
-        workers=0,
-        save_every=2,
-        track=(),
-        photon={
-            "soft_start": 1,
-            "hard_start": 2,
-            "flip_start": 3,
-            "flip_probability": 0.5,
-            "robustness_probability": 0.3,
-        },
-    )
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
@@ -116,32 +84,6 @@ def test_a_run_stopped_before_anything_is_scheduled_goes_on_as_if_it_had_not_bee
     whole = trained(replace(late, output=str(tmp_path / "whole")))
     stop(late, 3)
     assert trained(late, resume=True) == whole
-
-
-@pytest.mark.slow
-def test_compiled_mlps_give_the_same_losses_and_are_compiled_once_for_any_number_of_layers(config, tmp_path):
-    from torch._dynamo.utils import counters
-
-    graphs = []
-    for layers in (4, 7):
-        shapes = PhotonConfig.from_pretrained(config.model)
-        sizes = {name: getattr(shapes, name) for name in ("stored_shape_zyx", "model_shape_zyx")}
-        tiny(tmp_path / f"{layers}", 2, initial_threshold=0.45, num_hidden_layers=layers, **sizes)
-        model, output = tmp_path / f"{layers}", tmp_path / f"plain-{layers}"
-        plain = replace(config, model=str(model), output=str(output), max_steps=4)
-        torch._dynamo.reset()
-        counters.clear()
-        compiled = trained(replace(plain, compile=True, output=str(tmp_path / f"compiled-{layers}")))
-        graphs.append(counters["stats"]["unique_graphs"])
-        _same_log(compiled, trained(plain), 1e-6)
-    assert graphs[0] == graphs[1] > 3  # the trial, a vision block's, the merger's, a layer's
-
-
-def test_where_torch_cannot_compile_a_run_says_so_before_its_first_step(config, without_compiler):
-    with pytest.raises(
-        UsageError, match=r"expected a compiler that torch can use, found \w+: \w.*; leave compile out$"
-    ):
-        start(replace(config, compile=True), resume=False)
 
 
 def test_going_on_with_a_run_that_ended_changes_nothing(config, tmp_path):
@@ -220,7 +162,7 @@ def test_two_processes_of_which_one_is_told_to_end_both_save_and_go_on_to_the_sa
     assert code != 0, said
     (last,) = checkpoints(tmp_path / "told")
     assert int(last.name.removeprefix("checkpoint-")) < len(whole)
-    _same_log(trained(config, resume=True), whole, 1e-5)
+    same_log(trained(config, resume=True), whole, 1e-5)
 
 
 def test_a_signal_that_is_sent_on_counts_once_and_a_later_one_ends_the_run_at_once(monkeypatch):
@@ -259,7 +201,7 @@ def test_two_processes_have_the_losses_of_one(config, tmp_path):
     tried = subprocess.run([*train, "--dry-run"], env=with_threads(1), check=True, capture_output=True, text=True)
     assert tried.stdout.count("9 steps in 3 epochs, each of 4 volumes") == 1
     subprocess.run(train, env=with_threads(1), check=True, timeout=300)
-    _same_log(read_log(tmp_path / "two"), one, 1e-5)
+    same_log(read_log(tmp_path / "two"), one, 1e-5)
 
 
 def read_log_of(config):
@@ -284,12 +226,12 @@ def test_a_run_shared_by_two_processes_is_that_of_one_and_goes_on_with_one(confi
     config = replace(config, epochs=2, eval=config.data, eval_every=3)
     whole = trained(replace(config, output=str(tmp_path / "whole")))
     _on_two(replace(config, precision=precision), tmp_path)
-    _same_log(read_log_of(config), whole, wrong)
+    same_log(read_log_of(config), whole, wrong)
     ends = [load_file(checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("run", "whole")]
     assert ends[0].keys() == ends[1].keys()  # a weight of two names is there once
     if precision == "fp32":
         shutil.rmtree(checkpoints(tmp_path / "run")[-1])
-        _same_log(trained(config, resume=True), whole, wrong)
+        same_log(trained(config, resume=True), whole, wrong)
 
 
 @pytest.mark.slow
@@ -299,7 +241,7 @@ def test_a_run_of_one_process_goes_on_with_two_that_share_it(config, tmp_path, p
     whole = trained(config)
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
     _on_two(config, tmp_path, "--resume")
-    _same_log(read_log_of(config), whole, wrong)
+    same_log(read_log_of(config), whole, wrong)
     last = checkpoints(tmp_path / "run")[-1]
     assert {weight.dtype for weight in load_file(last / "model.safetensors").values()} == {torch.float32}
     assert not any(name.endswith("|master") for name in load_file(last / "optimizer.safetensors"))
@@ -313,7 +255,7 @@ def _on_two(config, folder, *options):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def _same_log(found, expected, wrong):
+def same_log(found, expected, wrong):
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine["questions"] == theirs["questions"]
