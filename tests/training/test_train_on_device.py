@@ -11,13 +11,11 @@ from other_device import device
 from safetensors.torch import load_file
 
 from photon_train.checkpoint import checkpoints
-from photon_train.training.config import TrainConfig
 from photon_train.training.log import read_log
 from photon_train.training.loop import run_steps
 from photon_train.training.setup import start
 
 pytestmark = pytest.mark.slow
-CURRICULUM = {"soft_start": 1, "hard_start": 2, "flip_start": 3, "flip_probability": 0.5, "robustness_probability": 0.3}
 COMPARED = (
     "loss",
     "ce",
@@ -32,29 +30,8 @@ COMPARED = (
 
 
 @pytest.fixture
-def config(models, manifest, tmp_path):
-    return TrainConfig(
-        stage="s2",
-        model=str(models / "s2"),
-        data=(str(manifest),),
-        eval=(str(manifest),),
-        output=str(tmp_path / "here"),
-        lr_patch_embedding=1e-4,
-        lr_vision=1e-3,
-        lr_merger=1e-3,
-        lr_language_model=1e-3,
-        lr_threshold=1e-3,
-        groups_per_step=4,
-        questions_per_volume=3,
-        epochs=3,
-        max_steps=5,
-        precision="fp32",
-        workers=0,
-        eval_every=4,
-        save_every=2,
-        track=(),
-        photon=CURRICULUM,
-    )
+def config(config, manifest, tmp_path):
+    return replace(config, eval=(str(manifest),), output=str(tmp_path / "here"), max_steps=5, eval_every=4)
 
 
 def train(config, resume=False):
