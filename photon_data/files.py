@@ -24,9 +24,9 @@ from fsspec.utils import get_protocol
 from photon_data.errors import UsageError
 from photon_data.json_text import from_json
 
-# What no part of a name below a folder of ours may hold: control characters, a backslash; a drive letter at its start;
+# What no part of a name below a folder of ours may hold: control characters, a backslash; a drive at its start ("C:");
 # a space or a dot at its end, which Windows drops.
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^[A-Za-z]:|[ .]$")
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^.:|[ .]$")
 PLAIN = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # nearly all names, and none that is unsafe but by its length
 MAX_NAME_BYTES = 255
 # Names that Windows keeps for devices, with any suffix: we make none.

@@ -98,7 +98,7 @@ def test_of_all_short_names_those_are_safe_whose_every_part_is_a_name_on_windows
     for parts in product("aC1-_./: \\\n", repeat=4):
         name = "".join(parts)
         kept = "/".join(part.rstrip(". ") for part in PureWindowsPath(name).parts)  # as Windows makes the file
-        has_drive = any(PureWindowsPath(part).drive for part in name.split("/"))
+        has_drive = any(part[1:2] == ":" for part in name.split("/"))  # of any character, since Python 3.12
         assert is_safe(name) == (kept == name and not has_drive and not {*"\n\\"} & {*name}), name
 
 

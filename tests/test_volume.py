@@ -122,3 +122,12 @@ def test_axes_are_perpendicular_up_to_the_tolerance_of_their_cosine():
     assert not Geometry.from_arrays((4, 5, 6), (0, 0, 0), tilted).is_orthogonal(0.148)
     assert Geometry.from_arrays((4, 5, 6), (0, 0, 0), tilted).is_orthogonal(0.149)
     assert all(grid.is_orthogonal(1e-9) for grid in GRIDS)
+
+
+def test_a_voxel_has_the_volume_that_its_steps_span():
+    assert Geometry.from_arrays((4, 5, 6), (0, 0, 0), [[0, 0.3, 2], [0, 0.7, 0], [-0.5, 0, 0]]).voxel_ml == 0.0007
+    for grid in GRIDS:
+        assert grid.voxel_ml == pytest.approx(abs(np.linalg.det(grid.steps_lps)) / 1000)
+    for steps in ([[1, 0, 0], [0, 1, 0], [1, 1, 0]], [[1, 0, 0], [0, np.nan, 0], [0, 0, 1]], np.eye(3) * 1e-4):
+        with pytest.raises(ValueError, match="independent steps"):
+            Geometry.from_arrays((4, 5, 6), (0, 0, 0), steps)
