@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, permutations, product
-from math import isfinite
+from math import isfinite, sqrt
 from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Geometry:
     @cached_property
     def spacing_zyx_mm(self) -> Triple:
         """Distance between neighbouring voxel centres along z, y, x."""
-        return _triple(np.linalg.norm(self.steps_lps, axis=1))
+        return _triple(sqrt(x * x + y * y + z * z) for x, y, z in self.steps_lps)
 
     @property
     def voxel_ml(self) -> float:
@@ -143,7 +143,7 @@ def _determinant(z: Triple, y: Triple, x: Triple) -> float:
 
 
 def _triple(values: Any) -> Triple:
-    a, b, c = (float(v) for v in values)
+    a, b, c = map(float, values)
     return a, b, c
 
 
