@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -63,7 +64,11 @@ class Options:
 
 
 def serve(model: str, load: dict[str, Any], questions_per_batch: int, options: Options) -> None:
-    """Serve a model until SIGTERM or Ctrl-C; what is asked by then is answered. UsageError for what cannot start."""
+    """Serve a model until SIGTERM or Ctrl-C; what is asked by then is answered. UsageError for what cannot start.
+
+    SIGUSR1, by which SLURM warns of a job's end, does as SIGTERM.
+    """
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -381,8 +381,8 @@ typedef struct {
 } Block;
 
 #define MIX(a, b, w) ((a) + (w) * ((b) - (a)))
-/* Two neighbours in a row, as they are read at once: the value of the first, and the second less the first. Both are
-   whole numbers below 2^17, which a double holds. */
+/* Two neighbours in a row, as they are read at once: the value of the first, and the second less the first. Of integers
+   both are whole numbers below 2^17, which a double holds; of floats the difference is rounded once, as in numpy. */
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 #define SWAP(v) ((v) << 16 | (v) >> 16)
 #else
@@ -433,7 +433,7 @@ TRILINEAR(large_float, float, int64_t, Floats, FLOAT, FLOAT_STEP)
 static void affine_row(const Py_buffer *in, const Line *lines, Block *k, Py_ssize_t n, short *restrict out)
 {
     Py_ssize_t from = 0, to = n, sy = in->strides[1] / in->itemsize, sz = in->strides[0] / in->itemsize;
-    int large = (int64_t)sz * in->shape[0] + (int64_t)sy * in->shape[1] > INT32_MAX;
+    int large = (int64_t)sz * in->shape[0] + (int64_t)sy * in->shape[1] + in->shape[2] > INT32_MAX;
     for (int a = 0; a < 3; a++) {
         const Line *l = &lines[a];
         Py_ssize_t enters = reaches(l, l->step < 0 ? l->end : l->first, n);

@@ -24,8 +24,7 @@ from fsspec.utils import get_protocol
 from photon_data.errors import UsageError
 from photon_data.json_text import from_json
 
-# What no part of a name below a folder of ours may hold: control characters, a backslash; a drive at its start ("C:");
-# a space or a dot at its end, which Windows drops.
+# Not in part of a name: control characters, a backslash, a drive ("C:") first, a space or dot last (Windows drops it).
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^.:|[ .]$")
 PLAIN = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # nearly all names, and none that is unsafe but by its length
 MAX_NAME_BYTES = 255
@@ -121,8 +120,9 @@ class Location:
 
     def exists(self, name: str) -> bool:
         """Tell whether there is a file or folder of that name."""
-        is_there = Path(self._below(name)).exists if self.is_local else lambda: self.fs.exists(self.at(name))
-        return is_safe(name) and bool(is_there())
+        if self.is_local:
+            return is_safe(name) and Path(self._below(name)).exists()
+        return is_safe(name) and bool(self.fs.exists(self.at(name)))
 
     def read(self, name: str, most: int | None = None) -> bytes | None:
         """Return the content of a file, or its first bytes; None if there is no such file."""

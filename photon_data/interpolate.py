@@ -142,13 +142,15 @@ def affine(
     """Write into the voxels of the int16 array `out` [z, y, x] what lies at matrix [3, 4] @ (z, y, x, 1) in `array`.
 
     `array` is int16, uint16 or float32, with at least two voxels along each axis; between its rows may be room
-    (`roomy`). Trilinear in float64, rescaled,
-    rounded to nearest and clipped. Native index i covers [i - 0.5, i + 0.5), as in ITK: in the outer half voxel the
-    edge value is repeated. Voxels of `out` beyond are left as they are.
+    (`roomy`), else ValueError. Trilinear in float64, rescaled, rounded to nearest and clipped. Native index i covers
+    [i - 0.5, i + 0.5), as in ITK: in the outer half voxel the edge value is repeated. Voxels of `out` beyond are left
+    as they are.
     """
     if c := compiled():
         return c.affine(array, tuple(matrix.ravel().tolist()), RIM_VOXELS, slope, intercept, *window, out)
-    strides = [stride // array.itemsize for stride in array.strides]
+    strides, rest = zip(*(divmod(stride, array.itemsize) for stride in array.strides), strict=True)
+    if min(strides) < 1 or strides[2] != 1 or any(rest):
+        raise ValueError(f"expected whole rows, one after the other, found strides of {array.strides} bytes")
     reach = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True))
     flat = np.lib.stride_tricks.as_strided(array, (reach,), (array.itemsize,), writeable=False)
     y, x = np.ogrid[: out.shape[1], : out.shape[2]]

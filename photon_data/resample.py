@@ -259,7 +259,8 @@ def _resample_streamed(
 def _resample_whole(planes: Iterator[np.ndarray], native: Geometry, grid: Geometry, values: Values) -> np.ndarray:
     """Resample a scan of any affine geometry. Only the part that the grid reaches is held, 16-bit integers as such."""
     matrix = grid_to_native(native, grid)[:3]
-    ends = np.stack([matrix @ [*corner, 1] for corner in product(*((0, n - 1) for n in grid.shape_zyx))], axis=1)
+    corners = product(*((0, n - 1) for n in grid.shape_zyx))
+    ends = np.stack([(matrix * [*corner, 1]).sum(axis=1) for corner in corners], axis=1)
     sizes = np.array(native.shape_zyx)
     first = np.clip(np.floor(ends.min(axis=1)) - 1, 0, np.maximum(sizes - 2, 0)).astype(int)
     last = np.clip(np.ceil(ends.max(axis=1)) + 2, first + 2, sizes).astype(int)

@@ -247,7 +247,7 @@ def position_text(world_axis: int, mm: float) -> str:
 
 
 def inverse(matrix: np.ndarray) -> np.ndarray:
-    """Return the inverse [n, n] of a regular matrix, to the same bits on every CPU.
+    """Return the inverse [n, n] of a matrix, to the same bits on every CPU; ValueError for a singular one.
 
     BLAS and LAPACK have kernels for each kind of CPU, and the last bits of their results differ. Here every product
     and sum is rounded by itself, in one order.
@@ -256,6 +256,8 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
     rows = np.hstack([matrix, np.eye(n)])
     for a in range(n):
         pivot = a + int(np.abs(rows[a:, a]).argmax())
+        if not abs(rows[pivot, a]) > 0:  # NaN too
+            raise ValueError(f"expected a regular matrix, found {matrix.tolist()}")
         rows[[a, pivot]] = rows[[pivot, a]]
         rows[a] *= 1 / rows[a, a]  # as OpenBLAS does: a grid that is not oblique gets its digits
         for b in range(n):

@@ -33,7 +33,8 @@ ENVIRONMENT = {
 }
 # What a child runs first: 0.5 s of imports come after it has tied its life to its parent's. PR_SET_PDEATHSIG (1) of
 # prctl(2) has the kernel kill it, even while SimpleITK holds the interpreter for seconds. A parent that died before
-# that is no longer the parent.
+# that is no longer the parent. Signals that SLURM sends to all processes of a step are for the parent: a child that
+# they ended would count as a scan that crashes its reader.
 FIRST = """
 import ctypes, os, signal, sys
 parent, address_space_bytes, module = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -41,6 +42,8 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() != parent:
     os._exit(1)
+for ending in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(ending, signal.SIG_IGN)
 try:
     from importlib import import_module
     main = import_module(module).main
@@ -225,7 +228,7 @@ def _end_with_stdin() -> None:
 def single_threaded() -> None:
     """Use one core per job: parallelism comes from jobs, and bytes must not depend on the number of threads."""
     import numcodecs.blosc
-    import numpy.ma  # noqa: F401  (numpy does at its first percentile: amid buffers, it parts what they leave, 25 MB)
+    import numpy.ma  # noqa: F401  (else at the first percentile, amid buffers, where it splits free memory: 25 MB)
     import zarr
 
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # its import costs 90 MB, and few scans need it

@@ -1,10 +1,16 @@
 """A child that dies in any way costs its own job; the next one finds a new child."""
 
+import os
+import signal
 import sys
 
 import pytest
+from raw import write_scan
 
-from photon_pipelines.child import Child, ChildError
+from photon_data.prepare_file import Job
+from photon_data.readers.find import find_scans
+from photon_data.recipe import Recipe
+from photon_pipelines.child import Child, ChildError, child_of
 
 # Answers {"do": ...}: says its pid, or dies in the way it is told.
 SCRIPT = """
@@ -50,6 +56,21 @@ def test_a_child_that_dies_is_named_and_replaced(child, do, code, said):
     second = child.ask({"do": "live"}, 20)["pid"]
     assert second != first
     assert child.ask({"do": "live"}, 20)["pid"] == second
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_job_does_not_end_the_one_that_reads_a_scan(tmp_path, sign):
+    (source,) = find_scans(write_scan(tmp_path / "a.nii.gz")).sources
+    recipe = Recipe(shape_zyx=(40, 32, 32), model_shape_zyx=(14, 28, 28))
+    job, child = Job(source, str(tmp_path), recipe).to_json(), child_of("photon_pipelines.scan_job", 8 << 30)
+    try:
+        assert child.ask(job, 60)["state"] == "prepared"
+        pid = child.process.pid
+        os.kill(pid, sign)
+        assert child.ask(job, 60)["state"] == "unchanged"
+        assert child.process.pid == pid
+    finally:
+        child.kill()
 
 
 def test_a_long_reply_arrives_whole(child):

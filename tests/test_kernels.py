@@ -135,6 +135,26 @@ def test_an_oblique_scan_of_more_values_than_32_bits_count_is_equal_too(monkeypa
     assert np.array_equal(in_c, in_numpy) and len(np.unique(in_c)) > 100
 
 
+LAYOUTS = {
+    "columns first": np.asfortranarray,
+    "mirrored": lambda array: array[:, :, ::-1],
+    "every other voxel": lambda array: np.repeat(array, 2, 2)[:, :, ::2],
+    "upside down": lambda array: array[::-1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_oblique_scan_whose_rows_are_not_whole_is_refused_by_both(monkeypatch, layout):
+    array = LAYOUTS[layout](np.random.default_rng(0).integers(-1000, 1000, (6, 7, 8)).astype(np.int16))
+
+    def refused():
+        out = np.zeros((3, 3, 3), np.int16)
+        with pytest.raises(ValueError, match="expected whole rows"):
+            interpolate.affine(array, np.eye(3, 4), 1.0, 0.0, (-1000.0, 1000.0), out)
+
+    both(monkeypatch, refused)
+
+
 @pytest.mark.parametrize("turn", [(0, 0, 0), TURNS[0]])
 def test_values_far_beyond_int16_are_cut_to_the_window(monkeypatch, turn):
     array = np.random.default_rng(1).choice([-3e38, -1e10, -4.3e6, -33000.0, 40.4, 33000.0, 8.4e6, 1e12], (12, 21, 25))

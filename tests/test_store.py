@@ -367,7 +367,7 @@ def test_a_part_that_an_object_store_lost_is_named_when_it_is_read_and_makes_the
     out.remove(f"{NAME}/model/0/c.0.0.0")
     if content is not None:
         out.write(f"{NAME}/model/0/c.0.0.0", content)
-    with pytest.raises(UsageError, match=r"whole store, found .*model/0/c.0.0.0 (missing|of [\d,]+ bytes) where"):
+    with pytest.raises(UsageError, match=r"whole store, found .*model/0/c\.0\.0\.0 (missing|of [\d,]+ bytes) where"):
         open_volume(out.at(NAME), "model")
     assert np.array_equal(open_volume(out.at(NAME)).numpy(), prepared.volume.array_zyx)
     assert not is_whole(out, NAME, metadata)

@@ -226,7 +226,7 @@ def test_a_damaged_chunk_is_named_when_it_is_read_and_others_are_read(two):
     state = shard.stat()
     shard.write_bytes(content)
     os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(UsageError, match=r"found .*0/c.0.0.0 damaged \(.*checksum"):
+    with pytest.raises(UsageError, match=r"found .*0/c\.0\.0\.0 damaged \(.*checksum"):
         open_volume(two[0]).numpy()
     assert open_volume(two[0], "model").numpy().any()
 

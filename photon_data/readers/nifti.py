@@ -252,7 +252,7 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray:
     """
     vector = np.array([header[f"quatern_{letter}"] for letter in "bcd"], float)
     sides = np.array(header["pixdim"][1:4], float)
-    squared = float(vector @ vector)
+    squared = float((vector * vector).sum())  # no BLAS, see `photon_data.volume.inverse`
     if not squared <= 1 + 1e-3 or not (sides > 0).all():
         return np.full((3, 4), np.nan)
     w = np.sqrt(1 - squared) if 1 - squared > np.finfo(np.float32).eps else 0.0

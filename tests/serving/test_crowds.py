@@ -151,7 +151,7 @@ def process(model_dir, prepared, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_server_that_is_stopped_answers_what_was_asked_and_leaves_nothing(process, tmp_path, sign):
     running, base = process
     with httpx.Client(base_url=base, timeout=60) as http, ThreadPoolExecutor(12) as pool:
