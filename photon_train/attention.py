@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,7 @@ class PhotonAttention(Qwen2_5_VLAttention):
         v_BKLd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim).transpose(1, 2)
         cache: Any = past_key_values if shared is None else shared
         if isinstance(shared, SharedKeys):
-            number: Any = self.layer_idx
-            cache = shared.of(number)
+            cache = shared.of(cast(int, self.layer_idx))
         if isinstance(cache, CacheLayerMixin | LayerKeys):  # what is compiled must not look at its number
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd)
         elif cache is not None:

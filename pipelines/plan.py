@@ -338,8 +338,10 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
         now = replace(before, root=source.root, source=source.path, hidden=source.hidden, seconds=None)
         return now if is_known else None
     there = before.fingerprint and already_there(job, before.fingerprint, before)
-    if not there or there == before:
-        return before if there else None
+    if not there:
+        return None
+    if there == before:
+        return before
     same = replace(before, state=UNCHANGED, seconds=None)
     return same if same == there else there  # what is as before takes no memory of its own
 
