@@ -20,8 +20,8 @@ calls several of them in one function). A call of a compiled graph is one more d
 decided for C++ here, for Triton on a GPU: some kernels of a layer may differ. Guards are not counted; syncs are those
 that are dispatched.
 
-The kernels of CUDA differ in one thing that is put right here: rms_norm is one there, and a series of nine on a CPU.
-The grids of the volumes are known to the host and are no syncs.
+The kernels of CUDA differ in two things that are put right here: rms_norm is one there, and a series of nine on a CPU;
+and attention takes packed rows as they are, which a CPU has to pad (`--padded` leaves it so: a GPU in float32). The grids of the volumes are known to the host and are no syncs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,12 @@ from torch import Tensor
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._ops import OpOverload
 from torch.nn import functional as F
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from photon_data.files import jsonl_bytes
+from photon_train import attention
 from photon_train.configuration_photon import Phase, PhotonConfig
 from photon_train.measuring import ANSWER, question_rows, write_random_store
 from photon_train.modeling_photon import PhotonForConditionalGeneration
@@ -180,6 +182,22 @@ def _fused_rms_norm() -> Any:
         return _rms_norm(x, weight, eps)
 
     with patch.object(F, "rms_norm", fused):
+        yield
+
+
+@contextmanager
+def _packed_attention() -> Any:
+    """Give the CPU what CUDA has for packed rows: one call each way, here of zeros."""
+
+    def forward(q: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return torch.zeros_like(q), q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(g: Tensor, *qkv: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(x) for x in qkv[:3])
+
+    for op, kernel in ((varlen._varlen_attn, forward), (varlen._varlen_attn_backward, backward)):
+        op.register_kernel("cpu", kernel)
+    with patch.object(attention, "attends_to_packed", lambda *_: True):
         yield
 
 
@@ -319,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of the names of the lines to count")
     parser.add_argument("--where", default="", help="the line whose syncs and commonest kernels to show")
+    parser.add_argument("--padded", action="store_true", help="attention pads packed rows, as a CPU does")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -342,7 +361,8 @@ def main() -> None:
             for place, number in counts.places.most_common():
                 print(f"  sync x {number}: {place}", file=sys.stderr)
 
-    with tempfile.TemporaryDirectory(prefix="photon-") as name:
+    packed = nullcontext() if args.padded else _packed_attention()
+    with packed, tempfile.TemporaryDirectory(prefix="photon-") as name:
         folder = Path(name)
         write_model(folder / "model", stage=1)
         for kind, (stage, questions, volumes, phase) in kinds.items():

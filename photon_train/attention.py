@@ -1,17 +1,22 @@
 """Attention of the decoder: positions, rotation and norms, in fewer kernels than the stock ones, with the same weights.
 
-Legend: B rows, L tokens of a padded row, X = B L, D hidden size, H query heads, K key heads, E = H + K, d head_dim;
-axis 3 is (t, h, w).
+Legend: B rows, L or M tokens of a padded row, X = B L, N tokens of all rows, D hidden size, H query heads, K key heads,
+E = H + K, d head_dim; axis 3 is (t, h, w).
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterable
-from typing import Any, cast
+import logging
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     ALL_ATTENTION_FUNCTIONS,
@@ -24,6 +29,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from photon_data.errors import UsageError
 from photon_train.configuration_photon import PhotonConfig
 
+logger = logging.getLogger(__name__)
+# Torch 2.11 has no word for it.
+FEWER_KEY_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+FAR = 0.02  # bfloat16 rounds by 0.004
 Pair = tuple[Tensor, Tensor]  # keys and values of a layer, each [B or 1, K, L, d]
 
 
@@ -87,6 +96,85 @@ def causal_mask(mask_BT: Tensor | None, h_BLD: Tensor, before: int, *, can_be_no
     return torch.zeros_like(seen, dtype=h_BLD.dtype).masked_fill_(~seen, torch.finfo(h_BLD.dtype).min)
 
 
+class Packed(NamedTuple):
+    """Rows one behind the other, without padding: [a b -], [c d e] -> [a b c d e]. Each attends to itself alone."""
+
+    slot_N: Tensor  # int64, where each token stands in the padded rows, which are counted through
+    token_BM: Tensor  # int64, which token stands in each slot of the padded rows; in an empty slot, any
+    bounds: Tensor  # int32[B + 1], where each row begins, and where the last one ends
+    as_they_are: bool  # torch attends to such rows as they are; else they are padded for it
+
+    def join(self, x_BMD: Tensor, dim: int = 0) -> Tensor:
+        """Return x_1ND of padded rows; `dim` is that of B, which M follows."""
+        return x_BMD.flatten(dim, dim + 1).index_select(dim, self.slot_N).unsqueeze(dim)
+
+    def part(self, x_1ND: Tensor) -> Tensor:
+        """Return padded rows x_BMD; empty slots hold any value."""
+        return x_1ND.flatten(0, 1).index_select(0, self.token_BM.flatten()).unflatten(0, self.token_BM.shape)
+
+    def attend(self, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, scaling: float) -> Tensor:
+        """Return [N, H, d] of causal attention within each row, by torch's kernel for rows of any length."""
+        longest = self.token_BM.shape[1]
+        how: Any = {"scale": scaling, "window_size": (-1, 0), **FEWER_KEY_HEADS}  # from all before it to itself
+        out: Any = varlen_attn(q_NHd, k_NKd, v_NKd, self.bounds, self.bounds, longest, longest, **how)
+        return cast(Tensor, out)
+
+
+def pack(h_BMD: Tensor, mask_BM: Tensor, tokens: int | None, config: Any) -> Packed | None:
+    """Return how rows at their left edges are packed that have `tokens` tokens in all; None if none is padded.
+
+    None too where the host does not know `tokens`, and for attention other than sdpa. config: of the decoder.
+    """
+    if tokens is None or tokens == mask_BM.numel() or config._attn_implementation != "sdpa":
+        return None
+    kind, heads = h_BMD.device.type, (config.num_attention_heads, config.num_key_value_heads)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h_BMD.dtype
+    has_kernel = attends_to_packed(h_BMD.device, dtype, *heads, config.hidden_size // heads[0])
+    return packed(mask_BM, tokens, has_kernel)
+
+
+def packed(mask_BM: Tensor, tokens: int, as_they_are: bool = False) -> Packed:
+    """Return how rows of `tokens` tokens in all are packed, of which mask_BM tells the places of tokens."""
+    seen_BM = mask_BM.flatten().cumsum(0).view_as(mask_BM)
+    slot_N = torch.searchsorted(seen_BM.flatten(), torch.arange(1, tokens + 1, device=mask_BM.device))
+    return Packed(slot_N, (seen_BM - 1).clamp_min(0), F.pad(seen_BM[:, -1], (1, 0)).int(), as_they_are)
+
+
+@cache
+def attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
+    """Tell whether torch's kernel for rows of any length is there, and right: forwards and backwards, on short rows.
+
+    If not, whatever the cause, rows are padded: nothing fails.
+    """
+    lengths = (3, 1, 40)
+    mask_BM = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rows, generator = packed(mask_BM.to(device), sum(lengths)), torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), n, head_dim) for n in (heads, key_heads, key_heads)]
+    qkv = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+    def row_by_row(*qkv: Tensor) -> Tensor:
+        each = zip(*(x.float().transpose(0, 1).split(lengths, dim=1) for x in qkv), strict=True)
+        out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in each]
+        return torch.cat(out, dim=1).transpose(0, 1)
+
+    def outcome(attend: Callable[..., Tensor]) -> Tensor:
+        out = attend(*qkv)
+        gradients = torch.autograd.grad(out.float().square().sum(), qkv)
+        return torch.cat([x.detach().float().flatten() for x in (out, *gradients)])
+
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            found = outcome(partial(rows.attend, scaling=head_dim**-0.5))
+        except Exception as error:  # of any version and kernel
+            logger.info("attention pads rows: found %s", (str(error).splitlines() or [type(error).__name__])[0])
+            return False
+        expected = outcome(row_by_row)
+    far = float((found - expected).norm() / expected.norm())
+    if not far < FAR:
+        logger.warning("attention pads rows: expected those of torch's kernel alike but for %g, found %g", FAR, far)
+    return far < FAR
+
+
 class PhotonAttention(Qwen2_5_VLAttention):
     """The stock attention in fewer calls; `shared` stands in for a cache, as may this layer's own part of one."""
 
@@ -97,12 +185,20 @@ class PhotonAttention(Qwen2_5_VLAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | CacheLayerMixin | None = None,
         shared: SharedKeys | LayerKeys | None = None,
+        packed: Packed | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return h_BLD and, of some back ends, the weights."""
-        q_BHLd, k_BKLd = self.rotated_qk(hidden_states, position_embeddings)
+        """Return h_BLD and, of some back ends, the weights. With `packed`, h_BLD is the one row h_1ND."""
         rows = hidden_states.shape[:2]
-        v_BKLd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim).transpose(1, 2)
+        qk_BLEd = self._rotated(hidden_states, position_embeddings)
+        v_BLKd = self.v_proj(hidden_states.flatten(0, 1)).view(*rows, -1, self.head_dim)
+        if packed is not None and not packed.as_they_are:
+            qk_BLEd, v_BLKd = packed.part(qk_BLEd), packed.part(v_BLKd)
+        q_BLHd, k_BLKd = qk_BLEd.split([self.num_heads, self.num_key_value_heads], dim=2)
+        if packed is not None and packed.as_they_are:
+            out_NHd = packed.attend(*(x.flatten(0, 1) for x in (q_BLHd, k_BLKd, v_BLKd)), self.scaling)
+            return self.o_proj(out_NHd.flatten(1))[None], None
+        k_BKLd, v_BKLd = k_BLKd.transpose(1, 2), v_BLKd.transpose(1, 2)
         cache: Any = past_key_values if shared is None else shared
         if isinstance(shared, SharedKeys):
             cache = shared.of(cast(int, self.layer_idx))
@@ -112,16 +208,22 @@ class PhotonAttention(Qwen2_5_VLAttention):
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        q_BHLd = q_BLHd.transpose(1, 2)
         out_BLHd, weights = attend(self, q_BHLd, k_BKLd, v_BKLd, attention_mask, **options, **kwargs)
+        out_BLHd = out_BLHd if packed is None else packed.join(out_BLHd)
         return self.o_proj(out_BLHd.reshape(rows.numel(), -1)).view_as(hidden_states), weights
 
     def rotated_qk(self, normed_BLD: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
         """Return q[B, H, L, d] and k[B, K, L, d]."""
+        qk_BELd = self._rotated(normed_BLD, rotation).transpose(1, 2)
+        q_BHLd, k_BKLd = qk_BELd.split([self.num_heads, self.num_key_value_heads], dim=1)
+        return q_BHLd, k_BKLd
+
+    def _rotated(self, normed_BLD: Tensor, rotation: Any) -> Tensor:
         normed_XD = normed_BLD.flatten(0, 1)
         qk_XE = torch.cat([self.q_proj(normed_XD), self.k_proj(normed_XD)], dim=-1)
-        qk_BLEd = rotate(qk_XE.view(*normed_BLD.shape[:2], -1, self.head_dim), *rotation)
-        q_BLHd, k_BLKd = qk_BLEd.split([self.num_heads, self.num_key_value_heads], dim=2)
-        return q_BLHd.transpose(1, 2), k_BLKd.transpose(1, 2)
+        qk_BLEd: Tensor = rotate(qk_XE.view(*normed_BLD.shape[:2], -1, self.head_dim), *rotation)
+        return qk_BLEd
 
 
 class PhotonRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):

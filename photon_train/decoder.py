@@ -36,6 +36,7 @@ from photon_train.attention import (
     SharedKeys,
     causal_mask,
     fuse_norms,
+    pack,
     rope_index,
 )
 from photon_train.configuration_photon import Phase, PhotonConfig
@@ -184,10 +185,14 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
                 _prune_cache(cache, scheduled.kept, layers=through)
                 position_3BL = _of_kept(scheduled, position_3BL)
                 mask_BL = None if to_left or len(h_BMD) == 1 else scheduled.kept.mask_BM  # one row has no empty slot
+            kept, packed = scheduled.kept, None
+            if to_left and scheduling.drops and (packed := pack(h_BMD, kept.mask_BM, kept.tokens, self.config)):
+                h_BMD, position_3BL = packed.join(h_BMD), packed.join(position_3BL, 1)
             shared = SharedKeys() if cache is None and mask_BL is not None else None
-            attend = self._attend(h_BMD, mask_BL, position_3BL, cache, shared, through) | kwargs
+            attend = self._attend(h_BMD, mask_BL, position_3BL, cache, shared, through) | {"packed": packed} | kwargs
             for layer in layers[through:]:
                 h_BMD = layer(h_BMD, **attend)
+            h_BMD = packed.part(h_BMD) if packed else h_BMD
         return PhotonTextOutput(self.norm(h_BMD), cache if use_cache else None, scheduled=scheduled)
 
     def _chosen(

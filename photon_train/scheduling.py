@@ -117,6 +117,7 @@ class Gather(NamedTuple):
     index_BM: Tensor  # int64, position in the row before (any position in an empty slot)
     mask_BM: Tensor  # bool, attention mask of the new rows: False at the empty slots of shorter rows
     place_BL: Tensor  # int64, where in the new row each token stands; of one that is not in it, the last one before it
+    tokens: int | None = None  # how many there are in all rows, where the host knows it
 
     def __call__(self, x_BL: Tensor, dim: int = 1) -> Tensor:
         """Return `x_BL[b, index_BM[b]]` along `dim`; dimension 0 of x is the row. Empty slots hold any value."""
@@ -131,13 +132,14 @@ def gather_of(mask_BL: Tensor, longest: int | None = None, *, to_left: bool = Fa
 
     longest: how many the longest row has. Where the host does not know it, it waits for the device.
     """
-    rank_BL = mask_BL.cumsum(1)
+    rank_BL, tokens = mask_BL.cumsum(1), None
     count_B1 = rank_BL[:, -1:]
-    longest = int(count_B1.max()) if longest is None else longest
+    if longest is None:
+        longest, tokens = torch.stack([count_B1.max(), count_B1.sum()]).tolist()
     order_BL = mask_BL.to(torch.uint8).argsort(dim=1, stable=True, descending=to_left)
     index_BM = order_BL[:, :longest] if to_left else order_BL[:, mask_BL.shape[1] - longest :]
     place_BL = rank_BL - 1 if to_left else longest - 1 - (count_B1 - rank_BL)
-    return Gather(index_BM, mask_BL.gather(1, index_BM), place_BL)
+    return Gather(index_BM, mask_BL.gather(1, index_BM), place_BL, tokens)
 
 
 def everything(mask_BL: Tensor) -> Gather:
