@@ -205,12 +205,14 @@ class VolumeRecord:
     def row(self) -> dict[str, Any]:
         """Return the row of volumes.jsonl, without what is hidden, with its own digest."""
         row = self.to_json() | ({"source": "", "root": None} if self.hidden else {})
-        return {**row, ROW_DIGEST: digest_of(row, ROW_DIGEST)}
+        row[ROW_DIGEST] = digest_of(row, ROW_DIGEST)
+        return row
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dict that `from_json` reads back, with what is hidden."""
         data = {name: getattr(self, name) for name in FIELDS}
-        return data | {"facts": None if self.facts is None else {**_unpacked(self.facts.packed)}}  # type: ignore[attr-defined]
+        data["facts"] = None if self.facts is None else {**_unpacked(self.facts.packed)}  # type: ignore[attr-defined]
+        return data
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> VolumeRecord:
