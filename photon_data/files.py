@@ -93,12 +93,9 @@ class Location:
             raise ValueError(f"expected a local folder, found {self.url}")
         return Path(self._below(""))
 
-    @cached_property
-    def _root(self) -> str:
-        return os.path.abspath(self.url.removeprefix("file://"))  # noqa: PTH100 - resolve() follows links
-
     def _below(self, name: str) -> str:  # a text: it is made for every file of every store
-        return os.path.join(self._root, name) if name else self._root  # noqa: PTH118
+        root = os.path.abspath(self.url.removeprefix("file://"))  # noqa: PTH100 - resolve() follows links
+        return os.path.join(root, name) if name else root  # noqa: PTH118
 
     def at(self, name: str) -> str:
         """Return the path or URL of `name`, in the form that opens it elsewhere; of the folder itself for ""."""
@@ -335,8 +332,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-# json.dumps makes an encoder per row, and looks for circles, which rows of JSON cannot have.
-_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # json.dumps makes an encoder per row
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False).encode
 
 

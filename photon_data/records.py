@@ -80,7 +80,7 @@ _FACTS = (
 )
 
 
-_encode = json.JSONEncoder(check_circular=False).encode  # they are from JSON, which has no circles
+_encode = json.JSONEncoder(check_circular=False).encode  # JSON has no circles, and nobody looks for one
 
 
 class Facts(Mapping[str, Any]):

@@ -223,16 +223,12 @@ def body_axes(geometry: Geometry) -> BodyAxes:
     """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three."""
     cosines = _cosines(geometry)
 
-    def along(axes: tuple[int, ...]) -> Triple:
-        a, b, c = axes
-        return cosines[a][0], cosines[b][1], cosines[c][2]
-
     def closeness(axes: tuple[int, ...]) -> float:
-        x, y, z = along(axes)
-        return round(abs(x) + abs(y) + abs(z), 6)
+        a, b, c = axes
+        return round(abs(cosines[a][0]) + abs(cosines[b][1]) + abs(cosines[c][2]), 6)
 
     a, b, c = max(permutations(range(3)), key=closeness)
-    left, back, up = (1 if cosine >= 0 else -1 for cosine in along((a, b, c)))
+    left, back, up = (1 if cosine >= 0 else -1 for cosine in (cosines[a][0], cosines[b][1], cosines[c][2]))
     return BodyAxes((a, b, c), (left, back, up))
 
 

@@ -243,9 +243,9 @@ class _Search:
         patient: str = "",
     ) -> None:
         root, facts = place_name(self.root), []
-        # The mark of one local file does not depend on its name.
-        below = [os.path.relpath(file, self.root) for file in files] if len(files) > 1 or is_url(root) else [path]
-        for file, name_below in zip(files, below, strict=False):
+        # Neither the mark nor the name of one local file needs this.
+        below = [path] if len(files) == 1 and not is_url(root) else [os.path.relpath(one, self.root) for one in files]
+        for file, name_below in zip(files, below, strict=True):
             try:
                 status = file.stat()
                 facts.append((name_below, status.st_size, status.st_mtime_ns))

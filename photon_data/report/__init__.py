@@ -148,7 +148,8 @@ def _ranked(records: Sequence[VolumeRecord]) -> tuple[list[VolumeRecord], Measur
 
 def reported(record: VolumeRecord) -> ReportedVolume:
     """Return what is said of a volume; no remarks and no measures where nothing was measured."""
-    facts, cut_mm = record.facts or {}, _ends_mm(record.facts or {}, "cut_mm")
+    facts = record.facts or {}
+    cut_mm = _ends_mm(facts, "cut_mm")
     other, spacing, extent = _on_values(facts, in_hu=is_hu(facts)), None, None
     if facts.get("geometry"):
         geometry = Geometry.from_json(facts["geometry"])
