@@ -92,6 +92,7 @@ def measure(n: int, workers: int, without: str = "") -> dict[str, tuple[float, f
             start_s = time.process_time()
             result = do()
             phases[phase] = time.process_time() - start_s, _memory_mb("VmHWM") - start_mb
+            print(f"{n:,}: {phase}: {phases[phase][0]:.1f} s, {phases[phase][1]:.0f} MB", file=sys.stderr)
             return result
 
         with exclusive(out) as hold:

@@ -131,7 +131,7 @@ class Location:
         try:
             if not self.is_local:
                 return self.fs.cat_file(self.at(name), end=most)
-            with Path(self._below(name)).open("rb") as file:
+            with open(self._below(name), "rb") as file:  # noqa: PTH123 - a Path takes as long as the file
                 return file.read(-1 if most is None else min(most, os.fstat(file.fileno()).st_size))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
@@ -332,8 +332,8 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per row
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # json.dumps makes an encoder per row
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False).encode
 
 
 def _jsonl_line(row: dict[str, Any]) -> bytes:

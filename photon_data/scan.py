@@ -64,7 +64,8 @@ SUFFIXES |= {".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "met
 
 def suffix_of(path: Path) -> str | None:
     """Return the suffix of a file that may hold a scan or masks, None for other files."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def is_url(text: str) -> bool:

@@ -252,9 +252,12 @@ def _metadata(content: bytes | None, root_sha256: str | None = None) -> dict[str
     return found
 
 
+_sorted_json = json.JSONEncoder(sort_keys=True, check_circular=False).encode  # json.dumps makes one per store
+
+
 def arrays_digest(metadata: dict[str, Any]) -> str:
     """Return a hash of all files of a store but its root metadata: of its voxels and where they lie, not of its id."""
-    return hashlib.sha256(json.dumps(metadata["files"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_sorted_json(metadata["files"]).encode()).hexdigest()
 
 
 def model_digest(metadata: dict[str, Any]) -> str:
@@ -351,8 +354,8 @@ def _compare(geometry: Geometry, recorded: Geometry) -> None:
 
 def is_whole(out: Location, name: str, metadata: dict[str, Any]) -> bool:
     """Tell cheaply whether every file of a store has its recorded size."""
-    sizes = {file: out.size(f"{name}/{file}" if name else file) for file in metadata["files"]}
-    return not any(what_is_lost(metadata, file, size) for file, size in sizes.items())
+    folder = f"{name}/" if name else ""
+    return not any(what_is_lost(metadata, file, out.size(folder + file)) for file in metadata["files"])
 
 
 def verify_store(out: Location, name: str, root_sha256: str | None = None) -> Iterator[str]:

@@ -243,8 +243,10 @@ def what_is_lost(metadata: dict[str, Any], file: str, size: int | None) -> str:
     zarr itself takes a chunk that is missing for one of fill values.
     """
     expected = metadata["files"][file]["bytes"]  # a part that is not listed could not be missed
+    if size == expected:
+        return ""
     found = "missing" if size is None else f"of {size:,} bytes"
-    return "" if size == expected else f"{found} where {expected:,} bytes were written"
+    return f"{found} where {expected:,} bytes were written"
 
 
 def checked_file(location: Location, metadata: dict[str, Any], file: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, permutations, product
-from math import isfinite, sqrt
+from math import acos, degrees, isfinite, sqrt
 from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,7 +80,7 @@ class Geometry:
     @property
     def direction_xyz(self) -> np.ndarray:
         """ITK's direction matrix [3, 3]: column a is the unit world direction of index axis a in (x, y, z) order."""
-        return _cosines(self)[::-1].T
+        return np.asarray(_cosines(self))[::-1].T
 
     @property
     def affine_ras(self) -> np.ndarray:
@@ -221,16 +221,21 @@ class BodyAxes(NamedTuple):
 @lru_cache(maxsize=64)
 def body_axes(geometry: Geometry) -> BodyAxes:
     """Return the one-to-one assignment of array axes to world axes that leaves the least tilt over all three."""
-    cosines, world = _cosines(geometry), [0, 1, 2]
-    a, b, c = max(permutations(world), key=lambda axes: round(float(np.abs(cosines[list(axes), world]).sum()), 6))
-    left, back, up = (1 if cosine >= 0 else -1 for cosine in cosines[[a, b, c], world])
+    cosines = _cosines(geometry)
+
+    def closeness(axes: tuple[int, ...]) -> float:
+        a, b, c = axes
+        return round(abs(cosines[a][0]) + abs(cosines[b][1]) + abs(cosines[c][2]), 6)
+
+    a, b, c = max(permutations(range(3)), key=closeness)
+    left, back, up = (1 if cosine >= 0 else -1 for cosine in (cosines[a][0], cosines[b][1], cosines[c][2]))
     return BodyAxes((a, b, c), (left, back, up))
 
 
 def tilt_degrees(geometry: Geometry) -> float:
     """Return the largest angle between an array axis and its world axis by `body_axes`; 0 for an axis-aligned grid."""
-    cosines = np.abs(_cosines(geometry)[list(body_axes(geometry).array_axis), [0, 1, 2]])
-    return float(np.degrees(np.arccos(min(1.0, cosines.min()))))
+    cosines, axes = _cosines(geometry), enumerate(body_axes(geometry).array_axis)
+    return degrees(acos(min(1.0, *(abs(cosines[axis][world]) for world, axis in axes))))
 
 
 def direction_letters(direction_lps: np.ndarray) -> str:
@@ -272,6 +277,7 @@ def _times(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return first + second + third
 
 
-def _cosines(geometry: Geometry) -> np.ndarray:
-    """Return [array axis, world axis]: the cosine of the angle between the two."""
-    return np.asarray(geometry.steps_lps) / np.asarray(geometry.spacing_zyx_mm)[:, None]
+def _cosines(geometry: Geometry) -> list[list[float]]:
+    """Return [array axis][world axis]: the cosine of the angle between the two."""
+    steps = zip(geometry.steps_lps, geometry.spacing_zyx_mm, strict=True)
+    return [[mm / spacing_mm for mm in step] for step, spacing_mm in steps]

@@ -340,9 +340,8 @@ def _unchanged(job: Job, before: VolumeRecord | None, retry_failed: bool) -> Vol
     there = before.fingerprint and already_there(job, before.fingerprint, before)
     if not there:
         return None
-    if there == before:
-        return before
-    same = replace(before, state=UNCHANGED, seconds=None)
+    is_done = (before.state, before.seconds) == (UNCHANGED, None)
+    same = before if is_done else replace(before, state=UNCHANGED, seconds=None)
     return same if same == there else there  # what is as before takes no memory of its own
 
 

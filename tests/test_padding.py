@@ -17,7 +17,7 @@ from photon_data.hounsfield import has_padding, lacks_undeclared
 from photon_data.prepare_file import Job, prepare_file, prepare_volume
 from photon_data.recipe import Policy, Recipe
 from photon_data.records import VolumeRecord
-from photon_data.report import other_remarks
+from photon_data.report import all_remarks
 from photon_data.scan import Rescale, Source, names_below
 
 SHAPE = (12, 40, 44)
@@ -164,7 +164,7 @@ def test_one_value_alone_below_air_is_undeclared_padding_and_does_not_reach_into
     assert found.facts["padding_voxels"] == CIRCLE.sum()
     assert found.facts["hu_before"]["min"] == hu
     record = VolumeRecord("a", "a", "prepared", 1, 1, facts=found.facts)
-    assert any(f"undeclared padding: {hu} HU was made air" in remark for remark in other_remarks(record))
+    assert any(f"undeclared padding: {hu} HU was made air" in remark for remark in all_remarks(record))
     assert "undeclared_padding_hu" not in expected.facts
 
 

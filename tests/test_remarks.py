@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from photon_data.records import PREPARED, REFUSED, VolumeRecord
-from photon_data.report import all_remarks, attention, duplicates, other_remarks
+from photon_data.report import all_remarks, duplicates, reported
 from photon_data.volume import Geometry
 
 GRID = Geometry.axis_aligned((364, 364, 364), (1, 1, 1), (0, 0, 0))
@@ -28,7 +28,7 @@ def record(shape=(300, 512, 512), spacing=(1.0, 0.7, 0.7), *, steps=None, **fact
 
 def test_a_sound_scan_has_no_remarks():
     assert all_remarks(record()) == []
-    assert attention(record(), []) == 0
+    assert reported(record()).attention == 0
 
 
 @pytest.mark.parametrize("low", [(-1200.0, -1010.0), (-1024.0, -1024.0), (-3024.0, -3024.0)])
@@ -38,7 +38,7 @@ def test_noise_below_air_and_values_that_are_air_before_interpolation_have_no_re
 
 def test_what_was_not_measured_has_no_remarks():
     refused = VolumeRecord("a", "a.nii", REFUSED, 1, 1, code="truncated", reason="cut short")
-    assert all_remarks(refused) == [] and attention(refused, []) == 0
+    assert all_remarks(refused) == [] and reported(refused).attention == 0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_values_that_are_no_hu_are_not_judged_as_hu():
 
 def test_attention_is_the_millimetres_cut_off_and_fifty_for_each_other_remark():
     odd = record(cut_mm={"x": [10, 20]}, hu_before={**GOOD_HU, "max": 214.0})
-    assert attention(odd, other_remarks(odd)) == 10 + 20 + 50
+    assert reported(odd).attention == 10 + 20 + 50
 
 
 def test_files_of_the_same_content_are_found():

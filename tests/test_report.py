@@ -183,6 +183,12 @@ def test_a_file_name_that_is_no_text_and_one_that_turns_the_line_are_shown():
     assert "bad\\udcff" in page and "\u202e" not in page
 
 
+@pytest.mark.parametrize("sign", ["\0", "\x08", "\x0b", "\x1f", "\x7f", "\x9f", "\u202a", "\u202e", "\u2066", "\u2069"])
+def test_a_sign_that_controls_is_shown_as_no_sign_and_its_neighbours_stay(sign):
+    page = page_of([lost(f"a{sign}b\xa0c\u2029d\u206ae")])
+    assert "a\ufffdb\xa0c\u2029d\u206ae" in page and sign not in page
+
+
 def test_duplicates_are_listed():
     text = Reader(page_of([there("a", fingerprint="x"), there("b", fingerprint="x"), there("c", fingerprint="y")])).text
     assert "Same content more than once" in text and "a, b" in text

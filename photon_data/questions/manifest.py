@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from photon_data.errors import UsageError
@@ -318,7 +318,7 @@ def _problem_of_video(video: str, root: str | None, check_stores: bool) -> str |
     folder, name = root, video
     if "://" in video:
         folder, _, name = video.rpartition("/")
-    elif PurePosixPath(video).is_absolute() or PureWindowsPath(video).is_absolute():
+    elif video.startswith("/") or PureWindowsPath(video).is_absolute():
         folder = ""
     if folder is None:
         return f"expected an absolute path or URL, found {video!r}; ms-swift starts from the working directory"

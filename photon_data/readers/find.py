@@ -242,17 +242,19 @@ class _Search:
         why: Refused | None = None,
         patient: str = "",
     ) -> None:
-        facts = []
-        for file in files:
+        root, facts = place_name(self.root), []
+        # Neither the mark nor the name of one local file needs this.
+        below = [path] if len(files) == 1 and not is_url(root) else [os.path.relpath(one, self.root) for one in files]
+        for file, name_below in zip(files, below, strict=True):
             try:
                 status = file.stat()
-                facts.append((os.path.relpath(file, self.root), status.st_size, status.st_mtime_ns))
+                facts.append((name_below, status.st_size, status.st_mtime_ns))
                 if not self.tree.access.may_read(file):
                     raise PermissionError(errno.EACCES, "permission denied")
             except OSError as error:
                 why = why or unreadable(file, error)
-        size, mark, root = sum(size for _, size, _ in facts), change_mark(facts), place_name(self.root)
-        names = names_below(root, [os.path.relpath(file, self.root) for file in files] if is_url(root) else files)
+        size, mark = sum(size for _, size, _ in facts), change_mark(facts)
+        names = names_below(root, below if is_url(root) else files)
         names = (path,) if names == (path,) else names  # one text, not two
         headers = self.headers if file_format == "dicom" else ""
         source = Source(name, path, names, file_format, size, mark, root=root, patient=patient, headers=headers)
@@ -271,7 +273,7 @@ class _Search:
         text_of = TEXT_HEADERS.get(file_format)
         look = partial(is_label_map, name, text_of=text_of)
         if not (self.label_maps or is_one_file or why) and (
-            look(files) if text_of or not is_named_as_one(name) else self.tree.access.judged(files, look)
+            look(files) if text_of else is_named_as_one(name) and self.tree.access.judged(files, look)
         ):
             self.ignored[LABEL_MAP] += 1
             return

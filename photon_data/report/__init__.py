@@ -81,13 +81,13 @@ def render_report(
         "masks_there": sum(row.is_there for row in masks),
         "mask_problems": _masks_that_need_eyes(masks)[:MOST_REFUSED_LINES],
         "volumes": len(volumes),
-        "cards": [_card(_reported(record), open_volume) for record in volumes[:pictures]],
+        "cards": [_card(reported(record), open_volume) for record in volumes[:pictures]],
         "lines": listed,
         "volumes_left": len(volumes) - len(volumes[:pictures]) - len(listed),
         "cut_shown_mm": SMALLEST_CUT_MM,
         "without_picture": NO_PICTURE,
     }
-    return render(TEMPLATE, values, {"size": _size, "reported": _reported})
+    return render(TEMPLATE, values, {"size": _size, "reported": reported, "times": _times})
 
 
 class ReportedVolume(NamedTuple):
@@ -95,8 +95,8 @@ class ReportedVolume(NamedTuple):
 
     record: VolumeRecord
     cut_remarks: list[str]
-    other_remarks: list[str]
-    attention: float
+    other_remarks: list[str]  # on intensities, geometry, how much of the grid is filled
+    attention: float  # how much it needs eyes, to sort by: mm cut off, plus 50 for each of the other remarks
     spacing_lps_mm: tuple[float, ...] | None
     extent_lps_mm: tuple[float, ...] | None
     cut_mm: list[tuple[float, float]]
@@ -129,15 +129,15 @@ def _ranked(records: Sequence[VolumeRecord]) -> tuple[list[VolumeRecord], Measur
     attention_mm, numbers, hu = array("d"), array("d"), {"p50": array("d"), "p99": array("d")}
     shares, profiles = np.zeros(0), 0
     for record in there:
-        volume = _reported(record)
+        volume = reported(record)
         attention_mm.append(volume.attention)
         if not (volume.spacing_lps_mm and volume.extent_lps_mm):
             continue
         numbers.extend((*volume.spacing_lps_mm, *volume.extent_lps_mm, *map(sum, volume.cut_mm)))
         statistics = volume.facts.get("hu_before") or {}
-        counts = np.asarray(statistics.get("histogram") or [], float)
-        if total := counts.sum():
-            shares, profiles = counts / total + (shares if profiles else 0), profiles + 1
+        counts = statistics.get("histogram") or []
+        if total := sum(counts):
+            shares, profiles = np.asarray(counts, float) / total + (shares if profiles else 0), profiles + 1
         for key, found in hu.items():
             if statistics.get(key) is not None:
                 found.append(statistics[key])
@@ -146,15 +146,19 @@ def _ranked(records: Sequence[VolumeRecord]) -> tuple[list[VolumeRecord], Measur
     return [there[i] for i in np.argsort(-np.asarray(attention_mm), kind="stable")], measures
 
 
-def _reported(record: VolumeRecord) -> ReportedVolume:
-    facts, other = record.facts or {}, other_remarks(record)
-    spacing = extent = None
+def reported(record: VolumeRecord) -> ReportedVolume:
+    """Return what is said of a volume; no remarks and no measures where nothing was measured."""
+    facts = record.facts or {}
+    cut_mm = _ends_mm(facts, "cut_mm")
+    other, spacing, extent = _on_values(facts, in_hu=is_hu(facts)), None, None
     if facts.get("geometry"):
         geometry = Geometry.from_json(facts["geometry"])
-        spacings, extent = geometry.spacing_zyx_mm, geometry.extent_lps_mm
-        spacing = tuple(spacings[axis] for axis in body_axes(geometry).array_axis)
-    remarks = cut_remarks(record), other, attention(record, other)
-    return ReportedVolume(record, *remarks, spacing, extent, _ends_mm(facts, "cut_mm"))
+        spacing = tuple(geometry.spacing_zyx_mm[axis] for axis in body_axes(geometry).array_axis)
+        extent = geometry.extent_lps_mm
+        other += _on_slices(facts.get("slices")) + _on_geometry(geometry)
+    other += _on_empty_grid(facts)
+    attention = sum(max(0.0, mm) for mm in chain.from_iterable(cut_mm)) + _REMARK_MM * len(other)
+    return ReportedVolume(record, _on_cuts(cut_mm), other, attention, spacing, extent, cut_mm)
 
 
 def _summary_charts(measures: Measures, recipe: Recipe) -> dict[str, list[Chart]]:
@@ -252,6 +256,11 @@ def _card(volume: ReportedVolume, open_volume: OpenVolume) -> dict[str, Any]:
     return card | {"picture": (data_url(file.getvalue(), "image/jpeg"), image.width, image.height)}
 
 
+def _times(values: Iterable[float], form: str) -> str:
+    """Return values with signs between them: [1, 2, 3] -> "1 × 2 × 3"."""
+    return " × ".join(form % value for value in values)
+
+
 def _size(count: int) -> str:
     """Return a number of bytes with its unit: 1230000 -> "1.23 MB"."""
     value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
@@ -280,7 +289,8 @@ _REMARK_MM = 50.0
 
 def all_remarks(record: VolumeRecord) -> list[str]:
     """Return remarks on what was measured of one scan, most important first; none where nothing was measured."""
-    return cut_remarks(record) + other_remarks(record)
+    volume = reported(record)
+    return volume.cut_remarks + volume.other_remarks
 
 
 def is_hu(facts: Mapping[str, Any]) -> bool:
@@ -288,13 +298,13 @@ def is_hu(facts: Mapping[str, Any]) -> bool:
     return "modality" not in facts.get("policy", {})
 
 
-def cut_remarks(record: VolumeRecord) -> list[str]:
+def _on_cuts(cut_mm: Sequence[tuple[float, float]]) -> list[str]:
     """Return a sentence for each axis of the body along which something is cut off.
 
     "18 mm of the scan lie outside of the grid at its left end", and at its right end where that loses something too.
     """
     remarks = []
-    for ends, names in zip(_ends_mm(record.facts or {}, "cut_mm"), ENDS, strict=True):
+    for ends, names in zip(cut_mm, ENDS, strict=True):
         lost = [(mm, name) for mm, name in zip(ends, names, strict=True) if mm >= SMALLEST_CUT_MM]
         if lost:
             remark = f"{lost[0][0]:.0f} mm of the scan lie outside of the grid at its {lost[0][1]} end"
@@ -303,17 +313,6 @@ def cut_remarks(record: VolumeRecord) -> list[str]:
                 remark += f", and {amount} at its {name} end"
             remarks.append(remark)
     return remarks
-
-
-def other_remarks(record: VolumeRecord) -> list[str]:
-    """Return the remarks on everything but what is cut off: intensities, geometry, how much of the grid is filled."""
-    facts = record.facts or {}
-    return _on_values(facts, in_hu=is_hu(facts)) + _on_geometry(facts) + _on_empty_grid(facts)
-
-
-def attention(record: VolumeRecord, other: list[str]) -> float:
-    """Return how much a volume needs eyes, to sort by: mm cut off, plus 50 for each of the `other_remarks`."""
-    return sum(max(0.0, mm) for ends in _ends_mm(record.facts or {}, "cut_mm") for mm in ends) + _REMARK_MM * len(other)
 
 
 def _ends_mm(facts: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
@@ -348,15 +347,15 @@ def _on_values(facts: Mapping[str, Any], *, in_hu: bool) -> list[str]:
     return remarks
 
 
-def _on_geometry(facts: Mapping[str, Any]) -> list[str]:
-    if not facts.get("geometry"):
+def _on_slices(slices: Mapping[str, Any] | None) -> list[str]:
+    if not slices:
         return []
-    geometry = Geometry.from_json(facts["geometry"])
-    spacings, remarks = geometry.spacing_zyx_mm, []
-    if slices := facts.get("slices"):
-        missing = sum(count for *_, count in slices["gaps"])
-        found = f"{missing} missing slices were interpolated" if missing else "its slices lie at uneven distances"
-        remarks.append(found)
+    missing = sum(count for *_, count in slices["gaps"])
+    return [f"{missing} missing slices were interpolated" if missing else "its slices lie at uneven distances"]
+
+
+def _on_geometry(geometry: Geometry) -> list[str]:
+    spacings, remarks = geometry.spacing_zyx_mm, list[str]()
     for name, axis in zip(AXES, body_axes(geometry).array_axis, strict=True):
         spacing, in_plane = spacings[axis], max(spacings[:axis] + spacings[axis + 1 :])
         if spacing > COARSE_RATIO * in_plane:

@@ -18,9 +18,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 # Control characters, and those that turn the direction of a line, have no business on a page.
-_CONTROL = dict.fromkeys(
-    [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"
-)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # An absolute path in quotes may hold spaces; one without ends at the first.
 _QUOTED_PATH = re.compile(r"""(['"])(?:/|[A-Za-z]:[\\/])(?:[^'"]*[\\/])?([^'"\\/]+)[\\/]?\1""")
 _BARE_PATH = re.compile(r"""(?<![\w.:/<])(?:/|[A-Za-z]:\\)(?:[^\s/\\'"]+[/\\])+""")
@@ -36,7 +34,7 @@ def render(template: Path, values: Mapping[str, Any], filters: Mapping[str, Call
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value.translate(_CONTROL) if isinstance(value, str) else value,
+        finalize=lambda value: type(value)(_CONTROL.sub("\ufffd", value)) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
