@@ -21,7 +21,8 @@ decided for C++ here, for Triton on a GPU: some kernels of a layer may differ. G
 that are dispatched.
 
 The kernels of CUDA differ in two things that are put right here: rms_norm is one there, and a series of nine on a CPU;
-and attention takes packed rows as they are, which a CPU has to pad (`--padded` leaves it so: a GPU in float32). The grids of the volumes are known to the host and are no syncs.
+and attention takes packed rows as they are in bfloat16, where a CPU, or float32, has to pad them. The grids of the
+volumes are known to the host and are no syncs.
 """
 
 from __future__ import annotations
@@ -195,10 +196,13 @@ def _packed_attention() -> Any:
     def backward(g: Tensor, *qkv: Any) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(x) for x in qkv[:3])
 
-    for op, kernel in ((varlen._varlen_attn, forward), (varlen._varlen_attn_backward, backward)):
+    ops = {varlen._varlen_attn: forward, varlen._varlen_attn_backward: backward}
+    for op, kernel in ops.items():
         op.register_kernel("cpu", kernel)
     with patch.object(attention, "attends_to_packed", lambda *_: True):
         yield
+    for op in ops:
+        op.register_kernel("cpu", op._init_fn)
 
 
 def counted(call: Callable[[], Any], on_host: set[int] | None = None) -> Counts:
@@ -337,7 +341,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of the names of the lines to count")
     parser.add_argument("--where", default="", help="the line whose syncs and commonest kernels to show")
-    parser.add_argument("--padded", action="store_true", help="attention pads packed rows, as a CPU does")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -361,14 +364,17 @@ def main() -> None:
             for place, number in counts.places.most_common():
                 print(f"  sync x {number}: {place}", file=sys.stderr)
 
-    packed = nullcontext() if args.padded else _packed_attention()
-    with packed, tempfile.TemporaryDirectory(prefix="photon-") as name:
+    with tempfile.TemporaryDirectory(prefix="photon-") as name:
         folder = Path(name)
         write_model(folder / "model", stage=1)
         for kind, (stage, questions, volumes, phase) in kinds.items():
             if args.only in kind:
                 run = run_of(folder, stage, questions, volumes)
                 show(kind, training_group(run, phase))
+        for kind, kernel in {"bfloat16": _packed_attention(), "float32": nullcontext()}.items():
+            if args.only in (kind := f"s2, K=8, packed, {kind}"):
+                with kernel, patch.object(attention, "WORTH_PACKING", 0):
+                    show(kind, training_group(run_of(folder, "s2", 8), Phase.HARD))
         if args.only in "s2, K=8, compile=true":
             counts = training_group(run_of(folder, "s2", 8, compile=True), Phase.HARD, compiled)
             show("s2, K=8, compile=true", counts)

@@ -26,6 +26,7 @@ from photon_data.readers.find import find_one_scan
 from photon_data.recipe import Recipe
 from photon_data.resample import aligned_axes
 from photon_train import measuring
+from photon_train.attention import attends_to_packed
 from photon_train.bench import BenchSettings, measure_training, place
 from photon_train.bench import bench as measure
 from photon_train.measuring import attention, device
@@ -71,11 +72,15 @@ def parity(size: str, output: Path) -> dict[str, Any]:
         for kind, limit in limits.items()
         if name.partition(".")[2] == kind and not value <= limit
     ]
+    has_kernel = attends_to_packed(device(), torch.bfloat16, 16, 2, 128)  # heads of the 3B model
+    if device().type == "cuda" and not has_kernel:
+        wrong.append("packed rows: expected a kernel of torch's that is right, found none; training pads them")
     return {
         **place(),
         "float32": found,
         "bfloat16": _bfloat16(golden),
         "attention_gap": _attention_gap(),
+        "packed_rows_have_a_kernel": has_kernel,
         "wrong": wrong,
     }
 
