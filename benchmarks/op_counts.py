@@ -369,8 +369,8 @@ def main() -> None:
         write_model(folder / "model", stage=1)
         for kind, (stage, questions, volumes, phase) in kinds.items():
             if args.only in kind:
-                run = run_of(folder, stage, questions, volumes)
-                show(kind, training_group(run, phase))
+                with _packed_attention():
+                    show(kind, training_group(run_of(folder, stage, questions, volumes), phase))
         for kind, kernel in {"bfloat16": _packed_attention(), "float32": nullcontext()}.items():
             if args.only in (kind := f"s2, K=8, packed, {kind}"):
                 with kernel, patch.object(attention, "WORTH_PACKING", 0):

@@ -83,17 +83,20 @@ class SharedKeys:
         return self.length + queries, 0
 
 
-def causal_mask(mask_BT: Tensor | None, h_BLD: Tensor, before: int, *, can_be_none: bool) -> Tensor | None:
+def causal_mask(mask_BT: Tensor | None, h_BLD: Tensor, before: int, config: Any) -> Tensor | None:
     """Return what scores are masked by, float[B or 1, 1, L, T], for L queries behind `before` keys; T = before + L.
 
-    mask_BT: False at padding. None is returned where `can_be_none` and no more than the common triangle is masked: who
-    knows that there is no padding gives no mask. (transformers asks the device, for which the host has to wait.)
+    mask_BT: False at padding. For sdpa, None where no more than the common triangle is masked: who knows that there is
+    no padding gives no mask (transformers asks the device, for which the host has to wait). And where keys stand before
+    the queries, those of all heads that share a key head, as `attend_in_groups` takes them. config: of the decoder.
     """
-    length = h_BLD.shape[1]
-    if can_be_none and mask_BT is None and not before:
+    length, is_sdpa = h_BLD.shape[1], config._attn_implementation == "sdpa"
+    if is_sdpa and mask_BT is None and not before:
         return None
     seen = torch.ones(length, before + length, dtype=torch.bool, device=h_BLD.device).tril(before)[None, None]
     seen = seen if mask_BT is None else seen & mask_BT[:, None, None].bool()
+    if is_sdpa and before:
+        seen = in_groups(seen, config.num_attention_heads // config.num_key_value_heads)
     return torch.zeros_like(seen, dtype=h_BLD.dtype).masked_fill_(~seen, torch.finfo(h_BLD.dtype).min)
 
 
@@ -180,6 +183,33 @@ def attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key_
     return far < FAR
 
 
+def attend_in_groups(
+    module: nn.Module,
+    q_BHLd: Tensor,
+    k_BKTd: Tensor,
+    v_BKTd: Tensor,
+    mask_B1LT: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return [B, L, H, d] of attention with a mask; the heads that share a key head stand behind one another for it.
+
+    So no key is copied for each of its heads, where keys are many and queries are few. mask_B1LT may be made for that,
+    by `in_groups`, once for all layers.
+    """
+    rows, length = q_BHLd.shape[0], q_BHLd.shape[2]
+    q_BKSd = q_BHLd.reshape(rows, k_BKTd.shape[1], -1, q_BHLd.shape[3])  # S = H / K L: head after head
+    mask = mask_B1LT if mask_B1LT.shape[2] in (1, q_BKSd.shape[2]) else in_groups(mask_B1LT, q_BKSd.shape[2] // length)
+    out_BKSd = F.scaled_dot_product_attention(q_BKSd, k_BKTd, v_BKTd, mask, dropout, scale=scaling)
+    return out_BKSd.reshape(rows, -1, length, q_BHLd.shape[3]).transpose(1, 2), None
+
+
+def in_groups(mask_B1LT: Tensor, groups: int) -> Tensor:
+    """Return the mask of L queries for so many heads of each key head, one behind the other."""
+    return mask_B1LT.repeat(1, 1, groups, 1)
+
+
 class PhotonAttention(Qwen2_5_VLAttention):
     """The stock attention in fewer calls; `shared` stands in for a cache, as may this layer's own part of one."""
 
@@ -212,7 +242,9 @@ class PhotonAttention(Qwen2_5_VLAttention):
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd)
         elif cache is not None:
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.config._attn_implementation == "sdpa" and attention_mask is not None and rows[1] < k_BKLd.shape[2]:
+            attend = attend_in_groups
         options: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         q_BHLd = q_BLHd.transpose(1, 2)
         out_BLHd, weights = attend(self, q_BHLd, k_BKLd, v_BKLd, attention_mask, **options, **kwargs)

@@ -252,8 +252,8 @@ class PhotonTextModel(Qwen2_5_VLTextModel):
     ) -> dict[str, Any]:
         """Return what layers from `first_layer` on need to attend: causal mask, rotation, cache."""
         mask: Any
-        if shared is not None and (back_end := self.config._attn_implementation) in ("sdpa", "eager"):
-            mask = causal_mask(mask_BL, h_BLD, shared.length, can_be_none=back_end == "sdpa")
+        if shared is not None and self.config._attn_implementation in ("sdpa", "eager"):
+            mask = causal_mask(mask_BL, h_BLD, shared.length, self.config)
         else:
             before: Any = cache if shared is None else shared
             mask = create_causal_mask(self.config, h_BLD, mask_BL, before, layer_idx=first_layer)

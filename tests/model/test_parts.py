@@ -8,8 +8,9 @@ import pytest
 import torch
 from golden import Golden
 from torch.testing import assert_close
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from photon_train.attention import rotate, signed
+from photon_train.attention import attend_in_groups, in_groups, rotate, signed
 from photon_train.configuration_photon import SCHEDULER_NAMES, Phase, PhotonConfig, phase_at
 from photon_train.losses import answer_losses
 from photon_train.pruners import SCHEDULERS
@@ -181,6 +182,27 @@ def test_rotation_turns_pairs_by_their_angle_has_that_gradient_and_rounds_once()
     assert torch.autograd.gradcheck(lambda x: rotate(x[:, :2], cos, sin), x_LHd)
     rough = x_LHd.detach().bfloat16()
     assert rotate(rough, cos.float(), sin.float()).equal(rotate(rough.float(), cos.float(), sin.float()).bfloat16())
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 2), (4, 4), (6, 1)])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_heads_of_one_key_head_attend_as_with_a_copy_of_its_keys_each(heads, key_heads, queries) -> None:
+    """As transformers has it, for some queries behind keys, of rows with padding; with gradients."""
+    generator = torch.Generator().manual_seed(heads + queries)
+    shapes = [(3, heads, queries, 4), (3, key_heads, 9, 4), (3, key_heads, 9, 4)]
+    qkv = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    seen = torch.ones(3, 1, queries, 9, dtype=torch.bool).tril(9 - queries)
+    seen[1, ..., :3] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // key_heads, True
+    expected, _ = sdpa_attention_forward(module, *qkv, mask, dropout=0.0, scaling=0.3)
+    weights = torch.randn(expected.shape, generator=generator)
+    gradients = torch.autograd.grad((expected * weights).sum(), qkv)
+    for given in (mask, in_groups(mask, heads // key_heads)):
+        found, _ = attend_in_groups(module, *qkv, given, scaling=0.3)
+        assert_close(found, expected)
+        assert_close(torch.autograd.grad((found * weights).sum(), qkv), gradients)
 
 
 def test_descriptors_of_a_row_are_those_torch_computes_on_it_alone() -> None:
