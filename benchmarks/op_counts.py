@@ -199,10 +199,12 @@ def _packed_attention() -> Any:
     ops = {varlen._varlen_attn: forward, varlen._varlen_attn_backward: backward}
     for op, kernel in ops.items():
         op.register_kernel("cpu", kernel)
-    with patch.object(attention, "attends_to_packed", lambda *_: True):
-        yield
-    for op in ops:
-        op.register_kernel("cpu", op._init_fn)
+    try:
+        with patch.object(attention, "attends_to_packed", lambda *_: True):
+            yield
+    finally:
+        for op in ops:
+            op.register_kernel("cpu", op._init_fn)
 
 
 def counted(call: Callable[[], Any], on_host: set[int] | None = None) -> Counts:

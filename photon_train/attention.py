@@ -87,15 +87,15 @@ def causal_mask(mask_BT: Tensor | None, h_BLD: Tensor, before: int, config: Any)
     """Return what scores are masked by, float[B or 1, 1, L, T], for L queries behind `before` keys; T = before + L.
 
     mask_BT: False at padding. For sdpa, None where no more than the common triangle is masked: who knows that there is
-    no padding gives no mask (transformers asks the device, for which the host has to wait). And where keys stand before
-    the queries, those of all heads that share a key head, as `attend_in_groups` takes them. config: of the decoder.
+    no padding gives no mask (transformers asks the device, for which the host has to wait). And where queries are few,
+    L is that of all heads that share a key head, as `attend_in_groups` takes it. config: of the decoder.
     """
     length, is_sdpa = h_BLD.shape[1], config._attn_implementation == "sdpa"
     if is_sdpa and mask_BT is None and not before:
         return None
     seen = torch.ones(length, before + length, dtype=torch.bool, device=h_BLD.device).tril(before)[None, None]
     seen = seen if mask_BT is None else seen & mask_BT[:, None, None].bool()
-    if is_sdpa and before:
+    if is_sdpa and is_grouped(length, before + length, config):
         seen = in_groups(seen, config.num_attention_heads // config.num_key_value_heads)
     return torch.zeros_like(seen, dtype=h_BLD.dtype).masked_fill_(~seen, torch.finfo(h_BLD.dtype).min)
 
@@ -110,7 +110,7 @@ class Packed(NamedTuple):
 
     def join(self, x_BMD: Tensor, dim: int = 0) -> Tensor:
         """Return x_1ND of padded rows; `dim` is that of B, which M follows."""
-        return x_BMD.flatten(dim, dim + 1).index_select(dim, self.slot_N).unsqueeze(dim)
+        return x_BMD.flatten(dim, dim + 1).unsqueeze(dim).index_select(dim + 1, self.slot_N)
 
     def part(self, x_1ND: Tensor) -> Tensor:
         """Return padded rows x_BMD; empty slots hold any value."""
@@ -127,9 +127,9 @@ class Packed(NamedTuple):
 def pack(h_BMD: Tensor, mask_BM: Tensor, tokens: int | None, config: Any) -> Packed | None:
     """Return how rows at their left edges are packed that have `tokens` tokens in all; None if little is padding.
 
-    None too where the host does not know `tokens`, and for attention that needs a mask. config: of the decoder.
+    None too where the host does not know `tokens`, and for attention with dropout or a mask. config: of the decoder.
     """
-    if tokens is None or config._attn_implementation not in ("sdpa", "flash_attention_2"):
+    if tokens is None or config._attn_implementation not in ("sdpa", "flash_attention_2") or config.attention_dropout:
         return None
     if mask_BM.numel() - tokens < WORTH_PACKING * mask_BM.numel():
         return None
@@ -152,11 +152,11 @@ def attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key_
 
     If not, whatever the cause, rows are padded: nothing fails.
     """
-    lengths = (3, 1, 40)
+    lengths, of_heads = (3, 1, 300), (heads, key_heads)
     mask_BM = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rows, generator = packed(mask_BM.to(device), sum(lengths)), torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), n, head_dim) for n in (heads, key_heads, key_heads)]
-    qkv = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    shapes = [(sum(lengths), n, head_dim) for n in (heads + key_heads, key_heads)]
+    qk_v = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
     def row_by_row(*qkv: Tensor) -> Tensor:
         each = zip(*(x.float().transpose(0, 1).split(lengths, dim=1) for x in qkv), strict=True)
@@ -164,17 +164,16 @@ def attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key_
         return torch.cat(out, dim=1).transpose(0, 1)
 
     def outcome(attend: Callable[..., Tensor]) -> Tensor:
-        out = attend(*qkv)
-        gradients = torch.autograd.grad(out.float().square().sum(), qkv)
+        out = attend(*qk_v[0].split(of_heads, dim=1), qk_v[1])  # as `PhotonAttention` has them
+        gradients = torch.autograd.grad(out.float().square().sum(), qk_v)
         return torch.cat([x.detach().float().flatten() for x in (out, *gradients)])
 
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
-            found = outcome(partial(rows.attend, scaling=head_dim**-0.5))
+            found, expected = outcome(partial(rows.attend, scaling=head_dim**-0.5)), outcome(row_by_row)
         except Exception as error:  # of any version and kernel
             logger.info("attention pads rows: found %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
-        expected = outcome(row_by_row)
     far = float((found - expected).norm() / expected.norm())
     if far < FAR:
         logger.info("attention takes rows of any length as they are: torch's kernel is off by %.2g", far)
@@ -203,6 +202,15 @@ def attend_in_groups(
     mask = mask_B1LT if mask_B1LT.shape[2] in (1, q_BKSd.shape[2]) else in_groups(mask_B1LT, q_BKSd.shape[2] // length)
     out_BKSd = F.scaled_dot_product_attention(q_BKSd, k_BKTd, v_BKTd, mask, dropout, scale=scaling)
     return out_BKSd.reshape(rows, -1, length, q_BHLd.shape[3]).transpose(1, 2), None
+
+
+def is_grouped(queries: int, keys: int, config: Any) -> bool:
+    """Tell whether masked attention is in groups: a mask for each head is less than copies of keys and values are.
+
+    G L T < 2 G K T d values of a row, where G heads share each of K key heads. config: of the decoder.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    return queries < keys and queries < 2 * config.num_key_value_heads * head_dim
 
 
 def in_groups(mask_B1LT: Tensor, groups: int) -> Tensor:
@@ -243,7 +251,8 @@ class PhotonAttention(Qwen2_5_VLAttention):
         elif cache is not None:
             k_BKLd, v_BKLd = cache.update(k_BKLd, v_BKLd, self.layer_idx)
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if self.config._attn_implementation == "sdpa" and attention_mask is not None and rows[1] < k_BKLd.shape[2]:
+        is_sdpa = self.config._attn_implementation == "sdpa" and attention_mask is not None
+        if is_sdpa and is_grouped(rows[1], k_BKLd.shape[2], self.config):
             attend = attend_in_groups
         options: dict[str, Any] = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         q_BHLd = q_BLHd.transpose(1, 2)

@@ -74,8 +74,9 @@ class Prefix(NamedTuple):
             return chosen.to(device, non_blocking=True)  # the host does not wait for what the device has yet to do
 
         def select(value: Any) -> Any:
-            is_tensor = isinstance(value, Tensor)
-            return value.index_select(0, index(len(value) // count, value.device)) if is_tensor else value
+            if not isinstance(value, Tensor):
+                return None  # a number is one of all rows
+            return value.index_select(0, index(len(value) // count, value.device))
 
         found: Prefix = tree_map(select, self)
         return found

@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from photon_train.attention import LayerKeys, Pair, SharedKeys, check_compiler
 
-# More graphs than batches need: one row or several, with a prefix for all or for each, with a mask, padding or neither.
+# More graphs than batches need: one row or several, a prefix for all or for each, with a mask, padded, packed or none.
 MOST_GRAPHS = 32
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_forwards import CURRICULUM, SHARED, assert_same, read, trained_on
 from torch.nn.attention import varlen
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from photon_train import PhotonForConditionalGeneration, attention
 from photon_train.rows import read_train_rows
@@ -54,6 +55,12 @@ def blind(q, k, v, *_, **__):
     """A kernel that does not see where rows end."""
     ends = torch.tensor([0, len(q)], dtype=torch.int32)
     return forward(q, k, v, ends, ends, len(q), len(q), True, 0.25, (-1, 0))
+
+
+def half_of_backward(*arguments):
+    """A kernel that has no gradient of the keys."""
+    g_query, g_key, g_value = backward(*arguments)
+    return g_query, torch.zeros_like(g_key), g_value
 
 
 @pytest.fixture
@@ -104,10 +111,32 @@ def test_packed_rows_have_the_losses_and_gradients_of_padded_ones_and_of_each_al
     assert shapes[1] == masks[1].shape == masks[0].shape and not masks[0].all(), "and padding"
 
 
-def test_a_kernel_that_is_wrong_is_not_used_and_told(group, on_cpu, caplog):
+def test_rows_are_packed_one_behind_the_other_and_parted_again():
+    rows = attention.packed(torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]).bool(), 5)
+    assert rows.bounds.tolist() == [0, 2, 2, 5]
+    padded = torch.tensor([[1.0, 2, -1, -1], [-1, -1, -1, -1], [3, 4, 5, -1]])[..., None]
+    joined = rows.join(padded)
+    assert joined[..., 0].tolist() == [[1, 2, 3, 4, 5]]
+    assert rows.part(joined)[[0, 0, 2, 2, 2], [0, 1, 0, 1, 2], 0].tolist() == [1, 2, 3, 4, 5]
+    assert rows.join(padded.permute(2, 0, 1), 1).tolist() == [[[1, 2, 3, 4, 5]]]
+
+
+@pytest.mark.parametrize(("tokens", "settings"), [(122, {}), (100, {"attention_dropout": 0.1})])
+def test_rows_with_little_padding_or_with_dropout_stay_padded(tokens, settings):
+    config = Qwen2_5_VLTextConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, **settings)
+    config._attn_implementation = "sdpa"
+    mask = torch.ones(2, 64).bool()
+    mask[1, tokens - 64 :] = False
+    assert attention.pack(torch.zeros(2, 64, 8), mask, tokens, config) is None
+    mask[1, 56:] = False  # 8 of 128 is a sixteenth
+    assert settings or attention.pack(torch.zeros(2, 64, 8), mask, 120, config) is not None
+
+
+@pytest.mark.parametrize("kernels", [(blind, backward), (forward, half_of_backward)])
+def test_a_kernel_that_is_wrong_is_not_used_and_told(group, on_cpu, caplog, kernels):
     _, batch, processor, model, *_ = group
     expected = trained_on(model(), [batch], batch.groups, DROPS, processor)
-    on_cpu(blind, backward)
+    on_cpu(*kernels)
     with caplog.at_level(logging.WARNING):
         assert_same(trained_on(model(), [batch], batch.groups, DROPS, processor), expected)
     assert "attention pads rows: expected torch's kernel to be off by less than 0.02, found" in caplog.text
