@@ -148,7 +148,7 @@ def packed(mask_BM: Tensor, tokens: int, as_they_are: bool = False) -> Packed:
 
 @cache
 def attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
-    """Tell whether torch's kernel for rows of any length is there, and right: forwards and backwards, on short rows.
+    """Tell whether torch's kernel for rows of any length is there, and right: forwards and backwards, on three rows.
 
     If not, whatever the cause, rows are padded: nothing fails.
     """
@@ -207,7 +207,8 @@ def attend_in_groups(
 def is_grouped(queries: int, keys: int, config: Any) -> bool:
     """Tell whether masked attention is in groups: a mask for each head is less than copies of keys and values are.
 
-    G L T < 2 G K T d values of a row, where G heads share each of K key heads. config: of the decoder.
+    G L T < 2 G K T d values of a row, where G heads share each of K key heads; with G = 1 neither is made. config: of
+    the decoder.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     return queries < keys and queries < 2 * config.num_key_value_heads * head_dim

@@ -98,7 +98,7 @@ def group(models, manifest):
 
 @pytest.mark.parametrize("step", [DROPS, FLIPS])
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "padded"])
-def test_packed_rows_have_the_losses_and_gradients_of_padded_ones_and_of_each_alone(group, on_cpu, step, kernel):
+def test_packed_rows_have_the_losses_and_gradients_of_padded_ones_and_of_each_group_alone(group, on_cpu, step, kernel):
     alone, batch, processor, model, shapes, masks = group
     if kernel:
         on_cpu(forward, backward)
